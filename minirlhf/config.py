@@ -1,0 +1,361 @@
+"""Settings: a recipe's dataclass becomes its flags, its file reader, its validator and its --help.
+
+A setting is declared once, beside the algorithm that reads it:
+
+    @dataclass
+    class PPOConfig:
+        model: str = setting(help="folder of the policy", metavar="FOLDER")
+        learning_rate: float = setting(3e-6, "peak step size of AdamW", above=0)
+
+Types: int, float, str, bool, each of the first three with `| None`, and tuple[str, ...].
+Flags beat the file of `--config`, which beats the defaults. All faults are told at once, in one
+line, before any of them could cost a minute of training.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import operator
+import re
+import sys
+import tomllib
+import types
+import typing
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from minirlhf.errors import UserError, printable
+
+C = TypeVar("C")
+Problem = tuple[str, str]  # where (flag, file and key, or field), and what is wrong there
+
+_NOUNS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+_WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no path and no UTF-8 file can hold these
+_SHOWN_PROBLEMS = 20
+
+
+def setting(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    choices: tuple | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A dataclass field with its help and its legal range; required if it has no default.
+
+    Keyword-only, so that required settings may stand anywhere among the others.
+    """
+    limits = {">=": at_least, ">": above, "<=": at_most, "<": below}
+    limits = {sign: limit for sign, limit in limits.items() if limit is not None}
+    rule = {"help": help, "choices": choices, "limits": limits, "metavar": metavar}
+    return dataclasses.field(default=default, kw_only=True, metadata=rule)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One field of a config class: its type, taken apart, and its rule."""
+
+    name: str
+    type: type  # int, float, str or bool
+    optional: bool  # None is legal
+    many: bool  # a tuple of `type`
+    default: object
+    help: str = ""
+    choices: tuple | None = None
+    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)  # sign -> limit
+    metavar: str | None = None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def bounds(self) -> str:
+        return " and ".join(f"{sign} {limit}" for sign, limit in self.limits.items())
+
+    def legal(self) -> str:
+        if self.choices:
+            words = "one of " + ", ".join(map(str, self.choices))
+        else:
+            words = f"{_NOUNS[self.type]} {self.bounds}".rstrip()
+        return ("a list of " if self.many else "") + words + (" or none" if self.optional else "")
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with a value, or None."""
+        if value is None and self.optional:
+            return None
+        items = value if self.many else (value,)
+        if isinstance(items, tuple) and all(map(self._accepts, items)):
+            return None
+        legal = self.legal()
+        if self.type is int and type(value) is int and value.bit_length() > 63:
+            legal = "a whole number of at most 63 bits"
+        return f"got {_shown(value)}, must be {legal}"
+
+    def _accepts(self, value: Any) -> bool:
+        if self.type is float:  # the comparison is False for nan and inf, and takes any int
+            right = type(value) in (int, float) and abs(value) <= sys.float_info.max
+        elif self.type is str:
+            right = type(value) is str and not _UNWRITABLE.search(value)
+        else:
+            right = type(value) is self.type and (self.type is bool or value.bit_length() <= 63)
+        in_range = all(_COMPARE[sign](value, limit) for sign, limit in self.limits.items() if right)
+        return right and in_range and (self.choices is None or value in self.choices)
+
+    def from_flag(self, given: Any) -> object:
+        """The value that a flag's text stands for; the text itself, if it stands for none."""
+        if self.many:
+            return tuple(given)
+        if self.type is bool:
+            return given
+        if self.optional and given.lower() == "none":
+            return None
+        try:
+            if self.type is float:
+                return float(given)
+            return int(given) if self.type is int and _WHOLE.fullmatch(given) else given
+        except ValueError:
+            return given  # `problem` will name it
+
+    def from_file(self, given: Any) -> object:
+        """The value of a TOML or JSON value; types are not mended, an int may stand for a float."""
+        if self.many and type(given) is list:
+            return tuple(given)
+        if self.optional and given == "none":  # TOML has no null
+            return None
+        if self.type is float and type(given) is int and self._accepts(given):
+            return float(given)
+        return given
+
+
+def parse(config_class: type[C], argv: list[str] | None, prog: str, description: str) -> C:
+    """The config that a command line asks for; argv None stands for the process's own.
+
+    Raises:
+        UserError: every unknown, repeated, missing, mistyped or illegal setting, in one line.
+        SystemExit: 0 after --help.
+    """
+    settings = _settings(config_class)
+    given = _read_flags(settings, sys.argv[1:] if argv is None else argv, prog, description)
+    path = given.pop("config", None)
+    values, where, problems = _read_file(settings, path) if path is not None else ({}, {}, [])
+    for name, text in given.items():
+        values[name], where[name] = settings[name].from_flag(text), settings[name].flag
+    for name, item in settings.items():
+        if name in values and (problem := item.problem(values[name])):
+            problems.append((where[name], problem))
+        elif name not in values and item.default is MISSING:
+            problems.append((item.flag, "required, but not given"))
+    _refuse(problems)
+    config = config_class(**values)
+    validate(config)
+    return config
+
+
+def validate(config: object, source: str = "") -> None:
+    """Checks every field against its type and range, then what the config's own check() finds.
+
+    A config class may have `check(self) -> list[str]` for what concerns several fields: each
+    string is a problem, told in full. It is asked only when every field is legal by itself.
+
+    Args:
+        config: an instance of a config class.
+        source: where the config came from, to stand before a field's name.
+
+    Raises:
+        UserError: all problems, in one line.
+    """
+    problems = []
+    for name, item in _settings(type(config)).items():
+        if problem := item.problem(getattr(config, name)):
+            problems.append((f"{source}: {name}" if source else name, problem))
+    if not problems and hasattr(config, "check"):
+        problems = [(source, problem) for problem in config.check()]
+    _refuse(problems)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The config as JSON can hold it; as a file for --config it gives the same config back."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """Advice for a word that is none of the names."""
+    return f"the nearest is {difflib.get_close_matches(word[:80], names, n=1, cutoff=0)[0]}"
+
+
+def _settings(config_class: type) -> dict[str, _Setting]:
+    hints = typing.get_type_hints(config_class)
+    return {
+        field.name: _Setting(
+            field.name, *_kind(hints[field.name]), default=field.default, **field.metadata
+        )
+        for field in dataclasses.fields(config_class)
+    }
+
+
+def _kind(hint: Any) -> tuple[type, bool, bool]:
+    """(type, optional, many) of a field's annotation."""
+    if hint in _NOUNS:
+        return hint, False, False
+    if hint == tuple[str, ...]:
+        return str, False, True
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        parts = [part for part in typing.get_args(hint) if part is not types.NoneType]
+        if len(parts) == 1 and parts[0] in _METAVARS:
+            return parts[0], True, False
+    raise TypeError(f"a setting cannot be {hint}: see the types that minirlhf.config names")
+
+
+def _read_flags(
+    settings: dict[str, _Setting], argv: list[str], prog: str, description: str
+) -> dict[str, Any]:
+    """Field name -> text, texts of a tuple, or bool, for the flags that were given."""
+    parser, flags = _parser(settings, prog, description)
+    words: list[str] = []
+    seen: set[str] = set()
+    problems: list[Problem] = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            name = name.replace("_", "-")
+            action = flags.get(name)
+            if action is None:
+                problems.append((name, f"unknown flag: {nearest(name, flags)}"))
+            elif action.dest in seen and action.nargs != "+":
+                problems.append((name, "given twice"))
+            else:
+                seen.add(action.dest)
+            words.append(name + equals + value)
+        elif word[:1] == "-" and words and words[-1] in flags and flags[words[-1]].nargs != 0:
+            words[-1] += "=" + word  # argparse would take -1e-5 for a flag
+        else:
+            words.append(word)
+    _refuse(problems)
+    given, strays = parser.parse_known_args(words)
+    _refuse([(prog, f"unexpected argument {_shown(stray)}") for stray in strays])
+    return vars(given)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(self.prog, message)
+
+
+def _parser(
+    settings: dict[str, _Setting], prog: str, description: str
+) -> tuple[_Parser, dict[str, argparse.Action]]:
+    """The parser, and which action each of its flags stands for."""
+    required = [s for s in settings.values() if s.default is MISSING]
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        usage=" ".join([prog, *(f"{s.flag} {_metavar(s)}" for s in required), "[settings]"]),
+        argument_default=argparse.SUPPRESS,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=32),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    file_help = "settings from a .toml or .json file; flags beat it"
+    actions = [
+        parser.add_argument("-h", "--help", action="help", help="show this and leave"),
+        parser.add_argument("--config", metavar="FILE", help=file_help),
+    ]
+    for item in settings.values():
+        if item.type is bool:
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        elif item.many:
+            how = {"action": "extend", "nargs": "+", "metavar": _metavar(item)}
+        else:
+            how = {"metavar": _metavar(item)}
+        text = _help(item).replace("%", "%%")  # argparse formats it with %
+        actions.append(parser.add_argument(item.flag, help=text, **how))
+    return parser, {flag: action for action in actions for flag in action.option_strings}
+
+
+def _metavar(item: _Setting) -> str:
+    choices = "{" + ",".join(map(str, item.choices)) + "}" if item.choices else None
+    return item.metavar or choices or _METAVARS[item.type]
+
+
+def _help(item: _Setting) -> str:
+    if item.default is MISSING:
+        default = "required"
+    elif item.type is bool:
+        default = "default: " + ("on" if item.default else "off")
+    else:
+        default = "default: " + ("none" if item.default in (None, ()) else str(item.default))
+    facts = "; ".join(fact for fact in (item.bounds, default) if fact)
+    return f"{item.help} [{facts}]".lstrip()
+
+
+def _read_file(
+    settings: dict[str, _Setting], path: str
+) -> tuple[dict[str, object], dict[str, str], list[Problem]]:
+    """(values, where each stands, problems) of a config file."""
+    values: dict[str, object] = {}
+    where: dict[str, str] = {}
+    problems: list[Problem] = []
+    for key, given in _load(path).items():
+        name, place = key.replace("-", "_"), f"{path}: {key}"
+        if name not in settings:
+            problems.append((place, f"unknown setting: {nearest(name, settings)}"))
+        elif name in values:
+            problems.append((place, "given twice"))
+        else:
+            values[name], where[name] = settings[name].from_file(given), place
+    return values, where, problems
+
+
+def _load(path: str) -> dict[str, Any]:
+    """The top table of a TOML or JSON file."""
+    kind = Path(path).suffix
+    if kind not in (".toml", ".json"):
+        raise UserError(path, "--config reads .toml and .json files only")
+    try:
+        text = Path(path).read_text("utf-8-sig")
+        if kind == ".toml":
+            return tomllib.loads(text)
+        table = json.loads(text, object_pairs_hook=_once)
+    except OSError as error:
+        raise UserError(path, error.strerror or str(error)) from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not the format, nested too deeply
+        raise UserError(path, f"not a {kind[1:].upper()} file: {error}") from None
+    if not isinstance(table, dict):
+        raise UserError(path, f"holds {_shown(table)}", "must be an object of settings")
+    return table
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"key {_shown(key)} stands {count} times")
+    return dict(pairs)
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else printable(repr(value), 80)
+
+
+def _refuse(problems: list[Problem]) -> None:
+    """Raises one UserError that tells them all, if there are any."""
+    if problems:
+        told = [": ".join(part for part in problem if part) for problem in problems]
+        where, first = problems[0]
+        rest = told[1:_SHOWN_PROBLEMS]
+        if len(told) > _SHOWN_PROBLEMS:
+            rest.append(f"and {len(told) - _SHOWN_PROBLEMS} more")
+        raise UserError(where, "; ".join([first, *rest]))

@@ -1,0 +1,46 @@
+"""One class for everything a user can mend, one printer, one table of exit codes.
+
+An error is one line: where (file:line or setting), what was found, what is legal or what to do.
+"""
+
+import sys
+from collections.abc import Callable
+
+OK, BUG, BAD_INPUT, NON_FINITE, MACHINE, REWARD_SERVICE, DISTRIBUTED, STOPPED = 0, 1, 2, 3, 4, 5, 6, 75
+
+
+class UserError(Exception):
+    """Something outside our code is wrong: input, configuration, disk, numbers.
+
+    Args:
+        where: file:line, file, setting or metric that the user can look at.
+        what: what was found there.
+        do: what is legal, or what to do.
+        code: exit code of the process, one of the table above.
+    """
+
+    def __init__(self, where: object, what: str, do: str = "", code: int = BAD_INPUT):
+        self.where, self.what, self.do, self.code = str(where), what, do, code
+        super().__init__(": ".join(part for part in (self.where, what, do) if part))
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """Text that came from a file, safe for a terminal: one line, no control characters, capped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def run(program: Callable[[], int | None]) -> int:
+    """Runs a command; a UserError or an operating-system error becomes one line on stderr."""
+    try:
+        return program() or OK
+    except UserError as error:
+        print(f"error: {printable(error, 2000)}", file=sys.stderr)
+        return error.code
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        return OK
+    except OSError as error:
+        where = error.filename or "the operating system"
+        print(f"error: {printable(where)}: {printable(error.strerror or error)}", file=sys.stderr)
+        return MACHINE

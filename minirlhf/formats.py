@@ -1,0 +1,299 @@
+"""Which kind of data a file holds, told by the columns of its first row, and the parts of a row.
+
+A row's parts are (prompt or None, response, ...): strings, lists of messages or lists of token ids.
+Nothing here knows a tokenizer.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from minirlhf.errors import UserError, printable
+from minirlhf.rows import Row
+
+Messages = list[dict]
+Part = str | Messages | list[int]
+
+ANSWER = "\n\nAssistant:"  # how Anthropic's HH transcripts (arXiv:2204.05862) begin an answer
+REMOVE = "remove the row or fill it in"
+# (prompt or None, chosen, its mask, rejected, its mask): TRL's collator, TRL 1.x, LLaMA-Factory
+ID_PAIRS = (
+    ("prompt_ids", "input_ids_chosen", "attention_mask_chosen",
+     "input_ids_rejected", "attention_mask_rejected"),
+    ("prompt_ids", "chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask"),
+    ("prompt_input_ids", "chosen_input_ids", "chosen_attention_mask",
+     "rejected_input_ids", "rejected_attention_mask"),
+)  # fmt: skip
+
+
+class Format(NamedTuple):
+    """One kind of file.
+
+    Args:
+        detected: the kind in words, with its columns, as the user is told.
+        used: columns that become ids; all others are carried through.
+        parts: the parts of a row; raises UserError where a row is not of this kind.
+        absent: columns that would make the row another kind.
+    """
+
+    detected: str
+    used: tuple[str, ...]
+    parts: Callable[[Row], tuple[Part | None, ...]]
+    absent: tuple[str, ...] = ()
+
+    def split(self, row: Row) -> tuple[Part | None, ...]:
+        """Parts of a row, or an error that says what the file was taken for."""
+        try:
+            for name in self.absent:
+                if name in row.columns:
+                    raise UserError(row.where, f"has a column {name}, unlike the first row")
+            return self.parts(row)
+        except UserError as error:
+            do = f"{error.do}; " if error.do else ""
+            raise UserError(error.where, error.what, f"{do}detected: {self.detected}") from None
+
+
+# -------------------------------------------------------------------------------- columns of a row
+
+
+def _wrong(row: Row, key: str, legal: str) -> UserError:
+    got = f"is {type(row.columns[key]).__name__}" if key in row.columns else "is missing"
+    keys = ", ".join(printable(name, 40) for name in row.columns)
+    return UserError(row.where, f"{key} {got}", f"{legal}; keys present: {keys}")
+
+
+def _string(row: Row, key: str) -> str:
+    value = row.columns.get(key)
+    if not isinstance(value, str):
+        raise _wrong(row, key, "needs a string")
+    if not value.strip():
+        raise UserError(row.where, f"{key} is empty", REMOVE)
+    return value
+
+
+def _messages(row: Row, key: str) -> Messages:
+    value = row.columns.get(key)
+    if not isinstance(value, list):
+        raise _wrong(row, key, "needs a list of messages")
+    if not value:
+        raise UserError(row.where, f"{key} is empty", REMOVE)
+    for number, message in enumerate(value):
+        where = f"{key}[{number}]"
+        if not isinstance(message, dict):
+            found = type(message).__name__
+            raise UserError(row.where, f"{where} is {found}", "needs {role: ..., content: ...}")
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                got = type(message[name]).__name__ if name in message else "missing"
+                raise UserError(row.where, f"{where}: {name} is {got}", "needs a string")
+    if not value[-1]["content"].strip():
+        raise UserError(row.where, f"{key}: the last message is empty", REMOVE)
+    return value
+
+
+def _ids(row: Row, key: str, mask: str | None = None) -> list[int]:
+    """Token ids, without those that stand under a 0 of the mask column, where there is one."""
+    value = row.columns.get(key)
+    if not isinstance(value, list) or not all(type(id) is int and id >= 0 for id in value):
+        raise _wrong(row, key, "needs a list of token ids (integers from 0)")
+    if mask in row.columns:
+        kept = row.columns[mask]
+        if (
+            not isinstance(kept, list)
+            or len(kept) != len(value)
+            or not all(type(bit) in (int, bool) and bit in (0, 1) for bit in kept)
+        ):
+            raise _wrong(row, mask, f"needs a list of 0 and 1 as long as {key}")
+        value = [id for id, bit in zip(value, kept, strict=True) if bit]
+    if not value:
+        raise UserError(row.where, f"{key} is empty", REMOVE)
+    return value
+
+
+def margin(row: Row) -> float | None:
+    """The row's margin in reward units, None where it has none.
+
+    Raises:
+        UserError: not a finite number. A table that is all text (CSV) may spell one.
+    """
+    value = row.columns.get("margin")
+    if value is None or (value == "" and not row.typed):
+        return None
+    try:
+        if row.typed and type(value) not in (int, float):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        got = f"is {printable(repr(value), 40)}"
+        raise UserError(row.where, f"margin {got}", "needs a finite number, or no margin")
+    return number
+
+
+def _kind(value: object) -> str:
+    """How a column's value is told apart: "text", "messages" or "other"."""
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return "messages"
+    return "other"
+
+
+def _unknown(row: Row, legal: str) -> UserError:
+    keys = ", ".join(
+        f"{printable(name, 40)} ({type(value).__name__})" for name, value in row.columns.items()
+    )
+    do = f"legal: {legal}; other names need a mapping such as prompt=question"
+    return UserError(row.where, f"columns of no known format: {keys}", do)
+
+
+# ------------------------------------------------------------------------------------------- pairs
+
+
+def _transcripts(row: Row) -> tuple[str, str, str]:
+    """Cuts two HH transcripts behind the last answer mark of what they share."""
+    chosen, rejected = _string(row, "chosen"), _string(row, "rejected")
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((at for at, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    cut = chosen.rfind(ANSWER, 0, shared) + len(ANSWER)
+    if cut < len(ANSWER):
+        raise UserError(row.where, f"chosen and rejected share no {printable(ANSWER)!r}")
+    for key, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text[cut:].strip():
+            raise UserError(row.where, f"{key} has an empty answer", REMOVE)
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _dialogues(row: Row) -> tuple[Messages, Messages, Messages]:
+    """Cuts two dialogues behind the turns they share, where the assistant speaks next in both."""
+    chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
+    for key, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns[-1]["role"] != "assistant":
+            got = printable(turns[-1]["role"], 40)
+            raise UserError(row.where, f"{key} ends with role {got!r}", "needs 'assistant'")
+    shared, most = 0, min(len(chosen), len(rejected)) - 1  # each side keeps a turn of its own
+    while shared < most and chosen[shared] == rejected[shared]:
+        shared += 1
+    while shared and not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
+        shared -= 1
+    if not shared:
+        do = "both need the same turns up to an answer of the assistant"
+        raise UserError(row.where, "chosen and rejected share no turns", do)
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _strings(*keys: str) -> Callable[[Row], tuple[str, ...]]:
+    return lambda row: tuple(_string(row, key) for key in keys)
+
+
+def _turns(*keys: str) -> Callable[[Row], tuple[Messages, ...]]:
+    return lambda row: tuple(_messages(row, key) for key in keys)
+
+
+def _id_pairs(columns: dict) -> Format | None:
+    fits = (names for names in ID_PAIRS if names[1] in columns or names[3] in columns)
+    if (names := next(fits, None)) is None:
+        return None
+    prompt, chosen, chosen_mask, rejected, rejected_mask = names
+    given = prompt in columns
+
+    def parts(row: Row) -> tuple[list[int] | None, ...]:
+        head = _ids(row, prompt) if given else None
+        return head, _ids(row, chosen, chosen_mask), _ids(row, rejected, rejected_mask)
+
+    shown = ", ".join((*((prompt,) if given else ()), chosen, rejected))
+    absent = () if given else (prompt,)
+    return Format(f"tokenised preference pairs ({shown})", names, parts, absent)
+
+
+def pair_format(row: Row) -> Format:
+    """The kind of preference file that starts with this row; parts (prompt, chosen, rejected)."""
+    columns = row.columns
+    if found := _id_pairs(columns):
+        return found
+    both = ("chosen", "rejected")
+    three = ("prompt", *both)
+    kinds = [_kind(columns[key]) if key in columns else None for key in three]
+    match kinds:
+        case ["text", "text", "text"]:
+            return Format("preference pairs (prompt, chosen, rejected)", three, _strings(*three))
+        case ["messages", "messages", "messages"]:
+            detected = "preference pairs of messages (prompt, chosen, rejected)"
+            return Format(detected, three, _turns(*three))
+        case [None, "messages", "messages"]:
+            detected = "preference dialogues (chosen, rejected), the shared turns as prompt"
+            return Format(detected, both, _dialogues, absent=("prompt",))
+        case ["text", "messages", "messages"]:
+            detected = "preference dialogues (chosen, rejected), the shared turns as prompt"
+            return Format(f"{detected}, column prompt ignored", three, _dialogues)
+        case [None, "text", "text"] if all(ANSWER in columns[key] for key in both):
+            detected = "preference transcripts (chosen, rejected), split at the last shared answer"
+            return Format(detected, both, _transcripts, absent=("prompt",))
+        case [None, "text", "text"]:
+            whole = _strings(*both)
+            detected = "preference pairs (chosen, rejected)"
+            return Format(detected, both, lambda row: (None, *whole(row)), absent=("prompt",))
+    legal = "chosen and rejected with or without prompt (all strings or all messages), or ids in "
+    raise _unknown(row, legal + " | ".join(f"{pair[1]}, {pair[3]}" for pair in ID_PAIRS))
+
+
+# ------------------------------------------------------------------------------- prompts and texts
+
+
+def _column(key: str, read: Callable[[Row, str], Part], detected: str) -> Format:
+    return Format(f"{detected} ({key})", (key,), lambda row: (read(row, key),))
+
+
+def prompt_format(row: Row) -> Format:
+    """The kind of prompt file that starts with this row; parts (prompt,)."""
+    for key in ("prompt_ids", "input_ids"):
+        if key in row.columns:
+            return _column(key, _ids, "tokenised prompts")
+    for key in ("prompt", "messages", "text"):
+        match _kind(row.columns.get(key)):
+            case "text":
+                return _column(key, _string, "prompts")
+            case "messages":
+                detected = "prompts of messages, a last turn of the assistant is continued"
+                return _column(key, _messages, detected)
+    raise _unknown(row, "prompt (a string or messages) | messages | text | prompt_ids | input_ids")
+
+
+def _last_answer(row: Row) -> tuple[Messages, Messages]:
+    turns = _messages(row, "messages")
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        do = "needs at least two, the last of them the assistant's"
+        raise UserError(row.where, f"messages: {len(turns)} turns without an answer at the end", do)
+    return turns[:-1], turns[-1:]
+
+
+def _tokenised(row: Row) -> tuple[list[int] | None, list[int]]:
+    ids = _ids(row, "input_ids", "attention_mask")
+    length = row.columns.get("prompt_length", 0)
+    if type(length) is not int or not 0 <= length < len(ids):
+        raise _wrong(row, "prompt_length", f"needs an integer from 0 to {len(ids) - 1}")
+    return (ids[:length], ids[length:]) if length else (None, ids)
+
+
+def text_format(row: Row) -> Format:
+    """The kind of file of texts that starts with this row; parts (prompt or None, response)."""
+    columns = row.columns
+    if "input_ids" in columns:
+        used = ("input_ids", "attention_mask", "prompt_length")
+        named = ", ".join(name for name in used if name in columns)
+        return Format(f"tokenised texts ({named})", used, _tokenised)
+    for answer in ("completion", "response"):
+        keys = ("prompt", answer)
+        match [_kind(columns.get(key)) for key in keys]:
+            case ["text", "text"]:
+                return Format(f"prompts with answers ({', '.join(keys)})", keys, _strings(*keys))
+            case ["messages", "messages"]:
+                detected = f"prompts with answers, in messages ({', '.join(keys)})"
+                return Format(detected, keys, _turns(*keys))
+    if _kind(columns.get("messages")) == "messages":
+        detected = "dialogues (messages), loss on the last turn of the assistant only"
+        return Format(detected, ("messages",), _last_answer)
+    if isinstance(columns.get("text"), str):
+        return Format("texts (text)", ("text",), lambda row: (None, _string(row, "text")))
+    raise _unknown(row, "text | prompt with completion or response | messages | input_ids")

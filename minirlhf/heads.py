@@ -1,0 +1,140 @@
+"""What reads the hidden states: log-probs of given tokens, a value per state, a score per row."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minirlhf.transformer import CausalLM
+
+
+class TokenStats(NamedTuple):
+    logprobs: Tensor  # (…), nats
+    entropy: Tensor  # (…), nats, of the whole distribution at that position
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype heads compute in: float32, or float64 for a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def token_logprobs(
+    lm: CausalLM, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 512
+) -> TokenStats:
+    """Log-prob of each target and entropy of its distribution, from float32 logits.
+
+        logprob = log softmax(W h / temperature)[target]
+
+    Chunked over tokens, and the backward pass computes each chunk's logits again: neither pass
+    holds more than (chunk, V) of them. Float32 because bf16 logits alone are off by up to 0.07
+    nats, a third of PPO's clip range.
+
+    Args:
+        lm: whose unembedding W (V, D) is used.
+        hidden: (…, D) states before the targets.
+        targets: (…) int64 ids.
+        temperature: > 0; that of sampling, so that ratios compare laws actually sampled.
+    Returns:
+        TokenStats(logprobs, entropy), each (…) float32 (float64 for a float64 model).
+    """
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets is {tuple(targets.shape)}, hidden is {tuple(hidden.shape)}: "
+            "give one target for each state, targets (…) beside hidden (…, D)"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: must be above 0")
+    wide = widened(hidden.dtype)
+    weight = lm.unembedding.to(wide)
+
+    def of_chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(states.to(wide), weight) / temperature  # (chunk, V)
+        normalizer = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, ids[:, None])[:, 0] - normalizer
+        entropy = normalizer - (logits.softmax(-1) * logits).sum(-1)
+        return logprobs, entropy
+
+    states, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    parts = [
+        checkpoint(of_chunk, s, i, use_reentrant=False, preserve_rng_state=False)
+        for s, i in zip(states.split(chunk), ids.split(chunk), strict=True)
+    ]
+    return TokenStats(*(torch.cat(p).view(targets.shape) for p in zip(*parts, strict=True)))
+
+
+def response_states(hidden: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
+    """The state each response token was chosen in: the one off-by-one of RLHF lives here.
+
+    Response token t of row b stands at index P_b + t, so its log-prob and the value of the state
+    before it are both read at index P_b - 1 + t.
+
+    Args:
+        hidden: (B, T, …) per-token states or values, rows left-aligned.
+        prompt_lengths: (B,) P_b >= 1.
+        width: R, columns of the result.
+    Returns:
+        (B, R, …); column t beyond a row's response repeats the last column and is to be masked.
+    """
+    index = prompt_lengths[:, None] - 1 + torch.arange(width, device=hidden.device)
+    index = index.clamp(max=hidden.shape[1] - 1)  # (B, R)
+    # gather, because the backward of indexing with repeated indices differs from run to run
+    shape = index.shape + hidden.shape[2:]
+    return hidden.gather(1, index.view(index.shape + (1,) * (hidden.dim() - 2)).expand(shape))
+
+
+class ValueHeadModel(nn.Module):
+    """Policy and critic on one trunk: `model(tokens)` -> (hidden (B, T, D), values (B, T)).
+
+    The head starts at zero, so the first values are 0 and the first advantages are the returns.
+    """
+
+    def __init__(self, lm: CausalLM):
+        super().__init__()
+        self.lm = lm
+        self.v_head = nn.Linear(lm.config.hidden_size, 1).to(lm.unembedding)
+        nn.init.zeros_(self.v_head.weight)
+        nn.init.zeros_(self.v_head.bias)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.lm(tokens)
+        wide = widened(hidden.dtype)
+        weight, bias = self.v_head.weight.to(wide), self.v_head.bias.to(wide)
+        return hidden, F.linear(hidden.to(wide), weight, bias).squeeze(-1)
+
+
+class RewardModel(nn.Module):
+    """Trunk of a language model with a scalar head: `model(tokens, lengths)` -> scores (B,).
+
+    Hugging Face calls it `…ForSequenceClassification` with one label, and that is how it is saved.
+    Where the tokenizer has no token to spare for padding, Hugging Face pads with eos and reads the
+    score before it; `read_before_eos` says that this model was trained on texts without their eos.
+    """
+
+    def __init__(self, lm: CausalLM, read_before_eos: bool = False):
+        super().__init__()
+        self.config = lm.config
+        self.read_before_eos = read_before_eos
+        self.model = lm.model
+        self.score = nn.Linear(lm.config.hidden_size, 1, bias=False).to(lm.unembedding)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """tokens (B, T) left-aligned; lengths (B,) in 1..T. The score of each row's last token."""
+        if lengths.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"lengths is {tuple(lengths.shape)}, tokens is {tuple(tokens.shape)}: "
+                "give one length a row"
+            )
+        hidden = self.model(tokens)
+        last = response_states(hidden, lengths, 1)[:, 0]  # (B, D): index length - 1
+        wide = widened(hidden.dtype)
+        return F.linear(last.to(wide), self.score.weight.to(wide)).squeeze(-1)
+
+
+def initialize_score(model: RewardModel, rng: torch.Generator) -> RewardModel:
+    """Head drawn from N(0, 1/(D + 1)), as Stiennon et al. 2020 (arXiv:2009.01325); same model."""
+    std = (model.config.hidden_size + 1) ** -0.5
+    with torch.no_grad():
+        model.score.weight.normal_(0.0, std, generator=rng)
+    return model

@@ -1,0 +1,228 @@
+"""Losses of preference learning and of PPO, one function an equation, unreduced.
+
+The caller reduces, in a line of its own. Computed in float32 at least; no argument is changed.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from minirlhf.masking import _grad_where_finite, _is_vector, _same_shape, _upcast
+
+
+class Accuracy(NamedTuple):
+    strict: float  # fraction of pairs with chosen > rejected
+    ties: float  # fraction with chosen == rejected
+    half: float  # strict + ties / 2: what guessing on a tie would give
+
+
+class DPOLoss(NamedTuple):
+    loss: Tensor  # (N,)
+    chosen_rewards: Tensor  # (N,), without gradient
+    rejected_rewards: Tensor  # (N,), without gradient
+
+
+class Surrogate(NamedTuple):
+    loss: Tensor  # (B, R)
+    ratio: Tensor  # (B, R), without gradient
+    clipped: Tensor  # (B, R) bool
+
+
+class ValueLoss(NamedTuple):
+    loss: Tensor  # (B, R)
+    clipped: Tensor  # (B, R) bool
+
+
+def bradley_terry_loss(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, margin: float | Tensor = 0.0
+) -> Tensor:
+    """Reward-model loss per pair. Ouyang et al. 2022 (arXiv:2203.02155), eq. 1; margin: Touvron et
+    al. 2023 (arXiv:2307.09288), eq. 2.
+
+        loss = -log sigmoid(chosen_rewards - rejected_rewards - margin)
+
+    Args:
+        chosen_rewards, rejected_rewards: (N,) reward units; carry the gradient.
+        margin: reward units, one for all pairs or (N,): by how much chosen should win.
+    Returns:
+        (N,) nats, finite for any finite difference.
+    Raises:
+        ValueError: shapes differ or are not (N,).
+
+    >>> from torch import tensor
+    >>> bradley_terry_loss(tensor([2.0, 2.0]), tensor([2.0, 1.0]), tensor([0.0, 1.0]))  # log 2
+    tensor([0.6931, 0.6931])
+    """
+    _same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    _is_vector(chosen_rewards=chosen_rewards)
+    if isinstance(margin, Tensor):
+        _same_shape(chosen_rewards=chosen_rewards, margin=margin)
+        margin = _upcast(margin)
+    return -logsigmoid(_upcast(chosen_rewards) - _upcast(rejected_rewards) - margin)
+
+
+def preference_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Accuracy:
+    """How often the chosen text is scored above the rejected one.
+
+    Ties are told apart, because a model that scores everything alike is not right half the time.
+
+    Args:
+        chosen_rewards, rejected_rewards: (N,), N >= 1. A NaN makes its pair a wrong one.
+    Returns:
+        Accuracy(strict, ties, half), fractions of N.
+    Raises:
+        ValueError: shapes differ, are not (N,), or N is 0.
+
+    >>> from torch import tensor
+    >>> preference_accuracy(tensor([3.0, 1.0, 2.0, 5.0]), tensor([1.0, 1.0, 4.0, 0.0]))
+    Accuracy(strict=0.5, ties=0.25, half=0.625)
+    """
+    _same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    _is_vector(chosen_rewards=chosen_rewards)
+    pairs = len(chosen_rewards)
+    if pairs == 0:
+        raise ValueError("chosen_rewards is (0,): at least one pair is needed")
+    strict = int((chosen_rewards > rejected_rewards).sum()) / pairs
+    ties = int((chosen_rewards == rejected_rewards).sum()) / pairs
+    return Accuracy(strict, ties, strict + ties / 2)
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> DPOLoss:
+    """Direct preference optimisation per pair. Rafailov et al. 2023 (arXiv:2305.18290), eq. 7;
+    label smoothing: Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
+
+        reward = beta · (log policy(y) - log ref(y)),   margin = reward(chosen) - reward(rejected)
+        loss = -(1 - label_smoothing) log sigmoid(margin) - label_smoothing log sigmoid(-margin)
+
+    Args:
+        policy_chosen, policy_rejected: (N,) nats, log-prob of the response, summed over its tokens,
+            under the policy being trained; carry the gradient.
+        ref_chosen, ref_rejected: (N,) nats, the same under the reference, treated as constants.
+        beta: > 0; a larger one holds the policy nearer to the reference.
+        label_smoothing: probability that a label is wrong, in [0, 0.5).
+    Returns:
+        DPOLoss(loss, chosen_rewards, rejected_rewards), each (N,); the rewards have no gradient.
+    Raises:
+        ValueError: shapes differ or are not (N,), or beta or label_smoothing is out of its range.
+
+    >>> from torch import tensor
+    >>> dpo_loss(tensor([-8.0]), tensor([-9.0]), tensor([-10.0]), tensor([-9.0]), beta=0.5)
+    DPOLoss(loss=tensor([0.3133]), chosen_rewards=tensor([1.]), rejected_rewards=tensor([0.]))
+    """
+    _same_shape(
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+    )
+    _is_vector(policy_chosen=policy_chosen)
+    if not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta is {beta}: a finite number above 0 is needed")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}: at least 0 and below 0.5 is legal")
+    chosen_rewards = beta * (_upcast(policy_chosen) - _upcast(ref_chosen).detach())
+    rejected_rewards = beta * (_upcast(policy_rejected) - _upcast(ref_rejected).detach())
+    margin = chosen_rewards - rejected_rewards
+    loss = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+    return DPOLoss(loss, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def clipped_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> Surrogate:
+    """Clipped policy loss per token, unreduced. Schulman et al. 2017 (arXiv:1707.06347), eq. 7;
+    asymmetric clip: DAPO (arXiv:2503.14476), sec. 3.1.
+
+        loss_t = -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
+        r_t = exp(logprobs_t - old_logprobs_t)
+
+    Args:
+        logprobs: (B, R) nats, log-prob of each response token under the policy being trained;
+            carries the gradient.
+        old_logprobs: (B, R) nats, the same at sampling time, same temperature; constants.
+        advantages: (B, R), treated as constants.
+        clip_low, clip_high: ratio units, >= 0; a clip_low of 1 or more never clips.
+    Returns:
+        Surrogate(loss, ratio, clipped), each (B, R); `ratio` has no gradient; `clipped` is bool,
+        True where clipping makes the gradient zero: r > 1 + clip_high with A > 0, or
+        r < 1 - clip_low with A < 0. Masked positions are not treated: reduce with `masked_mean`.
+        There is no clamp but the clip. With a finite clip_high, a ratio that overflows gives the
+        clipped loss if A > 0, 0 if A = 0, and an infinite loss, which is the truth, if A < 0. A
+        loss that is not finite has gradient zero, so that a mask can drop it.
+    Raises:
+        ValueError: shapes differ, or a clip is negative.
+
+    >>> from torch import log, ones, tensor, zeros
+    >>> out = clipped_surrogate(log(tensor([[1.5, 0.5]])), zeros(1, 2), ones(1, 2), 0.2, 0.2)
+    >>> out.loss                         # min(1.5, 1.2) and min(0.5, 0.8), negated
+    tensor([[-1.2000, -0.5000]])
+    """
+    _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    _not_negative("clip_low", clip_low)
+    _not_negative("clip_high", clip_high)
+    log_ratio = _upcast(logprobs) - _upcast(old_logprobs).detach()
+    ratio, advantages = log_ratio.detach().exp(), _upcast(advantages).detach()
+
+    # Clipping the log-ratio is clipping the ratio, without the inf · 0 of an overflow.
+    low = math.log(1 - clip_low) if clip_low < 1 else -math.inf
+    high = math.log1p(clip_high)
+    clipped = ((advantages > 0) & (log_ratio > high)) | ((advantages < 0) & (log_ratio < low))
+    bounded = log_ratio.detach().clamp(low, high)
+    log_ratio = _grad_where_finite(log_ratio, advantages * ratio)
+    effective = torch.where(clipped | (advantages == 0), bounded, log_ratio)
+    return Surrogate(-advantages * effective.exp(), ratio, clipped)
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
+) -> ValueLoss:
+    """Value loss per token, unreduced, that does not reward leaving the old value by more than
+    clip. Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9 (not in the paper).
+
+        loss_t = 1/2 max((V_t - R_t)², (clip(V_t, V_old_t - clip, V_old_t + clip) - R_t)²)
+
+    Args:
+        values: (B, R) reward units, V(s_t) now; carries the gradient.
+        old_values: (B, R), the same at sampling time, treated as constants.
+        returns: (B, R), the targets, treated as constants.
+        clip: reward units, >= 0, so it means little unless rewards are scaled; None: no clip, the
+            plain 1/2 (V_t - R_t)².
+    Returns:
+        ValueLoss(loss, clipped), each (B, R); `clipped` is bool, True where the gradient is zero.
+        Masked positions are not treated: reduce with `masked_mean`. A loss that is not finite has
+        gradient zero, so that a mask can drop it.
+    Raises:
+        ValueError: shapes differ, or clip is negative.
+
+    >>> from torch import tensor
+    >>> out = clipped_value_loss(tensor([[2.0]]), tensor([[0.0]]), tensor([[3.0]]), clip=0.5)
+    >>> out.loss, out.clipped                    # the larger of (2 - 3)² and (0.5 - 3)², halved
+    (tensor([[3.1250]]), tensor([[True]]))
+    """
+    _same_shape(values=values, old_values=old_values, returns=returns)
+    values, old_values, returns = _upcast(values), _upcast(old_values), _upcast(returns).detach()
+    if clip is None:
+        bounded = values.detach()
+    else:
+        _not_negative("clip", clip)
+        bounded = values.detach().clamp(old_values.detach() - clip, old_values.detach() + clip)
+    error, bounded_error = values - returns, bounded - returns
+    clipped = ~(bounded_error.abs() <= error.abs())  # not >: a NaN in old_values has to show
+    error = _grad_where_finite(error, error + bounded_error)
+    largest = torch.where(clipped, bounded_error, error)
+    return ValueLoss(largest.square() / 2, clipped)
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not value >= 0:  # NaN is refused too
+        raise ValueError(f"{name} is {value}: 0 or more is legal")

@@ -1,0 +1,59 @@
+"""Meters that average what happened since the last log line, and the record a recipe yields."""
+
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """What a recipe yields after each iteration: a safe point to save, evaluate, print or stop."""
+
+    number: int  # iterations completed, 1-based, the same everywhere
+    metrics: dict[str, float]  # a pure function of the run's settings
+    clock: dict[str, float]  # seconds and rates: what depends on the machine
+    samples: list[dict]  # rows for samples.jsonl, where the recipe makes texts
+
+
+class AverageMeter:
+    """Weighted running average of one number."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.val, self.sum, self.count = 0.0, 0.0, 0
+
+    def update(self, value: float, n: int = 1) -> None:
+        """Adds `value`, the mean of n observations."""
+        self.val = value
+        self.sum += value * n
+        self.count += n
+
+    @property
+    def avg(self) -> float:
+        """The mean since the last reset; 0 where nothing was added."""
+        return self.sum / self.count if self.count else 0.0
+
+
+class Meters:
+    """Named meters of an open window. They are part of the state: a killed run loses none."""
+
+    def __init__(self):
+        self.meters: dict[str, AverageMeter] = {}
+
+    def update(self, values: dict[str, float], n: int = 1) -> None:
+        for name, value in values.items():
+            self.meters.setdefault(name, AverageMeter()).update(value, n)
+
+    def flush(self) -> dict[str, float]:
+        """The averages of the window, which is then empty."""
+        averages = {name: meter.avg for name, meter in self.meters.items()}
+        self.meters.clear()
+        return averages
+
+    def as_dict(self) -> dict[str, list[float]]:
+        return {name: [m.val, m.sum, m.count] for name, m in self.meters.items()}
+
+    def load(self, saved: dict[str, list[float]]) -> None:
+        self.meters.clear()
+        for name, (val, total, count) in saved.items():
+            meter = self.meters[name] = AverageMeter()
+            meter.val, meter.sum, meter.count = val, total, count

@@ -1,0 +1,141 @@
+"""The optimizer, the learning rate as a function of the step, gradient clipping, and batching."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from minirlhf import streams
+from minirlhf.errors import NON_FINITE, UserError
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def make_optimizer(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over all trainable parameters; only matrices decay."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Rate of step 0, 1, … steps - 1; a pure function, so there is no scheduler to save.
+
+    It rises linearly over `warmup` steps, the first of which is already above 0; from there on it
+    is constant, or falls linearly or as half a cosine to be 0 exactly where step `steps` would be.
+    """
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(steps - warmup, 1)  # 0 … below 1
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[schedule]
+    return peak * factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """`rate` for every group, scaled where a group names its own `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def clip_gradients(model: nn.Module, max_norm: float | None, where: str) -> float:
+    """Scales the gradient to a global 2-norm of at most max_norm; returns the norm before.
+
+    Raises:
+        UserError: the norm is not finite (exit code 3); the parameters are untouched.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    value = float(norm)
+    if not math.isfinite(value):
+        raise UserError(
+            f"{where}: grad_norm", f"is {value}",
+            "nothing was updated; lower learning_rate or max_grad_norm, or look at the batch",
+            NON_FINITE,
+        )
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return value
+
+
+def check_finite(where: str, **metrics: float) -> None:
+    """Stops the run (exit code 3) at a number that is not finite, naming it."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{where}: {name}", f"is {value}",
+                "nothing was updated; lower learning_rate, or look at the batch", NON_FINITE,
+            )
+
+
+def cut_by_tokens(lengths: Tensor, max_rows: int, max_tokens: int) -> list[Tensor]:
+    """Sorts rows by length and cuts them so that little of a micro-batch is padding.
+
+    Args:
+        lengths: (B,) tokens of each row.
+        max_rows: most rows of a micro-batch.
+        max_tokens: most cells, rows times longest row; a longer single row stands alone.
+    Returns:
+        Index tensors (b,), which together hold every row once, shortest first.
+    """
+    order = torch.argsort(lengths, stable=True)
+    parts, start = [], 0
+    for end in range(1, len(order) + 1):
+        full = end - start >= max_rows
+        if end < len(order):
+            full = full or int(lengths[order[end]]) * (end + 1 - start) > max_tokens
+        if full or end == len(order):
+            parts.append(order[start:end])
+            start = end
+    return parts
+
+
+def epoch_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """Batches of one epoch: shuffled, yet each of rows of like length.
+
+    The order is cut into pools of 32 batches, each pool sorted by length and cut into batches, and
+    the batches are shuffled. A pure function of its arguments.
+
+    Args:
+        lengths: (N,) tokens of each row.
+    Returns:
+        ceil(N / batch_size) index tensors; only the last may be shorter than batch_size.
+    """
+    order = streams.permutation(seed, "data order", epoch, len(lengths))
+    batches = []
+    for pool in order.split(32 * batch_size):
+        batches += pool[torch.argsort(lengths[pool], stable=True)].split(batch_size)
+    short = [b for b in batches if len(b) < batch_size]
+    whole = [b for b in batches if len(b) == batch_size]
+    shuffled = streams.permutation(seed, "batch order", epoch, len(whole)).tolist()
+    return [whole[i] for i in shuffled] + short
+
+
+def choose_device(name: str) -> str:
+    """`auto` is the first GPU, or else the CPU."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError("--device", f"{name!r} cannot be used ({reason})", "use cpu") from error
+    return name
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """Dtype of weights, gradients and moments; `auto` is float32, whose small updates survive."""
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -1,0 +1,300 @@
+"""Strict reading of files that others wrote: one JSON parser, one line reader, rows of data files.
+
+Every refusal names file:line. What Python's json would let through (NaN, a key given twice, half a
+surrogate pair) is refused here, before it turns into a wrong number far from its cause.
+"""
+
+import csv
+import gzip
+import json
+import math
+import stat
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from minirlhf.errors import UserError, printable
+
+LINE_CAP = 16 << 20  # bytes; nobody writes a longer line on purpose
+FILE_CAP = 1 << 30  # bytes of a file that is parsed in one piece
+DEPTH_CAP = 64
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file.
+
+    Args:
+        where: "file:line", the line on which the row starts.
+        columns: name -> value.
+        typed: False where the format knows only text (CSV, TSV), so that numbers come as strings.
+    """
+
+    where: str
+    columns: dict
+    typed: bool = True
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {printable(twice, 40)!r} stands twice in one object")
+    return made
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"number {printable(text, 40)} is not finite")
+    return number
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse_constant
+)
+
+
+def _check_tree(value: object) -> None:
+    """Refuses deep nesting and strings that have no UTF-8 form."""
+    stack = [(value, 1)]
+    while stack:
+        node, depth = stack.pop()
+        if depth > DEPTH_CAP:
+            raise ValueError(f"nested deeper than {DEPTH_CAP} levels")
+        if isinstance(node, str):
+            try:
+                node.encode()
+            except UnicodeEncodeError as error:
+                code = ord(node[error.start])
+                raise ValueError(f"half of a surrogate pair (\\u{code:04x}) in a string") from None
+        elif isinstance(node, dict):
+            stack += [(key, depth) for key in node]
+            stack += [(child, depth + 1) for child in node.values()]
+        elif isinstance(node, list):
+            stack += [(child, depth + 1) for child in node]
+
+
+def _decode(text: str, start: int, path: object, line: int) -> tuple[object, int]:
+    """(value, its end) of the JSON value at text[start]; `line` is that of text[0]."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+        # Both checks walk the tree in Python, so they wait until the text gives a reason.
+        if (
+            text.count("[", start, end) + text.count("{", start, end) > DEPTH_CAP
+            or text.find("\\ud", start, end) >= 0
+            or text.find("\\uD", start, end) >= 0
+        ):
+            _check_tree(value)
+        return value, end
+    except json.JSONDecodeError as error:
+        where = f"{path}:{line + error.lineno - 1}"
+        raise UserError(where, f"not valid JSON at column {error.colno}", error.msg) from None
+    except RecursionError:
+        what = f"nested deeper than {DEPTH_CAP} levels"
+    except ValueError as error:
+        what = str(error)
+        if what.startswith("Exceeds the limit"):  # the interpreter's own guard against huge numbers
+            what = "an integer of thousands of digits"
+    raise UserError(f"{path}:{line + text.count(chr(10), 0, start)}", what)
+
+
+def _skip_space(text: str, start: int) -> int:
+    while start < len(text) and text[start] in " \t\r\n":
+        start += 1
+    return start
+
+
+def strict_json(text: str, path: object, line: int = 1) -> object:
+    """The value of a JSON text that starts at `line` of `path`.
+
+    Raises:
+        UserError: not JSON; NaN, Infinity or a number beyond float64; a key twice in one object;
+            an integer of thousands of digits; deeper than 64 levels; half of a surrogate pair.
+    """
+    value, end = _decode(text, _skip_space(text, 0), path, line)
+    rest = _skip_space(text, end)
+    if rest < len(text):
+        line += text.count("\n", 0, rest)
+        column = rest - text.rfind("\n", 0, rest)
+        raise UserError(f"{path}:{line}", f"not valid JSON at column {column}", "text after it")
+    return value
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def _check_regular(path: Path) -> None:
+    """A pipe or a device would block or never end; only regular files are read."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(path, "no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL inside the name
+        raise UserError(path, "cannot be read", getattr(error, "strerror", "") or "") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise UserError(path, kind, "give a regular file")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[object]:
+    _check_regular(path)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(path, "damaged gzip file", str(error)) from None
+    except OSError as error:
+        raise UserError(path, "cannot be read", error.strerror or str(error)) from None
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        do = "it looks like UTF-16: save it as UTF-8" if utf16 else "save the file as UTF-8"
+        raise UserError(where, f"not UTF-8 at byte {error.start}", do) from None
+
+
+def read_file(path: str | Path, cap: int = FILE_CAP) -> bytes:
+    """All bytes of a regular file (unpacked where it ends in .gz), without a byte-order mark.
+
+    Raises:
+        UserError: not there, not a regular file, unreadable, or more than `cap` bytes.
+    """
+    with _opened(Path(path)) as file:
+        data = file.read(cap + 1)
+    if len(data) > cap:
+        raise UserError(path, f"larger than {cap:,} bytes")
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+def read_text(path: str | Path, cap: int = FILE_CAP) -> str:
+    """The text of a UTF-8 file, otherwise as `read_file`."""
+    return _text(read_file(path, cap), str(path))
+
+
+def read_json(path: str | Path, cap: int = FILE_CAP) -> object:
+    """The value of a JSON file, read by `strict_json`."""
+    return strict_json(read_text(path, cap), path)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, line with its line end); one line is the most that is ever held."""
+    with _opened(path) as file:
+        number = 0
+        while data := file.readline(LINE_CAP + 1):
+            number += 1
+            if len(data) > LINE_CAP:
+                raise UserError(f"{path}:{number}", f"a line of more than {LINE_CAP:,} bytes")
+            if number == 1:
+                data = data.removeprefix(b"\xef\xbb\xbf")
+            yield number, _text(data, f"{path}:{number}")
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def _row(value: object, where: str) -> Row:
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise UserError(where, f"a row must be a JSON object, got {found}", 'like {"text": "..."}')
+    return Row(where, value)
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield _row(strict_json(line, path, number), f"{path}:{number}")
+
+
+def _json_array(path: Path) -> Iterator[Row]:
+    text = read_text(path)
+    if text.lstrip()[:1] != "[":  # many files named .json hold one object a line
+        yield from _json_lines(path)
+        return
+    at = _skip_space(text, text.index("[") + 1)
+    line, counted, more = 1, 0, text[at : at + 1] != "]"
+    while more:
+        line, counted = line + text.count("\n", counted, at), at
+        value, end = _decode(text, at, path, 1)
+        yield _row(value, f"{path}:{line}")
+        at = _skip_space(text, end)
+        if more := text[at : at + 1] == ",":
+            at = _skip_space(text, at + 1)
+    if text[at : at + 1] != "]" or text[at + 1 :].strip():
+        line += text.count("\n", counted, at)
+        raise UserError(f"{path}:{line}", "not valid JSON", "rows in [ ], with ',' between them")
+
+
+def _table(path: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), LINE_CAP))  # 128 KiB cuts off long texts
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    start = 1
+    try:
+        for fields in reader:
+            where, start = f"{path}:{start}", reader.line_num + 1
+            if not any(field.strip() for field in fields):
+                continue
+            if header is None:
+                header = [name.strip() for name in fields]
+                if len(set(header)) != len(header) or "" in header:
+                    raise UserError(where, "column names must be non-empty and differ", str(header))
+                continue
+            if len(fields) != len(header):
+                raise UserError(
+                    where, f"{len(fields)} fields", f"the header names {len(header)} columns"
+                )
+            yield Row(where, dict(zip(header, fields, strict=True)), typed=False)
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}", "not valid CSV", str(error)) from None
+
+
+def _text_lines(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield Row(f"{path}:{number}", {"text": line.rstrip("\r\n")})
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Rows of a .jsonl, .json, .csv, .tsv or .txt file, or of one of these with .gz behind.
+
+    Blank lines are skipped and keep their number; a byte-order mark and CRLF are accepted. A .txt
+    file gives one row {"text": line} a line.
+
+    Raises:
+        UserError: not a regular file of a known kind; a row that is broken (file:line); no rows.
+    """
+    path = Path(path)
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    readers: dict[str, Iterable] = {
+        ".jsonl": _json_lines(path),
+        ".json": _json_array(path),
+        ".csv": _table(path, ","),
+        ".tsv": _table(path, "\t"),
+        ".txt": _text_lines(path),
+    }
+    if suffix not in readers:
+        raise UserError(
+            path, f"not a data file: ends in {suffix!r}", f"legal: {' '.join(SUFFIXES)}"
+        )
+    rows = 0
+    for row in readers[suffix]:
+        rows += 1
+        yield row
+    if not rows:
+        raise UserError(path, "no rows", "one row a line")

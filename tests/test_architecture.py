@@ -1,0 +1,249 @@
+"""What DESIGN keeps true of the whole package: layers, dependencies, and what no file may do.
+
+Everything is read from the syntax trees, so a rule holds for code that no other test runs.
+"""
+
+import ast
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import minirlhf
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "minirlhf").rglob("*.py"))
+TREES = {path: ast.parse(path.read_text("utf-8"), str(path)) for path in FILES}
+
+DEPENDENCIES = {"torch", "tokenizers", "safetensors", "numpy", "tqdm"}
+LAZY_DEPENDENCIES = {"jinja2", "huggingface_hub", "matplotlib"}  # inside functions only
+
+# From the ground up: a module imports from its own layer and from those before it.
+LAYERS = (
+    "minirlhf minirlhf.errors minirlhf.streams minirlhf.fsio minirlhf.rows",
+    "minirlhf.masking",
+    "minirlhf.kl minirlhf.losses minirlhf.advantages",
+    "minirlhf.transformer minirlhf.lora minirlhf.heads minirlhf.hf_config minirlhf.pretrained "
+    "minirlhf.generation",
+    "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.data",
+    "minirlhf.config minirlhf.optim minirlhf.meters minirlhf.rollout minirlhf.rewards "
+    "minirlhf.checkpoint minirlhf.distributed minirlhf.run",
+    "minirlhf.recipes.*",
+    "minirlhf.tools.*",
+    "minirlhf.cli",
+    "minirlhf.__main__",
+)
+MATH = ("minirlhf.masking", "minirlhf.kl", "minirlhf.losses", "minirlhf.advantages")
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): tree for path, tree in TREES.items()}
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """Full name of each thing that a file imports, wherever in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a script run by its path has no parent"
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+def module_behind(name: str) -> str:
+    """minirlhf.kl.kl_k1 -> minirlhf.kl"""
+    while name not in MODULES and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def own_imports(module: str) -> set[str]:
+    names = {module_behind(name) for name, _ in imported(MODULES[module])}
+    return {name for name in names if name.split(".")[0] == "minirlhf"}
+
+
+def layer_of(module: str) -> int:
+    family = module.rpartition(".")[0] + ".*"
+    for level, layer in enumerate(LAYERS):
+        if module in layer.split() or family in layer.split() or module + ".*" in layer.split():
+            return level
+    raise AssertionError(f"{module} has no layer: give it one in LAYERS")
+
+
+def breaches(rule) -> list[str]:
+    """'file:line' of every node that breaks a rule."""
+    return [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if rule(node)
+    ]
+
+
+# ---- imports -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module):
+    upwards = [name for name in own_imports(module) if layer_of(name) > layer_of(module)]
+    assert not upwards
+
+
+def test_imports_have_no_cycle():
+    graph = {module: own_imports(module) - {module} for module in MODULES}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name in MATH])
+def test_math_imports_nothing_of_ours_but_masking(module):
+    assert own_imports(module) <= {"minirlhf.masking"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if ".recipes." in name])
+def test_recipes_import_neither_each_other_nor_tools(module):
+    assert not [name for name in own_imports(module) if name.split(".")[1] in ("recipes", "tools")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_take_public_names_from_where_they_live(module):
+    """`from minirlhf import gae` inside the package would hide an edge of the import graph."""
+    public = {f"minirlhf.{name}" for name in minirlhf.__all__} - {"minirlhf.__version__"}
+    assert not public & {name for name, _ in imported(MODULES[module])} - set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_are_the_declared_dependencies(module):
+    tree = MODULES[module]
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for name, node in imported(tree):
+        top = name.split(".")[0]
+        legal = top in sys.stdlib_module_names | DEPENDENCIES | {"minirlhf"}
+        assert legal or (top in LAZY_DEPENDENCIES and id(node) in inside), f"{name}:{node.lineno}"
+
+
+def test_dependencies_are_the_five_with_floors_only():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    floors = [re.fullmatch(r"([a-z]+)>=[0-9.]+", line) for line in project["dependencies"]]
+    assert all(floors)
+    assert sorted(floor[1] for floor in floors) == sorted(DEPENDENCIES)
+
+
+def test_version_is_written_once():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert pyproject["project"]["dynamic"] == ["version"]
+    attr = pyproject["tool"]["setuptools"]["dynamic"]["version"]["attr"]
+    assert attr == "minirlhf.__version__"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_module_hides_another(path):
+    """A script run by its path has its own folder first on sys.path."""
+    if path.stem not in ("__init__", "__main__"):
+        assert path.stem not in sys.stdlib_module_names | DEPENDENCIES | LAZY_DEPENDENCIES
+
+
+# ---- what no file may do -------------------------------------------------------------------------
+
+
+def runs_what_it_reads(node: ast.AST) -> bool:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+        return bool({"pickle", "marshal", "shelve"} & names)
+    if isinstance(node, ast.Attribute):
+        return ast.unparse(node) in ("torch.load", "torch.save")
+    if isinstance(node, ast.keyword):
+        return node.arg == "allow_pickle"
+    return isinstance(node, ast.Name) and node.id in ("eval", "exec", "compile", "__import__")
+
+
+def catches_everything(node: ast.AST) -> bool:
+    return isinstance(node, ast.ExceptHandler) and node.type is None
+
+
+def takes_an_id_for_false(node: ast.AST) -> bool:
+    """Token id 0 is a token: `pad_id or eos_id` would lose it."""
+
+    def name(value: ast.expr) -> str:
+        match value:
+            case (
+                ast.Name(id=name)
+                | ast.Attribute(attr=name)
+                | ast.Subscript(slice=ast.Constant(value=name))
+                | ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=name), *_])
+            ):
+                return str(name)
+        return ""
+
+    is_or = isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or)
+    return is_or and any(name(value).endswith("_id") for value in node.values)
+
+
+RULES = {
+    runs_what_it_reads: (
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(path)",
+        "torch.save(x, path)",
+        "numpy.load(path, allow_pickle=True)",
+        "eval(text)",
+        "exec(text)",
+        "__import__(text)",
+    ),
+    catches_everything: ("try:\n    f()\nexcept:\n    g()",),
+    takes_an_id_for_false: (
+        "pad_id or eos_id",
+        "a = None or config.pad_id",
+        "raw['pad_token_id'] or 0",
+        "raw.get('pad_token_id') or 0",
+    ),
+}
+LEGAL = "model.eval(); re.compile(x); torch.compile(f); pad_id is None or eos_id == 0; pad_id and x"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_file(rule):
+    assert not breaches(rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rule_sees_what_it_forbids_and_nothing_else(rule):
+    for code in RULES[rule]:
+        assert any(map(rule, ast.walk(ast.parse(code)))), code
+    assert not any(map(rule, ast.walk(ast.parse(LEGAL))))
+
+
+# ---- what every file must do ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"minirlhf.__main__"}))
+def test_module_imports_and_its_examples_hold(module):
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+@pytest.mark.parametrize("name", minirlhf.__all__)
+def test_public_name_resolves(name):
+    assert getattr(minirlhf, name) is not None
+    assert name in dir(minirlhf)
+
+
+def test_package_refuses_a_name_that_it_has_not():
+    with pytest.raises(AttributeError, match="module 'minirlhf' has no attribute 'Trainer'"):
+        minirlhf.Trainer  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["minirlhf", "minirlhf.cli", "minirlhf.config"])
+def test_import_does_not_wait_for_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

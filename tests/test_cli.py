@@ -1,0 +1,129 @@
+"""The command line: verbs, exit codes, and that asking for help does not wait for torch."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import minirlhf
+from minirlhf import cli
+from minirlhf.errors import BAD_INPUT, MACHINE, UserError
+
+ROOT = Path(__file__).parents[1]
+RECIPES = [verb for verb, (module, _) in cli.VERBS.items() if ".recipes." in module]
+
+
+def python(*words: str) -> subprocess.CompletedProcess:
+    """Runs Python on this tree, installed or not."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, *words], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Puts a verb `try` into the table, whose main is the given function."""
+
+    def put(main):
+        module = types.ModuleType("tried")
+        module.main = main
+        monkeypatch.setitem(sys.modules, "tried", module)
+        monkeypatch.setitem(cli.VERBS, "try", ("tried", "tries"))
+
+    return put
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_main_lists_the_verbs(argv, capsys):
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    for name, (_, what) in cli.VERBS.items():
+        assert f"  {name:<8}{what}\n" in out
+
+
+def test_main_tells_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"minirlhf {minirlhf.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "right"), [("pop", "ppo"), ("rewards", "reward"), ("--verison", "--version")]
+)
+def test_main_names_the_nearest_of_an_unknown_verb(word, right, capsys):
+    assert cli.main([word]) == BAD_INPUT
+    told = capsys.readouterr()
+    assert told.err == f"error: minirlhf {word}: no such verb: the nearest is {right}\n"
+    assert told.out == ""
+
+
+def test_main_hands_the_rest_of_the_line_to_the_verb(verb):
+    seen = []
+
+    def main(argv):
+        seen.append(argv)
+        return 75
+
+    verb(main)
+    assert cli.main(["try", "--model", "m"]) == 75
+    assert seen == [["--model", "m"]]
+
+
+def test_main_reads_the_process_command_line_by_default(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["minirlhf", "--version"])
+    assert cli.main() == 0
+    assert capsys.readouterr().out.startswith("minirlhf ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("--steps", "got 0", "must be >= 1"), BAD_INPUT, "--steps: got 0: must be >= 1"),
+        (OSError(28, "No space left on device", "/out"), MACHINE, "/out: No space left on device"),
+    ],
+)
+def test_main_turns_an_error_into_one_line_and_its_exit_code(error, code, line, verb, capsys):
+    def main(argv):
+        raise error
+
+    verb(main)
+    assert cli.main(["try"]) == code
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["--version"], ["pop"]])
+def test_main_does_not_import_torch_without_a_verb(argv):
+    code = f"from minirlhf import cli; cli.main({argv!r})"
+    assert python("-c", code + "; import sys; sys.exit('torch' in sys.modules)").returncode == 0
+
+
+def test_python_dash_m_is_the_command_line():
+    done = python("-m", "minirlhf", "pop")
+    assert done.returncode == BAD_INPUT
+    assert done.stderr == "error: minirlhf pop: no such verb: the nearest is ppo\n"
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([verb, "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: minirlhf {verb} ")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_refuses_an_unknown_flag(verb, capsys):
+    assert cli.main([verb, "--modle", "m"]) == BAD_INPUT
+    told = capsys.readouterr().err
+    assert told.startswith("error: --modle: unknown flag: the nearest is --")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_a_recipe_run_by_its_path_is_its_verb(verb):
+    by_path = python(f"minirlhf/recipes/{verb}.py", "--help")
+    assert by_path.returncode == 0, by_path.stderr
+    assert by_path.stdout.startswith(f"usage: minirlhf {verb} ")

@@ -1,0 +1,268 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import PEERS
+
+from minirlhf.generation import pad_right
+from minirlhf.hf_config import config_from_hf
+from minirlhf.pretrained import load_pretrained
+from minirlhf.transformer import (
+    CausalLM,
+    KVCache,
+    ModelConfig,
+    RMSNorm,
+    RotaryTable,
+    initialize,
+    rotary_frequencies,
+    rotate,
+)
+
+f64 = torch.float64
+RNG = torch.Generator().manual_seed(0)
+ROWS = [torch.randint(99, (n,), generator=RNG).tolist() for n in (1, 5, 12, 16)]
+TINY = ModelConfig(
+    family="llama", vocab_size=11, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=2,
+    num_kv_heads=1, head_dim=4, max_positions=32,
+)  # fmt: skip
+
+
+def close(got, expected, atol=1e-6):
+    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+
+
+def tiny(**changes):
+    return initialize(CausalLM(replace(TINY, **changes)).double(), torch.Generator().manual_seed(0))
+
+
+# ---- the same numbers as transformers ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PEERS)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(name, peer):
+    theirs, folder = peer(name)
+    lm = load_pretrained(folder)
+    logits = lm.logits(lm(pad_right(ROWS)))
+    for row, ours in zip(ROWS, logits, strict=True):
+        expected = theirs(torch.tensor([row])).logits[0]
+        assert expected.std() > 0.3  # so that the tolerance means something
+        close(ours[: len(row)], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-llama3", "llama-dynamic", "gpt2"])
+@torch.no_grad()
+def test_logits_are_those_of_transformers_up_to_the_last_position(name, peer):
+    theirs, folder = peer(name)
+    lm = load_pretrained(folder)
+    row = torch.randint(99, (1, 64), generator=torch.Generator().manual_seed(1))
+    close(lm.logits(lm(row)), theirs(row).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3", "gpt2"])
+def test_gradients_are_those_of_transformers(name, peer):
+    theirs, folder = peer(name)
+    lm, row = load_pretrained(folder), torch.tensor([ROWS[2]])
+    lm.logits(lm(row)).log_softmax(-1)[..., 7].sum().backward()
+    logits = theirs(row).logits
+    weights = [theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight]
+    expected = torch.autograd.grad(logits.log_softmax(-1)[..., 7].sum(), weights)
+    close(lm.model.embed_tokens.weight.grad, expected[0], atol=1e-4)
+    close(lm.unembedding.grad, expected[1], atol=1e-4)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["rotary", "learned"])
+def test_padding_and_later_tokens_change_nothing_before_them(family):
+    lm = tiny(positions=family)
+    row = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    other = row.clone()
+    other[0, 5:] = torch.tensor([0, 7, 10])
+    assert torch.equal(lm(row)[:, :5], lm(other)[:, :5])
+    assert not torch.equal(lm(row)[:, 5], lm(other)[:, 5])
+
+
+@pytest.mark.parametrize("family", ["rotary", "learned"])
+def test_order_of_tokens_matters(family):
+    lm = tiny(positions=family)
+    one, two = lm(torch.tensor([[3, 1, 4]])), lm(torch.tensor([[1, 3, 4]]))
+    assert (one[0, 2] - two[0, 2]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("lengths", [[1, 1], [5, 2, 3], [4]])
+@pytest.mark.parametrize("family", ["rotary", "learned"])
+@torch.no_grad()
+def test_decoding_with_a_cache_is_the_full_forward(family, lengths):
+    lm = tiny(positions=family, num_heads=4, num_kv_heads=2)
+    rng = torch.Generator().manual_seed(2)
+    rows = torch.randint(11, (len(lengths), 10), generator=rng)
+    expected = [lm(row[None])[0] for row in rows]
+    cache = KVCache(lm.config, len(lengths), 10, lm.unembedding)
+    width = max(lengths)
+    prompts = rows[:, :width].clone()
+    for prompt, length in zip(prompts, lengths, strict=True):
+        prompt[length:] = 10  # whatever lies in the padding must not be seen later
+    hidden = lm(prompts, cache)
+    for row, length in enumerate(lengths):
+        close(hidden[row, :length], expected[row][:length], atol=1e-12)
+    cache.lengths = torch.tensor(lengths)
+    for _ in range(10 - width):
+        hidden = lm(rows.gather(1, cache.lengths[:, None]), cache)
+        for row, at in enumerate(cache.lengths.tolist()):
+            close(hidden[row, 0], expected[row][at], atol=1e-12)
+        cache.lengths = cache.lengths + 1
+
+
+def test_cache_keeps_the_rows_asked_for():
+    cache = KVCache(TINY, 3, 2, torch.zeros(1))
+    cache.keys[1][2] = 7.0
+    cache.lengths = torch.tensor([4, 5, 6])
+    cache.keep(torch.tensor([2, 0]))
+    assert cache.lengths.tolist() == [6, 4]
+    assert cache.keys[1][:, 0, 0, 0].tolist() == [7, 0]
+    assert all(kept.shape[0] == 2 for kept in cache.keys + cache.values)
+
+
+def test_cache_refuses_a_second_prompt():
+    lm = tiny()
+    cache = KVCache(lm.config, 1, 8, lm.unembedding)
+    cache.lengths = torch.tensor([3])
+    with pytest.raises(ValueError, match="empty cache; after it, one token at a time"):
+        lm(torch.tensor([[1, 2]]), cache)
+
+
+def test_forward_refuses_a_flat_row():
+    with pytest.raises(ValueError, match=r"tokens is \(3,\): give \(B, T\)"):
+        tiny()(torch.tensor([1, 2, 3]))
+
+
+def test_sliding_window_allows_rows_up_to_it_and_refuses_longer():
+    lm, row = tiny(sliding_window=4), torch.tensor([[1, 2, 3, 4, 5]])
+    assert torch.equal(lm(row[:, :4]), tiny()(row[:, :4]))
+    with pytest.raises(ValueError, match="5 tokens is longer than the model's sliding window of 4"):
+        lm(row)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"positions": "learned"},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    ],
+)
+def test_positions_the_model_does_not_define_are_refused(changes):
+    lm = tiny(**changes)
+    lm(torch.zeros(1, 32, dtype=torch.int64))
+    with pytest.raises(ValueError, match="33 tokens exceeds the model's 32 positions"):
+        lm(torch.zeros(1, 33, dtype=torch.int64))
+
+
+def test_a_cache_does_not_hide_the_limits():
+    lm = tiny(sliding_window=4)
+    cache = KVCache(lm.config, 1, 8, lm.unembedding)
+    cache.lengths = torch.tensor([4])
+    with pytest.raises(ValueError, match="5 tokens is longer than the model's sliding window"):
+        lm(torch.tensor([[1]]), cache)
+
+
+# ---- parts by hand -------------------------------------------------------------------------------
+
+
+def frequencies(head_dim, **scaling):
+    config = replace(TINY, head_dim=head_dim, rope_scaling=scaling or None)
+    return rotary_frequencies(config)
+
+
+def test_rotary_frequencies_by_hand():
+    freqs, factor = frequencies(4)
+    close(freqs, torch.tensor([1, 0.01], dtype=f64))  # 10000^0, 10000^(-2/4)
+    assert factor == 1.0
+
+
+def test_rotary_frequencies_linear_by_hand():
+    freqs, factor = frequencies(4, rope_type="linear", factor=4.0)
+    close(freqs, torch.tensor([0.25, 0.0025], dtype=f64), atol=1e-12)
+    assert factor == 1.0
+
+
+@pytest.mark.parametrize(
+    "turns, second",
+    [
+        (1.0, 0.01 / 8),  # low_freq_factor turns or fewer: stretched
+        (2.5, 0.5 * 0.01 + 0.5 * 0.01 / 8),  # half way between 1 and 4
+        (4.0, 0.01),  # high_freq_factor turns or more: kept
+    ],
+)
+def test_rotary_frequencies_llama3_by_hand(turns, second):
+    # The second pair turns 0.01 radian a position, so `turns` times in 2 pi turns / 0.01 positions.
+    freqs, factor = frequencies(
+        4, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=200 * math.pi * turns,
+    )  # fmt: skip
+    close(freqs, torch.tensor([1, second], dtype=f64), atol=1e-12)
+    assert factor == 1.0
+
+
+def test_rotary_frequencies_yarn_by_hand():
+    # Pairs turn at 1, 0.1, 0.01, 0.001, hence 100, 10, 1, 0.1 times in 200 pi positions. 50 turns
+    # lie between pairs 0 and 1 (floor: 0), 0.2 turns between 2 and 3 (ceil: 3). So the ramp is
+    # 0, 1/3, 2/3, 1, and a frequency is scaled by 1 - ramp + ramp / 4 = 1, 3/4, 1/2, 1/4.
+    freqs, factor = frequencies(
+        8, rope_type="yarn", factor=4.0, beta_fast=50.0, beta_slow=0.2,
+        original_max_position_embeddings=200 * math.pi,
+    )  # fmt: skip
+    close(freqs, torch.tensor([1, 0.075, 0.005, 0.00025], dtype=f64), atol=1e-12)
+    assert factor == pytest.approx(1.1386294361)  # 0.1 ln 4 + 1
+
+
+def test_rotate_turns_by_the_position():
+    cos, sin = RotaryTable(replace(TINY, head_dim=2))(4, torch.zeros(0, dtype=f64))
+    x = torch.tensor([1.0, 0.0], dtype=f64).expand(1, 1, 4, 2)
+    expected = [[math.cos(m), math.sin(m)] for m in range(4)]
+    close(rotate(x, cos[:4], sin[:4])[0, 0], torch.tensor(expected, dtype=f64), atol=1e-12)
+
+
+def test_rotary_table_grows_without_changing_what_it_said():
+    table = RotaryTable(TINY)
+    before = table(3, torch.zeros(0))[0].clone()
+    after = table(len(before) + 1, torch.zeros(0))[0]
+    assert len(after) > len(before)
+    assert torch.equal(after[: len(before)], before)
+    assert table(3, torch.zeros(0, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+
+
+def test_rms_norm_by_hand():
+    norm = RMSNorm(2, eps=0.5).double()
+    norm.weight.data = torch.tensor([1.0, 2.0], dtype=f64)
+    x = torch.tensor([3.0, 4.0], dtype=f64)  # mean square 12.5, + 0.5 = 13
+    close(norm(x), torch.tensor([3 / 13**0.5, 8 / 13**0.5], dtype=f64))
+
+
+def test_rms_norm_of_bfloat16_has_float32_statistics():
+    norm = RMSNorm(3, eps=0.0).bfloat16()
+    x = torch.tensor([256.0, 1.0, 0.0]).bfloat16()  # 65536 + 1 has no bfloat16
+    wide = RMSNorm(3, eps=0.0)(x.float())
+    assert torch.equal(norm(x), wide.bfloat16())
+
+
+def test_initialize_is_gpt2s():
+    config = config_from_hf(
+        {
+            "model_type": "llama", "vocab_size": 500, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 8, "num_attention_heads": 4, "max_position_embeddings": 32,
+            "attention_bias": True, "initializer_range": 0.04,
+        }
+    )  # fmt: skip
+    lm = initialize(CausalLM(config), torch.Generator().manual_seed(0))
+    attention = lm.model.layers[3].self_attn
+    # The standard deviation of n draws is known to 1 / sqrt(2 n): 1.1 % of 4096.
+    assert lm.model.embed_tokens.weight.std().item() == pytest.approx(0.04, rel=0.05)
+    assert attention.q_proj.weight.std().item() == pytest.approx(0.04, rel=0.05)
+    assert attention.o_proj.weight.std().item() == pytest.approx(0.01, rel=0.05)  # 0.04 / sqrt(16)
+    assert lm.model.layers[3].mlp.down_proj.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert (lm.model.norm.weight == 1).all() and (attention.q_proj.bias == 0).all()
+    again = initialize(CausalLM(config), torch.Generator().manual_seed(0))
+    assert torch.equal(lm.lm_head.weight, again.lm_head.weight)
