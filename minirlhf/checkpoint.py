@@ -163,7 +163,9 @@ def load_checkpoint(state: TrainState, commit: str | Path) -> None:
         raise UserError(commit, problem, "use another checkpoint")
     weights, wanted = load_file(commit / "model.safetensors"), state.model.state_dict()
     if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in wanted.items()}:
-        raise UserError(commit, "holds the weights of another model", "resume with the same --model")
+        raise UserError(
+            commit, "holds the weights of another model", "resume with the same --model"
+        )
     state.model.load_state_dict(weights)
     _restore_optimizer(state, load_file(commit / "optimizer.safetensors"), commit)
     numbers = read_json(commit / "state.json")

@@ -6,7 +6,8 @@ An error is one line: where (file:line or setting), what was found, what is lega
 import sys
 from collections.abc import Callable
 
-OK, BUG, BAD_INPUT, NON_FINITE, MACHINE, REWARD_SERVICE, DISTRIBUTED, STOPPED = 0, 1, 2, 3, 4, 5, 6, 75
+OK, BUG, BAD_INPUT, NON_FINITE, MACHINE = 0, 1, 2, 3, 4
+REWARD_SERVICE, DISTRIBUTED, STOPPED = 5, 6, 75
 
 
 class UserError(Exception):
@@ -26,7 +27,8 @@ class UserError(Exception):
 
 def printable(text: object, limit: int = 200) -> str:
     """Text that came from a file, safe for a terminal: one line, no control characters, capped."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    shown = "".join(escaped)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 

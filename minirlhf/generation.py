@@ -130,7 +130,7 @@ def sampling_law(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
 
 
 def draw(law: Tensor, keys: Tensor, t: Tensor) -> Tensor:
-    """Inverse-CDF sampling with one uniform a row: the first token whose cumulative mass exceeds it.
+    """Inverse-CDF sampling, one uniform a row: the first token whose cumulative mass exceeds it.
 
     Args:
         law: (A, V) log-probabilities.
@@ -140,7 +140,7 @@ def draw(law: Tensor, keys: Tensor, t: Tensor) -> Tensor:
         (A,) int64 ids, each with positive mass.
     """
     cumulative = law.exp().cumsum(-1)
-    total = cumulative[:, -1:].contiguous()  # rounding may leave it off 1: the uniform is scaled by it
+    total = cumulative[:, -1:].contiguous()  # rounding may leave it off 1: it scales the uniform
     u = streams.uniform(keys, t)[:, None].to(cumulative) * total
     drawn = torch.searchsorted(cumulative, u, right=True)  # right: u = 0 skips massless tokens
     last = torch.searchsorted(cumulative, total)  # first to reach the total: it has mass
@@ -193,8 +193,10 @@ def decode_steps(
         # A greedy law is finite whatever the logits are; another may overflow where they do not.
         if not torch.isfinite(logits.amax(-1) + law.amax(-1)).all():
             raise UserError(
-                f"sampled token {t + 1}", "the model's logits are not finite",
-                "the weights have diverged: lower the learning rate", NON_FINITE,
+                f"sampled token {t + 1}",
+                "the model's logits are not finite",
+                "the weights have diverged: lower the learning rate",
+                NON_FINITE,
             )
         drawn = draw(law, keys, torch.tensor(t, device=device).expand(len(rows)))  # (A,)
         logprobs = law.gather(-1, drawn[:, None])[:, 0]

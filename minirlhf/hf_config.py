@@ -171,7 +171,8 @@ def config_from_hf(values: dict, where: Path | str = "config.json") -> ModelConf
     return ModelConfig(
         family=family, vocab_size=vocab, hidden_size=hidden,
         intermediate_size=read.integer("intermediate_size"),
-        num_layers=read.integer("num_hidden_layers", most=1024), num_heads=heads, num_kv_heads=kv_heads,
+        num_layers=read.integer("num_hidden_layers", most=1024),
+        num_heads=heads, num_kv_heads=kv_heads,
         head_dim=read.integer("head_dim", head_dim or hidden // heads), max_positions=max_positions,
         norm_eps=read.number("rms_norm_eps", 1e-6),
         activation=read.activation("hidden_act", "silu"), rope_theta=theta, rope_scaling=scaling,

@@ -62,7 +62,8 @@ def clip_gradients(model: nn.Module, max_norm: float | None, where: str) -> floa
     value = float(norm)
     if not math.isfinite(value):
         raise UserError(
-            f"{where}: grad_norm", f"is {value}",
+            f"{where}: grad_norm",
+            f"is {value}",
             "nothing was updated; lower learning_rate or max_grad_norm, or look at the batch",
             NON_FINITE,
         )
@@ -76,8 +77,10 @@ def check_finite(where: str, **metrics: float) -> None:
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise UserError(
-                f"{where}: {name}", f"is {value}",
-                "nothing was updated; lower learning_rate, or look at the batch", NON_FINITE,
+                f"{where}: {name}",
+                f"is {value}",
+                "nothing was updated; lower learning_rate, or look at the batch",
+                NON_FINITE,
             )
 
 

@@ -11,22 +11,23 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from minirlhf.errors import MACHINE, UserError
-from minirlhf.hf_config import config_from_hf, config_to_hf
 from minirlhf.heads import RewardModel, ValueHeadModel
+from minirlhf.hf_config import config_from_hf, config_to_hf
+from minirlhf.lora import has_lora
 from minirlhf.rows import read_json
 from minirlhf.transformer import CausalLM, ModelConfig
 
 # Tensors that old checkpoints carry and no computation needs.
 HARMLESS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]  # neither pickles nor code
 VALUE_HEAD = {"weight": "v_head.summary.weight", "bias": "v_head.summary.bias"}  # TRL's names
 
 
 def resolve(name: str | os.PathLike) -> Path:
-    """The local folder, or a download of a hub name; a folder that exists never asks the network."""
+    """The local folder, or a download of a hub name; a folder that is there asks no network."""
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -41,11 +42,12 @@ def resolve(name: str | os.PathLike) -> Path:
             name, "no such folder", "for a hub name: pip install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(str(name), allow_patterns=DOWNLOADED))
     except Exception as error:  # the hub's own errors, and those of whatever carries its requests
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            name, f"neither a local folder nor to be had from the hub ({reason})",
+            name,
+            f"neither a local folder nor to be had from the hub ({reason})",
             "check the path, or the name and the network",
         ) from error
 
@@ -90,12 +92,14 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
     for path in files:
         try:
             with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
+                for name in opened.keys():
                     if name in tensors:
                         raise UserError(path, f"'{name}' stands in two shards", "bad export?")
                     tensors[name] = opened.get_tensor(name)
         except SafetensorError as error:
-            raise UserError(path, f"not a whole safetensors file ({error})", "download again") from error
+            raise UserError(
+                path, f"not a whole safetensors file ({error})", "download again"
+            ) from error
     return {name: tensor for name, tensor in tensors.items() if not HARMLESS.search(name)}
 
 
@@ -104,10 +108,12 @@ def has_tensor(files: list[Path], name: str) -> bool:
     for path in files:
         try:
             with safe_open(path, framework="pt") as opened:
-                if name in opened.keys():  # noqa: SIM118 - not a dict
+                if name in opened.keys():
                     return True
         except SafetensorError as error:
-            raise UserError(path, f"not a whole safetensors file ({error})", "download again") from error
+            raise UserError(
+                path, f"not a whole safetensors file ({error})", "download again"
+            ) from error
     return False
 
 
@@ -119,7 +125,8 @@ def _gpt2_names(config: ModelConfig) -> dict[str, str]:
     }
     parts = {
         "input_layernorm": "ln_1", "self_attn.o_proj": "attn.c_proj",
-        "post_attention_layernorm": "ln_2", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
+        "post_attention_layernorm": "ln_2",
+        "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
     }  # fmt: skip
     for kind in ("weight", "bias"):
         names[f"model.norm.{kind}"] = f"transformer.ln_f.{kind}"
@@ -189,8 +196,16 @@ def _fill(
         raise UserError(
             where, "; ".join(problems[:5]) + more, "incomplete download, or another model's config?"
         )
+    kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
+    if dtype is None and len(kinds) > 1:
+        raise UserError(where, f"mixes {' and '.join(kinds)}", "choose one dtype")
     tensors = from_gpt2(module.config, tensors) if gpt2 else tensors
-    as_asked = {n: t.to(dtype or t.dtype).contiguous() for n, t in tensors.items()}
+    # Copied out of the mapped file: its addresses are unaligned, and the last bit of a matrix
+    # product depends on alignment, so a model read from another file would differ by rounding.
+    rows = torch.contiguous_format
+    as_asked = {
+        n: t.to(dtype or t.dtype, copy=True, memory_format=rows) for n, t in tensors.items()
+    }
     module.load_state_dict(as_asked, assign=True)
     for parameter in module.parameters():
         parameter.requires_grad_(True)
@@ -219,7 +234,8 @@ def load_pretrained(
         embedding = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"
         if not torch.equal(stored, tensors.get(embedding, stored)):
             raise UserError(
-                folder, "'lm_head.weight' differs from the embedding it is tied to",
+                folder,
+                "'lm_head.weight' differs from the embedding it is tied to",
                 "set tie_word_embeddings to false in config.json",
             )
     with torch.device("meta"):
@@ -241,12 +257,14 @@ def load_reward_model(
     tensors = _stored(folder, config)
     if "score.weight" not in tensors:
         raise UserError(
-            folder, "has no 'score.weight': not a reward model",
+            folder,
+            "has no 'score.weight': not a reward model",
             "train one with `minirlhf reward`, or give a folder with a score head",
         )
     if tensors["score.weight"].shape[:1] != (1,):
         raise UserError(
-            folder, f"'score.weight' is {tuple(tensors['score.weight'].shape)}",
+            folder,
+            f"'score.weight' is {tuple(tensors['score.weight'].shape)}",
             "a reward model has one output: shape (1, hidden_size)",
         )
     with torch.device("meta"):
@@ -270,6 +288,8 @@ def save_pretrained(
         pad_token_id: written to config.json; a reward model needs one so that other tools find the
             last real token of a padded row.
     """
+    if has_lora(model):
+        raise ValueError("the model has adapters: call merge_lora(model) before saving it")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lm = model.lm if isinstance(model, ValueHeadModel) else model

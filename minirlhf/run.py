@@ -68,7 +68,9 @@ class Run:
             if key not in FREE and old.get(key) != now[key]
         ]
         if changed:
-            raise UserError(where, "; ".join(changed), "resume with the settings of the first start")
+            raise UserError(
+                where, "; ".join(changed), "resume with the settings of the first start"
+            )
 
     def __enter__(self) -> "Run":
         self._lock = (self.folder / ".lock").open("a+")

@@ -84,7 +84,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 class RotaryTable:
-    """cos and sin of every position, (T, E) each; a pure function of the config, grown on demand."""
+    """cos and sin of every position, (T, E) each: a function of the config, grown on demand."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -247,7 +247,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         if tokens.dim() != 2:
             raise ValueError(f"tokens is {tuple(tokens.shape)}: give (B, T), rows left-aligned")
-        B, T = tokens.shape
+        T = tokens.shape[1]
         past = None if cache is None or T > 1 else cache.lengths  # decoding: own position a row
         if cache is not None and T > 1 and int(cache.lengths.max()) > 0:
             raise ValueError("a prompt goes into an empty cache; after it, one token at a time")
@@ -262,7 +262,10 @@ class Decoder(nn.Module):
             x = x + self.embed_positions(where)
         else:
             cos, sin = self.rotary(longest, x)
-            rope = (cos[:T], sin[:T]) if past is None else (cos[where][:, None], sin[where][:, None])
+            if past is None:
+                rope = cos[:T], sin[:T]
+            else:
+                rope = cos[where][:, None], sin[where][:, None]
         for block in self.layers:
             x = block(x, rope, cache)
         return self.norm(x)

@@ -152,6 +152,8 @@ def test_masking_refuses_other_shapes_and_dtypes(function):
         function(torch.zeros(2, 3), torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"mask is \(2, 1\), x is \(2, 3\): expand .*\.expand\(-1"):
         function(torch.zeros(2, 3), torch.ones(2, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask is \(3, 1\), x is \(1, 3\): give mask the shape"):
+        function(torch.zeros(1, 3), torch.ones(3, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"mask is \(3,\), x is \(\): give mask the shape"):
         function(torch.zeros(()), torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"mask is torch.float32: bool is needed.*mask\.bool\(\)"):

@@ -191,14 +191,19 @@ def evaluate(
         "min_reward": both.min(), "mean_reward": both.mean(), "max_reward": both.max(),
     }  # fmt: skip
     values = {name: float(value) for name, value in values.items()}
-    return Evaluation(values | (metrics(chosen, rejected, pairs) if metrics else {}), chosen, rejected)
+    return Evaluation(
+        values | (metrics(chosen, rejected, pairs) if metrics else {}), chosen, rejected
+    )
 
 
 def sample_rows(pairs: list[Pair], result: Evaluation, tokenizer: Tokenizer | None, count: int):
     """The first `count` pairs (-1: all) with both scores and P(chosen > rejected)."""
     rows = []
     for i, pair in enumerate(pairs[: len(pairs) if count < 0 else count]):
-        ids = {"chosen": pair.prompt_ids + pair.chosen_ids, "rejected": pair.prompt_ids + pair.rejected_ids}
+        ids = {
+            "chosen": pair.prompt_ids + pair.chosen_ids,
+            "rejected": pair.prompt_ids + pair.rejected_ids,
+        }
         texts = {k: tokenizer.decode(v) if tokenizer else v for k, v in ids.items()}
         c, r = float(result.chosen[i]), float(result.rejected[i])
         probability = float(torch.sigmoid(result.chosen[i] - result.rejected[i]))
@@ -240,8 +245,12 @@ def evaluate_all(r: Run, state: TrainState, sets: dict[str, list[Pair]], config,
             print_samples(rows)
             r.write_samples(state, [{"step": state.step, "set": prefix} | row for row in rows])
         metrics |= {prefix + name: value for name, value in result.metrics.items()}
-        print(f"  {prefix.rstrip('_')}: {len(held_out):,} pairs  " + "  ".join(
-            f"{n} {result.metrics[n]:.4f}" for n in ("accuracy", "ties", "loss", "margin")))
+        print(
+            f"  {prefix.rstrip('_')}: {len(held_out):,} pairs  "
+            + "  ".join(
+                f"{n} {result.metrics[n]:.4f}" for n in ("accuracy", "ties", "loss", "margin")
+            )
+        )
     return metrics
 
 
@@ -303,7 +312,9 @@ def main(argv: list[str] | None = None) -> int:
             merge_lora(model)
 
         def write(folder: Path) -> None:
-            pretrained.save_pretrained(model, folder, tokenizer.eos_ids[0] if pad is None else pad[1])
+            pretrained.save_pretrained(
+                model, folder, tokenizer.eos_ids[0] if pad is None else pad[1]
+            )
             tokenizer.save(folder, None if pad is None else pad[0])
 
         print(f"reward model in {r.export(write)}")

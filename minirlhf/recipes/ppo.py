@@ -1,0 +1,534 @@
+"""PPO for language models: sample, score, credit, optimise.
+
+Ziegler et al. 2019 (arXiv:1909.08593) and Ouyang et al. 2022 (arXiv:2203.02155): the reward of a
+response is its score minus a per-token KL penalty to a frozen reference; advantages by GAE; the
+clipped objective of Schulman et al. 2017 (arXiv:1707.06347). Read `ppo` first, then `ppo_step`.
+
+What is left out: truncated sampling (top-k, top-p, min-p), for the reason in `PPOConfig.check`.
+Run it as `minirlhf ppo`, `python -m minirlhf.recipes.ppo`, or loop over `ppo(...)`.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf import config as settings
+from minirlhf import optim, pretrained, streams
+from minirlhf.advantages import gae, token_rewards
+from minirlhf.checkpoint import TrainState
+from minirlhf.config import setting
+from minirlhf.data import Prompt, load_prompts
+from minirlhf.errors import BUG, OK, STOPPED, UserError, printable, run
+from minirlhf.generation import Sampling
+from minirlhf.heads import ValueHeadModel, response_states, token_logprobs
+from minirlhf.kl import AdaptiveKL, kl_k1
+from minirlhf.lora import adapters_off, add_lora, merge_lora
+from minirlhf.losses import clipped_surrogate, clipped_value_loss
+from minirlhf.masking import masked_standardize, masked_sum
+from minirlhf.meters import Step
+from minirlhf.rewards import Completions, RewardSource, load_reward
+from minirlhf.rollout import Rollout, RolloutBuffer, prompt_rows, replay_rows, sample, unpack
+from minirlhf.run import Run
+from minirlhf.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.transformer import CausalLM
+
+RATIO_TOLERANCE = 1e-4  # both are exactly 0 on a CPU; a GPU's kernels may differ in the last bit
+KL_TOLERANCE = 1e-4  # nats a token
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    model: str = setting(help="language model to align", metavar="FOLDER")
+    data: str = setting(help="prompts: JSON lines, JSON or CSV, also .gz", metavar="FILE")
+    reward: str = setting(help="reward-model folder, or file.py:function", metavar="SOURCE")
+    out: str = setting(help="folder of the run", metavar="DIR")
+    ref: str | None = setting(None, "reference; none: the policy at step 0", metavar="FOLDER")
+    # rollout
+    steps: int = setting(100, "iterations of sampling and optimising", at_least=1)
+    batch_size: int = setting(64, "prompts sampled in an iteration", at_least=1)
+    max_new_tokens: int = setting(64, "tokens of the longest response", at_least=1)
+    temperature: float = setting(1.0, "of sampling, and of every log-prob", above=0)
+    top_k: int = setting(0, "truncated sampling: only 0 (off) for now", at_least=0)
+    top_p: float = setting(1.0, "truncated sampling: only 1 (off) for now", above=0, at_most=1)
+    min_p: float = setting(0.0, "truncated sampling: only 0 (off) for now", at_least=0, at_most=1)
+    stop: tuple[str, ...] = setting((), "strings that end a response", metavar="TEXT")
+    rollout_batch_size: int = setting(256, "rows sampled side by side", at_least=1)
+    max_prompt_length: int | None = setting(None, "tokens of the longest prompt", at_least=1)
+    overlong: str = setting(
+        "error", "what happens to longer prompts", choices=("error", "drop", "truncate_prompt_left")
+    )
+    # reward
+    kl_coef: float = setting(0.05, "weight of the KL penalty, per nat", at_least=0)
+    kl_target: float | None = setting(None, "nats a response to steer kl_coef to", above=0)
+    kl_horizon: float = setting(10_000.0, "episodes over which kl_coef adapts", above=0)
+    missing_eos_penalty: float = setting(0.0, "taken off the score of a cut response", at_least=0)
+    gamma: float = setting(1.0, "discount", above=0, at_most=1)
+    lam: float = setting(0.95, "GAE's lambda", at_least=0, at_most=1)
+    # optimisation
+    epochs: int = setting(4, "passes over each rollout", at_least=1)
+    mini_batches: int = setting(1, "optimizer steps in a pass", at_least=1)
+    micro_batch_size: int = setting(8, "most rows in one forward pass", at_least=1)
+    micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
+    clip_low: float = setting(0.2, "policy ratio clipped below 1 minus this", at_least=0, at_most=1)
+    clip_high: float = setting(0.2, "policy ratio clipped above 1 plus this", at_least=0)
+    value_clip: float | None = setting(0.2, "value change clipped at this; none: off", above=0)
+    vf_coef: float = setting(0.1, "weight of the value loss", at_least=0)
+    whiten_advantages: bool = setting(True, "advantages to mean 0, std 1 over the rollout")
+    learning_rate: float = setting(3e-6, "peak step size of AdamW", above=0)
+    schedule: str = setting("linear", "decay of the learning rate", choices=optim.SCHEDULES)
+    warmup_steps: int = setting(0, "iterations until the peak learning rate", at_least=0)
+    weight_decay: float = setting(0.0, "AdamW's decay of matrices", at_least=0)
+    adam_epsilon: float = setting(1e-5, "AdamW's epsilon", above=0)
+    max_grad_norm: float | None = setting(1.0, "gradient norm to clip at; none: off", above=0)
+    lora_rank: int = setting(0, "train adapters of this rank; 0: all weights", at_least=0)
+    lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
+    # run
+    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = setting(0, "of prompt order, sampling and mini-batches")
+    sample_every: int = setting(10, "steps between tables of samples; 0: none", at_least=0)
+    sample_prompts: int = setting(4, "fixed prompts in the table", at_least=1)
+    save_rollouts: bool = setting(False, "all rollouts into samples.jsonl, ids and rewards too")
+    log_every: int = setting(1, "steps between lines of the log", at_least=1)
+    save_every: int = setting(20, "steps between checkpoints", at_least=1)
+    keep: int = setting(2, "checkpoints kept", at_least=2)
+    resume: bool = setting(False, "go on from the newest checkpoint of --out")
+
+    def check(self) -> list[str]:
+        problems = []
+        if self.top_k > 0 or self.top_p < 1 or self.min_p > 0:
+            problems.append(
+                "top_k, top_p, min_p: truncated sampling draws from another law than the one in "
+                "the ratio and the KL, so both would lose their meaning; use temperature"
+            )
+        if self.micro_batch_size * self.mini_batches > self.batch_size:
+            problems.append(
+                f"batch_size {self.batch_size} is less than {self.mini_batches} mini_batches of "
+                f"micro_batch_size {self.micro_batch_size}: use micro_batch_size "
+                f"{max(self.batch_size // self.mini_batches, 1)}, or batch_size "
+                f"{self.micro_batch_size * self.mini_batches}"
+            )
+        return problems
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_new_tokens, self.temperature, stop_strings=self.stop)
+
+
+class PPOStats(NamedTuple):
+    """Of one `ppo_step`; token means over the rollout's response tokens, all epochs alike."""
+
+    policy_loss: float
+    value_loss: float
+    loss: float  # policy_loss + vf_coef * value_loss
+    approxkl: float  # mean of (new - old logprob)^2 / 2, nats
+    clipfrac: float  # share of tokens whose policy gradient was clipped
+    value_clipfrac: float
+    entropy: float  # nats a token
+    ratio: float
+    ratio_var: float
+    grad_norm: float  # mean over optimizer steps, before clipping
+    explained_variance: float  # 1 - var(returns - old values) / var(returns)
+    non_score_reward: float  # mean over rows of the summed KL penalty, <= 0 on average
+    first_ratio_gap: float  # largest |ratio - 1| before the first optimizer step; 0 if exact
+
+
+class TokenPass(NamedTuple):
+    logprobs: Tensor  # (b, R) nats, at the sampling temperature; 0 outside the mask
+    entropy: Tensor  # (b, R) nats
+    values: Tensor  # (b, R)
+
+
+def policy_pass(policy: ValueHeadModel, micro: Rollout, temperature: float) -> TokenPass:
+    """One forward pass: log-prob, entropy and value at each response token."""
+    hidden, values = policy(micro.tokens)
+    logprobs, entropy = response_logprobs(policy.lm, hidden, micro, temperature)
+    R = micro.response_mask.shape[1]
+    return TokenPass(logprobs, entropy, response_states(values, micro.prompt_lengths, R))
+
+
+def response_logprobs(lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float):
+    """(b, R) log-probs and entropies of the response tokens; only their logits are computed."""
+    mask = micro.response_mask
+    states = response_states(hidden, micro.prompt_lengths, mask.shape[1])  # (b, R, D)
+    targets = response_states(micro.tokens, micro.prompt_lengths + 1, mask.shape[1])  # (b, R)
+    stats = token_logprobs(lm, states[mask], targets[mask], temperature)
+    return unpack(stats.logprobs, mask), unpack(stats.entropy, mask)
+
+
+@torch.no_grad()
+def measure(
+    policy: ValueHeadModel, ref: CausalLM | None, buffer: RolloutBuffer, temperature: float
+):
+    """Fills old_logprobs, old_values and ref_logprobs, on the micro-batches of the training passes.
+
+    ref None: the policy's own base under its adapters.
+    """
+
+    def fill(micro: Rollout) -> Rollout:
+        old = policy_pass(policy, micro, temperature)
+        with adapters_off(policy) if ref is None else nullcontext():
+            frozen = policy.lm if ref is None else ref
+            ref_logprobs, _ = response_logprobs(frozen, frozen(micro.tokens), micro, temperature)
+        return micro._replace(
+            old_logprobs=old.logprobs, old_values=old.values, ref_logprobs=ref_logprobs
+        )
+
+    buffer.update(fill)
+
+
+def assign_credit(buffer: RolloutBuffer, config: PPOConfig, kl_coef: float) -> None:
+    """Fills advantages and returns: KL penalty and score as rewards, then GAE."""
+
+    def fill(micro: Rollout) -> Rollout:
+        kl = kl_k1(micro.old_logprobs, micro.ref_logprobs)
+        rewards = token_rewards(micro.scores, kl, micro.response_mask, kl_coef)
+        credit = gae(rewards, micro.old_values, micro.response_mask, config.gamma, config.lam)
+        return micro._replace(advantages=credit.advantages, returns=credit.returns)
+
+    buffer.update(fill)
+    if config.whiten_advantages:  # once, over the whole rollout: no mini-batch split can change it
+        flat = buffer.tokens("advantages")
+        buffer.set_tokens("advantages", masked_standardize(flat, torch.ones_like(flat).bool()))
+
+
+def ppo_step(
+    policy: ValueHeadModel,
+    optimizer: torch.optim.Optimizer,
+    rollout: RolloutBuffer,
+    config: PPOConfig,
+    iteration: int = 0,
+    kl_coef: float | None = None,
+) -> PPOStats:
+    """GAE and the clipped-PPO update on one rollout, for one's own loop.
+
+    Args:
+        rollout: measured (see `measure`); its advantages and returns are filled here.
+        iteration: decides, with config.seed, the order of the mini-batches.
+        kl_coef: None is config.kl_coef.
+    Raises:
+        UserError: a loss or gradient that is not finite (exit code 3), before it is applied.
+    """
+    assign_credit(rollout, config, config.kl_coef if kl_coef is None else kl_coef)
+    device = rollout.micro_batches[0].tokens.device
+    names = ("policy_loss", "value_loss", "approxkl", "clipfrac", "value_clipfrac", "entropy")
+    sums = dict.fromkeys((*names, "ratio", "ratio_sq"), torch.zeros((), device=device))
+    total, norms, first_gap = 0, [], torch.zeros((), device=device)
+    for epoch in range(config.epochs):
+        parts = rollout.minibatches(config.mini_batches, config.seed, iteration, epoch)
+        for number, mini_batch in enumerate(parts):
+            # Every token of the optimizer step weighs the same, however it is cut.
+            tokens = sum(int(micro.response_mask.sum()) for micro in mini_batch)
+            step_loss = torch.zeros((), device=device)
+            for micro in mini_batch:
+                mask = micro.response_mask
+                new = policy_pass(policy, micro, config.temperature)
+                surrogate = clipped_surrogate(
+                    new.logprobs, micro.old_logprobs, micro.advantages,
+                    config.clip_low, config.clip_high,
+                )  # fmt: skip
+                value = clipped_value_loss(
+                    new.values, micro.old_values, micro.returns, config.value_clip
+                )
+                loss = masked_sum(surrogate.loss + config.vf_coef * value.loss, mask) / tokens
+                loss.backward()
+                step_loss += loss.detach()
+                if epoch == number == 0:
+                    first_gap = torch.maximum(first_gap, (surrogate.ratio - 1)[mask].abs().max())
+                log_ratio = new.logprobs.detach() - micro.old_logprobs
+                seen = {
+                    "policy_loss": surrogate.loss, "value_loss": value.loss,
+                    "approxkl": log_ratio.square() / 2, "clipfrac": surrogate.clipped,
+                    "value_clipfrac": value.clipped, "entropy": new.entropy,
+                    "ratio": surrogate.ratio, "ratio_sq": surrogate.ratio.square(),
+                }  # fmt: skip
+                sums = {k: sums[k] + masked_sum(x.detach(), mask) for k, x in seen.items()}
+                total += int(mask.sum())
+            where = f"step {iteration + 1}"
+            optim.check_finite(where, loss=float(step_loss))
+            norms.append(optim.clip_gradients(policy, config.max_grad_norm, where))
+            optimizer.step()
+            optimizer.zero_grad()
+    mean = {name: float(x) / total for name, x in sums.items()}
+    ratio_var = max(mean.pop("ratio_sq") - mean["ratio"] ** 2, 0.0)
+    returns, old_values = rollout.tokens("returns"), rollout.tokens("old_values")
+    spread = float(returns.var(correction=0))
+    unexplained = float((returns - old_values).var(correction=0))
+    penalty = rollout.row_sums("old_logprobs") - rollout.row_sums("ref_logprobs")
+    return PPOStats(
+        **mean, ratio_var=ratio_var, loss=mean["policy_loss"] + config.vf_coef * mean["value_loss"],
+        grad_norm=sum(norms) / len(norms),
+        explained_variance=1 - unexplained / spread if spread > 0 else 0.0,
+        non_score_reward=-float(penalty.mean()) * (config.kl_coef if kl_coef is None else kl_coef),
+        first_ratio_gap=float(first_gap),
+    )  # fmt: skip
+
+
+def score(reward: RewardSource, completions: Completions, config: PPOConfig, where: str) -> Tensor:
+    """(B,) scores as PPO uses them."""
+    scores = reward(completions)
+    for i, value in enumerate(scores.tolist()):
+        optim.check_finite(f"{where}, response {i}", score=value)
+    cut = torch.tensor([reason == "length" for reason in completions.finish_reasons])
+    return scores - config.missing_eos_penalty * cut
+
+
+def ppo(
+    state: TrainState,
+    prompts: list[Prompt],
+    reward: RewardSource,
+    ref: CausalLM | None,
+    tokenizer: Tokenizer,
+    config: PPOConfig,
+) -> Iterator[Step]:
+    """Aligns state.model, a ValueHeadModel; yields after each iteration.
+
+    Args:
+        state: may come from a checkpoint; the run goes on at its step.
+        prompts: N of them, in any order; they are shuffled anew each time all are used up.
+        reward: completions -> (B,) scores.
+        ref: the frozen reference; None where the policy has adapters: its base.
+        tokenizer: of the policy; decodes what reward sources see.
+        config: only its training settings are read.
+    Raises:
+        UserError: numbers that are not finite (exit code 3); the KL at step 0 is not 0 although
+            the reference is the policy, or the first ratio is not 1.
+    """
+    policy, B = state.model, config.batch_size
+    if state.kl_coef is None:
+        state.kl_coef = config.kl_coef
+    while state.step < config.steps:
+        iteration, clock = state.step, {}
+        started = time.perf_counter()
+        rate = optim.learning_rate(
+            iteration, config.steps, config.learning_rate, config.warmup_steps, config.schedule
+        )
+        optim.set_learning_rate(state.optimizer, rate)
+
+        # Sample: the texts depend on (seed, iteration, prompt) alone, not on how they are batched.
+        rows = prompt_rows(state.samples, B, len(prompts), config.seed)
+        keys = streams.key(config.seed, "rollout", iteration, rows, torch.arange(B))
+        batch = [prompts[i] for i in rows.tolist()]
+        completions, rollout = sample(
+            policy.lm, batch, keys, config.sampling, tokenizer, config.rollout_batch_size
+        )
+        clock["time/rollout"] = time.perf_counter() - started
+        scores = score(reward, completions, config, f"step {iteration + 1}")
+        rollout = rollout._replace(scores=scores.to(rollout.tokens.device))
+        clock["time/score"] = time.perf_counter() - started - clock["time/rollout"]
+
+        # Measure: cut once into micro-batches, and pass them through policy and reference.
+        buffer = RolloutBuffer(config.micro_batch_size, config.micro_batch_tokens)
+        buffer.add(rollout)
+        measure(policy, ref, buffer, config.temperature)
+        kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
+        check_start(iteration, kl, config)
+
+        # Learn: credit and several epochs of mini-batches.
+        kl_coef = state.kl_coef
+        stats = ppo_step(policy, state.optimizer, buffer, config, iteration, kl_coef)
+        check_ratio(iteration, stats.first_ratio_gap)
+        sequence_kl = float(kl.sum()) / B
+        if config.kl_target is not None:
+            controller = AdaptiveKL(kl_coef, config.kl_target, config.kl_horizon)
+            controller.update(sequence_kl, B)
+            state.kl_coef = controller.coef
+
+        state.step += 1
+        state.samples += B
+        metrics = summarise(stats, completions, scores, buffer, sequence_kl, tokenizer)
+        state.meters.update(metrics, B)
+        steady = {"lr": rate, "episode": state.samples, "objective/kl_coef": kl_coef,
+                  "epoch": state.samples / len(prompts)}  # fmt: skip
+        seconds = time.perf_counter() - started
+        clock["time/update"] = seconds - sum(clock.values())
+        sampled = int(rollout.response_mask.sum())
+        clock |= {"time/step": seconds, "eps": B / seconds, "tok_per_s": sampled / seconds}
+        replay = replay_rows(completions, buffer) if config.save_rollouts else []
+        replay = [{"step": state.step, "kind": "rollout"} | row for row in replay]
+        yield Step(state.step, metrics | steady, clock, replay)
+
+
+def check_start(iteration: int, kl: Tensor, config: PPOConfig) -> None:
+    """At step 0 the policy is its own reference, so every log-ratio must be 0."""
+    gap = float(kl.abs().max())
+    if iteration == 0 and config.ref is None and not gap <= KL_TOLERANCE:
+        raise UserError(
+            "step 1: objective/kl", f"a token's KL is {gap:.3g} nats before any training",
+            "the reference is not the starting policy; name another one with --ref, "
+            "which turns this check off", BUG,
+        )  # fmt: skip
+
+
+def check_ratio(iteration: int, gap: float) -> None:
+    """Before the first update of an iteration the policy is the one that sampled."""
+    if not gap <= RATIO_TOLERANCE:
+        raise UserError(
+            f"step {iteration + 1}: val/ratio",
+            f"the first ratio is off 1 by {gap:.3g}",
+            "training and measuring passes differ: is something random or stateful in the model?",
+            BUG,
+        )
+
+
+def summarise(
+    stats: PPOStats, completions: Completions, scores: Tensor, buffer: RolloutBuffer,
+    sequence_kl: float, tokenizer: Tokenizer,
+) -> dict[str, float]:  # fmt: skip
+    """TRL's metric names, with the numbers that the names promise: masked and token-weighted."""
+    B, ended = len(buffer), sum(reason != "length" for reason in completions.finish_reasons)
+    unknown = sum(i >= tokenizer.vocab_size for ids in completions.response_ids for i in ids)
+    return {
+        "objective/scores": float(scores.mean()),
+        "objective/scores_std": float(scores.std(correction=0)),
+        "objective/kl": sequence_kl,
+        "objective/non_score_reward": stats.non_score_reward,
+        "objective/rlhf_reward": float(scores.mean()) + stats.non_score_reward,
+        "objective/entropy": -float(buffer.row_sums("old_logprobs").mean()),
+        "policy/approxkl_avg": stats.approxkl,
+        "policy/clipfrac_avg": stats.clipfrac,
+        "policy/entropy_avg": stats.entropy,
+        "loss/policy_avg": stats.policy_loss,
+        "loss/value_avg": stats.value_loss,
+        "loss/total_avg": stats.loss,
+        "val/clipfrac_avg": stats.value_clipfrac,
+        "val/ratio": stats.ratio,
+        "val/ratio_var": stats.ratio_var,
+        "val/num_eos_tokens": float(completions.finish_reasons.count("eos")),
+        "grad_norm": stats.grad_norm,
+        "response_length": sum(map(len, completions.response_ids)) / B,
+        "health/eos_rate": ended / B,
+        "health/explained_variance": stats.explained_variance,
+        "health/unknown_tokens": float(unknown),
+    }
+
+
+def sample_table(state: TrainState, prompts, reward, tokenizer, config: PPOConfig) -> list[dict]:
+    """The same prompts with the same random keys at every call: what changes is the policy."""
+    fixed = prompts[: config.sample_prompts]
+    keys = streams.key(config.seed, "sample table", torch.arange(len(fixed)))
+    completions, _ = sample(
+        state.model.lm, fixed, keys, config.sampling, tokenizer, config.rollout_batch_size
+    )
+    scores = score(reward, completions, config, f"samples at step {state.step}").tolist()
+    print(f"  samples at step {state.step}")
+    rows = []
+    for prompt, text, reason, value in zip(
+        completions.prompts,
+        completions.completions,
+        completions.finish_reasons,
+        scores,
+        strict=True,
+    ):
+        shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        print(f"  {value:>8.3f}  {printable(shown, 60)} | {printable(text, 160)}")
+        rows.append({"step": state.step, "kind": "sample", "prompt": prompt, "response": text,
+                     "finish_reason": reason, "score": value})  # fmt: skip
+    return rows
+
+
+def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel, device, dtype) -> dict:
+    """What is about to happen, before it costs anything."""
+    weights = sum(p.numel() for p in policy.parameters())
+    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    # Weights once, and a copy as the reference unless that is the policy without its adapters;
+    # a gradient and two moments for what is trained.
+    held = weights + 3 * trainable + (0 if config.lora_rank else weights)
+    per_step = ceil(config.batch_size / config.mini_batches)
+    accumulated = ceil(per_step / config.micro_batch_size)
+    adapting = config.kl_target and f"adapting to {config.kl_target:g} nats a response"
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    return {
+        "prompts": prompts,
+        "epochs over prompts": f"{config.steps * config.batch_size / prompts:.2f}",
+        "rows in a forward pass": f"at most {config.micro_batch_size}, "
+        f"{config.micro_batch_tokens:,} tokens",
+        "rows in an optimizer step": f"about {per_step}, {accumulated} or more forward passes",
+        "rows in a rollout": config.batch_size,
+        "optimisation": f"{config.epochs} epochs of {config.mini_batches} mini-batches a rollout",
+        "steps": config.steps,
+        "trainable parameters": trainable,
+        "learning rate": f"{config.learning_rate:g}, {config.schedule}, "
+        f"{config.warmup_steps} warm-up steps",
+        "kl_coef": f"{config.kl_coef:g}, {adapting or 'fixed'}",
+        "gamma, lambda": f"{config.gamma:g}, {config.lam:g}",
+        "clip": f"ratio {low:g} to {high:g}, value {config.value_clip}",
+        "reference": config.ref or "the policy at step 0; their KL must be 0 there",
+        "memory": f"{held * torch.finfo(dtype).bits / 8e9:.2f} GB for weights, gradients, moments "
+        "and reference; the reward model and activations come on top",
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": config.seed,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = settings.parse(
+        PPOConfig, argv, "minirlhf ppo", "Align a language model with PPO against a reward."
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    folder = pretrained.resolve(config.model)
+    positions = pretrained.read_config(folder).max_positions
+    tokenizer = load_tokenizer(folder)
+    room = min(config.max_prompt_length or positions, positions - config.max_new_tokens + 1)
+    if room < 1:
+        raise UserError("--max-new-tokens", f"{config.max_new_tokens} fill the model's context",
+                        f"use less than {positions}")  # fmt: skip
+    prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
+    print(report)
+    with Run(config.out, "ppo", settings.as_dict(config), config.resume) as r:
+        reward = load_reward(config.reward, tokenizer, dtype, device, config.micro_batch_tokens)
+        policy = ValueHeadModel(pretrained.load_pretrained(folder, dtype, device))
+        if config.lora_rank:
+            add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
+        ref = None
+        if config.ref is not None or not config.lora_rank:
+            ref = pretrained.load_pretrained(config.ref or folder, dtype, device)
+            ref.requires_grad_(False)
+        optimizer = optim.make_optimizer(
+            policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
+        )
+        state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
+        r.facts(run_facts(config, len(prompts), policy, device, dtype))
+        r.restore(state)
+        if config.sample_every and state.step == 0:
+            r.write_samples(state, sample_table(state, prompts, reward, tokenizer, config))
+        for step in r.bar(ppo(state, prompts, reward, ref, tokenizer, config), state, config.steps):
+            last = step.number == config.steps
+            r.write_samples(state, step.samples)
+            if last or step.number % config.log_every == 0:
+                steady = {
+                    k: step.metrics[k] for k in ("lr", "episode", "objective/kl_coef", "epoch")
+                }
+                r.log(state, steady, step.clock, (
+                    "objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg",
+                    "policy/clipfrac_avg", "response_length"))  # fmt: skip
+            if config.sample_every and (last or step.number % config.sample_every == 0):
+                r.write_samples(state, sample_table(state, prompts, reward, tokenizer, config))
+            if last or step.number % config.save_every == 0:
+                r.save(state)
+        if r.stopped:
+            r.save(state)
+            return STOPPED
+        if config.lora_rank:
+            merge_lora(policy)
+
+        def write(target) -> None:
+            pretrained.save_pretrained(policy.lm, target)
+            tokenizer.save(target)
+
+        print(f"aligned model in {r.export(write)}")
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,375 @@
+"""Supervised fine-tuning: a language model learns to write demonstrations, or a tiny one to write.
+
+    loss = -(sum over target tokens of log pi(token | those before it)) / (number of target tokens)
+
+With a prompt the targets are the answer's tokens, without one all that have a predecessor.
+What is left out: packing several texts into one row, which would let them see each other.
+Run it as `minirlhf sft`, `python -m minirlhf.recipes.sft`, or loop over `sft(...)`.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf import config as settings
+from minirlhf import fsio, optim, pretrained, streams
+from minirlhf.checkpoint import TrainState
+from minirlhf.config import setting
+from minirlhf.data import Text, load_texts
+from minirlhf.errors import OK, STOPPED, UserError, run
+from minirlhf.formats import text_format
+from minirlhf.generation import pad_right
+from minirlhf.heads import TokenStats, response_states, token_logprobs
+from minirlhf.hf_config import config_from_hf
+from minirlhf.lora import add_lora, merge_lora
+from minirlhf.meters import Step
+from minirlhf.rows import read_json, read_rows
+from minirlhf.run import Run
+from minirlhf.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from minirlhf.transformer import CausalLM, ModelConfig, initialize
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    model: str | None = setting(None, "language model to continue", metavar="FOLDER")
+    init_config: str | None = setting(
+        None, "config.json of a model to train from nothing, instead of --model", metavar="FILE"
+    )
+    tokenizer: str | None = setting(
+        None, "tokenizer of a model from nothing; none: one is trained", metavar="FOLDER"
+    )
+    vocab_size: int = setting(8192, "most tokens of a tokenizer that is trained", at_least=258)
+    data: str = setting(help="texts, or prompts with answers, also .gz", metavar="FILE")
+    out: str = setting(help="folder of the run", metavar="DIR")
+    eval_data: tuple[str, ...] = setting((), "held-out texts, several as NAME=FILE", metavar="FILE")
+    eval_every: int = setting(0, "steps between evaluations; 0: at the end only", at_least=0)
+    epochs: float = setting(1.0, "passes over the data", above=0)
+    steps: int | None = setting(None, "optimizer steps, instead of epochs", at_least=1)
+    batch_size: int = setting(16, "texts in an optimizer step", at_least=1)
+    micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
+    learning_rate: float = setting(2e-5, "peak step size of AdamW", above=0)
+    schedule: str = setting("linear", "decay of the learning rate", choices=optim.SCHEDULES)
+    warmup_steps: int = setting(0, "steps until the peak learning rate", at_least=0)
+    weight_decay: float = setting(0.0, "AdamW's decay of matrices", at_least=0)
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", above=0)
+    max_grad_norm: float | None = setting(1.0, "gradient norm to clip at; none: off", above=0)
+    lora_rank: int = setting(0, "train adapters of this rank; 0: all weights", at_least=0)
+    lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
+    max_length: int = setting(1024, "tokens of the longest row", at_least=2)
+    overlong: str = setting(
+        "drop", "what happens to longer rows",
+        choices=("drop", "truncate_prompt_left", "truncate_response", "error"),
+    )  # fmt: skip
+    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = setting(0, "of data order and new weights")
+    log_every: int = setting(10, "steps between lines of the log", at_least=1)
+    save_every: int = setting(100, "steps between checkpoints", at_least=1)
+    keep: int = setting(2, "checkpoints kept", at_least=2)
+    resume: bool = setting(False, "go on from the newest checkpoint of --out")
+
+    def check(self) -> list[str]:
+        problems = []
+        if (self.model is None) == (self.init_config is None):
+            problems.append("give exactly one of --model and --init-config")
+        if self.model is not None and self.tokenizer is not None:
+            problems.append("--tokenizer goes with --init-config: a --model has its own")
+        if self.init_config is not None and self.lora_rank:
+            problems.append("--lora-rank goes with --model: random weights need training in full")
+        return problems
+
+
+class TextBatch(NamedTuple):
+    tokens: Tensor  # (B, T) int64
+    starts: Tensor  # (B,) index of the first target, at least 1
+    targets: Tensor  # (B, R) int64
+    target_mask: Tensor  # (B, R) bool
+
+
+def first_target(text: Text) -> int:
+    """Index of the first token that counts: nothing stands before token 0 that could predict it."""
+    return max(text.prompt_length, 1)
+
+
+def collate_texts(texts: list[Text]) -> TextBatch:
+    starts = torch.tensor([first_target(text) for text in texts])
+    targets = [text.ids[first_target(text) :] for text in texts]
+    counts = torch.tensor([len(ids) for ids in targets])
+    mask = torch.arange(int(counts.max())) < counts[:, None]
+    return TextBatch(pad_right([text.ids for text in texts]), starts, pad_right(targets), mask)
+
+
+def count_tokens(texts: list[Text]) -> tuple[Tensor, Tensor]:
+    """Tokens of each text and targets among them, (N,) each; a text without a target is refused."""
+    for text in texts:
+        if len(text.ids) <= first_target(text):
+            raise UserError(text.where, "has no token after the first", "remove the row")
+    lengths = torch.tensor([len(text.ids) for text in texts])
+    return lengths, lengths - torch.tensor([first_target(text) for text in texts])
+
+
+def target_stats(lm: CausalLM, batch: TextBatch) -> TokenStats:
+    """Log-probs and entropies of the targets of all rows, (n,) each; no logits of other tokens."""
+    tokens, starts, targets, mask = (tensor.to(lm.unembedding.device) for tensor in batch)
+    states = response_states(lm(tokens), starts, targets.shape[1])  # (B, R, D)
+    return token_logprobs(lm, states[mask], targets[mask])
+
+
+def total_steps(config: SFTConfig, texts: int) -> int:
+    """Optimizer steps of the whole run: the exact horizon of the learning rate."""
+    return config.steps or ceil(config.epochs * ceil(texts / config.batch_size))
+
+
+def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Step]:
+    """Trains state.model, a CausalLM; yields after each optimizer step.
+
+    Args:
+        state: may come from a checkpoint; training goes on at its step.
+        texts: N demonstrations.
+        config: only its training settings are read.
+    Raises:
+        UserError: a text of one token; numbers that are not finite (exit code 3).
+    """
+    lm, N = state.model, len(texts)
+    lengths, counts = count_tokens(texts)
+    steps, per_epoch = total_steps(config, N), ceil(N / config.batch_size)
+    epoch_of, batches = -1, []
+    while state.step < steps:
+        started = time.perf_counter()
+        epoch, position = divmod(state.step, per_epoch)
+        if epoch != epoch_of:
+            batches = optim.epoch_batches(lengths, config.batch_size, config.seed, epoch)
+            epoch_of = epoch
+        rows = batches[position]
+        rate = optim.learning_rate(
+            state.step, steps, config.learning_rate, config.warmup_steps, config.schedule
+        )
+        optim.set_learning_rate(state.optimizer, rate)
+        where = f"step {state.step + 1}"
+        count = int(counts[rows].sum())  # of the whole step: no cut into micro-batches changes it
+        sums = {"loss": 0.0, "entropy": 0.0}
+        for part in optim.cut_by_tokens(lengths[rows], len(rows), config.micro_batch_tokens):
+            stats = target_stats(lm, collate_texts([texts[i] for i in rows[part].tolist()]))
+            loss = -stats.logprobs.sum() / count
+            loss.backward()
+            sums["loss"] += float(loss.detach())
+            sums["entropy"] += float(stats.entropy.detach().sum()) / count
+        optim.check_finite(where, loss=sums["loss"])
+        grad_norm = optim.clip_gradients(lm, config.max_grad_norm, where)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.step += 1
+        state.samples += len(rows)
+        state.count("num_tokens", int(lengths[rows].sum()))
+        state.meters.update(sums, count)
+        state.meters.update({"grad_norm": grad_norm})
+        metrics = sums | {
+            "grad_norm": grad_norm, "learning_rate": rate, "epoch": state.step / per_epoch,
+            "num_tokens": state.counters["num_tokens"],
+        }  # fmt: skip
+        yield Step(state.step, metrics, {"step_time": time.perf_counter() - started}, [])
+
+
+@torch.no_grad()
+def evaluate(lm: CausalLM, texts: list[Text], micro_batch_tokens: int = 4096) -> dict[str, float]:
+    """loss and entropy, nats a target token over all texts, and perplexity = exp(loss)."""
+    lengths, counts = count_tokens(texts)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for part in optim.cut_by_tokens(lengths, len(texts), micro_batch_tokens):
+        stats = target_stats(lm, collate_texts([texts[i] for i in part.tolist()]))
+        sums += torch.stack((-stats.logprobs.sum(), stats.entropy.sum())).cpu()
+    loss, entropy = sums / counts.sum()
+    return {"loss": float(loss), "perplexity": float(loss.exp()), "entropy": float(entropy)}
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def named_files(entries: tuple[str, ...]) -> dict[str, str]:
+    """`FILE` or `NAME=FILE`, several -> {metric prefix: file}."""
+    out = {}
+    for entry in entries:
+        name, _, file = entry.rpartition("=") if not Path(entry).exists() else ("", "", entry)
+        prefix = f"eval_{name}_" if name else "eval_"
+        if prefix in out:
+            raise UserError("--eval-data", f"two sets are called {name or 'eval'!r}",
+                            "name each: --eval-data short=a.jsonl long=b.jsonl")  # fmt: skip
+        out[prefix] = file
+    return out
+
+
+def raw_texts(path: str) -> Iterator[str]:
+    """All text of a data file's rows, for a tokenizer to learn from."""
+    form = None
+    for row in read_rows(path):
+        form = form or text_format(row)
+        for part in form.split(row):
+            if isinstance(part, str):
+                yield part
+            elif part and isinstance(part[0], dict):
+                yield from (message["content"] for message in part)
+            elif part:
+                what = "holds token ids, from which no tokenizer can be trained"
+                raise UserError(row.where, what, "give --tokenizer FOLDER")
+
+
+def choose_tokenizer(config: SFTConfig) -> Tokenizer:
+    """The model's own, or --tokenizer's, or that of the run that is resumed, or a new one."""
+    if config.model is not None:
+        return load_tokenizer(pretrained.resolve(config.model))
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    kept = Path(config.out) / "tokenizer"
+    if config.resume and kept.exists():
+        return load_tokenizer(kept)
+    texts = list(raw_texts(config.data))
+    # Elsewhere than in --out, which stays untouched until all data has proved to be right.
+    with tempfile.TemporaryDirectory() as folder:
+        return train_tokenizer(texts, config.vocab_size, folder)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    """Puts a trained tokenizer where --resume finds it, whole or not at all."""
+    temporary, final = out / ".tmp-tokenizer", out / "tokenizer"
+    if not final.exists():
+        tokenizer.save(temporary)
+        for path in temporary.iterdir():
+            fsio.fsync(path)
+        fsio.commit_folder(temporary, final)
+
+
+def choose_config(config: SFTConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model's config, or the one of --init-config with what it may leave to the tokenizer."""
+    if config.init_config is None:
+        where = pretrained.resolve(config.model)
+        model_config = pretrained.read_config(where)
+    else:
+        where, pad = config.init_config, tokenizer.spare_pad_token()
+        values = read_json(where)
+        if isinstance(values, dict):
+            # Written out, because Hugging Face's defaults for absent keys differ by family.
+            if "num_attention_heads" in values:
+                values = {"num_key_value_heads": values["num_attention_heads"], **values}
+            values = {"vocab_size": tokenizer.vocab_size, **values}
+            values |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": pad and pad[1]}
+        model_config = config_from_hf(values, where)
+    if model_config.vocab_size < tokenizer.vocab_size:
+        legal = f"must be at least the tokenizer's {tokenizer.vocab_size}"
+        raise UserError(f"{where}: vocab_size", f"is {model_config.vocab_size}", legal)
+    return model_config
+
+
+def most_tokens(config: ModelConfig) -> int:
+    """The longest row that a model reads: its positions, or the window of its attention."""
+    return min(config.max_positions, config.sliding_window or config.max_positions)
+
+
+def load(config: SFTConfig, path: str, tokenizer: Tokenizer, most: int) -> list[Text]:
+    """Texts of a file, its report printed."""
+    texts, report = load_texts(path, tokenizer, config.max_length, config.overlong)
+    longest = int(count_tokens(texts)[0].max())
+    if longest > most:
+        what = f"a row of {longest} tokens, the model reads {most}"
+        raise UserError(path, what, f"give --max-length {most}")
+    print(report)
+    return texts
+
+
+def load_start(
+    config: SFTConfig, model_config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype
+) -> CausalLM:
+    """The model of --model, or random weights; its config.json will name the eos of its texts."""
+    if config.model is not None:
+        lm = pretrained.load_pretrained(config.model, dtype)
+    else:
+        rng = streams.generator(config.seed, "initial weights")
+        lm = initialize(CausalLM(model_config), rng).to(dtype)
+    if eos := tokenizer.eos_ids:
+        lm.config.source["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    return lm
+
+
+def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """A folder that transformers loads and samples from: weights, tokenizer, generation config."""
+    pretrained.save_pretrained(lm, folder)
+    tokenizer.save(folder)
+    names = ("bos_token_id", "pad_token_id")
+    ids = {n: lm.config.source[n] for n in names if lm.config.source.get(n) is not None}
+    before = tokenizer.folder / "generation_config.json"
+    others = read_json(before) if before.exists() else {}
+    eos = {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
+    fsio.write_json(folder / "generation_config.json", ids | others | eos)
+
+
+def evaluate_all(lm: CausalLM, sets: dict[str, list[Text]], config: SFTConfig) -> dict[str, float]:
+    """Every held-out set; the metrics under their prefixes."""
+    metrics = {}
+    for prefix, texts in sets.items():
+        values = evaluate(lm, texts, config.micro_batch_tokens)
+        metrics |= {prefix + name: value for name, value in values.items()}
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        print(f"  {prefix.rstrip('_')}: {len(texts):,} texts  {shown}")
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = settings.parse(
+        SFTConfig, argv, "minirlhf sft", "Fine-tune a language model on demonstrations."
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    tokenizer = choose_tokenizer(config)
+    model_config = choose_config(config, tokenizer)
+    most = most_tokens(model_config)
+    texts = load(config, config.data, tokenizer, most)
+    files = named_files(config.eval_data)
+    sets = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
+    with Run(config.out, "sft", settings.as_dict(config), config.resume) as r:
+        if config.model is None and config.tokenizer is None:
+            keep_tokenizer(tokenizer, r.folder)
+        lm = load_start(config, model_config, tokenizer, dtype).to(device)
+        if config.lora_rank:
+            add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
+        optimizer = optim.make_optimizer(
+            lm, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
+        )
+        state, steps = TrainState(lm, optimizer), total_steps(config, len(texts))
+        lengths, counts = count_tokens(texts)
+        r.facts({
+            "examples": len(texts), "tokens": int(lengths.sum()), "targets": int(counts.sum()),
+            "epochs": f"{steps * config.batch_size / len(texts):.2f}",
+            "texts a step": config.batch_size, "steps": steps,
+            "trainable parameters": sum(p.numel() for p in lm.parameters() if p.requires_grad),
+            "device": device, "dtype": str(dtype).removeprefix("torch."), "seed": config.seed,
+        })  # fmt: skip
+        r.restore(state)
+        for step in r.bar(sft(state, texts, config), state, steps):
+            last = step.number == steps
+            extra = {k: step.metrics[k] for k in ("learning_rate", "epoch", "num_tokens")}
+            evaluating = last or (config.eval_every and step.number % config.eval_every == 0)
+            if evaluating:
+                extra |= evaluate_all(lm, sets, config)
+            if evaluating or step.number % config.log_every == 0:
+                r.log(state, extra, step.clock, ("loss", "entropy", "grad_norm"))
+            if last or step.number % config.save_every == 0:
+                r.save(state)
+        if r.stopped:
+            r.save(state)
+            return STOPPED
+        if config.lora_rank:
+            merge_lora(lm)
+        print(f"language model in {r.export(lambda folder: write_model(lm, tokenizer, folder))}")
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

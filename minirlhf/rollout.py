@@ -1,0 +1,211 @@
+"""What PPO learns from: sampled rows with what was known of them when they were sampled.
+
+Shapes: B rows, T tokens of the longest, R tokens of the longest response, N tokens in all.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf import streams
+from minirlhf.data import Prompt
+from minirlhf.generation import Sampling, cut_at_stop, generate, pad_right
+from minirlhf.optim import cut_by_tokens
+from minirlhf.rewards import Completions
+from minirlhf.tokenizer import Tokenizer
+from minirlhf.transformer import CausalLM
+
+
+class Rollout(NamedTuple):
+    """B rows, left-aligned, with one cell for each of at most R response tokens.
+
+    Column t of a (B, R) tensor belongs to response token a_t and to the state before it. The
+    fields that may be None are filled on the way: `ppo.measure` and `ppo.assign_credit`.
+    """
+
+    rows: Tensor  # (B,) int64: which row of the iteration's batch this is
+    tokens: Tensor  # (B, T) int64: prompt, response, padding
+    prompt_lengths: Tensor  # (B,) int64, at least 1
+    response_mask: Tensor  # (B, R) bool: tokens the policy chose, eos included
+    scores: Tensor  # (B,) float32
+    old_logprobs: Tensor | None = None  # (B, R) nats, of the policy that sampled
+    ref_logprobs: Tensor | None = None  # (B, R) nats, of the frozen reference
+    old_values: Tensor | None = None  # (B, R)
+    advantages: Tensor | None = None  # (B, R)
+    returns: Tensor | None = None  # (B, R)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) real tokens of each row."""
+        return self.prompt_lengths + self.response_mask.sum(1)
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """These rows (b,), cut to the longest of them."""
+        T = int(self.lengths[rows].max())
+        R = int(self.response_mask[rows].sum(1).max())
+
+        def cut(name: str, x: Tensor | None) -> Tensor | None:
+            if x is None or x.dim() == 1:
+                return x if x is None else x[rows]
+            return x[rows, : T if name == "tokens" else R]
+
+        return Rollout(*(cut(name, x) for name, x in self._asdict().items()))
+
+
+class RolloutBuffer:
+    """Rollouts, cut once into micro-batches of rows of like length.
+
+    Old, reference and new log-probs of every epoch are computed on these same micro-batches, and a
+    mini-batch is a seeded set of whole ones. So the first ratio is exactly 1 in any dtype: in
+    bfloat16 the same row in another batch shape differs by a quarter of the clip range.
+
+    Args:
+        micro_batch_size: most rows in one.
+        micro_batch_tokens: most cells, rows times longest row; a longer single row stands alone.
+    """
+
+    def __init__(self, micro_batch_size: int, micro_batch_tokens: int):
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
+        self.micro_batches: list[Rollout] = []
+
+    def __len__(self) -> int:
+        return sum(len(micro.tokens) for micro in self.micro_batches)
+
+    def add(self, rollout: Rollout) -> None:
+        """Cuts B more rows into micro-batches.
+
+        Raises:
+            ValueError: a row without a response token, or without a prompt.
+        """
+        if not rollout.response_mask.any(1).all():
+            raise ValueError("a row has no response token: eos counts as one")
+        if not (rollout.prompt_lengths >= 1).all():
+            raise ValueError("a row has no prompt token: start it with a BOS")
+        parts = cut_by_tokens(rollout.lengths, self.micro_batch_size, self.micro_batch_tokens)
+        self.micro_batches += [rollout.select(part) for part in parts]
+
+    def update(self, function: Callable[[Rollout], Rollout]) -> None:
+        """Replaces each micro-batch by the function's result, as to fill its fields."""
+        self.micro_batches = [function(micro) for micro in self.micro_batches]
+
+    def tokens(self, name: str) -> Tensor:
+        """(N,) the field's values at all response tokens of the buffer, in its order."""
+        return torch.cat([getattr(m, name)[m.response_mask] for m in self.micro_batches])
+
+    def set_tokens(self, name: str, values: Tensor) -> None:
+        """The inverse of `tokens`; cells outside the mask become 0."""
+        sizes = [int(m.response_mask.sum()) for m in self.micro_batches]
+        parts = iter(values.split(sizes))
+        self.update(
+            lambda micro: micro._replace(**{name: unpack(next(parts), micro.response_mask)})
+        )
+
+    def row_sums(self, name: str) -> Tensor:
+        """(B,) sums over each row's response tokens of a (B, R) field, in the buffer's order."""
+        sums = [getattr(m, name).where(m.response_mask, 0).sum(1) for m in self.micro_batches]
+        return torch.cat(sums)
+
+    def minibatches(self, count: int, seed: int, iteration: int, epoch: int) -> list[list[Rollout]]:
+        """`count` mini-batches which together hold every micro-batch once, shuffled.
+
+        Each next micro-batch goes to the mini-batch with the fewest rows, so that they differ by
+        at most one micro-batch.
+
+        Raises:
+            ValueError: there are fewer micro-batches than that.
+        """
+        if count > len(self.micro_batches):
+            raise ValueError(
+                f"{count} mini-batches need as many micro-batches, there are "
+                f"{len(self.micro_batches)}: lower micro_batch_size or mini_batches"
+            )
+        stream = f"mini-batches of iteration {iteration}"
+        parts: list[list[Rollout]] = [[] for _ in range(count)]
+        sizes = [0] * count
+        for i in streams.permutation(seed, stream, epoch, len(self.micro_batches)).tolist():
+            least = sizes.index(min(sizes))
+            parts[least].append(self.micro_batches[i])
+            sizes[least] += len(self.micro_batches[i].tokens)
+        return parts
+
+
+def unpack(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) values of the True cells, row by row -> (B, R) with 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(
+        mask, values
+    )
+
+
+def prompt_rows(consumed: int, count: int, total: int, seed: int) -> Tensor:
+    """(count,) numbers of the next prompts; each epoch holds all of them in an order of its own."""
+    rows: list[Tensor] = []
+    for position in range(consumed, consumed + count):
+        epoch, offset = divmod(position, total)
+        if not rows or offset == 0:
+            order = streams.permutation(seed, "prompt order", epoch, total)
+        rows.append(order[offset])
+    return torch.stack(rows)
+
+
+def sample(
+    lm: CausalLM,
+    prompts: list[Prompt],
+    keys: Tensor,
+    sampling: Sampling,
+    tokenizer: Tokenizer,
+    rows_at_once: int,
+) -> tuple[Completions, Rollout]:
+    """Responses to the prompts: as text for reward sources, as tensors (scores 0) for learning.
+
+    Args:
+        keys: (B,) int64, one a prompt; a row's text depends on its prompt and key alone.
+        rows_at_once: how many are sampled side by side.
+    """
+    responses, reasons = [], []
+    for start in range(0, len(prompts), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        ids = [p.ids for p in prompts[part]]
+        made = generate(lm, ids, sampling, tokenizer.eos_ids, keys[part], tokenizer.decode)
+        responses += made.responses()
+        reasons += made.finish_reason
+    names = sorted({name for p in prompts for name in p.columns})
+    completions = Completions(
+        prompts=[p.text for p in prompts],
+        prompt_ids=[p.ids for p in prompts],
+        completions=[
+            cut_at_stop(tokenizer.decode(ids), sampling.stop_strings) for ids in responses
+        ],
+        response_ids=responses,
+        finish_reasons=reasons,
+        columns={name: [p.columns.get(name) for p in prompts] for name in names},
+    )
+    sizes = torch.tensor([len(ids) for ids in responses])
+    rollout = Rollout(
+        rows=torch.arange(len(prompts)),
+        tokens=pad_right([p.ids + ids for p, ids in zip(prompts, responses, strict=True)]),
+        prompt_lengths=torch.tensor([len(p.ids) for p in prompts]),
+        response_mask=torch.arange(int(sizes.max())) < sizes[:, None],
+        scores=torch.zeros(len(prompts)),
+    )
+    device = lm.unembedding.device
+    return completions, Rollout(*(None if x is None else x.to(device) for x in rollout))
+
+
+def replay_rows(completions: Completions, buffer: RolloutBuffer) -> list[dict]:
+    """A measured rollout as JSON rows that hold everything PPO learned from, in batch order."""
+    out: dict[int, dict] = {}
+    fields = ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
+    for micro in buffer.micro_batches:
+        for b, i in enumerate(micro.rows.tolist()):
+            mask = micro.response_mask[b]
+            out[i] = {
+                "prompt": completions.prompts[i],
+                "response": completions.completions[i],
+                "finish_reason": completions.finish_reasons[i],
+                "score": float(micro.scores[b]),
+                "prompt_ids": completions.prompt_ids[i],
+                "response_ids": completions.response_ids[i],
+            } | {name: getattr(micro, name)[b][mask].tolist() for name in fields}
+    return [out[i] for i in sorted(out)]

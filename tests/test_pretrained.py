@@ -1,0 +1,529 @@
+import json
+import re
+import shutil
+import socket
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from conftest import EACH_FAMILY, PEERS, make_peer
+from safetensors.torch import load_file, save_file
+
+from minirlhf.errors import UserError
+from minirlhf.heads import RewardModel, ValueHeadModel
+from minirlhf.hf_config import config_from_hf, config_to_hf
+from minirlhf.pretrained import (
+    has_tensor,
+    load_pretrained,
+    load_reward_model,
+    save_pretrained,
+    tensor_files,
+)
+from minirlhf.transformer import CausalLM, ModelConfig
+
+ROW = torch.tensor([[5, 98, 0, 41, 7, 7, 63, 12]])
+LLAMA = {
+    "model_type": "llama", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 4,
+}  # fmt: skip
+
+
+def without(values: dict, *keys: str) -> dict:
+    return {k: v for k, v in values.items() if k not in keys}
+
+
+def config_in(folder) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def write_config(folder, values) -> None:
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def same(one: CausalLM, two: CausalLM) -> bool:
+    first, second = one.state_dict(), two.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.fixture
+def copy(peer, tmp_path):
+    """A copy of a peer's folder that a test may spoil."""
+
+    def of(name="llama"):
+        return shutil.copytree(peer(name)[1], tmp_path / "copy")
+
+    return of
+
+
+# ---- there and back ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PEERS)
+@torch.no_grad()
+def test_save_pretrained_gives_transformers_the_same_model(name, peer, tmp_path):
+    theirs, folder = peer(name)
+    lm = load_pretrained(folder)
+    save_pretrained(lm, tmp_path)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(back(ROW).logits, theirs(ROW).logits)
+    assert config_in(tmp_path) == config_in(folder)
+    stored, original = (load_file(f / "model.safetensors") for f in (tmp_path, folder))
+    assert stored.keys() == original.keys()  # a tied lm_head is not stored twice
+    again = load_pretrained(tmp_path)
+    assert same(again, lm)
+    assert torch.equal(again.logits(again(ROW)), lm.logits(lm(ROW)))
+
+
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_load_pretrained_reads_shards(name, peer, tmp_path):
+    theirs, folder = peer(name)
+    theirs.save_pretrained(tmp_path, max_shard_size="16KB")
+    assert len(tensor_files(tmp_path)) > 2
+    assert same(load_pretrained(tmp_path), load_pretrained(folder))
+
+
+def test_save_pretrained_over_shards_replaces_them(peer, tmp_path):
+    theirs, folder = peer("llama")
+    theirs.save_pretrained(tmp_path, max_shard_size="16KB")
+    lm = load_pretrained(folder)
+    with torch.no_grad():
+        lm.lm_head.weight.zero_()
+    save_pretrained(lm, tmp_path)
+    assert (load_pretrained(tmp_path).lm_head.weight == 0).all()
+
+
+def test_load_pretrained_reads_gpt2_of_the_first_days(peer, copy):
+    # Saved from the bare trunk: no "transformer." before names, and the causal mask as a tensor.
+    folder = copy("gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    bare = {n.removeprefix("transformer."): t for n, t in tensors.items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    bare["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(bare, folder / "model.safetensors")
+    assert same(load_pretrained(folder), load_pretrained(peer("gpt2")[1]))
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gpt2"])
+def test_load_pretrained_accepts_a_tied_head_stored_twice(name, peer, copy):
+    folder = copy(name)
+    tensors = load_file(folder / "model.safetensors")
+    tied = next(t for n, t in tensors.items() if "embed_tokens" in n or "wte" in n)
+    save_file({**tensors, "lm_head.weight": tied.clone()}, folder / "model.safetensors")
+    assert same(load_pretrained(folder), load_pretrained(peer(name)[1]))
+    save_file({**tensors, "lm_head.weight": tied + 1}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"'lm_head.weight' differs from the embedding.*tie_word"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_is_the_files_unless_asked(dtype, peer, tmp_path):
+    lm = load_pretrained(peer("llama")[1], dtype=dtype)
+    assert {p.dtype for p in lm.parameters()} == {dtype}
+    save_pretrained(lm, tmp_path)
+    assert config_in(tmp_path)["dtype"] == str(dtype).removeprefix("torch.")
+    kept = load_pretrained(tmp_path)
+    assert {p.dtype for p in kept.parameters()} == {dtype} and same(kept, lm)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == dtype
+    wide = load_pretrained(tmp_path, dtype=torch.float64)
+    assert wide.logits(wide(ROW)).dtype == torch.float64
+    assert all(p.requires_grad and p.is_leaf for p in kept.parameters())
+
+
+def test_mixed_dtypes_need_one_to_be_chosen(copy):
+    folder = copy()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match="mixes bfloat16 and float32: choose one dtype"):
+        load_pretrained(folder)
+    lm = load_pretrained(folder, dtype=torch.float32)
+    assert {p.dtype for p in lm.parameters()} == {torch.float32}
+
+
+def test_save_pretrained_writes_a_value_head_beside_the_model(peer, tmp_path):
+    model = ValueHeadModel(load_pretrained(peer("gpt2")[1]))
+    with torch.no_grad():
+        model.v_head.weight.fill_(3.0)
+    save_pretrained(model, tmp_path, pad_token_id=17)
+    head = load_file(tmp_path / "value_head.safetensors")
+    assert torch.equal(head["v_head.summary.weight"], torch.full((1, 32), 3.0))
+    assert torch.equal(head["v_head.summary.bias"], torch.zeros(1))
+    assert same(load_pretrained(tmp_path), model.lm)
+    assert config_in(tmp_path)["pad_token_id"] == 17
+
+
+def test_save_pretrained_refuses_a_config_made_by_hand(tmp_path):
+    config = ModelConfig("llama", 9, 8, 8, 1, 2, 2, 4, 16)
+    with pytest.raises(ValueError, match=r"made by hand has no config.json: use config_from_hf"):
+        save_pretrained(CausalLM(config), tmp_path)
+
+
+# ---- reward models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+@torch.no_grad()
+def test_reward_model_scores_alike_in_transformers(family, peer, tmp_path):
+    model = RewardModel(load_pretrained(peer(family)[1]), read_before_eos=family == "gpt2")
+    model.score.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
+    save_pretrained(model, tmp_path, pad_token_id=98)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    trunk = "GPT2" if family == "gpt2" else family.capitalize()
+    assert config_in(tmp_path)["architectures"] == [f"{trunk}ForSequenceClassification"]
+    assert type(theirs).__name__ == f"{trunk}ForSequenceClassification"
+    assert theirs.config.problem_type == "regression" and theirs.config.num_labels == 1
+
+    rng, lengths = torch.Generator().manual_seed(4), torch.tensor([1, 9, 4])
+    tokens = torch.randint(98, (3, 9), generator=rng)
+    padded = tokens.masked_fill(torch.arange(9) >= lengths[:, None], 98)
+    seen = (padded != 98).long()
+    expected = theirs(padded, attention_mask=seen).logits[:, 0]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(model(tokens, lengths), expected, rtol=0, atol=1e-4)
+
+    again = load_reward_model(tmp_path)
+    assert torch.equal(again(tokens, lengths), model(tokens, lengths))
+    assert again.read_before_eos == (family == "gpt2")
+    assert load_reward_model(tmp_path, dtype=torch.bfloat16).score.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_reward_model_of_transformers_scores_alike_here(family, tmp_path):
+    theirs = make_peer(family, "SequenceClassification", num_labels=1, pad_token_id=98)
+    theirs.save_pretrained(tmp_path)
+    model = load_reward_model(tmp_path)
+    expected = theirs(ROW[:, 2:]).logits[0]
+    torch.testing.assert_close(model(ROW[:, 2:], torch.tensor([6])), expected, rtol=0, atol=1e-4)
+
+
+def test_a_language_model_is_not_a_reward_model_and_the_reverse(peer, tmp_path):
+    folder = peer("llama")[1]
+    with pytest.raises(UserError, match=r"has no 'score.weight': not a reward model"):
+        load_reward_model(folder)
+    save_pretrained(RewardModel(load_pretrained(folder)), tmp_path)
+    with pytest.raises(UserError, match=r"is a reward model, not a language model.*--reward"):
+        load_pretrained(tmp_path)
+    assert has_tensor(tensor_files(tmp_path), "score.weight")
+    assert not has_tensor(tensor_files(folder), "score.weight")
+
+
+def test_a_score_head_of_two_outputs_is_refused(tmp_path):
+    make_peer("llama", "SequenceClassification", num_labels=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'score.weight' is \(2, 32\).*one output"):
+        load_reward_model(tmp_path)
+
+
+# ---- tensors: strict both ways -------------------------------------------------------------------
+
+
+def test_parameters_are_aligned_whatever_the_file(peer):
+    # Else the same weights from two files give products that differ in the last bit.
+    for name in ("qwen2", "gpt2"):
+        lm = load_pretrained(peer(name)[1])
+        assert all(p.data_ptr() % 64 == 0 and p.is_contiguous() for p in lm.parameters())
+
+
+def test_every_missing_extra_or_misshapen_tensor_is_named(copy):
+    for name in ("qwen3-biases", "gpt2"):
+        folder = copy(name)
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        assert len(tensors) > 20
+        for tensor in tensors:
+            named = re.escape(f"'{tensor}'")
+            save_file(without(tensors, tensor), path)
+            with pytest.raises(UserError, match=f"lacks {named}: incomplete download"):
+                load_pretrained(folder)
+            for wrong in (tensors[tensor][:1].clone(), torch.tensor(1.0), torch.ones(2, 2, 2)):
+                save_file({**tensors, tensor: wrong}, path)
+                got, right = re.escape(str(tuple(wrong.shape))), tuple(tensors[tensor].shape)
+                told = f"{named} is {got}, config.json asks for {re.escape(str(right))}"
+                with pytest.raises(UserError, match=told):
+                    load_pretrained(folder)
+        save_file({**tensors, "odd.weight": torch.ones(1)}, path)
+        with pytest.raises(UserError, match=r"has '[a-z.]*odd.weight', which this architecture"):
+            load_pretrained(folder)
+        shutil.rmtree(folder)
+
+
+def test_many_problems_are_counted(copy):
+    folder = copy()
+    save_file({"x": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks 'model.embed_tokens.weight'; .* and \d+ more"):
+        load_pretrained(folder)
+
+
+def test_tensors_of_integers_are_refused(copy):
+    folder = copy()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"'model.norm.weight' is torch.int8"):
+        load_pretrained(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(peer, tmp_path):
+    peer("llama")[0].save_pretrained(tmp_path, max_shard_size="16KB")
+    first, second = tensor_files(tmp_path)[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor}, second)
+    with pytest.raises(UserError, match=f"'{name}' stands in two shards"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index, told",
+    [
+        ([], "has no weight_map"),
+        ({}, "has no weight_map"),
+        ({"weight_map": ["model.safetensors"]}, "has no weight_map"),
+        ({"weight_map": {"x": "gone.safetensors"}}, "'x' is in gone.safetensors, which is missing"),
+        ({"weight_map": {"x": "../up.safetensors"}}, r"'x' is in '../up.safetensors': shards are"),
+        ({"weight_map": {"x": "/up.safetensors"}}, "shards are plain file names"),
+        ({"weight_map": {"x": "a\\b.safetensors"}}, "shards are plain file names"),
+        ({"weight_map": {"x": "up.safetensors\n"}}, "shards are plain file names"),
+        ({"weight_map": {"x": "model.bin"}}, "shards are plain file names"),
+        ({"weight_map": {"x": 5}}, "shards are plain file names"),
+    ],
+)
+def test_a_bad_index_is_refused(index, told, copy):
+    folder = copy()
+    (folder / "model.safetensors").rename(folder.parent / "up.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=told) as caught:
+        load_pretrained(folder)
+    assert "model.safetensors.index.json" in caught.value.where
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 500, -1])
+def test_a_truncated_file_is_refused_by_name(size, copy):
+    path = copy() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"model.safetensors: not a whole safetensors file"):
+        load_pretrained(path.parent)
+    with pytest.raises(UserError, match=r"model.safetensors: not a whole safetensors file"):
+        has_tensor([path], "score.weight")
+
+
+def test_pickles_are_not_read(copy):
+    folder = copy()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model.bin: pickle files are not read"):
+        load_pretrained(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match=r"has no model.safetensors: incomplete download"):
+        load_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"\x80\x04\x95" + bytes(64))  # a pickle in disguise
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_pretrained(folder)
+
+
+# ---- config.json ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-llama3", "llama-yarn-given", "llama-linear"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_the_older_spelling_of_config_json_is_the_same_model(kind, key, peer, copy):
+    folder = copy(kind)
+    values = config_in(folder)
+    scaling = values.pop("rope_parameters")
+    values["rope_theta"] = scaling.pop("rope_theta")
+    scaling[key] = scaling.pop("rope_type")
+    values["rope_scaling"] = None if scaling[key] == "default" else scaling
+    values["torch_dtype"] = values.pop("dtype")
+    write_config(folder, values)
+    older, newer = load_pretrained(folder), load_pretrained(peer(kind)[1])
+    assert older.config.rope_theta == newer.config.rope_theta
+    assert torch.equal(older.logits(older(ROW)), newer.logits(newer(ROW)))
+    save_pretrained(older, folder)
+    assert config_in(folder) == values
+
+
+def test_config_defaults_are_those_of_transformers():
+    for family in ("llama", "qwen2", "mistral", "qwen3"):
+        config = config_from_hf({**LLAMA, "model_type": family, "head_dim": None})
+        theirs = transformers.AutoConfig.for_model(family)
+        assert config.norm_eps == theirs.rms_norm_eps
+        assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert config.tied_embeddings is theirs.tie_word_embeddings
+        assert config.head_dim == (theirs.head_dim if family == "qwen3" else 32 // 4)
+    assert config_from_hf({**LLAMA, "model_type": "mistral"}).sliding_window == 4096
+    assert config_from_hf(without(LLAMA, "num_key_value_heads")).num_kv_heads == 4
+    gpt2 = config_from_hf(GPT2)
+    assert (gpt2.intermediate_size, gpt2.norm_eps, gpt2.tied_embeddings) == (32, 1e-5, True)
+    assert (gpt2.activation, gpt2.norm, gpt2.positions) == ("gelu_tanh", "layer", "learned")
+
+
+@pytest.mark.parametrize(
+    "changes, window",
+    [
+        ({"model_type": "llama", "sliding_window": 8}, None),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, None),
+        ({"model_type": "qwen2", "sliding_window": 8}, None),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}, 8),
+        ({"model_type": "qwen3", "sliding_window": 8, "layer_types": ["full_attention"] * 2}, None),
+        (
+            {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True,
+             "layer_types": ["full_attention", "sliding_attention"]}, 8,
+        ),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral", "sliding_window": 8}, 8),
+    ],
+)  # fmt: skip
+def test_sliding_window_is_read_where_the_family_uses_it(changes, window):
+    assert config_from_hf({**LLAMA, **changes}).sliding_window == window
+
+
+def test_unknown_keys_are_carried_through():
+    values = {**LLAMA, "architectures": ["LlamaForCausalLM"], "auto_map": {"x": "y"}, "note": [1]}
+    assert config_to_hf(config_from_hf(values)) == values
+
+
+ROPED = {"rope_theta": 500.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+         "high_freq_factor": 4.0}  # fmt: skip
+BAD = [
+    (LLAMA, {"model_type": "mamba"}, "model_type: is 'mamba': supported: llama, mistral, qwen2"),
+    (LLAMA, {"model_type": None}, "model_type: is None"),
+    (LLAMA, {"model_type": ["llama"]}, "model_type: is"),
+    (LLAMA, {"hidden_size": None}, "hidden_size: is None: must be an integer from 1"),
+    (LLAMA, {"hidden_size": 10**12}, "hidden_size: is 1000000000000"),
+    (LLAMA, {"hidden_size": 0}, "hidden_size: is 0"),
+    (LLAMA, {"hidden_size": 32.0}, "hidden_size: is 32.0"),
+    (LLAMA, {"hidden_size": "32"}, "hidden_size: is '32'"),
+    (LLAMA, {"hidden_size": True}, "hidden_size: is True"),
+    (LLAMA, {"hidden_size": 30}, "hidden_size: is 30: must be a multiple of the 4"),
+    (LLAMA, {"vocab_size": -1}, "vocab_size: is -1"),
+    (LLAMA, {"intermediate_size": [48]}, "intermediate_size: is"),
+    (LLAMA, {"num_hidden_layers": 10**6}, "num_hidden_layers: is 1000000: .* to 1024"),
+    (LLAMA, {"num_attention_heads": 0}, "num_attention_heads: is 0"),
+    (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads: is 3: must divide the 4"),
+    (LLAMA, {"num_key_value_heads": 8}, "num_key_value_heads: is 8: must divide the 4"),
+    (LLAMA, {"head_dim": 7}, "head_dim: is 7: must be even"),
+    (LLAMA, {"head_dim": 0}, "head_dim: is 0"),
+    (LLAMA, {"hidden_size": 4, "num_key_value_heads": 4}, "head_dim: is 1: must be even"),
+    (LLAMA, {"max_position_embeddings": None}, "max_position_embeddings: is None"),
+    (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps: is 0: must be a positive number"),
+    (LLAMA, {"rms_norm_eps": "1e-5"}, "rms_norm_eps: is '1e-5'"),
+    (LLAMA, {"rope_theta": 10**400}, "rope_theta: is 10000"),
+    (LLAMA, {"hidden_act": "relu"}, "hidden_act: is 'relu': supported: silu"),
+    (LLAMA, {"hidden_act": ["silu"]}, "hidden_act: is"),
+    (LLAMA, {"attention_bias": "no"}, "attention_bias: is 'no': must be true or false"),
+    (LLAMA, {"mlp_bias": 1}, "mlp_bias: is 1"),
+    (LLAMA, {"tie_word_embeddings": "false"}, "tie_word_embeddings: is 'false'"),
+    (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config: is .*not implemented"),
+    (LLAMA, {"pretraining_tp": 2}, "pretraining_tp: is 2: not implemented; supported: 1"),
+    (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: is 0.5"),
+    (LLAMA, {"rope_scaling": "yarn"}, "rope_scaling: is 'yarn': must be one object"),
+    (LLAMA, {"rope_scaling": {"type": "longrope"}}, "rope_scaling: rope_type: is 'longrope': supp"),
+    (LLAMA, {"rope_scaling": {"type": ["linear"]}}, "rope_type: is"),
+    (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor: is None: .*linear needs"),
+    (LLAMA, {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor: is '2'"),
+    (LLAMA, {"rope_scaling": {"type": "yarn", "factor": None}}, "factor: is None"),
+    (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": "1"}}, "beta_fast: is '1'"),
+    (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 1.0}}, "mscale: is 1.0: YaRN"),
+    (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": False}}, "truncate: is F"),
+    (LLAMA, {"rope_parameters": {**ROPED, "rope_theta": -1}}, "rope_parameters: rope_theta: is -1"),
+    (LLAMA, {"rope_parameters": {**ROPED, "factor": None}}, "rope_parameters: factor: is None"),
+    (LLAMA, {"rope_parameters": {**ROPED, "low_freq_factor": 4.0}}, "low_freq_factor: is 4.0"),
+    (LLAMA, {"rope_parameters": {**ROPED, "original_max_position_embeddings": 1.5}}, "is 1.5"),
+    (LLAMA, {"rope_parameters": {**ROPED, "partial_rotary_factor": 0.5}}, "partial_rotary_f.* 0.5"),
+    (LLAMA, {"rope_parameters": {"full_attention": ROPED}}, "rope_parameters: is .*same for all"),
+    (LLAMA, {"model_type": "mistral", "sliding_window": 0}, "sliding_window: is 0"),
+    (LLAMA, {"model_type": "qwen2", "use_sliding_window": 1}, "use_sliding_window: is 1"),
+    (LLAMA, {"model_type": "qwen2", "layer_types": 5}, "layer_types: is 5: must be a list"),
+    (GPT2, {"n_embd": 9}, "hidden_size: is 9: must be a multiple of the 2"),
+    (GPT2, {"n_inner": 0}, "n_inner: is 0"),
+    (GPT2, {"n_positions": None}, "n_positions: is None"),
+    (GPT2, {"activation_function": "mish"}, "activation_function: is 'mish'"),
+    (GPT2, {"scale_attn_weights": False}, "scale_attn_weights: is False: .*supported: True"),
+    (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: is True"),
+    (GPT2, {"add_cross_attention": True}, "add_cross_attention: is True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("base, changes, told", BAD, ids=[str(row[1])[:50] for row in BAD])
+def test_bad_values_of_config_json_are_refused_by_key(base, changes, told):
+    config_from_hf(base)
+    with pytest.raises(UserError, match=f"^the/config.json: .*{told}"):
+        config_from_hf({**base, **changes}, "the/config.json")
+
+
+def test_the_largest_sizes_allowed_fit_an_element_count():
+    keys = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads")
+    values = {**LLAMA, **dict.fromkeys(keys, 2**20), "num_hidden_layers": 1, "vocab_size": 2**31}
+    with torch.device("meta"):
+        assert CausalLM(config_from_hf(values)).lm_head.weight.shape == (2**31, 2**20)
+
+
+def test_config_json_must_be_there_and_an_object(copy):
+    folder = copy()
+    write_config(folder, [1])
+    with pytest.raises(UserError, match=r"config.json: is a list: must be a JSON object"):
+        load_pretrained(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json:1: not valid JSON"):
+        load_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has no config.json: give a Hugging Face model folder"):
+        load_pretrained(folder)
+
+
+# ---- names: folder or hub ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+
+
+def test_a_local_folder_never_asks_the_network(no_network, peer, monkeypatch):
+    folder = peer("llama")[1]
+    load_pretrained(folder)
+    monkeypatch.chdir(folder.parent.parent)
+    load_pretrained(f"{folder.parent.name}/{folder.name}")  # looks like a hub name
+    for missing in ("nowhere", "/no/such/folder", "a/b/c"):
+        with pytest.raises(UserError, match=r"no such folder: give a model folder or a hub name"):
+            load_pretrained(missing)
+    with pytest.raises(UserError, match=r"is a file: give the folder that holds config.json"):
+        load_pretrained(folder / "config.json")
+
+
+def test_a_hub_name_without_the_library_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"^own/model: no such folder: .*pip install hugging"):
+        load_pretrained("own/model")
+
+
+def test_a_hub_name_without_a_network_is_one_line(monkeypatch):
+    def offline(name, allow_patterns):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no cache\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match=r"^own/model: .*\(no cache\): check the path") as caught:
+        load_pretrained("own/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_name_is_its_download(monkeypatch, peer):
+    folder = peer("llama")[1]
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert same(load_pretrained("own/model"), load_pretrained(folder))
+    assert asked == [("own/model", ["*.json", "*.safetensors", "*.jinja"])]  # no pickle, no code
