@@ -52,14 +52,17 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
     metavar: str | None = None,
+    required: bool = False,
 ) -> Any:
     """A dataclass field with its help and its legal range; required if it has no default.
 
-    Keyword-only, so that required settings may stand anywhere among the others.
+    `required` asks a command line for it all the same: such a default serves those who build the
+    config in their own code, where the setting may not matter. Keyword-only, so that required settings may stand anywhere among the others.
     """
     limits = {">=": at_least, ">": above, "<=": at_most, "<": below}
     limits = {sign: limit for sign, limit in limits.items() if limit is not None}
     rule = {"help": help, "choices": choices, "limits": limits, "metavar": metavar}
+    rule["required"] = required or default is MISSING
     return dataclasses.field(default=default, kw_only=True, metadata=rule)
 
 
@@ -76,6 +79,7 @@ class _Setting:
     choices: tuple | None = None
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)  # sign -> limit
     metavar: str | None = None
+    required: bool = False
 
     @property
     def flag(self) -> str:
@@ -156,7 +160,7 @@ def parse(config_class: type[C], argv: list[str] | None, prog: str, description:
     for name, item in settings.items():
         if name in values and (problem := item.problem(values[name])):
             problems.append((where[name], problem))
-        elif name not in values and item.default is MISSING:
+        elif name not in values and item.required:
             problems.append((item.flag, "required, but not given"))
     _refuse(problems)
     config = config_class(**values)
@@ -259,7 +263,7 @@ def _parser(
     settings: dict[str, _Setting], prog: str, description: str
 ) -> tuple[_Parser, dict[str, argparse.Action]]:
     """The parser, and which action each of its flags stands for."""
-    required = [s for s in settings.values() if s.default is MISSING]
+    required = [s for s in settings.values() if s.required]
     parser = _Parser(
         prog=prog,
         description=description,
@@ -292,7 +296,7 @@ def _metavar(item: _Setting) -> str:
 
 
 def _help(item: _Setting) -> str:
-    if item.default is MISSING:
+    if item.required:
         default = "required"
     elif item.type is bool:
         default = "default: " + ("on" if item.default else "off")

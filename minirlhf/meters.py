@@ -40,6 +40,7 @@ class Meters:
         self.meters: dict[str, AverageMeter] = {}
 
     def update(self, values: dict[str, float], n: int = 1) -> None:
+        """Adds one observation of each name, the mean of n."""
         for name, value in values.items():
             self.meters.setdefault(name, AverageMeter()).update(value, n)
 
@@ -50,9 +51,11 @@ class Meters:
         return averages
 
     def as_dict(self) -> dict[str, list[float]]:
+        """name -> [val, sum, count], as JSON holds it to the last bit."""
         return {name: [m.val, m.sum, m.count] for name, m in self.meters.items()}
 
     def load(self, saved: dict[str, list[float]]) -> None:
+        """The inverse of `as_dict`; what was open before is dropped."""
         self.meters.clear()
         for name, (val, total, count) in saved.items():
             meter = self.meters[name] = AverageMeter()

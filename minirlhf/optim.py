@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import streams
-from minirlhf.errors import NON_FINITE, UserError
+from minirlhf.errors import NON_FINITE, UserError, printable
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -32,11 +32,19 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     """Rate of step 0, 1, … steps - 1; a pure function, so there is no scheduler to save.
 
     It rises linearly over `warmup` steps, the first of which is already above 0; from there on it
-    is constant, or falls linearly or as half a cosine to be 0 exactly where step `steps` would be.
+    is constant, or falls linearly or as half a cosine to be 0 exactly where step `steps` would be
+    (with fewer steps than `warmup` it only rises).
+
+    Raises:
+        ValueError: a step outside 0 … steps, or an unknown schedule.
     """
+    if not 0 <= step <= steps:
+        raise ValueError(f"step {step} lies outside the schedule's 0 to {steps}: give more steps")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}: use {', '.join(SCHEDULES)}")
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(steps - warmup, 1)  # 0 … below 1
+    progress = (step - warmup) / max(steps - warmup, 1)  # 0 … 1
     factor = {
         "constant": 1.0,
         "linear": 1.0 - progress,
@@ -94,16 +102,14 @@ def cut_by_tokens(lengths: Tensor, max_rows: int, max_tokens: int) -> list[Tenso
     Returns:
         Index tensors (b,), which together hold every row once, shortest first.
     """
-    order = torch.argsort(lengths, stable=True)
-    parts, start = [], 0
-    for end in range(1, len(order) + 1):
-        full = end - start >= max_rows
-        if end < len(order):
-            full = full or int(lengths[order[end]]) * (end + 1 - start) > max_tokens
-        if full or end == len(order):
-            parts.append(order[start:end])
-            start = end
-    return parts
+    longest, order = torch.sort(lengths, stable=True)
+    sizes: list[int] = []  # rows of each micro-batch
+    for length in longest.tolist():
+        if sizes and sizes[-1] < max_rows and (sizes[-1] + 1) * length <= max_tokens:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+    return list(order.split(sizes))
 
 
 def epoch_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
@@ -132,9 +138,9 @@ def choose_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = printable(str(error).splitlines()[0], 100)
         raise UserError("--device", f"{name!r} cannot be used ({reason})", "use cpu") from error
     return name
 

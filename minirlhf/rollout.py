@@ -22,34 +22,43 @@ class Rollout(NamedTuple):
     """B rows, left-aligned, with one cell for each of at most R response tokens.
 
     Column t of a (B, R) tensor belongs to response token a_t and to the state before it. The
-    fields that may be None are filled on the way: `ppo.measure` and `ppo.assign_credit`.
+    fields that may be None are filled on the way: `ppo.measure` and `ppo.assign_credit`. False
+    cells between True ones are legal: tokens that another wrote, such as a tool's output.
     """
 
     rows: Tensor  # (B,) int64: which row of the iteration's batch this is
     tokens: Tensor  # (B, T) int64: prompt, response, padding
     prompt_lengths: Tensor  # (B,) int64, at least 1
     response_mask: Tensor  # (B, R) bool: tokens the policy chose, eos included
-    scores: Tensor  # (B,) float32
+    scores: Tensor  # (B,) float32, reward units
     old_logprobs: Tensor | None = None  # (B, R) nats, of the policy that sampled
     ref_logprobs: Tensor | None = None  # (B, R) nats, of the frozen reference
     old_values: Tensor | None = None  # (B, R)
+    rewards: Tensor | None = None  # (B, R), KL penalty and score
     advantages: Tensor | None = None  # (B, R)
     returns: Tensor | None = None  # (B, R)
 
     @property
+    def response_lengths(self) -> Tensor:
+        """(B,) cells of each response, up to its last True one."""
+        R = self.response_mask.shape[1]
+        ends = torch.arange(1, R + 1, device=self.response_mask.device)
+        return (self.response_mask * ends).amax(1)
+
+    @property
     def lengths(self) -> Tensor:
         """(B,) real tokens of each row."""
-        return self.prompt_lengths + self.response_mask.sum(1)
+        return self.prompt_lengths + self.response_lengths
 
     def select(self, rows: Tensor) -> "Rollout":
         """These rows (b,), cut to the longest of them."""
         T = int(self.lengths[rows].max())
-        R = int(self.response_mask[rows].sum(1).max())
+        R = int(self.response_lengths[rows].max())
 
         def cut(name: str, x: Tensor | None) -> Tensor | None:
-            if x is None or x.dim() == 1:
-                return x if x is None else x[rows]
-            return x[rows, : T if name == "tokens" else R]
+            if x is None:
+                return None
+            return x[rows] if x.dim() == 1 else x[rows, : T if name == "tokens" else R]
 
         return Rollout(*(cut(name, x) for name, x in self._asdict().items()))
 
@@ -196,7 +205,7 @@ def sample(
 def replay_rows(completions: Completions, buffer: RolloutBuffer) -> list[dict]:
     """A measured rollout as JSON rows that hold everything PPO learned from, in batch order."""
     out: dict[int, dict] = {}
-    fields = ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns")
+    fields = ("old_logprobs", "ref_logprobs", "old_values", "rewards", "advantages", "returns")
     for micro in buffer.micro_batches:
         for b, i in enumerate(micro.rows.tolist()):
             mask = micro.response_mask[b]

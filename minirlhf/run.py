@@ -7,6 +7,7 @@ It is not a trainer: recipes own their loops and call it at their safe points.
 
 import fcntl
 import json
+import math
 import os
 import platform
 import shlex
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -26,42 +28,54 @@ from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.meters import Step
 from minirlhf.rows import read_json
 
-# Settings that a resumed run may change, since no number depends on them.
+# Settings that a resumed run may change: no number depends on them, save for the device, and what
+# that does to the last bits is said when a run is resumed.
 FREE = {"out", "resume", "log_every", "save_every", "keep", "show_samples", "device"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is how Slurm gives notice
 
 
 class Run:
     """Holds the folder for its life: a second run on it is refused. Use as a context manager.
+
+    Nothing is written before it is entered, so that bad input leaves no folder behind.
 
     Args:
         out: folder; made where missing, refused where it holds something and `resume` is not set.
         recipe: name of the recipe, for run.json.
         settings: the resolved config as plain values.
         resume: go on from the newest whole checkpoint.
+        inputs: data files; a run is only resumed with the same bytes in them.
     Raises:
-        UserError: the folder is in use, not empty, or of a run with other settings.
+        UserError: the folder is in use, not empty, or of a run with other settings or data.
     """
 
-    def __init__(self, out: str, recipe: str, settings: dict, resume: bool):
+    def __init__(
+        self, out: str, recipe: str, settings: dict, resume: bool, inputs: Iterable[str] = ()
+    ):
         self.folder, self.recipe, self.settings = Path(out), recipe, settings
+        self.resume, self.inputs = resume, list(inputs)
         self.stopped = False
         self.started = time.perf_counter()
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        """Refuses a folder that is not this run's to write in."""
         facts = self.folder / "run.json"
         if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(out, "is not a folder", "give another --out")
-        if resume and facts.exists():
+            raise UserError(self.folder, "is not a folder", "give another --out")
+        if self.resume and facts.exists():
             self._check_same_run(read_json(facts), facts)
-        elif self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
-            hint = "give another --out" if resume else "give another --out, or --resume"
-            raise UserError(out, "is not empty", hint)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        elif self.folder.exists():
+            unfinished = {".lock", f"{fsio.TEMPORARY}run.json"}  # of a start that was cut short
+            if any(p.name not in unfinished for p in self.folder.iterdir()):
+                hint = "give another --out" if self.resume else "give another --out, or --resume"
+                raise UserError(self.folder, "is not empty", hint)
 
-    def _check_same_run(self, before: dict, where: Path) -> None:
-        if before.get("recipe") != self.recipe:
-            raise UserError(where, f"is of a {before.get('recipe')} run", "give another --out")
-        old = before.get("settings", {})
-        now = json.loads(json.dumps(self.settings))
+    def _check_same_run(self, before: object, where: Path) -> None:
+        if not isinstance(before, dict) or before.get("recipe") != self.recipe:
+            raise UserError(where, f"is not of a {self.recipe} run", "give another --out")
+        old, now = before.get("settings", {}), json.loads(json.dumps(self.settings))
         changed = [
             f"{key} was {old.get(key)!r}, is {now[key]!r}"
             for key in now
@@ -73,20 +87,45 @@ class Run:
             )
 
     def __enter__(self) -> "Run":
-        self._lock = (self.folder / ".lock").open("a+")
+        fsio.make_folder(self.folder)
+        self._lock = self._take_lock()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "another process"
+            self._check_folder()  # another run may have come and gone since the first look
+            fsio.sweep(self.folder)
+            self._write_facts()
+        except BaseException:
             self._lock.close()
+            raise
+        self._handlers = {number: signal.signal(number, self._stop) for number in SIGNALS}
+        return self
+
+    def _take_lock(self) -> TextIO:
+        """The kernel gives the lock back when the process dies, however it dies."""
+        lock = (self.folder / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
             raise UserError(self.folder, f"is in use by {owner}", "give another --out") from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
-        self._lock.flush()
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
+        lock.flush()
+        return lock
+
+    def _write_facts(self) -> None:
+        """run.json: what would have to be known to do this run again."""
+        path = self.folder / "run.json"
+        inputs = {name: fsio.sha256(Path(name)) for name in self.inputs}
+        before = read_json(path).get("inputs", inputs) if path.exists() else inputs
+        for name, digest in inputs.items():
+            if before.get(name) != digest:
+                raise UserError(name, "has changed since the run began", "give another --out")
         facts = {
             "recipe": self.recipe,
             "settings": self.settings,
+            "inputs": inputs,
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {
                 "minirlhf": minirlhf.__version__,
@@ -94,12 +133,9 @@ class Run:
                 "python": platform.python_version(),
             },
         }
-        fsio.write_json(self.folder / ".run.json.tmp", facts)
-        fsio.replace_file(self.folder / ".run.json.tmp", self.folder / "run.json")
-        self._handlers = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._stop)
-        return self
+        temporary = self.folder / f"{fsio.TEMPORARY}run.json"
+        fsio.write_json(temporary, facts)
+        fsio.replace_file(temporary, path)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
@@ -111,19 +147,20 @@ class Run:
         if self.stopped:
             os._exit(128 + number)
         self.stopped = True
-        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
+        # not print: the signal may have come in the middle of one
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
     def restore(self, state: TrainState) -> None:
         """Puts the newest whole checkpoint into `state`, or commits it as step 0."""
-        commits = self.folder / "checkpoints"
-        newest, passed_over = checkpoint.newest_commit(commits)
+        newest, passed_over = checkpoint.newest_commit(self.folder / "checkpoints")
         for reason in passed_over:
             print(f"passed over {reason}")
         if newest is None:
-            if self.settings.get("resume"):
+            if self.resume:
                 print("no checkpoint yet: starting at step 0")
             for name in LOGS:
-                (self.folder / name).write_text("", encoding="utf-8")
+                fsio.write_text(self.folder / name, "")
+            fsio.fsync(self.folder)
             state.log_bytes = dict.fromkeys(LOGS, 0)
             self.save(state)
             return
@@ -131,6 +168,15 @@ class Run:
         for name, length in state.log_bytes.items():
             fsio.truncate(self.folder / name, length)
         print(f"resumed from {newest.name}")
+        then = read_json(newest / "manifest.json")["environment"]
+        for name, now in checkpoint.environment(state.model).items():
+            if then.get(name) != now:
+                print(f"not bit for bit from here on: {name} was {then.get(name)}, is {now}")
+
+    def say(self, text: str) -> None:
+        """Prints above the progress bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
     def facts(self, facts: dict[str, object]) -> None:
         """Prints what is about to happen, one aligned line each."""
@@ -141,14 +187,15 @@ class Run:
 
     def bar(self, steps: Iterable[Step], state: TrainState, total: int) -> Iterator[Step]:
         """The steps with a progress bar; ends early when a signal asked for it."""
+        if state.step >= total:
+            print("no steps left to do")
+        upcoming = iter(steps)
         with tqdm(
             total=total, initial=state.step, desc=self.recipe, disable=not sys.stderr.isatty()
         ) as bar:
-            for step in steps:
+            while not self.stopped and (step := next(upcoming, None)) is not None:
                 yield step
                 bar.update()
-                if self.stopped:
-                    return
 
     def log(self, state: TrainState, extra: dict, clock: dict, columns: Iterable[str]) -> None:
         """One line in metrics.jsonl from the open meters, and one on the console.
@@ -158,18 +205,24 @@ class Run:
             clock: what depends on the machine; kept under one key, so that the rest of the file
                 is the same in every run of the same settings.
             columns: metrics shown on the console.
+        Raises:
+            UserError: a metric is not finite (exit code 3); no line is written.
         """
         metrics = {"step": state.step} | state.meters.flush() | extra
         for name, value in metrics.items():
-            if isinstance(value, float) and not -float("inf") < value < float("inf"):
-                raise UserError(f"step {state.step}: {name}", f"is {value}", "", NON_FINITE)
+            if not math.isfinite(value):
+                raise UserError(
+                    f"step {state.step}: {name}", f"is {value}",
+                    "the last checkpoint stands; lower learning_rate, or look at the data",
+                    NON_FINITE,
+                )  # fmt: skip
         clock = {"elapsed": time.perf_counter() - self.started} | clock
         self._append(state, "metrics.jsonl", [metrics | {"clock": clock}])
         shown = [f"{n.rpartition('/')[2]} {metrics[n]:<9.4g}" for n in columns if n in metrics]
-        tqdm.write(f"step {state.step:>5}  " + "  ".join(shown).rstrip(), file=sys.stdout)
-        sys.stdout.flush()
+        self.say(f"step {state.step:>5}  " + "  ".join(shown).rstrip())
 
     def write_samples(self, state: TrainState, rows: list[dict]) -> None:
+        """Adds rows to samples.jsonl."""
         self._append(state, "samples.jsonl", rows)
 
     def _append(self, state: TrainState, name: str, rows: list[dict]) -> None:
@@ -186,14 +239,11 @@ class Run:
 
     def export(self, write: Callable[[Path], None]) -> Path:
         """Lets `write` fill a new folder that then becomes model/; returns it."""
-        temporary, final = self.folder / ".tmp-model", self.folder / "model"
-        if temporary.exists():
-            fsio.remove_folder(temporary)
-        temporary.mkdir()
+        temporary, final = self.folder / f"{fsio.TEMPORARY}model", self.folder / "model"
+        fsio.sweep(self.folder)
+        fsio.make_folder(temporary)
         write(temporary)
         for path in temporary.iterdir():
             fsio.fsync(path)
-        if final.exists():
-            fsio.remove_folder(final)
         fsio.commit_folder(temporary, final)
         return final

@@ -304,6 +304,12 @@ def test_sampling_law_by_hand(sampling, expected):
     assert torch.equal(QUARTERS, before)
 
 
+def test_sampling_law_top_p_stops_where_the_mass_reaches_it():
+    # Four equal tokens: two of them have exactly 1/2, the first two in order.
+    law = sampling_law(torch.zeros(1, 4), Sampling(1, top_p=0.5))
+    assert law.exp().tolist() == [[0.5, 0.5, 0, 0]]
+
+
 def test_sampling_law_repetition_penalty_by_hand():
     # A positive logit is divided, a negative one multiplied: both become less likely.
     logits = torch.tensor([[2.0, -1.0, 2.0, -1.0]], dtype=f64)

@@ -109,6 +109,14 @@ def test_load_pretrained_reads_gpt2_of_the_first_days(peer, copy):
     assert same(load_pretrained(folder), load_pretrained(peer("gpt2")[1]))
 
 
+def test_load_pretrained_ignores_the_frequencies_that_old_llamas_store(peer, copy):
+    folder = copy("llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, folder / "model.safetensors")
+    assert same(load_pretrained(folder), load_pretrained(peer("llama")[1]))
+
+
 @pytest.mark.parametrize("name", ["smollm2", "gpt2"])
 def test_load_pretrained_accepts_a_tied_head_stored_twice(name, peer, copy):
     folder = copy(name)
@@ -158,6 +166,12 @@ def test_save_pretrained_writes_a_value_head_beside_the_model(peer, tmp_path):
     assert config_in(tmp_path)["pad_token_id"] == 17
 
 
+@pytest.mark.parametrize("pad, written", [(0, 0), (98, 98), (None, None)])
+def test_save_pretrained_writes_the_pad_id_it_is_given(pad, written, peer, tmp_path):
+    save_pretrained(load_pretrained(peer("llama")[1]), tmp_path, pad_token_id=pad)
+    assert config_in(tmp_path)["pad_token_id"] == written  # id 0 is a token like any other
+
+
 def test_save_pretrained_refuses_a_config_made_by_hand(tmp_path):
     config = ModelConfig("llama", 9, 8, 8, 1, 2, 2, 4, 16)
     with pytest.raises(ValueError, match=r"made by hand has no config.json: use config_from_hf"):
@@ -178,6 +192,7 @@ def test_reward_model_scores_alike_in_transformers(family, peer, tmp_path):
     assert config_in(tmp_path)["architectures"] == [f"{trunk}ForSequenceClassification"]
     assert type(theirs).__name__ == f"{trunk}ForSequenceClassification"
     assert theirs.config.problem_type == "regression" and theirs.config.num_labels == 1
+    assert config_in(tmp_path)["label2id"] == {"LABEL_0": 0}
 
     rng, lengths = torch.Generator().manual_seed(4), torch.tensor([1, 9, 4])
     tokens = torch.randint(98, (3, 9), generator=rng)
@@ -379,6 +394,30 @@ def test_config_defaults_are_those_of_transformers():
 )  # fmt: skip
 def test_sliding_window_is_read_where_the_family_uses_it(changes, window):
     assert config_from_hf({**LLAMA, **changes}).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    "family, asked, biases",  # of q, k, v; of the output; of the MLP
+    [
+        ("llama", False, (False, False, False)),
+        ("llama", True, (True, True, True)),
+        ("mistral", True, (False, False, False)),
+        ("qwen2", False, (True, False, False)),
+        ("qwen2", True, (True, False, False)),
+        ("qwen3", True, (True, True, False)),
+    ],
+)
+def test_biases_are_those_the_family_has(family, asked, biases):
+    values = {**LLAMA, "model_type": family, "attention_bias": asked, "mlp_bias": asked}
+    config = config_from_hf(values)
+    assert (config.qkv_bias, config.out_bias, config.mlp_bias) == biases
+
+
+def test_the_newer_spelling_of_rope_wins_over_the_older():
+    old = {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert config_from_hf({**LLAMA, **old}).rope_theta == 7.0
+    config = config_from_hf({**LLAMA, **old, "rope_parameters": {"rope_theta": 9.0}})
+    assert (config.rope_theta, config.rope_scaling) == (9.0, None)
 
 
 def test_unknown_keys_are_carried_through():

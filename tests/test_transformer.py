@@ -232,6 +232,7 @@ def test_rotary_table_grows_without_changing_what_it_said():
     assert len(after) > len(before)
     assert torch.equal(after[: len(before)], before)
     assert table(3, torch.zeros(0, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+    assert table(3, torch.zeros(0, dtype=torch.bfloat16, device="meta"))[0].is_meta
 
 
 def test_rms_norm_by_hand():

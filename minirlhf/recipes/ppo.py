@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import optim, pretrained, streams
+from minirlhf import fsio, optim, pretrained, streams
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
@@ -35,6 +36,7 @@ from minirlhf.masking import masked_standardize, masked_sum
 from minirlhf.meters import Step
 from minirlhf.rewards import Completions, RewardSource, load_reward
 from minirlhf.rollout import Rollout, RolloutBuffer, prompt_rows, replay_rows, sample, unpack
+from minirlhf.rows import read_json
 from minirlhf.run import Run
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
@@ -45,16 +47,20 @@ KL_TOLERANCE = 1e-4  # nats a token
 
 @dataclass(frozen=True)
 class PPOConfig:
-    model: str = setting(help="language model to align", metavar="FOLDER")
-    data: str = setting(help="prompts: JSON lines, JSON or CSV, also .gz", metavar="FILE")
-    reward: str = setting(help="reward-model folder, or file.py:function", metavar="SOURCE")
-    out: str = setting(help="folder of the run", metavar="DIR")
+    model: str = setting("", "language model to align", metavar="FOLDER", required=True)
+    data: str = setting(
+        "", "prompts: JSON lines, JSON or CSV, also .gz", metavar="FILE", required=True
+    )
+    reward: str = setting(
+        "", "reward-model folder, or file.py:function", metavar="SOURCE", required=True
+    )
+    out: str = setting("", "folder of the run", metavar="DIR", required=True)
     ref: str | None = setting(None, "reference; none: the policy at step 0", metavar="FOLDER")
     # rollout
     steps: int = setting(100, "iterations of sampling and optimising", at_least=1)
     batch_size: int = setting(64, "prompts sampled in an iteration", at_least=1)
     max_new_tokens: int = setting(64, "tokens of the longest response", at_least=1)
-    temperature: float = setting(1.0, "of sampling, and of every log-prob", above=0)
+    temperature: float = setting(1.0, "of sampling, and of every log-prob; above 0", at_least=0)
     top_k: int = setting(0, "truncated sampling: only 0 (off) for now", at_least=0)
     top_p: float = setting(1.0, "truncated sampling: only 1 (off) for now", above=0, at_most=1)
     min_p: float = setting(0.0, "truncated sampling: only 0 (off) for now", at_least=0, at_most=1)
@@ -108,12 +114,26 @@ class PPOConfig:
                 "top_k, top_p, min_p: truncated sampling draws from another law than the one in "
                 "the ratio and the KL, so both would lose their meaning; use temperature"
             )
-        if self.micro_batch_size * self.mini_batches > self.batch_size:
+        if self.temperature == 0:
             problems.append(
-                f"batch_size {self.batch_size} is less than {self.mini_batches} mini_batches of "
-                f"micro_batch_size {self.micro_batch_size}: use micro_batch_size "
-                f"{max(self.batch_size // self.mini_batches, 1)}, or batch_size "
-                f"{self.micro_batch_size * self.mini_batches}"
+                "temperature 0: greedy sampling explores nothing, and its law has no finite "
+                "log-probs to learn from; use one above 0"
+            )
+        rows, micro, minis = self.batch_size, self.micro_batch_size, self.mini_batches
+        if micro * minis > rows:
+            legal = [f"batch_size {micro * minis}"]
+            legal += [f"micro_batch_size {rows // minis}"] if minis <= rows else []
+            legal += [f"mini_batches {rows // micro}"] if micro <= rows else []
+            problems.append(
+                f"batch_size {rows} is less than {minis} mini_batches of micro_batch_size {micro}: "
+                f"use {' or '.join(legal)}"
+            )
+        if self.kl_target is not None and self.kl_coef == 0:
+            problems.append("kl_target: kl_coef is 0, which no factor can move; use one above 0")
+        if self.kl_target is not None and rows >= 5 * self.kl_horizon:
+            problems.append(
+                f"kl_horizon {self.kl_horizon:g} is too short for batch_size {rows}: kl_coef could "
+                f"fall to 0 in one step; use more than {rows / 5:g}"
             )
         return problems
 
@@ -154,7 +174,9 @@ def policy_pass(policy: ValueHeadModel, micro: Rollout, temperature: float) -> T
     return TokenPass(logprobs, entropy, response_states(values, micro.prompt_lengths, R))
 
 
-def response_logprobs(lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float):
+def response_logprobs(
+    lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float
+) -> tuple[Tensor, Tensor]:
     """(b, R) log-probs and entropies of the response tokens; only their logits are computed."""
     mask = micro.response_mask
     states = response_states(hidden, micro.prompt_lengths, mask.shape[1])  # (b, R, D)
@@ -185,13 +207,13 @@ def measure(
 
 
 def assign_credit(buffer: RolloutBuffer, config: PPOConfig, kl_coef: float) -> None:
-    """Fills advantages and returns: KL penalty and score as rewards, then GAE."""
+    """Fills rewards (KL penalty and score), advantages and returns (GAE)."""
 
     def fill(micro: Rollout) -> Rollout:
         kl = kl_k1(micro.old_logprobs, micro.ref_logprobs)
         rewards = token_rewards(micro.scores, kl, micro.response_mask, kl_coef)
         credit = gae(rewards, micro.old_values, micro.response_mask, config.gamma, config.lam)
-        return micro._replace(advantages=credit.advantages, returns=credit.returns)
+        return micro._replace(rewards=rewards, advantages=credit.advantages, returns=credit.returns)
 
     buffer.update(fill)
     if config.whiten_advantages:  # once, over the whole rollout: no mini-batch split can change it
@@ -210,16 +232,16 @@ def ppo_step(
     """GAE and the clipped-PPO update on one rollout, for one's own loop.
 
     Args:
-        rollout: measured (see `measure`); its advantages and returns are filled here.
+        rollout: measured (see `measure`); rewards, advantages and returns are filled here.
         iteration: decides, with config.seed, the order of the mini-batches.
         kl_coef: None is config.kl_coef.
     Raises:
         UserError: a loss or gradient that is not finite (exit code 3), before it is applied.
     """
-    assign_credit(rollout, config, config.kl_coef if kl_coef is None else kl_coef)
+    kl_coef = config.kl_coef if kl_coef is None else kl_coef
+    assign_credit(rollout, config, kl_coef)
     device = rollout.micro_batches[0].tokens.device
-    names = ("policy_loss", "value_loss", "approxkl", "clipfrac", "value_clipfrac", "entropy")
-    sums = dict.fromkeys((*names, "ratio", "ratio_sq"), torch.zeros((), device=device))
+    sums: dict[str, Tensor] = {}  # over the tokens of all epochs
     total, norms, first_gap = 0, [], torch.zeros((), device=device)
     for epoch in range(config.epochs):
         parts = rollout.minibatches(config.mini_batches, config.seed, iteration, epoch)
@@ -240,16 +262,17 @@ def ppo_step(
                 loss = masked_sum(surrogate.loss + config.vf_coef * value.loss, mask) / tokens
                 loss.backward()
                 step_loss += loss.detach()
+                gap = surrogate.ratio - 1
                 if epoch == number == 0:
-                    first_gap = torch.maximum(first_gap, (surrogate.ratio - 1)[mask].abs().max())
+                    first_gap = torch.maximum(first_gap, gap[mask].abs().max())
                 log_ratio = new.logprobs.detach() - micro.old_logprobs
                 seen = {
                     "policy_loss": surrogate.loss, "value_loss": value.loss,
                     "approxkl": log_ratio.square() / 2, "clipfrac": surrogate.clipped,
                     "value_clipfrac": value.clipped, "entropy": new.entropy,
-                    "ratio": surrogate.ratio, "ratio_sq": surrogate.ratio.square(),
+                    "gap": gap, "gap_sq": gap.square(),
                 }  # fmt: skip
-                sums = {k: sums[k] + masked_sum(x.detach(), mask) for k, x in seen.items()}
+                sums = {k: sums.get(k, 0) + masked_sum(x.detach(), mask) for k, x in seen.items()}
                 total += int(mask.sum())
             where = f"step {iteration + 1}"
             optim.check_finite(where, loss=float(step_loss))
@@ -257,26 +280,28 @@ def ppo_step(
             optimizer.step()
             optimizer.zero_grad()
     mean = {name: float(x) / total for name, x in sums.items()}
-    ratio_var = max(mean.pop("ratio_sq") - mean["ratio"] ** 2, 0.0)
+    gap, gap_sq = mean.pop("gap"), mean.pop("gap_sq")  # squares around 1 keep small variances
     returns, old_values = rollout.tokens("returns"), rollout.tokens("old_values")
     spread = float(returns.var(correction=0))
     unexplained = float((returns - old_values).var(correction=0))
-    penalty = rollout.row_sums("old_logprobs") - rollout.row_sums("ref_logprobs")
+    kl = kl_k1(rollout.tokens("old_logprobs"), rollout.tokens("ref_logprobs"))
     return PPOStats(
-        **mean, ratio_var=ratio_var, loss=mean["policy_loss"] + config.vf_coef * mean["value_loss"],
-        grad_norm=sum(norms) / len(norms),
+        **mean, loss=mean["policy_loss"] + config.vf_coef * mean["value_loss"],
+        ratio=1 + gap, ratio_var=max(gap_sq - gap**2, 0.0), grad_norm=sum(norms) / len(norms),
         explained_variance=1 - unexplained / spread if spread > 0 else 0.0,
-        non_score_reward=-float(penalty.mean()) * (config.kl_coef if kl_coef is None else kl_coef),
+        non_score_reward=-kl_coef * float(kl.sum()) / len(rollout),
         first_ratio_gap=float(first_gap),
     )  # fmt: skip
 
 
 def score(reward: RewardSource, completions: Completions, config: PPOConfig, where: str) -> Tensor:
-    """(B,) scores as PPO uses them."""
-    scores = reward(completions)
+    """(B,) float32 scores as PPO uses them, on the CPU."""
+    scores = reward(completions).float().cpu()
+    cut = torch.tensor([reason == "length" for reason in completions.finish_reasons])  # (B,)
+    if scores.shape != cut.shape:
+        raise ValueError(f"reward gave {tuple(scores.shape)}: give one score each, {len(cut)}")
     for i, value in enumerate(scores.tolist()):
         optim.check_finite(f"{where}, response {i}", score=value)
-    cut = torch.tensor([reason == "length" for reason in completions.finish_reasons])
     return scores - config.missing_eos_penalty * cut
 
 
@@ -298,9 +323,10 @@ def ppo(
         tokenizer: of the policy; decodes what reward sources see.
         config: only its training settings are read.
     Raises:
-        UserError: numbers that are not finite (exit code 3); the KL at step 0 is not 0 although
-            the reference is the policy, or the first ratio is not 1.
+        UserError: an illegal setting; numbers that are not finite (exit code 3); the KL at step 0
+            is not 0 although the reference is the policy, or the first ratio is not 1 (code 1).
     """
+    settings.validate(config)
     policy, B = state.model, config.batch_size
     if state.kl_coef is None:
         state.kl_coef = config.kl_coef
@@ -312,7 +338,8 @@ def ppo(
         )
         optim.set_learning_rate(state.optimizer, rate)
 
-        # Sample: the texts depend on (seed, iteration, prompt) alone, not on how they are batched.
+        # Sample: a text depends on the seed, the iteration, its prompt and its place in the batch,
+        # not on which rows are sampled side by side.
         rows = prompt_rows(state.samples, B, len(prompts), config.seed)
         keys = streams.key(config.seed, "rollout", iteration, rows, torch.arange(B))
         batch = [prompts[i] for i in rows.tolist()]
@@ -440,7 +467,7 @@ def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel, device, d
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     # Weights once, and a copy as the reference unless that is the policy without its adapters;
     # a gradient and two moments for what is trained.
-    held = weights + 3 * trainable + (0 if config.lora_rank else weights)
+    held = weights + 3 * trainable + (weights if config.ref or not config.lora_rank else 0)
     per_step = ceil(config.batch_size / config.mini_batches)
     accumulated = ceil(per_step / config.micro_batch_size)
     adapting = config.kl_target and f"adapting to {config.kl_target:g} nats a response"
@@ -469,35 +496,61 @@ def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel, device, d
     }
 
 
+def prompt_room(config: PPOConfig, folders: tuple[Path, ...]) -> int:
+    """Most tokens of a prompt: policy and reference read it with the whole response."""
+    models = [pretrained.read_config(folder) for folder in folders]
+    most = min(min(m.max_positions, m.sliding_window or m.max_positions) for m in models)
+    if config.max_new_tokens >= most:
+        raise UserError("--max-new-tokens", f"{config.max_new_tokens} fill the model's context",
+                        f"use less than {most}")  # fmt: skip
+    room = most - config.max_new_tokens
+    return min(config.max_prompt_length or room, room)
+
+
+def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """A folder that transformers loads and samples from: weights, tokenizer, generation config."""
+    pretrained.save_pretrained(lm, folder)
+    tokenizer.save(folder)
+    before = tokenizer.folder / "generation_config.json"
+    others = read_json(before) if before.exists() else {}
+    eos = {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
+    fsio.write_json(folder / "generation_config.json", others | eos)
+
+
 def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         PPOConfig, argv, "minirlhf ppo", "Align a language model with PPO against a reward."
     )
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    # On a GPU torch refuses the cumsum of sampling, and cuBLAS without a workspace setting.
+    torch.use_deterministic_algorithms(device == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
     folder = pretrained.resolve(config.model)
-    positions = pretrained.read_config(folder).max_positions
+    ref_folder = folder if config.ref is None else pretrained.resolve(config.ref)
     tokenizer = load_tokenizer(folder)
-    room = min(config.max_prompt_length or positions, positions - config.max_new_tokens + 1)
-    if room < 1:
-        raise UserError("--max-new-tokens", f"{config.max_new_tokens} fill the model's context",
-                        f"use less than {positions}")  # fmt: skip
+    if config.ref and load_tokenizer(ref_folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--ref {config.ref}", "has another tokenizer than the policy",
+                        "give a model that reads the same ids")  # fmt: skip
+    room = prompt_room(config, (folder, ref_folder))
     prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
     print(report)
-    with Run(config.out, "ppo", settings.as_dict(config), config.resume) as r:
-        reward = load_reward(config.reward, tokenizer, dtype, device, config.micro_batch_tokens)
-        policy = ValueHeadModel(pretrained.load_pretrained(folder, dtype, device))
-        if config.lora_rank:
-            add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
-        ref = None
-        if config.ref is not None or not config.lora_rank:
-            ref = pretrained.load_pretrained(config.ref or folder, dtype, device)
-            ref.requires_grad_(False)
-        optimizer = optim.make_optimizer(
-            policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
-        )
-        state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
+    file, _, _ = config.reward.rpartition(".py:")
+    inputs = [config.data, *([f"{file}.py"] if file else [])]
+    # Refused here, before anything is loaded; written to only once all is.
+    r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
+    reward = load_reward(config.reward, tokenizer, dtype, device, config.micro_batch_tokens)
+    policy = ValueHeadModel(pretrained.load_pretrained(folder, dtype, device))
+    if config.lora_rank:
+        add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
+    ref = None
+    if config.ref is not None or not config.lora_rank:
+        ref = pretrained.load_pretrained(ref_folder, dtype, device)
+        ref.requires_grad_(False)
+    optimizer = optim.make_optimizer(
+        policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
+    )
+    state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
+    with r:
         r.facts(run_facts(config, len(prompts), policy, device, dtype))
         r.restore(state)
         if config.sample_every and state.step == 0:
@@ -521,12 +574,8 @@ def main(argv: list[str] | None = None) -> int:
             return STOPPED
         if config.lora_rank:
             merge_lora(policy)
-
-        def write(target) -> None:
-            pretrained.save_pretrained(policy.lm, target)
-            tokenizer.save(target)
-
-        print(f"aligned model in {r.export(write)}")
+        model = r.export(lambda target: write_model(policy.lm, tokenizer, target))
+        print(f"aligned model in {model}")
     return OK
 
 

@@ -1,6 +1,6 @@
 """Reward model: a scalar score learned from preferences (Bradley-Terry with margin).
 
-    loss = -log sigmoid(score(chosen) - score(rejected) - margin)
+    loss = -log sigmoid(chosen - rejected - margin) + c (chosen + rejected)^2
 
 What is left out: classification heads of several labels, whose average is no reward.
 Run it as `minirlhf reward`, `python -m minirlhf.recipes.reward`, or loop over `reward(...)`.
@@ -9,7 +9,7 @@ Run it as `minirlhf reward`, `python -m minirlhf.recipes.reward`, or loop over `
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -30,13 +30,20 @@ from minirlhf.losses import bradley_terry_loss, preference_accuracy
 from minirlhf.meters import Step
 from minirlhf.run import Run
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.transformer import ModelConfig
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    model: str = setting(help="language model (or reward model) to start from", metavar="FOLDER")
-    data: str = setting(help="preference pairs: JSON lines, JSON or CSV, also .gz", metavar="FILE")
-    out: str = setting(help="folder of the run", metavar="DIR")
+    """Settings of a run; `reward` reads those from `epochs` to `center_rewards_coefficient`."""
+
+    model: str = setting(
+        "", "language model (or reward model) to start from", metavar="FOLDER", required=True
+    )
+    data: str = setting(
+        "", "preference pairs: JSON lines, JSON or CSV, also .gz", metavar="FILE", required=True
+    )
+    out: str = setting("", "folder of the run", metavar="DIR", required=True)
     eval_data: tuple[str, ...] = setting((), "held-out pairs, several as NAME=FILE", metavar="FILE")
     eval_every: int = setting(0, "steps between evaluations; 0: at the end only", at_least=0)
     show_samples: int = setting(4, "held-out pairs shown with their scores; -1: all", at_least=-1)
@@ -96,9 +103,34 @@ def pair_scores(model: RewardModel, batch: PairBatch) -> tuple[Tensor, Tensor]:
     return scores.chunk(2)
 
 
+def pair_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float) -> Tensor:
+    """Bradley-Terry loss, and what holds the scores' free constant near 0. (N,) each -> (N,)."""
+    return bradley_terry_loss(chosen, rejected, margin) + center * (chosen + rejected).square()
+
+
+def score_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
+    """What the scores of N pairs, (N,) each, say without their margins.
+
+    Returns:
+        accuracy (strict), accuracy_half (a tie counts half), ties: fractions of N; margin and
+        margin_std: mean and population standard deviation of chosen - rejected; min_reward,
+        mean_reward, max_reward: over both sides.
+    """
+    accuracy = preference_accuracy(chosen, rejected)
+    both, margin = torch.cat((chosen, rejected)).double(), chosen.double() - rejected.double()
+    values = {
+        "margin": margin.mean(), "margin_std": margin.std(correction=0),
+        "min_reward": both.min(), "mean_reward": both.mean(), "max_reward": both.max(),
+    }  # fmt: skip
+    values = {name: float(value) for name, value in values.items()}
+    strict, ties, half = accuracy
+    return {"accuracy": strict, "accuracy_half": half, "ties": ties} | values
+
+
 def total_steps(config: RewardConfig, pairs: int) -> int:
     """Optimizer steps of the whole run: the exact horizon of the learning rate."""
-    return config.steps or ceil(config.epochs * ceil(pairs / config.batch_size))
+    exact = config.epochs * ceil(pairs / config.batch_size)
+    return config.steps or ceil(round(exact, 6))  # 1.1 * 10 is 11.000000000000002
 
 
 def reward(
@@ -114,7 +146,11 @@ def reward(
         pairs: N preference pairs.
         config: only its training settings are read.
         collate: pairs -> PairBatch.
+    Raises:
+        UserError: a number is not finite (exit code 3); the step changed nothing.
     """
+    if not pairs:
+        raise ValueError("pairs is empty: give at least one")
     model, N = state.model, len(pairs)
     lengths, per_epoch = pair_lengths(pairs), ceil(N / config.batch_size)
     steps = total_steps(config, N)
@@ -130,31 +166,38 @@ def reward(
             state.step, steps, config.learning_rate, config.warmup_steps, config.schedule
         )
         optim.set_learning_rate(state.optimizer, rate)
-        where = f"step {state.step + 1}"
-        sums = {"loss": 0.0, "accuracy": 0.0, "ties": 0.0, "margin": 0.0, "mean_reward": 0.0}
-        for part in optim.cut_by_tokens(lengths[rows], len(rows), config.micro_batch_tokens // 2):
-            batch = collate([pairs[i] for i in rows[part].tolist()])
-            chosen, rejected = pair_scores(model, batch)
-            loss = bradley_terry_loss(chosen, rejected, batch.margin.to(chosen))  # (n,)
-            if config.center_rewards_coefficient:
-                loss = loss + config.center_rewards_coefficient * (chosen + rejected).square()
-            (loss.sum() / len(rows)).backward()
-            chosen, rejected = chosen.detach(), rejected.detach()
-            accuracy, share = preference_accuracy(chosen, rejected), len(part) / len(rows)
-            sums["loss"] += float(loss.detach().sum()) / len(rows)
-            sums["accuracy"] += float(accuracy.strict) * share
-            sums["ties"] += float(accuracy.ties) * share
-            sums["margin"] += float((chosen - rejected).mean()) * share
-            sums["mean_reward"] += float((chosen + rejected).mean()) / 2 * share
-        optim.check_finite(where, loss=sums["loss"])
-        sums["grad_norm"] = optim.clip_gradients(model, config.max_grad_norm, where)
-        state.optimizer.step()
         state.optimizer.zero_grad()
+        where, total, scores, tokens = f"step {state.step + 1}", 0.0, [], 0
+        for part in optim.cut_by_tokens(lengths[rows], len(rows), config.micro_batch_tokens // 2):
+            here = [pairs[i] for i in rows[part].tolist()]
+            batch = collate(here)
+            chosen, rejected = pair_scores(model, batch)
+            margin = batch.margin.to(chosen)
+            loss = pair_loss(chosen, rejected, margin, config.center_rewards_coefficient)
+            loss = loss.sum() / len(rows)
+            value = float(loss.detach())
+            optim.check_finite(f"{where} ({', '.join(p.where for p in here[:8])})", loss=value)
+            loss.backward()
+            total += value
+            scores.append(torch.stack((chosen, rejected)).detach())
+            tokens += int(batch.lengths.sum())
+        metrics = {"loss": total} | score_metrics(*torch.cat(scores, 1))
+        optim.check_finite(where, **metrics)
+        metrics["grad_norm"] = optim.clip_gradients(model, config.max_grad_norm, where)
+        state.optimizer.step()
         state.step += 1
         state.samples += len(rows)
-        state.meters.update(sums, len(rows))
-        metrics = sums | {"learning_rate": rate, "epoch": state.step / per_epoch}
-        yield Step(state.step, metrics, {"step_time": time.perf_counter() - started}, [])
+        state.count("num_tokens", tokens)
+        state.meters.update(metrics, len(rows))
+        position_in_run = {
+            "learning_rate": rate, "epoch": state.step / per_epoch,
+            "num_tokens": state.counters["num_tokens"],
+        }  # fmt: skip
+        clock = {"step_time": time.perf_counter() - started}
+        yield Step(state.step, metrics | position_in_run, clock, [])
+
+
+# ------------------------------------------------------------------------------------- evaluation
 
 
 class Evaluation(NamedTuple):
@@ -163,70 +206,102 @@ class Evaluation(NamedTuple):
     rejected: Tensor  # (N,)
 
 
+def calibration_error(chosen: Tensor, rejected: Tensor, bins: int = 10) -> float:
+    """Expected calibration error of P(chosen) = sigmoid(chosen - rejected). Guo et al. 2017
+    (arXiv:1706.04599), eq. 3.
+
+        sum_b |sum_{i in b} (right_i - confidence_i)| / N,   confidence = max(P, 1 - P)
+
+    Bins are of equal width on [1/2, 1]; right is 1 where the chosen side scores higher, 1/2 at a
+    tie. 0 says that of the pairs told apart with confidence 0.9, 9 in 10 are told apart rightly.
+
+    Args:
+        chosen, rejected: (N,) scores.
+    """
+    probability = torch.sigmoid(chosen.double() - rejected.double())
+    confidence = torch.maximum(probability, 1 - probability)
+    right = (chosen > rejected).double() + 0.5 * (chosen == rejected)
+    index = ((2 * confidence - 1) * bins).long().clamp(max=bins - 1)  # (N,)
+    gaps = probability.new_zeros(bins).index_add(0, index, right - confidence)
+    return float(gaps.abs().sum()) / len(chosen)
+
+
 @torch.no_grad()
 def evaluate(
     model: RewardModel,
     pairs: list[Pair],
     micro_batch_tokens: int = 4096,
     metrics: Callable[[Tensor, Tensor, list[Pair]], dict[str, float]] | None = None,
+    collate: Callable[[list[Pair]], PairBatch] = collate_pairs,
 ) -> Evaluation:
     """Scores held-out pairs once.
 
     Args:
         metrics: more of them, a function of (chosen scores (N,), rejected scores (N,), pairs).
+        collate: pairs -> PairBatch, as in training.
     Returns:
-        loss (with the margins), accuracy (strict), accuracy_half (a tie counts half), ties, margin
-        (mean difference of the scores), min/mean/max_reward; and the scores in the pairs' order.
+        loss (Bradley-Terry with the margins), those of `score_metrics`, calibration_error; and the
+        scores in the pairs' order.
     """
     chosen, rejected = torch.zeros(2, len(pairs))
+    margin = torch.zeros(len(pairs))
     for part in optim.cut_by_tokens(pair_lengths(pairs), len(pairs), micro_batch_tokens // 2):
-        c, r = pair_scores(model, collate_pairs([pairs[i] for i in part.tolist()]))
-        chosen[part], rejected[part] = c.cpu().float(), r.cpu().float()
-    margin = torch.tensor([p.margin for p in pairs])
-    accuracy, both = preference_accuracy(chosen, rejected), torch.cat((chosen, rejected))
-    values = {
-        "loss": bradley_terry_loss(chosen, rejected, margin).mean(),
-        "accuracy": accuracy.strict, "accuracy_half": accuracy.half, "ties": accuracy.ties,
-        "margin": (chosen - rejected).mean(),
-        "min_reward": both.min(), "mean_reward": both.mean(), "max_reward": both.max(),
-    }  # fmt: skip
-    values = {name: float(value) for name, value in values.items()}
-    return Evaluation(
-        values | (metrics(chosen, rejected, pairs) if metrics else {}), chosen, rejected
-    )
+        batch = collate([pairs[i] for i in part.tolist()])
+        chosen[part], rejected[part] = (side.float().cpu() for side in pair_scores(model, batch))
+        margin[part] = batch.margin.float()
+    values = {"loss": float(bradley_terry_loss(chosen, rejected, margin).mean())}
+    values |= score_metrics(chosen, rejected)
+    values["calibration_error"] = calibration_error(chosen, rejected)
+    if metrics is not None:
+        values |= metrics(chosen, rejected, pairs)
+    return Evaluation(values, chosen, rejected)
 
 
-def sample_rows(pairs: list[Pair], result: Evaluation, tokenizer: Tokenizer | None, count: int):
-    """The first `count` pairs (-1: all) with both scores and P(chosen > rejected)."""
+def sample_rows(
+    pairs: list[Pair], result: Evaluation, tokenizer: Tokenizer | None, count: int
+) -> list[dict]:
+    """The first `count` pairs (-1: all) with both scores and P(chosen > rejected).
+
+    Without a tokenizer the texts are their ids.
+    """
     rows = []
     for i, pair in enumerate(pairs[: len(pairs) if count < 0 else count]):
-        ids = {
-            "chosen": pair.prompt_ids + pair.chosen_ids,
-            "rejected": pair.prompt_ids + pair.rejected_ids,
-        }
-        texts = {k: tokenizer.decode(v) if tokenizer else v for k, v in ids.items()}
-        c, r = float(result.chosen[i]), float(result.rejected[i])
-        probability = float(torch.sigmoid(result.chosen[i] - result.rejected[i]))
-        rows.append(
-            texts | {"chosen_score": c, "rejected_score": r, "probability": probability,
-                     "margin": pair.margin}
-        )  # fmt: skip
+        ids = {"prompt": pair.prompt_ids, "chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
+        texts = {name: tokenizer.decode(v) if tokenizer else v for name, v in ids.items()}
+        chosen, rejected = float(result.chosen[i]), float(result.rejected[i])
+        rows.append(texts | {
+            "chosen_score": chosen, "rejected_score": rejected, "margin": pair.margin,
+            "probability": float(torch.sigmoid(result.chosen[i] - result.rejected[i])),
+            "chosen_tokens": len(pair.prompt_ids) + len(pair.chosen_ids),
+            "rejected_tokens": len(pair.prompt_ids) + len(pair.rejected_ids),
+        })  # fmt: skip
     return rows
 
 
-def print_samples(rows: list[dict]) -> None:
-    print(f"  {'chosen':<44}  {'rejected':<44}  {'scores':>15}  P(chosen)")
+def sample_table(rows: list[dict]) -> str:
+    """`sample_rows` for a console; the answers only, since both have the same prompt."""
+    lines = [f"  {'chosen':<36}  {'rejected':<36}  {'scores':>15}  margin  P(chosen)  tokens"]
     for row in rows:
-        chosen, rejected = (printable(row[side], 44) for side in ("chosen", "rejected"))
+        chosen, rejected = (printable(row[side], 36) for side in ("chosen", "rejected"))
         scores = f"{row['chosen_score']:>7.3f} {row['rejected_score']:>7.3f}"
-        print(f"  {chosen:<44}  {rejected:<44}  {scores}  {row['probability']:.3f}")
+        sizes = f"{row['chosen_tokens']}/{row['rejected_tokens']}"
+        lines.append(
+            f"  {chosen:<36}  {rejected:<36}  {scores}  {row['margin']:>6.3g}  "
+            f"{row['probability']:>9.3f}  {sizes}"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------- the command line
 
 
 def named_files(entries: tuple[str, ...]) -> dict[str, str]:
     """`FILE` or `NAME=FILE`, several -> {metric prefix: file}."""
     out = {}
     for entry in entries:
-        name, _, file = entry.rpartition("=") if not Path(entry).exists() else ("", "", entry)
+        name, equals, file = entry.partition("=")
+        if not equals or Path(entry).exists():
+            name, file = "", entry
         prefix = f"eval_{name}_" if name else "eval_"
         if prefix in out:
             raise UserError("--eval-data", f"two sets are called {name or 'eval'!r}",
@@ -235,33 +310,75 @@ def named_files(entries: tuple[str, ...]) -> dict[str, str]:
     return out
 
 
-def evaluate_all(r: Run, state: TrainState, sets: dict[str, list[Pair]], config, tokenizer) -> dict:
+def load(
+    config: RewardConfig, path: str, tokenizer: Tokenizer, model: ModelConfig, before_eos: bool
+) -> list[Pair]:
+    """Pairs of a file, its report printed; without their eos for a model that is read before it."""
+    pairs, report = load_pairs(path, tokenizer, config.max_length, config.overlong)
+    longest = int(pair_lengths(pairs).max())
+    most = min(model.max_positions, model.sliding_window or model.max_positions)
+    if longest > most:
+        what = f"a row of {longest} tokens, the model reads {most}"
+        raise UserError(path, what, f"give --max-length {most}")
+    print(report)
+    return [without_eos(pair, tokenizer.eos_ids) for pair in pairs] if before_eos else pairs
+
+
+def without_eos(pair: Pair, eos_ids: tuple[int, ...]) -> Pair:
+    sides = pair.chosen_ids, pair.rejected_ids
+    chosen, rejected = (ids[:-1] if ids[-1] in eos_ids else ids for ids in sides)
+    if not (pair.prompt_ids or (chosen and rejected)):
+        raise UserError(pair.where, "a text of nothing but eos", "remove the row")
+    return replace(pair, chosen_ids=chosen, rejected_ids=rejected)
+
+
+def load_start(
+    config: RewardConfig, before_eos: bool, device: str, dtype: torch.dtype
+) -> RewardModel:
+    """The reward model of --model, or its language model under a new head."""
+    folder = pretrained.resolve(config.model)
+    if pretrained.has_tensor(pretrained.tensor_files(folder), "score.weight"):
+        model = pretrained.load_reward_model(folder, dtype)
+    else:
+        model = RewardModel(pretrained.load_pretrained(folder, dtype))
+        initialize_score(model, streams.generator(config.seed, "reward head"))
+    model.read_before_eos = before_eos
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
+    return model.to(device)
+
+
+def write_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """A folder that transformers loads to the same scores: all its files name one pad token."""
+    pad = None if model.read_before_eos else tokenizer.spare_pad_token()
+    if pad is None and tokenizer.eos_ids:
+        eos = tokenizer.eos_ids[0]
+        pad = tokenizer.decode([eos], skip_special=False), eos
+    token, pad_id = pad or (None, None)
+    pretrained.save_pretrained(model, folder, pad_id)
+    tokenizer.save(folder, token)
+
+
+def evaluate_all(
+    r: Run,
+    state: TrainState,
+    sets: dict[str, list[Pair]],
+    config: RewardConfig,
+    tokenizer: Tokenizer,
+) -> dict[str, float]:
     """Every held-out set, with its table of pairs; the metrics under their prefixes."""
     metrics = {}
     for prefix, held_out in sets.items():
         result = evaluate(state.model, held_out, config.micro_batch_tokens)
         rows = sample_rows(held_out, result, tokenizer, config.show_samples)
         if rows:
-            print_samples(rows)
+            r.say(sample_table(rows))
             r.write_samples(state, [{"step": state.step, "set": prefix} | row for row in rows])
         metrics |= {prefix + name: value for name, value in result.metrics.items()}
-        print(
-            f"  {prefix.rstrip('_')}: {len(held_out):,} pairs  "
-            + "  ".join(
-                f"{n} {result.metrics[n]:.4f}" for n in ("accuracy", "ties", "loss", "margin")
-            )
-        )
+        shown = ("accuracy", "ties", "loss", "margin", "calibration_error")
+        numbers = "  ".join(f"{name} {result.metrics[name]:.4f}" for name in shown)
+        r.say(f"  {prefix.rstrip('_')}: {len(held_out):,} pairs  {numbers}")
     return metrics
-
-
-def load_start(config: RewardConfig, device: str, dtype: torch.dtype) -> RewardModel:
-    """The reward model of --model, or its language model under a new head."""
-    files = pretrained.tensor_files(pretrained.resolve(config.model))
-    if pretrained.has_tensor(files, "score.weight"):
-        return pretrained.load_reward_model(config.model, dtype, device)
-    lm = pretrained.load_pretrained(config.model, dtype)
-    model = RewardModel(lm)
-    return initialize_score(model, streams.generator(config.seed, "reward head")).to(device)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -271,37 +388,41 @@ def main(argv: list[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    files = {"": config.data} | named_files(config.eval_data)
+    r = Run(config.out, "reward", settings.as_dict(config), config.resume, files.values())
     folder = pretrained.resolve(config.model)
-    pretrained.read_config(folder)
-    tokenizer = load_tokenizer(folder)
-    pad = tokenizer.spare_pad_token()
-    pairs, report = load_pairs(config.data, tokenizer, config.max_length, config.overlong)
-    print(report)
-    sets = {}
-    for prefix, file in named_files(config.eval_data).items():
-        sets[prefix], report = load_pairs(file, tokenizer, config.max_length, config.overlong)
-        print(report)
-    with Run(config.out, "reward", settings.as_dict(config), config.resume) as r:
-        model = load_start(config, device, dtype)
-        if config.lora_rank:
-            add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
-        optimizer = optim.make_optimizer(
-            model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
-        )
-        state, steps = TrainState(model, optimizer), total_steps(config, len(pairs))
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
+    if model_config.vocab_size < tokenizer.vocab_size:
+        legal = f"must be at least the tokenizer's {tokenizer.vocab_size}"
+        raise UserError(f"{folder}: vocab_size", f"is {model_config.vocab_size}", legal)
+    # Without a token to spare other tools pad with eos, and then read the score before it.
+    before_eos = bool(model_config.source.get("read_before_eos"))
+    before_eos = before_eos or tokenizer.spare_pad_token() is None
+    sets = {
+        prefix: load(config, file, tokenizer, model_config, before_eos)
+        for prefix, file in files.items()
+    }
+    pairs = sets.pop("")
+    model = load_start(config, before_eos, device, dtype)
+    optimizer = optim.make_optimizer(
+        model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
+    )
+    state, steps = TrainState(model, optimizer), total_steps(config, len(pairs))
+    with r:
         r.facts({
             "examples": len(pairs), "epochs": f"{steps * config.batch_size / len(pairs):.2f}",
-            "pairs a step": config.batch_size, "steps": steps, "trainable parameters": trainable,
+            "pairs a step": config.batch_size, "steps": steps,
+            "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "device": device, "dtype": str(dtype).removeprefix("torch."), "seed": config.seed,
         })  # fmt: skip
         r.restore(state)
         for step in r.bar(reward(state, pairs, config), state, steps):
             last = step.number == steps
-            extra = {k: step.metrics[k] for k in ("learning_rate", "epoch")}
-            if last or (config.eval_every and step.number % config.eval_every == 0):
+            extra = {k: step.metrics[k] for k in ("learning_rate", "epoch", "num_tokens")}
+            evaluating = last or (config.eval_every and step.number % config.eval_every == 0)
+            if evaluating:
                 extra |= evaluate_all(r, state, sets, config, tokenizer)
-            if last or step.number % config.log_every == 0 or len(extra) > 2:
+            if evaluating or step.number % config.log_every == 0:
                 r.log(state, extra, step.clock, ("loss", "accuracy", "margin", "grad_norm"))
             if last or step.number % config.save_every == 0:
                 r.save(state)
@@ -310,14 +431,8 @@ def main(argv: list[str] | None = None) -> int:
             return STOPPED
         if config.lora_rank:
             merge_lora(model)
-
-        def write(folder: Path) -> None:
-            pretrained.save_pretrained(
-                model, folder, tokenizer.eos_ids[0] if pad is None else pad[1]
-            )
-            tokenizer.save(folder, None if pad is None else pad[0])
-
-        print(f"reward model in {r.export(write)}")
+        written = r.export(lambda target: write_model(model, tokenizer, target))
+        print(f"reward model in {written}")
     return OK
 
 

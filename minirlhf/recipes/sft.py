@@ -47,8 +47,10 @@ class SFTConfig:
         None, "tokenizer of a model from nothing; none: one is trained", metavar="FOLDER"
     )
     vocab_size: int = setting(8192, "most tokens of a tokenizer that is trained", at_least=258)
-    data: str = setting(help="texts, or prompts with answers, also .gz", metavar="FILE")
-    out: str = setting(help="folder of the run", metavar="DIR")
+    data: str = setting(
+        "", "texts, or prompts with answers, also .gz", metavar="FILE", required=True
+    )
+    out: str = setting("", "folder of the run", metavar="DIR", required=True)
     eval_data: tuple[str, ...] = setting((), "held-out texts, several as NAME=FILE", metavar="FILE")
     eval_every: int = setting(0, "steps between evaluations; 0: at the end only", at_least=0)
     epochs: float = setting(1.0, "passes over the data", above=0)
@@ -125,7 +127,8 @@ def target_stats(lm: CausalLM, batch: TextBatch) -> TokenStats:
 
 def total_steps(config: SFTConfig, texts: int) -> int:
     """Optimizer steps of the whole run: the exact horizon of the learning rate."""
-    return config.steps or ceil(config.epochs * ceil(texts / config.batch_size))
+    exact = config.epochs * ceil(texts / config.batch_size)
+    return config.steps or ceil(round(exact, 6))  # 1.1 * 10 is 11.000000000000002
 
 
 def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Step]:
@@ -136,8 +139,11 @@ def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Ste
         texts: N demonstrations.
         config: only its training settings are read.
     Raises:
-        UserError: a text of one token; numbers that are not finite (exit code 3).
+        UserError: a text of one token; a number is not finite (exit code 3), the step then changed
+            nothing.
     """
+    if not texts:
+        raise ValueError("texts is empty: give at least one")
     lm, N = state.model, len(texts)
     lengths, counts = count_tokens(texts)
     steps, per_epoch = total_steps(config, N), ceil(N / config.batch_size)
@@ -153,19 +159,20 @@ def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Ste
             state.step, steps, config.learning_rate, config.warmup_steps, config.schedule
         )
         optim.set_learning_rate(state.optimizer, rate)
-        where = f"step {state.step + 1}"
+        state.optimizer.zero_grad()
+        where, sums = f"step {state.step + 1}", {"loss": 0.0, "entropy": 0.0}
         count = int(counts[rows].sum())  # of the whole step: no cut into micro-batches changes it
-        sums = {"loss": 0.0, "entropy": 0.0}
         for part in optim.cut_by_tokens(lengths[rows], len(rows), config.micro_batch_tokens):
-            stats = target_stats(lm, collate_texts([texts[i] for i in rows[part].tolist()]))
+            here = [texts[i] for i in rows[part].tolist()]
+            stats = target_stats(lm, collate_texts(here))
             loss = -stats.logprobs.sum() / count
+            value = float(loss.detach())
+            optim.check_finite(f"{where} ({', '.join(t.where for t in here[:8])})", loss=value)
             loss.backward()
-            sums["loss"] += float(loss.detach())
+            sums["loss"] += value
             sums["entropy"] += float(stats.entropy.detach().sum()) / count
-        optim.check_finite(where, loss=sums["loss"])
         grad_norm = optim.clip_gradients(lm, config.max_grad_norm, where)
         state.optimizer.step()
-        state.optimizer.zero_grad()
         state.step += 1
         state.samples += len(rows)
         state.count("num_tokens", int(lengths[rows].sum()))
@@ -176,6 +183,9 @@ def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Ste
             "num_tokens": state.counters["num_tokens"],
         }  # fmt: skip
         yield Step(state.step, metrics, {"step_time": time.perf_counter() - started}, [])
+
+
+# ------------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
@@ -197,7 +207,9 @@ def named_files(entries: tuple[str, ...]) -> dict[str, str]:
     """`FILE` or `NAME=FILE`, several -> {metric prefix: file}."""
     out = {}
     for entry in entries:
-        name, _, file = entry.rpartition("=") if not Path(entry).exists() else ("", "", entry)
+        name, equals, file = entry.partition("=")
+        if not equals or Path(entry).exists():
+            name, file = "", entry
         prefix = f"eval_{name}_" if name else "eval_"
         if prefix in out:
             raise UserError("--eval-data", f"two sets are called {name or 'eval'!r}",
@@ -238,8 +250,9 @@ def choose_tokenizer(config: SFTConfig) -> Tokenizer:
 
 def keep_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """Puts a trained tokenizer where --resume finds it, whole or not at all."""
-    temporary, final = out / ".tmp-tokenizer", out / "tokenizer"
+    temporary, final = out / f"{fsio.TEMPORARY}tokenizer", out / "tokenizer"
     if not final.exists():
+        fsio.make_folder(temporary)
         tokenizer.save(temporary)
         for path in temporary.iterdir():
             fsio.fsync(path)
@@ -294,6 +307,8 @@ def load_start(
         lm = initialize(CausalLM(model_config), rng).to(dtype)
     if eos := tokenizer.eos_ids:
         lm.config.source["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    if config.lora_rank:
+        add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
     return lm
 
 
@@ -309,14 +324,16 @@ def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     fsio.write_json(folder / "generation_config.json", ids | others | eos)
 
 
-def evaluate_all(lm: CausalLM, sets: dict[str, list[Text]], config: SFTConfig) -> dict[str, float]:
+def evaluate_all(
+    r: Run, state: TrainState, sets: dict[str, list[Text]], config: SFTConfig
+) -> dict[str, float]:
     """Every held-out set; the metrics under their prefixes."""
     metrics = {}
     for prefix, texts in sets.items():
-        values = evaluate(lm, texts, config.micro_batch_tokens)
+        values = evaluate(state.model, texts, config.micro_batch_tokens)
         metrics |= {prefix + name: value for name, value in values.items()}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        print(f"  {prefix.rstrip('_')}: {len(texts):,} texts  {shown}")
+        r.say(f"  {prefix.rstrip('_')}: {len(texts):,} texts  {shown}")
     return metrics
 
 
@@ -324,26 +341,27 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         SFTConfig, argv, "minirlhf sft", "Fine-tune a language model on demonstrations."
     )
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    files = {"": config.data} | named_files(config.eval_data)
+    inputs = [*files.values(), *([config.init_config] if config.init_config else [])]
+    # Refused here, before anything is loaded; written to only once all is.
+    r = Run(config.out, "sft", settings.as_dict(config), config.resume, inputs)
     tokenizer = choose_tokenizer(config)
     model_config = choose_config(config, tokenizer)
     most = most_tokens(model_config)
-    texts = load(config, config.data, tokenizer, most)
-    files = named_files(config.eval_data)
     sets = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
-    with Run(config.out, "sft", settings.as_dict(config), config.resume) as r:
+    texts = sets.pop("")
+    lm = load_start(config, model_config, tokenizer, dtype).to(device)
+    optimizer = optim.make_optimizer(
+        lm, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
+    )
+    state, steps = TrainState(lm, optimizer), total_steps(config, len(texts))
+    lengths, counts = count_tokens(texts)
+    with r:
         if config.model is None and config.tokenizer is None:
             keep_tokenizer(tokenizer, r.folder)
-        lm = load_start(config, model_config, tokenizer, dtype).to(device)
-        if config.lora_rank:
-            add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
-        optimizer = optim.make_optimizer(
-            lm, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
-        )
-        state, steps = TrainState(lm, optimizer), total_steps(config, len(texts))
-        lengths, counts = count_tokens(texts)
         r.facts({
             "examples": len(texts), "tokens": int(lengths.sum()), "targets": int(counts.sum()),
             "epochs": f"{steps * config.batch_size / len(texts):.2f}",
@@ -357,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
             extra = {k: step.metrics[k] for k in ("learning_rate", "epoch", "num_tokens")}
             evaluating = last or (config.eval_every and step.number % config.eval_every == 0)
             if evaluating:
-                extra |= evaluate_all(lm, sets, config)
+                extra |= evaluate_all(r, state, sets, config)
             if evaluating or step.number % config.log_every == 0:
                 r.log(state, extra, step.clock, ("loss", "entropy", "grad_norm"))
             if last or step.number % config.save_every == 0:
@@ -367,7 +385,8 @@ def main(argv: list[str] | None = None) -> int:
             return STOPPED
         if config.lora_rank:
             merge_lora(lm)
-        print(f"language model in {r.export(lambda folder: write_model(lm, tokenizer, folder))}")
+        written = r.export(lambda target: write_model(lm, tokenizer, target))
+        print(f"language model in {written}")
     return OK
 
 

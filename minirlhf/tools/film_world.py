@@ -416,8 +416,8 @@ def _spoil(rng: Random, opening: str, text: str) -> str:
     return opening + " " + " ".join(word for word in words if word)
 
 
-def preferences(n: int, seed: int, noise: float = 0.55, spoiled: float = 0.15) -> list[dict]:
-    """n comparisons of two texts with one opening, by a rater of limited attention.
+def rate(a: str, b: str, rng: Random, noise: float = 0.55) -> dict:
+    """One comparison of two whole texts by a rater of limited attention.
 
         gap = gold(a) - gold(b) + noise x Logistic(0, 1)
 
@@ -426,23 +426,30 @@ def preferences(n: int, seed: int, noise: float = 0.55, spoiled: float = 0.15) -
 
     Args:
         noise: in gold-score units, > 0.
-        spoiled: probability that a text carries a fault that `reviews` never shows.
     Returns:
-        Rows of "chosen", "rejected" (whole texts) and "margin".
+        "chosen", "rejected" and "margin".
     Raises:
         ValueError: noise is not positive.
     """
     if not noise > 0:
         raise ValueError(f"noise is {noise}: give a positive number, in gold-score units")
+    u = rng.uniform(1e-12, 1 - 1e-12)
+    gap = gold_score(a) - gold_score(b) + noise * log(u / (1 - u))
+    chosen, rejected = (a, b) if gap > 0 else (b, a)
+    return {"chosen": chosen, "rejected": rejected, "margin": min(3.0, round(2 * abs(gap)) / 2)}
+
+
+def preferences(n: int, seed: int, noise: float = 0.55, spoiled: float = 0.15) -> list[dict]:
+    """n comparisons (see `rate`) of two texts of this world with one opening.
+
+    Args:
+        spoiled: probability that a text carries a fault that `reviews` never shows.
+    """
     rng, rows = Random(f"preferences {seed}"), []
     for _ in range(n):
         opening, texts = _write(rng, 2)
         a, b = (_spoil(rng, opening, t) if rng.random() < spoiled else t for t in texts)
-        u = rng.uniform(1e-12, 1 - 1e-12)
-        gap = gold_score(a) - gold_score(b) + noise * log(u / (1 - u))
-        chosen, rejected = (a, b) if gap > 0 else (b, a)
-        margin = min(3.0, round(2 * abs(gap)) / 2)
-        rows.append({"chosen": chosen, "rejected": rejected, "margin": margin})
+        rows.append(rate(a, b, rng, noise))
     return rows
 
 

@@ -1,0 +1,162 @@
+"""One continuation of each prompt, as JSON lines: `minirlhf sample --model FOLDER --data FILE`.
+
+Lines go to stdout or to --out, all else to stderr. A row's text depends on its prompt, its number
+and the seed, not on the rows it shares a batch with.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minirlhf import config as settings
+from minirlhf import optim, pretrained, streams
+from minirlhf.config import setting
+from minirlhf.data import Prompt, load_prompts
+from minirlhf.errors import OK, STOPPED, UserError, run
+from minirlhf.generation import Sampling, cut_at_stop, generate
+from minirlhf.recipes.sft import most_tokens
+from minirlhf.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.transformer import CausalLM
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    model: str = setting(help="language model", metavar="FOLDER")
+    data: str | None = setting(None, "prompts: JSON lines, JSON or CSV, also .gz", metavar="FILE")
+    prompt: str | None = setting(None, "one prompt, instead of --data")
+    out: str | None = setting(None, "new file for the lines; none: stdout", metavar="FILE")
+    max_new_tokens: int = setting(64, "tokens of the longest response", at_least=1)
+    temperature: float = setting(1.0, "of the softmax; 0: greedy", at_least=0)
+    top_k: int = setting(0, "sample from the k most probable tokens; 0: all", at_least=0)
+    top_p: float = setting(1.0, "sample from the fewest of this mass", above=0, at_most=1)
+    min_p: float = setting(0.0, "least fraction of the best's probability", at_least=0, at_most=1)
+    repetition_penalty: float = setting(1.0, "of tokens already there; 1: off", above=0)
+    stop: tuple[str, ...] = setting((), "strings that end a response, which is cut before them")
+    batch_size: int = setting(16, "prompts sampled at a time", at_least=1)
+    max_length: int | None = setting(
+        None, "tokens of the longest prompt; none: what the model has room for", at_least=1
+    )
+    overlong: str = setting(
+        "error", "what happens to longer prompts",
+        choices=("drop", "truncate_prompt_left", "error"),
+    )  # fmt: skip
+    limit: int | None = setting(None, "only so many prompts, the first", at_least=1)
+    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = setting(0, "of the draws")
+
+    def check(self) -> list[str]:
+        problems = []
+        if (self.data is None) == (self.prompt is None):
+            problems.append("give exactly one of --data and --prompt")
+        if not all(self.stop):
+            problems.append("--stop: got an empty string, which every text contains")
+        return problems + check_new(self.out)
+
+
+def check_new(out: str | None) -> list[str]:
+    """The problem with a file that is to be made, told before any work is done for it."""
+    return [f"--out: {out} is there already: give another"] if out and Path(out).exists() else []
+
+
+def sample(
+    lm: CausalLM, tokenizer: Tokenizer, prompts: list[Prompt], sampling: Sampling,
+    seed: int = 0, batch_size: int = 16,
+) -> Iterator[dict]:  # fmt: skip
+    """One row a prompt, in order.
+
+    Args:
+        prompts: each with room for sampling.max_new_tokens behind it.
+        seed: row i draws from the key (seed, "sample", i).
+    Returns:
+        {prompt: as it stood in the file, response: text before a stop string (for a prompt of
+        messages: the assistant's message), finish_reason: eos | stop | length, tokens: sampled}.
+    """
+    keys = streams.key(seed, "sample", torch.arange(len(prompts)))
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        ids = [prompt.ids for prompt in part]
+        rows_keys = keys[start : start + batch_size]
+        made = generate(lm, ids, sampling, tokenizer.eos_ids, rows_keys, tokenizer.decode)
+        rows = zip(part, made.responses(), made.finish_reason, strict=True)
+        for prompt, response, reason in rows:
+            kept = response[:-1] if reason == "eos" else response
+            text = cut_at_stop(tokenizer.decode(kept), sampling.stop_strings)
+            is_chat = not isinstance(prompt.text, str)
+            yield {
+                "prompt": prompt.text,
+                "response": [{"role": "assistant", "content": text}] if is_chat else text,
+                "finish_reason": reason, "tokens": len(response),
+            }  # fmt: skip
+
+
+@contextmanager
+def json_lines(out: str | None) -> Iterator[Callable[[dict], None]]:
+    """A function that writes one JSON line at once, to a new file or, without one, to stdout."""
+    file = sys.stdout if out is None else open(out, "x", encoding="utf-8")
+
+    def write(row: dict) -> None:
+        print(json.dumps(row, ensure_ascii=False, allow_nan=False), file=file, flush=True)
+
+    try:
+        yield write
+    finally:
+        if out is not None:
+            file.close()
+
+
+def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[Prompt]:
+    """The prompts of --data or --prompt, each of at most `room` tokens."""
+    if config.max_length is not None and config.max_length > room:
+        what = f"is {config.max_length}, the model has room for {room} before the new tokens"
+        raise UserError("--max-length", what, "lower it or --max-new-tokens")
+    if config.data is not None:
+        most = room if config.max_length is None else config.max_length
+        prompts, report = load_prompts(config.data, tokenizer, most, config.overlong)
+        print(report, file=sys.stderr)
+        return prompts[: config.limit]
+    ids = tokenizer.encode(config.prompt)
+    if not 1 <= len(ids) <= room:
+        raise UserError("--prompt", f"has {len(ids)} tokens", f"must have 1 to {room}")
+    return [Prompt(ids, config.prompt, "--prompt", {})]
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = settings.parse(
+        SampleConfig, argv, "minirlhf sample", "Write one continuation a prompt, as JSON lines."
+    )
+    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    folder = pretrained.resolve(config.model)
+    tokenizer, positions = load_tokenizer(folder), most_tokens(pretrained.read_config(folder))
+    room = positions - config.max_new_tokens + 1  # the last token is sampled, not read
+    if room < 1:
+        legal = f"the model has {positions} positions"
+        raise UserError("--max-new-tokens", f"is {config.max_new_tokens}", legal)
+    prompts = read_prompts(config, tokenizer, room)
+    sampling = Sampling(
+        config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.min_p,
+        config.repetition_penalty, config.stop,
+    )  # fmt: skip
+    lm = pretrained.load_pretrained(folder, dtype, device)
+    rows = sample(lm, tokenizer, prompts, sampling, config.seed, config.batch_size)
+    with json_lines(config.out) as write:
+        written = 0
+        quiet = not sys.stderr.isatty()
+        try:
+            for row in tqdm(rows, "sample", len(prompts), disable=quiet):
+                write(row)
+                written += 1
+        except KeyboardInterrupt:
+            print(f"stopped after {written:,} of {len(prompts):,} rows", file=sys.stderr)
+            return STOPPED
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,413 @@
+"""A checkpoint is everything, bit for bit, or it is refused with the reason."""
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from minirlhf import fsio
+from minirlhf.checkpoint import (
+    TrainState,
+    commits,
+    environment,
+    load_checkpoint,
+    newest_commit,
+    save_checkpoint,
+    verify,
+)
+from minirlhf.errors import MACHINE, NON_FINITE, UserError
+from minirlhf.meters import Meters
+from minirlhf.optim import make_optimizer
+
+FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def make_state(seed: int = 0, make=lambda model: make_optimizer(model, 0.1, 0.01)) -> TrainState:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    model.register_buffer("running", torch.zeros(2))
+    return TrainState(model, make(model))
+
+
+def train(state: TrainState, steps: int = 1) -> None:
+    """Steps whose data is a function of the step alone."""
+    for _ in range(steps):
+        rng = torch.Generator().manual_seed(state.step)
+        loss = state.model(torch.randn(5, 3, generator=rng)).square().mean()
+        loss.backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.model.running += loss.detach()
+        state.step += 1
+        state.samples += 5
+        state.kl_coef = 0.1 + state.step / 3
+        state.meters.update({"loss": float(loss.detach())}, 5)
+        state.count("long rows", 2)
+        state.log_bytes["metrics.jsonl"] = 10 * state.step
+
+
+def contents(state: TrainState) -> dict:
+    """Everything in a state, tensors as bytes: equal only where every bit is."""
+
+    def raw(tensor):
+        return tensor.dtype, tuple(tensor.shape), tensor.detach().numpy().tobytes()
+
+    moments = {
+        (name, key): raw(torch.as_tensor(value))
+        for name, parameter in state.model.named_parameters()
+        for key, value in state.optimizer.state.get(parameter, {}).items()
+    }
+    rest = {
+        f.name: getattr(state, f.name)
+        for f in dataclasses.fields(state)
+        if f.name not in ("model", "optimizer")
+    }
+    weights = {name: raw(tensor) for name, tensor in state.model.state_dict().items()}
+    return rest | {"meters": state.meters.as_dict(), "weights": weights, "moments": moments}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(a state after 3 steps, its folder with commits of steps 1, 2 and 3)."""
+    state = make_state()
+    for _ in range(3):
+        train(state)
+        save_checkpoint(state, tmp_path / "checkpoints", keep=3)
+    return state, tmp_path / "checkpoints"
+
+
+# ---- round trip ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_save_and_load_give_the_state_back_bit_for_bit(tmp_path, steps):
+    state, other = make_state(), make_state(seed=1)
+    train(state, steps)
+    train(other, 1)  # has moments and an open window of its own, which must not survive
+    commit = save_checkpoint(state, tmp_path)
+    assert commit == tmp_path / f"step-{steps:08d}"
+    assert sorted(p.name for p in commit.iterdir()) == FILES
+    load_checkpoint(other, commit)
+    assert contents(other) == contents(state)
+    train(state, 2)
+    train(other, 2)
+    assert contents(other) == contents(state)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        lambda model: torch.optim.Adam(reversed(list(model.parameters())), amsgrad=True),
+        lambda model: torch.optim.Adagrad(model.parameters()),
+    ],
+    ids=["sgd", "adam in another order", "adagrad"],
+)
+def test_any_optimizer_survives(tmp_path, make):
+    state, other = make_state(0, make), make_state(1, make)
+    train(state, 2)
+    load_checkpoint(other, save_checkpoint(state, tmp_path))
+    train(state)
+    train(other)
+    assert contents(other) == contents(state)
+
+
+def test_the_restored_moments_are_no_window_into_the_file(saved):
+    state, folder = saved
+    other = make_state(1)
+    load_checkpoint(other, folder / "step-00000003")
+    shutil.rmtree(folder)
+    train(state)
+    train(other)
+    assert contents(other) == contents(state)
+
+
+OTHER_VALUES = {
+    "step": 7, "samples": 8, "kl_coef": 0.1 + 0.2, "best": 1 / 3, "counters": {"a": 9},
+    "log_bytes": {"metrics.jsonl": 10},
+}  # fmt: skip
+
+
+def test_every_field_of_the_state_survives_a_round_trip(tmp_path):
+    """A field that is added must get a value here, and is then proved to be saved."""
+    state, fresh = make_state(), make_state()
+    fields = {f.name for f in dataclasses.fields(TrainState)} - {"model", "optimizer", "meters"}
+    assert OTHER_VALUES.keys() == fields
+    for name, value in OTHER_VALUES.items():
+        assert getattr(state, name) != value
+        setattr(state, name, value)
+    state.meters.update({"loss": 0.3}, 3)
+    load_checkpoint(fresh, save_checkpoint(state, tmp_path))
+    assert {name: getattr(fresh, name) for name in fields} == OTHER_VALUES
+    assert fresh.meters.as_dict() == {"loss": [0.3, 0.3 * 3, 3]}
+
+
+def test_a_field_of_a_wider_state_is_saved_by_its_name(tmp_path):
+    @dataclasses.dataclass
+    class Wider(TrainState):
+        reward_mean: float = 0.0
+
+    model = make_state().model
+    state, fresh = (Wider(model, make_optimizer(model, 0.1)) for _ in range(2))
+    state.reward_mean = 0.7
+    commit = save_checkpoint(state, tmp_path)
+    load_checkpoint(fresh, commit)
+    assert fresh.reward_mean == 0.7
+    with pytest.raises(UserError, match=r"was saved by another version \(reward_mean\)"):
+        load_checkpoint(make_state(), commit)
+
+
+# ---- commits -------------------------------------------------------------------------------------
+
+
+def test_save_keeps_the_newest(tmp_path):
+    state = make_state()
+    for _ in range(4):
+        train(state)
+        save_checkpoint(state, tmp_path, keep=2)
+    assert [c.name for c in commits(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_save_refuses_to_keep_nothing(tmp_path):
+    with pytest.raises(ValueError, match="keep is 0: at least the new commit must stay"):
+        save_checkpoint(make_state(), tmp_path, keep=0)
+
+
+def test_save_of_the_same_step_replaces_it(saved):
+    state, folder = saved
+    state.best = 0.5
+    save_checkpoint(state, folder, keep=3)
+    other = make_state(1)
+    load_checkpoint(other, folder / "step-00000003")
+    assert other.best == 0.5 and len(commits(folder)) == 3
+
+
+def test_save_sweeps_what_dead_saves_left(saved):
+    state, folder = saved
+    for name in (".tmp-step-00000009", ".trash-step-00000001"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    assert newest_commit(folder) == (folder / "step-00000003", [])
+    train(state)
+    save_checkpoint(state, folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_save_before_a_damaged_commit_removes_that_and_keeps_the_good_ones(saved):
+    _, folder = saved
+    (folder / "step-00000003" / "state.json").unlink()
+    state = make_state(1)
+    load_checkpoint(state, folder / "step-00000001")
+    shutil.rmtree(folder / "step-00000002")
+    train(state)
+    save_checkpoint(state, folder, keep=2)
+    assert [c.name for c in commits(folder)] == ["step-00000001", "step-00000002"]
+
+
+def test_save_refuses_a_folder_with_whole_later_commits(saved):
+    _, folder = saved
+    with pytest.raises(UserError, match=r"step-0000000\d: is later than step 0, which is to be"):
+        save_checkpoint(make_state(1), folder)
+    assert len(commits(folder)) == 3
+
+
+def test_commits_are_in_the_order_of_their_steps(tmp_path):
+    for name in ("step-99999999", "step-100000000", "step-00000002", "step-7", "step-x", "other"):
+        (tmp_path / name).mkdir()
+    names = ["step-00000002", "step-99999999", "step-100000000"]
+    assert [c.name for c in commits(tmp_path)] == names
+    assert commits(tmp_path / "none") == []
+
+
+def test_manifest_says_what_the_last_bits_depend_on(saved):
+    state, folder = saved
+    manifest = json.loads((folder / "step-00000003" / "manifest.json").read_text("utf-8"))
+    expected = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu"}
+    assert manifest["environment"] == environment(state.model) == expected
+
+
+# ---- failures of a save --------------------------------------------------------------------------
+
+
+def snapshot(folder) -> dict:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("operation", ["write_tensors", "write_json", "sha256", "commit_folder"])
+def test_a_failed_save_leaves_what_was_there(saved, monkeypatch, operation):
+    state, folder = saved
+    before = snapshot(folder)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fsio, operation, fail)
+    train(state)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(state, folder)
+    assert snapshot(folder) == before
+
+
+def test_save_refuses_to_begin_without_space(saved, monkeypatch):
+    state, folder = saved
+    before = snapshot(folder)
+    # 21 weights (3 * 4 + 4 + 4 + 1), each with two moments, 2 of the buffer, 4 step counts: 69
+    for free, enough in ((276, True), (275, False)):
+        usage = type("Usage", (), {"free": free})
+        monkeypatch.setattr(fsio.shutil, "disk_usage", lambda _, usage=usage: usage)
+        if enough:
+            save_checkpoint(state, folder, keep=3)
+            continue
+        with pytest.raises(UserError, match="275 bytes are free, 276 are needed") as error:
+            save_checkpoint(state, folder, keep=3)
+        assert error.value.code == MACHINE
+    assert snapshot(folder) == before
+
+
+def test_save_refuses_a_number_that_is_not_finite(saved):
+    state, folder = saved
+    before = snapshot(folder)
+    state.meters.update({"loss": float("nan")})
+    train(state)
+    with pytest.raises(UserError, match=r"state.json: cannot be written") as error:
+        save_checkpoint(state, folder)
+    assert error.value.code == NON_FINITE
+    assert snapshot(folder) == before
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def edit_manifest(commit, edit) -> None:
+    path = commit / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    edit(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def flip(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "missing": (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "truncated": (
+        lambda c: os.truncate(c / "optimizer.safetensors", 100),
+        r"optimizer.safetensors has 100 bytes, not \d+",
+    ),
+    "bit": (lambda c: flip(c / "state.json"), "state.json does not match its sha256"),
+    "bit of a weight": (
+        lambda c: flip(c / "model.safetensors"),
+        "model.safetensors does not match its sha256",
+    ),
+    "folder": (
+        lambda c: ((c / "state.json").unlink(), (c / "state.json").mkdir()),
+        "state.json is missing",
+    ),
+    "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json: no such file"),
+    "half a manifest": (
+        lambda c: os.truncate(c / "manifest.json", 50),
+        "manifest.json: not valid JSON",
+    ),
+    "list": (
+        lambda c: (c / "manifest.json").write_text("[1]", encoding="utf-8"),
+        "cannot be read .TypeError",
+    ),
+    "no step": (lambda c: edit_manifest(c, lambda m: m.pop("step")), "cannot be read .KeyError"),
+    "other step": (
+        lambda c: edit_manifest(c, lambda m: m.update(step=4)),
+        "manifest.json is of step 4",
+    ),
+    "other format": (
+        lambda c: edit_manifest(c, lambda m: m.update(format=2)),
+        "is of format 2, this version reads 1",
+    ),
+    "unlisted": (
+        lambda c: edit_manifest(c, lambda m: m["files"].pop("state.json")),
+        "manifest.json does not list every file",
+    ),
+    "no sizes": (
+        lambda c: edit_manifest(c, lambda m: m["files"].update({"state.json": 3})),
+        "cannot be read .TypeError",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_passed_over_and_never_loaded(saved, damage):
+    state, folder = saved
+    do, told = DAMAGES[damage]
+    commit = folder / "step-00000003"
+    assert verify(commit) is None
+    do(commit)
+    problem = verify(commit)
+    assert re.match(told, problem), problem
+    assert newest_commit(folder) == (folder / "step-00000002", [f"step-00000003: {problem}"])
+    before = contents(state)
+    with pytest.raises(UserError, match=f"step-00000003: {told}"):
+        load_checkpoint(state, commit)
+    assert contents(state) == before
+
+
+def test_newest_commit_of_an_empty_folder_is_none(tmp_path):
+    assert newest_commit(tmp_path) == newest_commit(tmp_path / "none") == (None, [])
+
+
+def test_newest_commit_refuses_where_all_are_bad(saved):
+    _, folder = saved
+    for commit in commits(folder):
+        (commit / "state.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint is whole: step-00000003: state\.json is"):
+        newest_commit(folder)
+
+
+# ---- another model -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)),  # lacks the buffer
+        nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)),
+        make_state().model.double(),
+    ],
+    ids=["names", "shapes", "dtype"],
+)
+def test_load_refuses_the_weights_of_another_model(saved, model):
+    state = TrainState(model, make_optimizer(model, 0.1))
+    before = contents(state)
+    with pytest.raises(UserError, match="holds the weights of another model: resume with the same"):
+        load_checkpoint(state, saved[1] / "step-00000003")
+    assert contents(state) == before
+
+
+def test_load_refuses_moments_of_what_is_not_trained(saved):
+    state = make_state(1)
+    state.optimizer = make_optimizer(state.model[0], 0.1)
+    before = contents(state)
+    with pytest.raises(UserError, match=r"holds moments of '2\.(weight|bias)', which is not"):
+        load_checkpoint(state, saved[1] / "step-00000003")
+    assert contents(state) == before
+
+
+def test_moments_are_saved_under_their_parameters_names(saved):
+    moments = load_file(saved[1] / "step-00000003" / "optimizer.safetensors")
+    parameters = ("0.weight", "0.bias", "2.weight", "2.bias")
+    kinds = ("exp_avg", "exp_avg_sq", "step")
+    assert moments.keys() == {f"{name}.{kind}" for name in parameters for kind in kinds}
+    assert all(moments[f"{name}.step"] == 3 for name in parameters)
+
+
+def test_state_has_no_meters_in_common():
+    assert make_state().meters is not make_state().meters
+    assert isinstance(make_state().meters, Meters)

@@ -1,0 +1,227 @@
+"""Learning rates by hand, clipping, and batches in which each row stands once."""
+
+import math
+
+import pytest
+import torch
+
+from minirlhf import optim
+from minirlhf.errors import NON_FINITE, UserError
+from minirlhf.optim import (
+    check_finite,
+    choose_device,
+    choose_dtype,
+    clip_gradients,
+    cut_by_tokens,
+    epoch_batches,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+
+# ---- learning rate -------------------------------------------------------------------------------
+
+
+def rates(steps: int, warmup: int, schedule: str) -> list[float]:
+    return [learning_rate(step, steps, 12.0, warmup, schedule) for step in range(steps + 1)]
+
+
+def test_learning_rate_constant_by_hand():
+    assert rates(4, 0, "constant") == [12.0] * 5
+
+
+def test_learning_rate_linear_by_hand():
+    # 12 (1 - step / 4): the last step that is taken still has 12 / 4, the one after it has 0
+    assert rates(4, 0, "linear") == [12.0, 9.0, 6.0, 3.0, 0.0]
+
+
+def test_learning_rate_cosine_by_hand():
+    # 12 (1 + cos(pi step / 4)) / 2 = 6 + 6 cos: cos is 1, 1/sqrt 2, 0, -1/sqrt 2, -1
+    r = 6 / math.sqrt(2)
+    expected = [12.0, 6 + r, 6.0, 6 - r, 0.0]
+    assert rates(4, 0, "cosine") == pytest.approx(expected, rel=0, abs=1e-12)
+    assert rates(4, 0, "cosine")[-1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [("constant", [12, 12, 12]), ("linear", [12, 6, 0]), ("cosine", [12, 6, 0])],
+)
+def test_learning_rate_rises_over_the_warmup_then_decays(schedule, after):
+    # 3 steps of warm-up: 1/4, 2/4, 3/4 of the peak; the peak itself at step 3; then 2 steps to go
+    assert rates(5, 3, schedule) == pytest.approx([3, 6, 9, *after], rel=0, abs=1e-12)
+
+
+def test_learning_rate_refuses_steps_beyond_its_horizon():
+    for step in (-1, 5):
+        with pytest.raises(ValueError, match=f"step {step} lies outside the schedule's 0 to 4"):
+            learning_rate(step, 4, 1.0, 0, "linear")
+
+
+def test_learning_rate_refuses_an_unknown_schedule():
+    with pytest.raises(ValueError, match="'step': use constant, linear, cosine"):
+        learning_rate(0, 4, 1.0, 9, "step")
+
+
+# ---- optimizer -----------------------------------------------------------------------------------
+
+
+def test_make_optimizer_decays_matrices_only_and_leaves_out_what_is_frozen():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    model[1].bias.requires_grad_(False)
+    optimizer = make_optimizer(model, 0.5, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-5)
+    groups = [([id(p) for p in g["params"]], g["weight_decay"]) for g in optimizer.param_groups]
+    assert groups == [
+        ([id(model[0].weight), id(model[1].weight)], 0.1),
+        ([id(model[0].bias)], 0.0),
+    ]
+    assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["eps"] == 1e-5
+
+
+def test_make_optimizer_without_vectors_has_one_group():
+    assert len(make_optimizer(torch.nn.Linear(2, 3, bias=False), 0.5).param_groups) == 1
+
+
+def test_set_learning_rate_scales_groups_that_ask_for_it():
+    first, second = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    groups = [{"params": [first]}, {"params": [second], "lr_scale": 10.0}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    set_learning_rate(optimizer, 0.5)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 2.5]
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def with_gradients(*gradients: list[float]) -> torch.nn.Module:
+    model = torch.nn.Module()
+    for i, gradient in enumerate(gradients):
+        parameter = torch.nn.Parameter(torch.ones(len(gradient)))
+        parameter.grad = torch.tensor(gradient)
+        setattr(model, f"p{i}", parameter)
+    model.unused = torch.nn.Parameter(torch.ones(1))
+    return model
+
+
+def test_clip_gradients_by_hand():
+    model = with_gradients([3.0, 0.0], [0.0, 4.0])  # norm sqrt(9 + 16) = 5, over both parameters
+    assert clip_gradients(model, 1.0, "step 1") == 5.0
+    torch.testing.assert_close(model.p0.grad, torch.tensor([0.6, 0.0]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.p1.grad, torch.tensor([0.0, 0.8]), rtol=0, atol=1e-6)
+    assert model.unused.grad is None
+
+
+@pytest.mark.parametrize("max_norm", [10.0, None])
+def test_clip_gradients_leaves_what_is_below_the_limit(max_norm):
+    model = with_gradients([3.0, 4.0])
+    assert clip_gradients(model, max_norm, "step 1") == 5.0
+    assert model.p0.grad.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_clip_gradients_refuses_what_is_not_finite(bad):
+    model = with_gradients([1.0, bad], [2.0])
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(UserError, match=r"^step 7: grad_norm: is (nan|inf): nothing") as error:
+        clip_gradients(model, 1.0, "step 7")
+    assert error.value.code == NON_FINITE == 3
+    assert all(map(torch.equal, before, model.parameters()))
+    assert model.p1.grad.tolist() == [2.0]
+
+
+def test_check_finite_names_the_first_metric_that_is_not():
+    check_finite("step 1", loss=1.0, margin=-2.0)
+    with pytest.raises(UserError, match=r"^step 1: margin: is inf") as error:
+        check_finite("step 1", loss=1.0, margin=math.inf, kl=math.nan)
+    assert error.value.code == 3
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def listed(parts: list[torch.Tensor]) -> list[list[int]]:
+    return [part.tolist() for part in parts]
+
+
+def test_cut_by_tokens_by_hand():
+    lengths = torch.tensor([5, 1, 3, 2, 4])
+    # sorted: rows 1 3 2 4 0 of 1 2 3 4 5 tokens. 2 rows x 2 = 4 cells fit into 6, 3 x 3 = 9 do not;
+    # row 2 alone, since 2 x 4 = 8; rows 4 and 0 alone
+    assert listed(cut_by_tokens(lengths, 9, 6)) == [[1, 3], [2], [4], [0]]
+    assert listed(cut_by_tokens(lengths, 9, 10)) == [[1, 3, 2], [4, 0]]  # 3 x 3 = 9, 2 x 5 = 10
+
+
+def test_cut_by_tokens_keeps_the_row_limit():
+    assert listed(cut_by_tokens(torch.ones(5, dtype=torch.int64), 2, 100)) == [[0, 1], [2, 3], [4]]
+
+
+def test_cut_by_tokens_gives_an_overlong_row_a_part_of_its_own():
+    assert listed(cut_by_tokens(torch.tensor([9, 1, 1]), 9, 4)) == [[1, 2], [0]]
+    assert listed(cut_by_tokens(torch.tensor([9, 8]), 9, 0)) == [[1], [0]]
+
+
+def test_cut_by_tokens_of_nothing_is_nothing():
+    assert cut_by_tokens(torch.zeros(0, dtype=torch.int64), 4, 4) == []
+
+
+def test_cut_by_tokens_holds_every_row_once_sorted_and_within_both_limits():
+    lengths = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(0))
+    parts = cut_by_tokens(lengths, 6, 64)
+    assert sorted(torch.cat(parts).tolist()) == list(range(200))
+    flat = lengths[torch.cat(parts)]
+    assert torch.equal(flat, flat.sort().values)
+    for part in parts:
+        assert len(part) <= 6 and (len(part) * lengths[part].max() <= 64 or len(part) == 1)
+
+
+def test_epoch_batches_hold_every_row_once_and_only_the_last_is_short():
+    lengths = torch.randint(1, 40, (205,), generator=torch.Generator().manual_seed(0))
+    batches = epoch_batches(lengths, 3, seed=0, epoch=0)
+    assert sorted(torch.cat(batches).tolist()) == list(range(205))
+    assert [len(batch) for batch in batches] == [3] * 68 + [1]
+
+
+def test_epoch_batches_are_a_pure_function_and_differ_by_epoch_and_seed():
+    lengths = torch.arange(1, 101)
+    before = lengths.clone()
+    first = listed(epoch_batches(lengths, 4, seed=0, epoch=0))
+    assert listed(epoch_batches(lengths, 4, seed=0, epoch=0)) == first
+    assert listed(epoch_batches(lengths, 4, seed=0, epoch=1)) != first
+    assert listed(epoch_batches(lengths, 4, seed=1, epoch=0)) != first
+    assert torch.equal(lengths, before)
+
+
+def test_epoch_batches_hold_rows_of_like_length_in_no_order_of_length():
+    lengths = torch.arange(1, 129)  # one pool of 32 batches of 4
+    batches = epoch_batches(lengths, 4, seed=0, epoch=0)
+    assert all(int(lengths[b].max() - lengths[b].min()) == 3 for b in batches)
+    starts = [int(lengths[b].min()) for b in batches]
+    assert starts != sorted(starts) and sorted(starts) == list(range(1, 129, 4))
+
+
+def test_epoch_batches_of_fewer_rows_than_a_batch_is_one_batch():
+    (batch,) = epoch_batches(torch.tensor([3, 1, 2]), 8, seed=0, epoch=0)
+    assert sorted(batch.tolist()) == [0, 1, 2]
+
+
+# ---- machine -------------------------------------------------------------------------------------
+
+
+def test_choose_device_auto_is_the_gpu_if_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == "cpu" == choose_device("cpu")
+
+
+@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99"])
+def test_choose_device_refuses_what_cannot_compute(name):
+    with pytest.raises(UserError, match=f"--device: '{name}' cannot be used"):
+        choose_device(name)
+
+
+def test_choose_dtype():
+    dtypes = [choose_dtype(name) for name in ("auto", "float32", "bfloat16")]
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
+    assert optim.SCHEDULES == ("constant", "linear", "cosine")

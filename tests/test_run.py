@@ -1,0 +1,417 @@
+"""The folder of a run: who may write in it, what stands there, and what a signal does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import minirlhf
+from minirlhf import fsio
+from minirlhf.checkpoint import TrainState, commits
+from minirlhf.errors import NON_FINITE, UserError
+from minirlhf.meters import Step
+from minirlhf.optim import make_optimizer
+from minirlhf.run import Run
+
+SETTINGS = {"seed": 0, "betas": (0.9, 0.99), "keep": 3, "log_every": 1, "resume": False}
+
+
+def start(out, resume: bool = False, inputs=(), recipe: str = "toy", **changes) -> Run:
+    settings = SETTINGS | {"out": str(out), "resume": resume} | changes
+    return Run(str(out), recipe, settings, resume, inputs)
+
+
+def make_state() -> TrainState:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1)
+    return TrainState(model, make_optimizer(model, 0.1))
+
+
+def toy(state: TrainState, total: int):
+    """Steps without any learning: the weights count."""
+    while state.step < total:
+        with torch.no_grad():
+            state.model.weight += 1
+        state.step += 1
+        state.meters.update({"loss": state.step / 10})
+        yield Step(state.step, {"loss": state.step / 10}, {"step_time": 0.5}, [])
+
+
+def log(run: Run, state: TrainState, **extra) -> None:
+    run.log(state, extra, {"rate": 1.5}, ("loss",))
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def done(tmp_path):
+    """The folder of a run of 2 steps, logged and saved."""
+    out, state = tmp_path / "run", make_state()
+    with start(out) as run:
+        run.restore(state)
+        for _ in run.bar(toy(state, 2), state, 2):
+            log(run, state)
+            run.write_samples(state, [{"step": state.step, "text": "ü\n"}])
+            run.save(state)
+    return out
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def test_run_writes_nothing_before_it_is_entered(tmp_path):
+    start(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_json_says_what_it_takes_to_do_the_run_again(tmp_path, monkeypatch):
+    data = tmp_path / "d.jsonl"
+    data.write_bytes(b"abc")
+    monkeypatch.setattr(sys, "argv", ["/some/where/minirlhf", "toy", "--data", "my file"])
+    with start(tmp_path / "run", inputs=[str(data)]):
+        pass
+    facts = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert facts.pop("versions") == {
+        "minirlhf": minirlhf.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    assert facts == {
+        "recipe": "toy",
+        "settings": SETTINGS | {"betas": [0.9, 0.99], "out": str(tmp_path / "run")},
+        "inputs": {str(data): sha256},
+        "command": "minirlhf toy --data 'my file'",
+    }
+
+
+def test_a_folder_with_something_in_it_is_refused(done, tmp_path):
+    with pytest.raises(UserError, match="run: is not empty: give another --out, or --resume"):
+        start(done)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"other: is not empty: give another --out$"):
+        start(other, resume=True)  # it is no run: nothing to go on from
+    with pytest.raises(UserError, match=r"notes\.txt: is not a folder"):
+        start(other / "notes.txt")
+
+
+def test_an_empty_folder_and_one_of_a_start_cut_short_are_taken(tmp_path):
+    for left in (".lock", ".tmp-run.json"):
+        (tmp_path / left).write_text("", encoding="utf-8")
+    with start(tmp_path):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "run.json"]
+
+
+def test_a_folder_that_was_filled_since_is_refused_on_entering(tmp_path):
+    late = start(tmp_path / "run")
+    with start(tmp_path / "run") as run:
+        run.restore(make_state())
+    with pytest.raises(UserError, match="is not empty"), late:
+        pass
+    with start(tmp_path / "run", resume=True):  # the refusal gave the lock back
+        pass
+
+
+def test_leftovers_are_swept_on_entering(done):
+    (done / ".tmp-model").mkdir()
+    (done / ".tmp-model" / "half").write_text("", encoding="utf-8")
+    with start(done, resume=True):
+        assert not (done / ".tmp-model").exists()
+
+
+HOLDER = """
+import sys
+from minirlhf.run import Run
+with Run(sys.argv[1], "toy", {}, False):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(out)], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as child:  # fmt: skip
+        assert child.stdout.readline() == "held\n"
+        second = Run(str(out), "toy", {}, True)
+        told = f"run: is in use by process {child.pid} on .* since .*: give another --out"
+        with pytest.raises(UserError, match=told), second:
+            pass
+        child.kill()  # the dead hold no lock
+        child.wait()
+        with second:
+            pass
+
+
+# ---- settings on resume --------------------------------------------------------------------------
+
+
+def test_resume_refuses_changed_settings_and_names_old_and_new(done):
+    told = r"run\.json: seed was 0, is 1; betas was \[0\.9, 0\.99\], is \[0\.9, 0\.5\]: resume with"
+    with pytest.raises(UserError, match=told):
+        start(done, resume=True, seed=1, betas=(0.9, 0.5))
+
+
+def test_resume_allows_what_no_number_depends_on(done, tmp_path):
+    changes = {"log_every": 5, "save_every": 7, "keep": 9, "show_samples": 2, "device": "cuda"}
+    start(done, resume=True, **changes)
+    done.rename(tmp_path / "moved")
+    with start(tmp_path / "moved", resume=True) as run:
+        run.restore(state := make_state())
+    assert state.step == 2
+
+
+def test_resume_refuses_a_run_of_another_recipe(done):
+    with pytest.raises(UserError, match=r"run\.json: is not of a sft run: give another --out"):
+        start(done, resume=True, recipe="sft")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("[1]", "is not of a toy run"), ("{", "run.json:1: not valid JSON")]
+)
+def test_resume_refuses_a_broken_run_json(done, text, told):
+    (done / "run.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=told):
+        start(done, resume=True)
+
+
+def test_resume_refuses_changed_data(tmp_path):
+    data, out = tmp_path / "d.jsonl", tmp_path / "run"
+    data.write_text("1", encoding="utf-8")
+    with start(out, inputs=[str(data)]):
+        pass
+    with start(out, resume=True, inputs=[str(data)]):
+        pass
+    data.write_text("2", encoding="utf-8")
+    with (
+        pytest.raises(UserError, match=r"d\.jsonl: has changed since the run began"),
+        start(out, resume=True, inputs=[str(data)]),
+    ):
+        pass
+
+
+# ---- restore -------------------------------------------------------------------------------------
+
+
+def test_restore_commits_step_0_first(tmp_path):
+    with start(tmp_path / "run") as run:
+        run.restore(make_state())
+    assert [c.name for c in commits(tmp_path / "run" / "checkpoints")] == ["step-00000000"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == b""
+
+
+def test_restore_without_a_commit_starts_at_0_and_says_so(tmp_path, capsys):
+    with start(tmp_path / "run"):
+        pass
+    with start(tmp_path / "run", resume=True) as run:
+        run.restore(make_state())
+    assert capsys.readouterr().out == "no checkpoint yet: starting at step 0\n"
+
+
+def test_restore_cuts_the_logs_back_to_the_checkpoint(done, capsys):
+    before = {name: (done / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
+    for name in before:
+        with (done / name).open("ab") as file:
+            file.write(b'{"step": 3}\n{"half a li')
+    with start(done, resume=True) as run:
+        run.restore(state := make_state())
+        assert {name: (done / name).read_bytes() for name in before} == before
+        for _ in run.bar(toy(state, 3), state, 3):
+            log(run, state)
+    assert capsys.readouterr().out.startswith("resumed from step-00000002\n")
+    assert [row["step"] for row in metrics(done)] == [1, 2, 3]
+
+
+def test_restore_refuses_a_log_that_lost_lines(done):
+    (done / "metrics.jsonl").write_bytes(b"")
+    with (
+        pytest.raises(UserError, match=r"metrics\.jsonl: has 0 bytes, the checkpoint knows of"),
+        start(done, resume=True) as run,
+    ):
+        run.restore(make_state())
+
+
+def test_restore_passes_over_a_damaged_commit_and_says_why(done, capsys):
+    (done / "checkpoints" / "step-00000002" / "state.json").unlink()
+    with start(done, resume=True) as run:
+        run.restore(state := make_state())
+    told = "passed over step-00000002: state.json is missing\nresumed from step-00000001\n"
+    assert state.step == 1 and capsys.readouterr().out == told
+    assert [row["step"] for row in metrics(done)] == [1]
+
+
+def test_restore_refuses_where_no_commit_is_whole(done):
+    for commit in commits(done / "checkpoints"):
+        (commit / "model.safetensors").unlink()
+    with (
+        pytest.raises(UserError, match="no checkpoint is whole"),
+        start(done, resume=True) as run,
+    ):
+        run.restore(make_state())
+
+
+def test_restore_says_where_the_last_bits_may_differ(done, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    with start(done, resume=True) as run:
+        run.restore(make_state())
+    assert "not bit for bit from here on: threads was 1, is 8\n" in capsys.readouterr().out
+
+
+# ---- logs ----------------------------------------------------------------------------------------
+
+
+def test_log_line_is_strict_json_with_the_clock_apart(tmp_path, capsys):
+    state = make_state()
+    with start(tmp_path) as run:
+        run.restore(state)
+        state.step = 3
+        state.meters.update({"loss": 1.0, "a/b": 0.1})
+        state.meters.update({"loss": 2.0})
+        run.log(state, {"epoch": 0.5}, {"rate": 1.5}, ("loss", "b", "a/b", "epoch"))
+        assert state.log_bytes["metrics.jsonl"] == (tmp_path / "metrics.jsonl").stat().st_size
+    (row,) = metrics(tmp_path)
+    clock = row.pop("clock")
+    assert row == {"step": 3, "loss": 1.5, "a/b": 0.1, "epoch": 0.5}
+    assert clock.pop("elapsed") >= 0 and clock == {"rate": 1.5}
+    assert state.meters.flush() == {}
+    assert capsys.readouterr().out == "step     3  loss 1.5        b 0.1        epoch 0.5\n"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_log_stops_at_a_number_that_is_not_finite(tmp_path, bad):
+    state = make_state()
+    with start(tmp_path) as run:
+        run.restore(state)
+        state.meters.update({"loss": bad})
+        with pytest.raises(UserError, match=r"^step 0: loss: is (nan|-?inf)") as error:
+            log(run, state)
+    assert error.value.code == NON_FINITE
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_write_samples_adds_lines_that_keep_their_letters(done):
+    text = (done / "samples.jsonl").read_text("utf-8")
+    assert text == '{"step": 1, "text": "ü\\n"}\n{"step": 2, "text": "ü\\n"}\n'
+
+
+def test_save_keeps_as_many_as_the_settings_say_and_the_length_of_the_logs(done):
+    names = [c.name for c in commits(done / "checkpoints")]
+    assert names == ["step-00000000", "step-00000001", "step-00000002"]
+    saved = json.loads((done / "checkpoints" / names[-1] / "state.json").read_text("utf-8"))
+    logs = ("metrics.jsonl", "samples.jsonl")
+    assert saved["log_bytes"] == {name: (done / name).stat().st_size for name in logs}
+
+
+def test_save_syncs_the_logs_before_the_commit(tmp_path, monkeypatch):
+    state, order = make_state(), []
+    with start(tmp_path) as run:
+        run.restore(state)
+        sync, commit = fsio.fsync, fsio.commit_folder
+        monkeypatch.setattr(fsio, "fsync", lambda p: (order.append(p.name), sync(p)))
+        monkeypatch.setattr(
+            fsio, "commit_folder", lambda a, b: (order.append("commit"), commit(a, b))
+        )
+        state.step = 1
+        run.save(state)
+    assert order.index("metrics.jsonl") < order.index("commit") > order.index("samples.jsonl")
+
+
+def test_facts_are_aligned(tmp_path, capsys):
+    start(tmp_path).facts({"examples": 12345, "lr": "1e-5"})
+    assert capsys.readouterr().out == "  examples  12,345\n  lr        1e-5\n"
+
+
+def test_bar_says_when_no_steps_are_left(done, capsys):
+    with start(done, resume=True) as run:
+        run.restore(state := make_state())
+        assert list(run.bar(toy(state, 2), state, 2)) == []
+    assert "no steps left to do\n" in capsys.readouterr().out
+
+
+# ---- model/ --------------------------------------------------------------------------------------
+
+
+def write_files(**files: str):
+    def write(folder):
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    return write
+
+
+def test_export_replaces_the_whole_model(done):
+    with start(done, resume=True) as run:
+        assert run.export(write_files(a="1", b="2")) == done / "model"
+        run.export(write_files(a="3"))
+    assert [(p.name, p.read_text("utf-8")) for p in (done / "model").iterdir()] == [("a", "3")]
+    assert not list(done.glob(".t*"))
+
+
+def test_export_that_fails_leaves_the_old_model(done):
+    def fail(folder):
+        (folder / "a").write_text("half", encoding="utf-8")
+        raise OSError("disk")
+
+    with start(done, resume=True) as run:
+        run.export(write_files(a="1"))
+        with pytest.raises(OSError, match="disk"):
+            run.export(fail)
+    assert (done / "model" / "a").read_text("utf-8") == "1"
+    with start(done, resume=True) as run:
+        run.export(write_files(a="2"))
+    assert (done / "model" / "a").read_text("utf-8") == "2"
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_the_run_after_the_step_it_came_in(tmp_path, capfd, number):
+    state, before = make_state(), signal.getsignal(number)
+
+    def steps():
+        for step in toy(state, 9):
+            if step.number == 3:
+                os.kill(os.getpid(), number)
+            yield step
+
+    with start(tmp_path) as run:
+        run.restore(state)
+        seen = [step.number for step in run.bar(steps(), state, 9)]
+        assert run.stopped
+        run.save(state)
+    assert seen == [1, 2, 3]
+    assert "stopping after this step; once more to leave at once" in capfd.readouterr().err
+    assert commits(tmp_path / "checkpoints")[-1].name == "step-00000003"
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_before_the_first_step_lets_none_begin(tmp_path, capfd):
+    state = make_state()
+    with start(tmp_path) as run:
+        run.restore(state)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert list(run.bar(toy(state, 9), state, 9)) == []
+    assert state.step == 0
+
+
+def test_a_second_signal_leaves_at_once(tmp_path, capfd, monkeypatch):
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with start(tmp_path):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == 128 + 15

@@ -1,0 +1,326 @@
+"""`minirlhf sample` and `minirlhf score`: JSON lines, the same however they were batched."""
+
+import json
+
+import pytest
+import torch
+
+from minirlhf.cli import main
+from minirlhf.data import Prompt
+from minirlhf.generation import Sampling
+from minirlhf.heads import RewardModel, initialize_score
+from minirlhf.hf_config import config_from_hf
+from minirlhf.pretrained import load_reward_model, save_pretrained
+from minirlhf.tokenizer import load_tokenizer, train_tokenizer
+from minirlhf.tools.sample import sample
+from minirlhf.tools.score import score_texts
+from minirlhf.transformer import CausalLM, initialize
+
+TINY = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 48, "initializer_range": 0.3,
+    "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1,
+}  # fmt: skip
+PROMPTS = ["a film", "the film that we saw", "so", "it was a good film and", "bad", "we left when"]
+TEXTS = ["a good film", "bad", "we left before it was over", "it was good"]
+
+
+def write_lines(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def save_reward_model(folder, tokenizer, read_before_eos=False) -> str:
+    lm = initialize(CausalLM(config_of(tokenizer)), torch.Generator().manual_seed(1))
+    model = RewardModel(lm, read_before_eos)
+    save_pretrained(initialize_score(model, torch.Generator().manual_seed(2)), folder, 1)
+    tokenizer.save(folder)
+    return str(folder)
+
+
+def config_of(tokenizer):
+    return config_from_hf({**TINY, "vocab_size": tokenizer.vocab_size})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Name -> path: a language model, two reward models with the same weights, and data."""
+    made = tmp_path_factory.mktemp("files")
+    tokenizer = train_tokenizer(PROMPTS + TEXTS, 280, made / "lm")
+    lm = initialize(CausalLM(config_of(tokenizer)), torch.Generator().manual_seed(0))
+    save_pretrained(lm, made / "lm")
+    pairs = [{"prompt": "it was ", "chosen": "good", "rejected": "bad"},
+             {"prompt": "a film ", "chosen": "that we saw", "rejected": "we left"},
+             {"prompt": "a film ", "chosen": "same", "rejected": "same"},
+             {"prompt": "so ", "chosen": "bad", "rejected": "over and over"}]  # fmt: skip
+    chat = [{"prompt": [{"role": "user", "content": "a film"}]}]
+    return {
+        "LM": str(made / "lm"),
+        "RM": save_reward_model(made / "rm", tokenizer),
+        "BEFORE": save_reward_model(made / "before", tokenizer, read_before_eos=True),
+        "PROMPTS": write_lines(made / "prompts.jsonl", [{"prompt": p, "id": 7} for p in PROMPTS]),
+        "CHAT": write_lines(made / "chat.jsonl", chat),
+        "TEXTS": write_lines(made / "texts.jsonl", [{"text": text} for text in TEXTS]),
+        "PAIRS": write_lines(made / "pairs.jsonl", pairs),
+    }
+
+
+def lines_of(capsys, *words) -> list[dict]:
+    """The rows on stdout of a command that must succeed."""
+    assert main(list(map(str, words))) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+# ---- sample --------------------------------------------------------------------------------------
+
+
+def test_sample_row_does_not_depend_on_the_batch(files, capsys):
+    command = ["sample", "--model", files["LM"], "--data", files["PROMPTS"], "--max-new-tokens", 16]
+    rows = lines_of(capsys, *command, "--batch-size", 16)
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert all(list(row) == ["prompt", "response", "finish_reason", "tokens"] for row in rows)
+    for size in (1, 4):
+        assert lines_of(capsys, *command, "--batch-size", size) == rows
+    assert lines_of(capsys, *command, "--limit", 2) == rows[:2]
+
+
+def test_sample_draws_anew_for_each_row_and_seed(files, capsys, tmp_path):
+    same = write_lines(tmp_path / "same.jsonl", [{"prompt": "a film"}] * 3)
+    command = ["sample", "--model", files["LM"], "--max-new-tokens", 16]
+    rows = lines_of(capsys, *command, "--data", same)
+    others = lines_of(capsys, *command, "--data", same, "--seed", 1)
+    assert len({row["response"] for row in rows + others}) == 6
+    assert lines_of(capsys, *command, "--prompt", "a film") == rows[:1]
+
+
+def test_sample_greedy_equals_transformers(files, capsys):
+    import transformers
+
+    peer = transformers.AutoModelForCausalLM.from_pretrained(files["LM"], dtype=torch.float32)
+    tokenizer = load_tokenizer(files["LM"])
+    command = ["sample", "--model", files["LM"], "--data", files["PROMPTS"], "--max-new-tokens", 12]
+    for row in lines_of(capsys, *command, "--temperature", 0):
+        tokens = torch.tensor([tokenizer.encode(row["prompt"])])
+        out = peer.eval().generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False
+        )
+        response = out[0, tokens.shape[1] :].tolist()
+        assert row["response"] == tokenizer.decode(response)
+        assert row["tokens"] == len(response)
+        assert row["finish_reason"] == ("eos" if response[-1] == 0 else "length")
+
+
+def lm_that_says(files, text: str) -> CausalLM:
+    """Whatever came before, its most probable next token is the next of a cycle: text, eos."""
+    tokenizer = load_tokenizer(files["LM"])
+    ids = [*tokenizer.encode(text), 0]
+    assert len(set(ids)) == len(ids) <= 8
+    lm = CausalLM(config_of(tokenizer))
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.zero_()
+        lm.model.norm.weight.fill_(1.0)
+        channel = {id: i for i, id in enumerate(ids)}  # each token of the cycle has its own
+        for now, then in zip([ids[-1], *ids], ids, strict=False):
+            lm.model.embed_tokens.weight[now, channel[now]] = 1.0
+            lm.lm_head.weight[then, channel[now]] = 1.0
+    return lm
+
+
+def test_sample_counts_the_eos_and_leaves_it_out_of_the_text(files):
+    tokenizer = load_tokenizer(files["LM"])
+    prompts = [Prompt([0], "", "p:1", {})]
+    lm = lm_that_says(files, "good film")
+    said = len(tokenizer.encode("good film"))
+    rows = list(sample(lm, tokenizer, prompts, Sampling(30, temperature=0)))
+    assert rows == [
+        {"prompt": "", "response": "good film", "finish_reason": "eos", "tokens": said + 1}
+    ]
+
+
+def test_sample_cuts_before_a_stop_string(files):
+    tokenizer = load_tokenizer(files["LM"])
+    prompts = [Prompt([0], "", "p:1", {})]
+    sampling = Sampling(30, temperature=0, stop_strings=(" fil",))
+    (row,) = sample(lm_that_says(files, "good film"), tokenizer, prompts, sampling)
+    assert (row["response"], row["finish_reason"]) == ("good", "stop")
+
+
+def test_sample_answers_messages_with_a_message(files, capsys):
+    pytest.importorskip("jinja2")
+    command = ["sample", "--model", files["LM"], "--data", files["CHAT"], "--max-new-tokens", 8]
+    (row,) = lines_of(capsys, *command)
+    assert row["prompt"] == [{"role": "user", "content": "a film"}]
+    (message,) = row["response"]
+    assert message["role"] == "assistant" and isinstance(message["content"], str)
+
+
+def test_sample_stopped_by_hand_keeps_what_it_wrote(files, capsys, monkeypatch):
+    from minirlhf.tools import sample as module
+
+    calls = []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*given)
+
+    generate = module.generate
+    monkeypatch.setattr(module, "generate", interrupted)
+    words = ["sample", "--model", files["LM"], "--data", files["PROMPTS"], "--batch-size", "2"]
+    assert main([*words, "--max-new-tokens", "8"]) == 75
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 2
+    assert told.err.endswith("stopped after 2 of 6 rows\n")
+
+
+# ---- score ---------------------------------------------------------------------------------------
+
+
+def peer_score(folder: str, ids: list[int]) -> float:
+    """transformers' score of one unpadded text."""
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    with torch.no_grad():
+        return float(model.eval()(torch.tensor([ids])).logits[0, 0])
+
+
+def test_score_of_texts_is_read_at_their_eos(files, capsys):
+    tokenizer = load_tokenizer(files["RM"])
+    rows = lines_of(capsys, "score", "--model", files["RM"], "--data", files["TEXTS"])
+    assert [row["where"] for row in rows] == [f"{files['TEXTS']}:{i}" for i in (1, 2, 3, 4)]
+    for row, text in zip(rows, TEXTS, strict=True):
+        expected = peer_score(files["RM"], [*tokenizer.encode(text), 0])
+        assert row["score"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_score_is_read_before_eos_where_the_model_was_trained_so(files, capsys):
+    tokenizer = load_tokenizer(files["BEFORE"])
+    rows = lines_of(capsys, "score", "--model", files["BEFORE"], "--data", files["TEXTS"])
+    for row, text in zip(rows, TEXTS, strict=True):
+        expected = peer_score(files["BEFORE"], tokenizer.encode(text))
+        assert row["score"] == pytest.approx(expected, abs=1e-5)
+    pairs = lines_of(capsys, "score", "--model", files["BEFORE"], "--data", files["PAIRS"])
+    ids = tokenizer.encode("it was ") + tokenizer.encode("good")
+    assert pairs[0]["chosen_score"] == pytest.approx(peer_score(files["BEFORE"], ids), abs=1e-5)
+
+
+def test_score_does_not_depend_on_the_batch(files):
+    model, tokenizer = load_reward_model(files["RM"]), load_tokenizer(files["RM"])
+    rows = [tokenizer.encode(text) for text in TEXTS]
+    whole = score_texts(model, rows)
+    torch.testing.assert_close(score_texts(model, rows, 1), whole, rtol=0, atol=1e-6)
+
+
+def test_score_summary_is_mean_and_population_std(files, capsys, monkeypatch):
+    from minirlhf.tools import score
+
+    monkeypatch.setattr(score, "score_texts", lambda *_: torch.tensor([1.0, 1.0, 3.0, 3.0]))
+    assert main(["score", "--model", files["RM"], "--data", files["TEXTS"]]) == 0
+    assert capsys.readouterr().err.endswith("4 texts  mean 2.0000  std 1.0000\n")
+
+
+def test_score_of_pairs_gives_both_sides_and_the_accuracy(files, capsys):
+    tokenizer = load_tokenizer(files["RM"])
+    assert main(["score", "--model", files["RM"], "--data", files["PAIRS"]]) == 0
+    told = capsys.readouterr()
+    rows = [json.loads(line) for line in told.out.splitlines()]
+    # the third pair has two equal answers: dropped, and the report says so
+    assert [row["where"].rpartition(":")[2] for row in rows] == ["1", "2", "4"]
+    assert "dropped:  1 (chosen equals rejected)" in told.err
+    texts = [("it was ", "good", "bad"), ("a film ", "that we saw", "we left"),
+             ("so ", "bad", "over and over")]  # fmt: skip
+    right = 0
+    for row, (prompt, *sides) in zip(rows, texts, strict=True):
+        expected = [
+            peer_score(files["RM"], [*tokenizer.encode(prompt), *tokenizer.encode(side), 0])
+            for side in sides
+        ]
+        got = [row["chosen_score"], row["rejected_score"]]
+        assert got == pytest.approx(expected, abs=1e-5)
+        right += expected[0] > expected[1]
+    assert f"3 pairs  accuracy {right / 3:.4f}  ties 0.0000  margin " in told.err
+
+
+def test_score_of_a_constant_model_is_all_ties(files, capsys, tmp_path):
+    model = load_reward_model(files["RM"])
+    torch.nn.init.zeros_(model.score.weight)
+    save_pretrained(model, tmp_path, 1)
+    load_tokenizer(files["RM"]).save(tmp_path)
+    assert main(["score", "--model", str(tmp_path), "--data", files["PAIRS"]]) == 0
+    told = capsys.readouterr().err
+    assert told.endswith("3 pairs  accuracy 0.0000  ties 1.0000  margin 0.0000\n")
+
+
+def test_score_reads_what_sample_wrote(files, capsys, tmp_path):
+    out = tmp_path / "samples.jsonl"
+    words = ["sample", "--model", files["LM"], "--data", files["PROMPTS"], "--max-new-tokens", 5]
+    assert lines_of(capsys, *words, "--out", out) == []
+    samples = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert {row["finish_reason"] for row in samples} == {"length"}
+    samples[0]["finish_reason"] = "eos"
+    scored = lines_of(capsys, "score", "--model", files["RM"],
+                      "--data", write_lines(tmp_path / "s.jsonl", samples))  # fmt: skip
+    tokenizer = load_tokenizer(files["RM"])
+    for row, line, end in zip(samples, scored, ([0], [], [], [], [], []), strict=True):
+        # only a text that ended by itself has an eos to read its score at
+        ids = tokenizer.encode(row["prompt"]) + tokenizer.encode(row["response"]) + end
+        assert line["score"] == pytest.approx(peer_score(files["RM"], ids), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [("TEXTS", "texts.jsonl:1: score is nan"), ("PAIRS", "1: chosen_score is nan")],
+)
+def test_score_stops_at_a_score_that_is_not_finite(data, match, files, capsys, tmp_path):
+    model = load_reward_model(files["RM"])
+    torch.nn.init.constant_(model.score.weight, float("nan"))
+    save_pretrained(model, tmp_path / "rm", 1)
+    load_tokenizer(files["RM"]).save(tmp_path / "rm")
+    out = tmp_path / "scores.jsonl"
+    words = ["--model", str(tmp_path / "rm"), "--data", files[data], "--out", str(out)]
+    assert main(["score", *words]) == 3
+    assert match in capsys.readouterr().err
+    assert not out.exists()
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ("sample --model LM", "give exactly one of --data and --prompt"),
+        ("sample --model LM --data PROMPTS --prompt x", "give exactly one of --data and --prompt"),
+        ("sample --model LM --prompt x --stop=", "--stop: got an empty string"),
+        ("sample --model LM --prompt x --out PROMPTS", "prompts.jsonl is there already"),
+        ("sample --model LM --prompt x --top-p 0", "--top-p: got 0.0, must be"),
+        ("sample --model LM --prompt x --max-new-tokens 49",
+         "--max-new-tokens: is 49: the model has 48 positions"),
+        ("sample --model LM --prompt=", "--prompt: has 0 tokens: must have 1 to 33"),
+        ("sample --model LM --data PROMPTS --max-length 34",
+         "--max-length: is 34, the model has room for 33 before the new tokens"),
+        ("sample --model LM --data PROMPTS --max-length 1", "prompts.jsonl:1: 2 tokens, max_"),
+        ("sample --model RM --prompt x", "is a reward model, not a language model"),
+        ("sample --model PROMPTS --prompt x", "is a file: give the folder"),
+        ("score --model LM --data TEXTS", "has no 'score.weight': not a reward model"),
+        ("score --model RM --data TEXTS --max-length 49", "--max-length: is 49: the model has 48"),
+        ("score --model RM --data TEXTS --max-length 2", "texts.jsonl:1: "),
+        ("score --model RM --data TEXTS --out PAIRS", "pairs.jsonl is there already"),
+        ("score --model RM --data PROMPTS", "columns of no known format: prompt (str), id (int)"),
+        ("score --model RM --data none.jsonl", "none.jsonl: no such file"),
+    ],
+)  # fmt: skip
+def test_main_refuses(words, match, files, tmp_path, capsys):
+    verb, *rest = [files.get(word, word) for word in words.split()]
+    if verb == "sample" and "--max-new-tokens" not in rest:
+        rest += ["--max-new-tokens", "16"]
+    out = [] if "--out" in rest else ["--out", str(tmp_path / "out.jsonl")]
+    assert main([verb, *rest, *out]) == 2
+    told = capsys.readouterr()
+    assert match in told.err.splitlines()[-1] and told.err.count("error: ") == 1
+    assert told.out == "" and not (tmp_path / "out.jsonl").exists()
