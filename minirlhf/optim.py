@@ -17,12 +17,23 @@ def make_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    head: nn.Module | None = None,
+    head_lr_scale: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over all trainable parameters; only matrices decay."""
+    """AdamW (arXiv:1711.05101) over all trainable parameters; only matrices of the trunk decay.
+
+    Args:
+        head: a part of the model that learns at head_lr_scale times the rate, as a value head that
+            starts from zero on a trunk that is trained already.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    of_head = set() if head is None else set(head.parameters())
+    trunk = [p for p in trainable if p not in of_head]
+    heads = [p for p in trainable if p in of_head]
     groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trunk if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trunk if p.dim() < 2], "weight_decay": 0.0},
+        {"params": heads, "weight_decay": 0.0, "lr_scale": head_lr_scale},
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
@@ -115,8 +126,9 @@ def cut_by_tokens(lengths: Tensor, max_rows: int, max_tokens: int) -> list[Tenso
 def epoch_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """Batches of one epoch: shuffled, yet each of rows of like length.
 
-    The order is cut into pools of 32 batches, each pool sorted by length and cut into batches, and
-    the batches are shuffled. A pure function of its arguments.
+    The order is cut into pools of 32 batches (fewer where the data is small, or each epoch would
+    have the same batches), each pool sorted by length and cut into batches, and the batches are
+    shuffled. A pure function of its arguments.
 
     Args:
         lengths: (N,) tokens of each row.
@@ -124,8 +136,8 @@ def epoch_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> li
         ceil(N / batch_size) index tensors; only the last may be shorter than batch_size.
     """
     order = streams.permutation(seed, "data order", epoch, len(lengths))
-    batches = []
-    for pool in order.split(32 * batch_size):
+    batches, pooled = [], min(32, max(1, len(lengths) // batch_size // 4))
+    for pool in order.split(pooled * batch_size):
         batches += pool[torch.argsort(lengths[pool], stable=True)].split(batch_size)
     short = [b for b in batches if len(b) < batch_size]
     whole = [b for b in batches if len(b) == batch_size]

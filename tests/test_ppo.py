@@ -481,6 +481,19 @@ def test_metrics_keep_what_their_names_promise():
     assert {(row["step"], row["kind"]) for row in rows} == {(3, "rollout")}
 
 
+def test_metrics_count_a_stop_string_as_an_end_that_is_no_eos():
+    config = config_of(steps=1, save_rollouts=True, stop=tuple("bcdefghij"), missing_eos_penalty=9)
+    (step,), _ = run_steps(config)
+    reasons = [row["finish_reason"] for row in step.samples]
+    assert reasons.count("stop") > 1
+    assert step.metrics["val/num_eos_tokens"] == reasons.count("eos")
+    assert step.metrics["health/eos_rate"] == 1 - reasons.count("length") / 4
+    for row in step.samples:  # the letter that stopped it is sampled, not shown, and no fault
+        shown = len(row["response"]) + (row["finish_reason"] != "length")
+        assert len(row["response_ids"]) == len(row["advantages"]) == shown
+        assert (row["score"] < 0) == (row["finish_reason"] == "length")
+
+
 def test_metrics_count_ids_without_a_token():
     class Short(Letters):
         vocab_size = 10

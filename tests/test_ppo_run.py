@@ -1,4 +1,4 @@
-"""PPO's loop: dropped, killed and resumed anywhere, refused where it must be, from the command line."""
+"""PPO's loop: dropped and rebuilt, killed and resumed, refused, and from the command line."""
 
 import io
 import json
@@ -445,6 +445,19 @@ def test_main_exports_a_lora_run_merged(world, tmp_path):
         assert not torch.equal(start.logits(start(row)), logits)
 
 
+def test_main_scales_the_learning_rate_of_the_value_head_alone(world, tmp_path):
+    policies = []
+    for scale in (5, 10):
+        settings = {"steps": 1, "epochs": 1, "mini_batches": 1, "value_head_lr_scale": scale}
+        assert main(command(world, tmp_path / str(scale), **settings)) == OK
+        policies.append(policy_at(tmp_path / str(scale), 1, world))
+    five, ten = policies
+    assert torch.equal(parameters(five.lm), parameters(ten.lm))
+    # the head starts at 0, so after one step it is that step
+    assert five.v_head.weight.any()
+    torch.testing.assert_close(ten.v_head.weight, 2 * five.v_head.weight)
+
+
 def test_main_stops_where_the_reference_differs_unless_it_was_named(
     world, tmp_path, capsys, monkeypatch
 ):
@@ -498,7 +511,7 @@ def test_main_stops_at_a_score_that_is_not_finite(world, tmp_path, capsys):
         ({"temperature": 0}, "greedy sampling explores nothing"),
         ({"batch_size": 3}, "use batch_size 4 or micro_batch_size 1 or mini_batches 1"),
         ({"max_new_tokens": 64}, "64 fill the model's context: use less than 64"),
-        ({"max_new_tokens": 55}, "11 tokens, max_length is 9"),
+        ({"max_new_tokens": 55}, "10 tokens, max_length is 9"),
     ],
 )
 def test_main_refuses_before_it_writes(settings, message, world, tmp_path, capsys):

@@ -88,6 +88,9 @@ class PPOConfig:
     vf_coef: float = setting(0.1, "weight of the value loss", at_least=0)
     whiten_advantages: bool = setting(True, "advantages to mean 0, std 1 over the rollout")
     learning_rate: float = setting(3e-6, "peak step size of AdamW", above=0)
+    value_head_lr_scale: float = setting(
+        10.0, "learning rate of the value head, which starts from zero, as a multiple", above=0
+    )
     schedule: str = setting("linear", "decay of the learning rate", choices=optim.SCHEDULES)
     warmup_steps: int = setting(0, "iterations until the peak learning rate", at_least=0)
     weight_decay: float = setting(0.0, "AdamW's decay of matrices", at_least=0)
@@ -547,8 +550,9 @@ def main(argv: list[str] | None = None) -> int:
         ref = pretrained.load_pretrained(ref_folder, dtype, device)
         ref.requires_grad_(False)
     optimizer = optim.make_optimizer(
-        policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
-    )
+        policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon,
+        head=policy.v_head, head_lr_scale=config.value_head_lr_scale,
+    )  # fmt: skip
     state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
     with r:
         r.facts(run_facts(config, len(prompts), policy, device, dtype))

@@ -105,7 +105,8 @@ def pair_scores(model: RewardModel, batch: PairBatch) -> tuple[Tensor, Tensor]:
 
 def pair_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float) -> Tensor:
     """Bradley-Terry loss, and what holds the scores' free constant near 0. (N,) each -> (N,)."""
-    return bradley_terry_loss(chosen, rejected, margin) + center * (chosen + rejected).square()
+    loss = bradley_terry_loss(chosen, rejected, margin)
+    return loss + center * (chosen + rejected).square() if center else loss  # 0 x inf is nan
 
 
 def score_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
@@ -189,12 +190,9 @@ def reward(
         state.samples += len(rows)
         state.count("num_tokens", tokens)
         state.meters.update(metrics, len(rows))
-        position_in_run = {
-            "learning_rate": rate, "epoch": state.step / per_epoch,
-            "num_tokens": state.counters["num_tokens"],
-        }  # fmt: skip
-        clock = {"step_time": time.perf_counter() - started}
-        yield Step(state.step, metrics | position_in_run, clock, [])
+        metrics |= {"learning_rate": rate, "epoch": state.step / per_epoch}
+        metrics["num_tokens"] = state.counters["num_tokens"]
+        yield Step(state.step, metrics, {"step_time": time.perf_counter() - started}, [])
 
 
 # ------------------------------------------------------------------------------------- evaluation

@@ -26,7 +26,7 @@ MODEL = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
     "num_attention_heads": 4, "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
-PAIRS, HELD_OUT_PAIRS = 3600, 400
+PAIRS, ANSWERS = 4400, 2800  # comparisons in all; answers of the model among what is compared
 HELD_OUT = 64  # prompts answered before and after
 SHOWN = 5
 
@@ -46,30 +46,32 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_world(data: Path, seed: int) -> None:
+def write_world(data: Path, answers: int, seed: int) -> None:
     """The files a user would bring: texts to imitate, prompts, the shape of a model."""
     data.mkdir(parents=True)
     write_rows(data / "reviews.jsonl", [{"text": t} for t in film_world.reviews(6000, seed)])
     openings = [{"prompt": p} for p in film_world.prompts(HELD_OUT + 2000, seed)]
     write_rows(data / "prompts-held-out.jsonl", openings[:HELD_OUT])
     write_rows(data / "prompts.jsonl", openings[HELD_OUT:])
-    twice = [row for row in openings[HELD_OUT : HELD_OUT + PAIRS // 2] for _ in range(2)]
+    twice = [row for row in openings[HELD_OUT : HELD_OUT + answers // 2] for _ in range(2)]
     write_rows(data / "prompts-twice.jsonl", twice)
     fsio.write_json(data / "tiny-model.json", MODEL)
 
 
-def write_preferences(data: Path, answers: Path, seed: int) -> list[dict]:
-    """A noisy rater compares the model's own answers, and texts of the world; returns held-out pairs.
+def write_preferences(data: Path, answers: Path, pairs: int, seed: int) -> list[dict]:
+    """What a noisy rater prefers among the model's own answers and texts of the world.
 
-    Both are needed: the answers have the faults that PPO could exploit, the texts have all words.
+    Both are needed: the answers have the faults that PPO could exploit, the texts every word.
+    Returns the held-out pairs, a tenth of all.
     """
     texts, rng = [row["prompt"] + row["response"] for row in read_rows(answers)], Random(seed)
-    pairs = [film_world.rate(a, b, rng) for a, b in zip(texts[::2], texts[1::2], strict=True)]
-    pairs += film_world.preferences(PAIRS - len(pairs), seed)
-    rng.shuffle(pairs)
-    write_rows(data / "pairs-held-out.jsonl", pairs[:HELD_OUT_PAIRS])
-    write_rows(data / "pairs.jsonl", pairs[HELD_OUT_PAIRS:])
-    return pairs[:HELD_OUT_PAIRS]
+    rated = [film_world.rate(a, b, rng) for a, b in zip(texts[::2], texts[1::2], strict=True)]
+    rated += film_world.preferences(pairs - len(rated), seed)
+    rng.shuffle(rated)
+    held_out = rated[: pairs // 10]
+    write_rows(data / "pairs-held-out.jsonl", held_out)
+    write_rows(data / "pairs.jsonl", rated[pairs // 10 :])
+    return held_out
 
 
 def command(title: str, main: Callable[[list[str]], int], *argv: object) -> None:
@@ -105,13 +107,14 @@ def compare(before: Path, after: Path) -> None:
         for name, row in zip(answers, rows, strict=True):
             gold = film_world.gold_score(row["prompt"] + row["response"])
             print(f"  {name:<6} (gold {gold:>5.2f}) …{row['response']}")
-    print(f"\n{'':<8}{'gold reward':>12}{'fluency':>9}{'different':>11}  on {HELD_OUT} held-out prompts")
+    print(f"\nOn {HELD_OUT} held-out prompts:")
+    print(f"{'':<8}{'gold reward':>12}{'fluency':>9}{'different answers':>19}")
     for name, rows in answers.items():
         texts = [row["prompt"] + row["response"] for row in rows]
         gold = sum(map(film_world.gold_score, texts)) / len(texts)
         fluency = sum(map(film_world.fluency, texts)) / len(texts)
         different = len({row["response"] for row in rows})
-        print(f"{name:<8}{gold:>12.2f}{fluency:>9.0%}{different:>8} of {len(rows)}")
+        print(f"{name:<8}{gold:>12.2f}{fluency:>9.0%}{different:>19}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,31 +123,33 @@ def main(argv: list[str] | None = None) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(out, "is there already", "remove it, or give another --out")
     data, seed = out / "data", config.seed
-    write_world(data, seed)
 
     def steps(full: int) -> int:
         return max(round(full * config.scale), 2)
 
+    answers = 2 * steps(ANSWERS // 2)
+    write_world(data, answers, seed)
     command(
         "1. A model learns to write film reviews, good and bad alike.", sft.main,
         "--init-config", data / "tiny-model.json", "--vocab-size", 1024,
-        "--data", data / "reviews.jsonl", "--out", out / "sft", "--steps", steps(240),
+        "--data", data / "reviews.jsonl", "--out", out / "sft", "--steps", steps(200),
         "--batch-size", 48, "--learning-rate", 4e-3, "--warmup-steps", steps(20),
         "--log-every", steps(50), "--save-every", 1000, "--seed", seed,
     )  # fmt: skip
     command(
         "It answers prompts twice, and a noisy rater compares the two.", sample.main,
         "--model", out / "sft" / "model", "--data", data / "prompts-twice.jsonl",
-        "--out", data / "answers.jsonl", "--max-new-tokens", 48, "--batch-size", 256, "--seed", seed,
+        "--out", data / "answers.jsonl", "--max-new-tokens", 48, "--batch-size", 256,
+        "--seed", seed,
     )  # fmt: skip
-    held_out = write_preferences(data, data / "answers.jsonl", seed)
+    held_out = write_preferences(data, data / "answers.jsonl", steps(PAIRS), seed)
     command(
         "2. A reward model learns which of two reviews a noisy rater preferred.", reward.main,
         "--model", out / "sft" / "model", "--data", data / "pairs.jsonl",
         "--eval-data", data / "pairs-held-out.jsonl", "--out", out / "reward",
-        "--steps", steps(150), "--batch-size", 32, "--learning-rate", 1e-3,
-        "--warmup-steps", steps(10), "--log-every", steps(30), "--save-every", 1000,
-        "--center-rewards-coefficient", 0.01, "--seed", seed,
+        "--steps", steps(160), "--batch-size", 32, "--learning-rate", 1e-3,
+        "--warmup-steps", steps(10), "--log-every", steps(32), "--show-samples", 3,
+        "--save-every", 1000, "--center-rewards-coefficient", 0.01, "--seed", seed,
     )  # fmt: skip
     accuracy = read_rows(out / "reward" / "metrics.jsonl")[-1]["eval_accuracy"]
     best = film_world.best_accuracy(held_out)
@@ -152,11 +157,12 @@ def main(argv: list[str] | None = None) -> int:
     command(
         "3. PPO: write what the reward model likes, without leaving the first model far behind.",
         ppo.main, "--model", out / "sft" / "model", "--data", data / "prompts.jsonl",
-        "--reward", out / "reward" / "model", "--out", out / "ppo", "--steps", steps(40),
+        "--reward", out / "reward" / "model", "--out", out / "ppo", "--steps", steps(32),
         "--batch-size", 64, "--mini-batches", 2, "--micro-batch-size", 32, "--epochs", 2,
-        "--max-new-tokens", 48, "--learning-rate", 4e-4, "--kl-coef", 0.05, "--value-clip", "none",
-        "--missing-eos-penalty", 1, "--sample-every", 0, "--save-rollouts",
-        "--log-every", steps(5), "--save-every", 1000, "--seed", seed,
+        "--max-new-tokens", 48, "--learning-rate", 3e-4, "--kl-coef", 0.3, "--value-clip", "none",
+        "--value-head-lr-scale", 3, "--missing-eos-penalty", 1, "--sample-every", 0,
+        "--save-rollouts",
+        "--log-every", steps(4), "--save-every", 1000, "--seed", seed,
     )  # fmt: skip
     progress(out / "ppo")
     for name, model in (("before", out / "sft" / "model"), ("after", out / "ppo" / "model")):
