@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from minirlhf.transformer import CausalLM
 
@@ -46,22 +46,64 @@ def token_logprobs(
         )
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: must be above 0")
-    wide = widened(hidden.dtype)
-    weight = lm.unembedding.to(wide)
+    states, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    stats = _TokenLogprobs.apply(states, lm.unembedding, ids, temperature, chunk)
+    return TokenStats(*(x.view(targets.shape) for x in stats))
 
-    def of_chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = F.linear(states.to(wide), weight) / temperature  # (chunk, V)
-        normalizer = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, ids[:, None])[:, 0] - normalizer
-        entropy = normalizer - (logits.softmax(-1) * logits).sum(-1)
+
+class _TokenLogprobs(torch.autograd.Function):
+    """`token_logprobs` of (N, D) states and (N,) ids, with its derivative by hand.
+
+    With z = W h / temperature, p = softmax(z) and H its entropy:
+
+        d logprob / dz_j = [j = target] - p_j,    dH / dz_j = -p_j (log p_j + H)
+    """
+
+    @staticmethod
+    def forward(ctx, states: Tensor, weight: Tensor, ids: Tensor, temperature: float, chunk: int):
+        wide = widened(states.dtype)
+        logprobs, entropy = (states.new_empty(len(ids), dtype=wide) for _ in range(2))
+        normalizer = torch.empty_like(logprobs)
+        rows = weight.to(wide)
+        for at in _slices(len(ids), chunk):
+            logits = F.linear(states[at].to(wide), rows) / temperature  # (chunk, V)
+            normalizer[at] = logits.logsumexp(-1)
+            logprobs[at] = logits.gather(-1, ids[at, None])[:, 0] - normalizer[at]
+            law = (logits - normalizer[at, None]).exp_()
+            entropy[at] = normalizer[at] - (law * logits).sum(-1)
+        ctx.save_for_backward(states, weight, ids, normalizer, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
-    states, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    parts = [
-        checkpoint(of_chunk, s, i, use_reentrant=False, preserve_rng_state=False)
-        for s, i in zip(states.split(chunk), ids.split(chunk), strict=True)
-    ]
-    return TokenStats(*(torch.cat(p).view(targets.shape) for p in zip(*parts, strict=True)))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_logprobs: Tensor | None, of_entropy: Tensor | None):
+        states, weight, ids, normalizer, entropy = ctx.saved_tensors
+        wide = widened(states.dtype)
+        rows = weight.to(wide)
+        to_states = torch.zeros_like(states)
+        to_weight = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
+        for at in _slices(len(ids), ctx.chunk):
+            h = states[at].to(wide)
+            logprobs = F.linear(h, rows) / ctx.temperature - normalizer[at, None]  # (chunk, V)
+            law = logprobs.exp()
+            to_logits = torch.zeros_like(law)
+            if of_logprobs is not None:
+                to_logits -= law * of_logprobs[at, None]
+                to_logits.scatter_add_(-1, ids[at, None], of_logprobs[at, None].to(wide))
+            if of_entropy is not None:
+                to_logits -= law * (logprobs + entropy[at, None]) * of_entropy[at, None]
+            to_logits /= ctx.temperature
+            to_states[at] = (to_logits @ rows).to(states.dtype)
+            if to_weight is not None:
+                to_weight += to_logits.T @ h
+        to_weight = None if to_weight is None else to_weight.to(weight.dtype)
+        return to_states, to_weight, None, None, None
+
+
+def _slices(count: int, chunk: int) -> list[slice]:
+    return [slice(start, start + chunk) for start in range(0, count, chunk)]
 
 
 def response_states(hidden: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
