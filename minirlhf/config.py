@@ -57,7 +57,8 @@ def setting(
     """A dataclass field with its help and its legal range; required if it has no default.
 
     `required` asks a command line for it all the same: such a default serves those who build the
-    config in their own code, where the setting may not matter. Keyword-only, so that required settings may stand anywhere among the others.
+    config in their own code, where the setting may not matter. Keyword-only, so that required
+    settings may stand anywhere among the others.
     """
     limits = {">=": at_least, ">": above, "<=": at_most, "<": below}
     limits = {sign: limit for sign, limit in limits.items() if limit is not None}

@@ -10,7 +10,7 @@ from minirlhf.masking import masked_mean, masked_rescale, masked_standardize
 
 nan, inf = torch.nan, torch.inf
 f64 = partial(torch.tensor, dtype=torch.float64)
-close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
+assert_close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
 
 
 def full(*shape):
@@ -54,18 +54,18 @@ def test_token_rewards_by_hand():
     kl = f64([[1, 2, -3, nan], [4, inf, nan, nan], [5, nan, 6, 8]])
     rewards = token_rewards(f64([10, 20, 30]), kl, mask, kl_coef=0.5)
     expected = f64([[-0.5, -1, 11.5, 0], [18, 0, 0, 0], [-2.5, 0, 0, 26]])
-    close(rewards, expected)
+    assert_close(rewards, expected)
     assert rewards[~mask].eq(0).all()
 
 
 def test_token_rewards_sum_is_score_minus_the_sequence_kl():
     rewards = token_rewards(f64([2]), f64([[0.5, 0.25, -1]]), full(1, 3), kl_coef=2.0)
-    close(rewards.sum(1), f64([2.5]))  # 2 - 2 · (-0.25)
+    assert_close(rewards.sum(1), f64([2.5]))  # 2 - 2 · (-0.25)
 
 
 def test_token_rewards_without_penalty_is_the_score_alone():
     rewards = token_rewards(f64([3, -4]), f64([[7, 7], [7, 7]]), full(2, 2), kl_coef=0.0)
-    close(rewards, f64([[0, 3], [0, -4]]))
+    assert_close(rewards, f64([[0, 3], [0, -4]]))
 
 
 def test_token_rewards_has_no_gradient():
@@ -103,16 +103,16 @@ def test_token_rewards_leaves_its_inputs_unchanged():
 def test_gae_by_hand_without_values():
     # 3; 2 + 0.1 · 3; 1 + 0.1 · 2.3
     out = gae(f64([[1, 2, 3]]), torch.zeros(1, 3).double(), full(1, 3), gamma=0.1, lam=1.0)
-    close(out.advantages, f64([[1.23, 2.3, 3]]))
-    close(out.returns, f64([[1.23, 2.3, 3]]))
+    assert_close(out.advantages, f64([[1.23, 2.3, 3]]))
+    assert_close(out.returns, f64([[1.23, 2.3, 3]]))
 
 
 def test_gae_by_hand_with_values_and_bootstrap():
     # gamma = lam = 1/2, V = 2, 4, state after the last token worth 8.
     # delta_1 = 3 + 4 - 4 = 3; delta_0 = 1 + 2 - 2 = 1; A_1 = 3; A_0 = 1 + 3/4; R = A + V
     out = gae(f64([[1, 3]]), f64([[2, 4]]), full(1, 2), 0.5, 0.5, bootstrap=f64([8]))
-    close(out.advantages, f64([[1.75, 3]]))
-    close(out.returns, f64([[3.75, 7]]))
+    assert_close(out.advantages, f64([[1.75, 3]]))
+    assert_close(out.returns, f64([[3.75, 7]]))
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1, 0.95), (0.9, 0.7), (0.5, 1), (0.99, 0), (0, 0.5)])
@@ -127,8 +127,8 @@ def test_gae_equals_brute_force_over_the_compressed_rows(gamma, lam):
                 rewards[row][chosen].tolist(), kept.tolist(), gamma, lam, bootstrap[row].item()
             )
         )
-        close(out.advantages[row][chosen], expected)
-        close(out.returns[row][chosen], expected + kept)
+        assert_close(out.advantages[row][chosen], expected)
+        assert_close(out.returns[row][chosen], expected + kept)
     assert out.advantages[~mask].eq(0).all() and out.returns[~mask].eq(0).all()
 
 
@@ -137,8 +137,8 @@ def test_gae_skips_holes_instead_of_zeroing_them():
     # whose value counts as 0 would give -1 before it and +1 after it, discounted by lam.
     mask = torch.tensor([[True, False, True]])
     out = gae(f64([[0, 0, 1]]), f64([[1, 0, 1]]), mask, gamma=1.0, lam=0.95)
-    close(out.advantages, f64([[0, 0, 0]]))
-    close(out.returns, f64([[1, 0, 1]]))
+    assert_close(out.advantages, f64([[0, 0, 0]]))
+    assert_close(out.returns, f64([[1, 0, 1]]))
 
 
 @pytest.mark.parametrize("garbage", [nan, inf])
@@ -153,13 +153,13 @@ def test_gae_garbage_under_the_mask_changes_nothing(garbage):
 def test_gae_returns_are_sums_of_future_rewards_when_gamma_and_lam_are_one():
     # 1 + 2 + 4, 2 + 4, 4, whatever the values
     out = gae(f64([[1, 2, 4]]), f64([[5, -7, 11]]), full(1, 3), gamma=1.0, lam=1.0)
-    close(out.returns, f64([[7, 6, 4]]))
+    assert_close(out.returns, f64([[7, 6, 4]]))
 
 
 def test_gae_is_the_td_error_when_lam_is_zero():
     # 1 + 0.5 · 6 - 4 = 0; 2 + 0.5 · 8 - 6 = 0; 3 + 0 - 8 = -5
     out = gae(f64([[1, 2, 3]]), f64([[4, 6, 8]]), full(1, 3), gamma=0.5, lam=0.0)
-    close(out.advantages, f64([[0, 0, -5]]))
+    assert_close(out.advantages, f64([[0, 0, -5]]))
 
 
 def test_gae_bootstrap_of_zero_is_terminal():
@@ -173,15 +173,15 @@ def test_gae_does_not_depend_on_padding_or_row_order():
     out = gae(rewards, values, mask, 0.9, 0.8)
     order = torch.tensor([3, 0, 4, 1, 2])
     wide = [torch.nn.functional.pad(x[order], (0, 4)) for x in (rewards, values, mask)]
-    close(gae(*wide, 0.9, 0.8).advantages[:, :9], out.advantages[order])
+    assert_close(gae(*wide, 0.9, 0.8).advantages[:, :9], out.advantages[order])
 
 
 def test_gae_of_true_values_is_zero_in_expectation():
     # Two tokens with probabilities 3/4 and 1/4 and rewards 4 and 8: V = 3 + 2 = 5 is exact, so
     # E[A] = 3/4 · (4 - 5) + 1/4 · (8 - 5) = 0.
     out = gae(f64([[4], [8]]), f64([[5], [5]]), full(2, 1), 1.0, 0.95)
-    close(out.advantages, f64([[-1], [3]]))
-    close((f64([[0.75], [0.25]]) * out.advantages).sum(), f64(0))
+    assert_close(out.advantages, f64([[-1], [3]]))
+    assert_close((f64([[0.75], [0.25]]) * out.advantages).sum(), f64(0))
 
 
 def test_gae_of_a_row_without_tokens_is_zero():
@@ -204,7 +204,7 @@ def test_gae_after_whitening_carries_exact_zeros_in_padding():
     out = gae(masked_rescale(rewards, mask), values, mask, 1.0, 0.95)
     whitened = masked_standardize(out.advantages, mask)
     assert whitened[~mask].eq(0).all() and out.returns[~mask].eq(0).all()
-    close(masked_mean(whitened, mask), f64(0))
+    assert_close(masked_mean(whitened, mask), f64(0))
 
 
 def test_gae_refuses():
@@ -247,19 +247,19 @@ def test_group_advantages_by_hand():
     # 0, 0, 6: mean 2, sample variance (4 + 4 + 16) / 2 = 12
     scores = f64([1, 2, 3, 0, 0, 6])
     a, b = 1 / 1.0001, 1 / (12**0.5 + 1e-4)
-    close(group_advantages(scores, 3), f64([-a, 0, a, -2 * b, -2 * b, 4 * b]))
-    close(group_advantages(scores, 3, divide_by_std=False), f64([-1, 0, 1, -2, -2, 4]))
+    assert_close(group_advantages(scores, 3), f64([-a, 0, a, -2 * b, -2 * b, 4 * b]))
+    assert_close(group_advantages(scores, 3, divide_by_std=False), f64([-1, 0, 1, -2, -2, 4]))
 
 
 def test_group_advantages_rows_of_a_group_are_adjacent():
     # groups (0, 2) and (10, 20), not (0, 10) and (2, 20)
-    close(group_advantages(f64([0, 2, 10, 20]), 2, divide_by_std=False), f64([-1, 1, -5, 5]))
+    assert_close(group_advantages(f64([0, 2, 10, 20]), 2, divide_by_std=False), f64([-1, 1, -5, 5]))
 
 
 def test_group_advantages_adds_its_epsilon_to_the_deviation():
     # ±5e-5: sample variance 2 · 25e-10 / 1, deviation sqrt(2) · 5e-5
     expected = 5e-5 / (2**0.5 * 5e-5 + 1e-4)
-    close(group_advantages(f64([5e-5, -5e-5]), 2), f64([expected, -expected]))
+    assert_close(group_advantages(f64([5e-5, -5e-5]), 2), f64([expected, -expected]))
 
 
 @pytest.mark.parametrize("divide_by_std", [True, False])
@@ -273,11 +273,13 @@ def test_group_advantages_are_exact_zeros_where_scores_agree(value, divide_by_st
 
 def test_group_advantages_do_not_depend_on_a_shift_of_the_scores():
     scores = f64([1, 5, 2, 8])
-    close(group_advantages(scores + 100, 2), group_advantages(scores, 2))
+    assert_close(group_advantages(scores + 100, 2), group_advantages(scores, 2))
 
 
 def test_group_advantages_of_integer_scores():
-    close(group_advantages(torch.tensor([0, 1]), 2, divide_by_std=False), torch.tensor([-0.5, 0.5]))
+    assert_close(
+        group_advantages(torch.tensor([0, 1]), 2, divide_by_std=False), torch.tensor([-0.5, 0.5])
+    )
 
 
 def test_group_advantages_expectation_over_two_tokens():
@@ -291,7 +293,7 @@ def test_group_advantages_expectation_over_two_tokens():
         for j in range(2):
             out = group_advantages(f64([score[i], score[j]]), 2, divide_by_std=False)
             expectation += p[i] * p[j] * (out[0] * grad[i] + out[1] * grad[j]) / 2
-    close(expectation, f64(3 / 16 / 2))
+    assert_close(expectation, f64(3 / 16 / 2))
 
 
 def test_group_advantages_has_no_gradient():

@@ -294,7 +294,7 @@ def test_as_dict_is_a_config_file_of_the_same_config(write):
 
 
 def test_validate_accepts_legal_fields_and_a_whole_number_for_a_float():
-    validate(Config(model="m", learning_rate=1, clip=None, seed=-(2**62)))
+    assert validate(Config(model="m", learning_rate=1, clip=None, seed=-(2**62))) is None
 
 
 def test_validate_names_the_field_and_its_source():

@@ -25,7 +25,7 @@ PROMPTS = [[5, 98, 0, 41, 7], [63], [12, 12, 90, 3, 3, 3, 8, 1]]
 GREEDY = Sampling(12, temperature=0)
 
 
-def close(got, expected, atol=1e-6):
+def assert_close(got, expected, atol=1e-6):
     torch.testing.assert_close(got, expected, rtol=0, atol=atol)
 
 
@@ -125,7 +125,7 @@ def test_logprobs_are_those_of_the_law_sampled(sampling):
         for t, at in enumerate(range(len(prompt), len(tokens))):
             logits = lm.logits(lm(torch.tensor([tokens[:at]])))[0, -1]
             law = their_law(tokens[:at], logits, sampling)
-            close(out.logprobs[row, t], law[tokens[at]], atol=1e-9)
+            assert_close(out.logprobs[row, t], law[tokens[at]], atol=1e-9)
         assert (out.logprobs[row, len(tokens) - len(prompt) :] == 0).all()
 
 
@@ -143,7 +143,7 @@ def test_a_row_does_not_depend_on_its_batch(sampling):
         alone = generate(lm, [prompt], sampling, [7, 11], keys(1, start=i))
         assert alone.responses() == [together.responses()[i]]
         n = len(alone.responses()[0])
-        close(alone.logprobs[0], together.logprobs[i, :n], atol=1e-12)
+        assert_close(alone.logprobs[0], together.logprobs[i, :n], atol=1e-12)
 
 
 def test_the_key_alone_decides_what_is_drawn():
@@ -177,7 +177,7 @@ def test_generate_ends_rows_at_any_eos_and_keeps_it():
     ]  # fmt: skip
     assert out.response_mask.sum(1).tolist() == [3, 1, 4, 1]
     assert out.response_mask[0].tolist() == [True, True, True, False]
-    close(out.logprobs, torch.zeros(4, 4), atol=1e-6)
+    assert_close(out.logprobs, torch.zeros(4, 4), atol=1e-6)
 
 
 def test_generate_ends_rows_at_the_length():
@@ -300,7 +300,7 @@ QUARTERS = torch.tensor([[0.1, 0.4, 0.2, 0.3]], dtype=f64).log()
 def test_sampling_law_by_hand(sampling, expected):
     before = QUARTERS.clone()
     law = sampling_law(QUARTERS, sampling)
-    close(law.exp(), torch.tensor([expected], dtype=f64), atol=1e-9)
+    assert_close(law.exp(), torch.tensor([expected], dtype=f64), atol=1e-9)
     assert torch.equal(QUARTERS, before)
 
 
@@ -315,7 +315,7 @@ def test_sampling_law_repetition_penalty_by_hand():
     logits = torch.tensor([[2.0, -1.0, 2.0, -1.0]], dtype=f64)
     seen = torch.tensor([[True, True, False, False]])
     law = sampling_law(logits, Sampling(1, repetition_penalty=2.0), seen)
-    close(law, torch.tensor([[1.0, -2.0, 2.0, -1.0]], dtype=f64).log_softmax(-1))
+    assert_close(law, torch.tensor([[1.0, -2.0, 2.0, -1.0]], dtype=f64).log_softmax(-1))
     greedy = sampling_law(logits, Sampling(1, temperature=0, repetition_penalty=2.0), seen)
     assert greedy[0].exp().tolist() == [0, 0, 1, 0]
 
@@ -329,7 +329,7 @@ def test_sampling_law_is_that_of_transformers(sampling):
         seen = torch.zeros(1, 50, dtype=torch.bool)
         seen[0, tokens] = True
         expected = their_law(tokens.tolist(), logits[0], sampling)
-        close(sampling_law(logits, sampling, seen)[0], expected, atol=1e-9)
+        assert_close(sampling_law(logits, sampling, seen)[0], expected, atol=1e-9)
 
 
 def test_sampling_law_greedy_takes_the_first_of_equals():
@@ -341,7 +341,7 @@ def test_sampling_law_of_bfloat16_is_float32():
     logits = torch.tensor([[1.0, 2.0]]).bfloat16()
     law = sampling_law(logits, Sampling(1))
     assert law.dtype == torch.float32
-    close(law, logits.float().log_softmax(-1))
+    assert_close(law, logits.float().log_softmax(-1))
 
 
 # ---- draw ----------------------------------------------------------------------------------------

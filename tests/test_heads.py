@@ -19,7 +19,7 @@ f64 = torch.float64
 CONFIG = ModelConfig("llama", 50, 16, 24, 2, 4, 2, 4, 32)
 
 
-def close(got, expected, atol=1e-6):
+def assert_close(got, expected, atol=1e-6):
     torch.testing.assert_close(got, expected, rtol=0, atol=atol)
 
 
@@ -55,9 +55,9 @@ def test_token_logprobs_by_hand():
     lm = Unembedding(torch.eye(2, dtype=f64))
     hidden = torch.tensor([[[math.log(3), 0], [0, math.log(3)]]], dtype=f64)
     stats = token_logprobs(lm, hidden, torch.tensor([[0, 0]]))
-    close(stats.logprobs, torch.tensor([[math.log(3 / 4), math.log(1 / 4)]], dtype=f64))
+    assert_close(stats.logprobs, torch.tensor([[math.log(3 / 4), math.log(1 / 4)]], dtype=f64))
     # Entropy 3/4 log 4/3 + 1/4 log 4 = log 4 - 3/4 log 3, whatever the target
-    close(stats.entropy, torch.full((1, 2), math.log(4) - 0.75 * math.log(3), dtype=f64))
+    assert_close(stats.entropy, torch.full((1, 2), math.log(4) - 0.75 * math.log(3), dtype=f64))
 
 
 def test_token_logprobs_temperature_by_hand():
@@ -65,8 +65,8 @@ def test_token_logprobs_temperature_by_hand():
     lm = Unembedding(torch.eye(2, dtype=f64))
     hidden = torch.tensor([[math.log(3), 0]], dtype=f64)
     stats = token_logprobs(lm, hidden, torch.tensor([1]), temperature=0.5)
-    close(stats.logprobs, torch.tensor([math.log(1 / 10)], dtype=f64))
-    close(stats.entropy, torch.tensor([math.log(10) - 0.9 * math.log(9)], dtype=f64))
+    assert_close(stats.logprobs, torch.tensor([math.log(1 / 10)], dtype=f64))
+    assert_close(stats.entropy, torch.tensor([math.log(10) - 0.9 * math.log(9)], dtype=f64))
 
 
 def test_token_logprobs_gradient_by_hand():
@@ -77,13 +77,13 @@ def test_token_logprobs_gradient_by_hand():
     for part, expected in (("logprobs", 0.25), ("entropy", -0.1875 * math.log(3))):
         hidden = torch.tensor([[math.log(3), 0]], dtype=f64, requires_grad=True)
         getattr(token_logprobs(lm, hidden, torch.tensor([0])), part).sum().backward()
-        close(hidden.grad, torch.tensor([[expected, -expected]], dtype=f64))
+        assert_close(hidden.grad, torch.tensor([[expected, -expected]], dtype=f64))
 
 
 def test_uniform_law_has_the_entropy_of_its_size():
     stats = token_logprobs(make_lm(), torch.zeros(3, 16, dtype=f64), torch.tensor([0, 7, 49]))
-    close(stats.entropy, torch.full((3,), math.log(50), dtype=f64))
-    close(stats.logprobs, torch.full((3,), -math.log(50), dtype=f64))
+    assert_close(stats.entropy, torch.full((3,), math.log(50), dtype=f64))
+    assert_close(stats.logprobs, torch.full((3,), -math.log(50), dtype=f64))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 12, 512])
@@ -99,11 +99,11 @@ def test_token_logprobs_and_gradient_are_those_of_full_logits(chunk, temperature
     expected = torch.autograd.grad((weights * (logprobs + 0.3 * entropy)).sum(), leaves)
 
     stats = token_logprobs(lm, hidden, ids, temperature, chunk)
-    close(stats.logprobs, logprobs, atol=1e-12)
-    close(stats.entropy, entropy, atol=1e-12)
+    assert_close(stats.logprobs, logprobs, atol=1e-12)
+    assert_close(stats.entropy, entropy, atol=1e-12)
     got = torch.autograd.grad((weights * (stats.logprobs + 0.3 * stats.entropy)).sum(), leaves)
     for one, other in zip(got, expected, strict=True):
-        close(one, other, atol=1e-11)
+        assert_close(one, other, atol=1e-11)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 0), (2, 3, 2)])
@@ -112,7 +112,7 @@ def test_token_logprobs_keeps_any_shape(shape):
     stats = token_logprobs(lm, hidden, ids)
     assert stats.logprobs.shape == stats.entropy.shape == shape
     expected = lm.logits(hidden).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    close(stats.logprobs, expected, atol=1e-12)
+    assert_close(stats.logprobs, expected, atol=1e-12)
 
 
 def test_token_logprobs_of_bfloat16_are_float32_from_float32_logits():
@@ -120,7 +120,7 @@ def test_token_logprobs_of_bfloat16_are_float32_from_float32_logits():
     stats = token_logprobs(lm, hidden, ids)
     assert stats.logprobs.dtype == stats.entropy.dtype == torch.float32
     law = (hidden.double() @ lm.unembedding.double().T).log_softmax(-1)
-    close(stats.logprobs.double(), law.gather(-1, ids[:, None])[:, 0], atol=1e-5)
+    assert_close(stats.logprobs.double(), law.gather(-1, ids[:, None])[:, 0], atol=1e-5)
     stats.logprobs.sum().backward()
     assert hidden.grad.dtype == torch.bfloat16 and hidden.grad.abs().sum() > 0
     assert widened(torch.float16) == torch.float32 and widened(f64) == f64
@@ -199,7 +199,7 @@ def test_response_states_give_the_logprobs_of_the_response():
     law = lm.logits(lm(tokens)).log_softmax(-1)
     # The law of the token at index i stands at index i - 1.
     expected = [law[0, 1, 15], law[0, 2, 16], law[0, 3, 23], law[1, 0, 4], law[1, 1, 8]]
-    close(torch.cat((logprobs[0], logprobs[1, :2])), torch.stack(expected), atol=1e-12)
+    assert_close(torch.cat((logprobs[0], logprobs[1, :2])), torch.stack(expected), atol=1e-12)
 
 
 # ---- value head ----------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_value_head_by_hand():
     with torch.no_grad():
         model.v_head.weight[0, 3], model.v_head.bias[0] = 2.0, 5.0
     hidden, values = model(targets(2, 5))
-    close(values, 2 * hidden[..., 3] + 5)
+    assert_close(values, 2 * hidden[..., 3] + 5)
 
 
 # ---- reward model --------------------------------------------------------------------------------
@@ -234,10 +234,10 @@ def test_reward_is_read_at_the_last_real_token():
     model, tokens, lengths = make_reward(f64), targets(3, 6), torch.tensor([1, 4, 6])
     scores = model(tokens, lengths)
     states = model.model(tokens)[[0, 1, 2], [0, 3, 5]]
-    close(scores, states @ model.score.weight[0], atol=1e-12)
+    assert_close(scores, states @ model.score.weight[0], atol=1e-12)
     assert scores.shape == (3,)
     alone = [model(tokens[i : i + 1, :n], lengths[i : i + 1]) for i, n in enumerate(lengths)]
-    close(scores, torch.cat(alone), atol=1e-12)
+    assert_close(scores, torch.cat(alone), atol=1e-12)
 
 
 @torch.no_grad()
@@ -246,11 +246,11 @@ def test_reward_does_not_depend_on_padding_width_or_order():
     scores = model(tokens, lengths)
     real = torch.arange(9) < lengths[:, None]
     for garbage in (0, 7, 49):
-        close(model(tokens.masked_fill(~real, garbage), lengths), scores, atol=1e-5)
+        assert_close(model(tokens.masked_fill(~real, garbage), lengths), scores, atol=1e-5)
     wider = torch.cat((tokens, targets(4, 11)), dim=1)
-    close(model(wider, lengths), scores, atol=1e-5)
+    assert_close(model(wider, lengths), scores, atol=1e-5)
     order = torch.tensor([2, 0, 3, 1])
-    close(model(tokens[order], lengths[order]), scores[order], atol=1e-5)
+    assert_close(model(tokens[order], lengths[order]), scores[order], atol=1e-5)
     assert scores.std() > 0.1
 
 

@@ -11,7 +11,7 @@ from minirlhf.masking import masked_sum
 
 nan, inf = torch.nan, torch.inf
 f64 = partial(torch.tensor, dtype=torch.float64)
-close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
+assert_close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
 ESTIMATORS = [kl_k1, kl_k2, kl_k3]
 
 
@@ -24,9 +24,9 @@ def test_estimators_by_hand():
     # d = logprobs - ref_logprobs = log 2, -log 2, 0; exp(-d) = 1/2, 2, 1
     log2 = math.log(2)
     logprobs, ref_logprobs = f64([[-1, -1 - log2, -3]]), f64([[-1 - log2, -1, -3]])
-    close(kl_k1(logprobs, ref_logprobs), f64([[log2, -log2, 0]]))
-    close(kl_k2(logprobs, ref_logprobs), f64([[log2**2 / 2, log2**2 / 2, 0]]))
-    close(kl_k3(logprobs, ref_logprobs), f64([[log2 - 0.5, 1 - log2, 0]]))
+    assert_close(kl_k1(logprobs, ref_logprobs), f64([[log2, -log2, 0]]))
+    assert_close(kl_k2(logprobs, ref_logprobs), f64([[log2**2 / 2, log2**2 / 2, 0]]))
+    assert_close(kl_k3(logprobs, ref_logprobs), f64([[log2 - 0.5, 1 - log2, 0]]))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_estimators_by_hand():
 def test_estimators_gradient_by_hand(estimator, gradient):
     logprobs = f64([-1, -1 - math.log(2)]).requires_grad_()
     estimator(logprobs, f64([-1 - math.log(2), -1])).sum().backward()
-    close(logprobs.grad, f64(gradient))
+    assert_close(logprobs.grad, f64(gradient))
 
 
 def test_estimators_expectation_over_two_tokens():
@@ -48,11 +48,11 @@ def test_estimators_expectation_over_two_tokens():
     # KL = 3/4 log 3/2 + 1/4 log 1/2 = 3/4 log 3 - log 2. That of k3 adds E[ref / policy] - 1 = 0.
     policy, ref = f64([0.75, 0.25]), f64([0.5, 0.5])
     true_kl = f64(0.75 * math.log(3) - math.log(2))
-    close((policy * kl_k1(policy.log(), ref.log())).sum(), true_kl)
-    close((policy * kl_k3(policy.log(), ref.log())).sum(), true_kl)
+    assert_close((policy * kl_k1(policy.log(), ref.log())).sum(), true_kl)
+    assert_close((policy * kl_k3(policy.log(), ref.log())).sum(), true_kl)
     # k2 is biased: 3/8 log² 3/2 + 1/8 log² 2
     biased = 0.375 * math.log(1.5) ** 2 + 0.125 * math.log(2) ** 2
-    close((policy * kl_k2(policy.log(), ref.log())).sum(), f64(biased))
+    assert_close((policy * kl_k2(policy.log(), ref.log())).sum(), f64(biased))
 
 
 def test_kl_k2_as_a_loss_has_the_gradient_of_the_kl():
@@ -62,7 +62,7 @@ def test_kl_k2_as_a_loss_has_the_gradient_of_the_kl():
     logprobs = torch.stack([z, z * 0]).log_softmax(0)
     ref_logprobs = f64([0.5, 0.5]).log()
     (logprobs.detach().exp() * kl_k2(logprobs, ref_logprobs)).sum().backward()
-    close(z.grad, f64(3 / 16 * math.log(3)))
+    assert_close(z.grad, f64(3 / 16 * math.log(3)))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -74,14 +74,14 @@ def test_estimators_vanish_where_policy_is_the_reference(estimator):
 def test_kl_k3_keeps_a_small_difference_in_float32():
     # d = 2^-12: d²/2 = 2^-25 up to d³/6. Written as exp(-d) - 1 + d, float32 gives 0 here.
     d = torch.tensor([2.0**-12])
-    close(kl_k3(d, torch.zeros(1)) / 2**-25, torch.ones(1), atol=1e-3)
+    assert_close(kl_k3(d, torch.zeros(1)) / 2**-25, torch.ones(1), atol=1e-3)
 
 
 def test_kl_k3_is_never_negative_and_is_k2_to_second_order():
     d = f64([-3, -1, -1e-3, 1e-3, 1, 3])
     k3 = kl_k3(d, torch.zeros_like(d))
     assert (k3 > 0).all()
-    close(k3[2:4], kl_k2(d, torch.zeros_like(d))[2:4], atol=1e-9)
+    assert_close(k3[2:4], kl_k2(d, torch.zeros_like(d))[2:4], atol=1e-9)
 
 
 @pytest.mark.parametrize("garbage", [nan, inf, -inf, 200.0, -200.0])

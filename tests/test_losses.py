@@ -18,7 +18,7 @@ from minirlhf.masking import masked_mean, masked_sum
 
 nan, inf, log2 = torch.nan, torch.inf, math.log(2)
 f64 = partial(torch.tensor, dtype=torch.float64)
-close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
+assert_close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
 
 
 def test_docstring_examples_hold():
@@ -32,24 +32,24 @@ def test_docstring_examples_hold():
 def test_bradley_terry_loss_by_hand():
     # difference 0: -log 1/2; log 3: sigmoid = 3/4; -log 3: sigmoid = 1/4
     chosen, rejected = f64([2, math.log(3), 1]), f64([2, 0, 1 + math.log(3)])
-    close(bradley_terry_loss(chosen, rejected), f64([log2, math.log(4 / 3), math.log(4)]))
+    assert_close(bradley_terry_loss(chosen, rejected), f64([log2, math.log(4 / 3), math.log(4)]))
 
 
 def test_bradley_terry_loss_margin_by_hand():
     # (2, 1, margin 1): 2 - 1 - 1 = 0
-    close(bradley_terry_loss(f64([2]), f64([1]), margin=1.0), f64([log2]))
-    close(bradley_terry_loss(f64([2]), f64([1]), f64([1])), f64([log2]))
+    assert_close(bradley_terry_loss(f64([2]), f64([1]), margin=1.0), f64([log2]))
+    assert_close(bradley_terry_loss(f64([2]), f64([1]), f64([1])), f64([log2]))
 
 
 def test_bradley_terry_loss_meets_each_pair_with_its_own_margin():
     # three pairs, differences 1, 2, 3, margins the same: all log 2. An (N, N) would not be.
     loss = bradley_terry_loss(f64([1, 2, 3]), f64([0, 0, 0]), f64([1, 2, 3]))
-    close(loss, f64([log2, log2, log2]))
+    assert_close(loss, f64([log2, log2, log2]))
 
 
 def test_bradley_terry_loss_margin_is_taken_off_the_chosen_reward():
     chosen, rejected, margin = f64([1.5, -2, 0]), f64([0.5, 1, 4]), f64([0.25, 3, -1])
-    close(
+    assert_close(
         bradley_terry_loss(chosen, rejected, margin),
         bradley_terry_loss(chosen - margin, rejected),
     )
@@ -58,7 +58,7 @@ def test_bradley_terry_loss_margin_is_taken_off_the_chosen_reward():
 def test_bradley_terry_loss_missing_margins_are_zeros():
     chosen, rejected = f64([1, 2]), f64([0, 3])
     mixed = bradley_terry_loss(chosen, rejected, f64([0, 0.5]))
-    close(mixed[:1], bradley_terry_loss(chosen[:1], rejected[:1]))
+    assert_close(mixed[:1], bradley_terry_loss(chosen[:1], rejected[:1]))
 
 
 def test_bradley_terry_loss_gradient_by_hand():
@@ -66,14 +66,14 @@ def test_bradley_terry_loss_gradient_by_hand():
     chosen = f64([0, math.log(3), 0]).requires_grad_()
     rejected = f64([0, 0, math.log(3)]).requires_grad_()
     bradley_terry_loss(chosen, rejected).sum().backward()
-    close(chosen.grad, f64([-0.5, -0.25, -0.75]))
-    close(rejected.grad, f64([0.5, 0.25, 0.75]))
+    assert_close(chosen.grad, f64([-0.5, -0.25, -0.75]))
+    assert_close(rejected.grad, f64([0.5, 0.25, 0.75]))
 
 
 def test_bradley_terry_loss_margin_moves_the_gradient():
     chosen = f64([math.log(3)]).requires_grad_()
     bradley_terry_loss(chosen, f64([0]), margin=math.log(3)).sum().backward()
-    close(chosen.grad, f64([-0.5]))
+    assert_close(chosen.grad, f64([-0.5]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -86,7 +86,7 @@ def test_bradley_terry_loss_of_huge_differences_is_finite(dtype):
     # 0 and the difference 120000, which float16 could not hold and bfloat16 holds as 6e4 rounded
     expected = torch.tensor([0.0, 2 * 6e4])
     torch.testing.assert_close(loss, expected, rtol=2**-8, atol=0)
-    close(chosen.grad.float(), torch.tensor([0.0, -1.0]))
+    assert_close(chosen.grad.float(), torch.tensor([0.0, -1.0]))
 
 
 def test_bradley_terry_loss_is_smallest_at_the_true_preference_odds():
@@ -94,7 +94,7 @@ def test_bradley_terry_loss_is_smallest_at_the_true_preference_odds():
     d = f64([math.log(3)]).requires_grad_()
     zero = f64([0])
     (0.75 * bradley_terry_loss(d, zero) + 0.25 * bradley_terry_loss(zero, d)).sum().backward()
-    close(d.grad, f64([0]))
+    assert_close(d.grad, f64([0]))
 
 
 def test_bradley_terry_loss_refuses():
@@ -142,15 +142,15 @@ def test_dpo_loss_by_hand():
     # log-ratios: chosen -8 + 10 = 2, rejected -9 + 12 = 3; rewards at beta 1/2: 1, 1.5
     # margin -1/2, loss log(1 + e^(1/2)) = 0.974077; the second pair: -1/2 + 1/2 = 0, log 2
     out = dpo_loss(f64([-8, -4]), f64([-9, -4]), f64([-10, -3]), f64([-12, -3]), beta=0.5)
-    close(out.chosen_rewards, f64([1, -0.5]))
-    close(out.rejected_rewards, f64([1.5, -0.5]))
-    close(out.loss, f64([math.log(1 + math.exp(0.5)), log2]))
+    assert_close(out.chosen_rewards, f64([1, -0.5]))
+    assert_close(out.rejected_rewards, f64([1.5, -0.5]))
+    assert_close(out.loss, f64([math.log(1 + math.exp(0.5)), log2]))
 
 
 def test_dpo_loss_label_smoothing_by_hand():
     # margin log 3: 3/4 · -log 3/4 + 1/4 · -log 1/4
     smoothed = dpo_loss(f64([math.log(3)]), f64([0]), f64([0]), f64([0]), 1.0, label_smoothing=0.25)
-    close(smoothed.loss, f64([0.75 * math.log(4 / 3) + 0.25 * math.log(4)]))
+    assert_close(smoothed.loss, f64([0.75 * math.log(4 / 3) + 0.25 * math.log(4)]))
 
 
 def test_dpo_loss_gradient_by_hand():
@@ -158,8 +158,8 @@ def test_dpo_loss_gradient_by_hand():
     chosen = f64([2 * math.log(3)]).requires_grad_()
     rejected = f64([0]).requires_grad_()
     dpo_loss(chosen, rejected, f64([0]), f64([0]), beta=0.5).loss.sum().backward()
-    close(chosen.grad, f64([-0.125]))
-    close(rejected.grad, f64([0.125]))
+    assert_close(chosen.grad, f64([-0.125]))
+    assert_close(rejected.grad, f64([0.125]))
 
 
 def test_dpo_loss_label_smoothing_gradient_vanishes_at_the_smoothed_odds():
@@ -167,19 +167,19 @@ def test_dpo_loss_label_smoothing_gradient_vanishes_at_the_smoothed_odds():
     chosen = f64([math.log(3)]).requires_grad_()
     zero = f64([0])
     dpo_loss(chosen, zero, zero, zero, 1.0, label_smoothing=0.25).loss.sum().backward()
-    close(chosen.grad, f64([0]))
+    assert_close(chosen.grad, f64([0]))
 
 
 def test_dpo_loss_is_log_2_at_the_start():
     logprobs = f64([-3, -50])
     out = dpo_loss(logprobs, logprobs - 7, logprobs, logprobs - 7, beta=0.1)
-    close(out.loss, f64([log2, log2]))
+    assert_close(out.loss, f64([log2, log2]))
     assert out.chosen_rewards.eq(0).all() and out.rejected_rewards.eq(0).all()
 
 
 def test_dpo_loss_reduces_to_bradley_terry_on_its_rewards():
     out = dpo_loss(f64([-1, -2]), f64([-3, -1]), f64([-2, -2]), f64([-1, -5]), beta=0.3)
-    close(out.loss, bradley_terry_loss(out.chosen_rewards, out.rejected_rewards))
+    assert_close(out.loss, bradley_terry_loss(out.chosen_rewards, out.rejected_rewards))
 
 
 def test_dpo_loss_is_smallest_where_policy_is_ref_times_exp_reward():
@@ -191,7 +191,7 @@ def test_dpo_loss_is_smallest_where_policy_is_ref_times_exp_reward():
     wins = dpo_loss(first, second, ref[:1], ref[1:], beta=1.0).loss
     upsets = dpo_loss(second, first, ref[1:], ref[:1], beta=1.0).loss
     (0.75 * wins + 0.25 * upsets).sum().backward()
-    close(logits.grad, f64([0, 0]))
+    assert_close(logits.grad, f64([0, 0]))
 
 
 def test_dpo_loss_of_huge_margins_is_finite():
@@ -201,7 +201,7 @@ def test_dpo_loss_of_huge_margins_is_finite():
     out = dpo_loss(chosen, rejected, zero, zero, beta=2.0)
     out.loss.sum().backward()
     assert out.loss.dtype == torch.float32 and out.loss[1] == 0
-    close(out.loss[0], torch.tensor(-2.0 * float(chosen.detach()[0])))
+    assert_close(out.loss[0], torch.tensor(-2.0 * float(chosen.detach()[0])))
     assert chosen.grad.tolist() == [-2, 0]
 
 
@@ -246,8 +246,8 @@ def corners():
 def test_clipped_surrogate_by_hand():
     # -min(1.5, 1.2), -min(-1.5, -1.2), -min(0.5, 0.8), -min(-0.5, -0.8)
     out = clipped_surrogate(*corners(), 0.2, 0.2)
-    close(out.loss, f64([[-1.2, 1.5, -0.5, 0.8]]))
-    close(out.ratio, f64([[1.5, 1.5, 0.5, 0.5]]))
+    assert_close(out.loss, f64([[-1.2, 1.5, -0.5, 0.8]]))
+    assert_close(out.ratio, f64([[1.5, 1.5, 0.5, 0.5]]))
     assert out.clipped.tolist() == [[True, False, False, True]]
 
 
@@ -255,14 +255,14 @@ def test_clipped_surrogate_with_an_asymmetric_clip_by_hand():
     # bounds 0.7 and 1.4; an advantage of 3 scales the loss
     logprobs, old_logprobs, advantages = corners()
     out = clipped_surrogate(logprobs, old_logprobs, 3 * advantages, clip_low=0.3, clip_high=0.4)
-    close(out.loss, f64([[-4.2, 4.5, -1.5, 2.1]]))
+    assert_close(out.loss, f64([[-4.2, 4.5, -1.5, 2.1]]))
 
 
 def test_clipped_surrogate_ratio_is_new_over_old():
     # probability 1/4 -> 1/2: ratio 2, not 1/2
     out = clipped_surrogate(f64([0.5]).log(), f64([0.25]).log(), f64([-1]), 0.2, 0.2)
-    close(out.ratio, f64([2]))
-    close(out.loss, f64([2]))
+    assert_close(out.ratio, f64([2]))
+    assert_close(out.loss, f64([2]))
 
 
 def test_clipped_surrogate_gradient_by_hand():
@@ -270,7 +270,7 @@ def test_clipped_surrogate_gradient_by_hand():
     logprobs, old_logprobs, advantages = corners()
     logprobs.requires_grad_()
     clipped_surrogate(logprobs, old_logprobs, 2 * advantages, 0.2, 0.2).loss.sum().backward()
-    close(logprobs.grad, f64([[0, 3, -1, 0]]))
+    assert_close(logprobs.grad, f64([[0, 3, -1, 0]]))
     assert logprobs.grad[0, 0] == 0 and logprobs.grad[0, 3] == 0
 
 
@@ -280,8 +280,8 @@ def test_clipped_surrogate_inside_the_range_keeps_its_gradient():
     zeros, advantages = torch.zeros(1, 4).double(), f64([[1, -1, 1, -1]])
     out = clipped_surrogate(logprobs, zeros, advantages, 0.2, 0.2)
     out.loss.sum().backward()
-    close(out.loss, f64([[-1.19, 1.19, -0.81, 0.81]]))
-    close(logprobs.grad, f64([[-1.19, 1.19, -0.81, 0.81]]))
+    assert_close(out.loss, f64([[-1.19, 1.19, -0.81, 0.81]]))
+    assert_close(logprobs.grad, f64([[-1.19, 1.19, -0.81, 0.81]]))
     assert not out.clipped.any()
 
 
@@ -292,20 +292,20 @@ def test_clipped_surrogate_at_ratio_one_is_the_policy_gradient():
     out = clipped_surrogate(logprobs, logprobs.detach().clone(), advantages, 0.0, 0.0)
     out.loss.sum().backward()
     assert out.ratio.eq(1).all() and not out.clipped.any()
-    close(out.loss, -advantages)
-    close(logprobs.grad, -advantages)
+    assert_close(out.loss, -advantages)
+    assert_close(logprobs.grad, -advantages)
 
 
 def test_clipped_surrogate_without_bounds_is_importance_sampling():
     out = clipped_surrogate(*corners(), clip_low=inf, clip_high=inf)
-    close(out.loss, f64([[-1.5, 1.5, -0.5, 0.5]]))
+    assert_close(out.loss, f64([[-1.5, 1.5, -0.5, 0.5]]))
     assert not out.clipped.any()
 
 
 @pytest.mark.parametrize("clip_low", [1.0, 3.0])
 def test_clipped_surrogate_with_a_clip_low_of_one_never_clips_below(clip_low):
     out = clipped_surrogate(f64([1e-30]).log(), f64([0]), f64([-1]), clip_low, 0.2)
-    close(out.loss, f64([0]))
+    assert_close(out.loss, f64([0]))
     assert not out.clipped.any()
 
 
@@ -313,10 +313,10 @@ def test_clipped_surrogate_expectation_over_two_tokens():
     # Sampled from old (3/4, 1/4), new (1/4, 3/4), A = (1, 5): E_old[ratio · A] is E_new[A] = 4.
     old, new, advantages = f64([0.75, 0.25]), f64([0.25, 0.75]), f64([1, 5])
     out = clipped_surrogate(new.log(), old.log(), advantages, inf, inf)
-    close((old * out.loss).sum(), f64(-4))
+    assert_close((old * out.loss).sum(), f64(-4))
     # Clipped at 0.2: ratios 1/3 and 3 -> 1/3 and 1.2: 3/4 · 1/3 · 1 + 1/4 · 1.2 · 5 = 1.75
     out = clipped_surrogate(new.log(), old.log(), advantages, 0.2, 0.2)
-    close((old * out.loss).sum(), f64(-1.75))
+    assert_close((old * out.loss).sum(), f64(-1.75))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_clipped_surrogate_of_huge_log_ratios(log_ratio, advantage, loss, gradie
     logprobs = torch.tensor([log_ratio], requires_grad=True)  # e^200 overflows float32
     out = clipped_surrogate(logprobs, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.2)
     out.loss.sum().backward()
-    close(out.loss.detach(), torch.tensor([loss]))
+    assert_close(out.loss.detach(), torch.tensor([loss]))
     assert logprobs.grad.item() == gradient
     assert out.clipped.item() is clipped
 
@@ -403,14 +403,14 @@ def test_clipped_value_loss_by_hand():
     # return -3, V = -2 -> clipped to -1/2: 1/2 max(1, 2.5²) = 3.125; V = -6: 1/2 · 9
     values, returns = f64([[2, 6, 0.25, -2, -6]]), f64([[3, 3, 3, -3, -3]])
     out = clipped_value_loss(values, torch.zeros_like(values), returns, clip=0.5)
-    close(out.loss, f64([[3.125, 4.5, 3.78125, 3.125, 4.5]]))
+    assert_close(out.loss, f64([[3.125, 4.5, 3.78125, 3.125, 4.5]]))
     assert out.clipped.tolist() == [[True, False, False, True, False]]
 
 
 def test_clipped_value_loss_range_lies_around_the_old_value():
     # old value 10, clip 1: V = 12 -> 11; return 14: 1/2 max(2², 3²)
     out = clipped_value_loss(f64([12]), f64([10]), f64([14]), clip=1.0)
-    close(out.loss, f64([4.5]))
+    assert_close(out.loss, f64([4.5]))
 
 
 def test_clipped_value_loss_gradient_by_hand():
@@ -418,7 +418,7 @@ def test_clipped_value_loss_gradient_by_hand():
     values = f64([[2, 6, 0.25, -2, -6]]).requires_grad_()
     zeros, returns = torch.zeros(1, 5).double(), f64([[3, 3, 3, -3, -3]])
     clipped_value_loss(values, zeros, returns, clip=0.5).loss.sum().backward()
-    close(values.grad, f64([[0, 3, -2.75, 0, -3]]))
+    assert_close(values.grad, f64([[0, 3, -2.75, 0, -3]]))
 
 
 @pytest.mark.parametrize("clip", [None, inf])
@@ -427,8 +427,8 @@ def test_clipped_value_loss_without_a_bound_is_half_the_squared_error(clip):
     values = f64([5, -4]).requires_grad_()
     out = clipped_value_loss(values, f64([0, 0]), f64([2, 0]), clip)
     out.loss.sum().backward()
-    close(out.loss, f64([4.5, 8]))
-    close(values.grad, f64([3, -4]))
+    assert_close(out.loss, f64([4.5, 8]))
+    assert_close(values.grad, f64([3, -4]))
     assert out.clipped.tolist() == [False, False]
 
 
@@ -441,7 +441,7 @@ def test_clipped_value_loss_inside_the_range_is_never_clipped_by_rounding():
     out = clipped_value_loss(values, old_values, returns, clip=0.2)
     out.loss.sum().backward()
     assert not out.clipped.any()
-    close(values.grad, values.detach() - returns)
+    assert_close(values.grad, values.detach() - returns)
 
 
 def test_clipped_value_loss_gradient_vanishes_at_the_mean_return():
@@ -450,7 +450,7 @@ def test_clipped_value_loss_gradient_vanishes_at_the_mean_return():
     low = clipped_value_loss(value, f64([5]), f64([4]), clip=0.2).loss
     high = clipped_value_loss(value, f64([5]), f64([8]), clip=0.2).loss
     (0.75 * low + 0.25 * high).sum().backward()
-    close(value.grad, f64([0]))
+    assert_close(value.grad, f64([0]))
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
@@ -526,4 +526,4 @@ def test_gradient_does_not_depend_on_the_split_into_micro_batches(cuts):
     for new, old, credit, chosen in zip(*pieces, strict=True):
         loss = clipped_surrogate(new, old, credit, 0.2, 0.2).loss
         (masked_sum(loss, chosen) / mask.sum()).backward()
-    close(split.grad, whole.grad)
+    assert_close(split.grad, whole.grad)

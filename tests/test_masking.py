@@ -9,7 +9,7 @@ from minirlhf.masking import masked_mean, masked_rescale, masked_standardize, ma
 
 nan, inf = torch.nan, torch.inf
 f64 = partial(torch.tensor, dtype=torch.float64)
-close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
+assert_close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
 REDUCTIONS = [masked_sum, masked_mean]
 WHITENINGS = [masked_standardize, masked_rescale]
 
@@ -22,23 +22,25 @@ def test_docstring_examples_hold():
 def test_masked_sum_by_hand():
     x = f64([[1, 2, 100], [4, 100, 100]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    close(masked_sum(x, mask), f64(7))  # 1 + 2 + 4
-    close(masked_sum(x, mask, dim=1), f64([3, 4]))
-    close(masked_sum(x, mask, dim=0), f64([5, 2, 0]))
-    close(masked_sum(x, mask, dim=(0, 1)), f64(7))
+    assert_close(masked_sum(x, mask), f64(7))  # 1 + 2 + 4
+    assert_close(masked_sum(x, mask, dim=1), f64([3, 4]))
+    assert_close(masked_sum(x, mask, dim=0), f64([5, 2, 0]))
+    assert_close(masked_sum(x, mask, dim=(0, 1)), f64(7))
 
 
 def test_masked_mean_by_hand():
     x = f64([[1, 2, 100], [6, 100, 100]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    close(masked_mean(x, mask), f64(3))  # (1 + 2 + 6) / 3 tokens, not the mean of row means 3.75
-    close(masked_mean(x, mask, dim=1), f64([1.5, 6]))
-    close(masked_mean(x, mask, dim=0), f64([3.5, 2, 0]))
+    assert_close(
+        masked_mean(x, mask), f64(3)
+    )  # (1 + 2 + 6) / 3 tokens, not the mean of row means 3.75
+    assert_close(masked_mean(x, mask, dim=1), f64([1.5, 6]))
+    assert_close(masked_mean(x, mask, dim=0), f64([3.5, 2, 0]))
 
 
 def test_masked_mean_is_the_plain_mean_under_a_full_mask():
     x = f64([[1, 2], [3, 6]])
-    close(masked_mean(x, torch.ones(2, 2, dtype=torch.bool)), f64(3))
+    assert_close(masked_mean(x, torch.ones(2, 2, dtype=torch.bool)), f64(3))
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -76,7 +78,7 @@ def test_garbage_under_a_true_mask_shows(reduce):
 
 def test_masked_mean_of_a_bool_is_a_fraction():
     clipped = torch.tensor([True, False, False, True])
-    close(masked_mean(clipped, torch.tensor([True, True, True, False])), torch.tensor(1 / 3))
+    assert_close(masked_mean(clipped, torch.tensor([True, True, True, False])), torch.tensor(1 / 3))
 
 
 def test_masked_sum_of_half_precision_is_float32():
@@ -90,7 +92,7 @@ def test_masked_standardize_by_hand():
     x = f64([[2, nan, 4], [6, 8, inf]])
     mask = torch.tensor([[True, False, True], [True, True, False]])
     s = 5**-0.5
-    close(masked_standardize(x, mask), f64([[-3 * s, 0, -s], [s, 3 * s, 0]]))
+    assert_close(masked_standardize(x, mask), f64([[-3 * s, 0, -s], [s, 3 * s, 0]]))
 
 
 def test_masked_rescale_by_hand():
@@ -98,22 +100,22 @@ def test_masked_rescale_by_hand():
     x = f64([[2, nan, 4], [6, 8, inf]])
     mask = torch.tensor([[True, False, True], [True, True, False]])
     s = 5**-0.5
-    close(masked_rescale(x, mask), f64([[5 - 3 * s, 0, 5 - s], [5 + s, 5 + 3 * s, 0]]))
+    assert_close(masked_rescale(x, mask), f64([[5 - 3 * s, 0, 5 - s], [5 + s, 5 + 3 * s, 0]]))
 
 
 def test_whitening_adds_its_epsilon_to_the_variance():
     # ±1e-4: variance 1e-8, so 1e-4 / sqrt(1e-8 + 1e-8) = sqrt(1/2)
     x, mask = f64([1e-4, -1e-4]), torch.tensor([True, True])
-    close(masked_standardize(x, mask), f64([0.5**0.5, -(0.5**0.5)]))
-    close(masked_rescale(x, mask), f64([0.5**0.5, -(0.5**0.5)]))
+    assert_close(masked_standardize(x, mask), f64([0.5**0.5, -(0.5**0.5)]))
+    assert_close(masked_rescale(x, mask), f64([0.5**0.5, -(0.5**0.5)]))
 
 
 def test_masked_standardize_gives_mean_zero_and_variance_one():
     x = torch.arange(12, dtype=torch.float64).view(3, 4) ** 2 + 1000
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
     kept = masked_standardize(x, mask)[mask]
-    close(kept.mean(), f64(0))
-    close(kept.square().mean(), f64(1))
+    assert_close(kept.mean(), f64(0))
+    assert_close(kept.square().mean(), f64(1))
 
 
 @pytest.mark.parametrize("value", [0.1, -3.3, 1e6])
@@ -142,7 +144,7 @@ def test_whitening_gradient_is_zero_in_masked_cells(whiten, kept_mean):
     # of x: gradients 0 and 1.
     x = f64([1, nan, 3, inf, 8]).requires_grad_()
     whiten(x, torch.tensor([True, False, True, False, True])).sum().backward()
-    close(x.grad, kept_mean * f64([1, 0, 1, 0, 1]))
+    assert_close(x.grad, kept_mean * f64([1, 0, 1, 0, 1]))
     assert x.grad[1] == 0 and x.grad[3] == 0
 
 

@@ -41,7 +41,7 @@ class Letters:
         return "".join("_bcdefghijklmnopqrst"[i] for i in ids if i)
 
 
-def close(got, expected, atol=1e-6):
+def assert_close(got, expected, atol=1e-6):
     expected = torch.as_tensor(expected, dtype=got.dtype)
     torch.testing.assert_close(got, expected, rtol=0, atol=atol, equal_nan=True)
 
@@ -148,15 +148,15 @@ def test_assign_credit_by_hand():
     assign_credit(buffer, HAND, kl_coef=0.1)
     # KL 0.5, -1 and 0.2 at 0.1 a nat; the scores 1 and -1 on each row's last token
     first, second = by_row(buffer, "rewards")
-    close(first, [-0.05, 1.1])
-    close(second, [-1.02])
+    assert_close(first, [-0.05, 1.1])
+    assert_close(second, [-1.02])
     # A_1 = 1.1 - 0.4;  A_0 = (-0.05 + 0.5 · 0.4 - 0.2) + 0.25 · 0.7
     first, second = by_row(buffer, "advantages")
-    close(first, [0.125, 0.7])
-    close(second, [-1.12])
+    assert_close(first, [0.125, 0.7])
+    assert_close(second, [-1.12])
     first, second = by_row(buffer, "returns")
-    close(first, [0.325, 1.1])
-    close(second, [-1.02])
+    assert_close(first, [0.325, 1.1])
+    assert_close(second, [-1.02])
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
@@ -165,9 +165,9 @@ def test_assign_credit_whitens_over_the_whole_buffer_by_hand(micro_batch_size):
     assign_credit(buffer, config_of(gamma=0.5, lam=0.5), kl_coef=0.1)
     # mean -0.295 / 3, variance 1.760025 / 3 - mean² = 0.5770056, deviation 0.7596088
     first, second = by_row(buffer, "advantages")
-    close(first, [0.2940110, 1.0509796])
-    close(second, [-1.3449906])
-    close(by_row(buffer, "returns")[0], [0.325, 1.1])  # never whitened
+    assert_close(first, [0.2940110, 1.0509796])
+    assert_close(second, [-1.3449906])
+    assert_close(by_row(buffer, "returns")[0], [0.325, 1.1])  # never whitened
 
 
 def moved_table() -> Table:
@@ -206,8 +206,8 @@ def test_ppo_step_by_hand(micro_batch_size, monkeypatch):
     # Gradients over 3 tokens: -A · ratio where free; 0.1 · (V - R) where free
     policy_gradient = torch.tensor([[0.0, -0.7 * 0.5 / 3], [0.0, 0.0]], dtype=f64)
     value_gradient = torch.tensor([[0.1 * 0.175 / 3, 0.0], [0.1 * 1.12 / 3, 0.0]], dtype=f64)
-    close(before[0] - policy.logprobs.detach(), policy_gradient)
-    close(before[1] - policy.values.detach(), value_gradient)
+    assert_close(before[0] - policy.logprobs.detach(), policy_gradient)
+    assert_close(before[1] - policy.values.detach(), value_gradient)
     squares = policy_gradient.square().sum() + value_gradient.square().sum()
     assert stats.grad_norm == pytest.approx(float(squares.sqrt()), abs=1e-7)
 
@@ -219,7 +219,7 @@ def test_ppo_step_weighs_each_optimizer_step_by_its_own_tokens(monkeypatch):
     config = config_of(**vars(HAND) | {"mini_batches": 2, "micro_batch_size": 1, "batch_size": 2})
     ppo_step(policy, torch.optim.SGD(policy.parameters(), lr=1.0), hand_buffer(1), config)
     expected = torch.tensor([[0.1 * 0.175 / 2, 0.0], [0.1 * 1.12 / 1, 0.0]], dtype=f64)
-    close(before - policy.values.detach(), expected)
+    assert_close(before - policy.values.detach(), expected)
 
 
 def test_ppo_step_takes_its_kl_coef_from_the_argument_before_the_config(monkeypatch):
@@ -227,7 +227,7 @@ def test_ppo_step_takes_its_kl_coef_from_the_argument_before_the_config(monkeypa
     policy, buffer = moved_table(), hand_buffer()
     stats = ppo_step(policy, torch.optim.SGD(policy.parameters(), lr=0.0), buffer, HAND, kl_coef=0)
     assert stats.non_score_reward == 0
-    close(by_row(buffer, "rewards")[0], [0.0, 1.0])
+    assert_close(by_row(buffer, "rewards")[0], [0.0, 1.0])
 
 
 def test_ppo_step_makes_epochs_times_mini_batches_steps_and_clears_the_gradient(monkeypatch):
@@ -338,7 +338,7 @@ def test_first_gradient_is_the_vanilla_policy_gradient(temperature):
     expected = -torch.cat([g.flatten() for g in gradient])
     moved, _ = plain_step(buffer, policy, vf_coef=0.3, temperature=temperature)
     assert expected.abs().max() > 1e-2
-    close(moved, expected, atol=1e-12)
+    assert_close(moved, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 99), (2, 99), (3, 99), (5, 12)])
@@ -349,7 +349,7 @@ def test_gradient_is_the_same_for_any_micro_batches(rows, tokens):
     buffer = measured(policy, rows, tokens)
     assert len(buffer.micro_batches) > 1
     split, others = plain_step(buffer, policy)
-    close(split, whole, atol=1e-10)
+    assert_close(split, whole, atol=1e-10)
     assert others._asdict() == pytest.approx(stats._asdict(), abs=1e-6)
 
 
@@ -361,7 +361,7 @@ def test_advantages_are_the_same_for_any_split(rows, minis):
     split = measured(policy, rows, 999)
     plain_step(split, policy, mini_batches=minis)
     for one, other in zip(by_row(whole, "advantages"), by_row(split, "advantages"), strict=True):
-        close(one, other, atol=1e-6)
+        assert_close(one, other, atol=1e-6)
     flat = split.tokens("advantages").double()
     assert float(flat.mean()) == pytest.approx(0, abs=1e-6)
     assert float(flat.std(correction=0)) == pytest.approx(1, abs=1e-6)

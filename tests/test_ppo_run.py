@@ -234,8 +234,9 @@ def test_config_refuses_what_ppo_cannot_do(settings, message):
 
 def test_config_takes_the_values_that_its_errors_name():
     for rows, minis, micro in ((12, 3, 4), (10, 3, 3), (10, 2, 4), (3, 3, 1), (2, 2, 1), (2, 1, 2)):
-        validate(config_of(batch_size=rows, mini_batches=minis, micro_batch_size=micro))
-    validate(config_of(kl_target=6.0, kl_horizon=0.81))
+        config = config_of(batch_size=rows, mini_batches=minis, micro_batch_size=micro)
+        assert config.check() == []
+    assert config_of(kl_target=6.0, kl_horizon=0.81).check() == []
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -370,4 +370,4 @@ def test_main_refuses(words, match, base, tmp_path, capsys):
 
 
 def test_config_defaults_are_legal():
-    validate(config_of())
+    assert validate(config_of()) is None

@@ -28,7 +28,7 @@ TINY = ModelConfig(
 )  # fmt: skip
 
 
-def close(got, expected, atol=1e-6):
+def assert_close(got, expected, atol=1e-6):
     torch.testing.assert_close(got, expected, rtol=0, atol=atol)
 
 
@@ -48,7 +48,7 @@ def test_logits_are_those_of_transformers(name, peer):
     for row, ours in zip(ROWS, logits, strict=True):
         expected = theirs(torch.tensor([row])).logits[0]
         assert expected.std() > 0.3  # so that the tolerance means something
-        close(ours[: len(row)], expected, atol=1e-4)
+        assert_close(ours[: len(row)], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama-llama3", "llama-dynamic", "gpt2"])
@@ -57,7 +57,7 @@ def test_logits_are_those_of_transformers_up_to_the_last_position(name, peer):
     theirs, folder = peer(name)
     lm = load_pretrained(folder)
     row = torch.randint(99, (1, 64), generator=torch.Generator().manual_seed(1))
-    close(lm.logits(lm(row)), theirs(row).logits, atol=1e-4)
+    assert_close(lm.logits(lm(row)), theirs(row).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3", "gpt2"])
@@ -68,8 +68,8 @@ def test_gradients_are_those_of_transformers(name, peer):
     logits = theirs(row).logits
     weights = [theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight]
     expected = torch.autograd.grad(logits.log_softmax(-1)[..., 7].sum(), weights)
-    close(lm.model.embed_tokens.weight.grad, expected[0], atol=1e-4)
-    close(lm.unembedding.grad, expected[1], atol=1e-4)
+    assert_close(lm.model.embed_tokens.weight.grad, expected[0], atol=1e-4)
+    assert_close(lm.unembedding.grad, expected[1], atol=1e-4)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -107,12 +107,12 @@ def test_decoding_with_a_cache_is_the_full_forward(family, lengths):
         prompt[length:] = 10  # whatever lies in the padding must not be seen later
     hidden = lm(prompts, cache)
     for row, length in enumerate(lengths):
-        close(hidden[row, :length], expected[row][:length], atol=1e-12)
+        assert_close(hidden[row, :length], expected[row][:length], atol=1e-12)
     cache.lengths = torch.tensor(lengths)
     for _ in range(10 - width):
         hidden = lm(rows.gather(1, cache.lengths[:, None]), cache)
         for row, at in enumerate(cache.lengths.tolist()):
-            close(hidden[row, 0], expected[row][at], atol=1e-12)
+            assert_close(hidden[row, 0], expected[row][at], atol=1e-12)
         cache.lengths = cache.lengths + 1
 
 
@@ -178,13 +178,13 @@ def frequencies(head_dim, **scaling):
 
 def test_rotary_frequencies_by_hand():
     freqs, factor = frequencies(4)
-    close(freqs, torch.tensor([1, 0.01], dtype=f64))  # 10000^0, 10000^(-2/4)
+    assert_close(freqs, torch.tensor([1, 0.01], dtype=f64))  # 10000^0, 10000^(-2/4)
     assert factor == 1.0
 
 
 def test_rotary_frequencies_linear_by_hand():
     freqs, factor = frequencies(4, rope_type="linear", factor=4.0)
-    close(freqs, torch.tensor([0.25, 0.0025], dtype=f64), atol=1e-12)
+    assert_close(freqs, torch.tensor([0.25, 0.0025], dtype=f64), atol=1e-12)
     assert factor == 1.0
 
 
@@ -202,7 +202,7 @@ def test_rotary_frequencies_llama3_by_hand(turns, second):
         4, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=200 * math.pi * turns,
     )  # fmt: skip
-    close(freqs, torch.tensor([1, second], dtype=f64), atol=1e-12)
+    assert_close(freqs, torch.tensor([1, second], dtype=f64), atol=1e-12)
     assert factor == 1.0
 
 
@@ -214,7 +214,7 @@ def test_rotary_frequencies_yarn_by_hand():
         8, rope_type="yarn", factor=4.0, beta_fast=50.0, beta_slow=0.2,
         original_max_position_embeddings=200 * math.pi,
     )  # fmt: skip
-    close(freqs, torch.tensor([1, 0.075, 0.005, 0.00025], dtype=f64), atol=1e-12)
+    assert_close(freqs, torch.tensor([1, 0.075, 0.005, 0.00025], dtype=f64), atol=1e-12)
     assert factor == pytest.approx(1.1386294361)  # 0.1 ln 4 + 1
 
 
@@ -222,7 +222,7 @@ def test_rotate_turns_by_the_position():
     cos, sin = RotaryTable(replace(TINY, head_dim=2))(4, torch.zeros(0, dtype=f64))
     x = torch.tensor([1.0, 0.0], dtype=f64).expand(1, 1, 4, 2)
     expected = [[math.cos(m), math.sin(m)] for m in range(4)]
-    close(rotate(x, cos[:4], sin[:4])[0, 0], torch.tensor(expected, dtype=f64), atol=1e-12)
+    assert_close(rotate(x, cos[:4], sin[:4])[0, 0], torch.tensor(expected, dtype=f64), atol=1e-12)
 
 
 def test_rotary_table_grows_without_changing_what_it_said():
@@ -239,7 +239,7 @@ def test_rms_norm_by_hand():
     norm = RMSNorm(2, eps=0.5).double()
     norm.weight.data = torch.tensor([1.0, 2.0], dtype=f64)
     x = torch.tensor([3.0, 4.0], dtype=f64)  # mean square 12.5, + 0.5 = 13
-    close(norm(x), torch.tensor([3 / 13**0.5, 8 / 13**0.5], dtype=f64))
+    assert_close(norm(x), torch.tensor([3 / 13**0.5, 8 / 13**0.5], dtype=f64))
 
 
 def test_rms_norm_of_bfloat16_has_float32_statistics():
