@@ -91,7 +91,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None, where: str) -> floa
     return value
 
 
-def check_finite(where: str, **metrics: float) -> None:
+def check_finite(where: str, metrics: dict[str, float]) -> None:
     """Stops the run (exit code 3) at a number that is not finite, naming it."""
     for name, value in metrics.items():
         if not math.isfinite(value):

@@ -52,7 +52,7 @@ def model_reward(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: i
     if not tokenizer.eos_ids:
         what = "names no eos token, which every text that is scored ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
-    most = min(model.config.max_positions, model.config.sliding_window or sys.maxsize)
+    most = model.config.longest_row
 
     def row(prompt: list[int], response: list[int], text: str, reason: str) -> list[int]:
         if reason == "stop":

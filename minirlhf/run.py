@@ -22,11 +22,13 @@ import torch
 from tqdm import tqdm
 
 import minirlhf
-from minirlhf import checkpoint, fsio
+from minirlhf import checkpoint, fsio, pretrained
 from minirlhf.checkpoint import TrainState
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.meters import Step
 from minirlhf.rows import read_json
+from minirlhf.tokenizer import Tokenizer
+from minirlhf.transformer import CausalLM
 
 # Settings that a resumed run may change: no number depends on them, save for the device, and what
 # that does to the last bits is said when a run is resumed.
@@ -247,3 +249,30 @@ class Run:
             fsio.fsync(path)
         fsio.commit_folder(temporary, final)
         return final
+
+
+def named_files(entries: tuple[str, ...]) -> dict[str, str]:
+    """`FILE` or `NAME=FILE`, several -> {metric prefix: file}."""
+    out = {}
+    for entry in entries:
+        name, equals, file = entry.partition("=")
+        if not equals or Path(entry).exists():
+            name, file = "", entry
+        prefix = f"eval_{name}_" if name else "eval_"
+        if prefix in out:
+            raise UserError("--eval-data", f"two sets are called {name or 'eval'!r}",
+                            "name each: --eval-data short=a.jsonl long=b.jsonl")  # fmt: skip
+        out[prefix] = file
+    return out
+
+
+def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """A folder that transformers loads and samples from: weights, tokenizer, generation config."""
+    pretrained.save_pretrained(lm, folder)
+    tokenizer.save(folder)
+    names = ("bos_token_id", "pad_token_id")
+    ids = {n: lm.config.source[n] for n in names if lm.config.source.get(n) is not None}
+    before = tokenizer.folder / "generation_config.json"
+    others = read_json(before) if before.exists() else {}
+    eos = {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
+    fsio.write_json(folder / "generation_config.json", ids | others | eos)

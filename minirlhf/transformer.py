@@ -49,6 +49,11 @@ class ModelConfig:
     sliding_window: int | None = None
     source: dict = field(default_factory=dict, compare=False)  # config.json as read, written back
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row it reads: its positions, or the window of its attention."""
+        return min(self.max_positions, self.sliding_window or self.max_positions)
+
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """Angle per position of each pair of channels, (E/2,) float64, and a factor on cos and sin.

@@ -141,9 +141,9 @@ def test_clip_gradients_refuses_what_is_not_finite(bad):
 
 
 def test_check_finite_names_the_first_metric_that_is_not():
-    check_finite("step 1", loss=1.0, margin=-2.0)
+    check_finite("step 1", {"loss": 1.0, "margin": -2.0})
     with pytest.raises(UserError, match=r"^step 1: margin: is inf") as error:
-        check_finite("step 1", loss=1.0, margin=math.inf, kl=math.nan)
+        check_finite("step 1", {"loss": 1.0, "margin": math.inf, "kl": math.nan})
     assert error.value.code == 3
 
 

@@ -34,7 +34,7 @@ from minirlhf.errors import BAD_INPUT, BUG, NON_FINITE, OK, STOPPED, UserError
 from minirlhf.heads import RewardModel, ValueHeadModel, initialize_score
 from minirlhf.hf_config import config_from_hf
 from minirlhf.lora import add_lora, merge_lora
-from minirlhf.recipes.ppo import measure, ppo, prompt_room, sample_table
+from minirlhf.recipes.ppo import measure, ppo, prompt_room, sample_table, show_samples
 from minirlhf.run import Run
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, initialize
@@ -176,7 +176,7 @@ def test_score_refuses_another_number_of_scores():
         run_steps(config_of(), reward=lambda completions: torch.zeros(4, 1))
 
 
-def test_sample_table_takes_the_same_prompts_and_keys_at_every_step(capsys):
+def test_sample_table_takes_the_same_prompts_and_keys_at_every_step():
     config = config_of(sample_prompts=3)
     state = state_of(tiny_policy(), config)
     first = sample_table(state, PROMPTS, letter_d, Letters(), config)
@@ -186,13 +186,20 @@ def test_sample_table_takes_the_same_prompts_and_keys_at_every_step(capsys):
     assert [row.pop("step") for row in again] == [7, 7, 7]
     assert again == first
     assert first[0].keys() == {"kind", "prompt", "response", "finish_reason", "score"}
-    assert "samples at step 7" in capsys.readouterr().out
 
 
-def test_sample_table_shows_the_last_message_of_a_dialogue(capsys):
+def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
     prompts = [Prompt([3], [{"role": "user", "content": "how are you"}], "p", {})]
-    sample_table(state_of(tiny_policy(), config_of()), prompts, letter_d, Letters(), config_of())
-    assert "how are you |" in capsys.readouterr().out
+    state = state_of(tiny_policy(), config_of())
+    state.step = 7
+    rows = sample_table(state, prompts, letter_d, Letters(), config_of())
+    with Run(str(tmp_path / "out"), "ppo", {}, False) as r:
+        show_samples(r, state, rows)
+    shown = capsys.readouterr().out
+    assert "samples at step 7" in shown
+    assert "how are you |" in shown  # the last message of a dialogue
+    kept = (tmp_path / "out" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in kept] == rows
 
 
 # ---- settings ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import fsio, optim, pretrained, streams
+from minirlhf import optim, pretrained, streams
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
@@ -36,8 +36,7 @@ from minirlhf.masking import masked_standardize, masked_sum
 from minirlhf.meters import Step
 from minirlhf.rewards import Completions, RewardSource, load_reward
 from minirlhf.rollout import Rollout, RolloutBuffer, prompt_rows, replay_rows, sample, unpack
-from minirlhf.rows import read_json
-from minirlhf.run import Run
+from minirlhf.run import Run, write_model
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
 
@@ -278,7 +277,7 @@ def ppo_step(
                 sums = {k: sums.get(k, 0) + masked_sum(x.detach(), mask) for k, x in seen.items()}
                 total += int(mask.sum())
             where = f"step {iteration + 1}"
-            optim.check_finite(where, loss=float(step_loss))
+            optim.check_finite(where, {"loss": float(step_loss)})
             norms.append(optim.clip_gradients(policy, config.max_grad_norm, where))
             optimizer.step()
             optimizer.zero_grad()
@@ -304,7 +303,7 @@ def score(reward: RewardSource, completions: Completions, config: PPOConfig, whe
     if scores.shape != cut.shape:
         raise ValueError(f"reward gave {tuple(scores.shape)}: give one score each, {len(cut)}")
     for i, value in enumerate(scores.tolist()):
-        optim.check_finite(f"{where}, response {i}", score=value)
+        optim.check_finite(f"{where}, response {i}", {"score": value})
     return scores - config.missing_eos_penalty * cut
 
 
@@ -440,7 +439,10 @@ def summarise(
     }
 
 
-def sample_table(state: TrainState, prompts, reward, tokenizer, config: PPOConfig) -> list[dict]:
+def sample_table(
+    state: TrainState, prompts: list[Prompt], reward: RewardSource, tokenizer: Tokenizer,
+    config: PPOConfig,
+) -> list[dict]:  # fmt: skip
     """The same prompts with the same random keys at every call: what changes is the policy."""
     fixed = prompts[: config.sample_prompts]
     keys = streams.key(config.seed, "sample table", torch.arange(len(fixed)))
@@ -448,20 +450,23 @@ def sample_table(state: TrainState, prompts, reward, tokenizer, config: PPOConfi
         state.model.lm, fixed, keys, config.sampling, tokenizer, config.rollout_batch_size
     )
     scores = score(reward, completions, config, f"samples at step {state.step}").tolist()
-    print(f"  samples at step {state.step}")
-    rows = []
-    for prompt, text, reason, value in zip(
-        completions.prompts,
-        completions.completions,
-        completions.finish_reasons,
-        scores,
-        strict=True,
-    ):
-        shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        print(f"  {value:>8.3f}  {printable(shown, 60)} | {printable(text, 160)}")
-        rows.append({"step": state.step, "kind": "sample", "prompt": prompt, "response": text,
-                     "finish_reason": reason, "score": value})  # fmt: skip
-    return rows
+    return [
+        {"step": state.step, "kind": "sample", "prompt": prompt, "response": text,
+         "finish_reason": reason, "score": value}
+        for prompt, text, reason, value in zip(
+            completions.prompts, completions.completions, completions.finish_reasons, scores,
+            strict=True)
+    ]  # fmt: skip
+
+
+def show_samples(r: Run, state: TrainState, rows: list[dict]) -> None:
+    """The table on the console and in samples.jsonl."""
+    r.say(f"  samples at step {state.step}")
+    for row in rows:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        shown = f"{printable(prompt, 60)} | {printable(row['response'], 160)}"
+        r.say(f"  {row['score']:>8.3f}  {shown}")
+    r.write_samples(state, rows)
 
 
 def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel, device, dtype) -> dict:
@@ -502,22 +507,12 @@ def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel, device, d
 def prompt_room(config: PPOConfig, folders: tuple[Path, ...]) -> int:
     """Most tokens of a prompt: policy and reference read it with the whole response."""
     models = [pretrained.read_config(folder) for folder in folders]
-    most = min(min(m.max_positions, m.sliding_window or m.max_positions) for m in models)
+    most = min(model.longest_row for model in models)
     if config.max_new_tokens >= most:
         raise UserError("--max-new-tokens", f"{config.max_new_tokens} fill the model's context",
                         f"use less than {most}")  # fmt: skip
     room = most - config.max_new_tokens
     return min(config.max_prompt_length or room, room)
-
-
-def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """A folder that transformers loads and samples from: weights, tokenizer, generation config."""
-    pretrained.save_pretrained(lm, folder)
-    tokenizer.save(folder)
-    before = tokenizer.folder / "generation_config.json"
-    others = read_json(before) if before.exists() else {}
-    eos = {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
-    fsio.write_json(folder / "generation_config.json", others | eos)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -558,7 +553,7 @@ def main(argv: list[str] | None = None) -> int:
         r.facts(run_facts(config, len(prompts), policy, device, dtype))
         r.restore(state)
         if config.sample_every and state.step == 0:
-            r.write_samples(state, sample_table(state, prompts, reward, tokenizer, config))
+            show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
         for step in r.bar(ppo(state, prompts, reward, ref, tokenizer, config), state, config.steps):
             last = step.number == config.steps
             r.write_samples(state, step.samples)
@@ -570,7 +565,7 @@ def main(argv: list[str] | None = None) -> int:
                     "objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg",
                     "policy/clipfrac_avg", "response_length"))  # fmt: skip
             if config.sample_every and (last or step.number % config.sample_every == 0):
-                r.write_samples(state, sample_table(state, prompts, reward, tokenizer, config))
+                show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
             if last or step.number % config.save_every == 0:
                 r.save(state)
         if r.stopped:

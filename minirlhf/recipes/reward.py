@@ -28,7 +28,7 @@ from minirlhf.heads import RewardModel, initialize_score
 from minirlhf.lora import add_lora, merge_lora
 from minirlhf.losses import bradley_terry_loss, preference_accuracy
 from minirlhf.meters import Step
-from minirlhf.run import Run
+from minirlhf.run import Run, named_files
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import ModelConfig
 
@@ -177,13 +177,14 @@ def reward(
             loss = pair_loss(chosen, rejected, margin, config.center_rewards_coefficient)
             loss = loss.sum() / len(rows)
             value = float(loss.detach())
-            optim.check_finite(f"{where} ({', '.join(p.where for p in here[:8])})", loss=value)
+            named = f"{where} ({', '.join(p.where for p in here[:8])})"
+            optim.check_finite(named, {"loss": value})
             loss.backward()
             total += value
             scores.append(torch.stack((chosen, rejected)).detach())
             tokens += int(batch.lengths.sum())
         metrics = {"loss": total} | score_metrics(*torch.cat(scores, 1))
-        optim.check_finite(where, **metrics)
+        optim.check_finite(where, metrics)
         metrics["grad_norm"] = optim.clip_gradients(model, config.max_grad_norm, where)
         state.optimizer.step()
         state.step += 1
@@ -293,28 +294,13 @@ def sample_table(rows: list[dict]) -> str:
 # ------------------------------------------------------------------------------- the command line
 
 
-def named_files(entries: tuple[str, ...]) -> dict[str, str]:
-    """`FILE` or `NAME=FILE`, several -> {metric prefix: file}."""
-    out = {}
-    for entry in entries:
-        name, equals, file = entry.partition("=")
-        if not equals or Path(entry).exists():
-            name, file = "", entry
-        prefix = f"eval_{name}_" if name else "eval_"
-        if prefix in out:
-            raise UserError("--eval-data", f"two sets are called {name or 'eval'!r}",
-                            "name each: --eval-data short=a.jsonl long=b.jsonl")  # fmt: skip
-        out[prefix] = file
-    return out
-
-
 def load(
     config: RewardConfig, path: str, tokenizer: Tokenizer, model: ModelConfig, before_eos: bool
 ) -> list[Pair]:
     """Pairs of a file, its report printed; without their eos for a model that is read before it."""
     pairs, report = load_pairs(path, tokenizer, config.max_length, config.overlong)
     longest = int(pair_lengths(pairs).max())
-    most = min(model.max_positions, model.sliding_window or model.max_positions)
+    most = model.longest_row
     if longest > most:
         what = f"a row of {longest} tokens, the model reads {most}"
         raise UserError(path, what, f"give --max-length {most}")

@@ -32,7 +32,7 @@ from minirlhf.hf_config import config_from_hf
 from minirlhf.lora import add_lora, merge_lora
 from minirlhf.meters import Step
 from minirlhf.rows import read_json, read_rows
-from minirlhf.run import Run
+from minirlhf.run import Run, named_files, write_model
 from minirlhf.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
@@ -167,7 +167,8 @@ def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Ste
             stats = target_stats(lm, collate_texts(here))
             loss = -stats.logprobs.sum() / count
             value = float(loss.detach())
-            optim.check_finite(f"{where} ({', '.join(t.where for t in here[:8])})", loss=value)
+            named = f"{where} ({', '.join(t.where for t in here[:8])})"
+            optim.check_finite(named, {"loss": value})
             loss.backward()
             sums["loss"] += value
             sums["entropy"] += float(stats.entropy.detach().sum()) / count
@@ -201,21 +202,6 @@ def evaluate(lm: CausalLM, texts: list[Text], micro_batch_tokens: int = 4096) ->
 
 
 # ------------------------------------------------------------------------------- the command line
-
-
-def named_files(entries: tuple[str, ...]) -> dict[str, str]:
-    """`FILE` or `NAME=FILE`, several -> {metric prefix: file}."""
-    out = {}
-    for entry in entries:
-        name, equals, file = entry.partition("=")
-        if not equals or Path(entry).exists():
-            name, file = "", entry
-        prefix = f"eval_{name}_" if name else "eval_"
-        if prefix in out:
-            raise UserError("--eval-data", f"two sets are called {name or 'eval'!r}",
-                            "name each: --eval-data short=a.jsonl long=b.jsonl")  # fmt: skip
-        out[prefix] = file
-    return out
 
 
 def raw_texts(path: str) -> Iterator[str]:
@@ -280,11 +266,6 @@ def choose_config(config: SFTConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model_config
 
 
-def most_tokens(config: ModelConfig) -> int:
-    """The longest row that a model reads: its positions, or the window of its attention."""
-    return min(config.max_positions, config.sliding_window or config.max_positions)
-
-
 def load(config: SFTConfig, path: str, tokenizer: Tokenizer, most: int) -> list[Text]:
     """Texts of a file, its report printed."""
     texts, report = load_texts(path, tokenizer, config.max_length, config.overlong)
@@ -310,18 +291,6 @@ def load_start(
     if config.lora_rank:
         add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
     return lm
-
-
-def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """A folder that transformers loads and samples from: weights, tokenizer, generation config."""
-    pretrained.save_pretrained(lm, folder)
-    tokenizer.save(folder)
-    names = ("bos_token_id", "pad_token_id")
-    ids = {n: lm.config.source[n] for n in names if lm.config.source.get(n) is not None}
-    before = tokenizer.folder / "generation_config.json"
-    others = read_json(before) if before.exists() else {}
-    eos = {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
-    fsio.write_json(folder / "generation_config.json", ids | others | eos)
 
 
 def evaluate_all(
@@ -350,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     r = Run(config.out, "sft", settings.as_dict(config), config.resume, inputs)
     tokenizer = choose_tokenizer(config)
     model_config = choose_config(config, tokenizer)
-    most = most_tokens(model_config)
+    most = model_config.longest_row
     sets = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
     texts = sets.pop("")
     lm = load_start(config, model_config, tokenizer, dtype).to(device)

@@ -20,7 +20,6 @@ from minirlhf.config import setting
 from minirlhf.data import Prompt, load_prompts
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.generation import Sampling, cut_at_stop, generate
-from minirlhf.recipes.sft import most_tokens
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
 
@@ -133,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
     folder = pretrained.resolve(config.model)
-    tokenizer, positions = load_tokenizer(folder), most_tokens(pretrained.read_config(folder))
+    tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
     room = positions - config.max_new_tokens + 1  # the last token is sampled, not read
     if room < 1:
         legal = f"the model has {positions} positions"

@@ -20,7 +20,6 @@ from minirlhf.formats import pair_format
 from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel
 from minirlhf.recipes.reward import score_metrics, without_eos
-from minirlhf.recipes.sft import most_tokens
 from minirlhf.rows import read_rows
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.sample import check_new, json_lines
@@ -117,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
     folder = pretrained.resolve(config.model)
-    tokenizer, positions = load_tokenizer(folder), most_tokens(pretrained.read_config(folder))
+    tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
     most = positions if config.max_length is None else config.max_length
     if most > positions:
         legal = f"the model has {positions} positions"
