@@ -37,6 +37,7 @@ def main() -> None:
         flags.add_argument(f"--{name}", required=True)
     flags.add_argument("--limit", type=int, default=256, help="prompts, from the file's end")
     flags.add_argument("--max-new-tokens", type=int, default=24)
+    flags.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the KL")
     flags.add_argument("--seed", type=int, default=1)
     args = flags.parse_args()
 
@@ -47,14 +48,14 @@ def main() -> None:
     source = model_reward(load_reward_model(args.reward, torch.float32), tokenizer, 4096)
     start = load_pretrained(args.start, torch.float32)
     keys = streams.key(args.seed, "comparison", torch.arange(len(prompts)))
-    sampling = Sampling(args.max_new_tokens)
+    sampling = Sampling(args.max_new_tokens, args.temperature)
     results, scores, texts = {}, {}, {}
     for name, lm in (("start", start), ("aligned", load_pretrained(args.aligned, torch.float32))):
         completions, rollout = sample(lm, prompts, keys, sampling, tokenizer, 64)
         scores[name], texts[name] = source(completions), completions.completions
         buffer = RolloutBuffer(16, 4096)
         buffer.add(rollout)
-        measure(ValueHeadModel(lm), start, buffer, 1.0)
+        measure(ValueHeadModel(lm), start, buffer, args.temperature)
         kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
         results[name] = {
             "score": float(scores[name].mean()),
@@ -80,7 +81,8 @@ def main() -> None:
          **{f"{n}_score": float(scores[n][i]) for n in scores}}
         for i, p in enumerate(prompts)
     ]  # fmt: skip
-    settings = {"prompts": len(prompts), "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    names = ("limit", "max_new_tokens", "temperature", "seed")
+    settings = {name: getattr(args, name) for name in names}
     with open(args.out, "w", encoding="utf-8") as file:
         out = {"settings": settings, "results": results, "summary": summary, "samples": rows}
         json.dump(out, file, indent=1, ensure_ascii=False)
