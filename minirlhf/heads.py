@@ -1,5 +1,6 @@
 """What reads the hidden states: log-probs of given tokens, a value per state, a score per row."""
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minirlhf.transformer import CausalLM
+from minirlhf.transformer import CausalLM, Decoder
 
 
 class TokenStats(NamedTuple):
@@ -127,23 +128,27 @@ def response_states(hidden: Tensor, prompt_lengths: Tensor, width: int) -> Tenso
 
 
 class ValueHeadModel(nn.Module):
-    """Policy and critic on one trunk: `model(tokens)` -> (hidden (B, T, D), values (B, T)).
+    """Policy and critic: `model(tokens)` -> (hidden (B, T, D) of the policy, values (B, T)).
 
-    The head starts at zero, so the first values are 0 and the first advantages are the returns.
+    The critic reads the policy's own hidden states, through a head that starts at zero, so that the
+    first values are 0. Or it has a trunk of its own, as `critic_from_reward_model` gives it.
     """
 
-    def __init__(self, lm: CausalLM):
+    def __init__(self, lm: CausalLM, critic: Decoder | None = None):
         super().__init__()
         self.lm = lm
-        self.v_head = nn.Linear(lm.config.hidden_size, 1).to(lm.unembedding)
+        self.critic = critic
+        trunk = lm.model if critic is None else critic
+        self.v_head = nn.Linear(trunk.config.hidden_size, 1).to(trunk.embed_tokens.weight)
         nn.init.zeros_(self.v_head.weight)
         nn.init.zeros_(self.v_head.bias)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.lm(tokens)
-        wide = widened(hidden.dtype)
+        states = hidden if self.critic is None else self.critic(tokens)
+        wide = widened(states.dtype)
         weight, bias = self.v_head.weight.to(wide), self.v_head.bias.to(wide)
-        return hidden, F.linear(hidden.to(wide), weight, bias).squeeze(-1)
+        return hidden, F.linear(states.to(wide), weight, bias).squeeze(-1)
 
 
 class RewardModel(nn.Module):
@@ -180,3 +185,25 @@ def initialize_score(model: RewardModel, rng: torch.Generator) -> RewardModel:
     with torch.no_grad():
         model.score.weight.normal_(0.0, std, generator=rng)
     return model
+
+
+def critic_from_reward_model(
+    lm: CausalLM, reward_model: RewardModel, trainable: bool = True
+) -> ValueHeadModel:
+    """A critic with a trunk of its own, a copy of the reward model (arXiv:2403.17031, sec. 4).
+
+    The first value of a state is the score of the text so far, which foretells the final score
+    from the first token on; a head that starts from zero has to learn that first.
+
+    Args:
+        lm: the policy.
+        reward_model: of the same tokenizer; it is copied and stays as it is.
+        trainable: False freezes the critic.
+    """
+    policy = ValueHeadModel(lm, copy.deepcopy(reward_model.model))
+    policy.v_head.to(reward_model.score.weight)
+    with torch.no_grad():
+        policy.v_head.weight.copy_(reward_model.score.weight)
+    for part in (policy.critic, policy.v_head):
+        part.requires_grad_(trainable)
+    return policy

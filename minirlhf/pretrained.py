@@ -290,6 +290,8 @@ def save_pretrained(
     """
     if has_lora(model):
         raise ValueError("the model has adapters: call merge_lora(model) before saving it")
+    if isinstance(model, ValueHeadModel) and model.critic is not None:
+        raise ValueError("the critic has a trunk of its own: save the policy, model.lm")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lm = model.lm if isinstance(model, ValueHeadModel) else model

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minirlhf.heads import (
     RewardModel,
     ValueHeadModel,
+    critic_from_reward_model,
     initialize_score,
     response_states,
     token_logprobs,
@@ -220,6 +221,28 @@ def test_value_head_by_hand():
         model.v_head.weight[0, 3], model.v_head.bias[0] = 2.0, 5.0
     hidden, values = model(targets(2, 5))
     assert_close(values, 2 * hidden[..., 3] + 5)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_critic_from_reward_model_values_a_state_at_the_score_of_the_text_so_far(trainable):
+    reward_model, lm, tokens = make_reward(f64), make_lm(), targets(2, 5)
+    policy = critic_from_reward_model(lm, reward_model, trainable)
+    hidden, values = policy(tokens)
+    assert torch.equal(hidden, lm(tokens))
+    for length in range(1, 6):
+        scores = reward_model(tokens, torch.tensor([length, length]))
+        assert_close(values[:, length - 1], scores, atol=1e-12)
+    parts = [*policy.critic.parameters(), *policy.v_head.parameters()]
+    assert all(p.requires_grad is trainable for p in parts)
+    assert all(p.requires_grad for p in policy.lm.parameters())
+
+
+def test_critic_from_reward_model_is_a_copy():
+    reward_model, tokens = make_reward(f64), targets(1, 3)
+    policy = critic_from_reward_model(make_lm(), reward_model)
+    policy(tokens)[1].sum().backward()
+    assert policy.v_head.weight.grad is not None and policy.critic.norm.weight.grad is not None
+    assert all(p.grad is None for p in [*reward_model.parameters(), *policy.lm.parameters()])
 
 
 # ---- reward model --------------------------------------------------------------------------------

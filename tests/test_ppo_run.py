@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_ppo import (
     PROMPTS,
     Letters,
@@ -416,6 +417,35 @@ def test_main_resumes_to_the_same_bytes(how, whole, world, tmp_path, monkeypatch
         assert (out / name).read_bytes() == (whole[0] / name).read_bytes()
     assert main([*argv, "--resume"]) == OK  # nothing is left to do
     assert (out / "samples.jsonl").read_bytes() == (whole[0] / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_main_starts_a_critic_from_a_reward_model(trains, world, tmp_path):
+    flags = [] if trains else ["--no-train-critic"]
+    argv = command(world, tmp_path / "run", *flags, critic=world / "reward", steps=2, save_every=1)
+    assert main(argv) == OK
+    start = load_file(world / "reward" / "model.safetensors")
+    saved = load_file(tmp_path / "run/checkpoints/step-00000002/model.safetensors")
+    critic = {n.removeprefix("critic."): t for n, t in saved.items() if n.startswith("critic.")}
+    same = [torch.equal(t, start[f"model.{n}"]) for n, t in critic.items()]
+    assert len(same) == len(start) - 1  # all but the score head
+    assert all(same) is not trains
+    assert torch.equal(saved["v_head.weight"], start["score.weight"]) is not trains
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert exported.keys() == load_file(world / "policy" / "model.safetensors").keys()
+
+
+def test_main_refuses_a_critic_that_cannot_serve(world, tmp_path, capsys):
+    argv = command(world, tmp_path / "run", "--no-train-critic")
+    assert main(argv) == BAD_INPUT
+    assert "goes with --critic" in capsys.readouterr().err
+    assert main(command(world, tmp_path / "run", critic=world / "other")) == BAD_INPUT
+    assert "not a reward model" in capsys.readouterr().err
+    other = shutil.copytree(world / "reward", tmp_path / "reward")
+    train_tokenizer(["another tokenizer"] * 3, 262, other)
+    assert main(command(world, tmp_path / "run", critic=other)) == BAD_INPUT
+    assert "another tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_main_refuses_to_resume_with_another_reward_function(whole, world, tmp_path, capsys):

@@ -10,7 +10,7 @@ Run it as `minirlhf ppo`, `python -m minirlhf.recipes.ppo`, or loop over `ppo(..
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
@@ -28,7 +28,12 @@ from minirlhf.config import setting
 from minirlhf.data import Prompt, load_prompts
 from minirlhf.errors import BUG, OK, STOPPED, UserError, printable, run
 from minirlhf.generation import Sampling
-from minirlhf.heads import ValueHeadModel, response_states, token_logprobs
+from minirlhf.heads import (
+    ValueHeadModel,
+    critic_from_reward_model,
+    response_states,
+    token_logprobs,
+)
 from minirlhf.kl import AdaptiveKL, kl_k1
 from minirlhf.lora import adapters_off, add_lora, merge_lora
 from minirlhf.losses import clipped_surrogate, clipped_value_loss
@@ -55,6 +60,11 @@ class PPOConfig:
     )
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
     ref: str | None = setting(None, "reference; none: the policy at step 0", metavar="FOLDER")
+    critic: str | None = setting(
+        None, "reward model to start a critic of its own from; none: a head on the policy's trunk",
+        metavar="FOLDER",
+    )  # fmt: skip
+    train_critic: bool = setting(True, "whether a critic of its own learns")
     # rollout
     steps: int = setting(100, "iterations of sampling and optimising", at_least=1)
     batch_size: int = setting(64, "prompts sampled in an iteration", at_least=1)
@@ -88,7 +98,7 @@ class PPOConfig:
     whiten_advantages: bool = setting(True, "advantages to mean 0, std 1 over the rollout")
     learning_rate: float = setting(3e-6, "peak step size of AdamW", above=0)
     value_head_lr_scale: float = setting(
-        10.0, "learning rate of the value head, which starts from zero, as a multiple", above=0
+        10.0, "learning rate of a value head that starts from zero, as a multiple", above=0
     )
     schedule: str = setting("linear", "decay of the learning rate", choices=optim.SCHEDULES)
     warmup_steps: int = setting(0, "iterations until the peak learning rate", at_least=0)
@@ -130,6 +140,8 @@ class PPOConfig:
                 f"batch_size {rows} is less than {minis} mini_batches of micro_batch_size {micro}: "
                 f"use {' or '.join(legal)}"
             )
+        if self.critic is None and not self.train_critic:
+            problems.append("no-train-critic: goes with --critic, a value head has to learn")
         if self.kl_target is not None and self.kl_coef == 0:
             problems.append("kl_target: kl_coef is 0, which no factor can move; use one above 0")
         if self.kl_target is not None and rows >= 5 * self.kl_horizon:
@@ -472,10 +484,11 @@ def show_samples(r: Run, state: TrainState, rows: list[dict]) -> None:
 def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel, device, dtype) -> dict:
     """What is about to happen, before it costs anything."""
     weights = sum(p.numel() for p in policy.parameters())
+    copied = sum(p.numel() for p in policy.lm.parameters())
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     # Weights once, and a copy as the reference unless that is the policy without its adapters;
     # a gradient and two moments for what is trained.
-    held = weights + 3 * trainable + (weights if config.ref or not config.lora_rank else 0)
+    held = weights + 3 * trainable + (copied if config.ref or not config.lora_rank else 0)
     per_step = ceil(config.batch_size / config.mini_batches)
     accumulated = ceil(per_step / config.micro_batch_size)
     adapting = config.kl_target and f"adapting to {config.kl_target:g} nats a response"
@@ -495,6 +508,7 @@ def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel, device, d
         "kl_coef": f"{config.kl_coef:g}, {adapting or 'fixed'}",
         "gamma, lambda": f"{config.gamma:g}, {config.lam:g}",
         "clip": f"ratio {low:g} to {high:g}, value {config.value_clip}",
+        "critic": config.critic or "a value head on the policy's trunk, starting from zero",
         "reference": config.ref or "the policy at step 0; their KL must be 0 there",
         "memory": f"{held * torch.finfo(dtype).bits / 8e9:.2f} GB for weights, gradients, moments "
         "and reference; the reward model and activations come on top",
@@ -504,8 +518,8 @@ def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel, device, d
     }
 
 
-def prompt_room(config: PPOConfig, folders: tuple[Path, ...]) -> int:
-    """Most tokens of a prompt: policy and reference read it with the whole response."""
+def prompt_room(config: PPOConfig, folders: Sequence[Path]) -> int:
+    """Most tokens of a prompt: all these models read it with the whole response."""
     models = [pretrained.read_config(folder) for folder in folders]
     most = min(model.longest_row for model in models)
     if config.max_new_tokens >= most:
@@ -513,6 +527,21 @@ def prompt_room(config: PPOConfig, folders: tuple[Path, ...]) -> int:
                         f"use less than {most}")  # fmt: skip
     room = most - config.max_new_tokens
     return min(config.max_prompt_length or room, room)
+
+
+def load_policy(
+    config: PPOConfig, folder: Path, tokenizer: Tokenizer, device: str, dtype: torch.dtype
+) -> ValueHeadModel:
+    """The model to align with its critic."""
+    lm = pretrained.load_pretrained(folder, dtype, device)
+    if config.critic is None:
+        return ValueHeadModel(lm)
+    critic_folder = pretrained.resolve(config.critic)
+    if load_tokenizer(critic_folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--critic {config.critic}", "has another tokenizer than the policy",
+                        "give a reward model that reads the same ids")  # fmt: skip
+    critic = pretrained.load_reward_model(critic_folder, dtype, device)
+    return critic_from_reward_model(lm, critic, config.train_critic)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -529,7 +558,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.ref and load_tokenizer(ref_folder).fingerprint != tokenizer.fingerprint:
         raise UserError(f"--ref {config.ref}", "has another tokenizer than the policy",
                         "give a model that reads the same ids")  # fmt: skip
-    room = prompt_room(config, (folder, ref_folder))
+    critic = [] if config.critic is None else [pretrained.resolve(config.critic)]
+    room = prompt_room(config, (folder, ref_folder, *critic))
     prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
     print(report)
     file, _, _ = config.reward.rpartition(".py:")
@@ -537,7 +567,7 @@ def main(argv: list[str] | None = None) -> int:
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
     reward = load_reward(config.reward, tokenizer, dtype, device, config.micro_batch_tokens)
-    policy = ValueHeadModel(pretrained.load_pretrained(folder, dtype, device))
+    policy = load_policy(config, folder, tokenizer, device, dtype)
     if config.lora_rank:
         add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
     ref = None
@@ -546,7 +576,7 @@ def main(argv: list[str] | None = None) -> int:
         ref.requires_grad_(False)
     optimizer = optim.make_optimizer(
         policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon,
-        head=policy.v_head, head_lr_scale=config.value_head_lr_scale,
+        head=policy.v_head, head_lr_scale=1.0 if config.critic else config.value_head_lr_scale,
     )  # fmt: skip
     state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
     with r:
