@@ -6,8 +6,8 @@
 
 Prints one table and writes one json with the texts: mean score, its gain in standard deviations of
 the starting policy's scores, KL of the aligned policy to the start (nats a response, k1 on its own
-samples), distinct-1 and distinct-2 (different words and word pairs over all of them), length, eos
-rate, and how often the aligned answer scores higher than the start's to the same prompt.
+samples), distinct-1 and distinct-2 (different words and word pairs over all of them), length, the
+share that ended by itself, and how often the aligned answer scores higher than the start's.
 """
 
 import argparse
@@ -38,6 +38,7 @@ def main() -> None:
     flags.add_argument("--limit", type=int, default=256, help="prompts, from the file's end")
     flags.add_argument("--max-new-tokens", type=int, default=24)
     flags.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the KL")
+    flags.add_argument("--stop", nargs="*", default=[], help="strings that end an answer")
     flags.add_argument("--seed", type=int, default=1)
     args = flags.parse_args()
 
@@ -48,7 +49,7 @@ def main() -> None:
     source = model_reward(load_reward_model(args.reward, torch.float32), tokenizer, 4096)
     start = load_pretrained(args.start, torch.float32)
     keys = streams.key(args.seed, "comparison", torch.arange(len(prompts)))
-    sampling = Sampling(args.max_new_tokens, args.temperature)
+    sampling = Sampling(args.max_new_tokens, args.temperature, stop_strings=tuple(args.stop))
     results, scores, texts = {}, {}, {}
     for name, lm in (("start", start), ("aligned", load_pretrained(args.aligned, torch.float32))):
         completions, rollout = sample(lm, prompts, keys, sampling, tokenizer, 64)
@@ -64,7 +65,7 @@ def main() -> None:
             "distinct_1": distinct(texts[name], 1),
             "distinct_2": distinct(texts[name], 2),
             "tokens": sum(map(len, completions.response_ids)) / len(prompts),
-            "eos_rate": completions.finish_reasons.count("eos") / len(prompts),
+            "ended": 1 - completions.finish_reasons.count("length") / len(prompts),
         }
     before, after = results["start"], results["aligned"]
     summary = {
@@ -81,7 +82,7 @@ def main() -> None:
          **{f"{n}_score": float(scores[n][i]) for n in scores}}
         for i, p in enumerate(prompts)
     ]  # fmt: skip
-    names = ("limit", "max_new_tokens", "temperature", "seed")
+    names = ("limit", "max_new_tokens", "temperature", "stop", "seed")
     settings = {name: getattr(args, name) for name in names}
     with open(args.out, "w", encoding="utf-8") as file:
         out = {"settings": settings, "results": results, "summary": summary, "samples": rows}

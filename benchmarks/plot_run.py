@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Curves of a run's metrics.jsonl as one SVG: `pip install 'minirlhf[plot]'`, then
 
-    python benchmarks/plot_run.py RUN/metrics.jsonl OUT.svg objective/scores objective/kl
+python benchmarks/plot_run.py RUN/metrics.jsonl OUT.svg objective/scores objective/kl
 """
 
 import json
