@@ -357,6 +357,15 @@ def test_evaluate_does_not_depend_on_the_batching_nor_change_the_model():
     assert weights(model) == before and all(p.grad is None for p in model.parameters())
 
 
+def test_evaluate_refuses_scores_that_are_not_finite():
+    model = scored_by_last_token(tiny_model())
+    with torch.no_grad():
+        model.score.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match=r"^evaluation: loss: is nan") as error:
+        evaluate(model, PAIRS)
+    assert error.value.code == NON_FINITE
+
+
 def test_evaluate_adds_ones_own_metrics():
     def by_column(chosen, rejected, pairs):
         hard = torch.tensor([p.columns["hard"] for p in pairs])

@@ -241,6 +241,8 @@ def evaluate(
     Returns:
         loss (Bradley-Terry with the margins), those of `score_metrics`, calibration_error; and the
         scores in the pairs' order.
+    Raises:
+        UserError: a score is not finite (exit code 3).
     """
     chosen, rejected = torch.zeros(2, len(pairs))
     margin = torch.zeros(len(pairs))
@@ -250,6 +252,7 @@ def evaluate(
         margin[part] = batch.margin.float()
     values = {"loss": float(bradley_terry_loss(chosen, rejected, margin).mean())}
     values |= score_metrics(chosen, rejected)
+    optim.check_finite("evaluation", values)
     values["calibration_error"] = calibration_error(chosen, rejected)
     if metrics is not None:
         values |= metrics(chosen, rejected, pairs)
@@ -369,9 +372,9 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         RewardConfig, argv, "minirlhf reward", "Train a reward model on preference pairs."
     )
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
+    torch.utils.deterministic.fill_uninitialized_memory = False
     files = {"": config.data} | named_files(config.eval_data)
     r = Run(config.out, "reward", settings.as_dict(config), config.resume, files.values())
     folder = pretrained.resolve(config.model)
