@@ -42,6 +42,7 @@ class TrainState:
     counters: dict[str, int] = field(default_factory=dict)  # events since the start
     meters: Meters = field(default_factory=Meters)  # the open log window
     log_bytes: dict[str, int] = field(default_factory=dict)  # length of each log file
+    unreported: dict | None = None  # the last Step, where a signal cut its logs short
 
     def count(self, event: str, n: int = 1) -> None:
         self.counters[event] = self.counters.get(event, 0) + n

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 OK, BUG, BAD_INPUT, NON_FINITE, MACHINE = 0, 1, 2, 3, 4
 REWARD_SERVICE, DISTRIBUTED, STOPPED = 5, 6, 75
+INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 class UserError(Exception):
@@ -25,6 +26,17 @@ class UserError(Exception):
         super().__init__(": ".join(part for part in (self.where, what, do) if part))
 
 
+class NonFinite(UserError):
+    """A loss or gradient that is NaN or infinite (exit code 3); it has changed nothing."""
+
+    def __init__(self, where: object, what: str, do: str = ""):
+        super().__init__(where, what, do, NON_FINITE)
+
+
+class Stopped(BaseException):
+    """A signal asked to stop. Like KeyboardInterrupt, no `except Exception` swallows it."""
+
+
 def printable(text: object, limit: int = 200) -> str:
     """Text that came from a file, safe for a terminal: one line, no control characters, capped."""
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
@@ -33,16 +45,34 @@ def printable(text: object, limit: int = 200) -> str:
 
 
 def run(program: Callable[[], int | None]) -> int:
-    """Runs a command; a UserError or an operating-system error becomes one line on stderr."""
+    """Runs a command; what a user can mend becomes one line on stderr and an exit code."""
     try:
         return program() or OK
     except UserError as error:
         print(f"error: {printable(error, 2000)}", file=sys.stderr)
         return error.code
+    except Stopped:
+        return STOPPED
+    except KeyboardInterrupt:  # before a run listens to signals: nothing is written yet
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         return OK
+    except MemoryError as error:
+        return _out_of_memory(error)
+    except RuntimeError as error:  # torch's own classes and words for the same
+        if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
+            raise
+        return _out_of_memory(error)
     except OSError as error:
         where = error.filename or "the operating system"
         print(f"error: {printable(where)}: {printable(error.strerror or error)}", file=sys.stderr)
         return MACHINE
+
+
+def _out_of_memory(error: BaseException) -> int:
+    what = printable(str(error).partition("\n")[0]) or "no memory is left"
+    hint = "lower micro_batch_tokens, micro_batch_size or rollout_batch_size; go on with --resume"
+    print(f"error: out of memory: {what}: {hint}", file=sys.stderr)
+    return MACHINE

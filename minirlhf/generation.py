@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minirlhf import streams
+from minirlhf import interrupt, streams
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.transformer import CausalLM, KVCache
 
@@ -168,6 +168,7 @@ def decode_steps(
     Raises:
         ValueError: an empty prompt, rows beyond the model's positions, keys of another shape.
         UserError: logits that are not finite (exit code 3).
+        Stopped: a signal asked the run to stop.
     """
     _check(lm, prompts, sampling, keys, decode)
     device = lm.unembedding.device
@@ -188,6 +189,7 @@ def decode_steps(
     ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
     texts: list[list[int]] = [[] for _ in prompts]  # ids of each response, for stop strings
     for t in range(sampling.max_new_tokens):
+        interrupt.check()
         logits = lm.logits(hidden)
         law = sampling_law(logits, sampling, seen)
         # A greedy law is finite whatever the logits are; another may overflow where they do not.

@@ -1,13 +1,16 @@
 """The optimizer, the learning rate as a function of the step, gradient clipping, and batching."""
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from minirlhf import streams
-from minirlhf.errors import NON_FINITE, UserError, printable
+from minirlhf.errors import NonFinite, UserError, printable
 
+T = TypeVar("T")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -74,17 +77,16 @@ def clip_gradients(model: nn.Module, max_norm: float | None, where: str) -> floa
     """Scales the gradient to a global 2-norm of at most max_norm; returns the norm before.
 
     Raises:
-        UserError: the norm is not finite (exit code 3); the parameters are untouched.
+        NonFinite: the norm is not finite; the parameters are untouched.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     value = float(norm)
     if not math.isfinite(value):
-        raise UserError(
+        raise NonFinite(
             f"{where}: grad_norm",
             f"is {value}",
             "nothing was updated; lower learning_rate or max_grad_norm, or look at the batch",
-            NON_FINITE,
         )
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -95,12 +97,45 @@ def check_finite(where: str, metrics: dict[str, float]) -> None:
     """Stops the run (exit code 3) at a number that is not finite, naming it."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise UserError(
+            raise NonFinite(
                 f"{where}: {name}",
                 f"is {value}",
                 "nothing was updated; lower learning_rate, or look at the batch",
-                NON_FINITE,
             )
+
+
+def update_or_skip(
+    optimizer: torch.optim.Optimizer,
+    accumulate: Callable[[], T],
+    counters: dict[str, int],
+    patience: int,
+) -> T | None:
+    """One optimizer step, or none where its numbers are not finite.
+
+    Args:
+        accumulate: leaves the gradient in the parameters, clipped and checked.
+        counters: where skips are counted, as `skipped_updates` and `skipped_in_a_row`.
+        patience: how many updates in a row may be skipped.
+    Returns:
+        What `accumulate` returned; None where the update was skipped.
+    Raises:
+        NonFinite: patience is at its end; the parameters are untouched.
+    """
+    optimizer.zero_grad()  # of a pass that was dropped half-way
+    try:
+        seen = accumulate()
+        optimizer.step()
+    except NonFinite:
+        in_a_row = counters.get("skipped_in_a_row", 0) + 1
+        if in_a_row > patience:
+            raise
+        counters["skipped_in_a_row"] = in_a_row
+        counters["skipped_updates"] = counters.get("skipped_updates", 0) + 1
+        return None
+    finally:
+        optimizer.zero_grad()  # gradients need not be held while others use the memory
+    counters.pop("skipped_in_a_row", None)
+    return seen
 
 
 def cut_by_tokens(lengths: Tensor, max_rows: int, max_tokens: int) -> list[Tensor]:

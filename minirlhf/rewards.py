@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minirlhf import interrupt
 from minirlhf.errors import BAD_INPUT, NON_FINITE, UserError, printable
 from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel
@@ -76,6 +77,7 @@ def model_reward(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: i
             raise UserError("--reward", what, "lower max_prompt_length or max_new_tokens")
         scores, device = torch.zeros(len(ids)), model.score.weight.device
         for part in cut_by_tokens(lengths, len(ids), micro_batch_tokens):
+            interrupt.check()
             tokens = pad_right([ids[i] for i in part.tolist()]).to(device)
             scores[part] = model(tokens, lengths[part].to(device)).float().cpu()
         return scores
@@ -109,7 +111,8 @@ def function_reward(function: Callable, name: str) -> RewardSource:
             what = f"needs {', '.join(missing)}, which no prompt has"
             raise UserError(name, what, f"there are {', '.join(offered)}")
         try:
-            scores = function(**given)
+            with interrupt.outside():
+                scores = function(**given)
         except Exception as error:
             raise UserError(
                 _place(error) or name,

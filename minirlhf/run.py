@@ -11,10 +11,11 @@ import math
 import os
 import platform
 import shlex
-import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -22,9 +23,9 @@ import torch
 from tqdm import tqdm
 
 import minirlhf
-from minirlhf import checkpoint, fsio, pretrained
+from minirlhf import checkpoint, fsio, interrupt, pretrained
 from minirlhf.checkpoint import TrainState
-from minirlhf.errors import NON_FINITE, UserError
+from minirlhf.errors import NON_FINITE, Stopped, UserError
 from minirlhf.meters import Step
 from minirlhf.rows import read_json
 from minirlhf.tokenizer import Tokenizer
@@ -34,7 +35,6 @@ from minirlhf.transformer import CausalLM
 # that does to the last bits is said when a run is resumed.
 FREE = {"out", "resume", "log_every", "save_every", "keep", "show_samples", "device"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is how Slurm gives notice
 
 
 class Run:
@@ -47,7 +47,8 @@ class Run:
         recipe: name of the recipe, for run.json.
         settings: the resolved config as plain values.
         resume: go on from the newest whole checkpoint.
-        inputs: data files; a run is only resumed with the same bytes in them.
+        inputs: data files and folders of frozen models; a run is only resumed with the same bytes
+            in them.
     Raises:
         UserError: the folder is in use, not empty, or of a run with other settings or data.
     """
@@ -57,9 +58,15 @@ class Run:
     ):
         self.folder, self.recipe, self.settings = Path(out), recipe, settings
         self.resume, self.inputs = resume, list(inputs)
-        self.stopped = False
+        self.state: TrainState | None = None  # once restored
+        self.changed: list[str] = []  # free settings that differ from the first start's
         self.started = time.perf_counter()
         self._check_folder()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal has asked to stop: what there is to save is the state of a yield."""
+        return interrupt.requested()
 
     def _check_folder(self) -> None:
         """Refuses a folder that is not this run's to write in."""
@@ -78,15 +85,14 @@ class Run:
         if not isinstance(before, dict) or before.get("recipe") != self.recipe:
             raise UserError(where, f"is not of a {self.recipe} run", "give another --out")
         old, now = before.get("settings", {}), json.loads(json.dumps(self.settings))
-        changed = [
-            f"{key} was {old.get(key)!r}, is {now[key]!r}"
+        changed = {
+            key: f"{key} was {old.get(key)!r}, is {now[key]!r}"
             for key in now
-            if key not in FREE and old.get(key) != now[key]
-        ]
-        if changed:
-            raise UserError(
-                where, "; ".join(changed), "resume with the settings of the first start"
-            )
+            if old.get(key) != now[key]
+        }
+        if frozen := [text for key, text in changed.items() if key not in FREE]:
+            raise UserError(where, "; ".join(frozen), "resume with the settings of the first start")
+        self.changed = [text for key, text in changed.items() if key not in ("out", "resume")]
 
     def __enter__(self) -> "Run":
         fsio.make_folder(self.folder)
@@ -98,7 +104,8 @@ class Run:
         except BaseException:
             self._lock.close()
             raise
-        self._handlers = {number: signal.signal(number, self._stop) for number in SIGNALS}
+        self._listening = interrupt.listening()
+        self._listening.__enter__()
         return self
 
     def _take_lock(self) -> TextIO:
@@ -119,11 +126,10 @@ class Run:
     def _write_facts(self) -> None:
         """run.json: what would have to be known to do this run again."""
         path = self.folder / "run.json"
-        inputs = {name: fsio.sha256(Path(name)) for name in self.inputs}
+        inputs = {str(file): fsio.sha256(file) for name in self.inputs for file in contents(name)}
         before = read_json(path).get("inputs", inputs) if path.exists() else inputs
-        for name, digest in inputs.items():
-            if before.get(name) != digest:
-                raise UserError(name, "has changed since the run began", "give another --out")
+        if changed := [name for name in inputs | before if inputs.get(name) != before.get(name)]:
+            raise UserError(changed[0], "has changed since the run began", "give another --out")
         facts = {
             "recipe": self.recipe,
             "settings": self.settings,
@@ -139,21 +145,25 @@ class Run:
         fsio.write_json(temporary, facts)
         fsio.replace_file(temporary, path)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
+            self._write_crash(error)
+        self._listening.__exit__(None, None, None)
         self._lock.close()
 
-    def _stop(self, number: int, _frame: object) -> None:
-        """First signal: stop at the next safe point. Second: at once; the last commit stands."""
-        if self.stopped:
-            os._exit(128 + number)
-        self.stopped = True
-        # not print: the signal may have come in the middle of one
-        os.write(2, b"\nstopping after this step; once more to leave at once\n")
+    def _write_crash(self, error: Exception) -> None:
+        """crash.json: what a report of the fault would have to say."""
+        fsio.write_json(self.folder / "crash.json", {
+            "error": f"{type(error).__name__}: {error}",
+            "after_step": self.state.step if self.state else None,
+            "samples": self.state.samples if self.state else None,
+            "trace": traceback.format_exception(error),
+            "settings": self.settings,
+        })  # fmt: skip
 
     def restore(self, state: TrainState) -> None:
         """Puts the newest whole checkpoint into `state`, or commits it as step 0."""
+        self.state = state
         newest, passed_over = checkpoint.newest_commit(self.folder / "checkpoints")
         for reason in passed_over:
             print(f"passed over {reason}")
@@ -170,6 +180,8 @@ class Run:
         for name, length in state.log_bytes.items():
             fsio.truncate(self.folder / name, length)
         print(f"resumed from {newest.name}")
+        for text in self.changed:
+            print(f"changed: {text}")
         then = read_json(newest / "manifest.json")["environment"]
         for name, now in checkpoint.environment(state.model).items():
             if then.get(name) != now:
@@ -188,16 +200,42 @@ class Run:
             print(f"  {name:<{width}}  {shown}", flush=True)
 
     def bar(self, steps: Iterable[Step], state: TrainState, total: int) -> Iterator[Step]:
-        """The steps with a progress bar; ends early when a signal asked for it."""
-        if state.step >= total:
+        """The steps with a progress bar; ends early when a signal asked for it.
+
+        A step that is trained but not reported, because a signal cut its report short, comes first.
+        """
+        if state.step >= total and state.unreported is None:
             print("no steps left to do")
         upcoming = iter(steps)
         with tqdm(
             total=total, initial=state.step, desc=self.recipe, disable=not sys.stderr.isatty()
         ) as bar:
-            while not self.stopped and (step := next(upcoming, None)) is not None:
-                yield step
-                bar.update()
+            if state.unreported is not None:
+                yield Step(**state.unreported)
+            try:
+                while not self.stopped and (step := next(upcoming, None)) is not None:
+                    yield step
+                    bar.update()
+            except Stopped:
+                pass  # what had begun is dropped: the state is that of the last yield
+
+    @contextmanager
+    def report(self, state: TrainState, step: Step) -> Iterator[None]:
+        """Around what is written about a step: all of it, or nothing where a signal cuts it short.
+
+        Then the resumed run writes it: an evaluation may take longer than the one who sent the
+        signal will wait.
+        """
+        meters, log_bytes, best = state.meters.as_dict(), dict(state.log_bytes), state.best
+        try:
+            yield
+            state.unreported = None
+        except Stopped:
+            state.meters.load(meters)
+            state.log_bytes, state.best = log_bytes, best
+            for name, length in log_bytes.items():
+                fsio.truncate(self.folder / name, length)
+            state.unreported = step._asdict()
 
     def log(self, state: TrainState, extra: dict, clock: dict, columns: Iterable[str]) -> None:
         """One line in metrics.jsonl from the open meters, and one on the console.
@@ -249,6 +287,15 @@ class Run:
             fsio.fsync(path)
         fsio.commit_folder(temporary, final)
         return final
+
+
+def contents(name: str) -> list[Path]:
+    """The file itself, or what a model is made of in a folder."""
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    kinds = (".json", ".safetensors", ".jinja", ".txt")
+    return sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
 
 
 def named_files(entries: tuple[str, ...]) -> dict[str, str]:

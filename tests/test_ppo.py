@@ -266,7 +266,7 @@ def test_ppo_step_refuses_a_loss_that_is_not_finite_before_it_is_applied(monkeyp
     policy, buffer = moved_table(), hand_buffer()
     before = parameters(policy)
     buffer.update(lambda m: m._replace(scores=torch.tensor([nan, 1.0])))
-    with pytest.raises(UserError, match="step 6: loss: is nan") as caught:
+    with pytest.raises(UserError, match=r"step 6 \(rollout rows 1, 0\): loss: is nan") as caught:
         ppo_step(policy, torch.optim.SGD(policy.parameters(), lr=1.0), buffer, HAND, iteration=5)
     assert caught.value.code == NON_FINITE
     assert torch.equal(parameters(policy), before)

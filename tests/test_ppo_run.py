@@ -407,7 +407,8 @@ def test_main_resumes_to_the_same_bytes(how, whole, world, tmp_path, monkeypatch
                 main(argv)
         else:
             assert main(argv) == STOPPED
-    assert [line["step"] for line in timeless(out)] == [3]
+    # A signal cuts the report of step 3 short, so that the resumed run writes all of it.
+    assert [line["step"] for line in timeless(out)] == ([3] if how == "raise" else [])
     assert not (out / "model").exists() and leftovers(out) == []
     assert main([*argv, "--resume"]) == OK
     assert json.dumps(timeless(out)) == json.dumps(timeless(whole[0]))

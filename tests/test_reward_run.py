@@ -95,7 +95,7 @@ def test_main_writes_what_it_says(base, whole):
     of_training = {
         "step", "clock", "loss", "accuracy", "accuracy_half", "ties", "margin", "margin_std",
         "min_reward", "mean_reward", "max_reward", "grad_norm", "learning_rate", "epoch",
-        "num_tokens",
+        "num_tokens", "skipped_updates",
     }  # fmt: skip
     assert lines[0].keys() == of_training
     held_out = {"loss", "accuracy", "ties", "calibration_error"}
@@ -130,10 +130,10 @@ def test_killed_run_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch, lora)
     def die(run, state, *rest):
         log(run, state, *rest)
         if state.step == 3:
-            raise KeyboardInterrupt
+            raise RuntimeError("power cut")
 
     monkeypatch.setattr(Run, "log", die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="power cut"):
         run_reward(base, out, *words)
     monkeypatch.undo()
     assert not (out / "model").exists()

@@ -391,7 +391,7 @@ def test_a_signal_stops_the_run_after_the_step_it_came_in(tmp_path, capfd, numbe
         assert run.stopped
         run.save(state)
     assert seen == [1, 2, 3]
-    assert "stopping after this step; once more to leave at once" in capfd.readouterr().err
+    assert "stopping at the last whole step; once more to leave at once" in capfd.readouterr().err
     assert commits(tmp_path / "checkpoints")[-1].name == "step-00000003"
     assert signal.getsignal(number) is before
 
@@ -415,3 +415,61 @@ def test_a_second_signal_leaves_at_once(tmp_path, capfd, monkeypatch):
         with pytest.raises(SystemExit) as left:
             os.kill(os.getpid(), signal.SIGTERM)
     assert left.value.code == 128 + 15
+
+
+# ---- what else a run tells -----------------------------------------------------------------------
+
+
+def test_resume_prints_the_free_settings_that_changed(done, capsys):
+    with start(done, resume=True, keep=5, log_every=2) as run:
+        run.restore(make_state())
+    out = capsys.readouterr().out
+    assert "changed: keep was 3, is 5\nchanged: log_every was 1, is 2\n" in out
+    assert "changed: resume" not in out
+
+
+def test_resume_prints_nothing_where_nothing_changed(done, capsys):
+    with start(done, resume=True) as run:
+        run.restore(make_state())
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_resume_refuses_a_frozen_model_that_changed(tmp_path):
+    model, out = tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "config.json").write_text("{}", encoding="utf-8")
+    (model / "README.md").write_text("a", encoding="utf-8")
+    with start(out, inputs=[str(model)]) as run:
+        run.restore(make_state())
+    (model / "README.md").write_text("b", encoding="utf-8")  # no number depends on it
+    with start(out, inputs=[str(model)], resume=True):
+        pass
+    (model / "model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(UserError, match=r"model\.safetensors: has changed since the run began"):
+        start(out, inputs=[str(model)], resume=True).__enter__()
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: has changed since the run began"):
+        start(out, inputs=[str(model)], resume=True).__enter__()
+
+
+def test_a_fault_of_ours_leaves_a_crash_json_and_the_checkpoint(tmp_path):
+    state = make_state()
+    with pytest.raises(ZeroDivisionError), start(tmp_path) as run:
+        run.restore(state)
+        for step in run.bar(toy(state, 9), state, 9):
+            if step.number == 2:
+                1 / 0  # noqa: B018
+    crash = json.loads((tmp_path / "crash.json").read_text("utf-8"))
+    assert crash["error"] == "ZeroDivisionError: division by zero"
+    assert crash["after_step"] == 2 and crash["samples"] == 0
+    assert "1 / 0" in "".join(crash["trace"])
+    assert crash["settings"]["seed"] == 0
+    assert [c.name for c in commits(tmp_path / "checkpoints")] == ["step-00000000"]
+
+
+@pytest.mark.parametrize("error", [UserError("a", "b"), OSError("disk"), KeyboardInterrupt()])
+def test_what_is_not_our_fault_leaves_none(tmp_path, error):
+    with pytest.raises(type(error)), start(tmp_path):
+        raise error
+    assert not (tmp_path / "crash.json").exists()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +22,12 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import optim, pretrained, streams
+from minirlhf import interrupt, optim, pretrained, streams
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
 from minirlhf.data import Prompt, load_prompts
-from minirlhf.errors import BUG, OK, STOPPED, UserError, printable, run
+from minirlhf.errors import BUG, OK, STOPPED, NonFinite, UserError, printable, run
 from minirlhf.generation import Sampling
 from minirlhf.heads import (
     ValueHeadModel,
@@ -105,6 +106,9 @@ class PPOConfig:
     weight_decay: float = setting(0.0, "AdamW's decay of matrices", at_least=0)
     adam_epsilon: float = setting(1e-5, "AdamW's epsilon", above=0)
     max_grad_norm: float | None = setting(1.0, "gradient norm to clip at; none: off", above=0)
+    skip_nonfinite: int = setting(
+        0, "updates in a row that may be skipped where numbers are not finite", at_least=0
+    )
     lora_rank: int = setting(0, "train adapters of this rank; 0: all weights", at_least=0)
     lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
     # run
@@ -209,6 +213,7 @@ def measure(
     """
 
     def fill(micro: Rollout) -> Rollout:
+        interrupt.check()
         old = policy_pass(policy, micro, temperature)
         with adapters_off(policy) if ref is None else nullcontext():
             frozen = policy.lm if ref is None else ref
@@ -235,6 +240,52 @@ def assign_credit(buffer: RolloutBuffer, config: PPOConfig, kl_coef: float) -> N
         buffer.set_tokens("advantages", masked_standardize(flat, torch.ones_like(flat).bool()))
 
 
+class Seen(NamedTuple):
+    """What one mini-batch showed on its way to an optimizer step."""
+
+    sums: dict[str, Tensor]  # over its response tokens
+    tokens: int
+    largest_gap: Tensor  # () largest |ratio - 1|
+    grad_norm: float  # before clipping
+
+
+def accumulate(
+    policy: ValueHeadModel, mini_batch: list[Rollout], config: PPOConfig, where: str, begun: bool
+) -> Seen:
+    """Gradient of one mini-batch's loss, in its micro-batches; `begun`: too late to stop."""
+    # Every token of the optimizer step weighs the same, however it is cut.
+    tokens = sum(int(micro.response_mask.sum()) for micro in mini_batch)
+    sums: dict[str, Tensor] = {}
+    losses, gaps = [], []
+    for micro in mini_batch:
+        mask = micro.response_mask
+        new = policy_pass(policy, micro, config.temperature)
+        surrogate = clipped_surrogate(
+            new.logprobs, micro.old_logprobs, micro.advantages, config.clip_low, config.clip_high
+        )
+        value = clipped_value_loss(new.values, micro.old_values, micro.returns, config.value_clip)
+        loss = masked_sum(surrogate.loss + config.vf_coef * value.loss, mask) / tokens
+        loss.backward()
+        if not begun:
+            interrupt.check()
+        losses.append(loss.detach())
+        gap = surrogate.ratio - 1
+        gaps.append(gap[mask].abs().max())
+        log_ratio = new.logprobs.detach() - micro.old_logprobs
+        seen = {
+            "policy_loss": surrogate.loss, "value_loss": value.loss,
+            "approxkl": log_ratio.square() / 2, "clipfrac": surrogate.clipped,
+            "value_clipfrac": value.clipped, "entropy": new.entropy,
+            "gap": gap, "gap_sq": gap.square(),
+        }  # fmt: skip
+        sums = {k: sums.get(k, 0) + masked_sum(x.detach(), mask) for k, x in seen.items()}
+    for micro, loss in zip(mini_batch, torch.stack(losses).tolist(), strict=True):
+        rows = ", ".join(map(str, micro.rows.tolist()[:8]))
+        optim.check_finite(f"{where} (rollout rows {rows})", {"loss": loss})
+    grad_norm = optim.clip_gradients(policy, config.max_grad_norm, where)
+    return Seen(sums, tokens, torch.stack(gaps).max(), grad_norm)
+
+
 def ppo_step(
     policy: ValueHeadModel,
     optimizer: torch.optim.Optimizer,
@@ -242,6 +293,7 @@ def ppo_step(
     config: PPOConfig,
     iteration: int = 0,
     kl_coef: float | None = None,
+    counters: dict[str, int] | None = None,
 ) -> PPOStats:
     """GAE and the clipped-PPO update on one rollout, for one's own loop.
 
@@ -249,51 +301,33 @@ def ppo_step(
         rollout: measured (see `measure`); rewards, advantages and returns are filled here.
         iteration: decides, with config.seed, the order of the mini-batches.
         kl_coef: None is config.kl_coef.
+        counters: where skipped updates are counted.
     Raises:
-        UserError: a loss or gradient that is not finite (exit code 3), before it is applied.
+        NonFinite: a loss or gradient is not finite, before it is applied: more of them in a row
+            than config.skip_nonfinite, or all of the rollout's.
     """
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
+    counters = {} if counters is None else counters
     assign_credit(rollout, config, kl_coef)
-    device = rollout.micro_batches[0].tokens.device
-    sums: dict[str, Tensor] = {}  # over the tokens of all epochs
-    total, norms, first_gap = 0, [], torch.zeros((), device=device)
+    where, tried = f"step {iteration + 1}", []
     for epoch in range(config.epochs):
         parts = rollout.minibatches(config.mini_batches, config.seed, iteration, epoch)
-        for number, mini_batch in enumerate(parts):
-            # Every token of the optimizer step weighs the same, however it is cut.
-            tokens = sum(int(micro.response_mask.sum()) for micro in mini_batch)
-            step_loss = torch.zeros((), device=device)
-            for micro in mini_batch:
-                mask = micro.response_mask
-                new = policy_pass(policy, micro, config.temperature)
-                surrogate = clipped_surrogate(
-                    new.logprobs, micro.old_logprobs, micro.advantages,
-                    config.clip_low, config.clip_high,
-                )  # fmt: skip
-                value = clipped_value_loss(
-                    new.values, micro.old_values, micro.returns, config.value_clip
-                )
-                loss = masked_sum(surrogate.loss + config.vf_coef * value.loss, mask) / tokens
-                loss.backward()
-                step_loss += loss.detach()
-                gap = surrogate.ratio - 1
-                if epoch == number == 0:
-                    first_gap = torch.maximum(first_gap, gap[mask].abs().max())
-                log_ratio = new.logprobs.detach() - micro.old_logprobs
-                seen = {
-                    "policy_loss": surrogate.loss, "value_loss": value.loss,
-                    "approxkl": log_ratio.square() / 2, "clipfrac": surrogate.clipped,
-                    "value_clipfrac": value.clipped, "entropy": new.entropy,
-                    "gap": gap, "gap_sq": gap.square(),
-                }  # fmt: skip
-                sums = {k: sums.get(k, 0) + masked_sum(x.detach(), mask) for k, x in seen.items()}
-                total += int(mask.sum())
-            where = f"step {iteration + 1}"
-            optim.check_finite(where, {"loss": float(step_loss)})
-            norms.append(optim.clip_gradients(policy, config.max_grad_norm, where))
-            optimizer.step()
-            optimizer.zero_grad()
-    mean = {name: float(x) / total for name, x in sums.items()}
+        for mini_batch in parts:
+            # From the first update on, a signal waits until the iteration is finished.
+            work = partial(accumulate, policy, mini_batch, config, where, begun=bool(tried))
+            tried.append(optim.update_or_skip(optimizer, work, counters, config.skip_nonfinite))
+    updates = [seen for seen in tried if seen is not None]
+    if not updates:
+        raise NonFinite(where, f"all {len(tried)} updates were skipped", "lower learning_rate")
+    return summarise_updates(updates, rollout, config, kl_coef)
+
+
+def summarise_updates(
+    updates: list[Seen], rollout: RolloutBuffer, config: PPOConfig, kl_coef: float
+) -> PPOStats:
+    """Token means over all updates, and what the rollout itself says."""
+    total = sum(seen.tokens for seen in updates)
+    mean = {k: float(sum(seen.sums[k] for seen in updates)) / total for k in updates[0].sums}
     gap, gap_sq = mean.pop("gap"), mean.pop("gap_sq")  # squares around 1 keep small variances
     returns, old_values = rollout.tokens("returns"), rollout.tokens("old_values")
     spread = float(returns.var(correction=0))
@@ -301,10 +335,11 @@ def ppo_step(
     kl = kl_k1(rollout.tokens("old_logprobs"), rollout.tokens("ref_logprobs"))
     return PPOStats(
         **mean, loss=mean["policy_loss"] + config.vf_coef * mean["value_loss"],
-        ratio=1 + gap, ratio_var=max(gap_sq - gap**2, 0.0), grad_norm=sum(norms) / len(norms),
+        ratio=1 + gap, ratio_var=max(gap_sq - gap**2, 0.0),
+        grad_norm=sum(seen.grad_norm for seen in updates) / len(updates),
         explained_variance=1 - unexplained / spread if spread > 0 else 0.0,
         non_score_reward=-kl_coef * float(kl.sum()) / len(rollout),
-        first_ratio_gap=float(first_gap),
+        first_ratio_gap=float(updates[0].largest_gap),
     )  # fmt: skip
 
 
@@ -374,7 +409,9 @@ def ppo(
 
         # Learn: credit and several epochs of mini-batches.
         kl_coef = state.kl_coef
-        stats = ppo_step(policy, state.optimizer, buffer, config, iteration, kl_coef)
+        stats = ppo_step(
+            policy, state.optimizer, buffer, config, iteration, kl_coef, state.counters
+        )
         check_ratio(iteration, stats.first_ratio_gap)
         sequence_kl = float(kl.sum()) / B
         if config.kl_target is not None:
@@ -387,7 +424,8 @@ def ppo(
         metrics = summarise(stats, completions, scores, buffer, sequence_kl, tokenizer)
         state.meters.update(metrics, B)
         steady = {"lr": rate, "episode": state.samples, "objective/kl_coef": kl_coef,
-                  "epoch": state.samples / len(prompts)}  # fmt: skip
+                  "epoch": state.samples / len(prompts),
+                  "skipped_updates": state.counters.get("skipped_updates", 0)}  # fmt: skip
         seconds = time.perf_counter() - started
         clock["time/update"] = seconds - sum(clock.values())
         sampled = int(rollout.response_mask.sum())
@@ -563,7 +601,8 @@ def main(argv: list[str] | None = None) -> int:
     prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
     print(report)
     file, _, _ = config.reward.rpartition(".py:")
-    inputs = [config.data, *([f"{file}.py"] if file else [])]
+    frozen = f"{file}.py" if file else str(pretrained.resolve(config.reward))
+    inputs = [config.data, frozen, str(ref_folder)]
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
     reward = load_reward(config.reward, tokenizer, dtype, device, config.micro_batch_tokens)
@@ -586,16 +625,15 @@ def main(argv: list[str] | None = None) -> int:
             show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
         for step in r.bar(ppo(state, prompts, reward, ref, tokenizer, config), state, config.steps):
             last = step.number == config.steps
-            r.write_samples(state, step.samples)
-            if last or step.number % config.log_every == 0:
-                steady = {
-                    k: step.metrics[k] for k in ("lr", "episode", "objective/kl_coef", "epoch")
-                }
-                r.log(state, steady, step.clock, (
-                    "objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg",
-                    "policy/clipfrac_avg", "response_length"))  # fmt: skip
-            if config.sample_every and (last or step.number % config.sample_every == 0):
-                show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
+            with r.report(state, step):
+                r.write_samples(state, step.samples)
+                if last or step.number % config.log_every == 0:
+                    names = "lr", "episode", "objective/kl_coef", "epoch", "skipped_updates"
+                    r.log(state, {name: step.metrics[name] for name in names}, step.clock, (
+                        "objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg",
+                        "policy/clipfrac_avg", "response_length"))  # fmt: skip
+                if config.sample_every and (last or step.number % config.sample_every == 0):
+                    show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
             if last or step.number % config.save_every == 0:
                 r.save(state)
         if r.stopped:

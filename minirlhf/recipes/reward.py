@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import optim, pretrained, streams
+from minirlhf import interrupt, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
 from minirlhf.data import Pair, load_pairs
@@ -57,6 +58,9 @@ class RewardConfig:
     weight_decay: float = setting(0.0, "AdamW's decay of matrices", at_least=0)
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float | None = setting(1.0, "gradient norm to clip at; none: off", above=0)
+    skip_nonfinite: int = setting(
+        0, "updates in a row that may be skipped where numbers are not finite", at_least=0
+    )
     center_rewards_coefficient: float = setting(
         0.0, "weight of (chosen + rejected)^2, which centres the scores; 0.01 is usual", at_least=0
     )
@@ -94,6 +98,11 @@ def pair_lengths(pairs: list[Pair]) -> Tensor:
     """(N,) tokens of the longer side of each pair."""
     longer = [max(len(p.chosen_ids), len(p.rejected_ids)) + len(p.prompt_ids) for p in pairs]
     return torch.tensor(longer)
+
+
+def count_tokens(pair: Pair) -> int:
+    """Tokens of both sides, the prompt in each."""
+    return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
 
 
 def pair_scores(model: RewardModel, batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -134,6 +143,39 @@ def total_steps(config: RewardConfig, pairs: int) -> int:
     return config.steps or ceil(round(exact, 6))  # 1.1 * 10 is 11.000000000000002
 
 
+def accumulate(
+    model: RewardModel,
+    pairs: list[Pair],
+    config: RewardConfig,
+    collate: Callable[[list[Pair]], PairBatch],
+    where: str,
+) -> dict[str, float]:
+    """Gradient of the mean loss over the pairs of a batch, in micro-batches.
+
+    Returns:
+        loss, grad_norm before clipping, and `score_metrics`.
+    """
+    total, scores = 0.0, []
+    for part in optim.cut_by_tokens(
+        pair_lengths(pairs), len(pairs), config.micro_batch_tokens // 2
+    ):
+        here = [pairs[i] for i in part.tolist()]
+        batch = collate(here)
+        chosen, rejected = pair_scores(model, batch)
+        margin = batch.margin.to(chosen)
+        loss = pair_loss(chosen, rejected, margin, config.center_rewards_coefficient)
+        loss = loss.sum() / len(pairs)
+        value = float(loss.detach())
+        optim.check_finite(f"{where} ({', '.join(p.where for p in here[:8])})", {"loss": value})
+        loss.backward()
+        interrupt.check()
+        total += value
+        scores.append(torch.stack((chosen, rejected)).detach())
+    metrics = {"loss": total} | score_metrics(*torch.cat(scores, 1))
+    optim.check_finite(where, metrics)
+    return metrics | {"grad_norm": optim.clip_gradients(model, config.max_grad_norm, where)}
+
+
 def reward(
     state: TrainState,
     pairs: list[Pair],
@@ -167,32 +209,18 @@ def reward(
             state.step, steps, config.learning_rate, config.warmup_steps, config.schedule
         )
         optim.set_learning_rate(state.optimizer, rate)
-        state.optimizer.zero_grad()
-        where, total, scores, tokens = f"step {state.step + 1}", 0.0, [], 0
-        for part in optim.cut_by_tokens(lengths[rows], len(rows), config.micro_batch_tokens // 2):
-            here = [pairs[i] for i in rows[part].tolist()]
-            batch = collate(here)
-            chosen, rejected = pair_scores(model, batch)
-            margin = batch.margin.to(chosen)
-            loss = pair_loss(chosen, rejected, margin, config.center_rewards_coefficient)
-            loss = loss.sum() / len(rows)
-            value = float(loss.detach())
-            named = f"{where} ({', '.join(p.where for p in here[:8])})"
-            optim.check_finite(named, {"loss": value})
-            loss.backward()
-            total += value
-            scores.append(torch.stack((chosen, rejected)).detach())
-            tokens += int(batch.lengths.sum())
-        metrics = {"loss": total} | score_metrics(*torch.cat(scores, 1))
-        optim.check_finite(where, metrics)
-        metrics["grad_norm"] = optim.clip_gradients(model, config.max_grad_norm, where)
-        state.optimizer.step()
+        batch, where = [pairs[i] for i in rows.tolist()], f"step {state.step + 1}"
+        metrics = optim.update_or_skip(
+            state.optimizer, partial(accumulate, model, batch, config, collate, where),
+            state.counters, config.skip_nonfinite,
+        )  # fmt: skip
         state.step += 1
         state.samples += len(rows)
-        state.count("num_tokens", tokens)
-        state.meters.update(metrics, len(rows))
-        metrics |= {"learning_rate": rate, "epoch": state.step / per_epoch}
-        metrics["num_tokens"] = state.counters["num_tokens"]
+        state.count("num_tokens", sum(map(count_tokens, batch)))
+        if metrics is not None:
+            state.meters.update(metrics, len(rows))
+        metrics = (metrics or {}) | {"learning_rate": rate, "epoch": state.step / per_epoch}
+        metrics |= {name: state.counters.get(name, 0) for name in ("num_tokens", "skipped_updates")}
         yield Step(state.step, metrics, {"step_time": time.perf_counter() - started}, [])
 
 
@@ -247,6 +275,7 @@ def evaluate(
     chosen, rejected = torch.zeros(2, len(pairs))
     margin = torch.zeros(len(pairs))
     for part in optim.cut_by_tokens(pair_lengths(pairs), len(pairs), micro_batch_tokens // 2):
+        interrupt.check()
         batch = collate([pairs[i] for i in part.tolist()])
         chosen[part], rejected[part] = (side.float().cpu() for side in pair_scores(model, batch))
         margin[part] = batch.margin.float()
@@ -405,12 +434,14 @@ def main(argv: list[str] | None = None) -> int:
         r.restore(state)
         for step in r.bar(reward(state, pairs, config), state, steps):
             last = step.number == steps
-            extra = {k: step.metrics[k] for k in ("learning_rate", "epoch", "num_tokens")}
+            steady = ("learning_rate", "epoch", "num_tokens", "skipped_updates")
+            extra = {name: step.metrics[name] for name in steady}
             evaluating = last or (config.eval_every and step.number % config.eval_every == 0)
-            if evaluating:
-                extra |= evaluate_all(r, state, sets, config, tokenizer)
-            if evaluating or step.number % config.log_every == 0:
-                r.log(state, extra, step.clock, ("loss", "accuracy", "margin", "grad_norm"))
+            with r.report(state, step):
+                if evaluating:
+                    extra |= evaluate_all(r, state, sets, config, tokenizer)
+                if evaluating or step.number % config.log_every == 0:
+                    r.log(state, extra, step.clock, ("loss", "accuracy", "margin", "grad_norm"))
             if last or step.number % config.save_every == 0:
                 r.save(state)
         if r.stopped:

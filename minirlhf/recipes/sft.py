@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import fsio, optim, pretrained, streams
+from minirlhf import fsio, interrupt, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
 from minirlhf.data import Text, load_texts
@@ -63,6 +64,9 @@ class SFTConfig:
     weight_decay: float = setting(0.0, "AdamW's decay of matrices", at_least=0)
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float | None = setting(1.0, "gradient norm to clip at; none: off", above=0)
+    skip_nonfinite: int = setting(
+        0, "updates in a row that may be skipped where numbers are not finite", at_least=0
+    )
     lora_rank: int = setting(0, "train adapters of this rank; 0: all weights", at_least=0)
     lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
     max_length: int = setting(1024, "tokens of the longest row", at_least=2)
@@ -131,6 +135,27 @@ def total_steps(config: SFTConfig, texts: int) -> int:
     return config.steps or ceil(round(exact, 6))  # 1.1 * 10 is 11.000000000000002
 
 
+def accumulate(lm: CausalLM, batch: list[Text], config: SFTConfig, where: str) -> dict[str, float]:
+    """Gradient of the mean loss over the targets of the whole batch, in micro-batches.
+
+    Returns:
+        loss and entropy, nats a target; grad_norm, before clipping.
+    """
+    lengths, counts = count_tokens(batch)
+    sums, count = {"loss": 0.0, "entropy": 0.0}, int(counts.sum())  # no cut changes the count
+    for part in optim.cut_by_tokens(lengths, len(batch), config.micro_batch_tokens):
+        here = [batch[i] for i in part.tolist()]
+        stats = target_stats(lm, collate_texts(here))
+        loss = -stats.logprobs.sum() / count
+        value = float(loss.detach())
+        optim.check_finite(f"{where} ({', '.join(t.where for t in here[:8])})", {"loss": value})
+        loss.backward()
+        interrupt.check()
+        sums["loss"] += value
+        sums["entropy"] += float(stats.entropy.detach().sum()) / count
+    return sums | {"grad_norm": optim.clip_gradients(lm, config.max_grad_norm, where)}
+
+
 def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Step]:
     """Trains state.model, a CausalLM; yields after each optimizer step.
 
@@ -159,30 +184,20 @@ def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Ste
             state.step, steps, config.learning_rate, config.warmup_steps, config.schedule
         )
         optim.set_learning_rate(state.optimizer, rate)
-        state.optimizer.zero_grad()
-        where, sums = f"step {state.step + 1}", {"loss": 0.0, "entropy": 0.0}
-        count = int(counts[rows].sum())  # of the whole step: no cut into micro-batches changes it
-        for part in optim.cut_by_tokens(lengths[rows], len(rows), config.micro_batch_tokens):
-            here = [texts[i] for i in rows[part].tolist()]
-            stats = target_stats(lm, collate_texts(here))
-            loss = -stats.logprobs.sum() / count
-            value = float(loss.detach())
-            named = f"{where} ({', '.join(t.where for t in here[:8])})"
-            optim.check_finite(named, {"loss": value})
-            loss.backward()
-            sums["loss"] += value
-            sums["entropy"] += float(stats.entropy.detach().sum()) / count
-        grad_norm = optim.clip_gradients(lm, config.max_grad_norm, where)
-        state.optimizer.step()
+        batch, where = [texts[i] for i in rows.tolist()], f"step {state.step + 1}"
+        metrics = optim.update_or_skip(
+            state.optimizer, partial(accumulate, lm, batch, config, where),
+            state.counters, config.skip_nonfinite,
+        )  # fmt: skip
         state.step += 1
         state.samples += len(rows)
         state.count("num_tokens", int(lengths[rows].sum()))
-        state.meters.update(sums, count)
-        state.meters.update({"grad_norm": grad_norm})
-        metrics = sums | {
-            "grad_norm": grad_norm, "learning_rate": rate, "epoch": state.step / per_epoch,
-            "num_tokens": state.counters["num_tokens"],
-        }  # fmt: skip
+        if metrics is not None:
+            tokens = {name: metrics[name] for name in ("loss", "entropy")}
+            state.meters.update(tokens, int(counts[rows].sum()))
+            state.meters.update({"grad_norm": metrics["grad_norm"]})
+        metrics = (metrics or {}) | {"learning_rate": rate, "epoch": state.step / per_epoch}
+        metrics |= {name: state.counters.get(name, 0) for name in ("num_tokens", "skipped_updates")}
         yield Step(state.step, metrics, {"step_time": time.perf_counter() - started}, [])
 
 
@@ -195,6 +210,7 @@ def evaluate(lm: CausalLM, texts: list[Text], micro_batch_tokens: int = 4096) ->
     lengths, counts = count_tokens(texts)
     sums = torch.zeros(2, dtype=torch.float64)
     for part in optim.cut_by_tokens(lengths, len(texts), micro_batch_tokens):
+        interrupt.check()
         stats = target_stats(lm, collate_texts([texts[i] for i in part.tolist()]))
         sums += torch.stack((-stats.logprobs.sum(), stats.entropy.sum())).cpu()
     loss, entropy = sums / counts.sum()
@@ -341,12 +357,14 @@ def main(argv: list[str] | None = None) -> int:
         r.restore(state)
         for step in r.bar(sft(state, texts, config), state, steps):
             last = step.number == steps
-            extra = {k: step.metrics[k] for k in ("learning_rate", "epoch", "num_tokens")}
+            steady = ("learning_rate", "epoch", "num_tokens", "skipped_updates")
+            extra = {name: step.metrics[name] for name in steady}
             evaluating = last or (config.eval_every and step.number % config.eval_every == 0)
-            if evaluating:
-                extra |= evaluate_all(r, state, sets, config)
-            if evaluating or step.number % config.log_every == 0:
-                r.log(state, extra, step.clock, ("loss", "entropy", "grad_norm"))
+            with r.report(state, step):
+                if evaluating:
+                    extra |= evaluate_all(r, state, sets, config)
+                if evaluating or step.number % config.log_every == 0:
+                    r.log(state, extra, step.clock, ("loss", "entropy", "grad_norm"))
             if last or step.number % config.save_every == 0:
                 r.save(state)
         if r.stopped:

@@ -1,0 +1,73 @@
+"""Exit codes, and one line for each."""
+
+import errno
+
+import pytest
+import torch
+
+from minirlhf.errors import (
+    BAD_INPUT,
+    INTERRUPTED,
+    MACHINE,
+    NON_FINITE,
+    OK,
+    NonFinite,
+    UserError,
+    printable,
+    run,
+)
+
+
+def raising(error: BaseException):
+    def program():
+        raise error
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("a:1", "got b", "use c"), BAD_INPUT, "error: a:1: got b: use c"),
+        (UserError("a", "x\n\x1b[31my"), BAD_INPUT, r"error: a: x\n\x1b[31my"),
+        (NonFinite("step 1: loss", "is nan"), NON_FINITE, "error: step 1: loss: is nan"),
+        (OSError(errno.ENOSPC, "No space left on device", "f"), MACHINE,
+         "error: f: No space left on device"),
+        (OSError("odd"), MACHINE, "error: the operating system: odd"),
+        (KeyboardInterrupt(), INTERRUPTED, "error: interrupted"),
+        (MemoryError(), MACHINE, "error: out of memory: no memory is left: lower micro_batch_tokens"
+         ", micro_batch_size or rollout_batch_size; go on with --resume"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nto"),
+         MACHINE, "error: out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory:"
+         " you tried: lower micro_batch_tokens, micro_batch_size or rollout_batch_size; go on with "
+         "--resume"),
+        (torch.OutOfMemoryError("CUDA out of memory"), MACHINE, "error: out of memory: CUDA out of "
+         "memory: lower micro_batch_tokens, micro_batch_size or rollout_batch_size; go on with "
+         "--resume"),
+    ],
+)  # fmt: skip
+def test_run_turns_an_error_into_one_line_and_its_code(error, code, line, capsys):
+    assert run(raising(error)) == code
+    assert capsys.readouterr() == ("", line + "\n")
+
+
+def test_run_is_told_of_a_memory_that_is_really_out(capsys):
+    assert run(lambda: torch.empty(1 << 60)) == MACHINE
+    assert capsys.readouterr().err.startswith("error: out of memory: ")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("x"), KeyError("k")])
+def test_run_hides_no_fault_of_ours(error):
+    with pytest.raises(type(error)):
+        run(raising(error))
+
+
+def test_run_gives_a_programs_own_code():
+    assert run(lambda: None) == OK == run(lambda: 0)
+    assert run(lambda: 7) == 7
+
+
+def test_printable_is_one_short_line():
+    assert printable("a\tb\u202e\x00") == "a\\tb\\u202e\\x00"
+    assert printable("é😀") == "é😀"
+    assert printable("x" * 300, 10) == "xxxxxxxxx…"

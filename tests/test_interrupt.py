@@ -1,0 +1,379 @@
+"""A signal ends a run where all that has begun can be dropped, and never inside an update."""
+
+import copy
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from test_ppo import (
+    PROMPTS,
+    Letters,
+    config_of,
+    letter_d,
+    parameters,
+    state_of,
+    tiny_lm,
+    tiny_policy,
+)
+from torch import nan
+
+from minirlhf import generation, interrupt, optim
+from minirlhf.checkpoint import TrainState
+from minirlhf.data import Pair, Text
+from minirlhf.errors import STOPPED, NonFinite, Stopped, run
+from minirlhf.generation import Sampling, generate
+from minirlhf.heads import RewardModel
+from minirlhf.meters import Step
+from minirlhf.recipes import ppo as ppo_recipe
+from minirlhf.recipes import reward as reward_recipe
+from minirlhf.recipes import sft as sft_recipe
+from minirlhf.rewards import Completions, function_reward, model_reward
+from minirlhf.run import Run
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# ---- the flag ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_check_raises_once_a_signal_has_come(number, capfd):
+    before = signal.getsignal(number)
+    with interrupt.listening():
+        interrupt.check()
+        assert not interrupt.requested()
+        os.kill(os.getpid(), number)
+        assert interrupt.requested()
+        with pytest.raises(Stopped):
+            interrupt.check()
+    assert not interrupt.requested()
+    assert signal.getsignal(number) is before
+    assert "once more to leave at once" in capfd.readouterr().err
+
+
+def test_listening_forgets_an_earlier_signal(capfd):
+    with interrupt.listening():
+        stop()
+    with interrupt.listening():
+        interrupt.check()
+
+
+def test_outside_is_left_where_it_stands(capfd):
+    with interrupt.listening(), pytest.raises(Stopped), interrupt.outside():
+        stop()
+        raise AssertionError("went on")
+
+
+def test_outside_is_not_entered_after_a_signal(capfd):
+    with interrupt.listening():
+        stop()
+        with pytest.raises(Stopped), interrupt.outside():
+            raise AssertionError("went in")
+
+
+def test_a_signal_after_outside_waits_for_the_next_look(capfd):
+    with interrupt.listening():
+        with interrupt.outside():
+            pass
+        stop()
+        assert interrupt.requested()
+
+
+def test_no_except_exception_swallows_a_stop(capfd):
+    with interrupt.listening(), pytest.raises(Stopped):
+        try:
+            with interrupt.outside():
+                stop()
+        except Exception:
+            raise AssertionError("swallowed") from None
+
+
+def test_run_turns_a_stop_into_its_exit_code():
+    def program():
+        raise Stopped
+
+    assert run(program) == STOPPED == 75
+
+
+# ---- where it is looked at -----------------------------------------------------------------------
+
+TEXTS = [Text([1, 2, 3], 0, f"a:{i}", {}) for i in range(4)]
+PAIRS = [Pair([1], [2], [3], 0.0, f"a:{i}", {}) for i in range(4)]
+
+
+def completions() -> Completions:
+    return Completions(["a"], [[1]], ["b"], [[2]], ["length"], {})
+
+
+def scorer() -> RewardModel:
+    return RewardModel(tiny_lm())
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: generate(tiny_lm(), [[1]], Sampling(3), [], torch.tensor([7])),
+        lambda: model_reward(scorer(), Letters(), 64)(completions()),
+        lambda: function_reward(lambda completions: [1.0], "f")(completions()),
+        lambda: reward_recipe.evaluate(scorer(), PAIRS),
+        lambda: sft_recipe.evaluate(tiny_lm(), TEXTS),
+    ],
+    ids=["sampling", "reward model", "reward function", "reward evaluation", "sft evaluation"],
+)
+def test_work_ends_at_a_signal(work, capfd):
+    work()
+    with interrupt.listening():
+        stop()
+        with pytest.raises(Stopped):
+            work()
+
+
+def test_sampling_ends_between_two_tokens(monkeypatch, capfd):
+    drawn = []
+
+    def draw(law, keys, t):
+        drawn.append(int(t[0]))
+        if len(drawn) == 2:
+            stop()
+        return torch.zeros(len(keys), dtype=torch.int64)
+
+    monkeypatch.setattr(generation, "draw", draw)
+    with interrupt.listening(), pytest.raises(Stopped):
+        generate(tiny_lm(), [[1]], Sampling(9), [], torch.tensor([7]))
+    assert drawn == [0, 1]
+
+
+def test_a_reward_function_that_sleeps_is_left_at_once(capfd):
+    def sleeper(completions):
+        stop()
+        time.sleep(60)
+
+    with interrupt.listening(), pytest.raises(Stopped):
+        function_reward(sleeper, "sleeper")(completions())
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward"])
+def test_a_signal_before_the_update_drops_the_step(recipe, capfd, monkeypatch):
+    if recipe == "sft":
+        model, rows, module = tiny_lm(), TEXTS, sft_recipe
+        config = sft_recipe.SFTConfig(batch_size=4, micro_batch_tokens=3)
+        steps, name = sft_recipe.sft, "target_stats"
+    else:
+        model, rows, module = scorer(), PAIRS, reward_recipe
+        config = reward_recipe.RewardConfig(batch_size=4, micro_batch_tokens=4)
+        steps, name = reward_recipe.reward, "pair_scores"
+    state = TrainState(model, optim.make_optimizer(model, 0.1))
+    before, passes, real = parameters(model), [], getattr(module, name)
+    fresh = copy.deepcopy(model)
+
+    def counted(*arguments):
+        passes.append(1)
+        if len(passes) == 2:
+            stop()
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, counted)
+    with interrupt.listening(), pytest.raises(Stopped):
+        next(steps(state, rows, config))
+    assert len(passes) == 2  # of four micro-batches
+    assert torch.equal(parameters(model), before)
+    assert (state.step, state.samples, state.counters) == (0, 0, {})
+    assert state.meters.as_dict() == {}
+    # The pass that was dropped left no gradient that could leak into the next one.
+    fresh = TrainState(fresh, optim.make_optimizer(fresh, 0.1))
+    monkeypatch.undo()
+    assert next(steps(state, rows, config)).metrics == next(steps(fresh, rows, config)).metrics
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+def test_ppo_drops_the_rollout_before_its_first_update_and_finishes_after_it(
+    at, monkeypatch, capfd
+):
+    """Two micro-batches are measured, then two epochs of two updates follow; the signal comes in
+    the `at`-th pass: 1 and 2 measure, 3 is before the first update, 4 after it."""
+    config = config_of(epochs=2, mini_batches=2, micro_batch_size=2, batch_size=4, steps=2)
+    state, passes, real = state_of(tiny_policy(), config), [], ppo_recipe.policy_pass
+    before = parameters(state.model)
+
+    def counted(*arguments):
+        passes.append(1)
+        if len(passes) == at:
+            stop()
+        return real(*arguments)
+
+    monkeypatch.setattr(ppo_recipe, "policy_pass", counted)
+    loop = ppo_recipe.ppo(state, PROMPTS, letter_d, tiny_lm(), Letters(), config)
+    with interrupt.listening():
+        if at == 4:
+            assert next(loop).number == 1
+            assert len(passes) == 2 + 4
+            with pytest.raises(Stopped):  # the next one does not begin
+                next(loop)
+            assert len(passes) == 6
+            assert state.step == 1 and not torch.equal(parameters(state.model), before)
+        else:
+            with pytest.raises(Stopped):
+                next(loop)
+            assert at <= len(passes) <= 3
+            assert (state.step, state.samples, state.counters) == (0, 0, {})
+            assert torch.equal(parameters(state.model), before)
+
+
+# ---- the report of a step ------------------------------------------------------------------------
+
+
+def toy_run(out, resume=False) -> Run:
+    return Run(str(out), "toy", {}, resume)
+
+
+def toy_state() -> TrainState:
+    model = torch.nn.Linear(2, 1)
+    return TrainState(model, optim.make_optimizer(model, 0.1))
+
+
+def trained(state: TrainState, total: int):
+    while state.step < total:
+        state.step += 1
+        state.meters.update({"loss": state.step / 8})
+        yield Step(state.step, {"loss": state.step / 8}, {"step_time": 0.5}, [{"a": state.step}])
+
+
+def report(r: Run, state: TrainState, step: Step, signal_at: int | None = None) -> None:
+    with r.report(state, step):
+        r.write_samples(state, step.samples)
+        r.log(state, {"twice": 2 * step.metrics["loss"]}, step.clock, ("loss",))
+        if step.number == signal_at:
+            stop()
+        interrupt.check()
+        r.write_samples(state, [{"end": step.number}])
+    r.save(state)
+
+
+def logs(out) -> tuple[list, str]:
+    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) | {"clock": 0} for line in lines], (out / "samples.jsonl").read_text(
+        "utf-8"
+    )
+
+
+def test_a_report_that_a_signal_cuts_short_is_written_by_the_resumed_run(tmp_path, capfd):
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    state = toy_state()
+    with toy_run(whole) as r:
+        r.restore(state)
+        for step in r.bar(trained(state, 3), state, 3):
+            report(r, state, step)
+    state = toy_state()
+    with toy_run(out) as r:
+        r.restore(state)
+        for step in r.bar(trained(state, 3), state, 3):
+            report(r, state, step, signal_at=2)
+        assert r.stopped and state.step == 2
+        # nothing of step 2 is left in the logs, and the open window has its number again
+        assert [line["step"] for line in logs(out)[0]] == [1]
+        assert logs(out)[1] == '{"a": 1}\n{"end": 1}\n'
+        assert state.meters.as_dict() == {"loss": [0.25, 0.25, 1]}
+        assert state.unreported == {
+            "number": 2, "metrics": {"loss": 0.25}, "clock": {"step_time": 0.5},
+            "samples": [{"a": 2}],
+        }  # fmt: skip
+    state = toy_state()
+    with toy_run(out, resume=True) as r:
+        r.restore(state)
+        assert state.step == 2
+        numbers = []
+        for step in r.bar(trained(state, 3), state, 3):
+            numbers.append(step.number)
+            report(r, state, step)
+    assert numbers == [2, 3] and state.unreported is None
+    assert logs(out) == logs(whole)
+
+
+def test_the_last_report_too_is_written_by_the_resumed_run(tmp_path, capfd):
+    state = toy_state()
+    with toy_run(tmp_path) as r:
+        r.restore(state)
+        for step in r.bar(trained(state, 1), state, 1):
+            report(r, state, step, signal_at=1)
+    capfd.readouterr()
+    state = toy_state()
+    with toy_run(tmp_path, resume=True) as r:
+        r.restore(state)
+        assert [step.number for step in r.bar(trained(state, 1), state, 1)] == [1]
+    assert "no steps left" not in capfd.readouterr().out
+
+
+# ---- updates that are skipped --------------------------------------------------------------------
+
+
+def test_update_or_skip_counts_up_to_its_patience():
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer, counters = torch.optim.SGD([weight], lr=0.5), {}
+
+    def good():
+        weight.sum().backward()  # gradient 1: a step of -0.5
+        return "seen"
+
+    def bad():
+        (weight * nan).sum().backward()
+        raise NonFinite("here", "is nan")
+
+    assert optim.update_or_skip(optimizer, bad, counters, 2) is None
+    assert optim.update_or_skip(optimizer, bad, counters, 2) is None
+    assert counters == {"skipped_updates": 2, "skipped_in_a_row": 2}
+    assert weight.item() == 1.0 and weight.grad is None
+    assert optim.update_or_skip(optimizer, good, counters, 2) == "seen"
+    assert counters == {"skipped_updates": 2}
+    assert weight.item() == 0.5
+    for _ in range(2):
+        optim.update_or_skip(optimizer, bad, counters, 2)
+    with pytest.raises(NonFinite, match="here: is nan"):
+        optim.update_or_skip(optimizer, bad, counters, 2)
+    assert counters == {"skipped_updates": 4, "skipped_in_a_row": 2}
+    assert weight.item() == 0.5
+
+
+def test_update_or_skip_starts_from_no_gradient():
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    weight.grad = torch.tensor([100.0])  # of a pass that was dropped
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    optim.update_or_skip(optimizer, lambda: weight.sum().backward(), {}, 0)
+    assert weight.item() == 0.5
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward"])
+def test_a_step_without_finite_numbers_is_skipped_and_told(recipe, monkeypatch):
+    if recipe == "sft":
+        model, rows, module, name = tiny_lm(), TEXTS, sft_recipe, "target_stats"
+        config = sft_recipe.SFTConfig(batch_size=2, epochs=1.0, skip_nonfinite=1)
+        steps = sft_recipe.sft
+    else:
+        model, rows, module, name = scorer(), PAIRS, reward_recipe, "pair_loss"
+        config = reward_recipe.RewardConfig(batch_size=2, epochs=1.0, skip_nonfinite=1)
+        steps = reward_recipe.reward
+    state, real, calls = TrainState(model, optim.make_optimizer(model, 0.1)), None, []
+    real = getattr(module, name)
+
+    def poisoned(*arguments):
+        calls.append(1)
+        out = real(*arguments)
+        if len(calls) > 1:
+            return out
+        return out * nan if recipe == "reward" else out._replace(logprobs=out.logprobs * nan)
+
+    monkeypatch.setattr(module, name, poisoned)
+    before = parameters(model)
+    loop = steps(state, rows, config)
+    first = next(loop)
+    assert torch.equal(parameters(model), before)
+    assert first.metrics["skipped_updates"] == 1 and "loss" not in first.metrics
+    assert state.meters.as_dict() == {} and state.samples == 2
+    second = next(loop)
+    assert second.metrics["skipped_updates"] == 1 and "loss" in second.metrics
+    assert not torch.equal(parameters(model), before)
+    assert next(loop, None) is None
