@@ -2,25 +2,37 @@
 
     checkpoints/step-00000040/  model.safetensors  optimizer.safetensors  state.json  manifest.json
 
-The manifest is written last and holds size and sha256 of each file; a commit counts only if it
-verifies.
+The manifest is written last and holds size and sha256 of each file, and a seal, the sha256 of its
+own text; a commit counts only if all of it verifies. The newest commit is the highest step that
+does: there is no pointer that could point elsewhere.
 """
 
+import hashlib
+import os
 import re
+import stat
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minirlhf import fsio
-from minirlhf.errors import UserError
+from minirlhf.errors import UserError, printable
 from minirlhf.meters import Meters
-from minirlhf.rows import read_json
+from minirlhf.rows import read_json, read_text, strict_json
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, MOMENTS, NUMBERS = FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+MANIFEST = "manifest.json"
+MANIFEST_CAP = 1 << 20  # bytes; ours has about a thousand
+_NAME = re.compile(rf"({re.escape(fsio.ASIDE)})?step-([0-9]{{8,}})")
+
+# Manifests of commits that this process wrote or has read to the end. Pruning counts whole commits
+# and would otherwise read all of them at every save; resuming always reads.
+_known_whole: set[str] = set()
 
 
 @dataclass
@@ -60,29 +72,34 @@ def _moments(state: TrainState) -> dict[str, Tensor]:
     out = {}
     for parameter, values in state.optimizer.state.items():
         for key, value in values.items():
-            name = f"{names[id(parameter)]}.{key}"
-            out[name] = torch.as_tensor(value).detach().cpu().contiguous()
+            out[f"{names[id(parameter)]}.{key}"] = torch.as_tensor(value)
     return out
 
 
-def _restore_moments(state: TrainState, saved: dict[str, Tensor], where: Path) -> None:
+def _check_moments(state: TrainState, saved: dict[str, Tensor], where: Path) -> None:
+    names = dict(state.model.named_parameters())
+    trained = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    for name in (full.rpartition(".")[0] for full in saved):
+        if name not in names or id(names[name]) not in trained:
+            raise UserError(where, f"holds moments of '{name}', which is not trained here",
+                            "build model and optimizer as in the run that saved it")  # fmt: skip
+
+
+def _restore_moments(state: TrainState, saved: dict[str, Tensor]) -> None:
     names = dict(state.model.named_parameters())
     on_device = {
         id(p): bool(group.get("fused") or group.get("capturable"))
         for group in state.optimizer.param_groups
         for p in group["params"]
     }
-    split = {full: full.rsplit(".", 1) for full in saved}
-    if lost := [n for n, _ in split.values() if n not in names or id(names[n]) not in on_device]:
-        raise UserError(where, f"holds moments of '{lost[0]}', which is not trained here",
-                        "build model and optimizer as in the run that saved it")  # fmt: skip
     state.optimizer.state.clear()
-    for full, (name, key) in split.items():
+    for full, value in saved.items():
+        name, _, key = full.rpartition(".")
         parameter = names[name]
         # torch keeps the step count on the CPU, except for its fused and capturable kernels
         here = key != "step" or on_device[id(parameter)]
         device = parameter.device if here else "cpu"
-        state.optimizer.state[parameter][key] = saved[full].to(device, copy=True)
+        state.optimizer.state[parameter][key] = value.to(device, copy=True)
 
 
 def environment(model: nn.Module) -> dict[str, object]:
@@ -92,16 +109,24 @@ def environment(model: nn.Module) -> dict[str, object]:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": name}
 
 
+# ------------------------------------------------------------------------------------------- save
+
+
 def save_checkpoint(state: TrainState, folder: str | Path, keep: int = 2) -> Path:
     """Commits the state as folder/step-NNNNNNNN; returns the commit's folder.
 
-    Of older commits only the newest stay, `keep` in all. One of the same step is replaced. Later
-    ones that are damaged are removed: the run was resumed before them.
+    A commit of the same step, whole or not, is replaced and not reused: the state of a step may
+    differ from what was saved of it, by a log line that was written since. Until the new one
+    stands, the old one can be loaded, from the name under which it is put aside.
+
+    Then, of older commits, all that are before the newest `keep` whole ones are removed, the new
+    one counted; and later ones, which are damaged: the run was resumed before them.
 
     Raises:
         UserError: whole commits of later steps are here, too little space, or a number is not
             finite; what was there before stays.
-        OSError: the disk failed; what was there before stays.
+        OSError: the disk failed; what was there before stays. Where it failed in removing what is
+            no longer needed, which the error then names, the new one stands too.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}: at least the new commit must stay, 2 are safe")
@@ -112,66 +137,134 @@ def save_checkpoint(state: TrainState, folder: str | Path, keep: int = 2) -> Pat
     if whole := [c for c in later if verify(c) is None]:
         raise UserError(whole[0], f"is later than step {state.step}, which is to be saved",
                         "save into another folder, or remove it")  # fmt: skip
-    weights = {n: t.detach().cpu().contiguous() for n, t in state.model.state_dict().items()}
-    moments = _moments(state)
+    weights, moments = state.model.state_dict(), _moments(state)
     fsio.check_space(folder, sum(t.nbytes for t in (*weights.values(), *moments.values())))
     final = folder / f"step-{state.step:08d}"
     temporary = folder / f"{fsio.TEMPORARY}{final.name}"
-    fsio.make_folder(temporary)
     try:
-        fsio.write_tensors(temporary / WEIGHTS, weights)
-        fsio.write_tensors(temporary / MOMENTS, moments)
-        fsio.write_json(temporary / NUMBERS, _numbers(state))
+        fsio.make_folder(temporary)
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": fsio.sha256(path)}
-            for path in (temporary / name for name in FILES)
+            WEIGHTS: fsio.write_tensors(temporary / WEIGHTS, weights),
+            MOMENTS: fsio.write_tensors(temporary / MOMENTS, moments),
+            NUMBERS: fsio.write_json(temporary / NUMBERS, _numbers(state)),
         }
-        manifest = {"format": FORMAT, "step": state.step, "files": files}
-        manifest["environment"] = environment(state.model)
-        fsio.write_json(temporary / "manifest.json", manifest)
+        manifest = {
+            "format": FORMAT,
+            "step": state.step,
+            "files": {name: written._asdict() for name, written in files.items()},
+            "environment": environment(state.model),
+        }
+        text = _sealed(fsio.json_text(manifest).removesuffix("\n}\n"))
+        fsio.write_text(temporary / MANIFEST, text)
         fsio.commit_folder(temporary, final)
-    except (OSError, UserError):
-        fsio.sweep(folder)  # half a checkpoint on a full disk would keep it full
+    except BaseException:
+        fsio.discard(temporary)  # half a checkpoint on a full disk would keep it full
         raise
-    older = [c for c in commits(folder) if c not in later]
-    for commit in later + older[:-keep]:
-        fsio.remove_folder(commit)
+    _known_whole.add(text)
+    _prune(folder, later, keep)
     return final
 
 
+def _prune(folder: Path, later: list[Path], keep: int) -> None:
+    found = 0
+    for commit in reversed([c for c in commits(folder) if c not in later]):
+        if found == keep:
+            fsio.remove_folder(commit)
+        else:
+            found += _is_whole(commit)
+    for commit in later:
+        fsio.remove_folder(commit)
+
+
+# ----------------------------------------------------------------------------------------- commits
+
+
 def _step(commit: Path) -> int:
-    return int(commit.name.removeprefix("step-"))
+    return int(_NAME.fullmatch(commit.name)[2])
 
 
 def commits(folder: str | Path) -> list[Path]:
-    """Commits of a folder, oldest first; not yet verified."""
-    found = [p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
-    return sorted(found, key=_step)
+    """Commits of a folder, oldest first; not yet verified.
+
+    One that was put aside for another of the same step, in a save that died, comes before that.
+    """
+    found = [p for p in Path(folder).glob("*step-*") if _NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda p: (_step(p), not p.name.startswith(fsio.ASIDE)))
+
+
+def _sealed(body: str) -> str:
+    """A manifest's text: its body, and the sha256 of that. No bit of it can change unseen."""
+    return f'{body},\n  "seal": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+
+
+class _Damage(Exception):
+    """What is wrong with a commit; the text begins with the file's name."""
+
+
+def _manifest(commit: Path) -> tuple[dict[str, dict], str]:
+    """(size and sha256 of each file, whole text), once all is as a save writes and sizes agree.
+
+    Raises:
+        _Damage, UserError, OSError: they are not, or cannot be read.
+    """
+    text = read_text(commit / MANIFEST, MANIFEST_CAP)
+    manifest = strict_json(text, MANIFEST)
+    if not isinstance(manifest, dict):
+        raise _Damage(f"{MANIFEST} is no JSON object")
+    if manifest.get("format") != FORMAT:
+        found = printable(manifest.get("format"), 40)
+        raise _Damage(f"{MANIFEST} is of format {found}, this version reads {FORMAT}")
+    if text != _sealed(text.rpartition(",\n")[0]):
+        raise _Damage(f"{MANIFEST} does not match its seal")
+    if manifest.keys() != {"format", "step", "files", "environment", "seal"}:
+        raise _Damage(f"{MANIFEST} does not have the keys of a manifest")
+    ours = _NAME.fullmatch(commit.name)  # a copy may be called anything else
+    if ours and manifest["step"] != int(ours[2]):
+        raise _Damage(f"{MANIFEST} is of step {printable(manifest['step'], 40)}")
+    files = manifest["files"]
+    if not isinstance(files, dict) or files.keys() != set(FILES):
+        raise _Damage(f"{MANIFEST} does not list the files of a commit")
+    if not isinstance(manifest["environment"], dict):
+        raise _Damage(f"{MANIFEST} does not describe the environment")
+    for name, expected in files.items():
+        if not isinstance(expected, dict) or expected.keys() != set(fsio.Written._fields):
+            raise _Damage(f"{MANIFEST} does not describe {name}")
+        try:
+            found = os.lstat(commit / name)
+        except FileNotFoundError:
+            raise _Damage(f"{name} is missing") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise _Damage(f"{name} is not a regular file")
+        if found.st_size != expected["bytes"]:
+            size = printable(expected["bytes"], 40)
+            raise _Damage(f"{name} has {found.st_size} bytes, not {size}")
+    return files, text
 
 
 def verify(commit: Path) -> str | None:
-    """What is wrong with a commit, in a few words; None where every byte is as written."""
+    """What is wrong with a commit, in one line; None where every byte is as written."""
     try:
-        manifest = read_json(commit / "manifest.json")
-        if manifest["format"] != FORMAT:
-            return f"is of format {manifest['format']}, this version reads {FORMAT}"
-        if manifest["step"] != _step(commit):
-            return f"manifest.json is of step {manifest['step']}"
-        if manifest["files"].keys() != set(FILES):
-            return "manifest.json does not list every file"
-        for name, expected in manifest["files"].items():
-            path = commit / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-            if fsio.sha256(path) != expected["sha256"]:
+        files, text = _manifest(commit)
+        found = fsio.sha256_each([commit / name for name in files])
+        for (name, expected), digest in zip(files.items(), found, strict=True):
+            if digest != expected["sha256"]:
                 return f"{name} does not match its sha256"
+    except _Damage as damage:
+        return str(damage)
     except UserError as error:
-        return f"manifest.json: {error.what}"
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        return f"cannot be read ({type(error).__name__}: {error})"
+        return f"{MANIFEST}: {error.what}"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
+    _known_whole.add(text)
     return None
+
+
+def _is_whole(commit: Path) -> bool:
+    """As `verify`, without reading again the files of a commit that is known to be whole."""
+    try:
+        return _manifest(commit)[1] in _known_whole or verify(commit) is None
+    except (_Damage, UserError, OSError):
+        return False
 
 
 def newest_commit(folder: str | Path) -> tuple[Path | None, list[str]]:
@@ -192,6 +285,9 @@ def newest_commit(folder: str | Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+# ------------------------------------------------------------------------------------------- load
+
+
 def load_checkpoint(state: TrainState, commit: str | Path) -> None:
     """Puts a commit into a state whose model and optimizer are already built alike, in place.
 
@@ -202,17 +298,23 @@ def load_checkpoint(state: TrainState, commit: str | Path) -> None:
     problem = verify(commit)
     if problem is not None:
         raise UserError(commit, problem, "use another checkpoint")
-    weights, wanted = load_file(commit / WEIGHTS), state.model.state_dict()
+    try:
+        weights, moments = load_file(commit / WEIGHTS), load_file(commit / MOMENTS)
+    except SafetensorError as error:
+        raise UserError(commit, f"cannot be read ({error})", "use another checkpoint") from error
+    wanted = state.model.state_dict()
     kinds = [{n: (t.shape, t.dtype) for n, t in of.items()} for of in (weights, wanted)]
     if kinds[0] != kinds[1]:
         raise UserError(
             commit, "holds the weights of another model", "resume with the same --model"
         )
-    numbers = read_json(commit / NUMBERS)
-    if numbers.keys() != _numbers(state).keys():
-        other = ", ".join(sorted(numbers.keys() ^ _numbers(state).keys()))
+    _check_moments(state, moments, commit)
+    numbers, known = read_json(commit / NUMBERS), _numbers(state).keys()
+    found = numbers.keys() if isinstance(numbers, dict) else set()
+    if found != known:
+        other = ", ".join(sorted(found ^ known))
         raise UserError(commit / NUMBERS, f"was saved by another version ({other})", "use that one")
-    _restore_moments(state, load_file(commit / MOMENTS), commit)
+    _restore_moments(state, moments)
     state.model.load_state_dict(weights)
     state.meters.load(numbers.pop("meters"))
     for name, value in numbers.items():

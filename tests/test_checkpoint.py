@@ -2,17 +2,20 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import random
 import re
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from minirlhf import fsio
+from minirlhf import checkpoint, fsio
 from minirlhf.checkpoint import (
     TrainState,
     commits,
@@ -131,7 +134,7 @@ def test_the_restored_moments_are_no_window_into_the_file(saved):
 
 OTHER_VALUES = {
     "step": 7, "samples": 8, "kl_coef": 0.1 + 0.2, "best": 1 / 3, "counters": {"a": 9},
-    "log_bytes": {"metrics.jsonl": 10},
+    "log_bytes": {"metrics.jsonl": 10}, "unreported": {"number": 7, "metrics": {"loss": 0.1}},
 }  # fmt: skip
 
 
@@ -162,6 +165,12 @@ def test_a_field_of_a_wider_state_is_saved_by_its_name(tmp_path):
     assert fresh.reward_mean == 0.7
     with pytest.raises(UserError, match=r"was saved by another version \(reward_mean\)"):
         load_checkpoint(make_state(), commit)
+    (commit / "state.json").write_bytes(b"[]")
+    edit_files({"state.json": {"bytes": 2, "sha256": hashlib.sha256(b"[]").hexdigest()}})(commit)
+    before = contents(fresh)
+    with pytest.raises(UserError, match=r"was saved by another version \(best, counters, kl_coef"):
+        load_checkpoint(fresh, commit)
+    assert contents(fresh) == before
 
 
 # ---- commits -------------------------------------------------------------------------------------
@@ -199,6 +208,56 @@ def test_save_sweeps_what_dead_saves_left(saved):
     train(state)
     save_checkpoint(state, folder)
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_commit_that_was_put_aside_is_still_one(saved):
+    """A save of the same step died between its two renames."""
+    state, folder = saved
+    (folder / "step-00000003").rename(folder / ".old-step-00000003")
+    assert newest_commit(folder) == (folder / ".old-step-00000003", [])
+    load_checkpoint(other := make_state(1), folder / ".old-step-00000003")
+    assert contents(other) == contents(state)
+    train(state)
+    save_checkpoint(state, folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_commit_goes_before_the_one_that_it_replaces(saved):
+    _, folder = saved
+    shutil.copytree(folder / "step-00000003", folder / ".old-step-00000003")
+    names = ["step-00000002", ".old-step-00000003", "step-00000003"]
+    assert [c.name for c in commits(folder)][1:] == names
+    assert newest_commit(folder)[0].name == "step-00000003"
+
+
+def test_save_counts_only_whole_commits_as_kept(saved, monkeypatch):
+    state, folder = saved
+    monkeypatch.setattr(checkpoint, "_known_whole", set())  # as in another process
+    flip(folder / "step-00000003" / "model.safetensors")
+    train(state)
+    save_checkpoint(state, folder, keep=2)
+    left = ["step-00000002", "step-00000003", "step-00000004"]
+    assert [c.name for c in commits(folder)] == left
+    train(state)
+    save_checkpoint(state, folder, keep=2)
+    assert [c.name for c in commits(folder)] == ["step-00000004", "step-00000005"]
+
+
+def test_save_counts_only_commits_with_all_their_bytes(saved):
+    state, folder = saved
+    os.truncate(folder / "step-00000003" / "model.safetensors", 8)
+    train(state)
+    save_checkpoint(state, folder, keep=2)
+    assert len(commits(folder)) == 3  # 2 and 4 are whole
+
+
+def test_save_does_not_read_what_it_wrote(saved, monkeypatch):
+    state, folder = saved
+    read = []
+    monkeypatch.setattr(fsio, "sha256", read.append)
+    train(state)
+    save_checkpoint(state, folder, keep=2)
+    assert read == [] and len(commits(folder)) == 2
 
 
 def test_save_before_a_damaged_commit_removes_that_and_keeps_the_good_ones(saved):
@@ -241,7 +300,9 @@ def snapshot(folder) -> dict:
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("operation", ["write_tensors", "write_json", "sha256", "commit_folder"])
+@pytest.mark.parametrize(
+    "operation", ["write_tensors", "write_json", "write_text", "commit_folder"]
+)
 def test_a_failed_save_leaves_what_was_there(saved, monkeypatch, operation):
     state, folder = saved
     before = snapshot(folder)
@@ -286,11 +347,25 @@ def test_save_refuses_a_number_that_is_not_finite(saved):
 # ---- damage --------------------------------------------------------------------------------------
 
 
+def sealed(manifest: object) -> str:
+    """A manifest as someone who knows the format would forge it."""
+    body = json.dumps(manifest, indent=2, ensure_ascii=False).removesuffix("\n}")
+    return f'{body},\n  "seal": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+
+
 def edit_manifest(commit, edit) -> None:
     path = commit / "manifest.json"
     manifest = json.loads(path.read_text("utf-8"))
+    del manifest["seal"]
     edit(manifest)
-    path.write_text(json.dumps(manifest), encoding="utf-8")
+    path.write_text(sealed(manifest), encoding="utf-8")
+
+
+def test_a_manifest_is_json_with_a_seal_over_all_before_it(saved):
+    path = saved[1] / "step-00000003" / "manifest.json"
+    text = path.read_text("utf-8")
+    edit_manifest(path.parent, lambda manifest: None)
+    assert path.read_text("utf-8") == text
 
 
 def flip(path) -> None:
@@ -312,49 +387,173 @@ DAMAGES = {
     ),
     "folder": (
         lambda c: ((c / "state.json").unlink(), (c / "state.json").mkdir()),
-        "state.json is missing",
+        "state.json is not a regular file",
+    ),
+    "link": (
+        lambda c: ((c / "state.json").rename(c / "x"), (c / "state.json").symlink_to(c / "x")),
+        "state.json is not a regular file",
+    ),
+    "pipe": (
+        lambda c: ((c / "state.json").unlink(), os.mkfifo(c / "state.json")),
+        "state.json is not a regular file",
     ),
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json: no such file"),
     "half a manifest": (
         lambda c: os.truncate(c / "manifest.json", 50),
         "manifest.json: not valid JSON",
     ),
-    "list": (
-        lambda c: (c / "manifest.json").write_text("[1]", encoding="utf-8"),
-        "cannot be read .TypeError",
+    "a manifest that lacks its last byte": (
+        lambda c: os.truncate(c / "manifest.json", (c / "manifest.json").stat().st_size - 1),
+        "manifest.json does not match its seal",
     ),
-    "no step": (lambda c: edit_manifest(c, lambda m: m.pop("step")), "cannot be read .KeyError"),
-    "other step": (
-        lambda c: edit_manifest(c, lambda m: m.update(step=4)),
-        "manifest.json is of step 4",
-    ),
-    "other format": (
-        lambda c: edit_manifest(c, lambda m: m.update(format=2)),
-        "is of format 2, this version reads 1",
-    ),
-    "unlisted": (
-        lambda c: edit_manifest(c, lambda m: m["files"].pop("state.json")),
-        "manifest.json does not list every file",
-    ),
-    "no sizes": (
-        lambda c: edit_manifest(c, lambda m: m["files"].update({"state.json": 3})),
-        "cannot be read .TypeError",
+    "a manifest written otherwise": (
+        lambda c: (c / "manifest.json").write_text(
+            json.dumps(json.loads((c / "manifest.json").read_text("utf-8"))), encoding="utf-8"
+        ),
+        "manifest.json does not match its seal",
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_passed_over_and_never_loaded(saved, damage):
+def text(content: str):
+    return lambda c: (c / "manifest.json").write_text(content, encoding="utf-8")
+
+
+def edit(**changes: object):
+    return lambda c: edit_manifest(c, lambda m: m.update(changes))
+
+
+def edit_files(changes: dict):
+    return lambda c: edit_manifest(c, lambda m: m["files"].update(changes))
+
+
+SEAL_OF = {"bytes": 1, "sha256": "0" * 64}
+HOSTILE = {
+    "a list": (text("[1]"), "manifest.json is no JSON object"),
+    "a list in lists": (text("[" * 100_000), "manifest.json: nested deeper than 64 levels"),
+    "deep": (text('{"a":' * 65 + "1" + "}" * 65), "manifest.json: nested deeper than 64 levels"),
+    "digits": (text(f'{{"format": {"9" * 5000}}}'), "manifest.json: an integer of thousands of"),
+    "nan": (text('{"format": NaN}'), "manifest.json: NaN is not JSON"),
+    "twice": (text('{"format": 2, "format": 2}'), "manifest.json: key 'format' stands twice"),
+    "large": (text(" " * (1 << 21)), "manifest.json: larger than 1,048,576 bytes"),
+    "not text": (
+        lambda c: (c / "manifest.json").write_bytes(b'{"format": "\xff"}'),
+        "manifest.json: not UTF-8 at byte 12",
+    ),
+    "pipe": (
+        lambda c: ((c / "manifest.json").unlink(), os.mkfifo(c / "manifest.json")),
+        "manifest.json: not a regular file",
+    ),
+    "later format": (edit(format=3), "manifest.json is of format 3, this version reads 2"),
+    "a later format that seals otherwise": (
+        text('{"format": 3}'), "manifest.json is of format 3, this version reads 2",
+    ),
+    "first format": (text('{"format": 1}'), "manifest.json is of format 1, this version reads 2"),
+    "no format": (text("{}"), "manifest.json is of format None, this version reads 2"),
+    "format for a terminal": (
+        edit(format="\x1b[31m\n" * 30),
+        r"manifest.json is of format (\\x1b\[31m\\n)+\S*…, this version reads 2",
+    ),
+    "no seal": (text('{"format": 2}'), "manifest.json does not match its seal"),
+    "no step": (
+        lambda c: edit_manifest(c, lambda m: m.pop("step")),
+        "manifest.json does not have the keys of a manifest",
+    ),
+    "another key": (edit(more=1), "manifest.json does not have the keys of a manifest"),
+    "other step": (edit(step=4), "manifest.json is of step 4"),
+    "step as text": (edit(step="3\n"), r"manifest.json is of step 3\\n"),
+    "an environment of another kind": (
+        edit(environment=["torch"]), "manifest.json does not describe the environment",
+    ),
+    "unlisted": (
+        lambda c: edit_manifest(c, lambda m: m["files"].pop("state.json")),
+        "manifest.json does not list the files of a commit",
+    ),
+    "a list of files": (edit(files=FILES), "manifest.json does not list the files of a commit"),
+    "a path": (edit_files({"../../x": SEAL_OF}), "manifest.json does not list the files"),
+    "an absolute path": (edit_files({"/etc/x": SEAL_OF}), "manifest.json does not list the files"),
+    "dots": (edit_files({"..": SEAL_OF}), "manifest.json does not list the files of a commit"),
+    "no sizes": (edit_files({"state.json": 3}), "manifest.json does not describe state.json"),
+    "more of a file": (
+        edit_files({"state.json": SEAL_OF | {"x": 1}}),
+        "manifest.json does not describe state.json",
+    ),
+    "a huge size": (
+        edit_files({"state.json": SEAL_OF | {"bytes": 10**4000}}),
+        r"state.json has \d+ bytes, not 10{38}…$",
+    ),
+    "a size of another kind": (
+        edit_files({"state.json": SEAL_OF | {"bytes": {"a": [1]}}}),
+        r"state.json has \d+ bytes, not \{'a': \[1\]\}",
+    ),
+    "a hash of another kind": (
+        lambda c: edit_manifest(c, lambda m: m["files"]["state.json"].update(sha256=[1])),
+        "state.json does not match its sha256",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("do, told", (DAMAGES | HOSTILE).values(), ids=DAMAGES | HOSTILE)
+def test_damage_is_named_passed_over_and_never_loaded(saved, do, told):
     state, folder = saved
-    do, told = DAMAGES[damage]
     commit = folder / "step-00000003"
     assert verify(commit) is None
     do(commit)
     problem = verify(commit)
     assert re.match(told, problem), problem
+    assert problem.isprintable() and len(problem) < 200  # one line
     assert newest_commit(folder) == (folder / "step-00000002", [f"step-00000003: {problem}"])
     before = contents(state)
-    with pytest.raises(UserError, match=f"step-00000003: {told}"):
+    with pytest.raises(UserError, match=f"step-00000003: {told}".removesuffix("$")):
+        load_checkpoint(state, commit)
+    assert contents(state) == before
+
+
+def test_every_flipped_bit_and_every_cut_is_found_and_named(saved):
+    """1,000 bits and 200 lengths, spread over the files by size, and 50 of each at least."""
+    commit = saved[1] / "step-00000003"
+    rng = random.Random(0)
+    whole = {name: (commit / name).read_bytes() for name in FILES}
+    bits, cuts = Counter(FILES * 50), Counter(FILES * 50)
+    bits.update(rng.choices(FILES, [len(whole[name]) for name in FILES], k=800))
+    assert bits.total() == 1000 and cuts.total() == 200
+    for name, data in whole.items():
+        damaged = [data[: rng.randrange(len(data))] for _ in range(cuts[name])]
+        for _ in range(bits[name]):
+            flipped = bytearray(data)
+            flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            damaged.append(bytes(flipped))
+        for content in damaged:
+            (commit / name).write_bytes(content)
+            assert re.match(rf"{name}\b", verify(commit) or "whole"), content
+        (commit / name).write_bytes(data)
+    assert verify(commit) is None
+
+
+def test_a_file_that_cannot_be_read_is_named(saved, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    told = "model.safetensors cannot be read (Input/output error)"
+    assert verify(saved[1] / "step-00000003") == told
+
+
+def test_a_copy_of_a_commit_may_be_called_anything(saved, tmp_path):
+    state, folder = saved
+    copy = shutil.copytree(folder / "step-00000003", tmp_path / "x")
+    load_checkpoint(other := make_state(1), copy)
+    assert contents(other) == contents(state)
+
+
+def test_load_refuses_tensors_that_are_none(saved):
+    """Whole by its manifest, but not what a save writes."""
+    state, folder = saved
+    commit, before = folder / "step-00000003", contents(state)
+    (commit / "model.safetensors").write_bytes(b"\xff" * 100)
+    digest = hashlib.sha256(b"\xff" * 100).hexdigest()
+    edit_files({"model.safetensors": {"bytes": 100, "sha256": digest}})(commit)
+    with pytest.raises(UserError, match=r"step-00000003: cannot be read \(.*header.*\): use an"):
         load_checkpoint(state, commit)
     assert contents(state) == before
 

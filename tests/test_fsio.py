@@ -1,12 +1,15 @@
 """What a save does to the disk: in which order, and what is left where it fails."""
 
 import errno
+import hashlib
 import json
 import os
+import threading
 
+import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from minirlhf import fsio
 from minirlhf.errors import MACHINE, NON_FINITE, UserError
@@ -72,25 +75,114 @@ def test_write_json_refuses_what_json_cannot_hold(tmp_path, bad):
     assert not (tmp_path / "a").exists()
 
 
-def test_write_tensors_round_trip(tmp_path, operations):
-    tensors = {"a": torch.tensor([1.5, -0.0]), "b": torch.tensor(3)}
-    fsio.write_tensors(tmp_path / "t", tensors)
+def every_type() -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    out = {}
+    for dtype, name in fsio.DTYPES.items():
+        numbers = torch.randn(3, 5, generator=rng) * 3
+        out[f"a.{name}"] = numbers.abs().to(dtype)
+    return out
+
+
+TENSORS = {
+    "every type": every_type(),
+    "names of other letters": {"ü": torch.ones(1), "b": torch.ones(2), "\u4e2d": torch.ones(3)},
+    "no dimension, no element": {"a": torch.tensor(3.5), "b": torch.zeros(0, 4)},
+    "none": {},
+    "in another order": {"a": torch.arange(12.0).reshape(3, 4).T, "b": torch.arange(9)[::2]},
+    "trained": {"a": torch.ones(2, requires_grad=True)},
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_write_tensors_writes_the_bytes_of_safetensors_itself(tmp_path, operations, case):
+    written = fsio.write_tensors(tmp_path / "t", TENSORS[case])
     assert operations == [("fsync", "t")]
+    plain = {name: tensor.detach().contiguous() for name, tensor in TENSORS[case].items()}
+    data = (tmp_path / "t").read_bytes()
+    assert data == save(plain, {"format": "pt"})
+    assert written == (len(data), hashlib.sha256(data).hexdigest())
     read = load_file(tmp_path / "t")
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert read.keys() == plain.keys()
+    assert all(torch.equal(read[name], plain[name]) for name in plain)
 
 
-def test_write_tensors_into_no_folder_is_the_machine_s_fault(tmp_path):
-    with pytest.raises(UserError, match=r"t: cannot be written .*: disk full") as error:
+@pytest.mark.parametrize("small", [0, 16, 17, 1000])  # all in the thread; some; header not; none
+def test_write_tensors_in_many_pieces_and_short_writes(tmp_path, monkeypatch, small):
+    tensors = {"a": torch.arange(100), "b": torch.arange(7.0)}
+    fsio.write_tensors(tmp_path / "whole", tensors)
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[:5]))
+    monkeypatch.setattr(fsio, "PIECE", 16)
+    monkeypatch.setattr(fsio, "BEHIND", 1)
+    monkeypatch.setattr(fsio, "SMALL", small)
+    written = fsio.write_tensors(tmp_path / "pieces", tensors)
+    data = (tmp_path / "pieces").read_bytes()
+    assert data == (tmp_path / "whole").read_bytes()
+    assert written == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_write_tensors_writes_from_where_the_tensors_lie(tmp_path, monkeypatch):
+    """A second copy of all weights would be what a full machine has no room for."""
+    tensors = {"a": torch.arange(64), "b": torch.ones(8, 8)}
+    real, from_memory = os.write, []
+
+    def spy(handle, data):
+        from_memory.append(numpy.frombuffer(data, "u1").ctypes.data)
+        return real(handle, data)
+
+    monkeypatch.setattr(os, "write", spy)
+    fsio.write_tensors(tmp_path / "t", tensors)
+    assert from_memory[1:] == [tensors["a"].data_ptr(), tensors["b"].data_ptr()]  # [0]: the header
+
+
+def test_write_tensors_hashes_beside_the_writing(tmp_path, monkeypatch):
+    hashing = set()
+
+    class Spy:
+        def update(self, data):
+            hashing.add(threading.current_thread())
+
+        def hexdigest(self):
+            return "its"
+
+    monkeypatch.setattr(fsio.hashlib, "sha256", Spy)
+    monkeypatch.setattr(fsio, "SMALL", 0)
+    written = fsio.write_tensors(tmp_path / "t", {"a": torch.ones(1)})
+    assert written.sha256 == "its"
+    assert len(hashing) == 1 and threading.current_thread() not in hashing
+    assert threading.active_count() == 1  # none is left behind, for one who forks next
+
+
+def test_write_tensors_refuses_a_type_that_safetensors_has_not(tmp_path):
+    with pytest.raises(ValueError, match=r"'a' is torch\.complex64, which safetensors cannot hold"):
+        fsio.write_tensors(tmp_path / "t", {"a": torch.ones(1, dtype=torch.complex64)})
+    assert not (tmp_path / "t").exists()
+
+
+def test_write_tensors_into_no_folder_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/none/t'"):
         fsio.write_tensors(tmp_path / "none" / "t", {"a": torch.ones(1)})
-    assert error.value.code == MACHINE
 
 
 def test_sha256_of_a_known_text(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")  # the example of FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert fsio.sha256(tmp_path / "a") == expected
+
+
+@pytest.mark.parametrize("small", [6, 7])
+def test_sha256_each_reads_side_by_side_what_is_not_small(tmp_path, monkeypatch, small):
+    paths = [tmp_path / name for name in ("a", "b")]
+    for path in paths:
+        path.write_bytes(b"abc")
+    threads, real = set(), fsio.sha256
+    monkeypatch.setattr(fsio, "SMALL", small)
+    monkeypatch.setattr(
+        fsio, "sha256", lambda path: (threads.add(threading.current_thread()), real(path))[1]
+    )
+    assert fsio.sha256_each(paths) == [hashlib.sha256(b"abc").hexdigest()] * 2
+    assert (threading.current_thread() in threads) == (small == 7)
 
 
 def full_disk(*_):
@@ -101,6 +193,15 @@ def test_a_failed_fsync_names_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match=r"No space left on device: '.*/a'"):
         fsio.write_text(tmp_path / "a", "x")
+
+
+@pytest.mark.parametrize("read", [fsio.sha256, fsio.fsync])
+def test_a_failed_read_names_the_file(tmp_path, monkeypatch, read):
+    (tmp_path / "a").write_bytes(b"x")
+    monkeypatch.setattr(hashlib, "file_digest", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a'"):
+        read(tmp_path / "a")
 
 
 def test_check_space(tmp_path, monkeypatch):
@@ -125,12 +226,27 @@ def test_replace_file_syncs_before_and_after(tmp_path, operations):
 # ---- folders -------------------------------------------------------------------------------------
 
 
-def test_make_folder_syncs_each_name_it_adds(tmp_path, operations):
+def test_make_folder_syncs_each_name_before_the_next(tmp_path, operations):
+    """The lowest folder that is there may be of a process that died before its sync."""
     fsio.make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
-    assert sorted(operations) == sorted([("fsync", tmp_path.name), ("fsync", "a")])
+    above = tmp_path.parent.name
+    assert operations == [("fsync", above), ("fsync", tmp_path.name), ("fsync", "a")]
+    del operations[:]
     fsio.make_folder(tmp_path / "a" / "b")
-    assert len(operations) == 2
+    assert operations == [("fsync", "a")]
+
+
+def test_make_folder_leaves_alone_what_it_cannot_have_made(tmp_path, operations, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    fsio.make_folder(tmp_path)
+    assert operations == []
+
+
+def test_make_folder_does_not_replace_a_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"x")
+    with pytest.raises(FileExistsError, match=r"File exists: '.*/a'"):
+        fsio.make_folder(tmp_path / "a")
 
 
 def test_commit_folder_is_one_rename_between_two_syncs(tmp_path, operations):
@@ -142,22 +258,63 @@ def test_commit_folder_is_one_rename_between_two_syncs(tmp_path, operations):
 
 def test_commit_folder_puts_an_old_one_aside_and_removes_it_last(tmp_path, operations):
     folder_with(tmp_path / "x", a="old", b="only in the old")
-    folder_with(tmp_path / ".trash-x", c="of an earlier crash")
+    folder_with(tmp_path / ".trash-.old-x", c="of an earlier crash")
     fsio.commit_folder(folder_with(tmp_path / ".tmp-x", a="new"), tmp_path / "x")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["a"]
     assert operations == [
-        ("fsync", ".tmp-x"), ("rename", "x -> .trash-x"), ("rename", ".tmp-x -> x"),
-        ("fsync", tmp_path.name),
+        ("fsync", ".tmp-x"), ("rename", "x -> .old-x"), ("fsync", tmp_path.name),
+        ("rename", ".tmp-x -> x"), ("fsync", tmp_path.name),
+        ("rename", ".old-x -> .trash-.old-x"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("standing", [{"x": "newer", ".old-x": "old"}, {".old-x": "old"}])
+def test_commit_folder_ends_a_replacement_that_was_cut_short(tmp_path, standing):
+    for name, text in standing.items():
+        folder_with(tmp_path / name, a=text)
+    fsio.commit_folder(folder_with(tmp_path / ".tmp-x", a="new"), tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x" / "a").read_text("utf-8") == "new"
+
+
+def test_commit_folder_that_fails_gives_the_old_one_its_name_back(tmp_path, monkeypatch):
+    folder_with(tmp_path / "x", a="old")
+    real = os.rename
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: full_disk() if a.name == ".tmp-x" else real(a, b)
+    )
+    with pytest.raises(OSError, match="No space left"):
+        fsio.commit_folder(folder_with(tmp_path / ".tmp-x", a="new"), tmp_path / "x")
+    assert (tmp_path / "x" / "a").read_text("utf-8") == "old"
+    assert not (tmp_path / ".old-x").exists()
 
 
 def test_remove_folder_takes_the_name_away_first(tmp_path, monkeypatch):
     folder_with(tmp_path / "x", a="1")
-    monkeypatch.setattr(fsio.shutil, "rmtree", full_disk)
+    monkeypatch.setattr(os, "unlink", full_disk)
     with pytest.raises(OSError, match="No space left"):
         fsio.remove_folder(tmp_path / "x")
     assert [p.name for p in tmp_path.iterdir()] == [".trash-x"]
+
+
+def test_remove_folder_removes_a_link_and_not_what_it_points_to(tmp_path):
+    folder_with(tmp_path / "x", a="1")
+    folder_with(tmp_path / "elsewhere", b="2")
+    (tmp_path / "x" / "link").symlink_to(tmp_path / "elsewhere")
+    fsio.remove_folder(tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["elsewhere"]
+    assert (tmp_path / "elsewhere" / "b").exists()
+
+
+def test_discard_removes_what_it_can_and_never_raises(tmp_path, monkeypatch):
+    fsio.discard(tmp_path / "none")
+    fsio.discard(folder_with(tmp_path / "x", a="1"))
+    assert not list(tmp_path.iterdir())
+    folder_with(tmp_path / "y", a="1")
+    monkeypatch.setattr(os, "unlink", full_disk)
+    fsio.discard(tmp_path / "y")
+    assert (tmp_path / "y" / "a").exists()
 
 
 def test_sweep_removes_leftovers_and_nothing_else(tmp_path):
@@ -167,6 +324,19 @@ def test_sweep_removes_leftovers_and_nothing_else(tmp_path):
     fsio.sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "c"]
     fsio.sweep(tmp_path / "none")
+
+
+def test_sweep_ends_replacements(tmp_path, operations):
+    """One that nothing took the place of gets its name back; else what is new is synced first."""
+    for name in (".old-a", ".old-b", "b"):
+        folder_with(tmp_path / name, text=name)
+    fsio.sweep(tmp_path)
+    found = {p.name: (p / "text").read_text("utf-8") for p in tmp_path.iterdir()}
+    assert found == {"a": ".old-a", "b": "b"}
+    assert operations == [
+        ("rename", ".old-a -> a"), ("fsync", tmp_path.name),
+        ("rename", ".old-b -> .trash-.old-b"),
+    ]  # fmt: skip
 
 
 # ---- logs ----------------------------------------------------------------------------------------
@@ -184,10 +354,11 @@ def test_append_line_to_a_full_disk_names_the_file():
         fsio.append_line(fsio.Path("/dev/full"), "x")
 
 
-def test_truncate_cuts_back(tmp_path):
+def test_truncate_cuts_back(tmp_path, operations):
     path = tmp_path / "log"
     path.write_bytes(b"ab\ncd\nhalf a li")
     fsio.truncate(path, 6)
+    assert operations == [("fsync", "log"), ("fsync", tmp_path.name)]
     assert path.read_bytes() == b"ab\ncd\n"
     assert fsio.append_line(path, "e") == 8
 
