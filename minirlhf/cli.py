@@ -11,6 +11,8 @@ VERBS = {  # verb: (module with a main(argv) -> exit code, what it does)
     "sft": ("minirlhf.recipes.sft", "fine-tune a language model on demonstrations"),
     "reward": ("minirlhf.recipes.reward", "train a reward model on preference pairs"),
     "ppo": ("minirlhf.recipes.ppo", "align a policy with a reward by PPO"),
+    "check": ("minirlhf.tools.check", "look at data as a recipe will read it, before training"),
+    "plan": ("minirlhf.tools.plan", "count the memory of a run, without running it"),
     "sample": ("minirlhf.tools.sample", "write one continuation a prompt, as JSON lines"),
     "score": ("minirlhf.tools.score", "score texts or preference pairs with a reward model"),
     "demo": ("minirlhf.tools.demo", "train, align and measure a tiny model from nothing"),
@@ -45,5 +47,5 @@ def _dispatch(argv: list[str]) -> int:
         return importlib.import_module(module).main(argv[1:])
     else:
         advice = nearest(verb, (*VERBS, "--help", "--version"))
-        raise UserError(f"minirlhf {verb}", "no such verb", advice)
+        raise UserError(f"minirlhf {verb}", "no such verb", f"{advice}; verbs: {', '.join(VERBS)}")
     return OK

@@ -15,14 +15,12 @@ line, before any of them could cost a minute of training.
 import argparse
 import dataclasses
 import difflib
-import json
 import operator
 import re
 import sys
 import tomllib
 import types
 import typing
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from functools import partial
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minirlhf.errors import UserError, printable
+from minirlhf.rows import read_text, strict_json
 
 C = TypeVar("C")
 Problem = tuple[str, str]  # where (flag, file and key, or field), and what is wrong there
@@ -40,6 +39,9 @@ _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operato
 _WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no path and no UTF-8 file can hold these
 _SHOWN_PROBLEMS = 20
+_FILE_CAP = 1 << 20  # bytes; nobody writes a longer file of settings on purpose
+_NO_SECTIONS = "is a table: settings stand at the top of the file, in no section"
+_PLACES = ("FILE", "FOLDER", "DIR", "SOURCE")  # metavars of settings that name one
 
 
 def setting(
@@ -104,6 +106,8 @@ class _Setting:
         items = value if self.many else (value,)
         if isinstance(items, tuple) and all(map(self._accepts, items)):
             return None
+        if isinstance(value, dict):
+            return _NO_SECTIONS
         legal = self.legal()
         if self.type is int and type(value) is int and value.bit_length() > 63:
             legal = "a whole number of at most 63 bits"
@@ -161,6 +165,8 @@ def parse(config_class: type[C], argv: list[str] | None, prog: str, description:
     for name, item in settings.items():
         if name in values and (problem := item.problem(values[name])):
             problems.append((where[name], problem))
+        elif name in values and item.metavar in _PLACES and values[name] in ("", ("",)):
+            problems.append((where[name], f"got '', must be the name of a {item.metavar.lower()}"))
         elif name not in values and item.required:
             problems.append((item.flag, "required, but not given"))
     _refuse(problems)
@@ -198,8 +204,12 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """Advice for a word that is none of the names."""
-    return f"the nearest is {difflib.get_close_matches(word[:80], names, n=1, cutoff=0)[0]}"
+    """Advice for a word that is none of the names; "lr" is as near to learning_rate as can be."""
+    names = list(names)
+    short = re.sub(r"\W", "", word).lower()
+    initials = (n for n in names if short == "".join(part[:1] for part in re.findall(r"[a-z]+", n)))
+    found = next(initials, None) or difflib.get_close_matches(word[:80], names, n=1, cutoff=0)[0]
+    return f"the nearest is {found}"
 
 
 def _settings(config_class: type) -> dict[str, _Setting]:
@@ -242,6 +252,9 @@ def _read_flags(
                 problems.append((name, f"unknown flag: {nearest(name, flags)}"))
             elif action.dest in seen and action.nargs != "+":
                 problems.append((name, "given twice"))
+            elif equals and action.nargs == 0:
+                both = " or ".join(action.option_strings)
+                problems.append((name, f"got {_shown(value)}, takes no value: give {both}"))
             else:
                 seen.add(action.dest)
             words.append(name + equals + value)
@@ -251,13 +264,20 @@ def _read_flags(
             words.append(word)
     _refuse(problems)
     given, strays = parser.parse_known_args(words)
-    _refuse([(prog, f"unexpected argument {_shown(stray)}") for stray in strays])
+    _refuse([(prog, _stray(stray, flags)) for stray in strays])
     return vars(given)
+
+
+def _stray(word: str, flags: Iterable[str]) -> str:
+    """What is wrong with a word that belongs to no flag: often it began with another dash."""
+    advice = f": {nearest(word, flags)}" if word[:1] in ("-", "–", "—", "−") else ""
+    return f"unexpected argument {_shown(word)}{advice}"
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(self.prog, message)
+        flag, _, what = message.removeprefix("argument ").partition(": ")
+        raise UserError(flag, what.replace("argument", "value"))
 
 
 def _parser(
@@ -316,7 +336,9 @@ def _read_file(
     problems: list[Problem] = []
     for key, given in _load(path).items():
         name, place = key.replace("-", "_"), f"{path}: {key}"
-        if name not in settings:
+        if name not in settings and isinstance(given, dict):
+            problems.append((place, _NO_SECTIONS))
+        elif name not in settings:
             problems.append((place, f"unknown setting: {nearest(name, settings)}"))
         elif name in values:
             problems.append((place, "given twice"))
@@ -330,29 +352,23 @@ def _load(path: str) -> dict[str, Any]:
     kind = Path(path).suffix
     if kind not in (".toml", ".json"):
         raise UserError(path, "--config reads .toml and .json files only")
+    text = read_text(path, _FILE_CAP)
+    if kind == ".json":
+        table = strict_json(text, path)
+        if not isinstance(table, dict):
+            raise UserError(path, f"holds {_shown(table)}", "must be an object of settings")
+        return table
     try:
-        text = Path(path).read_text("utf-8-sig")
-        if kind == ".toml":
-            return tomllib.loads(text)
-        table = json.loads(text, object_pairs_hook=_once)
-    except OSError as error:
-        raise UserError(path, error.strerror or str(error)) from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not the format, nested too deeply
-        raise UserError(path, f"not a {kind[1:].upper()} file: {error}") from None
-    if not isinstance(table, dict):
-        raise UserError(path, f"holds {_shown(table)}", "must be an object of settings")
-    return table
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"key {_shown(key)} stands {count} times")
-    return dict(pairs)
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # not TOML, a huge integer, nested too deeply
+        raise UserError(path, f"not valid TOML: {error}") from None
 
 
 def _shown(value: object) -> str:
-    return "none" if value is None else printable(repr(value), 80)
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    value = list(value) if isinstance(value, tuple) else value
+    return printable(repr(value) if isinstance(value, str | list | dict) else value, 80)
 
 
 def _refuse(problems: list[Problem]) -> None:

@@ -208,9 +208,9 @@ def _load(
         length = len(prompt_ids) + max(map(len, responses), default=0)
         why = None
         if cut := max_length is not None and length > max_length:
-            what = f"{length} tokens, max_length is {max_length}"
             if overlong == "error":
-                raise UserError(row.where, what, "raise max_length or choose another overlong")
+                what = f"{length} tokens, max_length is {max_length}"
+                raise UserError(row.where, what, "shorten the row, or choose another overlong")
             prompt_ids, responses, why = _fit(prompt_ids, responses, max_length, overlong, lead)
         if why is None and len(responses) == 2 and responses[0] == responses[1]:
             why = "chosen equals rejected"

@@ -4,18 +4,20 @@ A row's parts are (prompt or None, response, ...): strings, lists of messages or
 Nothing here knows a tokenizer.
 """
 
+import json
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from minirlhf.errors import UserError, printable
-from minirlhf.rows import Row
+from minirlhf.rows import Row, kind_of
 
 Messages = list[dict]
 Part = str | Messages | list[int]
 
 ANSWER = "\n\nAssistant:"  # how Anthropic's HH transcripts (arXiv:2204.05862) begin an answer
 REMOVE = "remove the row or fill it in"
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which margins are trained with
 # (prompt or None, chosen, its mask, rejected, its mask): TRL's collator, TRL 1.x, LLaMA-Factory
 ID_PAIRS = (
     ("prompt_ids", "input_ids_chosen", "attention_mask_chosen",
@@ -57,8 +59,8 @@ class Format(NamedTuple):
 
 
 def _wrong(row: Row, key: str, legal: str) -> UserError:
-    got = f"is {type(row.columns[key]).__name__}" if key in row.columns else "is missing"
-    keys = ", ".join(printable(name, 40) for name in row.columns)
+    got = f"is {kind_of(row.columns[key])}" if key in row.columns else "is missing"
+    keys = ", ".join(printable(name, 40) for name in row.columns) or "none"
     return UserError(row.where, f"{key} {got}", f"{legal}; keys present: {keys}")
 
 
@@ -80,11 +82,11 @@ def _messages(row: Row, key: str) -> Messages:
     for number, message in enumerate(value):
         where = f"{key}[{number}]"
         if not isinstance(message, dict):
-            found = type(message).__name__
+            found = kind_of(message)
             raise UserError(row.where, f"{where} is {found}", "needs {role: ..., content: ...}")
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
-                got = type(message[name]).__name__ if name in message else "missing"
+                got = kind_of(message[name]) if name in message else "missing"
                 raise UserError(row.where, f"{where}: {name} is {got}", "needs a string")
     if not value[-1]["content"].strip():
         raise UserError(row.where, f"{key}: the last message is empty", REMOVE)
@@ -94,16 +96,23 @@ def _messages(row: Row, key: str) -> Messages:
 def _ids(row: Row, key: str, mask: str | None = None) -> list[int]:
     """Token ids, without those that stand under a 0 of the mask column, where there is one."""
     value = row.columns.get(key)
-    if not isinstance(value, list) or not all(type(id) is int and id >= 0 for id in value):
-        raise _wrong(row, key, "needs a list of token ids (integers from 0)")
+    if not isinstance(value, list):
+        raise _wrong(row, key, "needs a list of token ids")
+    for at, id in enumerate(value):
+        if type(id) is not int or id < 0:
+            what = f"{key}[{at}] is {printable(json.dumps(id), 40)}"
+            raise UserError(row.where, what, "a token id is an integer from 0")
     if mask in row.columns:
         kept = row.columns[mask]
-        if (
-            not isinstance(kept, list)
-            or len(kept) != len(value)
-            or not all(type(bit) in (int, bool) and bit in (0, 1) for bit in kept)
-        ):
-            raise _wrong(row, mask, f"needs a list of 0 and 1 as long as {key}")
+        if not isinstance(kept, list):
+            raise _wrong(row, mask, "needs a list of 0 and 1")
+        if len(kept) != len(value):
+            what = f"{mask} has {len(kept)} numbers, {key} has {len(value)}"
+            raise UserError(row.where, what, "they must be as many")
+        for at, bit in enumerate(kept):
+            if type(bit) not in (int, bool) or bit not in (0, 1):
+                what = f"{mask}[{at}] is {printable(json.dumps(bit), 40)}"
+                raise UserError(row.where, what, "needs 0 or 1")
         value = [id for id, bit in zip(value, kept, strict=True) if bit]
     if not value:
         raise UserError(row.where, f"{key} is empty", REMOVE)
@@ -114,7 +123,7 @@ def margin(row: Row) -> float | None:
     """The row's margin in reward units, None where it has none.
 
     Raises:
-        UserError: not a finite number. A table that is all text (CSV) may spell one.
+        UserError: not a finite float32. A table that is all text (CSV) may spell one.
     """
     value = row.columns.get("margin")
     if value is None or (value == "" and not row.typed):
@@ -125,7 +134,7 @@ def margin(row: Row) -> float | None:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         got = f"is {printable(repr(value), 40)}"
         raise UserError(row.where, f"margin {got}", "needs a finite number, or no margin")
     return number
@@ -142,9 +151,9 @@ def _kind(value: object) -> str:
 
 def _unknown(row: Row, legal: str) -> UserError:
     keys = ", ".join(
-        f"{printable(name, 40)} ({type(value).__name__})" for name, value in row.columns.items()
+        f"{printable(name, 40)} ({kind_of(value)})" for name, value in row.columns.items()
     )
-    do = f"legal: {legal}; other names need a mapping such as prompt=question"
+    do = f"legal: {legal}; rename the file's columns"
     return UserError(row.where, f"columns of no known format: {keys}", do)
 
 
@@ -263,8 +272,9 @@ def prompt_format(row: Row) -> Format:
 def _last_answer(row: Row) -> tuple[Messages, Messages]:
     turns = _messages(row, "messages")
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
-        do = "needs at least two, the last of them the assistant's"
-        raise UserError(row.where, f"messages: {len(turns)} turns without an answer at the end", do)
+        what = f"messages has {len(turns)} of them, the last one of role {turns[-1]['role']!r}"
+        do = "needs at least two, the last of role 'assistant'"
+        raise UserError(row.where, what, do)
     return turns[:-1], turns[-1:]
 
 
@@ -272,7 +282,8 @@ def _tokenised(row: Row) -> tuple[list[int] | None, list[int]]:
     ids = _ids(row, "input_ids", "attention_mask")
     length = row.columns.get("prompt_length", 0)
     if type(length) is not int or not 0 <= length < len(ids):
-        raise _wrong(row, "prompt_length", f"needs an integer from 0 to {len(ids) - 1}")
+        what = f"prompt_length is {printable(json.dumps(length), 40)}"
+        raise UserError(row.where, what, f"needs an integer from 0 to {len(ids) - 1}")
     return (ids[:length], ids[length:]) if length else (None, ids)
 
 

@@ -1,13 +1,14 @@
 """config.json <-> ModelConfig: which models run here, and which settings would change them.
 
 Keys that this code does not know are carried through unread; keys that it knows to change the
-computation in a way it does not implement are refused by name.
+computation in a way it does not implement are refused by name. Keys that name code for other tools
+to run are neither acted on nor carried on.
 """
 
 from pathlib import Path
 from typing import Any
 
-from minirlhf.errors import UserError
+from minirlhf.errors import UserError, printable
 from minirlhf.transformer import ModelConfig
 
 FAMILIES = {
@@ -43,6 +44,11 @@ ROPE_NEEDS = {
     "yarn": ("factor",),
 }
 
+# What makes other tools import code, from the folder or from the hub.
+CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation",
+             "_attn_implementation_internal", "_experts_implementation",
+             "_experts_implementation_internal")  # fmt: skip
+LARGEST = 1e30  # of a number; its inverse and its products with sizes are finite, too
 YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor")  # each may be absent
 
 
@@ -53,7 +59,7 @@ class _Reader:
         self.values, self.where = values, where
 
     def fail(self, key: str, got: Any, legal: str):
-        raise UserError(f"{self.where}: {key}", f"is {got!r}", legal)
+        raise UserError(f"{self.where}: {key}", f"is {printable(repr(got), 80)}", legal)
 
     def integer(self, key: str, default: int | None = None, most: int = 2**20) -> int:
         """The cap stops absurd sizes before they fill memory or overflow an element count."""
@@ -66,7 +72,7 @@ class _Reader:
     def number(self, key: str, default: float) -> float:
         got = self.values.get(key)
         got = default if got is None else got
-        if type(got) not in (int, float) or not 0 < got < 1e30:
+        if type(got) not in (int, float) or not 1 / LARGEST < got < LARGEST:
             self.fail(key, got, "must be a positive number")
         return float(got)
 
@@ -94,6 +100,8 @@ def _rope(read: _Reader, max_positions: int) -> tuple[float, dict | None]:
         read.fail(spelling, scaling, "must be one object, the same for all layers")
     inner = _Reader(scaling, f"{read.where}: {spelling}")
     theta = inner.number("rope_theta", read.number("rope_theta", 10000.0))
+    if theta <= 1:  # YaRN divides by its logarithm
+        (inner if "rope_theta" in scaling else read).fail("rope_theta", theta, "must be above 1")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in tuple(ROPE_NEEDS):
         inner.fail("rope_type", kind, f"supported: {', '.join(ROPE_NEEDS)}")
@@ -104,8 +112,9 @@ def _rope(read: _Reader, max_positions: int) -> tuple[float, dict | None]:
     for key in ROPE_NEEDS[kind]:
         if scaling.get(key) is None:
             inner.fail(key, None, f"rope_type {kind} needs it")
-    for key in ("factor", "low_freq_factor", "high_freq_factor", *YARN_NUMBERS):
-        inner.number(key, 1.0)
+    keys = ("factor", "low_freq_factor", "high_freq_factor", *YARN_NUMBERS)
+    numbers = {key: inner.number(key, 1.0) for key in keys}
+    numbers = {key: value for key, value in numbers.items() if scaling.get(key) is not None}
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         inner.fail("low_freq_factor", scaling["low_freq_factor"], "must be below high_freq_factor")
     for key in ("mscale", "mscale_all_dim"):
@@ -114,7 +123,8 @@ def _rope(read: _Reader, max_positions: int) -> tuple[float, dict | None]:
     if scaling.get("truncate") is False:
         inner.fail("truncate", False, "YaRN without truncate is not implemented")
     before = inner.integer("original_max_position_embeddings", max_positions, 2**31)
-    return theta, {**scaling, "rope_type": kind, "original_max_position_embeddings": before}
+    fixed = {"rope_type": kind, "original_max_position_embeddings": before}
+    return theta, scaling | numbers | fixed  # floats: torch takes no integer of 10^30
 
 
 def _sliding_window(read: _Reader, family: str) -> int | None:
@@ -145,6 +155,9 @@ def config_from_hf(values: dict, where: Path | str = "config.json") -> ModelConf
         if values.get(key, legal[0]) not in legal:
             shown = "null" if legal[0] is None else legal[0]
             read.fail(key, values[key], f"not implemented; supported: {shown}")
+    if "initializer_range" in values and values["initializer_range"] is None:
+        read.fail("initializer_range", None, "must be a positive number, or left out")
+    read.number("initializer_range", 0.02)
     vocab = read.integer("vocab_size", most=2**31)
     if family == "gpt2":
         hidden, heads = read.integer("n_embd"), read.integer("n_head")
@@ -196,7 +209,8 @@ def _check_heads(read: _Reader, hidden: int, heads: int, kv_heads: int, head_dim
 
 
 def config_to_hf(config: ModelConfig) -> dict:
-    """The config.json of a causal language model: the one it was read from."""
+    """The config.json of a causal language model: the one it was read from, less `CODE_KEYS`."""
     if config.source.get("model_type") != config.family:
         raise ValueError("a ModelConfig made by hand has no config.json: use config_from_hf")
-    return {**config.source, "architectures": [FAMILIES[config.family]]}
+    kept = {key: value for key, value in config.source.items() if key not in CODE_KEYS}
+    return {**kept, "architectures": [FAMILIES[config.family]]}

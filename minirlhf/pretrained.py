@@ -1,11 +1,15 @@
 """Hugging Face folders in and out: config.json, safetensors (single or sharded), scalar heads.
 
-Reading is strict both ways: a missing, extra or mis-shaped tensor is an error that names it.
+Reading is strict both ways: a missing, extra or mis-shaped tensor is an error that names it. A file
+counts for what it is, not for its name: a header is checked before the library allocates by it, a
+pickle is refused whatever it is called, and no link leads out of a model's folder.
 """
 
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minirlhf.errors import MACHINE, UserError
+from minirlhf.errors import MACHINE, UserError, printable
 from minirlhf.heads import RewardModel, ValueHeadModel
 from minirlhf.hf_config import config_from_hf, config_to_hf
 from minirlhf.lora import has_lora
@@ -23,6 +27,12 @@ from minirlhf.transformer import CausalLM, ModelConfig
 # Tensors that old checkpoints carry and no computation needs.
 HARMLESS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]  # neither pickles nor code
+JSON_CAP = 4 << 20  # bytes of config.json and of an index: each tensor takes about 100
+HEADER_CAP, TENSOR_CAP = 16 << 20, 200_000  # bytes and tensors of one safetensors header
+PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")  # torch's zip, or a bare one: whatever the name
+DATA_END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,20})')
+LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d{1,9})\.")
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be
 VALUE_HEAD = {"weight": "v_head.summary.weight", "bias": "v_head.summary.bias"}  # TRL's names
 
 
@@ -52,68 +62,124 @@ def resolve(name: str | os.PathLike) -> Path:
         ) from error
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file of a model's folder, which may be a link within that folder only.
+
+    A folder from elsewhere could else show files of this machine as its own, and have them copied
+    into whatever is exported. The hub's cache keeps files in blobs/, beside the folders of links.
+
+    Raises:
+        UserError: the name is a link that leads elsewhere.
+    """
+    home, path = folder.resolve(), folder / name
+    homes = (home, home.parent.parent / "blobs" if home.parent.name == "snapshots" else home)
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError):  # links in a circle; Python 3.13 leaves them to the reader
+        real = path / name
+    if real.parent not in homes:
+        raise UserError(path, "is a link to a file outside its folder", "copy the file to here")
+    return path
+
+
 def read_config(folder: Path) -> ModelConfig:
-    path = folder / "config.json"
+    path = inside(folder, "config.json")
     if not path.exists():
         raise UserError(folder, "has no config.json", "give a Hugging Face model folder")
-    return config_from_hf(read_json(path), path)
+    return config_from_hf(read_json(path, JSON_CAP), path)
 
 
 def tensor_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in the order of its index."""
-    single = folder / "model.safetensors"
-    if single.is_file():  # before an index: that one may be left over from an earlier save
+    single = inside(folder, "model.safetensors")
+    if single.exists():  # before an index: that one may be left over from an earlier save
         return [single]
-    index = folder / "model.safetensors.index.json"
+    index = inside(folder, "model.safetensors.index.json")
     if index.exists():
-        values = read_json(index)
+        values = read_json(index, JSON_CAP)
         shards = values.get("weight_map") if isinstance(values, dict) else None
-        if not isinstance(shards, dict):
+        if not isinstance(shards, dict) or not shards:
             raise UserError(index, "has no weight_map", "incomplete download?")
-        files = []
+        files: dict[str, Path] = {}
         for tensor, shard in shards.items():
-            if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", str(shard)):
-                raise UserError(index, f"'{tensor}' is in {shard!r}", "shards are plain file names")
-            if not (folder / shard).is_file():
-                raise UserError(index, f"'{tensor}' is in {shard}, which is missing", "download it")
-            files.append(folder / shard)
-        return list(dict.fromkeys(files))
+            if not isinstance(shard, str) or shard not in files:
+                files[shard] = _shard(index, tensor, shard)
+        return list(files.values())
     pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
     if pickles:
-        raise UserError(
-            folder / pickles[0], "pickle files are not read", "convert the model to safetensors"
-        )
+        raise _is_pickle(folder / pickles[0])
     raise UserError(folder, "has no model.safetensors", "incomplete download?")
+
+
+def _shard(index: Path, tensor: str, shard: object) -> Path:
+    what = f"'{printable(tensor, 80)}' is in"
+    if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", str(shard)):
+        shown = printable(repr(shard), 80)
+        raise UserError(index, f"{what} {shown}", "shards are plain file names")
+    path = inside(index.parent, shard)
+    if not path.is_file():
+        raise UserError(index, f"{what} {printable(shard, 80)}, which is missing", "download it")
+    return path
+
+
+def _is_pickle(path: Path) -> UserError:
+    return UserError(path, "pickle files are not read", "convert the model to safetensors")
+
+
+def _check_header(path: Path) -> None:
+    """Refuses what is not a whole safetensors file, before the library allocates by its header."""
+    if not path.is_file():
+        raise UserError(path, "not a regular file", "give a safetensors file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(9)
+        if start[8:] != b"{" and PICKLE.match(start):
+            raise _is_pickle(path)
+        length = int.from_bytes(start[:8], "little")
+        missing = 8 + length - size
+        if length > HEADER_CAP and missing <= 0:
+            legal = f"at most {HEADER_CAP:,} are read"
+            raise UserError(path, f"a safetensors header of {length:,} bytes", legal)
+        header = start[8:] + file.read(min(length, HEADER_CAP))
+    if header.count(b'"dtype"') > TENSOR_CAP:
+        raise UserError(path, f"a safetensors header of more than {TENSOR_CAP:,} tensors")
+    if missing <= 0:
+        missing += max(map(int, DATA_END.findall(header)), default=0)
+    if missing > 0 or size < 8:
+        what = f"not a whole safetensors file: {missing:,} bytes shorter than its header says"
+        raise UserError(path, what, "download again")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        what = f"not a whole safetensors file ({printable(error)})"
+        raise UserError(path, what, "download again") from error
 
 
 def read_tensors(files: list[Path]) -> dict[str, Tensor]:
     """All tensors of these files; a name that stands twice is an error."""
     tensors: dict[str, Tensor] = {}
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():
-                    if name in tensors:
-                        raise UserError(path, f"'{name}' stands in two shards", "bad export?")
-                    tensors[name] = opened.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(
-                path, f"not a whole safetensors file ({error})", "download again"
-            ) from error
+        with _opened(path) as opened:
+            for name in opened.keys():
+                if name in tensors:
+                    what = f"'{printable(name, 80)}' stands in two shards"
+                    raise UserError(path, what, "bad export?")
+                tensors[name] = opened.get_tensor(name)
     return {name: tensor for name, tensor in tensors.items() if not HARMLESS.search(name)}
 
 
 def has_tensor(files: list[Path], name: str) -> bool:
     """Whether one of these files holds a tensor, by their headers alone."""
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as opened:
-                if name in opened.keys():
-                    return True
-        except SafetensorError as error:
-            raise UserError(
-                path, f"not a whole safetensors file ({error})", "download again"
-            ) from error
+        with _opened(path) as opened:
+            if name in opened.keys():
+                return True
     return False
 
 
@@ -163,14 +229,45 @@ def to_gpt2(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor
     return {**out, **tensors}
 
 
-def _stored(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a folder under the names that transformers gives them today."""
+def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a folder under the names that transformers gives them today.
+
+    Raises:
+        UserError: a file that is not whole, or fewer layers than config.json asks for: building
+            those would take long before anyone could see that they are not there.
+    """
     tensors = read_tensors(tensor_files(folder))
-    if config.family != "gpt2":
-        return tensors
-    # The first GPT-2 files were saved from the bare trunk, without its name before each tensor.
-    named = ("transformer.", "lm_head.", "score.")
-    return {n if n.startswith(named) else f"transformer.{n}": t for n, t in tensors.items()}
+    if config.family == "gpt2":
+        # The first files were saved from the bare trunk, without its name before each tensor.
+        named = ("transformer.", "lm_head.", "score.")
+        tensors = {n if n.startswith(named) else f"transformer.{n}": t for n, t in tensors.items()}
+    layers = {match[1] for name in tensors if (match := LAYER.match(name))}
+    if 0 < len(layers) < config.num_layers:
+        what = f"holds {len(layers)} layers, config.json asks for {config.num_layers}"
+        raise UserError(folder, what, "incomplete download, or another model's config?")
+    return tensors
+
+
+def _check(module: CausalLM | RewardModel, tensors: dict[str, Tensor], where: Path) -> None:
+    """Names, shapes and dtypes must be those of a module built on the meta device."""
+    wanted = module.state_dict()
+    if module.config.family == "gpt2":
+        wanted = to_gpt2(module.config, wanted)  # the names a reader finds in files
+    shown = {n: f"'{printable(n, 80)}'" for n in (*wanted, *tensors)}
+    problems = [f"lacks {shown[n]}" for n in wanted if n not in tensors]
+    unknown = [n for n in tensors if n not in wanted]
+    problems += [f"has {shown[n]}, which this architecture lacks" for n in unknown]
+    problems += [
+        f"{shown[n]} is {tuple(tensors[n].shape)}, config.json asks for {tuple(wanted[n].shape)}"
+        for n in wanted
+        if n in tensors and tensors[n].shape != wanted[n].shape
+    ]
+    problems += [f"{shown[n]} is {t.dtype}" for n, t in tensors.items() if t.dtype not in STORED]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(
+            where, "; ".join(problems[:5]) + more, "incomplete download, or another model's config?"
+        )
 
 
 def _fill(
@@ -179,27 +276,13 @@ def _fill(
     where: Path,
     dtype: torch.dtype | None,
 ) -> None:
-    """Moves the tensors into a module built on the meta device; names and shapes must agree."""
-    gpt2 = module.config.family == "gpt2"
-    wanted = module.state_dict()
-    wanted = to_gpt2(module.config, wanted) if gpt2 else wanted  # the names a reader finds in files
-    problems = [f"lacks '{n}'" for n in wanted if n not in tensors]
-    problems += [f"has '{n}', which this architecture lacks" for n in tensors if n not in wanted]
-    problems += [
-        f"'{n}' is {tuple(tensors[n].shape)}, config.json asks for {tuple(wanted[n].shape)}"
-        for n in wanted
-        if n in tensors and tensors[n].shape != wanted[n].shape
-    ]
-    problems += [f"'{n}' is {t.dtype}" for n, t in tensors.items() if not t.is_floating_point()]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            where, "; ".join(problems[:5]) + more, "incomplete download, or another model's config?"
-        )
+    """Moves tensors that `_check` let pass into a module built on the meta device."""
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
     if dtype is None and len(kinds) > 1:
         raise UserError(where, f"mixes {' and '.join(kinds)}", "choose one dtype")
-    tensors = from_gpt2(module.config, tensors) if gpt2 else tensors
+    _check_memory(tensors, where, dtype)
+    if module.config.family == "gpt2":
+        tensors = from_gpt2(module.config, tensors)
     # Copied out of the mapped file: its addresses are unaligned, and the last bit of a matrix
     # product depends on alignment, so a model read from another file would differ by rounding.
     rows = torch.contiguous_format
@@ -209,6 +292,58 @@ def _fill(
     module.load_state_dict(as_asked, assign=True)
     for parameter in module.parameters():
         parameter.requires_grad_(True)
+
+
+def _check_memory(tensors: dict[str, Tensor], where: Path, dtype: torch.dtype | None) -> None:
+    """A file may claim more than it stores: its holes take no disk, but their copies memory."""
+    needed = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values())
+    held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > held:
+        what = f"weights of {needed:,} bytes, this machine has {held:,}"
+        raise UserError(where, what, "choose a smaller model, or --dtype bfloat16", MACHINE)
+
+
+def describe(folder: str | os.PathLike, reward: bool = False) -> CausalLM | RewardModel:
+    """The model of a folder without its weights, on the meta device; only headers are read.
+
+    Raises:
+        UserError: whatever `load_pretrained` or, with `reward`, `load_reward_model` would refuse
+            before it reads a weight.
+    """
+    module, _, _ = _described(resolve(folder), reward)
+    return module
+
+
+def _described(
+    folder: Path, reward: bool
+) -> tuple[CausalLM | RewardModel, dict[str, Tensor], Tensor | None]:
+    """(model on the meta device, its tensors, mapped, and an unembedding stored beside a tied one),
+    names and shapes being right."""
+    config = read_config(folder)
+    tensors, stored = stored_tensors(folder, config), None
+    score = tensors.get("score.weight")
+    if score is not None and not reward:
+        raise UserError(folder, "is a reward model, not a language model", "give it as --reward")
+    if score is None and reward:
+        raise UserError(
+            folder,
+            "has no 'score.weight': not a reward model",
+            "train one with `minirlhf reward`, or give a folder with a score head",
+        )
+    if reward and score.shape[:1] != (1,):
+        raise UserError(
+            folder,
+            f"'score.weight' is {tuple(score.shape)}",
+            "a reward model has one output: shape (1, hidden_size)",
+        )
+    with torch.device("meta"):
+        module: CausalLM | RewardModel = CausalLM(config)
+        if reward:
+            module = RewardModel(module, bool(config.source.get("read_before_eos", False)))
+    if config.tied_embeddings and not reward:
+        stored = tensors.pop("lm_head.weight", None)
+    _check(module, tensors, folder)
+    return module, tensors, stored
 
 
 def load_pretrained(
@@ -224,22 +359,17 @@ def load_pretrained(
         UserError: naming the file and the tensor or key that is wrong.
     """
     folder = resolve(folder)
-    config = read_config(folder)
-    tensors = _stored(folder, config)
-    if "score.weight" in tensors:
-        raise UserError(folder, "is a reward model, not a language model", "give it as --reward")
-    if config.tied_embeddings and "lm_head.weight" in tensors:
-        stored = tensors.pop("lm_head.weight")
-        gpt2 = config.family == "gpt2"
+    lm, tensors, stored = _described(folder, reward=False)
+    if stored is not None:
+        gpt2 = lm.config.family == "gpt2"
         embedding = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"
-        if not torch.equal(stored, tensors.get(embedding, stored)):
+        tied = tensors.get(embedding, stored)
+        if stored.dtype != tied.dtype or not torch.equal(stored, tied):
             raise UserError(
                 folder,
                 "'lm_head.weight' differs from the embedding it is tied to",
                 "set tie_word_embeddings to false in config.json",
             )
-    with torch.device("meta"):
-        lm = CausalLM(config)
     _fill(lm, tensors, folder, dtype)
     return lm.to(device or "cpu")
 
@@ -253,22 +383,7 @@ def load_reward_model(
         UserError: as `load_pretrained`; also for a folder without a score head.
     """
     folder = resolve(folder)
-    config = read_config(folder)
-    tensors = _stored(folder, config)
-    if "score.weight" not in tensors:
-        raise UserError(
-            folder,
-            "has no 'score.weight': not a reward model",
-            "train one with `minirlhf reward`, or give a folder with a score head",
-        )
-    if tensors["score.weight"].shape[:1] != (1,):
-        raise UserError(
-            folder,
-            f"'score.weight' is {tuple(tensors['score.weight'].shape)}",
-            "a reward model has one output: shape (1, hidden_size)",
-        )
-    with torch.device("meta"):
-        model = RewardModel(CausalLM(config), bool(config.source.get("read_before_eos", False)))
+    model, tensors, _ = _described(folder, reward=True)
     _fill(model, tensors, folder, dtype)
     return model.to(device or "cpu")
 

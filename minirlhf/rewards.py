@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from minirlhf.pretrained import load_reward_model, resolve
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 
 KEYWORDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+OFFERED = ("prompts", "completions", "completion_ids", "finish_reasons")  # beside the columns
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -85,11 +86,16 @@ def model_reward(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: i
     return score
 
 
-def function_reward(function: Callable, name: str) -> RewardSource:
+def function_reward(
+    function: Callable, name: str, columns: Iterable[str] | None = None
+) -> RewardSource:
     """Scores of `function(prompts=…, completions=…, <every column>=…)`, one finite number each.
 
     It is given those keywords that its signature names, or all if it takes **keywords.
 
+    Args:
+        columns: those of the prompts, where they are known; what it needs beside them is then
+            missed at once, and not when the first responses are scored.
     Raises:
         UserError: it needs a column that the data lacks, fails, or returns anything but numbers.
     """
@@ -97,6 +103,14 @@ def function_reward(function: Callable, name: str) -> RewardSource:
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     known = {p.name for p in parameters}
     needed = {p.name for p in parameters if p.default is p.empty and p.kind in KEYWORDS}
+
+    def check(offered: Iterable[str]) -> None:
+        if missing := sorted(needed - set(offered)):
+            what = f"needs {', '.join(missing)}, which no prompt has"
+            raise UserError(name, what, f"there are {', '.join(offered)}")
+
+    if columns is not None:
+        check([*sorted(columns), *OFFERED])
 
     def score(batch: Completions) -> Tensor:
         offered = {
@@ -107,9 +121,7 @@ def function_reward(function: Callable, name: str) -> RewardSource:
             "finish_reasons": batch.finish_reasons,
         }
         given = {k: v for k, v in offered.items() if takes_all or k in known}
-        if missing := sorted(needed - offered.keys()):
-            what = f"needs {', '.join(missing)}, which no prompt has"
-            raise UserError(name, what, f"there are {', '.join(offered)}")
+        check(offered)
         try:
             with interrupt.outside():
                 scores = function(**given)
@@ -153,7 +165,7 @@ def _checked(scores: object, count: int, name: str) -> Tensor:
     return torch.tensor([float(value) for value in values], dtype=torch.float32)
 
 
-def load_function(spec: str) -> RewardSource:
+def load_function(spec: str, columns: Iterable[str] | None = None) -> RewardSource:
     """`file.py:function` -> its reward source. The file is run: it is the user's, and trusted."""
     file, _, name = spec.rpartition(":")
     module_spec = importlib.util.spec_from_file_location("user_reward", file)
@@ -173,21 +185,37 @@ def load_function(spec: str) -> RewardSource:
             f"has no function {name!r}",
             f"it has: {', '.join(defined) or 'none'}",
         )
-    return function_reward(function, spec)
+    return function_reward(function, spec, columns)
 
 
-def load_reward(
-    spec: str, tokenizer: Tokenizer, dtype: torch.dtype, device: str, micro_batch_tokens: int
-) -> RewardSource:
-    """Reward source of `--reward`: a reward-model folder or `file.py:function`."""
+def locate(spec: str) -> Path:
+    """The file or the folder that `--reward` names."""
     file, colon, _ = spec.rpartition(":")
     if colon and file.endswith(".py"):
         if not Path(file).is_file():
             raise UserError("--reward", f"{file} does not exist", "give file.py:function")
-        return load_function(spec)
+        return Path(file)
     if spec.endswith(".py"):
         raise UserError("--reward", f"{spec} names no function", f"give {spec}:function")
-    folder = resolve(spec)
+    return resolve(spec)
+
+
+def load_reward(
+    spec: str,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    device: str,
+    micro_batch_tokens: int,
+    columns: Iterable[str] | None = None,
+) -> RewardSource:
+    """Reward source of `--reward`: a reward-model folder or `file.py:function`.
+
+    Args:
+        columns: as in `function_reward`.
+    """
+    folder = locate(spec)
+    if folder.suffix == ".py":
+        return load_function(spec, columns)
     if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"--reward {spec}",

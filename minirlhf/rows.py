@@ -21,6 +21,16 @@ LINE_CAP = 16 << 20  # bytes; nobody writes a longer line on purpose
 FILE_CAP = 1 << 30  # bytes of a file that is parsed in one piece
 DEPTH_CAP = 64
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+# How a file begins that is not what its name says, and what to do.
+DISGUISES = (
+    (b"version https://git-lfs", "a git-lfs pointer instead of the file: run `git lfs pull`"),
+    (b"<", "it looks like a web page: download the file itself"),
+    (b"PK\3\4", "it looks like a zip archive or a spreadsheet: save it as JSON lines or CSV"),
+    (b"PAR1", "it looks like Parquet: save it as JSON lines"),
+    (b"\x1f\x8b", "it looks like gzip: let its name end in .gz"),
+    (b"\xff\xfe", "it looks like UTF-16: save it as UTF-8"),
+    (b"\xfe\xff", "it looks like UTF-16: save it as UTF-8"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,20 @@ class Row:
     where: str
     columns: dict
     typed: bool = True
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in the words of who wrote the file."""
+    if value is None:
+        return "null"
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "a string",
+             list: "a list", dict: "an object"}  # fmt: skip
+    return kinds[type(value)]
+
+
+def disguise(data: bytes) -> str:
+    """Advice for a file that begins like one of another kind; "" where it does not."""
+    return next((advice for start, advice in DISGUISES if data.startswith(start)), "")
 
 
 # ------------------------------------------------------------------------------------------- JSON
@@ -100,7 +124,12 @@ def _decode(text: str, start: int, path: object, line: int) -> tuple[object, int
         return value, end
     except json.JSONDecodeError as error:
         where = f"{path}:{line + error.lineno - 1}"
-        raise UserError(where, f"not valid JSON at column {error.colno}", error.msg) from None
+        do = disguise(text[:64].encode()) if line == 1 else ""
+        if error.msg.startswith("Invalid control character"):
+            do = "a raw tab or line end inside a string: write \\t or \\n"
+        if error.msg.startswith("Unterminated string"):
+            do = "a string without its closing quote"
+        raise UserError(where, f"not valid JSON at column {error.colno}", do or error.msg) from None
     except RecursionError:
         what = f"nested deeper than {DEPTH_CAP} levels"
     except ValueError as error:
@@ -164,8 +193,7 @@ def _text(data: bytes, where: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-        do = "it looks like UTF-16: save it as UTF-8" if utf16 else "save the file as UTF-8"
+        do = disguise(data) or "save the file as UTF-8"
         raise UserError(where, f"not UTF-8 at byte {error.start}", do) from None
 
 
@@ -210,15 +238,21 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _row(value: object, where: str) -> Row:
     if not isinstance(value, dict):
-        found = type(value).__name__
-        raise UserError(where, f"a row must be a JSON object, got {found}", 'like {"text": "..."}')
+        what = f"a row must be a JSON object, got {kind_of(value)}"
+        raise UserError(where, what, 'like {"text": "..."}')
     return Row(where, value)
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
     for number, line in _lines(path):
+        if line.strip() in ("[", "{"):
+            do = "write a whole JSON object a line, or an array of them in a .json file"
+            what = f"not valid JSON: a lone {line.strip()!r}"
+            raise UserError(f"{path}:{number}", what, do)
         if line.strip():
-            yield _row(strict_json(line, path, number), f"{path}:{number}")
+            # With its line end, a line that was cut off would be told as the next one.
+            value = strict_json(line.rstrip("\r\n"), path, number)
+            yield _row(value, f"{path}:{number}")
 
 
 def _json_array(path: Path) -> Iterator[Row]:
@@ -252,6 +286,13 @@ def _table(path: Path, delimiter: str) -> Iterator[Row]:
                 continue
             if header is None:
                 header = [name.strip() for name in fields]
+                other = next((sign for sign in ";\t,|" if sign in header[0]), None)
+                if len(header) == 1 and other:
+                    do = f"put {delimiter!r} between columns, not {other!r}"
+                    raise UserError(where, f"one column, named {header[0]!r}", do)
+                if header[0].startswith("{"):
+                    do = "JSON lines? let its name end in .jsonl"
+                    raise UserError(where, f"a column named {header[0]!r}", do)
                 if len(set(header)) != len(header) or "" in header:
                     raise UserError(where, "column names must be non-empty and differ", str(header))
                 continue
@@ -279,6 +320,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     Raises:
         UserError: not a regular file of a known kind; a row that is broken (file:line); no rows.
     """
+    if not str(path):
+        raise UserError("''", "no such file", "the name of a data file is empty")
     path = Path(path)
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     readers: dict[str, Iterable] = {
@@ -289,9 +332,9 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         ".txt": _text_lines(path),
     }
     if suffix not in readers:
-        raise UserError(
-            path, f"not a data file: ends in {suffix!r}", f"legal: {' '.join(SUFFIXES)}"
-        )
+        ending = f"ends in {path.suffix!r}" if path.suffix else "its name has no ending"
+        what = "a folder" if path.is_dir() else f"not a data file: {ending}"
+        raise UserError(path, what, f"legal: {' '.join(SUFFIXES)}, each also with .gz behind")
     rows = 0
     for row in readers[suffix]:
         rows += 1

@@ -73,6 +73,13 @@ class Run:
         facts = self.folder / "run.json"
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(self.folder, "is not a folder", "give another --out")
+        above = next(parent for parent in self.folder.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise UserError(self.folder, f"{above.name} is a file", "give another --out")
+        for name in ("model", "ref", "critic", "reward"):  # what is read there would change
+            if (source := self.settings.get(name)) and inside(self.folder, Path(source)):
+                what = f"is --{name} {source} or lies in it"
+                raise UserError(self.folder, what, "give another --out")
         if self.resume and facts.exists():
             self._check_same_run(read_json(facts), facts)
         elif self.folder.exists():
@@ -84,7 +91,9 @@ class Run:
     def _check_same_run(self, before: object, where: Path) -> None:
         if not isinstance(before, dict) or before.get("recipe") != self.recipe:
             raise UserError(where, f"is not of a {self.recipe} run", "give another --out")
-        old, now = before.get("settings", {}), json.loads(json.dumps(self.settings))
+        old, now = before.get("settings"), json.loads(json.dumps(self.settings))
+        if not isinstance(old, dict):
+            raise UserError(where, "has no settings", "give another --out")
         changed = {
             key: f"{key} was {old.get(key)!r}, is {now[key]!r}"
             for key in now
@@ -287,6 +296,11 @@ class Run:
             fsio.fsync(path)
         fsio.commit_folder(temporary, final)
         return final
+
+
+def inside(folder: Path, other: Path) -> bool:
+    """Whether a folder is another one that exists, or lies below it."""
+    return other.is_dir() and folder.resolve().is_relative_to(other.resolve())
 
 
 def contents(name: str) -> list[Path]:

@@ -6,8 +6,10 @@ ordinary tokens, and no row of a data set can end a turn or forge a role.
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
@@ -15,12 +17,34 @@ import tokenizers
 from minirlhf.chat_template import compile_template, plain_template, swap_names
 from minirlhf.errors import UserError, printable
 from minirlhf.formats import Messages
+from minirlhf.hf_config import CODE_KEYS
+from minirlhf.pretrained import inside
 from minirlhf.rows import read_json, read_text, strict_json
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # of tokenizers that are trained here
 SPARE = (EOS, PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>",
          "<unk>", "[UNK]")  # fmt: skip
+FILE_CAP = 256 << 20  # bytes of tokenizer.json; the largest in use have about 35 MB
+OBJECT_CAP = 4 << 20  # bytes of the small files beside it
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Without the process's stderr: Rust writes pages about a panic before Python hears of it."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 class Tokenizer:
@@ -56,9 +80,9 @@ class Tokenizer:
         """Calls into the library, whose panics are BaseExceptions that know no file."""
         try:
             return function(*arguments)
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise  # a signal, for one
             path = self.folder / "tokenizer.json"
             raise UserError(
                 path, f"refused by the tokenizers library: {printable(error)}"
@@ -96,9 +120,9 @@ class Tokenizer:
         self._special_text = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         # The model's own "unknown" piece comes out of ordinary text, so it controls nothing.
         model = parsed["model"]
-        unknown = model.get("unk_token")
-        if isinstance(model.get("unk_id"), int):
-            unknown = model["vocab"][model["unk_id"]][0]
+        unknown, vocab = model.get("unk_token"), model.get("vocab")
+        if isinstance(vocab, list) and model.get("unk_id") is not None:  # Unigram, by its place
+            unknown = vocab[model["unk_id"]][0]
         self._control = {id for id, text in special.items() if text != unknown}
         self._spare = {text: id for id, text in special.items() if text}
         self._prefix: list[int] = []
@@ -107,19 +131,26 @@ class Tokenizer:
             if 0 in (mask := encoding.special_tokens_mask):
                 self._prefix = encoding.ids[: mask.index(0)]
                 break
+        if nameless := [id for id in self._prefix if self._backend.id_to_token(id) is None]:
+            what = f"puts the id {nameless[0]} before a text, which is no token's"
+            raise UserError(self.folder / "tokenizer.json", what)
 
     def _set_template(self) -> None:
-        own = self.folder / "chat_template.jinja"
+        own = inside(self.folder, "chat_template.jinja")
         configured = self._config.get("chat_template")
         if isinstance(configured, list):  # [{"name": ..., "template": ...}]
-            named = {t.get("name"): t.get("template") for t in configured if isinstance(t, dict)}
-            configured = named.get("default")
+            named = [t for t in configured if isinstance(t, dict) and t.get("name") == "default"]
+            configured = named[0].get("template") if named else None
         self.chat_template: str | None = None
         if own.exists():
             self.template_origin = own.name
-            self.chat_template = read_text(own)
-        elif isinstance(configured, str):
+            self.chat_template = read_text(own, OBJECT_CAP)
+        elif configured is not None:
             self.template_origin = "tokenizer_config.json"
+            if not isinstance(configured, str):
+                where = self.folder / self.template_origin
+                what = f"chat_template is {printable(repr(configured), 80)}"
+                raise UserError(where, what, "a string, or a list of named ones")
             self.chat_template = configured
         else:
             self.template_origin = "plain fallback"
@@ -268,7 +299,7 @@ class Tokenizer:
 
     def files(self, pad_token: str | None = None) -> dict[str, bytes]:
         """File name -> content of the folder that `save` writes."""
-        config = dict(self._config)
+        config = {name: v for name, v in self._config.items() if name not in CODE_KEYS}
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         if eos := self._eos_text():
             config.setdefault("eos_token", eos)
@@ -299,11 +330,12 @@ class Tokenizer:
             (folder / name).write_bytes(content)
 
 
-def _object(path: Path) -> dict:
+def _object(folder: Path, name: str) -> dict:
     """A JSON object from a file that may be absent."""
+    path = inside(folder, name)
     if not path.exists():
         return {}
-    value = read_json(path)
+    value = read_json(path, OBJECT_CAP)
     if not isinstance(value, dict):
         raise UserError(path, f"is a {type(value).__name__}", "a JSON object")
     return value
@@ -311,13 +343,14 @@ def _object(path: Path) -> dict:
 
 def _model_eos(folder: Path) -> list[int]:
     """eos_token_id of generation_config.json, else of config.json: null, a number or a list."""
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        value = _object(path).get("eos_token_id")
+    for name in ("generation_config.json", "config.json"):
+        value = _object(folder, name).get("eos_token_id")
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
         if not all(type(id) is int for id in ids):
-            raise UserError(path, f"eos_token_id is {printable(value)}", "an integer or several")
+            what = f"eos_token_id is {printable(value)}"
+            raise UserError(folder / name, what, "an integer or several")
         return ids
     return []
 
@@ -326,18 +359,24 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Tokenizer of a Hugging Face folder: tokenizer.json, and what its other files say about it.
 
     Raises:
-        UserError: no tokenizer.json, or a file of the folder is broken.
+        UserError: no tokenizer.json; a file of the folder is broken; more ids, added tokens
+            included, than config.json gives the model embeddings.
     """
     folder = Path(folder)
-    path = folder / "tokenizer.json"
+    path = inside(folder, "tokenizer.json")
     if not path.exists():
         raise UserError(path, "no such file", "give a folder with a tokenizer.json")
-    config = _object(folder / "special_tokens_map.json") | {
+    config = _object(folder, "special_tokens_map.json") | {
         name: value
-        for name, value in _object(folder / "tokenizer_config.json").items()
+        for name, value in _object(folder, "tokenizer_config.json").items()
         if value is not None
     }
-    return Tokenizer(folder, read_text(path), config, _model_eos(folder))
+    tokenizer = Tokenizer(folder, read_text(path, FILE_CAP), config, _model_eos(folder))
+    rows = _object(folder, "config.json").get("vocab_size")
+    if type(rows) is int and rows < tokenizer.vocab_size:  # any other type is read_config's to tell
+        legal = f"must be at least the tokenizer's {tokenizer.vocab_size}"
+        raise UserError(f"{folder / 'config.json'}: vocab_size", f"is {printable(rows)}", legal)
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:

@@ -56,7 +56,8 @@ def test_main_tells_the_version(capsys):
 def test_main_names_the_nearest_of_an_unknown_verb(word, right, capsys):
     assert cli.main([word]) == BAD_INPUT
     told = capsys.readouterr()
-    assert told.err == f"error: minirlhf {word}: no such verb: the nearest is {right}\n"
+    line = f"error: minirlhf {word}: no such verb: the nearest is {right}; verbs: sft, reward, "
+    assert told.err.startswith(line) and told.err.count("\n") == 1
     assert told.out == ""
 
 
@@ -103,7 +104,7 @@ def test_main_does_not_import_torch_without_a_verb(argv):
 def test_python_dash_m_is_the_command_line():
     done = python("-m", "minirlhf", "pop")
     assert done.returncode == BAD_INPUT
-    assert done.stderr == "error: minirlhf pop: no such verb: the nearest is ppo\n"
+    assert done.stderr.startswith("error: minirlhf pop: no such verb: the nearest is ppo; verbs: ")
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

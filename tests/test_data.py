@@ -312,17 +312,19 @@ DIALOGUES = {"chosen": [U, A], "rejected": [U, B]}
     [
         (load_pairs, PAIR, {"chosen": "c"},
          "rejected is missing: needs a string; keys present: chosen;"),
-        (load_pairs, PAIR, {"chosen": 1, "rejected": "r"}, "chosen is int: needs a string"),
+        (load_pairs, PAIR, {"chosen": 1, "rejected": "r"}, "chosen is a number: needs a string"),
         (load_pairs, PAIR, {"chosen": " ", "rejected": "r"}, "chosen is empty: remove the row"),
         (load_pairs, PAIR, PAIR | {"prompt": "p"}, "has a column prompt, unlike the first row"),
-        (load_pairs, PAIR, DIALOGUES, "chosen is list: needs a string.*detected: preference pairs"),
-        (load_pairs, DIALOGUES, PAIR, "chosen is str: needs a list of messages"),
+        (load_pairs, PAIR, DIALOGUES,
+         "chosen is a list: needs a string.*detected: preference pairs"),
+        (load_pairs, DIALOGUES, PAIR, "chosen is a string: needs a list of messages"),
         (load_pairs, DIALOGUES, DIALOGUES | {"chosen": []}, "chosen is empty"),
-        (load_pairs, DIALOGUES, DIALOGUES | {"chosen": ["x"]}, r"chosen\[0\] is str: needs {role"),
+        (load_pairs, DIALOGUES, DIALOGUES | {"chosen": ["x"]},
+         r"chosen\[0\] is a string: needs {role"),
         (load_pairs, DIALOGUES, DIALOGUES | {"chosen": [U, {"role": "assistant"}]},
          r"chosen\[1\]: content is missing"),
         (load_pairs, DIALOGUES, DIALOGUES | {"chosen": [U | {"role": 1}]},
-         r"chosen\[0\]: role is int"),
+         r"chosen\[0\]: role is a number"),
         (load_pairs, DIALOGUES, DIALOGUES | {"chosen": [U]}, "chosen ends with role 'user'"),
         (load_pairs, DIALOGUES, DIALOGUES | {"chosen": [V, A]},
          "chosen and rejected share no turns"),
@@ -333,9 +335,11 @@ DIALOGUES = {"chosen": [U, A], "rejected": [U, B]}
          {"chosen": TRANSCRIPT + "a", "rejected": TRANSCRIPT}, "rejected has an empty answer"),
         (load_pairs, {"chosen_ids": [1], "rejected_ids": [2]},
          {"chosen_ids": [-1], "rejected_ids": [2]},
-         "chosen_ids is list: needs a list of token ids"),
+         r"chosen_ids\[0\] is -1: a token id is an integer from 0"),
         (load_pairs, {"chosen_ids": [1], "rejected_ids": [2]},
-         {"chosen_ids": [True], "rejected_ids": [2]}, "needs a list of token ids"),
+         {"chosen_ids": "1", "rejected_ids": [2]}, "chosen_ids is a string: needs a list"),
+        (load_pairs, {"chosen_ids": [1], "rejected_ids": [2]},
+         {"chosen_ids": [True], "rejected_ids": [2]}, r"chosen_ids\[0\] is true: a token id"),
         (load_pairs, {"chosen_ids": [1], "rejected_ids": [2]},
          {"chosen_ids": [], "rejected_ids": [2]}, "chosen_ids is empty"),
         (load_pairs, {"chosen_ids": [1], "rejected_ids": [2]},
@@ -343,14 +347,19 @@ DIALOGUES = {"chosen": [U, A], "rejected": [U, B]}
          "token id 258: the tokenizer has the ids 0 to 257"),
         (load_pairs, {"input_ids_chosen": [1], "input_ids_rejected": [2]},
          {"input_ids_chosen": [1, 3], "input_ids_rejected": [2], "attention_mask_chosen": [1]},
-         "attention_mask_chosen is list: needs a list of 0 and 1 as long as input_ids_chosen"),
+         "attention_mask_chosen has 1 numbers, input_ids_chosen has 2: they must be as many"),
+        (load_texts, {"input_ids": [1], "attention_mask": [1]},
+         {"input_ids": [1], "attention_mask": [2]}, r"attention_mask\[0\] is 2: needs 0 or 1"),
+        (load_texts, {"input_ids": [1], "attention_mask": [1]},
+         {"input_ids": [1], "attention_mask": 1}, "attention_mask is a number: needs a list"),
         (load_prompts, {"prompt": "p"}, {"question": "p"},
          "prompt is missing.*keys present: question"),
         (load_prompts, {"prompt": "p"}, {"prompt": ""}, "prompt is empty"),
         (load_texts, {"text": "t"}, {"text": "\n"}, "text is empty"),
         (load_texts, {"messages": [U, A]}, {"messages": [U]},
-         "1 turns without an answer at the end"),
-        (load_texts, {"input_ids": [1]}, {"input_ids": [1], "prompt_length": 1}, "from 0 to 0"),
+         "messages has 1 of them, the last one of role 'user': needs at least two"),
+        (load_texts, {"input_ids": [1]}, {"input_ids": [1], "prompt_length": 1},
+         "prompt_length is 1: needs an integer from 0 to 0"),
     ],
 )  # fmt: skip
 def test_load_refuses_a_row_by_file_and_line(write, tokenizer, load, first, second, what):
@@ -360,7 +369,7 @@ def test_load_refuses_a_row_by_file_and_line(write, tokenizer, load, first, seco
 
 @pytest.mark.parametrize("load", [load_pairs, load_prompts, load_texts])
 def test_load_refuses_columns_of_no_known_format(write, tokenizer, load):
-    what = r"a\.jsonl:1: columns of no known format: question \(str\).*legal: .*prompt=question"
+    what = r"a\.jsonl:1: columns of no known format: question \(a string\): legal: .*; rename"
     with pytest.raises(UserError, match=what):
         load(write({"question": "x"}), tokenizer, 8, "drop")
 

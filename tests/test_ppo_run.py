@@ -436,6 +436,15 @@ def test_main_starts_a_critic_from_a_reward_model(trains, world, tmp_path):
     assert exported.keys() == load_file(world / "policy" / "model.safetensors").keys()
 
 
+def give_other_tokenizer(folder) -> None:
+    """One of as many ids, two of which have changed places."""
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text("utf-8"))
+    vocab = values["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
 def test_main_refuses_a_critic_that_cannot_serve(world, tmp_path, capsys):
     argv = command(world, tmp_path / "run", "--no-train-critic")
     assert main(argv) == BAD_INPUT
@@ -443,7 +452,7 @@ def test_main_refuses_a_critic_that_cannot_serve(world, tmp_path, capsys):
     assert main(command(world, tmp_path / "run", critic=world / "other")) == BAD_INPUT
     assert "not a reward model" in capsys.readouterr().err
     other = shutil.copytree(world / "reward", tmp_path / "reward")
-    train_tokenizer(["another tokenizer"] * 3, 262, other)
+    give_other_tokenizer(other)
     assert main(command(world, tmp_path / "run", critic=other)) == BAD_INPUT
     assert "another tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -524,7 +533,7 @@ def test_main_stops_where_the_reference_differs_unless_it_was_named(
 
 def test_main_refuses_a_reference_with_another_tokenizer(world, tmp_path, capsys):
     other = shutil.copytree(world / "other", tmp_path / "other")
-    train_tokenizer(["some words"] * 9, 260, other)
+    give_other_tokenizer(other)
     assert main(command(world, tmp_path / "run", ref=other)) == BAD_INPUT
     assert "has another tokenizer than the policy" in capsys.readouterr().err
 

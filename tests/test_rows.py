@@ -1,5 +1,6 @@
 """Strict reading: what is let through, and which line every refusal names."""
 
+import errno
 import gzip
 import os
 
@@ -82,6 +83,17 @@ def test_read_file_refuses_what_is_no_regular_file(tmp_path):
             read_file(tmp_path / name)
 
 
+def test_read_file_names_the_file_that_the_system_does_not_give(tmp_path, monkeypatch):
+    path = write(tmp_path, "a.jsonl", "{}")
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(type(path), "open", denied)
+    with pytest.raises(UserError, match=r"a\.jsonl: cannot be read: Permission denied"):
+        read_file(path)
+
+
 def test_read_file_refuses_more_than_its_cap(tmp_path):
     path = write(tmp_path, "f", "abc")
     assert read_file(path, cap=3) == b"abc"
@@ -113,10 +125,15 @@ def test_read_rows_keeps_unusual_line_separators_inside_a_row(tmp_path):
     "content, what",
     [
         (b'{"a": 1}\n{"a": }\n', r":2: not valid JSON at column 7"),
-        (b'{"a": 1}\n[1]\n', r":2: a row must be a JSON object, got list"),
-        (b'{"a": 1}\n3\n', r":2: a row must be a JSON object, got int"),
+        (b'{"a": 1}\n{"a": 1\r\n', r":2: not valid JSON at column 8: Expecting ','"),
+        (b'{"a": 1}\n{"a": "b\n', r":2: not valid JSON at column 7: a string without its closing"),
+        (b'{"a": 1}\n[1]\n', r":2: a row must be a JSON object, got a list"),
+        (b'{"a": 1}\n3\n', r":2: a row must be a JSON object, got a number"),
         (b'{"a": 1}\n{"a": "\xff"}\n', r":2: not UTF-8 at byte 7"),
         ('{"a": 1}\n'.encode("utf-16"), r":1: not UTF-8 at byte 0: it looks like UTF-16"),
+        (b'{"a": 1}\n[\n', r":2: not valid JSON: a lone '\['"),
+        (b"PK\3\4", r":1: not valid JSON at column 1: it looks like a zip archive"),
+        (b"\x1f\x8b", r":1: not UTF-8 at byte 1: it looks like gzip"),
         (b"", "no rows"),
         (b"\n \r\n", "no rows"),
     ],
@@ -154,7 +171,7 @@ def test_read_rows_of_json_takes_one_object_a_line_too(tmp_path):
         ('[{"a": 1},\n]', ":2: not valid JSON at column 1"),
         ('[{"a": 1}] x', ":1: not valid JSON: rows in"),
         ('[{"a": 1},\n\n {"a": NaN}]', ":3: NaN is not JSON"),
-        ('[{"a": 1},\n 5]', ":2: a row must be a JSON object, got int"),
+        ('[{"a": 1},\n 5]', ":2: a row must be a JSON object, got a number"),
     ],
 )
 def test_read_rows_refuses_a_broken_array(tmp_path, content, what):
@@ -184,6 +201,8 @@ def test_read_rows_of_csv_takes_a_field_of_more_than_128_kib(tmp_path):
         ('a,b\n1,"2" x\n', ":2: not valid CSV"),
         ('a,b\n1,"2\n', ":2: not valid CSV"),
         ("a,b\n", ": no rows"),
+        ("a;b\n1;2\n", r":1: one column, named 'a;b': put ',' between columns, not ';'"),
+        ('{"a": 1}\n', ":1: a column named '{\"a\": 1}': JSON lines"),
     ],
 )
 def test_read_rows_refuses_a_broken_table(tmp_path, content, what):

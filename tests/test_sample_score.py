@@ -311,7 +311,8 @@ def test_score_stops_at_a_score_that_is_not_finite(data, match, files, capsys, t
         ("score --model RM --data TEXTS --max-length 49", "--max-length: is 49: the model has 48"),
         ("score --model RM --data TEXTS --max-length 2", "texts.jsonl:1: "),
         ("score --model RM --data TEXTS --out PAIRS", "pairs.jsonl is there already"),
-        ("score --model RM --data PROMPTS", "columns of no known format: prompt (str), id (int)"),
+        ("score --model RM --data PROMPTS",
+         "columns of no known format: prompt (a string), id (a number)"),
         ("score --model RM --data none.jsonl", "none.jsonl: no such file"),
     ],
 )  # fmt: skip

@@ -40,7 +40,7 @@ from minirlhf.lora import adapters_off, add_lora, merge_lora
 from minirlhf.losses import clipped_surrogate, clipped_value_loss
 from minirlhf.masking import masked_standardize, masked_sum
 from minirlhf.meters import Step
-from minirlhf.rewards import Completions, RewardSource, load_reward
+from minirlhf.rewards import Completions, RewardSource, load_reward, locate
 from minirlhf.rollout import Rollout, RolloutBuffer, prompt_rows, replay_rows, sample, unpack
 from minirlhf.run import Run, write_model
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
@@ -109,7 +109,9 @@ class PPOConfig:
     skip_nonfinite: int = setting(
         0, "updates in a row that may be skipped where numbers are not finite", at_least=0
     )
-    lora_rank: int = setting(0, "train adapters of this rank; 0: all weights", at_least=0)
+    lora_rank: int = setting(
+        0, "train adapters of this rank; 0: all weights", at_least=0, at_most=4096
+    )
     lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
     # run
     dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
@@ -567,18 +569,25 @@ def prompt_room(config: PPOConfig, folders: Sequence[Path]) -> int:
     return min(config.max_prompt_length or room, room)
 
 
-def load_policy(
-    config: PPOConfig, folder: Path, tokenizer: Tokenizer, device: str, dtype: torch.dtype
-) -> ValueHeadModel:
+def check_models(
+    config: PPOConfig, lms: Sequence[Path], critics: Sequence[Path], tokenizer: Tokenizer
+) -> None:
+    """What can be known of the models before any weight is read."""
+    for lm in lms:
+        pretrained.describe(lm)
+    for critic in critics:
+        pretrained.describe(critic, reward=True)
+        if load_tokenizer(critic).fingerprint != tokenizer.fingerprint:
+            raise UserError(f"--critic {config.critic}", "has another tokenizer than the policy",
+                            "give a reward model that reads the same ids")  # fmt: skip
+
+
+def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype) -> ValueHeadModel:
     """The model to align with its critic."""
     lm = pretrained.load_pretrained(folder, dtype, device)
     if config.critic is None:
         return ValueHeadModel(lm)
-    critic_folder = pretrained.resolve(config.critic)
-    if load_tokenizer(critic_folder).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"--critic {config.critic}", "has another tokenizer than the policy",
-                        "give a reward model that reads the same ids")  # fmt: skip
-    critic = pretrained.load_reward_model(critic_folder, dtype, device)
+    critic = pretrained.load_reward_model(config.critic, dtype, device)
     return critic_from_reward_model(lm, critic, config.train_critic)
 
 
@@ -597,16 +606,20 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--ref {config.ref}", "has another tokenizer than the policy",
                         "give a model that reads the same ids")  # fmt: skip
     critic = [] if config.critic is None else [pretrained.resolve(config.critic)]
-    room = prompt_room(config, (folder, ref_folder, *critic))
+    check_models(config, (folder, ref_folder), critic, tokenizer)
+    source = locate(config.reward)
+    scorer = [source] if source.is_dir() else []
+    room = prompt_room(config, (folder, ref_folder, *critic, *scorer))
     prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
     print(report)
-    file, _, _ = config.reward.rpartition(".py:")
-    frozen = f"{file}.py" if file else str(pretrained.resolve(config.reward))
-    inputs = [config.data, frozen, str(ref_folder)]
+    inputs = [config.data, str(source), str(ref_folder)]
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
-    reward = load_reward(config.reward, tokenizer, dtype, device, config.micro_batch_tokens)
-    policy = load_policy(config, folder, tokenizer, device, dtype)
+    columns = {name for prompt in prompts for name in prompt.columns}
+    reward = load_reward(
+        config.reward, tokenizer, dtype, device, config.micro_batch_tokens, columns
+    )
+    policy = load_policy(config, folder, device, dtype)
     if config.lora_rank:
         add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
     ref = None

@@ -64,7 +64,9 @@ class RewardConfig:
     center_rewards_coefficient: float = setting(
         0.0, "weight of (chosen + rejected)^2, which centres the scores; 0.01 is usual", at_least=0
     )
-    lora_rank: int = setting(0, "train adapters of this rank and the head; 0: all", at_least=0)
+    lora_rank: int = setting(
+        0, "train adapters of this rank and the head; 0: all", at_least=0, at_most=4096
+    )
     lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
     max_length: int = setting(1024, "tokens of the longest row", at_least=2)
     overlong: str = setting(

@@ -67,7 +67,9 @@ class SFTConfig:
     skip_nonfinite: int = setting(
         0, "updates in a row that may be skipped where numbers are not finite", at_least=0
     )
-    lora_rank: int = setting(0, "train adapters of this rank; 0: all weights", at_least=0)
+    lora_rank: int = setting(
+        0, "train adapters of this rank; 0: all weights", at_least=0, at_most=4096
+    )
     lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
     max_length: int = setting(1024, "tokens of the longest row", at_least=2)
     overlong: str = setting(

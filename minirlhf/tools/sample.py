@@ -61,7 +61,11 @@ class SampleConfig:
 
 def check_new(out: str | None) -> list[str]:
     """The problem with a file that is to be made, told before any work is done for it."""
-    return [f"--out: {out} is there already: give another"] if out and Path(out).exists() else []
+    if out and Path(out).exists():
+        return [f"--out: {out} is there already: give another"]
+    if out and not Path(out).parent.is_dir():
+        return [f"--out: {Path(out).parent} is no folder"]
+    return []
 
 
 def sample(

@@ -1,0 +1,490 @@
+"""Model folders, tokenizers and chat templates that are broken, of another kind, or hostile."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import bad_inputs
+import pytest
+import torch
+from bad_inputs import json_lines, named, words
+from safetensors.torch import load_file, save_file
+
+world, refused = bad_inputs.world, bad_inputs.refused
+
+Spoil = Callable[[Path], object]
+ABSENT = object()
+Q, HEAD = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+HTML = "<!DOCTYPE html><html><body>404 Not Found</body></html>"
+
+# ---- how a folder is spoiled ---------------------------------------------------------------------
+
+
+def json_with(name: str, **changes: object) -> Spoil:
+    """A JSON file of the folder with some keys changed, or ABSENT."""
+
+    def spoil(folder: Path) -> None:
+        values = json.loads((folder / name).read_text("utf-8")) | changes
+        kept = {key: value for key, value in values.items() if value is not ABSENT}
+        (folder / name).write_text(json.dumps(kept), encoding="utf-8")
+
+    return spoil
+
+
+def config(**changes: object) -> Spoil:
+    return json_with("config.json", **changes)
+
+
+def model_of(**changes: object) -> Spoil:
+    """tokenizer.json with parts of its model changed."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        values = json.loads(path.read_text("utf-8"))
+        values["model"] = {k: v for k, v in (values["model"] | changes).items() if v is not ABSENT}
+        path.write_text(json.dumps(values), encoding="utf-8")
+
+    return spoil
+
+
+def file(name: str, content: str | bytes) -> Spoil:
+    content = content if isinstance(content, bytes) else content.encode()
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def without(*names: str) -> Spoil:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def both(*spoils: Spoil) -> Spoil:
+    return lambda folder: [spoil(folder) for spoil in spoils]
+
+
+def tensors(change: Callable[[dict], object]) -> Spoil:
+    """The weights after `change(name -> tensor)`."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        held = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        change(held)
+        save_file({n: t.contiguous() for n, t in held.items()}, path, metadata={"format": "pt"})
+
+    return spoil
+
+
+def cut(count: int) -> Spoil:
+    """The weights without their last bytes."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-count])
+
+    return spoil
+
+
+def header(value: object, length: int | None = None) -> Spoil:
+    """Weights of a header that may lie."""
+    text = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+    size = len(text) if length is None else length
+    return file("model.safetensors", size.to_bytes(8, "little") + text + bytes(64))
+
+
+def long_header(folder: Path) -> None:
+    with open(folder / "model.safetensors", "wb") as weights:
+        weights.write((17 << 20).to_bytes(8, "little") + b"{")
+        weights.truncate(20 << 20)
+
+
+def index(weight_map: object) -> Spoil:
+    """The weights as a shard, with an index that may lie."""
+    value = weight_map if isinstance(weight_map, str) else json.dumps({"weight_map": weight_map})
+
+    def spoil(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
+        (folder / "model.safetensors.index.json").write_text(value, encoding="utf-8")
+
+    return spoil
+
+
+def instead(name: str, make: Callable[[Path], object]) -> Spoil:
+    """A folder, a pipe, a link … where a file should be."""
+    return lambda folder: ((folder / name).unlink(), make(folder / name))
+
+
+@pytest.fixture
+def refuses(refused, world):
+    """refuses(verb, flag, source, spoil) -> the line for a spoiled copy `m` of a folder."""
+
+    def run(verb: str, flag: str, source: str, spoil: Spoil, **more: str) -> str:
+        spoil(shutil.copytree(world / source, Path("m")))
+        return refused(words(verb, **{flag: "m"}, **more))
+
+    return run
+
+
+# ---- config.json ---------------------------------------------------------------------------------
+
+SIZE, MANY = "must be an integer from 1 to 1048576", "must be an integer from 1 to 2147483648"
+ROPE = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}
+CONFIGS = [  # what is changed in config.json, key that is named, what is told of it
+    ({"model_type": ABSENT}, "model_type", "is None: supported: llama, mistral, qwen2, qwen3, gpt"),
+    ({"model_type": "gemma"}, "model_type", "is 'gemma': supported: llama, mistral"),
+    ({"model_type": "bert"}, "model_type", "is 'bert': supported: llama, mistral"),
+    ({"model_type": 3}, "model_type", "is 3: supported: llama, mistral"),
+    ({"model_type": ["llama"]}, "model_type", "is ['llama']: supported: llama, mistral"),
+    ({"model_type": "gpt2"}, "n_embd", f"is None: {SIZE}"),
+    ({"hidden_size": ABSENT}, "hidden_size", f"is None: {SIZE}"),
+    ({"hidden_size": "8"}, "hidden_size", f"is '8': {SIZE}"),
+    ({"hidden_size": 8.0}, "hidden_size", f"is 8.0: {SIZE}"),
+    ({"hidden_size": -8}, "hidden_size", f"is -8: {SIZE}"),
+    ({"hidden_size": 0}, "hidden_size", f"is 0: {SIZE}"),
+    ({"hidden_size": True}, "hidden_size", f"is True: {SIZE}"),
+    ({"hidden_size": None}, "hidden_size", f"is None: {SIZE}"),
+    ({"hidden_size": 10**12}, "hidden_size", f"is 1000000000000: {SIZE}"),
+    ({"hidden_size": [8]}, "hidden_size", f"is [8]: {SIZE}"),
+    ({"hidden_size": 7}, "hidden_size", "is 7: must be a multiple of the 2 attention heads"),
+    ({"num_attention_heads": 3}, "hidden_size", "is 8: must be a multiple of the 3 attention"),
+    ({"num_attention_heads": 0}, "num_attention_heads", f"is 0: {SIZE}"),
+    ({"num_attention_heads": ABSENT}, "num_attention_heads", f"is None: {SIZE}"),
+    ({"num_attention_heads": 8}, "head_dim", "is 1: must be even: rotary positions turn pairs"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads", "is 3: must divide the 2 attention heads"),
+    ({"num_key_value_heads": "2"}, "num_key_value_heads", f"is '2': {SIZE}"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers", "is 0: must be an integer from 1 to 1024"),
+    ({"num_hidden_layers": "1"}, "num_hidden_layers", "is '1': must be an integer from 1 to 1024"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers", "is 1000000000: must be an integer"),
+    ({"vocab_size": ABSENT}, "vocab_size", f"is None: {MANY}"),
+    ({"vocab_size": 10**10}, "vocab_size", f"is 10000000000: {MANY}"),
+    ({"vocab_size": 257}, "vocab_size", "is 257: must be at least the tokenizer's 258"),
+    ({"intermediate_size": 0}, "intermediate_size", f"is 0: {SIZE}"),
+    ({"intermediate_size": 10**12}, "intermediate_size", f"is 1000000000000: {SIZE}"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings", f"is 0: {MANY}"),
+    ({"max_position_embeddings": "4k"}, "max_position_embeddings", f"is '4k': {MANY}"),
+    ({"rms_norm_eps": -1}, "rms_norm_eps", "is -1: must be a positive number"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps", "is '1e-5': must be a positive number"),
+    ({"hidden_act": "relu6"}, "hidden_act", "is 'relu6': supported: silu, swish, gelu, gelu_new"),
+    ({"hidden_act": ["silu"]}, "hidden_act", "is ['silu']: supported: silu, swish"),
+    ({"rope_theta": 0}, "rope_theta", "is 0: must be a positive number"),
+    ({"rope_theta": "1e4"}, "rope_theta", "is '1e4': must be a positive number"),
+    ({"rope_scaling": "linear"}, "rope_scaling", "is 'linear': must be one object, the same for"),
+    ({"rope_scaling": {"type": "su"}}, "rope_scaling: rope_type", "is 'su': supported: default, "),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor", "is None: rope_type linear"),
+    ({"rope_scaling": {"type": "linear", "factor": -1}}, "rope_scaling: factor", "is -1: must be"),
+    ({"rope_scaling": ROPE}, "rope_scaling: low_freq_factor", "is 4: must be below high_freq_"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings", "is 'yes': must be true or false"),
+    ({"attention_bias": 1}, "attention_bias", "is 1: must be true or false"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config", "is {'bits': 4}: not impl"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "is 0.5: not implemented; supported"),
+    ({"pretraining_tp": 2}, "pretraining_tp", "is 2: not implemented; supported: 1"),
+    ({"head_dim": 3}, "head_dim", "is 3: must be even: rotary positions turn pairs of channels"),
+    ({"head_dim": "4"}, "head_dim", f"is '4': {SIZE}"),
+    ({"model_type": "mistral", "sliding_window": -1}, "sliding_window", f"is -1: {MANY}"),
+    ({"model_type": "qwen2", "layer_types": "full"}, "layer_types", "is 'full': must be a list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "key", "told"), named(CONFIGS))
+def test_a_bad_value_in_config_json_is_refused_by_its_key(changes, key, told, refuses):
+    line = refuses("sft", "model", "lm", config(**changes))
+    assert line.startswith(f"m/config.json: {key}: {told}")
+
+
+JSON_FILES = [  # content of a JSON file of the folder, what is told of it
+    ("", ":1: not valid JSON at column 1: Expecting value"),
+    ("{", ":1: not valid JSON at column 2: Expecting property name"),
+    ('{"a": 1}\n{"a": 1}', ":2: not valid JSON at column 1: text after it"),
+    ("[]", ": is a list: a JSON object"),
+    ('{"a": 1, "a": 1}', ":1: key 'a' stands twice in one object"),
+    ('{"a": NaN}', ":1: NaN is not JSON"),
+    ('{"a": ' * 100 + "1" + "}" * 100, ":1: nested deeper than 64 levels"),
+    ("Entry not found", ":1: not valid JSON at column 1: Expecting value"),
+    (LFS, ":1: not valid JSON at column 1: a git-lfs pointer instead of the file: run `git lfs"),
+    (HTML, ":1: not valid JSON at column 1: it looks like a web page: download the file itself"),
+    (b"\x80\4\x95", ": not UTF-8 at byte 0: save the file as UTF-8"),
+]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(("content", "told"), named(JSON_FILES))
+def test_a_broken_json_file_of_a_model_is_refused_by_its_line(name, content, told, refuses):
+    line = refuses("sft", "model", "lm", file(name, content))
+    assert line.startswith(f"m/{name}{told}")
+
+
+# ---- files of a folder ---------------------------------------------------------------------------
+
+LIES = "not a whole safetensors file"
+F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+WEIGHTS = [  # how the folder of a language model is spoiled, what is told of it
+    (without("config.json"), "m: has no config.json: give a Hugging Face model folder"),
+    (without("model.safetensors"), "m: has no model.safetensors: incomplete download?"),
+    (without("tokenizer.json"), "m/tokenizer.json: no such file: give a folder with a tokenizer"),
+    (lambda m: [p.unlink() for p in m.iterdir()], "m/tokenizer.json: no such file"),
+    (instead("config.json", os.mkdir), "m/config.json: a folder: give a regular file"),
+    (instead("tokenizer.json", os.mkfifo), "m/tokenizer.json: not a regular file"),
+    (instead("model.safetensors", os.mkdir), "m/model.safetensors: not a regular file"),
+    (instead("model.safetensors", os.mkfifo), "m/model.safetensors: not a regular file"),
+    (instead("model.safetensors", lambda p: p.symlink_to("/dev/zero")), "m/model.safetensors: "),
+    (both(without("model.safetensors"), file("pytorch_model.bin", b"PK\3\4")),
+     "m/pytorch_model.bin: pickle files are not read: convert the model to safetensors"),
+    (both(without("model.safetensors"), file("model.pt", b"\x80\2")),
+     "m/model.pt: pickle files are not read"),
+    (file("model.safetensors", b"PK\3\4" + bytes(50)),
+     "m/model.safetensors: pickle files are not read"),
+    (file("model.safetensors", b"\x80\2}q\0." + bytes(50)),
+     "m/model.safetensors: pickle files are not read"),
+    (both(without("model.safetensors"), file("model.gguf", b"GGUF")),
+     "m: has no model.safetensors"),
+    (both(without("model.safetensors", "config.json"), file("adapter_config.json", '{"r": 8}')),
+     "m: has no config.json"),
+    (both(without("model.safetensors"), file("adapter_model.safetensors", "")),
+     "m: has no model.safetensors"),
+    (file("model.safetensors", LFS), f"m/model.safetensors: {LIES}"),
+    (file("model.safetensors", HTML), f"m/model.safetensors: {LIES}"),
+    (file("model.safetensors", b""), f"m/model.safetensors: {LIES}"),
+    (file("model.safetensors", b"1234567"), f"m/model.safetensors: {LIES}"),
+    (cut(1), f"m/model.safetensors: {LIES}: 1 bytes shorter than its header says"),
+    (cut(100), f"m/model.safetensors: {LIES}: 100 bytes shorter than its header says"),
+    (header("{}", 2**40), f"m/model.safetensors: {LIES}: 1,099,511,627,"),
+    (header("{}", 2**64 - 1), f"m/model.safetensors: {LIES}: 18,446,744,073,709,551,"),
+    (header("hello"), f"m/model.safetensors: {LIES} "),
+    (header([]), f"m/model.safetensors: {LIES} "),
+    (header({"a": F32 | {"data_offsets": [0, 12]}}), f"m/model.safetensors: {LIES} "),
+    (header({"a": F32 | {"shape": [-4]}}), f"m/model.safetensors: {LIES} "),
+    (header({"a": F32 | {"dtype": "X9"}}), f"m/model.safetensors: {LIES} "),
+    (header({"a": F32 | {"shape": [2**62, 2**62]}}), f"m/model.safetensors: {LIES} "),
+    (header('{"dtype"' + ',"dtype"' * 200_000),
+     "m/model.safetensors: a safetensors header of more than 200,000 tensors"),
+    (long_header, "m/model.safetensors: a safetensors header of 17,825,792 bytes: at most 16,777,"),
+    (tensors(lambda held: held.pop(Q)), f"m: lacks '{Q}': incomplete download, or another model's"),
+    (tensors(lambda held: held.pop(HEAD)), f"m: lacks '{HEAD}': incomplete download, or another"),
+    (tensors(lambda held: held.update(x=held.pop(Q))), f"m: lacks '{Q}'; has 'x', which this arch"),
+    (tensors(lambda held: held.update(x=torch.zeros(2))), "m: has 'x', which this architecture"),
+    (tensors(lambda held: held.update({Q: held[Q][:4]})),
+     f"m: '{Q}' is (4, 8), config.json asks for (8, 8): incomplete download, or another model's"),
+    (tensors(lambda held: held.update({Q: held[Q].to(torch.int8)})), f"m: '{Q}' is torch.int8"),
+    (tensors(lambda held: held.update({Q: held[Q].to(torch.float8_e4m3fn)})),
+     f"m: '{Q}' is torch.float8_e4m3fn"),
+    (tensors(lambda held: [held.update({f"base_model.{n}": held.pop(n)}) for n in list(held)]),
+     "m: lacks 'model.embed_tokens.weight'; lacks "),
+    (config(hidden_size=16), "m: 'model.embed_tokens.weight' is (258, 8), config.json asks for (258"
+     ", 16); "),
+    (config(vocab_size=300), "m: 'model.embed_tokens.weight' is (258, 8), config.json asks for (300"
+     ", 8); "),
+    (config(num_hidden_layers=2), "m: holds 1 layers, config.json asks for 2: incomplete download"),
+    (config(num_key_value_heads=1), "m: 'model.layers.0.self_attn.k_proj.weight' is (8, 8), confi"),
+    (config(attention_bias=True), "m: lacks 'model.layers.0.self_attn.q_proj.bias'"),
+    (config(model_type="qwen2"), "m: lacks 'model.layers.0.self_attn.q_proj.bias'"),
+    (config(tie_word_embeddings=True), f"m: '{HEAD}' differs from the embedding it is tied to: se"),
+    (config(max_position_embeddings=4), "texts.jsonl: a row of 19 tokens, the model reads 4"),
+]  # fmt: skip
+INDEXES = [  # model.safetensors.index.json or its weight_map, what is told of it
+    ("", ":1: not valid JSON at column 1: Expecting value"),
+    (LFS, ":1: not valid JSON at column 1: a git-lfs pointer"),
+    ("[]", ": has no weight_map: incomplete download?"),
+    ("{}", ": has no weight_map: incomplete download?"),
+    ([], ": has no weight_map: incomplete download?"),
+    ({}, ": has no weight_map: incomplete download?"),
+    ({Q: "../lm/model.safetensors"}, f": '{Q}' is in '../lm/model.safetensors': shards are plain"),
+    ({Q: "/etc/passwd"}, f": '{Q}' is in '/etc/passwd': shards are plain file names"),
+    ({Q: ".."}, f": '{Q}' is in '..': shards are plain file names"),
+    ({Q: 3}, f": '{Q}' is in 3: shards are plain file names"),
+    ({Q: None}, f": '{Q}' is in None: shards are plain file names"),
+    ({Q: "pytorch_model.bin"}, f": '{Q}' is in 'pytorch_model.bin': shards are plain file names"),
+    ({Q: "b.safetensors"}, f": '{Q}' is in b.safetensors, which is missing: download it"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "told"), named(WEIGHTS))
+def test_a_spoiled_model_folder_is_refused_by_file_or_tensor(spoil, told, refuses):
+    assert refuses("sft", "model", "lm", spoil).startswith(told)
+
+
+@pytest.mark.parametrize(("weight_map", "told"), named(INDEXES))
+def test_a_bad_index_is_refused_by_its_tensor(weight_map, told, refuses):
+    line = refuses("sft", "model", "lm", index(weight_map))
+    assert line.startswith(f"m/model.safetensors.index.json{told}")
+
+
+def test_a_tensor_in_two_shards_is_refused(refuses):
+    def twice(folder: Path) -> None:
+        index({Q: "a.safetensors", HEAD: "b.safetensors"})(folder)
+        shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+
+    line = refuses("sft", "model", "lm", twice)
+    assert line.startswith(f"m/b.safetensors: '{HEAD}' stands in two shards")
+
+
+# ---- a model of another kind ---------------------------------------------------------------------
+
+NO_SCORE = "m: has no 'score.weight': not a reward model: train one with `minirlhf reward`"
+NO_LM = "m: is a reward model, not a language model"
+OTHER = "has another tokenizer than the policy"
+KINDS = [  # verb, flag, folder that it is given, what is told
+    ("sft", "model", "rm", NO_LM),
+    ("ppo", "model", "rm", NO_LM),
+    ("ppo", "ref", "rm", NO_LM),
+    ("ppo", "reward", "lm", NO_SCORE),
+    ("ppo", "critic", "lm", NO_SCORE),
+    ("ppo", "reward", "other", f"--reward m: {OTHER}"),
+    ("ppo", "critic", "other", f"--critic m: {OTHER}"),
+    ("ppo", "ref", "other", f"--ref m: {OTHER}"),
+]
+
+
+@pytest.mark.parametrize(("verb", "flag", "source", "told"), named(KINDS))
+def test_a_model_in_the_wrong_place_is_refused(verb, flag, source, told, refuses):
+    assert refuses(verb, flag, source, lambda folder: None).startswith(told)
+
+
+ROLES = [("reward", "model", "rm"), ("ppo", "model", "lm"), ("ppo", "ref", "lm"),
+         ("ppo", "reward", "rm"), ("ppo", "critic", "rm")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "flag", "source"), ROLES)
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (cut(3), f"m/model.safetensors: {LIES}: 3 bytes shorter"),
+        (config(hidden_act="relu6"), "m/config.json: hidden_act: is 'relu6'"),
+        (file("tokenizer.json", LFS), "m/tokenizer.json:1: not valid JSON at column 1: a git-lfs"),
+        (tensors(lambda held: held.pop(Q)), f"m: lacks '{Q}'"),
+    ],
+    ids=["cut", "config", "tokenizer", "tensor"],
+)
+def test_every_model_of_a_command_is_checked_alike(verb, flag, source, spoil, told, refuses):
+    assert refuses(verb, flag, source, spoil).startswith(told)
+
+
+# ---- the tokenizer -------------------------------------------------------------------------------
+
+SAYS = "m/tokenizer.json: refused by the tokenizers library: "
+PANICS = pytest.mark.xfail(strict=True, reason="a panic of the library prints lines of its own")
+
+
+def names(**changes: object) -> Spoil:
+    return json_with("tokenizer_config.json", **changes)
+
+
+def parts(**changes: object) -> Spoil:
+    return json_with("tokenizer.json", **changes)
+
+
+def with_token(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    values["added_tokens"].append(values["added_tokens"][0] | {"id": 300, "content": "<x>"})
+    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+no_eos = both(names(eos_token=ABSENT), config(eos_token_id=ABSENT))
+CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+START, FIRST, SECOND = (
+    {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+    {"Sequence": {"id": "B", "type_id": 1}},
+)  # fmt: skip
+PREFIX = {"type": "TemplateProcessing", "single": [START, FIRST], "pair": [FIRST, SECOND]}
+UNNAMED = PREFIX | {"single": [START], "pair": [], "special_tokens": {}}
+NAMELESS = PREFIX | {"special_tokens": {"<s>": {"id": "<s>", "ids": [999], "tokens": ["<s>"]}}}
+TOKENIZERS = [  # how the folder is spoiled, what is told of it
+    (file("tokenizer.json", ""), "m/tokenizer.json:1: not valid JSON at column 1: Expecting value"),
+    (file("tokenizer.json", "{"), "m/tokenizer.json:1: not valid JSON at column 2: Expecting prop"),
+    (file("tokenizer.json", LFS), "m/tokenizer.json:1: not valid JSON at column 1: a git-lfs poin"),
+    (file("tokenizer.json", HTML), "m/tokenizer.json:1: not valid JSON at column 1: it looks like"),
+    (file("tokenizer.json", b"\n\x0a\x0d\xff"), "m/tokenizer.json: not UTF-8 at byte 3"),
+    (file("tokenizer.json", "[]"), "m/tokenizer.json: "),
+    (file("tokenizer.json", "null"), "m/tokenizer.json: "),
+    (file("tokenizer.json", "{}"), "m/tokenizer.json: "),
+    (file("tokenizer.json", '{"model": {}}'), "m/tokenizer.json: "),
+    (parts(model=ABSENT), "m/tokenizer.json: "),
+    (parts(model=3), "m/tokenizer.json: "),
+    (parts(version=2), SAYS),
+    (parts(truncation={"direction": "x"}), SAYS),
+    (parts(added_tokens="x"), "m/tokenizer.json: "),
+    (parts(added_tokens=[{"id": 0}]), "m/tokenizer.json: "),
+    (parts(pre_tokenizer={"type": "Foo"}), SAYS),
+    (parts(decoder={"type": "Foo"}), SAYS),
+    (parts(normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}), SAYS),
+    pytest.param(parts(normalizer=CHARSMAP), SAYS, marks=PANICS, id="a panic while it is read"),
+    pytest.param(parts(post_processor=UNNAMED), SAYS, marks=PANICS, id="a panic while it is used"),
+    (model_of(type="Foo"), SAYS),
+    (model_of(type="Unigram"), SAYS),
+    (model_of(vocab=ABSENT), SAYS),
+    (model_of(merges=ABSENT), SAYS),
+    (model_of(vocab=[]), SAYS),
+    (model_of(vocab={"a": "x"}), SAYS),
+    (model_of(vocab={"a": -1}), SAYS),
+    (model_of(vocab={"a": 2**40}), "m/tokenizer.json: "),
+    (model_of(merges=["a b c"]), SAYS),
+    (model_of(merges=["zz yy"]), SAYS),
+    (model_of(merges=[1]), SAYS),
+    (with_token, "m/config.json: vocab_size: is 258: must be at least the tokenizer's 259"),
+    (names(eos_token="</s>"), "m/tokenizer_config.json: eos_token '</s>' is not in tokenizer.json"),
+    (names(eos_token=""), "m/tokenizer_config.json: eos_token '' is not in tokenizer.json"),
+    (names(eos_token=3), "m/tokenizer_config.json: eos_token is 3: a string or an object"),
+    (names(eos_token=["a"]), "m/tokenizer_config.json: eos_token is ['a']: a string or an object"),
+    (names(bos_token={"content": 5}), "m/tokenizer_config.json: bos_token is 5: a string or an ob"),
+    (names(pad_token=5), "m/tokenizer_config.json: pad_token is 5: a string or an object"),
+    (config(eos_token_id="x"), "m/config.json: eos_token_id is x: an integer or several"),
+    (config(eos_token_id=[0, "a"]), "m/config.json: eos_token_id is [0, 'a']: an integer or sever"),
+    (config(eos_token_id=True), "m/config.json: eos_token_id is True: an integer or several"),
+    (config(eos_token_id=9999), "m: eos_token_id is 9999: tokenizer.json has the ids 0 to 257"),
+    (config(eos_token_id=-1), "m: eos_token_id is -1: tokenizer.json has the ids 0 to 257"),
+    (file("generation_config.json", '{"eos_token_id": 999}'), "m: eos_token_id is 999: tokenizer"),
+    (file("special_tokens_map.json", "[]"), "m/special_tokens_map.json: is a list: a JSON object"),
+    (both(parts(added_tokens=[]), model_of(vocab={}, merges=[])), "m/tokenizer.json: no tokens: g"),
+    (parts(post_processor=NAMELESS), "m/tokenizer.json: puts the id 999 before a text, which is n"),
+    (names(chat_template=5), "m/tokenizer_config.json: chat_template is 5: a string, or a list of"),
+    (names(chat_template=[{"name": "default", "template": 3}]), "m/tokenizer_config.json: chat_te"),
+    (no_eos, "m: names no eos token, which every text ends with: set eos_token in tokenizer_confi"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    named(TOKENIZERS),
+)
+def test_a_spoiled_tokenizer_is_refused_by_its_file(spoil, told, refuses):
+    assert refuses("sft", "model", "lm", spoil).startswith(told)
+
+
+# ---- the chat template ---------------------------------------------------------------------------
+
+ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+ITS = "m (chat_template.jinja): "
+TEMPLATES = [  # chat_template.jinja, what is told of it, behind the row
+    ("{% for", f"{ITS}not a chat template"),
+    ("{{ nothing.content }}", f"{ITS}chat template failed: 'nothing' is undefined"),
+    ("{{ messages[5].content }}", f"{ITS}chat template failed"),
+    ("{{ raise_exception('no system role') }}", f"{ITS}chat template failed: no system role"),
+    ("{{ 1 / 0 }}", f"{ITS}chat template failed: division by zero"),
+    ("{% include 'x' %}", f"{ITS}"),
+    ("{% import 'os' as os %}", f"{ITS}"),
+    ("{{ ''.__class__.__mro__ }}", f"{ITS}chat template failed"),
+    ("{{ messages.append(1) }}", f"{ITS}chat template failed"),
+    ("{{ cycler.__init__.__globals__.os.system('touch pwned') }}", f"{ITS}chat template failed"),
+    ("{{ self.__init__.__globals__ }}", f"{ITS}chat template failed"),
+    ("{{ '{0.__class__}'.format(messages) }}", "a text without any token"),  # it reads as ""
+    ("{{ (2 ** 33) ** 2 }}", f"{ITS}chat template failed"),
+    ("{{ '%9999d' % 1 }}", f"{ITS}chat template failed"),
+    ("{{ 'a' * 99999999999 }}", f"{ITS}chat template failed"),
+    ("{% for i in range(99999999) %}{% endfor %}", f"{ITS}chat template failed"),
+    ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+     f"{ITS}chat template failed"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", f"{ITS}chat template failed"),
+    ("a" * (2**20 + 1), f"{ITS}a chat template of 1,048,577 characters"),
+    ("hello", "a text without any token: remove the row"),
+    ("{% for m in messages %}{{ m.text }}{% endfor %}", "a text without any token: remove the row"),
+    ("{% if add_generation_prompt %}A{% else %}B{% endif %}" + TURNS,
+     "m: the chat template writes the prompt differently once an answer follows: change the tem"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "told"), named(TEMPLATES))
+def test_a_bad_chat_template_is_refused_by_the_row_that_it_fails_on(template, told, refuses):
+    Path("chat.jsonl").write_text(json_lines(ROW, ROW), encoding="utf-8")
+    spoil = file("chat_template.jinja", template)
+    line = refuses("sft", "model", "lm", spoil, data="chat.jsonl")
+    assert line.startswith(f"chat.jsonl:1: {told}")

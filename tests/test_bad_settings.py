@@ -1,0 +1,510 @@
+"""Flags, config files and command lines that cannot be meant, and in which order all is checked."""
+
+import dataclasses
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import bad_inputs
+import pytest
+import torch
+from bad_inputs import COMMANDS, PAIR, PROMPT, TEXT, json_lines, named, words
+
+from minirlhf.config import as_dict, parse
+from minirlhf.errors import UserError
+from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.recipes.reward import RewardConfig
+from minirlhf.recipes.sft import SFTConfig
+from minirlhf.run import FREE, Run
+from minirlhf.tools.sample import SampleConfig
+from minirlhf.tools.score import ScoreConfig
+
+world, refused = bad_inputs.world, bad_inputs.refused
+
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "sample": SampleConfig,
+           "score": ScoreConfig}  # fmt: skip
+RECIPES = ("sft", "reward", "ppo")
+
+# ---- one flag ------------------------------------------------------------------------------------
+
+WHOLE = "must be a whole number >= 1 or none"
+DTYPES = "must be one of auto, float32, bfloat16"
+FLAGS = [  # added to a right `minirlhf sft`, what is told
+    ("--steps 1e3", f"--steps: got '1e3', {WHOLE}"),
+    ("--steps 1.0", f"--steps: got '1.0', {WHOLE}"),
+    ("--steps 0", f"--steps: got 0, {WHOLE}"),
+    ("--steps -1", f"--steps: got -1, {WHOLE}"),
+    ("--steps −5", f"--steps: got '−5', {WHOLE}"),
+    ("--steps ten", f"--steps: got 'ten', {WHOLE}"),
+    ("--steps 1,000", f"--steps: got '1,000', {WHOLE}"),
+    ("--steps ''", f"--steps: got '', {WHOLE}"),
+    ("--steps=", f"--steps: got '', {WHOLE}"),
+    ("--steps", "--steps: expected one value"),
+    ("--steps 1 --steps 2", "--steps: given twice"),
+    ("--batch_size 2 --batch-size 3", "--batch-size: given twice"),
+    ("--model lm", "--model: given twice"),
+    ("--learning-rate nan", "--learning-rate: got nan, must be a finite number > 0"),
+    ("--learning-rate inf", "--learning-rate: got inf, must be a finite number > 0"),
+    ("--learning-rate 0", "--learning-rate: got 0.0, must be a finite number > 0"),
+    ("--learning-rate -1e-5", "--learning-rate: got -1e-05, must be a finite number > 0"),
+    ("--learning-rate 1e-5x", "--learning-rate: got '1e-5x', must be a finite number > 0"),
+    ("--learning-rate 1,5", "--learning-rate: got '1,5', must be a finite number > 0"),
+    ("--learning-rate −1e-5", "--learning-rate: got '−1e-5', must be a finite number > 0"),
+    ("--learning-rate 1/2", "--learning-rate: got '1/2', must be a finite number > 0"),
+    ("--learning-rate 1e-400", "--learning-rate: got 0.0, must be a finite number > 0"),
+    ("--epochs none", "--epochs: got 'none', must be a finite number > 0"),
+    ("--seed 1.5", "--seed: got '1.5', must be a whole number"),
+    ("--seed 99999999999999999999", "--seed: got 99999999999999999999, must be a whole number of"),
+    ("--keep 1", "--keep: got 1, must be a whole number >= 2"),
+    ("--dtype fp16", f"--dtype: got 'fp16', {DTYPES}"),
+    ("--dtype float16", f"--dtype: got 'float16', {DTYPES}"),
+    ("--dtype bf16", f"--dtype: got 'bf16', {DTYPES}"),
+    ("--dtype torch.float32", f"--dtype: got 'torch.float32', {DTYPES}"),
+    ("--device gpu", "--device: 'gpu' cannot be used ("),
+    ("--device cuda:99", "--device: 'cuda:99' cannot be used ("),
+    ("--device ''", "--device: '' cannot be used ("),
+    ("--schedule cosin", "--schedule: got 'cosin', must be one of constant, linear, cosine"),
+    ("--overlong cut", "--overlong: got 'cut', must be one of drop, truncate_prompt_left, trunc"),
+    ("--lora-rank 8.0", "--lora-rank: got '8.0', must be a whole number >= 0"),
+    ("--max-length 1", "--max-length: got 1, must be a whole number >= 2"),
+    ("--vocab-size 100", "--vocab-size: got 100, must be a whole number >= 258"),
+    ("--eval-data", "--eval-data: expected at least one value"),
+    ("--eval-data ''", "--eval-data: got '', must be the name of a file"),
+    ("--eval-data nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("--eval-data a=nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("--eval-data a=", "''"),
+    ("--eval-data texts.jsonl texts.jsonl", "--eval-data: two sets are called 'eval': name each"),
+    ("--eval-data a=texts.jsonl a=texts.jsonl", "--eval-data: two sets are called 'a': name each"),
+    ("--resume yes", "minirlhf sft: unexpected argument 'yes'"),
+    ("--resume=true", "--resume: got 'true', takes no value: give --resume or --no-resume"),
+    ("--no-resume=1", "--no-resume: got '1', takes no value: give --resume or --no-resume"),
+    ("--lr 1e-5", "--lr: unknown flag: the nearest is --learning-rate"),
+    ("--bs 2", "--bs: unknown flag: the nearest is --batch-size"),
+    ("--lora_rnk 8", "--lora-rnk: unknown flag: the nearest is --lora-rank"),
+    ("-steps 3", "minirlhf sft: unexpected argument '-steps': the nearest is --steps; "),
+    ("–steps=3", "minirlhf sft: unexpected argument '–steps=3': the nearest is --steps"),
+    ("---steps 3", "---steps: unknown flag: the nearest is --steps"),
+    ("-- 3", "--: unknown flag: "),
+    ("extra", "minirlhf sft: unexpected argument 'extra'"),
+    ("--init-config shape.json", "give exactly one of --model and --init-config"),
+    ("--tokenizer lm", "--tokenizer goes with --init-config: a --model has its own"),
+    ("--config", "--config: expected one value"),
+    ("--config nowhere.toml", "nowhere.toml: no such file"),
+    ("--config texts.jsonl", "texts.jsonl: --config reads .toml and .json files only"),
+]
+PPO_FLAGS = [  # added to a right `minirlhf ppo`, what is told
+    ("--no-train-critic", "no-train-critic: goes with --critic, a value head has to learn"),
+    ("--train-critic=false", "--train-critic: got 'false', takes no value: give --train-critic or"),
+    ("--temperature 0", "temperature 0: greedy sampling explores nothing"),
+    ("--top-k 5", "top_k, top_p, min_p: truncated sampling draws from another law"),
+    ("--mini-batches 8", "batch_size 2 is less than 8 mini_batches of micro_batch_size 2: use bat"),
+    ("--kl-target 6 --kl-coef 0", "kl_target: kl_coef is 0, which no factor can move"),
+    ("--kl-target 6 --kl-horizon 0.1", "kl_horizon 0.1 is too short for batch_size 2"),
+    ("--gamma 1.1", "--gamma: got 1.1, must be a finite number > 0 and <= 1"),
+    ("--lam -1", "--lam: got -1.0, must be a finite number >= 0 and <= 1"),
+    ("--clip-low 2", "--clip-low: got 2.0, must be a finite number >= 0 and <= 1"),
+    ("--value-clip 0", "--value-clip: got 0.0, must be a finite number > 0 or none"),
+    ("--epochs 1.5", "--epochs: got '1.5', must be a whole number >= 1"),
+    ("--stop", "--stop: expected at least one value"),
+    ("--overlong truncate_response", "--overlong: got 'truncate_response', must be one of error, "),
+    ("--max-prompt-length 3", "prompts.jsonl:1: 8 tokens, max_length is 3"),
+    ("--eval-data a", "--eval-data: unknown flag: the nearest is --"),
+    ("--critic nowhere", "nowhere: no such folder: give a model folder or a hub name"),
+    ("--ref ''", "--ref: got '', must be the name of a folder"),
+]
+
+
+@pytest.mark.parametrize(("flags", "told"), named(FLAGS))
+def test_a_bad_flag_is_refused_by_its_name(flags, told, refused):
+    given = words("sft", steps=None) if "steps" in flags else words("sft")
+    assert refused(given + shlex.split(flags)).startswith(told)
+
+
+@pytest.mark.parametrize(("flags", "told"), named(PPO_FLAGS))
+def test_a_bad_flag_of_ppo_is_refused_by_its_name(flags, told, refused):
+    assert refused(words("ppo") + shlex.split(flags)).startswith(told)
+
+
+# ---- one command line ----------------------------------------------------------------------------
+
+SFT = "sft --model lm --data texts.jsonl"
+PPO = "ppo --model lm --data prompts.jsonl --out out --batch-size 2 --micro-batch-size 2 " \
+    "--max-new-tokens 4 --reward"  # fmt: skip
+NO_FOLDER = "no such folder: give a model folder or a hub name (owner/name)"
+LINES = [  # a command line, what is told
+    ("train", "minirlhf train: no such verb: the nearest is "),
+    ("SFT", "minirlhf SFT: no such verb: the nearest is sft; verbs: sft, reward, ppo, "),
+    ("rewrad", "minirlhf rewrad: no such verb: the nearest is reward"),
+    ("-v", "minirlhf -v: no such verb: the nearest is --version"),
+    ("--model lm", "minirlhf --model: no such verb: the nearest is "),
+    ("sft", "--data: required, but not given; --out: required, but not given"),
+    ("sft reward", "minirlhf sft: unexpected argument 'reward'"),
+    ("reward", "--model: required, but not given; --data: required, but not given; --out: requi"),
+    ("ppo", "--model: required, but not given; --data: required, but not given; --reward: req"),
+    ("sample", "--model: required, but not given"),
+    ("score --model rm", "--data: required, but not given"),
+    ("sample --model lm", "give exactly one of --data and --prompt"),
+    ("sample --model lm --data prompts.jsonl --prompt a", "give exactly one of --data and --promp"),
+    ("sample --model lm --prompt '' --max-new-tokens 4", "--prompt: has 0 tokens: must have 1 to"),
+    (f"sample --model lm --prompt {'a' * 46} --max-new-tokens 4", "--prompt: has 46 tokens: must "),
+    ("sample --model lm --prompt a --stop ''", "--stop: got an empty string, which every text con"),
+    ("sample --model lm --prompt a --max-new-tokens 49", "--max-new-tokens: is 49: the model has "),
+    ("sample --model lm --data prompts.jsonl --max-new-tokens 4 --max-length 99",
+     "--max-length: is 99, the model has room for 45 before the new tokens"),
+    ("sample --model lm --prompt a --out texts.jsonl", "--out: texts.jsonl is there already: give"),
+    ("sample --model lm --prompt a --top-p 0", "--top-p: got 0.0, must be a finite number > 0 and"),
+    ("sample --model lm --prompt a --limit 0", "--limit: got 0, must be a whole number >= 1 or no"),
+    ("sample --model nowhere --prompt a", f"nowhere: {NO_FOLDER}"),
+    ("score --model rm --data nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("score --model rm --data pairs.jsonl --max-length 99", "--max-length: is 99: the model has 4"),
+    ("score --model rm --data pairs.jsonl --out rm", "--out: rm is there already: give another"),
+    ("sft --data texts.jsonl --out out", "give exactly one of --model and --init-config"),
+    (f"{SFT}", "--out: required, but not given"),
+    (f"{SFT} --out ''", "--out: got '', must be the name of a dir"),
+    (f"{SFT} --out texts.jsonl", "texts.jsonl: is not a folder: give another --out"),
+    (f"{SFT} --out lm", "lm: is --model lm or lies in it: give another --out"),
+    (f"{SFT} --out lm --resume", "lm: is --model lm or lies in it: give another --out"),
+    (f"{SFT} --out reward.py/out", "reward.py/out: reward.py is a file: give another --out"),
+    ("sample --model lm --prompt a --max-new-tokens 4 --out no/where", "--out: no is no folder"),
+    ("score --model rm --data pairs.jsonl --out no/where", "--out: no is no folder"),
+    ("sft --model lm --data lm --out out", "lm: a folder: legal: .jsonl .json .csv .tsv"),
+    ("sft --model lm --data '' --out out", "--data: got '', must be the name of a file"),
+    ("sft --model texts.jsonl --data lm --out out", "texts.jsonl: is a file: give the folder that"),
+    ("sft --model lm/config.json --data texts.jsonl --out out", "lm/config.json: is a file: give"),
+    ("sft --model nowhere --data texts.jsonl --out out", f"nowhere: {NO_FOLDER}"),
+    ("sft --model '' --data texts.jsonl --out out", "--model: got '', must be the name of a folde"),
+    ("sft --model https://huggingface.co/a/b --data texts.jsonl --out out",
+     f"https://huggingface.co/a/b: {NO_FOLDER}"),
+    ("sft --init-config lm --data texts.jsonl --out out", "lm: a folder: give a regular file"),
+    ("sft --init-config nowhere.json --data texts.jsonl --out out", "nowhere.json: no such file"),
+    ("sft --init-config texts.jsonl --data texts.jsonl --out out", "texts.jsonl:2: not valid JSON"),
+    ("sft --init-config shape.json --tokenizer nowhere --data texts.jsonl --out out",
+     "nowhere/tokenizer.json: no such file: give a folder with a tokenizer.json"),
+    ("sft --init-config shape.json --lora-rank 4 --data texts.jsonl --out out",
+     "--lora-rank goes with --model: random weights need training in full"),
+    ("sft --init-config lm/config.json --tokenizer other --data texts.jsonl --out out",
+     "lm/config.json: vocab_size: is 258: must be at least the tokenizer's 260"),
+    ("demo --scale 2", "--scale: got 2.0, must be a finite number > 0 and <= 1"),
+    ("demo --out lm", "lm: is there already: remove it, or give another --out"),
+    (f"{PPO} ''", "--reward: got '', must be the name of a source"),
+    (f"{PPO} nowhere", f"nowhere: {NO_FOLDER}"),
+    (f"{PPO} nowhere.py:f", "--reward: nowhere.py does not exist: give file.py:function"),
+    (f"{PPO} reward.py", "--reward: reward.py names no function: give reward.py:function"),
+    (f"{PPO} reward.py:", "--reward reward.py: has no function '': it has: length"),
+    (f"{PPO} reward.py:nothing", "--reward reward.py: has no function 'nothing': it has: length"),
+    (f"{PPO} reward.py:number", "--reward reward.py: has no function 'number': it has: length"),
+    (f"{PPO} texts.jsonl", "texts.jsonl: is a file: give the folder that holds config.json"),
+    (f"{PPO} texts.jsonl:f", f"texts.jsonl:f: {NO_FOLDER}"),
+    (f"{PPO} http://localhost:1", f"http://localhost:1: {NO_FOLDER}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    named(LINES),
+)
+def test_a_bad_command_line_is_refused(line, told, refused):
+    assert refused(shlex.split(line)).startswith(told)
+
+
+def test_an_output_folder_inside_the_model_is_refused(refused, world):
+    shutil.copytree(world / "lm", "own")
+    assert refused(words("sft", model="own", out="own/out")).startswith(
+        "own/out: is --model own or lies in it: give another --out"
+    )
+
+
+BROKEN_CODE = [  # content of the file of --reward, what is told
+    ("def length(:\n", "--reward bad.py:1: SyntaxError: "),
+    ("import nothing_of_this_name\n", "--reward bad.py:1: ModuleNotFoundError: No module named"),
+    ("\n1 / 0\n", "--reward bad.py:2: ZeroDivisionError: division by zero"),
+    ("print(undefined)\n", "--reward bad.py:1: NameError: name 'undefined' is not defined"),
+    ("", "--reward bad.py: has no function 'length': it has: none"),
+]
+
+
+@pytest.mark.parametrize(("code", "told"), named(BROKEN_CODE))
+def test_a_reward_function_that_does_not_load_is_refused_by_its_line(code, told, refused):
+    Path("bad.py").write_text(code, encoding="utf-8")
+    assert refused(words("ppo", reward="bad.py:length")).startswith(told)
+
+
+# ---- one file of settings ------------------------------------------------------------------------
+
+RIGHT = {"model": "lm", "data": "texts.jsonl", "out": "out"}
+SECTIONS = "is a table: settings stand at the top of the file, in no section"
+TOML = [  # added to a right file, what is told behind its name
+    ("steps = 0", f"steps: got 0, {WHOLE}"),
+    ("steps = 1.0", f"steps: got 1.0, {WHOLE}"),
+    ("steps = '1'", f"steps: got '1', {WHOLE}"),
+    ("steps = true", f"steps: got true, {WHOLE}"),
+    ("lr = 1", "lr: unknown setting: the nearest is learning_rate"),
+    ("learning-rate = nan", "learning-rate: got nan, must be a finite number > 0"),
+    ("learning_rate = '1e-5'", "learning_rate: got '1e-5', must be a finite number > 0"),
+    ("learning-rate = 1e-3\nlearning_rate = 1e-3", "learning_rate: given twice"),
+    ("[train]\nsteps = 1", f"train: {SECTIONS}"),
+    ("[steps]\nlast = 1", f"steps: {SECTIONS}"),
+    ("steps = 1\nsteps = 2", "not valid TOML: "),
+    ("steps", "not valid TOML: "),
+    ("steps =", "not valid TOML: "),
+    ("steps: 1", "not valid TOML: "),
+    ("model = lm", "not valid TOML: "),
+    ("steps = " + "9" * 5000, "not valid TOML: "),
+    ("eval_data = 'a'", "eval_data: got 'a', must be a list of text"),
+    ("eval_data = [1]", "eval_data: got [1], must be a list of text"),
+    ("eval_data = ['']", "eval_data: got '', must be the name of a file"),
+    ("resume = 'yes'", "resume: got 'yes', must be true or false"),
+    ("resume = 1", "resume: got 1, must be true or false"),
+    ("dtype = 'fp16'", f"dtype: got 'fp16', {DTYPES}"),
+    ("seed = 2026-01-01", "seed: got 2026-01-01, must be a whole number"),
+    ("tokenizer = ''", "tokenizer: got '', must be the name of a folder"),
+    ('tokenizer = "a\\u0000b"', "tokenizer: got 'a\\x00b', must be text or none"),
+]
+JSON = [  # content of a file, what is told behind its name
+    ("", ":1: not valid JSON at column 1: Expecting value"),
+    ("null", ": holds none: must be an object of settings"),
+    ("[]", ": holds []: must be an object of settings"),
+    ("{", ":1: not valid JSON at column 2: Expecting property name"),
+    ('{"steps": 1,\n}', ":2: not valid JSON at column 1: Expecting property name"),
+    ('{"steps": 1, "steps": 2}', ":1: key 'steps' stands twice in one object"),
+    ('{"learning_rate": NaN}', ":1: NaN is not JSON"),
+    ('{"steps": ' + "9" * 5000 + "}", ":1: an integer of thousands of digits"),
+    ('{"a": ' * 2000, ":1: nested deeper than 64 levels"),
+    ("<html>", ":1: not valid JSON at column 1: it looks like a web page"),
+    ('{"stepz": 1}', ": stepz: unknown setting: the nearest is steps; --data: required"),
+    ('{"recipe": "sft", "settings": {"steps": 1}}', ": recipe: unknown setting: the nearest is "),
+    (json.dumps(RIGHT | {"epochs": None}), ": epochs: got none, must be a finite number > 0"),
+    (json.dumps(RIGHT | {"data": 3}), ": data: got 3, must be text"),
+    (json.dumps(RIGHT | {"train": {"steps": 1}}), f": train: {SECTIONS}"),
+    (json.dumps(RIGHT | {"steps": "x", "keep": []}), f": steps: got 'x', {WHOLE}; c.json: keep: g"),
+    (b'{"model": "\xff"}', ": not UTF-8 at byte 11: save the file as UTF-8"),
+    (json.dumps(RIGHT).encode("utf-16"), ": not UTF-8 at byte 0: it looks like UTF-16"),
+]
+
+
+@pytest.mark.parametrize(("added", "told"), named(TOML))
+def test_a_bad_toml_file_is_refused_by_its_key(added, told, refused):
+    right = "".join(f'{name} = "{value}"\n' for name, value in RIGHT.items())
+    Path("c.toml").write_text(right + added + "\n", encoding="utf-8")
+    assert refused(["sft", "--config", "c.toml"]).startswith(f"c.toml: {told}")
+
+
+@pytest.mark.parametrize(("content", "told"), named(JSON))
+def test_a_bad_json_file_of_settings_is_refused_by_line_or_key(content, told, refused):
+    Path("c.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert refused(["sft", "--config", "c.json"]).startswith(f"c.json{told}")
+
+
+# ---- every setting -------------------------------------------------------------------------------
+
+SHOWN = 20  # problems that one line tells
+NOT_TEXT = ("\udcff", "a\0b")
+BAD_WORDS = {
+    int: ("1.5", "1e3", "ten", "−1"), float: ("nan", "-inf", "1,5", "1e-5x"), str: NOT_TEXT
+}  # fmt: skip
+BAD_VALUES = {
+    int: (1.5, "1", True, [1], 2**63), float: ("0.1", True, [0.1], "nan"),
+    str: (3, True, ["a"], "a\0b"), bool: (1, "yes", None, "true"), tuple: ("a", [1], [None], 3),
+}  # fmt: skip
+BEYOND = {">=": -1, ">": 0, "<=": 1, "<": 0}  # from a limit to the nearest whole step outside it
+
+
+def kind(field: dataclasses.Field) -> type:
+    return next((t for t in (bool, int, float, str) if field.type in (t, t | None)), tuple)
+
+
+def bad_words(field: dataclasses.Field) -> tuple[str, ...]:
+    """What no flag of this type takes, and what lies outside its limits and choices."""
+    rule = field.metadata
+    outside = [f"{limit + BEYOND[sign]}" for sign, limit in rule["limits"].items()]
+    unlike = [word for choice in (rule["choices"] or ())[:1] for word in ("", choice.upper(), " ")]
+    empty = [""] if rule["metavar"] in ("FILE", "FOLDER", "DIR", "SOURCE") else []
+    return (*BAD_WORDS.get(kind(field), ()), *outside, *unlike, *empty)
+
+
+def chunks(items: list) -> list[list]:
+    return [items[i : i + SHOWN] for i in range(0, len(items), SHOWN)]
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_every_misspelt_flag_is_told_the_right_one(verb, refused):
+    flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(CONFIGS[verb])]
+    for chunk in chunks(flags):
+        wrong = [flag[:3] + "q" + flag[4:] for flag in chunk]  # its second letter
+        told = [f"{w}: unknown flag: the nearest is {f}" for w, f in zip(wrong, chunk, strict=True)]
+        assert refused([verb, *wrong]).split("; ") == told
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_every_misspelt_key_of_a_file_is_told_the_right_one(verb, refused):
+    names = [field.name for field in dataclasses.fields(CONFIGS[verb])]
+    for chunk in chunks(names):
+        wrong = [name[0] + "q" + name[2:] for name in chunk]
+        Path("c.json").write_text(json.dumps(dict.fromkeys(wrong, 1)), encoding="utf-8")
+        line = refused([verb, "--config", "c.json"])
+        for right, name in zip(chunk, wrong, strict=True):
+            assert f"c.json: {name}: unknown setting: the nearest is {right}" in line
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_every_flag_refuses_what_is_not_of_its_type_or_range(verb, refused):
+    table = {field.name: bad_words(field) for field in dataclasses.fields(CONFIGS[verb])}
+    for column in range(max(map(len, table.values()))):
+        bad = {name: texts[column] for name, texts in table.items() if column < len(texts)}
+        for chunk in chunks(list(bad)):
+            argv = words(verb, **dict.fromkeys(chunk))
+            flags = {name: "--" + name.replace("_", "-") for name in chunk}
+            line = refused(argv + [f"{flags[name]}={bad[name]}" for name in chunk])
+            assert all(f"{flag}: got " in line for flag in flags.values()), line
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_every_key_of_a_file_refuses_what_is_not_of_its_type(verb, refused):
+    fields = dataclasses.fields(CONFIGS[verb])
+    for column in range(max(map(len, BAD_VALUES.values()))):
+        bad = {field.name: BAD_VALUES[kind(field)] for field in fields}
+        bad = {name: values[column] for name, values in bad.items() if column < len(values)}
+        for chunk in chunks(list(bad)):
+            values = json.dumps({name: bad[name] for name in chunk})
+            Path("c.json").write_text(values, encoding="utf-8")
+            argv = [*words(verb, **dict.fromkeys(chunk)), "--config", "c.json"]
+            line = refused(argv)
+            assert all(f"c.json: {name}: got " in line for name in chunk), line
+
+
+# ---- settings of a run that is resumed -----------------------------------------------------------
+
+
+def another(field: dataclasses.Field, value: object) -> object:
+    """A legal value of a setting that is not the given one."""
+    if field.metadata["choices"]:
+        return next(choice for choice in field.metadata["choices"] if choice != value)
+    changed = {bool: lambda: not value, int: lambda: (value or 1) + 1, str: lambda: f"{value}x",
+               float: lambda: (value or 1.0) / 2, tuple: lambda: (*value, "x")}  # fmt: skip
+    return changed[kind(field)]()
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_every_setting_is_frozen_or_free_on_resume(verb, tmp_path):
+    config = parse(CONFIGS[verb], words(verb)[1:], verb, "")
+    facts = {"recipe": verb, "settings": as_dict(config)}
+    (tmp_path / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        now = as_dict(dataclasses.replace(config, **{field.name: another(field, value)}))
+        if field.name in FREE:
+            Run(str(tmp_path), verb, now, True)
+            continue
+        with pytest.raises(UserError) as caught:
+            Run(str(tmp_path), verb, now, True)
+        old = facts["settings"][field.name]
+        assert caught.value.what == f"{field.name} was {old!r}, is {now[field.name]!r}"
+        assert caught.value.do == "resume with the settings of the first start"
+
+
+NOT_OURS = "out/run.json: is not of a sft run: give another --out"
+RUN_JSON = [  # content of run.json in the folder of --out, what is told
+    ("", "out/run.json:1: not valid JSON at column 1: Expecting value"),
+    ('{"recipe": "sft", ', "out/run.json:1: not valid JSON at column 1"),
+    ("[]", NOT_OURS),
+    ("{}", NOT_OURS),
+    ('{"recipe": "ppo", "settings": {}}', NOT_OURS),
+    ('{"recipe": "sft"}', "out/run.json: has no settings: give another --out"),
+    ('{"recipe": "sft", "settings": {"model": "rm"}}', "out/run.json: model was 'rm', is 'lm'; "),
+    ('{"recipe": "sft", "settings": 3}', "out/run.json: has no settings: give another --out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "told"), named(RUN_JSON))
+def test_a_run_that_cannot_be_resumed_is_refused(content, told, refused):
+    Path("out").mkdir()
+    Path("out/run.json").write_text(content, encoding="utf-8")
+    assert refused([*words("sft"), "--resume"]).startswith(told)
+
+
+def test_free_settings_are_those_that_no_number_depends_on():
+    fields = {verb: {f.name for f in dataclasses.fields(CONFIGS[verb])} for verb in RECIPES}
+    assert FREE <= set.union(*fields.values())
+    everywhere = {"out", "resume", "log_every", "save_every", "keep", "device"}
+    assert all(FREE & fields[verb] >= everywhere for verb in RECIPES)
+    assert FREE & fields["ppo"] == everywhere
+
+
+# ---- in which order ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails a command that begins to load weights."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("weights are loaded before all else is checked")
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", load)
+
+
+def bad_last_row(verb: str) -> str:
+    row = {"sft": TEXT, "new": TEXT, "ppo": PROMPT, "sample": PROMPT}.get(verb, PAIR)
+    Path("late.jsonl").write_text(json_lines(*[row] * 50, {}), encoding="utf-8")
+    return "late.jsonl"
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_the_last_row_is_read_before_any_weight(verb, refused, no_weights):
+    line = refused(words(verb, data=bad_last_row(verb)))
+    assert line.startswith("late.jsonl:51: ")
+
+
+@pytest.mark.parametrize("verb", ["sft", "new", "reward"])
+def test_the_last_held_out_row_is_read_before_any_weight(verb, refused, no_weights):
+    good = COMMANDS[verb].partition("--data ")[2].split()[0]
+    line = refused(words(verb, eval_data=(f"a={good}", bad_last_row(verb))))
+    assert line.startswith("late.jsonl:51: ")
+
+
+@pytest.mark.parametrize("verb", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize(
+    ("out", "told"), [("full", "is not empty: give another"), ("reward.py", "is not a folder")]
+)
+def test_the_output_folder_is_looked_at_before_any_weight(verb, out, told, refused, no_weights):
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("mine", encoding="utf-8")
+    assert refused(words(verb, out=out)).startswith(f"{out}: {told}")
+
+
+NEEDS = "def f(completions, rating):\n    return [0.0 for _ in completions]\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"reward": "nowhere"}, "nowhere: no such folder"),
+        ({"reward": "reward.py:nothing"}, "--reward reward.py: has no function 'nothing'"),
+        ({"reward": "lm"}, "lm: has no 'score.weight': not a reward model"),
+        ({"reward": "other"}, "--reward other: has another tokenizer than the policy"),
+        ({"ref": "nowhere"}, "nowhere: no such folder"),
+        ({"ref": "other"}, "--ref other: has another tokenizer than the policy"),
+        ({"critic": "nowhere"}, "nowhere: no such folder"),
+        ({"critic": "other"}, "--critic other: has another tokenizer"),
+        ({"critic": "lm"}, "lm: has no 'score.weight'"),
+        ({"ref": "rm"}, "rm: is a reward model, not a language model"),
+        ({"model": "rm"}, "rm: is a reward model, not a language"),
+    ],
+)
+def test_every_model_of_ppo_is_looked_at_before_any_weight(changes, told, refused, no_weights):
+    assert refused(words("ppo", **changes)).startswith(told)
+
+
+def test_a_column_that_the_reward_needs_is_looked_for_before_any_weight(refused, no_weights):
+    Path("needs.py").write_text(NEEDS, encoding="utf-8")
+    line = refused(words("ppo", reward="needs.py:f"))
+    assert line.startswith("needs.py:f: needs rating, which no prompt has")
+
+
+def test_the_room_of_the_reward_model_is_looked_at_before_any_weight(refused, no_weights, world):
+    narrow = Path("narrow")
+    shutil.copytree(world / "rm", narrow)
+    values = json.loads((narrow / "config.json").read_text("utf-8"))
+    (narrow / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 6}))
+    assert refused(words("ppo", reward="narrow")).startswith("prompts.jsonl:1: 8 tokens")
