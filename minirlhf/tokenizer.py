@@ -65,7 +65,8 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(self._source).hexdigest()
         path = folder / "tokenizer.json"
         parsed = strict_json(source, path)
-        self._backend = self._guard(tokenizers.Tokenizer.from_str, source)
+        with _muted():
+            self._backend = self._guard(tokenizers.Tokenizer.from_str, source)
         self._backend.no_truncation()
         self._backend.no_padding()
         vocab = self._backend.get_vocab(with_added_tokens=True)
@@ -127,7 +128,8 @@ class Tokenizer:
         self._spare = {text: id for id, text in special.items() if text}
         self._prefix: list[int] = []
         for probe in ("a", "A", "0", " "):
-            encoding = self._guard(self._backend.encode, probe)
+            with _muted():
+                encoding = self._guard(self._backend.encode, probe)
             if 0 in (mask := encoding.special_tokens_mask):
                 self._prefix = encoding.ids[: mask.index(0)]
                 break

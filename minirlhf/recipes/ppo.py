@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import interrupt, optim, pretrained, streams
+from minirlhf import interrupt, memory, optim, pretrained, streams
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
@@ -38,6 +38,7 @@ from minirlhf.heads import (
 from minirlhf.kl import AdaptiveKL, kl_k1
 from minirlhf.lora import adapters_off, add_lora, merge_lora
 from minirlhf.losses import clipped_surrogate, clipped_value_loss
+from minirlhf.machine import free_memory, process_bytes
 from minirlhf.masking import masked_standardize, masked_sum
 from minirlhf.meters import Step
 from minirlhf.rewards import Completions, RewardSource, load_reward, locate
@@ -521,14 +522,11 @@ def show_samples(r: Run, state: TrainState, rows: list[dict]) -> None:
     r.write_samples(state, rows)
 
 
-def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel, device, dtype) -> dict:
+def run_facts(
+    config: PPOConfig, prompts: int, policy: ValueHeadModel, fits: str, device, dtype
+) -> dict:
     """What is about to happen, before it costs anything."""
-    weights = sum(p.numel() for p in policy.parameters())
-    copied = sum(p.numel() for p in policy.lm.parameters())
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    # Weights once, and a copy as the reference unless that is the policy without its adapters;
-    # a gradient and two moments for what is trained.
-    held = weights + 3 * trainable + (copied if config.ref or not config.lora_rank else 0)
     per_step = ceil(config.batch_size / config.mini_batches)
     accumulated = ceil(per_step / config.micro_batch_size)
     adapting = config.kl_target and f"adapting to {config.kl_target:g} nats a response"
@@ -550,8 +548,7 @@ def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel, device, d
         "clip": f"ratio {low:g} to {high:g}, value {config.value_clip}",
         "critic": config.critic or "a value head on the policy's trunk, starting from zero",
         "reference": config.ref or "the policy at step 0; their KL must be 0 there",
-        "memory": f"{held * torch.finfo(dtype).bits / 8e9:.2f} GB for weights, gradients, moments "
-        "and reference; the reward model and activations come on top",
+        "memory": fits,
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "seed": config.seed,
@@ -615,6 +612,11 @@ def main(argv: list[str] | None = None) -> int:
     inputs = [config.data, str(source), str(ref_folder)]
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    models, held = memory.ppo_models(config), process_bytes(device)
+    plan = memory.ppo_plan(config, models, longest, dtype, held)
+    print(plan)
+    fits = memory.verdict(plan, free_memory(device))
     columns = {name for prompt in prompts for name in prompt.columns}
     reward = load_reward(
         config.reward, tokenizer, dtype, device, config.micro_batch_tokens, columns
@@ -632,7 +634,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
     with r:
-        r.facts(run_facts(config, len(prompts), policy, device, dtype))
+        r.facts(run_facts(config, len(prompts), policy, fits, device, dtype))
         r.restore(state)
         if config.sample_every and state.step == 0:
             show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))

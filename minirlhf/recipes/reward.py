@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import interrupt, optim, pretrained, streams
+from minirlhf import interrupt, memory, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
 from minirlhf.data import Pair, load_pairs
@@ -28,6 +28,7 @@ from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel, initialize_score
 from minirlhf.lora import add_lora, merge_lora
 from minirlhf.losses import bradley_terry_loss, preference_accuracy
+from minirlhf.machine import free_memory, process_bytes
 from minirlhf.meters import Step
 from minirlhf.run import Run, named_files
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
@@ -420,7 +421,14 @@ def main(argv: list[str] | None = None) -> int:
         prefix: load(config, file, tokenizer, model_config, before_eos)
         for prefix, file in files.items()
     }
+    longest = max(int(pair_lengths(rows).max()) for rows in sets.values())
     pairs = sets.pop("")
+    plan = memory.reward_plan(
+        config, model_config, longest, dtype, process_bytes(device),
+        max(map(len, sets.values()), default=0),
+    )  # fmt: skip
+    print(plan)
+    fits = memory.verdict(plan, free_memory(device))
     model = load_start(config, before_eos, device, dtype)
     optimizer = optim.make_optimizer(
         model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
@@ -431,7 +439,8 @@ def main(argv: list[str] | None = None) -> int:
             "examples": len(pairs), "epochs": f"{steps * config.batch_size / len(pairs):.2f}",
             "pairs a step": config.batch_size, "steps": steps,
             "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "device": device, "dtype": str(dtype).removeprefix("torch."), "seed": config.seed,
+            "memory": fits, "device": device, "dtype": str(dtype).removeprefix("torch."),
+            "seed": config.seed,
         })  # fmt: skip
         r.restore(state)
         for step in r.bar(reward(state, pairs, config), state, steps):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import fsio, interrupt, optim, pretrained, streams
+from minirlhf import fsio, interrupt, memory, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
 from minirlhf.data import Text, load_texts
@@ -31,6 +31,7 @@ from minirlhf.generation import pad_right
 from minirlhf.heads import TokenStats, response_states, token_logprobs
 from minirlhf.hf_config import config_from_hf
 from minirlhf.lora import add_lora, merge_lora
+from minirlhf.machine import free_memory, process_bytes
 from minirlhf.meters import Step
 from minirlhf.rows import read_json, read_rows
 from minirlhf.run import Run, named_files, write_model
@@ -339,7 +340,14 @@ def main(argv: list[str] | None = None) -> int:
     model_config = choose_config(config, tokenizer)
     most = model_config.longest_row
     sets = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
+    longest = max(int(count_tokens(rows)[0].max()) for rows in sets.values())
     texts = sets.pop("")
+    plan = memory.sft_plan(
+        config, model_config, longest, dtype, process_bytes(device),
+        max(map(len, sets.values()), default=0),
+    )  # fmt: skip
+    print(plan)
+    fits = memory.verdict(plan, free_memory(device))
     lm = load_start(config, model_config, tokenizer, dtype).to(device)
     optimizer = optim.make_optimizer(
         lm, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
@@ -354,7 +362,8 @@ def main(argv: list[str] | None = None) -> int:
             "epochs": f"{steps * config.batch_size / len(texts):.2f}",
             "texts a step": config.batch_size, "steps": steps,
             "trainable parameters": sum(p.numel() for p in lm.parameters() if p.requires_grad),
-            "device": device, "dtype": str(dtype).removeprefix("torch."), "seed": config.seed,
+            "memory": fits, "device": device, "dtype": str(dtype).removeprefix("torch."),
+            "seed": config.seed,
         })  # fmt: skip
         r.restore(state)
         for step in r.bar(sft(state, texts, config), state, steps):

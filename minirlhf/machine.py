@@ -1,0 +1,92 @@
+"""How much memory this process holds, and how much the machine still has for it."""
+
+import os
+import re
+import resource
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+class Machine(NamedTuple):
+    free: int  # bytes
+    limit: str  # what sets the limit
+
+
+def process_bytes(device: str = "cpu", proc: Path = PROC) -> int:
+    """Resident bytes of this process; 0 for a GPU, whose free memory has it taken off already."""
+    if device != "cpu":
+        return 0
+    status = proc / "self/status"
+    if not status.exists():  # the largest so far, in KiB on Linux and in bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _kilobytes(status.read_text(encoding="utf-8"), "VmRSS")
+
+
+def _kilobytes(text: str, name: str) -> int:
+    """Bytes of a line such as `MemAvailable:  1234 kB`."""
+    found = re.search(rf"^{name}:\s*(\d+) kB$", text, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"no line {name!r}: not a file of /proc?")
+    return int(found[1]) * 1024
+
+
+def cgroup_free(groups: str, root: Path) -> int | None:
+    """Bytes until the first limit of this process's control groups; None where there is none.
+
+    Usage counts the cache of files, of which the inactive part is given back when memory is short.
+
+    Args:
+        groups: text of /proc/self/cgroup: `0::/path` is version 2, `N:memory:/path` version 1.
+        root: where they are mounted.
+    """
+    least = None
+    for line in groups.splitlines():
+        number, controllers, path = line.split(":", 2)
+        if (number, controllers) == ("0", ""):
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            top = root / "memory"
+        else:
+            continue
+        # Inside a container the path may be the host's: what is mounted is then the top alone.
+        parts = Path(path).parts[1:]
+        for folder in [top.joinpath(*parts[:n]) for n in range(len(parts) + 1)]:
+            if (folder / names[0]).is_file() and (folder / names[1]).is_file():
+                limit, used = ((folder / n).read_text().strip() for n in names[:2])
+                if limit != "max":
+                    stat = folder / "memory.stat"
+                    text = stat.read_text() if stat.is_file() else ""
+                    cache = re.search(rf"^{names[2]} (\d+)$", text, re.MULTILINE)
+                    free = int(limit) - int(used) + (int(cache[1]) if cache else 0)
+                    least = free if least is None else min(least, free)
+    return least
+
+
+def free_memory(device: str = "cpu", proc: Path = PROC, groups: Path = CGROUPS) -> Machine:
+    """What this process may still take, and which limit says so.
+
+    Of a CPU: the least of what the system can give without swapping, what is left of the control
+    groups' limits, and what is left of the address space (`ulimit -v`).
+    """
+    if device != "cpu":
+        return Machine(torch.cuda.mem_get_info(device)[0], device)
+    found = []
+    if (proc / "meminfo").exists():
+        text = (proc / "meminfo").read_text(encoding="utf-8")
+        found.append(Machine(_kilobytes(text, "MemAvailable"), "MemAvailable"))
+    else:
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found.append(Machine(size, "physical memory"))
+    if (proc / "self/cgroup").exists():
+        free = cgroup_free((proc / "self/cgroup").read_text(encoding="utf-8"), groups)
+        found += [] if free is None else [Machine(free, "the cgroup's limit")]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        status = (proc / "self/status").read_text(encoding="utf-8")
+        found.append(Machine(limit - _kilobytes(status, "VmSize"), "ulimit -v"))
+    return min(found)

@@ -1,0 +1,302 @@
+"""The memory plan: every part by hand on a tiny model, and against what torch really keeps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import bfloat16, float32
+
+from minirlhf import memory
+from minirlhf.errors import MACHINE, UserError
+from minirlhf.heads import ValueHeadModel, token_logprobs
+from minirlhf.lora import add_lora
+from minirlhf.machine import Machine
+from minirlhf.memory import Part, Plan, PPOModels
+from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.recipes.reward import RewardConfig
+from minirlhf.recipes.sft import SFTConfig
+from minirlhf.transformer import CausalLM, ModelConfig, initialize
+
+# 40 embeddings; q 16, k 8, v 8, o 16; three MLP matrices of 24; three norms of 4: 172 parameters
+TINY = ModelConfig(
+    family="llama", vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=1, num_heads=2,
+    num_kv_heads=1, head_dim=2, max_positions=64,
+)  # fmt: skip
+UNTIED = replace(TINY, tied_embeddings=False)
+GPT2 = replace(
+    TINY, family="gpt2", norm="layer", positions="learned", gated_mlp=False, num_kv_heads=2,
+    activation="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True,
+)  # fmt: skip
+FAMILIES = {
+    "llama": TINY,
+    "untied": UNTIED,
+    "qwen2": replace(TINY, qkv_bias=True),
+    "qwen3": replace(TINY, qk_norm=True, num_layers=2, head_dim=4),
+    "gpt2": GPT2,
+}
+
+# ---- one tensor ----------------------------------------------------------------------------------
+
+
+def test_parameters_are_counted_once_where_tied():
+    assert memory.parameters(TINY) == 172
+    assert memory.parameters(UNTIED) == 212
+    assert memory.trunk_parameters(TINY) == memory.trunk_parameters(UNTIED) == 172
+
+
+def test_adapter_parameters_are_rank_times_in_plus_out():
+    # q 4+4, k 4+2, v 4+2, o 4+4, gate 4+6, up 4+6, down 6+4
+    assert memory.adapter_parameters(TINY, 1) == 58
+    assert memory.adapter_parameters(TINY, 3) == 174
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "expected"),
+    [
+        # two norms of (4 + 4) x 4 + 4 B; 2 x 4 + 4 x 4 + 4 x 6 numbers; 2 heads; norm; state
+        (float32, 0, 72 + 4 * 48 + 8 + 36 + 16),
+        # no normed x; one number a layer for each of 7 adapters; the first norm keeps nothing
+        (float32, 1, 40 + 4 * 48 + 8 + 28 + 16),
+        # norms of 4 x (4 + 2) + 4 B, twice, and once more at the end
+        (bfloat16, 0, 56 + 2 * 48 + 8 + 28 + 16),
+    ],
+)
+def test_kept_per_token_by_hand(dtype, rank, expected):
+    assert memory.kept_per_token(TINY, dtype, rank) == expected
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("dtype", [float32, bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_per_token_is_what_autograd_keeps(family, dtype, rank):
+    config, rows, width = FAMILIES[family], 3, 7
+    lm = initialize(CausalLM(config), torch.Generator().manual_seed(0)).to(dtype)
+    model = ValueHeadModel(lm)
+    if rank:
+        add_lora(model, rank, 8.0)
+    kept = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = model(torch.zeros(rows, width, dtype=torch.int64))
+    rotary = lm.model.rotary
+    known = [*model.parameters(), *((rotary.cos, rotary.sin) if rotary else ())]
+    for x in known:
+        kept.pop(x.untyped_storage()._cdata, None)
+    # Indices and the head's float32 weight are left out of the plan: they are small.
+    total = sum(x.untyped_storage().nbytes() for x in kept.values() if x.dtype != torch.int64)
+    total -= 4 * config.hidden_size if dtype == bfloat16 else 0
+    assert total == rows * width * memory.kept_per_token(config, dtype, rank)
+    assert output[1].requires_grad
+
+
+def test_passing_per_token_is_the_larger_of_attention_and_mlp():
+    assert memory.passing_per_token(TINY, float32) == 4 * (8 + 4 * 4 + 2 * 2)
+    wide = replace(TINY, intermediate_size=20)
+    assert memory.passing_per_token(wide, float32) == 4 * (8 + 3 * 20)
+    assert memory.passing_per_token(wide, bfloat16, rank=2) == 2 * (8 + 4 * 20)
+    assert memory.passing_per_token(replace(wide, gated_mlp=False), float32) == 4 * (8 + 2 * 20)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "trained", "forward", "backward"),
+    [
+        (float32, 3, False, 3 * 120, 4 * 120),
+        (float32, 3, True, 3 * 120, 3 * 120 + 2 * 160),
+        (float32, 512, True, 3 * 20480, 4 * 20480 + 160),
+        (float32, 513, True, 4 * 20480, 5 * 20480 + 160),
+        (bfloat16, 3, False, 3 * 120 + 160, 4 * 120 + 160),
+    ],
+)
+def test_chunk_logits_by_hand(dtype, tokens, trained, forward, backward):
+    assert memory.chunk_logits(TINY, dtype, tokens, trained)[:2] == (forward, backward)
+
+
+def peak_of(work) -> int:
+    """Largest number of bytes that the CPU's allocator had handed out more than before."""
+    with torch.autograd.profiler.profile(profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("tokens", [40, 1100])
+def test_chunk_logits_is_what_the_allocator_hands_out(tokens):
+    config = replace(TINY, vocab_size=2000)
+    lm = initialize(CausalLM(config), torch.Generator().manual_seed(0))
+    hidden, ids = torch.zeros(tokens, 4, requires_grad=True), torch.zeros(tokens).long()
+    planned = memory.chunk_logits(config, float32, tokens, trained=True)
+    stats = []
+    forward = peak_of(lambda: stats.append(token_logprobs(lm, hidden, ids)))
+    backward = peak_of(lambda: stats[0].logprobs.sum().backward())
+    assert planned.forward <= forward <= 1.05 * planned.forward
+    assert planned.backward <= backward <= 1.05 * planned.backward
+
+
+@pytest.mark.parametrize(
+    ("rows", "longest", "most", "cells"), [(2, 5, 100, 10), (9, 5, 30, 30), (2, 50, 30, 50)]
+)
+def test_largest_cells_is_bound_by_rows_tokens_or_one_row(rows, longest, most, cells):
+    assert memory.largest_cells(rows, longest, most) == cells
+
+
+# ---- the plans -----------------------------------------------------------------------------------
+
+
+def sizes(plan: Plan) -> dict[str, int]:
+    return {part.name: part.bytes for part in plan.parts if part.bytes}
+
+
+def totals(plan: Plan) -> dict[str, int]:
+    return {phase: plan.total(phase) for phase in plan.phases}
+
+
+SETTINGS = PPOConfig(batch_size=4, max_new_tokens=3, micro_batch_size=2)
+
+
+def test_ppo_plan_by_hand():
+    plan = memory.ppo_plan(SETTINGS, PPOModels(TINY, TINY, TINY, None), 2, float32, held=1000)
+    assert sizes(plan) == {
+        "weights": 688, "moments": 1376, "gradients": 688, "embedding gradient": 320,
+        "reference": 688, "reward model": 688,
+        "KV cache": 4 * 5 * 16, "KV copy": 160,  # a token: keys and values of 2 numbers
+        "prompt pass": 4 * 2 * 112, "sampling law": 4 * 10 * 16,
+        "scoring pass": 20 * 112,
+        "measuring pass": 10 * 112 + 3 * 240,
+        "activations": 10 * 324, "logits": 4 * 240 + 160,
+        "rollout": 4 * (5 * 16 + 3 * 25),
+    }  # fmt: skip
+    assert totals(plan) == {
+        "load": 3064, "prompts": 5656, "sampling": 5560, "score": 7300, "measure": 6900,
+        "loss": 10108, "step": 6068, "save": 4440,
+    }  # fmt: skip
+    assert plan.peak == "loss"
+    assert plan.largest.name == "activations"
+
+
+def test_ppo_plan_with_adapters_has_no_reference_and_trains_little():
+    settings = replace(SETTINGS, lora_rank=1, batch_size=2)
+    parts = sizes(memory.ppo_plan(settings, PPOModels(TINY, None, None, None), 2, float32, 0))
+    assert parts["weights"] == 4 * (172 + 58)
+    assert (parts["moments"], parts["gradients"]) == (2 * 4 * 58, 4 * 58)
+    assert not parts.keys() & {"reference", "reward model", "scoring pass", "embedding gradient"}
+
+
+@pytest.mark.parametrize(("trained", "count"), [(True, 344), (False, 172)])
+def test_ppo_plan_counts_a_critic_twice_while_it_is_read(trained, count):
+    settings = replace(SETTINGS, critic="c", train_critic=trained)
+    plan = memory.ppo_plan(settings, PPOModels(TINY, None, None, TINY), 2, float32, 0)
+    assert sizes(plan)["moments"] == 2 * 4 * count
+    assert totals(plan)["load"] == 3 * 688
+    assert sizes(plan)["activations"] == 10 * 324 * (2 if trained else 1)
+
+
+def test_ppo_plan_freezes_a_critic_under_adapters():
+    settings = replace(SETTINGS, critic="c", lora_rank=1)
+    parts = sizes(memory.ppo_plan(settings, PPOModels(TINY, None, None, TINY), 2, float32, 0))
+    assert (parts["critic"], parts["moments"]) == (688, 2 * 4 * 58)
+
+
+@pytest.mark.parametrize(("rollout", "rows"), [(3, 3), (9, 4)])
+def test_ppo_plan_samples_as_many_rows_as_stand_side_by_side(rollout, rows):
+    settings = replace(SETTINGS, rollout_batch_size=rollout)
+    parts = sizes(memory.ppo_plan(settings, PPOModels(TINY, None, None, None), 2, float32, 0))
+    assert parts["KV cache"] == rows * 80
+
+
+def test_large_gradients_are_beside_activations_only_where_they_accumulate():
+    large = replace(TINY, hidden_size=4096, intermediate_size=2048)  # 32 MiB: back to the system
+    models = PPOModels(large, None, None, None)
+    for batch, phases in ((2, ("step",)), (4, ("loss", "step"))):
+        plan = memory.ppo_plan(replace(SETTINGS, batch_size=batch), models, 2, float32, 0)
+        assert {p.name: p.phases for p in plan.parts}["gradients"] == phases
+
+
+def test_reward_plan_by_hand():
+    settings = RewardConfig(batch_size=3, micro_batch_tokens=100)
+    plan = memory.reward_plan(settings, UNTIED, 5, float32, held=10, held_out=50)
+    assert sizes(plan) == {
+        "weights": 688, "moments": 1376, "gradients": 688,
+        "activations": 30 * 324, "backward pass": 30 * 112,
+        "evaluation pass": 100 * 112,
+    }  # fmt: skip
+    assert totals(plan) == {
+        "load": 698, "loss": 15842, "step": 2762, "evaluate": 13274, "save": 2074
+    }  # fmt: skip
+    assert plan.largest.lower == "lower --micro-batch-tokens"
+
+
+def test_reward_plan_of_one_long_pair_can_only_shorten_it():
+    settings = RewardConfig(batch_size=3, micro_batch_tokens=100)
+    plan = memory.reward_plan(settings, TINY, 60, float32, 0)
+    assert sizes(plan)["activations"] == 120 * 324
+    assert sizes(plan)["embedding gradient"] == 160  # three pairs accumulate
+    assert plan.largest.lower == "lower --max-length"
+
+
+def test_sft_plan_by_hand():
+    settings = SFTConfig(batch_size=4, micro_batch_tokens=100)
+    plan = memory.sft_plan(settings, TINY, 5, float32, held=10, held_out=2)
+    assert sizes(plan) == {
+        "weights": 688, "moments": 1376, "gradients": 688, "embedding gradient": 160,
+        "activations": 20 * 324, "logits": 4 * 800 + 160,
+        "evaluation pass": 10 * 112 + 3 * 400,
+    }  # fmt: skip
+    assert totals(plan) == {
+        "load": 698, "loss": 12602, "step": 2922, "evaluate": 4394, "save": 2074
+    }  # fmt: skip
+
+
+def test_gpt2_is_copied_for_its_file():
+    plan = memory.sft_plan(SFTConfig(), GPT2, 5, float32, 0)
+    assert sizes(plan)["file"] == sizes(plan)["weights"]
+    assert plan.total("save") == 4 * sizes(plan)["weights"]
+
+
+def test_half_precision_halves_weights_and_moments():
+    plan = memory.sft_plan(SFTConfig(), TINY, 5, bfloat16, 0)
+    assert (sizes(plan)["weights"], sizes(plan)["moments"]) == (344, 688)
+    assert {p.lower for p in plan.parts if p.name == "weights"} == {"take smaller models"}
+
+
+# ---- what is printed, and refused ----------------------------------------------------------------
+
+PLAN = Plan(
+    "ppo", ("load", "loss", "save"),
+    (Part("weights", 3_000_000_000, "750,000,000 x 4 B", ("load", "loss", "save"), "halve"),
+     Part("activations", 4_000_000_000, "1,000 tokens x 4,000,000 B", ("loss",), "lower --rows"),
+     Part("critic", 0, "", ("load",), "")),
+    500_000_000,
+)  # fmt: skip
+
+
+def test_plan_prints_a_line_a_part_and_the_totals():
+    assert str(PLAN).splitlines() == [
+        "memory of ppo, GB",
+        "  process         0.50  libraries, tokenizer and data, measured",
+        "  weights         3.00  750,000,000 x 4 B",
+        "  activations     4.00  1,000 tokens x 4,000,000 B",
+        "  phases       load 3.50, loss 7.50 (peak), save 3.50",
+    ]
+
+
+def test_verdict_says_what_is_needed_beside_what_the_process_holds():
+    told = memory.verdict(PLAN, Machine(7_000_000_000, "MemAvailable"))
+    assert told == "needs 7.00 GB more, 7.00 GB are free (MemAvailable)"
+
+
+def test_verdict_refuses_naming_the_largest_part_and_what_lowers_it():
+    with pytest.raises(UserError) as refused:
+        memory.verdict(PLAN, Machine(6_999_999_999, "ulimit -v"))
+    assert refused.value.code == MACHINE
+    assert str(refused.value) == (
+        "memory: ppo needs 7.00 GB, 7.00 GB are free (ulimit -v): largest are the activations, "
+        "4.00 GB: lower --rows"
+    )

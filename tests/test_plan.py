@@ -1,0 +1,165 @@
+"""`minirlhf plan`: the recipes' flags, config.json alone, and the refusal of a small machine."""
+
+import json
+
+import pytest
+import torch
+
+from minirlhf.errors import BAD_INPUT, MACHINE, UserError, run
+from minirlhf.machine import Machine
+from minirlhf.tokenizer import train_tokenizer
+from minirlhf.tools import plan
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 300, "hidden_size": 4, "intermediate_size": 6,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with a config.json and nothing else."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHAPE), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A process of 1 GB on a machine that has 1 GB left."""
+    monkeypatch.setattr(plan, "process_bytes", lambda device: 10**9)
+    monkeypatch.setattr(plan, "free_memory", lambda device: Machine(10**9, "MemAvailable"))
+
+
+def rows(path, *values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+    return str(path)
+
+
+def lines_of(out: str) -> dict[str, str]:
+    """Part -> how it is counted, with one space between words."""
+    table = out[out.index("memory of ") :].splitlines()
+    pairs = (line.strip().split("  ", 1) for line in table if line.startswith("  "))
+    return {name: " ".join(rest.split()[1:]) for name, rest in pairs}
+
+
+def test_plan_ppo_needs_config_json_alone(model, capsys):
+    words = ["ppo", "--model", str(model), "--reward", str(model), "--max-prompt-length", "10"]
+    assert plan.main([*words, "--max-new-tokens", "20", "--batch_size", "16"]) == 0
+    out = capsys.readouterr().out
+    # 300 x 4 embeddings, 48 in attention, 72 in the MLP, 12 in norms
+    assert lines_of(out)["weights"] == "1,332 x 4 B"
+    assert lines_of(out)["reference"] == lines_of(out)["reward model"] == "1,332 x 4 B"
+    assert lines_of(out)["KV cache"] == "16 rows x 30 tokens x 16 B"
+    assert out.splitlines()[-1].endswith("more, 1.00 GB are free (MemAvailable)")
+
+
+def test_plan_ppo_takes_the_longest_prompt_of_the_data(model, tmp_path, capsys):
+    tokenizer = train_tokenizer(["a b c d"], 258, model)
+    long = "x y z " * 3
+    data = rows(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": long})
+    words = ["ppo", "--model", str(model), "--data", data, "--reward", "f.py:g"]
+    assert plan.main([*words, "--max-new-tokens", "20", "--lora-rank", "2"]) == 0
+    told = lines_of(capsys.readouterr().out)
+    longest = len(tokenizer.encode(long))
+    assert longest > 5
+    assert told["KV cache"] == f"64 rows x {longest + 20} tokens x 16 B"
+    assert not told.keys() & {"reference", "reward model"}
+
+
+def test_plan_ppo_without_data_asks_for_the_length(model):
+    with pytest.raises(UserError, match=r"^--data: not given, .* give it, or --max-prompt-length$"):
+        plan.main(["ppo", "--model", str(model), "--max-new-tokens", "20"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "cells"),
+    [
+        ("reward", ["--max-length", "30"], 16 * 2 * 30),  # 16 pairs
+        ("reward", [], 16 * 2 * 64),  # what the model reads
+        ("sft", ["--batch-size", "2", "--max-length", "30"], 60),
+    ],
+)
+def test_plan_takes_the_longest_legal_row_without_data(recipe, more, cells, model, capsys):
+    assert plan.main([recipe, "--model", str(model), *more]) == 0
+    assert lines_of(capsys.readouterr().out)["activations"].startswith(f"{cells:,} tokens")
+
+
+def test_plan_reward_measures_all_files(model, tmp_path, capsys):
+    tokenizer = train_tokenizer(["a b c d"], 258, model)
+    pair = {"prompt": "q", "chosen": "a b", "rejected": "c"}
+    train = rows(tmp_path / "t.jsonl", pair, pair)
+    held_out = rows(tmp_path / "e.jsonl", *[pair | {"chosen": "a b c d e f"}] * 3)
+    words = ["--model", str(model), "--data", train, "--eval-data", held_out, "--batch-size", "2"]
+    assert plan.main(["reward", *words]) == 0
+    told = lines_of(capsys.readouterr().out)
+    longest = len(tokenizer.encode("q")) + len(tokenizer.encode("a b c d e f", bos=False)) + 1
+    assert told["activations"].startswith(f"{2 * 2 * longest} tokens")
+    assert told["evaluation pass"].startswith(f"{2 * 3 * longest} tokens")
+
+
+def test_plan_sft_of_a_model_from_nothing(tmp_path, capsys):
+    path = tmp_path / "tiny.json"
+    given = {k: v for k, v in SHAPE.items() if k not in ("vocab_size", "num_key_value_heads")}
+    path.write_text(json.dumps(given), encoding="utf-8")
+    assert plan.main(["sft", "--init-config", str(path), "--vocab-size", "400"]) == 0
+    # 400 x 4, and 16 for each of k and v as for q
+    assert lines_of(capsys.readouterr().out)["weights"] == "1,748 x 4 B"
+
+
+def test_plan_counts_half_precision(model, capsys):
+    assert plan.main(["sft", "--model", str(model), "--dtype", "bfloat16"]) == 0
+    assert lines_of(capsys.readouterr().out)["weights"] == "1,332 x 2 B"
+
+
+def test_plan_prints_then_refuses_where_the_machine_is_too_small(model, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "free_memory", lambda device: Machine(1000, "the cgroup's limit"))
+    assert run(lambda: plan.main(["sft", "--model", str(model)])) == MACHINE
+    told = capsys.readouterr()
+    assert told.out.startswith("memory of sft, GB\n  process")
+    assert told.err == (
+        "error: memory: sft needs 0.00 GB, 0.00 GB are free (the cgroup's limit): "
+        "largest are the logits, 0.00 GB: lower --micro-batch-tokens\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["pop"], "pop: no such recipe: the nearest is ppo; give a recipe first: ppo, reward, sft"),
+        (["--modle", "m"], "--modle: unknown flag: the nearest is --help; give a recipe first"),
+        (["ppo", "--modle", "m"], "--modle: unknown flag: the nearest is --model"),
+        (["reward"], "--model: required, but not given"),
+    ],
+)
+def test_plan_refuses_other_words(words, told):
+    with pytest.raises(UserError) as refused:
+        plan.main(words)
+    assert str(refused.value).startswith(told)
+    assert refused.value.code == BAD_INPUT
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["ppo", "--help"]])
+def test_plan_has_help(words, capsys):
+    with pytest.raises(SystemExit) as left:
+        plan.main(words)
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: minirlhf plan ")
+
+
+@pytest.mark.parametrize("name", plan.RECIPES)
+def test_without_files_keeps_every_setting(name):
+    config_class, _ = plan.RECIPES[name]
+    made = plan.without_files(config_class)(model="m")
+    assert isinstance(made, config_class)
+    assert (made.data, made.out) == ("", "")
+
+
+def test_plan_allocates_no_weights(model, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.nn.Embedding, "reset_parameters",
+                        lambda self: made.append(self.weight.device.type))  # fmt: skip
+    assert plan.main(["sft", "--model", str(model)]) == 0
+    assert set(made) == {"meta"}
