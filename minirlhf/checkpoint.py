@@ -104,9 +104,15 @@ def _restore_moments(state: TrainState, saved: dict[str, Tensor]) -> None:
 
 def environment(model: nn.Module) -> dict[str, object]:
     """What else the last bit of a sum depends on."""
-    device = next(model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": name}
+    weight = next(model.parameters())
+    on_gpu = weight.device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(weight.device) if on_gpu else weight.device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
 
 
 # ------------------------------------------------------------------------------------------- save

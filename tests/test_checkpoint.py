@@ -289,7 +289,10 @@ def test_commits_are_in_the_order_of_their_steps(tmp_path):
 def test_manifest_says_what_the_last_bits_depend_on(saved):
     state, folder = saved
     manifest = json.loads((folder / "step-00000003" / "manifest.json").read_text("utf-8"))
-    expected = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu"}
+    expected = {
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu",
+        "cpu": torch.backends.cpu.get_cpu_capability(), "dtype": "float32",
+    }  # fmt: skip
     assert manifest["environment"] == environment(state.model) == expected
 
 
