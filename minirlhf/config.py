@@ -335,7 +335,7 @@ def _read_file(
     where: dict[str, str] = {}
     problems: list[Problem] = []
     for key, given in _load(path).items():
-        name, place = key.replace("-", "_"), f"{path}: {key}"
+        name, place = key.replace("-", "_"), f"{path}: {printable(key, 80)}"
         if name not in settings and isinstance(given, dict):
             problems.append((place, _NO_SECTIONS))
         elif name not in settings:
@@ -368,7 +368,10 @@ def _shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     value = list(value) if isinstance(value, tuple) else value
-    return printable(repr(value) if isinstance(value, str | list | dict) else value, 80)
+    try:
+        return printable(repr(value) if isinstance(value, str | list | dict) else value, 80)
+    except ValueError:  # Python writes no number of thousands of digits; TOML may hold it in hex
+        return "a number of thousands of digits"
 
 
 def _refuse(problems: list[Problem]) -> None:

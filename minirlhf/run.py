@@ -25,7 +25,7 @@ from tqdm import tqdm
 import minirlhf
 from minirlhf import checkpoint, fsio, interrupt, pretrained
 from minirlhf.checkpoint import TrainState
-from minirlhf.errors import NON_FINITE, Stopped, UserError
+from minirlhf.errors import NON_FINITE, Stopped, UserError, printable
 from minirlhf.meters import Step
 from minirlhf.rows import read_json
 from minirlhf.tokenizer import Tokenizer
@@ -95,12 +95,14 @@ class Run:
         if not isinstance(old, dict):
             raise UserError(where, "has no settings", "give another --out")
         changed = {
-            key: f"{key} was {old.get(key)!r}, is {now[key]!r}"
+            key: f"{key} was {printable(repr(old.get(key)), 80)}, is {now[key]!r}"
             for key in now
             if old.get(key) != now[key]
         }
         if frozen := [text for key, text in changed.items() if key not in FREE]:
-            raise UserError(where, "; ".join(frozen), "resume with the settings of the first start")
+            more = f" and {len(frozen) - 5} more" if len(frozen) > 5 else ""
+            raise UserError(where, "; ".join(frozen[:5]) + more,
+                            "resume with the settings of the first start")  # fmt: skip
         self.changed = [text for key, text in changed.items() if key not in ("out", "resume")]
 
     def __enter__(self) -> "Run":
@@ -333,7 +335,7 @@ def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(folder)
     names = ("bos_token_id", "pad_token_id")
     ids = {n: lm.config.source[n] for n in names if lm.config.source.get(n) is not None}
-    before = tokenizer.folder / "generation_config.json"
+    before = pretrained.inside(tokenizer.folder, "generation_config.json")
     others = read_json(before) if before.exists() else {}
     eos = {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
     fsio.write_json(folder / "generation_config.json", ids | others | eos)

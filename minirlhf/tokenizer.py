@@ -25,6 +25,7 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"  # of tokenizers that are trained here
 SPARE = (EOS, PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>",
          "<unk>", "[UNK]")  # fmt: skip
 FILE_CAP = 256 << 20  # bytes of tokenizer.json; the largest in use have about 35 MB
+NAMES_CAP = 1 << 17  # characters of all special tokens together, which become one pattern
 OBJECT_CAP = 4 << 20  # bytes of the small files beside it
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -118,6 +119,9 @@ class Tokenizer:
         special = {id: token.content for id, token in added.items() if token.special}
         special |= {id: self._backend.id_to_token(id) for id in self.eos_ids}
         texts = sorted(filter(None, special.values()), key=len, reverse=True)
+        if (length := sum(map(len, texts))) > NAMES_CAP:
+            path, legal = self.folder / "tokenizer.json", f"at most {NAMES_CAP:,}"
+            raise UserError(path, f"special tokens of {length:,} characters", legal)
         self._special_text = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         # The model's own "unknown" piece comes out of ordinary text, so it controls nothing.
         model = parsed["model"]

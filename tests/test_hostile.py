@@ -1,0 +1,591 @@
+"""Files made to do harm: each is read, or refused in one line, and nothing else happens."""
+
+import json
+import os
+import pickle
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fuzzer import LLAMA, fuzz, make_world, read_model
+from safetensors.torch import load_file, save_file
+from watched import run_cases
+
+from minirlhf.chat_template import compile_template
+from minirlhf.cli import main
+from minirlhf.data import load_texts
+from minirlhf.errors import MACHINE, Stopped, UserError
+from minirlhf.hf_config import config_from_hf, config_to_hf
+from minirlhf.pretrained import has_tensor, load_pretrained
+from minirlhf.tokenizer import load_tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A right file of every kind."""
+    root = tmp_path_factory.mktemp("world")
+    make_world(root)
+    return root
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    """A copy of a folder of the world that a test may spoil."""
+    return lambda name: shutil.copytree(world / name, tmp_path / name)
+
+
+def edit(path: Path, **changes: object) -> None:
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(values | changes))
+
+
+# ---- what watches the rest -----------------------------------------------------------------------
+
+
+def two_lines():
+    raise UserError("file", "one\ntwo")
+
+
+def boast():
+    raise UserError("file", "x" * 5000)
+
+
+def spin():
+    while True:
+        pass
+
+
+class Reaching:
+    def __reduce__(self):
+        return len, ("x",)
+
+
+MISDEEDS = [
+    (lambda: 1 / 0, "ZeroDivisionError at test_hostile.py"),
+    (lambda: sys.exit(0), "SystemExit"),
+    (two_lines, "a message of 13 characters"),
+    (boast, "a message of 5006 characters"),
+    (lambda: os.abort(), "died of SIGABRT"),
+    (lambda: os._exit(0), "left without a word"),
+    (spin, "died of SIGPROF"),
+    (lambda: b"x" * (100 << 20), "took"),
+    (lambda: bytearray(1 << 45), "MemoryError"),
+    (lambda: os.system("true"), "os.system"),
+    (lambda: os.posix_spawn("/bin/true", ["true"], {}), "os.posix_spawn"),
+    (lambda: socket.socket().close(), "socket."),
+    (lambda: pickle.loads(pickle.dumps(Reaching())), "pickle.find_class"),
+    (lambda: eval("1 + 1"), "compile"),
+    (lambda: exec(compile("1 + 1", "data.json", "exec")), "exec 'data.json'"),
+    (lambda: Path("/etc/hosts").read_bytes(), "open '/etc/hosts'"),
+    (lambda: os.mkdir("/nowhere/at/all"), "os.mkdir"),
+]
+
+
+def test_run_cases_sees_each_misdeed(tmp_path, monkeypatch):
+    monkeypatch.setattr("watched.SECONDS", 1)
+    monkeypatch.setattr("watched.MEMORY", 64 << 20)
+    deeds = [*(deed for deed, _ in MISDEEDS), lambda: None]
+    found = run_cases(range(len(deeds)), lambda i: (f"deed {i}", deeds[i]), tmp_path)
+    for i, (_, told) in enumerate(MISDEEDS):
+        assert any(f.what.startswith(told) for f in found if f.case == i), (told, found[i:])
+    assert {f.case for f in found} == set(range(len(MISDEEDS)))  # the last did no wrong
+
+
+# ---- mutations -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [range(2_000), pytest.param(range(2_000, 102_000), marks=pytest.mark.slow)],
+    ids=["short", "long"],
+)
+def test_mutated_files_are_read_or_refused(cases, tmp_path):
+    assert fuzz(tmp_path, cases) == []  # `python tests/fuzzer.py CASE` repeats one
+
+
+# ---- safetensors ---------------------------------------------------------------------------------
+
+
+def test_a_file_cut_anywhere_is_refused_by_name_and_length(copy):
+    path = copy("llama") / "model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for cut in range(0, len(data), len(data) // 200 + 1):
+        path.write_bytes(data[:cut])
+        missing = f"{len(data) - cut:,} bytes" if cut >= start else "bytes"
+        match = rf"model.safetensors: not a whole safetensors file: .*{missing} shorter than its"
+        with pytest.raises(UserError, match=match):
+            load_pretrained(path.parent)
+        with pytest.raises(UserError, match=match):
+            has_tensor([path], "score.weight")
+
+
+def header(text: bytes, length: int | None = None) -> bytes:
+    return (len(text) if length is None else length).to_bytes(8, "little") + text
+
+
+ENTRY = b'"x%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+BOMBS = [
+    (header(b"{" + b" " * (16 << 20) + b"}"), "a safetensors header of 16,777,218 bytes: at most"),
+    (header(b"{" + b",".join(ENTRY % i for i in range(200_001)) + b"}"), "more than 200,000 ten"),
+    (header(b"{}", 2**64 - 1), "18,446,744,073,709,551,6.. bytes shorter than its header says"),
+    (header(b"{}", 2**63), "9,223,372,036,854,775,8.. bytes shorter than its header says"),
+    (header(b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'), ": 36 bytes shorter"),
+    (header(b"[" * 99_999), "not a whole safetensors file"),
+    (header(b'{"x":{"dtype":"F32","shape":[%d,2],"data_offsets":[0,0]}}' % 2**63), "not a whole"),
+]
+
+
+@pytest.mark.parametrize("data, told", BOMBS, ids=[told[:20] for _, told in BOMBS])
+def test_a_header_bomb_is_refused_before_it_is_read(data, told, copy):
+    path = copy("llama") / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=told):
+        load_pretrained(path.parent)
+    assert run_cases([0], lambda _: ("bomb", lambda: read_model("llama")(path.parents[1])),
+                     path.parents[1]) == []  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_each_tensor_that_is_missing_renamed_or_reshaped_is_named(name, copy):
+    folder = copy(name)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    layers = "model.layers" if name == "llama" else "transformer.h"
+    assert any(n.startswith(layers) for n in tensors)
+    for key, tensor in tensors.items():
+        rest = {n: t for n, t in tensors.items() if n != key}
+        wider = torch.cat((tensor, tensor))
+        for changed, told in (
+            (rest, f"lacks '{key}'"),
+            (rest | {f"{key}.x": tensor}, f"has '{key}.x', which this architecture lacks"),
+            (rest | {key: wider}, rf"'{key}' is \({len(wider)}.*asks for \({len(tensor)}"),
+            (rest | {key: tensor.to(torch.float8_e4m3fn)}, f"'{key}' is torch.float8_e4m3fn"),
+        ):  # fmt: skip
+            save_file(changed, path)
+            with pytest.raises(UserError, match=told) as caught:
+                load_pretrained(folder)
+            assert str(folder) in caught.value.where
+
+
+def test_fewer_layers_than_config_json_asks_for_are_counted(copy):
+    folder = copy("llama")
+    edit(folder / "config.json", num_hidden_layers=1024)
+    with pytest.raises(UserError, match=r"holds 1 layers, config.json asks for 1024"):
+        load_pretrained(folder)
+
+
+def test_weights_that_no_memory_holds_are_refused(copy, monkeypatch):
+    folder = copy("llama")
+    sizes = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.get)
+    with pytest.raises(
+        UserError, match=r"weights of [\d,]+ bytes, this machine has 4,096"
+    ) as error:
+        load_pretrained(folder)
+    assert error.value.code == MACHINE
+
+
+class Canary:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.safetensors", "shard"])
+@pytest.mark.parametrize("protocol", ["torch", 2, 4, 5])
+def test_a_pickle_is_refused_whatever_its_name(name, protocol, copy, tmp_path):
+    folder, canary = copy("llama"), Canary(tmp_path / "canary")
+    path = folder / name.replace("shard", "a.safetensors")
+    (folder / "model.safetensors").unlink()
+    if name == "shard":
+        edit(folder / "model.safetensors.index.json", weight_map={"x": path.name})
+    if protocol == "torch":
+        torch.save(canary, path)
+    else:
+        path.write_bytes(pickle.dumps(canary, protocol))
+    with pytest.raises(UserError, match=f"{path.name}: pickle files are not read: convert"):
+        load_pretrained(folder)
+    assert not canary.path.exists()
+    pickle.loads(pickle.dumps(canary)).close()
+    assert canary.path.exists()  # it would have sung
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+OUTSIDE = [
+    "../m.safetensors", "../../m.safetensors", "/m.safetensors", "//m.safetensors",
+    "./m.safetensors", "a/m.safetensors", "a\\m.safetensors", "..\\m.safetensors",
+    "C:\\m.safetensors", "C:m.safetensors", "m.safetensors/", "m.safetensors/..",
+    "m.safetensors\n", "m.safetensors\0", "\0m.safetensors", "m.safetensors ", " m.safetensors",
+    "~/m.safetensors", "~m.safetensors", "$HOME/m.safetensors", "${HOME}.safetensors",
+    "file:///m.safetensors", "https://x.org/m.safetensors", "m.bin", "m.pt", "m.safetensors.bin",
+    "", ".", "..", "m.safetensors\u2028", "\u202em.safetensors", "%2e%2e.safetensor",
+    "m*.safetensors", "m?.safetensors", "\t.safetensors", 5, None, True, ["a.safetensors"], {},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTSIDE, ids=ascii)
+def test_an_index_names_plain_files_only(name, copy):
+    folder = copy("shards")
+    shutil.copy(next(folder.glob("m-*.safetensors")), folder.parent / "m.safetensors")
+    edit(folder / "model.safetensors.index.json", weight_map={"x\n": name})
+    with pytest.raises(UserError, match=r"index.json: 'x\\n' is in .*: shards are plain") as error:
+        load_pretrained(folder)
+    assert str(error.value).isprintable()
+
+
+LINKED = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
+          "chat_template.jinja", "generation_config.json", "m-00.safetensors")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINKED)
+@pytest.mark.parametrize("target", ["../secret", "{folder}/../secret", "{name}", "/etc/hosts"])
+def test_a_link_that_leaves_the_folder_is_refused(name, target, copy):
+    folder = copy("shards" if name.startswith("m-") else "llama")
+    train_tokenizer([], 258, folder.parent / "t")
+    for file in (folder.parent / "t").iterdir():
+        shutil.copy(file, folder)
+    (folder.parent / "secret").write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target.format(folder=folder, name=name))  # the third: to itself
+    with pytest.raises(UserError, match=f"{name}: is a link to a file outside its folder"):
+        load_tokenizer(folder)
+        load_pretrained(folder)
+
+
+def test_links_of_the_hubs_cache_are_followed(copy):
+    source = copy("llama")
+    cache = source.parent / "models--own--model"
+    folder = cache / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for i, file in enumerate(sorted(source.iterdir())):
+        file.rename(cache / "blobs" / f"{i:040x}")
+        (folder / file.name).symlink_to(f"../../blobs/{i:040x}")
+    assert load_pretrained(folder).config.hidden_size == 8
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("../other")
+    with pytest.raises(UserError, match="outside its folder"):
+        load_pretrained(folder)
+
+
+# ---- config.json ---------------------------------------------------------------------------------
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+ABSURD = (10**12, 2**63, 2**20, 1024, -1, 0, 1.5, 1e308, "8", [8], {"a": 8}, True, "x" * 10**6)
+
+
+def test_a_hostile_config_takes_neither_time_nor_memory(world, tmp_path):
+    shutil.copytree(world / "llama", tmp_path / "llama")
+    values = json.loads((tmp_path / "llama" / "config.json").read_text())
+    configs = [values | {key: value} for key in SIZES for value in ABSURD]
+    rope = [{"factor": 1e-300}, {"rope_theta": 1.0}, {"beta_fast": 1e-29}, {"factor": 10**29},
+            {"original_max_position_embeddings": 2**31}, {"beta_slow": 1e29}]  # fmt: skip
+    configs += [values | {"rope_parameters": values["rope_parameters"] | more} for more in rope]
+    assert len(configs) == 110
+
+    def make(i):
+        (tmp_path / "llama" / "config.json").write_text(json.dumps(configs[i]))
+        return str(configs[i])[:200], lambda: read_model("llama")(tmp_path)
+
+    assert run_cases(range(len(configs)), make, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"rope_theta": 1.0}, "rope_theta: is 1.0: must be above 1"),
+        (
+            {"rope_parameters": {"rope_theta": 0.5}},
+            "rope_parameters: rope_theta: is 0.5: must",
+        ),
+        ({"rms_norm_eps": 1e-31}, "rms_norm_eps: is 1e-31: must be a positive number"),
+        ({"initializer_range": "0.1"}, "initializer_range: is '0.1': must be a positive number"),
+        ({"initializer_range": None}, "initializer_range: is None: must be .*, or left out"),
+        ({"hidden_act": "x\n" * 99}, r"hidden_act: is 'x\\nx\\n.{60,80}…: supported"),
+    ],
+)
+def test_values_that_would_divide_by_zero_later_are_refused(changes, told):
+    values = {k: v for k, v in LLAMA.items() if k != "rope_parameters"}
+    config_from_hf(values)
+    with pytest.raises(UserError, match=told):
+        config_from_hf(values | changes)
+
+
+def test_keys_that_name_code_are_neither_followed_nor_kept(copy, tmp_path):
+    folder = copy("llama")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    code = {
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+        "_attn_implementation_internal": "owner/kernel", "trust_remote_code": True,
+    }  # fmt: skip
+    edit(folder / "config.json", **code)
+    train_tokenizer([], 262, tmp_path / "t")
+    edit(tmp_path / "t" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]})
+    found = run_cases([0], lambda _: ("code", lambda: read_model("llama")(tmp_path)), tmp_path)
+    assert found == []
+    assert not (tmp_path / "canary").exists()
+    lm = load_pretrained(folder)
+    assert not code.keys() & config_to_hf(lm.config).keys()
+    load_tokenizer(tmp_path / "t").save(tmp_path / "saved")
+    assert "auto_map" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+
+
+# ---- tokenizer -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A working folder with a tokenizer of 258 ids whose model has no weights yet, and data."""
+    monkeypatch.chdir(tmp_path)
+    train_tokenizer([], 258, tmp_path / "m")
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"}
+    Path("rows.jsonl").write_text(json.dumps(row))
+    edit(tmp_path / "m" / "config.json", **LLAMA)
+    return tmp_path / "m"
+
+
+VERBS = {
+    "sft": "sft --model m --data rows.jsonl --out out",
+    "reward": "reward --model m --data rows.jsonl --out out",
+    "ppo": "ppo --model m --data rows.jsonl --out out --reward m --max-new-tokens 2",
+    "sample": "sample --model m --data rows.jsonl --max-new-tokens 2",
+    "score": "score --model m --data rows.jsonl",
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("rows", [257, 258, 259])
+def test_every_command_refuses_ids_without_an_embedding(verb, rows, small, capsys):
+    edit(small / "config.json", vocab_size=rows)
+    assert main(VERBS[verb].split()) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    short = "m/config.json: vocab_size: is 257: must be at least the tokenizer's 258"
+    assert told == f"error: {short if rows < 258 else 'm: has no model.safetensors'}" + (
+        "" if rows < 258 else ": incomplete download?"
+    )
+
+
+def test_added_tokens_need_embeddings_as_well(small):
+    added = {"content": "<x>", "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}  # fmt: skip
+    source = json.loads((small / "tokenizer.json").read_text())
+    edit(small / "tokenizer.json", added_tokens=[*source["added_tokens"], added | {"id": 258}])
+    edit(small / "config.json", vocab_size=258)
+    with pytest.raises(UserError, match="vocab_size: is 258: must be at least the tokenizer's 259"):
+        load_tokenizer(small)
+    edit(small / "config.json", vocab_size=259)
+    assert load_tokenizer(small).vocab_size == 259
+
+
+def test_special_tokens_of_a_million_characters_are_refused(small):
+    source = json.loads((small / "tokenizer.json").read_text())
+    first = source["added_tokens"][0]
+    edit(small / "tokenizer.json", added_tokens=[first, first | {"id": 1, "content": "x " * 65530}])
+    match = r"tokenizer.json: special tokens of 131,073 characters: at most 131,072"
+    with pytest.raises(UserError, match=match):  # <|endoftext|> has 13
+        load_tokenizer(small)
+
+
+def test_a_prefix_without_a_token_is_refused(small):
+    template = {
+        "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "B", "type_id": 1}}],
+        "single": [{"SpecialToken": {"id": "<b>", "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<b>": {"id": "<b>", "ids": [99999], "tokens": ["<b>"]}},
+    }  # fmt: skip
+    edit(small / "tokenizer.json", post_processor=template)
+    with pytest.raises(UserError, match=r"tokenizer.json: puts the id 99999 before a text"):
+        load_tokenizer(small)
+
+
+def test_a_panic_of_the_library_is_one_line(small, capfd):
+    single = [{"SpecialToken": {"id": "<gone>", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    edit(small / "tokenizer.json", post_processor=template)
+    with pytest.raises(UserError, match=r"refused by the tokenizers library: no entry found for"):
+        load_tokenizer(small)
+    assert capfd.readouterr().err == ""  # Rust would tell of it as well
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+
+
+def test_a_closed_stderr_hinders_nothing(small, monkeypatch):
+    def closed(handle):
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(os, "dup", closed)
+    assert load_tokenizer(small).vocab_size == 258
+
+
+@pytest.mark.parametrize("leaving", [KeyboardInterrupt, SystemExit, Stopped])
+def test_a_signal_inside_the_library_is_no_refusal(leaving, small):
+    def leave():
+        raise leaving
+
+    with pytest.raises(leaving):
+        load_tokenizer(small)._guard(leave)
+
+
+@pytest.mark.parametrize(
+    "template, told",
+    [
+        (5, "chat_template is 5: a string, or a list of named ones"),
+        ({"default": "x"}, "chat_template is {'default': 'x'}: a string"),
+        ([{"name": "default", "template": ["x"]}], r"chat_template is \['x'\]"),
+    ],
+)
+def test_a_chat_template_that_is_no_text_is_refused(template, told, small):
+    edit(small / "tokenizer_config.json", chat_template=template)
+    with pytest.raises(UserError, match=told):
+        load_tokenizer(small)
+
+
+def test_a_stray_key_of_another_kind_of_tokenizer_is_ignored(small):
+    model = json.loads((small / "tokenizer.json").read_text())["model"]
+    edit(small / "tokenizer.json", model=model | {"unk_id": 0})  # Unigram's, in a BPE
+    edit(small / "tokenizer_config.json", chat_template=[{"name": [], "template": "x"}, 5])
+    assert load_tokenizer(small).template_origin == "plain fallback"
+
+
+# ---- chat templates ------------------------------------------------------------------------------
+
+START = "{% set ns = namespace(x='ab', y=['c'], t=(1,), n=3) %}{% for i in range(60) %}"
+MILLION = "{% set x = 'a' * 1000000 %}"
+OFTEN = MILLION + "{% for i in range(100000) %}"
+TWINS = START + "{% set ns.x = [ns.x] * 2 %}{% set ns.y = [ns.y] * 2 %}{% endfor %}"
+PAYLOADS = [
+    # out of the sandbox
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ ''['__class__']['__mro__'] }}",
+    "{{ messages.__init__.__globals__ }}", "{{ self.__init__.__globals__.__builtins__ }}",
+    "{{ cycler.__init__.__globals__.os.popen('id').read() }}", "{{ ''|attr('__class__') }}",
+    "{{ '{0.__class__.__mro__}'.format(1).x }}", "{{ messages.append(1) }}",
+    "{% include '/etc/passwd' %}", "{% import 'os' as os %}{{ os }}", "{% extends '/etc/passwd' %}",
+    "{{ raise_exception.__globals__.os.system('id') }}", "{{ tojson.__globals__ }}",
+    "{{ ['{0.__globals__}'.format]|map('attr', '__self__')|list }}",
+    # more text than anyone has memory for
+    "{{ 'a' * 10**9 }}", "{{ 10**9 * [0] }}", "{{ 'a'|center(10**9) }}", "{{ 'a'.ljust(10**9) }}",
+    "{{ '%999999999d' % 1 }}", "{{ '%*d' % (10**9, 1) }}", "{{ '%(a)999999999d' % {'a': 1} }}",
+    "{{ '{:999999999}'.format(1) }}", "{{ '{:{}}'.format(1, '999999999') }}",
+    "{{ '%999999999d'|format(1) }}", "{{ ('{:999}' * 99999).format(*range(99999)) }}",
+    "{{ '\t'.expandtabs(10**9) }}", "{{ 'a\nb'|indent(10**9) }}", "{{ [1]|tojson(indent=10**9) }}",
+    "{{ [0]|batch(10**9, 0)|list }}", "{{ [0]|slice(10**9)|list }}", "{{ (1).to_bytes(10**9) }}",
+    MILLION + "{{ x.replace('a', x) }}", MILLION + "{{ x.join(x) }}",
+    MILLION + "{{ x|list|join(x) }}",
+    "{{ lipsum(10**6) }}", "{{ range(10**8)|list }}", "{{ strftime_now('%c' * 99999) }}",
+    START + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x|length }}",
+    START + "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x|length }}",
+    "{% for i in range(3000) %}{{ 'x' * 1000 }}{% endfor %}",
+    "{% set x %}{% for i in range(20000) %}" + "a" * 5000 + "{% endfor %}{% endset %}{{ x }}",
+    # small values that are large when they are written out, compared or hashed
+    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x|string|length }}",
+    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x ~ '' }}",
+    START + "{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}{{ ns.x|tojson }}",
+    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ {}[ns.x] }}",
+    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ raise_exception(ns.x) }}",
+    TWINS + "{{ ns.x == ns.y }}", TWINS + "{{ ns.x is eq ns.y }}", TWINS + "{{ ns.x in [ns.y] }}",
+    TWINS + "{{ [ns.x].index(ns.y) }}", TWINS + "{{ [ns.x, ns.y]|unique|list|length }}",
+    START + "{% set ns.t = (ns.t, ns.t) %}{% endfor %}{{ {ns.t: 1}|length }}",
+    START + "{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}", "{{ namespace(x=namespace()) }}",
+    # more work than anyone has time for
+    "{{ 9**9**9**9 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ 'a' in range(10**12) }}",
+    "{% set a = range(999)|list %}{% for x in a %}{% for y in a %}{% for z in a %}{% endfor %}"
+    "{% endfor %}{% endfor %}",
+    "{% for i in range(999) %}{% for j in range(999) if j > 9999 %}{% endfor %}{% endfor %}",
+    "{% for i in range(99999) %}" + "{% set a = i %}" * 3000 + "{% endfor %}",
+    "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(99) }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% block a %}{{ self.a() }}{% endblock %}",
+    "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{{ loop([1, 2]) }}{% endfor %}",
+    OFTEN + "{% if x == x[::-1] %}{% endif %}{% endfor %}", OFTEN + "{{ 'b' in x }}{% endfor %}",
+    OFTEN + "{% set y = x[1:] %}{% endfor %}", OFTEN + "{% set y = x.upper() %}{% endfor %}",
+    OFTEN + "{% set y = x|lower %}{% endfor %}", OFTEN + "{{ x.count('b') }}{% endfor %}",
+    "{% for i in range(99999) %}{{ [9]|map(' spend', -10**9)|list }}{% endfor %}",
+    # no program at all
+    "{{ " + "(" * 20000 + ")" * 20000, "{% if 1 %}" * 3000 + "{% endif %}" * 3000, "{" * 60000,
+    "{{ " + "[" * 500 + "]" * 500 + " }}", "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+    "{{ " + "9" * 5000 + " }}", "{% if %}", "{{ missing.field }}",
+]  # fmt: skip
+
+
+def test_a_hostile_template_is_rendered_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("watched.MEMORY", 128 << 20)
+    messages = [{"role": "user", "content": "hello"}]
+    compile_template("{{ 1 }}", "t")(messages, True, {})  # the imports are not the payload's
+
+    def make(i):
+        return PAYLOADS[i][:200], lambda: compile_template(PAYLOADS[i], "t")(messages, True, {})
+
+    assert run_cases(range(len(PAYLOADS)), make, tmp_path) == []
+
+
+EVERYTHING = (
+    "{% set ns = namespace(n=0, last='') %}{% for m in messages %}{% if m.role != 'user' %}"
+    "{% set ns.n = ns.n + 1 %}{% endif %}{% set ns.last = m['content'] ~ '|' ~ ns.n %}"
+    "{{ loop.index0 }}/{{ loop.length }}{{ loop.last }}{{ m.role | upper }}: {{ m.content | trim }}"
+    "{% if '<b>' in m.content %}{{ m.content.split('<b>')[-1].strip('\n') }}{% endif %}{% endfor %}"
+    "{{ messages[::-1] | map(attribute='role') | join(', ') }}{{ messages[1:] | length }}"
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ ns.last }}"
+    "{% macro f(a, b=2) %}{{ a * b }}{{ caller() if caller }}{% endmacro %}{{ f(3) }}"
+    "{{ f('x', 3) }}"
+    "{% call f(1) %}c{% endcall %}{{ {'a': [1, none, true]} | tojson(indent=2) }}{{ (1, 2) }}"
+    "{{ [3, 1, 2] | sort | first }}{{ '%s-%03d' % ('é', 7) }}{{ '{:>4}'.format(5) }}{{ none }}"
+    "{% for k, v in {'b': 1, 'a': 2} | dictsort %}{{ k }}{{ v }}{% else %}e{% endfor %}{{ 7 // 2 }}"
+    "{% for x in range(9) if x % 2 recursive %}{{ x }}{% endfor %}{{ 2 ** 10 }}{{ 'ab' | list }}"
+    "{% set block %}{{ 'in' }}{% endset %}{{ block | replace('i', 'I') }}{{ missing }}{{ -1.5 }}"
+    "{% filter upper %}low{% endfilter %}{{ 'x' if messages else 'y' }}{{ 1 < 2 <= 2 }}"
+)
+
+
+def test_metered_template_renders_as_jinja2_does():
+    sandbox = pytest.importorskip("jinja2.sandbox")
+    plain = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    messages = [{"role": role, "content": f" {role} <b>\n{i} "} for i, role in enumerate("abc")]
+    messages.append({"role": "user", "content": "é"})
+    plain.filters["tojson"] = lambda value, indent: json.dumps(value, indent=indent)
+    expected = plain.from_string(EVERYTHING).render(messages=messages)
+    render = compile_template(EVERYTHING, "t")
+    assert render(messages, True, {}) == expected
+    assert render(messages, True, {}) == expected  # each rendering has all the steps for itself
+
+
+def test_a_long_dialogue_has_steps_enough():
+    data = '{"year": 2024, "share": "100%, 1999"} '  # no format, for all that it looks like one
+    asked = {"role": "user", "content": data + "word " * 100}
+    template = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['content'] is string %}"
+        "{% set content = m['content'].replace('  ', ' ') | trim %}{% else %}"
+        "{% set content = '' %}{% endif %}"
+        "{{ '<|' ~ m['role'] ~ '|>' + content + '<|end|>' }}{% if loop.last and "
+        "messages | length > 1 %}{{ messages[-1]['content'][:3] }}{% endif %}{% endfor %}"
+    )
+    text = compile_template(template, "t")([asked, {"role": "assistant", "content": "yes"}] * 500,
+                                           True, {})  # fmt: skip
+    assert len(text) == 500 * (8 + 38 + 499 + 7 + 13 + 3 + 7) + 3
+
+
+BROKEN = {
+    "marks the last": "{% for m in messages %}{{ m.content }}{{ '!' if loop.last }}{% endfor %}",
+    "counts": "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "opens": "{% for m in messages %}{{ m.content }}{% endfor %}{{ add_generation_prompt }}",
+}
+
+
+@pytest.mark.parametrize("template", BROKEN.values(), ids=BROKEN)
+def test_a_template_that_rewrites_the_prompt_is_refused_by_row(template, small, tmp_path):
+    edit(small / "tokenizer_config.json", chat_template=template)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "t.jsonl").write_text(f"\n{json.dumps({'messages': turns})}\n")
+    match = r"t.jsonl:2: .*writes the prompt differently once an answer follows"
+    with pytest.raises(UserError, match=match):
+        load_texts(tmp_path / "t.jsonl", load_tokenizer(small), None, "drop")
