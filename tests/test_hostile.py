@@ -99,7 +99,7 @@ def test_run_cases_sees_each_misdeed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "cases",
-    [range(2_000), pytest.param(range(2_000, 102_000), marks=pytest.mark.slow)],
+    [range(2_000), pytest.param(range(2_000, 102_000), marks=pytest.mark.long)],
     ids=["short", "long"],
 )
 def test_mutated_files_are_read_or_refused(cases, tmp_path):

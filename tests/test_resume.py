@@ -165,7 +165,7 @@ def test_a_run_killed_at_any_instant_goes_on_to_the_same_bytes(
     survive_kills(server, world, folder, whole, recipe, save_every, 25)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("save_every", [1, 2])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_many_runs_killed_at_any_instant_go_on_to_the_same_bytes(
