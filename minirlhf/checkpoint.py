@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minirlhf import fsio
 from minirlhf.errors import UserError, printable
-from minirlhf.meters import Meters
+from minirlhf.meters import Meters, Step
 from minirlhf.rows import read_json, read_text, strict_json
 
 FORMAT = 2
@@ -64,6 +64,27 @@ def _numbers(state: TrainState) -> dict[str, object]:
     """The fields that are no tensors, as JSON."""
     names = [f.name for f in fields(state) if f.name not in ("model", "optimizer")]
     return {n: getattr(state, n) for n in names} | {"meters": state.meters.as_dict()}
+
+
+def _fits(name: str, value: object) -> bool:
+    """Whether a field of state.json is of its kind, so that restoring cannot stop half-way."""
+    number = int | float
+    match name:
+        case "step" | "samples":
+            return type(value) is int and value >= 0
+        case "kl_coef" | "best":
+            return value is None or type(value) in (int, float)
+        case "counters" | "log_bytes":
+            return isinstance(value, dict) and all(type(n) is int for n in value.values())
+        case "meters":
+            return isinstance(value, dict) and all(
+                isinstance(meter, list) and len(meter) == 3
+                and all(isinstance(part, number) for part in meter)
+                for meter in value.values()
+            )  # fmt: skip
+        case "unreported":
+            return value is None or (isinstance(value, dict) and value.keys() == set(Step._fields))
+    return True
 
 
 def _moments(state: TrainState) -> dict[str, Tensor]:
@@ -320,6 +341,8 @@ def load_checkpoint(state: TrainState, commit: str | Path) -> None:
     if found != known:
         other = ", ".join(sorted(found ^ known))
         raise UserError(commit / NUMBERS, f"was saved by another version ({other})", "use that one")
+    if wrong := [name for name, value in numbers.items() if not _fits(name, value)]:
+        raise UserError(commit / NUMBERS, f"has a {wrong[0]} of another kind", "use another one")
     _restore_moments(state, moments)
     state.model.load_state_dict(weights)
     state.meters.load(numbers.pop("meters"))

@@ -134,7 +134,9 @@ def test_the_restored_moments_are_no_window_into_the_file(saved):
 
 OTHER_VALUES = {
     "step": 7, "samples": 8, "kl_coef": 0.1 + 0.2, "best": 1 / 3, "counters": {"a": 9},
-    "log_bytes": {"metrics.jsonl": 10}, "unreported": {"number": 7, "metrics": {"loss": 0.1}},
+    "log_bytes": {"metrics.jsonl": 10}, "unreported": {
+        "number": 7, "metrics": {"loss": 0.1}, "clock": {}, "samples": []
+    },
 }  # fmt: skip
 
 
@@ -169,6 +171,38 @@ def test_a_field_of_a_wider_state_is_saved_by_its_name(tmp_path):
     edit_files({"state.json": {"bytes": 2, "sha256": hashlib.sha256(b"[]").hexdigest()}})(commit)
     before = contents(fresh)
     with pytest.raises(UserError, match=r"was saved by another version \(best, counters, kl_coef"):
+        load_checkpoint(fresh, commit)
+    assert contents(fresh) == before
+
+
+OF_ANOTHER_KIND = {
+    "step": [-1, 1.0, True, None, "7"],
+    "samples": [-1, "8"],
+    "kl_coef": ["0.1", True, []],
+    "best": ["0.1", {}],
+    "counters": [None, {"a": 1.5}, []],
+    "log_bytes": [None, {"metrics.jsonl": "10"}],
+    "meters": [None, {"loss": [1, 2]}, {"loss": [1, 2, "3"]}, {"loss": 3}],
+    "unreported": [[], {}, {"number": 7}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, v) for name, values in OF_ANOTHER_KIND.items() for v in values]
+)
+def test_a_field_of_another_kind_is_refused_before_anything_is_restored(name, value, tmp_path):
+    state = make_state()
+    commit = save_checkpoint(state, tmp_path)
+    numbers = json.loads((commit / "state.json").read_text()) | {name: value}
+    raw = json.dumps(numbers).encode()
+    (commit / "state.json").write_bytes(raw)
+    sealed = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    edit_files({"state.json": sealed})(commit)
+    fresh = make_state()
+    with torch.no_grad():
+        next(fresh.model.parameters()).add_(1)
+    before = contents(fresh)
+    with pytest.raises(UserError, match=f"has a {name} of another kind"):
         load_checkpoint(fresh, commit)
     assert contents(fresh) == before
 
