@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -158,7 +158,8 @@ class Run:
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
-            self._write_crash(error)
+            with suppress(OSError):  # the fault itself is the one to tell
+                self._write_crash(error)
         self._listening.__exit__(None, None, None)
         self._lock.close()
 

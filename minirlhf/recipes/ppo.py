@@ -567,16 +567,27 @@ def prompt_room(config: PPOConfig, folders: Sequence[Path]) -> int:
 
 
 def check_models(
-    config: PPOConfig, lms: Sequence[Path], critics: Sequence[Path], tokenizer: Tokenizer
-) -> None:
-    """What can be known of the models before any weight is read."""
+    config: PPOConfig, lms: Sequence[Path], critics: Sequence[Path], scorers: Sequence[Path],
+    tokenizer: Tokenizer,
+) -> None:  # fmt: skip
+    """What can be known of the models before any weight is read.
+
+    Args:
+        lms: policy and reference.
+        critics, scorers: reward models, none or one of each.
+    """
+    for flag, name, folders in (
+        ("--ref", config.ref, lms[1:]),
+        ("--critic", config.critic, critics),
+    ):
+        for folder in folders:
+            if name and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+                raise UserError(f"{flag} {name}", "has another tokenizer than the policy",
+                                "give a model that reads the same ids")  # fmt: skip
     for lm in lms:
         pretrained.describe(lm)
-    for critic in critics:
-        pretrained.describe(critic, reward=True)
-        if load_tokenizer(critic).fingerprint != tokenizer.fingerprint:
-            raise UserError(f"--critic {config.critic}", "has another tokenizer than the policy",
-                            "give a reward model that reads the same ids")  # fmt: skip
+    for reward_model in (*critics, *scorers):
+        pretrained.describe(reward_model, reward=True)
 
 
 def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype) -> ValueHeadModel:
@@ -599,13 +610,10 @@ def main(argv: list[str] | None = None) -> int:
     folder = pretrained.resolve(config.model)
     ref_folder = folder if config.ref is None else pretrained.resolve(config.ref)
     tokenizer = load_tokenizer(folder)
-    if config.ref and load_tokenizer(ref_folder).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"--ref {config.ref}", "has another tokenizer than the policy",
-                        "give a model that reads the same ids")  # fmt: skip
     critic = [] if config.critic is None else [pretrained.resolve(config.critic)]
-    check_models(config, (folder, ref_folder), critic, tokenizer)
     source = locate(config.reward)
     scorer = [source] if source.is_dir() else []
+    check_models(config, (folder, ref_folder), critic, scorer, tokenizer)
     room = prompt_room(config, (folder, ref_folder, *critic, *scorer))
     prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
     print(report)

@@ -411,9 +411,6 @@ def main(argv: list[str] | None = None) -> int:
     r = Run(config.out, "reward", settings.as_dict(config), config.resume, files.values())
     folder = pretrained.resolve(config.model)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
-    if model_config.vocab_size < tokenizer.vocab_size:
-        legal = f"must be at least the tokenizer's {tokenizer.vocab_size}"
-        raise UserError(f"{folder}: vocab_size", f"is {model_config.vocab_size}", legal)
     # Without a token to spare other tools pad with eos, and then read the score before it.
     before_eos = bool(model_config.source.get("read_before_eos"))
     before_eos = before_eos or tokenizer.spare_pad_token() is None
