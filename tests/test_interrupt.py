@@ -245,6 +245,7 @@ def trained(state: TrainState, total: int):
 
 def report(r: Run, state: TrainState, step: Step, signal_at: int | None = None) -> None:
     with r.report(state, step):
+        state.best = step.metrics["loss"]
         r.write_samples(state, step.samples)
         r.log(state, {"twice": 2 * step.metrics["loss"]}, step.clock, ("loss",))
         if step.number == signal_at:
@@ -278,6 +279,7 @@ def test_a_report_that_a_signal_cuts_short_is_written_by_the_resumed_run(tmp_pat
         assert [line["step"] for line in logs(out)[0]] == [1]
         assert logs(out)[1] == '{"a": 1}\n{"end": 1}\n'
         assert state.meters.as_dict() == {"loss": [0.25, 0.25, 1]}
+        assert state.best == 0.125  # of step 1
         assert state.unreported == {
             "number": 2, "metrics": {"loss": 0.25}, "clock": {"step_time": 0.5},
             "samples": [{"a": 2}],

@@ -84,13 +84,14 @@ def imports_by_name(node: ast.AST) -> bool:
 
 
 def swallows(node: ast.AST) -> bool:
-    """A handler of every exception that does not end in a raise, or has another way out."""
+    """A handler of every exception that does not end in a raise, or has another way out; one that
+    names none at all, whatever it does."""
     if not isinstance(node, ast.ExceptHandler):
         return False
-    caught = [] if node.type is None else getattr(node.type, "elts", [node.type])
-    broad = node.type is None or any(
-        ast.unparse(kind) in ("Exception", "BaseException") for kind in caught
-    )
+    if node.type is None:
+        return True
+    caught = getattr(node.type, "elts", [node.type])
+    broad = any(ast.unparse(kind) in ("Exception", "BaseException") for kind in caught)
     ways_out = ast.Return | ast.Continue | ast.Break | ast.Yield
     leaves = any(isinstance(part, ways_out) for part in ast.walk(node))
     return broad and (leaves or not isinstance(node.body[-1], ast.Raise))
@@ -142,7 +143,8 @@ RULES = {  # rule -> what it must see
         "from torch.distributed import gather_object", "scatter = dist.scatter_object_list",
     ),
     swallows: (
-        "try:\n    f()\nexcept:\n    pass", "try:\n    f()\nexcept Exception:\n    print('x')",
+        "try:\n    f()\nexcept:\n    pass", "try:\n    f()\nexcept:\n    raise",
+        "try:\n    f()\nexcept Exception:\n    print('x')",
         "try:\n    f()\nexcept (OSError, Exception) as e:\n    x = e",
         "try:\n    f()\nexcept BaseException:\n    if x:\n        raise",
         "def g():\n  try:\n    f()\n  except Exception:\n    if x:\n        return 1\n    raise",
