@@ -129,6 +129,7 @@ def response_states(hidden: Tensor, prompt_lengths: Tensor, width: int) -> Tenso
 
 class ValueHeadModel(nn.Module):
     """Policy and critic: `model(tokens)` -> (hidden (B, T, D) of the policy, values (B, T)).
+    With `lengths` (B,) nothing is computed for padding, as in `Decoder`.
 
     The critic reads the policy's own hidden states, through a head that starts at zero, so that the
     first values are 0. Or it has a trunk of its own, as `critic_from_reward_model` gives it.
@@ -143,9 +144,9 @@ class ValueHeadModel(nn.Module):
         nn.init.zeros_(self.v_head.weight)
         nn.init.zeros_(self.v_head.bias)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.lm(tokens)
-        states = hidden if self.critic is None else self.critic(tokens)
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        hidden = self.lm(tokens, lengths=lengths)
+        states = hidden if self.critic is None else self.critic(tokens, lengths=lengths)
         wide = widened(states.dtype)
         weight, bias = self.v_head.weight.to(wide), self.v_head.bias.to(wide)
         return hidden, F.linear(states.to(wide), weight, bias).squeeze(-1)
@@ -173,7 +174,7 @@ class RewardModel(nn.Module):
                 f"lengths is {tuple(lengths.shape)}, tokens is {tuple(tokens.shape)}: "
                 "give one length a row"
             )
-        hidden = self.model(tokens)
+        hidden = self.model(tokens, lengths=lengths)
         last = response_states(hidden, lengths, 1)[:, 0]  # (B, D): index length - 1
         wide = widened(hidden.dtype)
         return F.linear(last.to(wide), self.score.weight.to(wide)).squeeze(-1)

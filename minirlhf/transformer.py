@@ -151,6 +151,30 @@ class KVCache:
         self.lengths = self.lengths[rows]
 
 
+class Packing:
+    """Which cells of left-aligned rows hold tokens. Only attention has to know rows: all else in a
+    decoder treats each token by itself, so it runs on the tokens alone and padding costs nothing.
+
+    Args:
+        lengths: (B,) tokens of each row.
+        width: T.
+    """
+
+    def __init__(self, lengths: Tensor, width: int):
+        columns = torch.arange(width, device=lengths.device)
+        self.shape = (len(lengths), width)
+        self.cells = (columns < lengths[:, None]).flatten().nonzero()[:, 0]  # (n,) of B * T
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, …) -> (n, …)."""
+        return x.flatten(0, 1).index_select(0, self.cells)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(n, …) -> (B, T, …), zeros where there is no token."""
+        B, T = self.shape
+        return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.cells, x).unflatten(0, (B, T))
+
+
 class Attention(nn.Module):
     """Causal self-attention; groups of query heads share a key-value head (arXiv:2305.13245)."""
 
@@ -166,12 +190,17 @@ class Attention(nn.Module):
             self.q_norm = make_norm(config, E)
             self.k_norm = make_norm(config, E)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None):
-        B, T, _ = x.shape
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None,
+        packing: Packing | None,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if packing is not None:
+            q, k, v = packing.unpack(q), packing.unpack(k), packing.unpack(v)
+        B, T, _ = q.shape
         H, K, E = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        q = self.q_proj(x).view(B, T, H, E)
-        k = self.k_proj(x).view(B, T, K, E)
-        v = self.v_proj(x).view(B, T, K, E).transpose(1, 2)  # (B, K, T, E)
+        q, k = q.view(B, T, H, E), k.view(B, T, K, E)
+        v = v.view(B, T, K, E).transpose(1, 2)  # (B, K, T, E)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, E), (B, K, T, E)
@@ -186,7 +215,8 @@ class Attention(nn.Module):
             if K != H:
                 k, v = (kv.repeat_interleave(H // K, dim=1) for kv in (k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, H * E))
+        out = out.transpose(1, 2).reshape(B, T, H * E)
+        return self.o_proj(out if packing is None else packing.pack(out))
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """One new token a row, (B, H, 1, E), against the row's own past."""
@@ -231,13 +261,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None,
+        packing: Packing | None,
+    ) -> Tensor:  # fmt: skip
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, packing)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Token ids (B, T) -> hidden states (B, T, D), after the final norm."""
+    """Token ids (B, T) -> hidden states (B, T, D), after the final norm.
+
+    `lengths` (B,) tells where rows end: then their padding is not computed, and its states are 0.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -249,9 +285,16 @@ class Decoder(nn.Module):
         self.norm = make_norm(config, config.hidden_size)
         self.rotary = RotaryTable(config) if config.positions == "rotary" else None
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
         if tokens.dim() != 2:
             raise ValueError(f"tokens is {tuple(tokens.shape)}: give (B, T), rows left-aligned")
+        if lengths is not None and (lengths.shape != tokens.shape[:1] or cache is not None):
+            raise ValueError(
+                f"lengths is {tuple(lengths.shape)}, tokens is {tuple(tokens.shape)}: give one "
+                "length a row, and none beside a cache, which knows its own"
+            )
         T = tokens.shape[1]
         past = None if cache is None or T > 1 else cache.lengths  # decoding: own position a row
         if cache is not None and T > 1 and int(cache.lengths.max()) > 0:
@@ -260,9 +303,12 @@ class Decoder(nn.Module):
         self.check_length(longest)
         if past is not None:
             cache.width = longest
-        x = self.embed_tokens(tokens)
         where = torch.arange(T, device=tokens.device) if past is None else past[:, None]
-        rope = None
+        packing, rope = None, None
+        if lengths is not None and int(lengths.sum()) < tokens.numel():
+            packing = Packing(lengths, T)
+            tokens, where = packing.pack(tokens), packing.pack(where.expand_as(tokens))
+        x = self.embed_tokens(tokens)  # (B, T, D), or (n, D) where it is packed
         if self.rotary is None:
             x = x + self.embed_positions(where)
         else:
@@ -272,8 +318,9 @@ class Decoder(nn.Module):
             else:
                 rope = cos[where][:, None], sin[where][:, None]
         for block in self.layers:
-            x = block(x, rope, cache)
-        return self.norm(x)
+            x = block(x, rope, cache, packing)
+        x = self.norm(x)
+        return x if packing is None else packing.unpack(x)
 
     def check_length(self, length: int) -> None:
         """Refuses rows whose attention or positions this model does not define here."""
@@ -310,8 +357,10 @@ class CausalLM(nn.Module):
         tied = self.config.tied_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.model(tokens, cache)
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        return self.model(tokens, cache, lengths)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.unembedding)

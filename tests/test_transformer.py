@@ -75,6 +75,40 @@ def test_gradients_are_those_of_transformers(name, peer):
 # ---- rows ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("changes", [{}, {"positions": "learned"}, {"qk_norm": True}])
+def test_packed_rows_are_those_of_the_padded_ones_gradients_too(changes):
+    lengths = torch.tensor([len(row) for row in ROWS])
+    tokens = pad_right(ROWS) % TINY.vocab_size
+    weights = torch.randn(*tokens.shape, TINY.hidden_size, dtype=f64, generator=RNG)
+    weights *= (torch.arange(tokens.shape[1]) < lengths[:, None])[..., None]
+    states, gradients = [], []
+    for given in (None, lengths):
+        lm = tiny(**changes)
+        states.append(lm(tokens, lengths=given))
+        (states[-1] * weights).sum().backward()
+        gradients.append([p.grad for p in lm.parameters() if p.grad is not None])
+    for row, (padded, packed) in enumerate(zip(*states, strict=True)):
+        assert_close(packed[: lengths[row]], padded[: lengths[row]], atol=1e-12)
+        assert (packed[lengths[row] :] == 0).all()
+    for padded, packed in zip(*gradients, strict=True):
+        assert_close(packed, padded, atol=1e-12)
+
+
+def test_full_rows_are_not_packed_and_pad_ids_are_never_looked_up():
+    lm, tokens = tiny(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert torch.equal(lm(tokens), lm(tokens, lengths=torch.tensor([3, 3])))
+    tokens[1, 2] = 10**6  # no such token: its row ends before it
+    assert torch.isfinite(lm(tokens, lengths=torch.tensor([3, 2]))).all()
+
+
+def test_lengths_of_another_shape_or_beside_a_cache_are_refused():
+    lm, tokens = tiny(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with pytest.raises(ValueError, match="give one length a row"):
+        lm(tokens, lengths=torch.tensor([3]))
+    with pytest.raises(ValueError, match="none beside a cache"):
+        lm(tokens, KVCache(TINY, 2, 4, lm.unembedding), torch.tensor([3, 2]))
+
+
 @pytest.mark.parametrize("family", ["rotary", "learned"])
 def test_padding_and_later_tokens_change_nothing_before_them(family):
     lm = tiny(positions=family)

@@ -189,7 +189,7 @@ class TokenPass(NamedTuple):
 
 def policy_pass(policy: ValueHeadModel, micro: Rollout, temperature: float) -> TokenPass:
     """One forward pass: log-prob, entropy and value at each response token."""
-    hidden, values = policy(micro.tokens)
+    hidden, values = policy(micro.tokens, micro.lengths)
     logprobs, entropy = response_logprobs(policy.lm, hidden, micro, temperature)
     R = micro.response_mask.shape[1]
     return TokenPass(logprobs, entropy, response_states(values, micro.prompt_lengths, R))
@@ -220,7 +220,8 @@ def measure(
         old = policy_pass(policy, micro, temperature)
         with adapters_off(policy) if ref is None else nullcontext():
             frozen = policy.lm if ref is None else ref
-            ref_logprobs, _ = response_logprobs(frozen, frozen(micro.tokens), micro, temperature)
+            states = frozen(micro.tokens, lengths=micro.lengths)
+            ref_logprobs, _ = response_logprobs(frozen, states, micro, temperature)
         return micro._replace(
             old_logprobs=old.logprobs, old_values=old.values, ref_logprobs=ref_logprobs
         )

@@ -128,7 +128,8 @@ def count_tokens(texts: list[Text]) -> tuple[Tensor, Tensor]:
 def target_stats(lm: CausalLM, batch: TextBatch) -> TokenStats:
     """Log-probs and entropies of the targets of all rows, (n,) each; no logits of other tokens."""
     tokens, starts, targets, mask = (tensor.to(lm.unembedding.device) for tensor in batch)
-    states = response_states(lm(tokens), starts, targets.shape[1])  # (B, R, D)
+    hidden = lm(tokens, lengths=starts + mask.sum(1))
+    states = response_states(hidden, starts, targets.shape[1])  # (B, R, D)
     return token_logprobs(lm, states[mask], targets[mask])
 
 
