@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minirlhf import interrupt, streams
 from minirlhf.errors import NON_FINITE, UserError
+from minirlhf.support import RowSupport, Support
 from minirlhf.transformer import CausalLM, KVCache
 
 
@@ -21,7 +22,8 @@ from minirlhf.transformer import CausalLM, KVCache
 class Sampling:
     """How to draw tokens; the defaults draw from the model itself.
 
-    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p.
+    The order is Hugging Face's: repetition penalty, minimum length, temperature, top-k, top-p,
+    min-p.
     """
 
     max_new_tokens: int
@@ -30,11 +32,16 @@ class Sampling:
     top_p: float = 1.0  # keep the fewest tokens whose mass reaches p (arXiv:1904.09751)
     min_p: float = 0.0  # keep tokens at least this fraction of the best (arXiv:2407.01082)
     repetition_penalty: float = 1.0  # of tokens already in the row (arXiv:1909.05858, sec. 4.1)
+    min_new_tokens: int = 0  # no eos can be drawn before so many
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self):
         legal = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "min_new_tokens": (
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                f"at least 0 and at most max_new_tokens, {self.max_new_tokens}",
+            ),
             "temperature": (0 <= self.temperature < float("inf"), "at least 0 (0 is greedy)"),
             "top_k": (self.top_k >= 0, "at least 0 (0 keeps all)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
@@ -54,6 +61,11 @@ class Sampling:
         """Whether some tokens of the model's own law cannot be sampled."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
+    @property
+    def narrows(self) -> bool:
+        """Whether `Generation.support` is more than all tokens."""
+        return self.temperature > 0 and (self.truncates or self.min_new_tokens > 0)
+
 
 class DecodeStep(NamedTuple):
     """One token for each row that was still active."""
@@ -62,6 +74,7 @@ class DecodeStep(NamedTuple):
     tokens: Tensor  # (A,) int64
     logprobs: Tensor  # (A,) nats, under the law sampled
     finish_reasons: list[str | None]  # eos | stop | length for the rows that end here
+    support: Support | None = None  # of these A positions; None: every token could be drawn
 
 
 class Generation(NamedTuple):
@@ -70,6 +83,7 @@ class Generation(NamedTuple):
     response_mask: Tensor  # (B, R) bool: tokens that were sampled, eos included
     logprobs: Tensor  # (B, R) nats, of the law sampled, temperature and truncation included
     finish_reason: list[str]  # (B,) eos | stop | length
+    support: RowSupport | None = None  # of the response tokens; None: every token could be drawn
 
     @property
     def lengths(self) -> Tensor:
@@ -94,19 +108,24 @@ def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
     return text[: min(found)] if found else text
 
 
-def sampling_law(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+def sampling_law(
+    logits: Tensor, sampling: Sampling, seen: Tensor | None = None, banned: Tensor | None = None
+) -> Tensor:
     """Log-probabilities of the law that is sampled, (A, V) float32; -inf where it has no mass.
 
     Args:
         logits: (A, V).
         sampling: temperature 0 puts all mass on the first of the largest logits.
         seen: (A, V) bool, tokens already in the row; needed for a repetition penalty only.
+        banned: ids that cannot be drawn: eos in a response that is still too short.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sampling.repetition_penalty != 1.0:
         penalty = sampling.repetition_penalty
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
+    if banned is not None:
+        logits = logits.index_fill(-1, banned, -torch.inf)
     if sampling.temperature == 0:
         law = torch.full_like(logits, -torch.inf)
         return law.scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
@@ -127,6 +146,15 @@ def sampling_law(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
         least = logprobs.max(-1, keepdim=True).values + torch.tensor(sampling.min_p).log()
         logits = logits.masked_fill(logprobs < least, -torch.inf)
     return logits.log_softmax(-1)
+
+
+def support_of(law: Tensor, sampling: Sampling) -> Support | None:
+    """Which tokens an (A, V) law left to be drawn; where it took only a few away, which it took."""
+    if not sampling.narrows:
+        return None
+    banned = not sampling.truncates
+    listed = (law > -torch.inf) != banned
+    return Support(listed.nonzero()[:, 1].int(), listed.sum(1), banned)
 
 
 def draw(law: Tensor, keys: Tensor, t: Tensor) -> Tensor:
@@ -191,7 +219,7 @@ def decode_steps(
     for t in range(sampling.max_new_tokens):
         interrupt.check()
         logits = lm.logits(hidden)
-        law = sampling_law(logits, sampling, seen)
+        law = sampling_law(logits, sampling, seen, ends if t < sampling.min_new_tokens else None)
         # A greedy law is finite whatever the logits are; another may overflow where they do not.
         if not torch.isfinite(logits.amax(-1) + law.amax(-1)).all():
             raise UserError(
@@ -212,7 +240,7 @@ def decode_steps(
             if reason is None and t + 1 == sampling.max_new_tokens:
                 reason = "length"
             reasons.append(reason)
-        yield DecodeStep(rows, drawn, logprobs, reasons)
+        yield DecodeStep(rows, drawn, logprobs, reasons, support_of(law, sampling))
         going = torch.tensor([i for i, r in enumerate(reasons) if r is None], device=device)
         if len(going) == 0:
             return
@@ -281,4 +309,20 @@ def generate(
         for row, reason in zip(rows.tolist(), step.finish_reasons, strict=True):
             reasons[row] = reason or reasons[row]
     longest = int((prompt_lengths + mask.sum(1)).max())
-    return Generation(tokens[:, :longest].contiguous(), prompt_lengths, mask, logprobs, reasons)
+    tokens, support = tokens[:, :longest].contiguous(), _collect_support(steps, mask)
+    return Generation(tokens, prompt_lengths, mask, logprobs, reasons, support)
+
+
+def _collect_support(steps: list[DecodeStep], mask: Tensor) -> RowSupport | None:
+    """The supports of all steps, row by row."""
+    if steps[0].support is None:
+        return None
+    ids: list[list[Tensor]] = [[] for _ in mask]
+    counts = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
+    for t, step in enumerate(steps):
+        sizes = step.support.counts
+        counts[step.rows.to(mask.device), t] = sizes.to(mask.device)
+        parts = step.support.ids.split(sizes.tolist())
+        for row, part in zip(step.rows.tolist(), parts, strict=True):
+            ids[row].append(part)
+    return RowSupport([torch.cat(row) for row in ids], counts, steps[0].support.banned)

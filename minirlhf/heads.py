@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minirlhf.support import Support
 from minirlhf.transformer import CausalLM, Decoder
 
 
@@ -22,11 +23,12 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 
 def token_logprobs(
-    lm: CausalLM, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 512
-) -> TokenStats:
+    lm: CausalLM, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 512,
+    support: Support | None = None,
+) -> TokenStats:  # fmt: skip
     """Log-prob of each target and entropy of its distribution, from float32 logits.
 
-        logprob = log softmax(W h / temperature)[target]
+        logprob = log softmax(W h / temperature)[target],   the softmax over `support`
 
     Chunked over tokens, and the backward pass computes each chunk's logits again: neither pass
     holds more than (chunk, V) of them. Float32 because bf16 logits alone are off by up to 0.07
@@ -37,6 +39,8 @@ def token_logprobs(
         hidden: (…, D) states before the targets.
         targets: (…) int64 ids.
         temperature: > 0; that of sampling, so that ratios compare laws actually sampled.
+        support: of the positions in their order, where not every token could be drawn; a target
+            outside it has log-prob -inf.
     Returns:
         TokenStats(logprobs, entropy), each (…) float32 (float64 for a float64 model).
     """
@@ -45,11 +49,59 @@ def token_logprobs(
             f"targets is {tuple(targets.shape)}, hidden is {tuple(hidden.shape)}: "
             "give one target for each state, targets (…) beside hidden (…, D)"
         )
+    _check_law(temperature, support, targets.numel())
+    states, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    stats = _TokenLogprobs.apply(states, lm.unembedding, ids, temperature, chunk, support)
+    return TokenStats(*(x.view(targets.shape) for x in stats))
+
+
+def token_kl(
+    lm: CausalLM, hidden: Tensor, ref: CausalLM, ref_hidden: Tensor, temperature: float = 1.0,
+    chunk: int = 512, support: Support | None = None,
+) -> Tensor:  # fmt: skip
+    """KL(policy || ref) of the next token's law at each position, over the whole vocabulary.
+
+        kl = sum_v p_v (log p_v - log q_v),   p = softmax(W h / temperature), q the reference's
+
+    Chunked as `token_logprobs` is, and with the same arguments; what is of the reference is
+    constant.
+
+    Args:
+        hidden, ref_hidden: (…, D) and (…, D') states before the tokens.
+    Returns:
+        (…) nats, >= 0 up to rounding.
+    """
+    if hidden.shape[:-1] != ref_hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden is {tuple(ref_hidden.shape)}, hidden is {tuple(hidden.shape)}: "
+            "give the reference's state for each of the policy's"
+        )
+    _check_law(temperature, support, hidden[..., 0].numel())
+    states, ref_states = (x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden.detach()))
+    ref_weight = ref.unembedding.detach()
+    kl = _TokenKL.apply(
+        states, lm.unembedding, ref_states, ref_weight, temperature, chunk, support
+    )
+    return kl.view(hidden.shape[:-1])
+
+
+def _check_law(temperature: float, support: Support | None, positions: int) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: must be above 0")
-    states, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    stats = _TokenLogprobs.apply(states, lm.unembedding, ids, temperature, chunk)
-    return TokenStats(*(x.view(targets.shape) for x in stats))
+    if support is not None and len(support.counts) != positions:
+        raise ValueError(f"support is of {len(support.counts)} positions, there are {positions}")
+
+
+def _scaled_logits(
+    states: Tensor, weight: Tensor, at: slice, temperature: float, allowed: Tensor | None
+) -> Tensor:
+    """(n, V) logits / temperature of some states; -inf for what could not be drawn."""
+    logits = F.linear(states[at].to(weight.dtype), weight) / temperature
+    return logits if allowed is None else logits.masked_fill_(~allowed, -torch.inf)
+
+
+def _allowed(support: Support | None, at: slice, weight: Tensor) -> Tensor | None:
+    return None if support is None else support.allowed(at, len(weight))
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -58,22 +110,30 @@ class _TokenLogprobs(torch.autograd.Function):
     With z = W h / temperature, p = softmax(z) and H its entropy:
 
         d logprob / dz_j = [j = target] - p_j,    dH / dz_j = -p_j (log p_j + H)
+
+    Outside a support p is 0, and so is everything that p multiplies.
     """
 
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, ids: Tensor, temperature: float, chunk: int):
+    def forward(
+        ctx, states: Tensor, weight: Tensor, ids: Tensor, temperature: float, chunk: int,
+        support: Support | None,
+    ):  # fmt: skip
         wide = widened(states.dtype)
         logprobs, entropy = (states.new_empty(len(ids), dtype=wide) for _ in range(2))
         normalizer = torch.empty_like(logprobs)
         rows = weight.to(wide)
         for at in _slices(len(ids), chunk):
-            logits = F.linear(states[at].to(wide), rows) / temperature  # (chunk, V)
+            allowed = _allowed(support, at, rows)
+            logits = _scaled_logits(states, rows, at, temperature, allowed)  # (chunk, V)
             normalizer[at] = logits.logsumexp(-1)
             logprobs[at] = logits.gather(-1, ids[at, None])[:, 0] - normalizer[at]
             law = (logits - normalizer[at, None]).exp_()
+            if allowed is not None:
+                logits.masked_fill_(~allowed, 0)  # 0 x inf is NaN
             entropy[at] = normalizer[at] - (law * logits).sum(-1)
         ctx.save_for_backward(states, weight, ids, normalizer, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.support = temperature, chunk, support
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -81,26 +141,84 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, of_logprobs: Tensor | None, of_entropy: Tensor | None):
         states, weight, ids, normalizer, entropy = ctx.saved_tensors
-        wide = widened(states.dtype)
-        rows = weight.to(wide)
+        rows = weight.to(widened(states.dtype))
         to_states = torch.zeros_like(states)
         to_weight = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
         for at in _slices(len(ids), ctx.chunk):
-            h = states[at].to(wide)
-            logprobs = F.linear(h, rows) / ctx.temperature - normalizer[at, None]  # (chunk, V)
+            allowed = _allowed(ctx.support, at, rows)
+            logits = _scaled_logits(states, rows, at, ctx.temperature, allowed)
+            logprobs = logits - normalizer[at, None]  # (chunk, V)
             law = logprobs.exp()
             to_logits = torch.zeros_like(law)
             if of_logprobs is not None:
                 to_logits -= law * of_logprobs[at, None]
-                to_logits.scatter_add_(-1, ids[at, None], of_logprobs[at, None].to(wide))
+                to_logits.scatter_add_(-1, ids[at, None], of_logprobs[at, None].to(rows.dtype))
             if of_entropy is not None:
+                if allowed is not None:
+                    logprobs.masked_fill_(~allowed, 0)
                 to_logits -= law * (logprobs + entropy[at, None]) * of_entropy[at, None]
-            to_logits /= ctx.temperature
-            to_states[at] = (to_logits @ rows).to(states.dtype)
-            if to_weight is not None:
-                to_weight += to_logits.T @ h
-        to_weight = None if to_weight is None else to_weight.to(weight.dtype)
-        return to_states, to_weight, None, None, None
+            _pass_on(to_logits / ctx.temperature, states, rows, at, to_states, to_weight)
+        return to_states, _narrowed(to_weight, weight), None, None, None, None
+
+
+class _TokenKL(torch.autograd.Function):
+    """`token_kl` of (N, D) states, with its derivative by hand.
+
+        d kl / dz_j = p_j (log p_j - log q_j - kl)
+    """
+
+    @staticmethod
+    def forward(
+        ctx, states: Tensor, weight: Tensor, ref_states: Tensor, ref_weight: Tensor,
+        temperature: float, chunk: int, support: Support | None,
+    ):  # fmt: skip
+        ctx.temperature, ctx.chunk, ctx.support = temperature, chunk, support
+        kl = states.new_empty(len(states), dtype=widened(states.dtype))
+        for at in _slices(len(states), chunk):
+            law, log_ratio = _TokenKL.laws(ctx, states, weight, ref_states, ref_weight, at)
+            kl[at] = (law * log_ratio).sum(-1)
+        ctx.save_for_backward(states, weight, ref_states, ref_weight, kl)
+        return kl
+
+    @staticmethod
+    def laws(ctx, states, weight, ref_states, ref_weight, at: slice) -> tuple[Tensor, Tensor]:
+        """(p, log p - log q), (chunk, V) each; both 0 outside the support."""
+        wide = widened(states.dtype)
+        weight, ref_weight = weight.to(wide), ref_weight.to(wide)
+        allowed = _allowed(ctx.support, at, weight)
+        policy = _scaled_logits(states, weight, at, ctx.temperature, allowed).log_softmax(-1)
+        ref = _scaled_logits(ref_states, ref_weight, at, ctx.temperature, allowed).log_softmax(-1)
+        log_ratio = policy - ref
+        if allowed is not None:
+            log_ratio.masked_fill_(~allowed, 0)
+        return policy.exp(), log_ratio
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_kl: Tensor):
+        states, weight, ref_states, ref_weight, kl = ctx.saved_tensors
+        rows = weight.to(widened(states.dtype))
+        to_states = torch.zeros_like(states)
+        to_weight = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
+        for at in _slices(len(states), ctx.chunk):
+            law, log_ratio = _TokenKL.laws(ctx, states, weight, ref_states, ref_weight, at)
+            to_logits = law * (log_ratio - kl[at, None]) * of_kl[at, None]
+            _pass_on(to_logits / ctx.temperature, states, rows, at, to_states, to_weight)
+        return to_states, _narrowed(to_weight, weight), *[None] * 5
+
+
+def _pass_on(
+    to_logits: Tensor, states: Tensor, rows: Tensor, at: slice, to_states: Tensor,
+    to_weight: Tensor | None,
+) -> None:  # fmt: skip
+    """Adds a chunk's gradient of W h to those of h and of W, in place."""
+    to_states[at] = (to_logits @ rows).to(states.dtype)
+    if to_weight is not None:
+        to_weight += to_logits.T @ states[at].to(rows.dtype)
+
+
+def _narrowed(gradient: Tensor | None, weight: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.to(weight.dtype)
 
 
 def _slices(count: int, chunk: int) -> list[slice]:

@@ -1,12 +1,13 @@
 """Estimators of KL(policy || ref) from the policy's own samples, and the adaptive coefficient.
 
-All three take log-probs of the sampled tokens, d = logprobs - ref_logprobs, in nats, one number a
+All take log-probs of the sampled tokens, d = logprobs - ref_logprobs, in nats, one number a
 token. Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html), whose ratio r
 is ref / policy, so that his log r is -d.
 
 As a reward penalty take kl_k1: its expectation enters the return. As a loss term take kl_k2: its
 gradient is that of the KL in expectation, while kl_k1's is 0 and kl_k3's is that of another
-divergence. No clamp anywhere: an overflow shows as infinity.
+divergence. No clamp anywhere: an overflow shows as infinity. `heads.token_kl` is no estimate but
+the sum over the vocabulary.
 """
 
 import math
@@ -60,6 +61,17 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(-d) + d  # exp(-d) - 1 would lose a small d to rounding
 
 
+def kl_abs(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """|d|: never negative, biased: a penalty on leaving the reference in either direction, not an
+    estimate of the KL (TRL 0.9's `abs`). Arguments as in `kl_k1`.
+
+    >>> from torch import tensor
+    >>> kl_abs(tensor([[-1.0, -2.0]]), tensor([[-1.5, -1.0]]))
+    tensor([[0.5000, 1.0000]])
+    """
+    return kl_k1(logprobs, ref_logprobs).abs()
+
+
 @dataclass
 class AdaptiveKL:
     """KL coefficient that steers the measured KL to a target. Ziegler et al. 2019
@@ -111,3 +123,7 @@ class AdaptiveKL:
             )
         error = min(max(kl / self.target - 1, -self._MAX_ERROR), self._MAX_ERROR)
         self.coef *= 1 + error * n / self.horizon
+
+
+# The settings' names for what is computed from the sampled tokens alone; "full" needs the models.
+ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3, "abs": kl_abs}

@@ -138,13 +138,16 @@ def dpo_loss(
 
 
 def clipped_surrogate(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> Surrogate:
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
+    dual_clip: float | None = None,
+) -> Surrogate:  # fmt: skip
     """Clipped policy loss per token, unreduced. Schulman et al. 2017 (arXiv:1707.06347), eq. 7;
-    asymmetric clip: DAPO (arXiv:2503.14476), sec. 3.1.
+    asymmetric clip: DAPO (arXiv:2503.14476), sec. 3.1; dual clip: Ye et al. 2020
+    (arXiv:1912.09729), eq. 5.
 
         loss_t = -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
         r_t = exp(logprobs_t - old_logprobs_t)
+        with a dual clip, where A_t < 0:   loss_t = min(loss_t, -dual_clip A_t)
 
     Args:
         logprobs: (B, R) nats, log-prob of each response token under the policy being trained;
@@ -152,15 +155,18 @@ def clipped_surrogate(
         old_logprobs: (B, R) nats, the same at sampling time, same temperature; constants.
         advantages: (B, R), treated as constants.
         clip_low, clip_high: ratio units, >= 0; a clip_low of 1 or more never clips.
+        dual_clip: ratio units, above 1 + clip_high; bounds the loss of a bad token that became much
+            more probable. None: no bound, as in the first paper.
     Returns:
         Surrogate(loss, ratio, clipped), each (B, R); `ratio` has no gradient; `clipped` is bool,
         True where clipping makes the gradient zero: r > 1 + clip_high with A > 0, or
-        r < 1 - clip_low with A < 0. Masked positions are not treated: reduce with `masked_mean`.
+        r < 1 - clip_low or r > dual_clip with A < 0. Masked positions are not treated: reduce with
+        `masked_mean`.
         There is no clamp but the clip. With a finite clip_high, a ratio that overflows gives the
-        clipped loss if A > 0, 0 if A = 0, and an infinite loss, which is the truth, if A < 0. A
-        loss that is not finite has gradient zero, so that a mask can drop it.
+        clipped loss if A > 0, 0 if A = 0, and without a dual clip an infinite loss, which is the
+        truth, if A < 0. A loss that is not finite has gradient zero, so that a mask can drop it.
     Raises:
-        ValueError: shapes differ, or a clip is negative.
+        ValueError: shapes differ, a clip is negative, or dual_clip is not above 1 + clip_high.
 
     >>> from torch import log, ones, tensor, zeros
     >>> out = clipped_surrogate(log(tensor([[1.5, 0.5]])), zeros(1, 2), ones(1, 2), 0.2, 0.2)
@@ -170,14 +176,20 @@ def clipped_surrogate(
     _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     _not_negative("clip_low", clip_low)
     _not_negative("clip_high", clip_high)
+    if dual_clip is not None and not dual_clip > 1 + clip_high:
+        legal = f"above 1 + clip_high, {1 + clip_high}, is legal"
+        raise ValueError(f"dual_clip is {dual_clip}: {legal}")
     log_ratio = _upcast(logprobs) - _upcast(old_logprobs).detach()
     ratio, advantages = log_ratio.detach().exp(), _upcast(advantages).detach()
 
     # Clipping the log-ratio is clipping the ratio, without the inf · 0 of an overflow.
     low = math.log(1 - clip_low) if clip_low < 1 else -math.inf
     high = math.log1p(clip_high)
-    clipped = ((advantages > 0) & (log_ratio > high)) | ((advantages < 0) & (log_ratio < low))
+    highest = math.inf if dual_clip is None else math.log(dual_clip)  # where A < 0
+    good, bad = advantages > 0, advantages < 0
+    clipped = (good & (log_ratio > high)) | (bad & ((log_ratio < low) | (log_ratio > highest)))
     bounded = log_ratio.detach().clamp(low, high)
+    bounded = torch.where(bad & (log_ratio > highest), highest, bounded)
     log_ratio = _grad_where_finite(log_ratio, advantages * ratio)
     effective = torch.where(clipped | (advantages == 0), bounded, log_ratio)
     return Surrogate(-advantages * effective.exp(), ratio, clipped)

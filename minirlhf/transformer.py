@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -273,6 +274,8 @@ class Decoder(nn.Module):
     """Token ids (B, T) -> hidden states (B, T, D), after the final norm.
 
     `lengths` (B,) tells where rows end: then their padding is not computed, and its states are 0.
+    With `checkpointing` a block's activations are not kept but computed again in the backward pass
+    (Chen et al. 2016, arXiv:1604.06174): a forward pass more, for one block's memory.
     """
 
     def __init__(self, config: ModelConfig):
@@ -284,6 +287,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.rotary = RotaryTable(config) if config.positions == "rotary" else None
+        self.checkpointing = False
 
     def forward(
         self, tokens: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None
@@ -318,7 +322,11 @@ class Decoder(nn.Module):
             else:
                 rope = cos[where][:, None], sin[where][:, None]
         for block in self.layers:
-            x = block(x, rope, cache, packing)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, cache, packing, use_reentrant=False,
+                               preserve_rng_state=False)  # fmt: skip
+            else:
+                x = block(x, rope, cache, packing)
         x = self.norm(x)
         return x if packing is None else packing.unpack(x)
 

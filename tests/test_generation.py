@@ -16,7 +16,9 @@ from minirlhf.generation import (
     generate,
     pad_right,
     sampling_law,
+    support_of,
 )
+from minirlhf.heads import response_states, token_logprobs
 from minirlhf.pretrained import load_pretrained
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
@@ -347,6 +349,68 @@ def test_sampling_law_of_bfloat16_is_float32():
 # ---- draw ----------------------------------------------------------------------------------------
 
 
+LAW = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]]).log()
+
+
+def test_support_of_names_what_was_left_or_what_was_taken_away_by_hand():
+    def narrowed(banned=None, **settings):
+        sampling = Sampling(4, **settings)
+        return support_of(sampling_law(LAW, sampling, banned=banned), sampling)
+
+    # the two most probable tokens of each row
+    kept = narrowed(top_k=2)
+    assert kept.ids.tolist() == [0, 1, 2, 3] and kept.counts.tolist() == [2, 2]
+    assert not kept.banned and kept.ids.dtype == torch.int32
+    # the fewest that reach 0.85: 0.5 + 0.3 + 0.15; 0.4 + 0.3 + 0.2
+    kept = narrowed(top_p=0.85)
+    assert kept.ids.tolist() == [0, 1, 2, 1, 2, 3] and kept.counts.tolist() == [3, 3]
+    # a minimum length alone: what it forbids is shorter than what it leaves
+    taken = narrowed(min_new_tokens=2, banned=torch.tensor([1, 3]))
+    assert taken.ids.tolist() == [1, 3, 1, 3] and taken.counts.tolist() == [2, 2] and taken.banned
+    taken = narrowed(min_new_tokens=2)
+    assert taken.ids.tolist() == [] and taken.counts.tolist() == [0, 0] and taken.banned
+    # both: what is left of the rest, 0 and 2 of the first row
+    kept = narrowed(min_new_tokens=2, top_k=2, banned=torch.tensor([1, 3]))
+    assert kept.ids.tolist() == [0, 2, 0, 2] and not kept.banned
+    assert narrowed() is None and narrowed(temperature=0.5) is None
+    assert narrowed(top_k=2, temperature=0) is None  # greedy: nothing to learn from
+
+
+NARROWED = [
+    Sampling(6, top_k=3, temperature=0.7),
+    Sampling(6, top_p=0.8),
+    Sampling(6, min_p=0.2),
+    Sampling(6, min_new_tokens=4),
+    Sampling(6, min_new_tokens=4, top_p=0.7, temperature=1.3),
+]
+
+
+@pytest.mark.parametrize("sampling", NARROWED)
+def test_logprobs_on_the_support_are_those_of_the_law_sampled(sampling):
+    """A forward pass over whole rows, renormalised, gives what the sampler drew from."""
+    lm = random_lm()
+    made = generate(lm, [[1, 2], [3], [4, 5, 6]], sampling, [0, 7], keys(3))
+    states = response_states(lm(made.tokens), made.prompt_lengths, made.response_mask.shape[1])
+    targets = response_states(made.tokens, made.prompt_lengths + 1, made.response_mask.shape[1])
+    mask = made.response_mask
+    got = token_logprobs(
+        lm, states[mask], targets[mask], sampling.temperature, support=made.support.flat(mask)
+    )
+    torch.testing.assert_close(got.logprobs, made.logprobs[mask], rtol=0, atol=1e-9)
+    everything = token_logprobs(lm, states[mask], targets[mask], sampling.temperature)
+    assert (got.logprobs - everything.logprobs > 1e-3).any()  # it does renormalise
+
+
+def test_no_eos_is_drawn_before_the_minimum_length():
+    lm, prompts = random_lm(), [[i] for i in range(1, 9)]
+    every = list(range(0, 20, 2))  # half of all ids end a row
+    free = generate(lm, prompts, Sampling(8), every, keys(8))
+    held = generate(lm, prompts, Sampling(8, min_new_tokens=3), every, keys(8))
+    assert min(map(len, free.responses())) < 3
+    for ids in held.responses():
+        assert len(ids) >= 4 and not set(ids[:3]) & set(every)
+
+
 @pytest.mark.parametrize(
     "masses, u, token",
     [
@@ -421,6 +485,8 @@ def test_generate_has_the_frequencies_of_the_model():
     "setting, value, rule",
     [
         ("max_new_tokens", 0, "at least 1"),
+        ("min_new_tokens", -1, "at least 0 and at most max_new_tokens, 5"),
+        ("min_new_tokens", 6, "at least 0 and at most max_new_tokens, 5"),
         ("temperature", -0.1, "at least 0"),
         ("temperature", math.inf, "at least 0"),
         ("temperature", math.nan, "at least 0"),

@@ -11,9 +11,11 @@ from minirlhf.heads import (
     critic_from_reward_model,
     initialize_score,
     response_states,
+    token_kl,
     token_logprobs,
     widened,
 )
+from minirlhf.support import RowSupport, Support
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
 f64 = torch.float64
@@ -169,6 +171,135 @@ def test_token_logprobs_refuses():
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=f"temperature is {temperature}: must be above 0"):
             token_logprobs(lm, torch.zeros(4, 16), torch.zeros(4, dtype=torch.int64), temperature)
+
+
+# ---- the law that could be sampled ---------------------------------------------------------------
+
+
+def support_of(*allowed: list[int], banned: bool = False) -> Support:
+    ids = torch.tensor([i for position in allowed for i in position], dtype=torch.int32)
+    return Support(ids, torch.tensor([len(position) for position in allowed]), banned)
+
+
+EYE = torch.eye(3, dtype=f64)
+# Laws (1/2, 1/3, 1/6) and (1/6, 1/2, 1/3); what is left of them: 0 and 1, 2 alone
+LAWS = torch.tensor([[1 / 2, 1 / 3, 1 / 6], [1 / 6, 1 / 2, 1 / 3]], dtype=f64).log()
+LEFT = [support_of([0, 1], [2]), support_of([2], [0, 1], banned=True)]
+
+
+@pytest.mark.parametrize("support", LEFT)
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_token_logprobs_are_renormalised_on_the_support_by_hand(support, chunk):
+    hidden = LAWS.clone().requires_grad_()
+    stats = token_logprobs(
+        Unembedding(EYE), hidden, torch.tensor([1, 2]), chunk=chunk, support=support
+    )
+    # (1/3) / (1/2 + 1/3) = 2/5; the only token that was left has probability 1
+    assert_close(stats.logprobs, torch.tensor([math.log(2 / 5), 0], dtype=f64))
+    # of (3/5, 2/5): log 5 - 3/5 log 3 - 2/5 log 2; of a certain token: 0
+    entropy = math.log(5) - 0.6 * math.log(3) - 0.4 * math.log(2)
+    assert_close(stats.entropy, torch.tensor([entropy, 0], dtype=f64))
+    # d logprob / d logits = (0, 1) - (3/5, 2/5) on the support, 0 elsewhere and where it is certain
+    (grad,) = torch.autograd.grad(stats.logprobs.sum(), hidden, retain_graph=True)
+    assert_close(grad, torch.tensor([[-0.6, 0.6, 0], [0, 0, 0]], dtype=f64))
+    # d entropy / d logits = -p (log p + H): -3/5 (2/5 log 3/2) and its negative
+    (grad,) = torch.autograd.grad(stats.entropy.sum(), hidden)
+    slope = 0.24 * math.log(3 / 2)
+    assert_close(grad, torch.tensor([[-slope, slope, 0], [0, 0, 0]], dtype=f64))
+
+
+def test_a_target_outside_the_support_has_no_probability():
+    stats = token_logprobs(Unembedding(EYE), LAWS, torch.tensor([2, 0]), support=LEFT[0])
+    assert (stats.logprobs == -torch.inf).all() and torch.isfinite(stats.entropy).all()
+
+
+def test_a_support_of_everything_changes_nothing():
+    everything = support_of([0, 1, 2], [0, 1, 2])
+    with_it, without = (
+        token_logprobs(Unembedding(EYE), LAWS, torch.tensor([1, 2]), support=support)
+        for support in (everything, None)
+    )
+    assert_close(with_it.logprobs, without.logprobs)
+    assert_close(with_it.entropy, without.entropy)
+
+
+def test_support_of_another_number_of_positions_is_refused():
+    with pytest.raises(ValueError, match="support is of 1 positions, there are 2"):
+        token_logprobs(Unembedding(EYE), LAWS, torch.tensor([1, 2]), support=support_of([0]))
+
+
+def test_row_support_selects_and_flattens_by_hand():
+    ids = [torch.tensor(row, dtype=torch.int32) for row in ([1, 2, 3], [4], [5, 6, 7])]
+    rows = RowSupport(ids, torch.tensor([[1, 0, 2], [1, 0, 0], [2, 1, 0]]))
+    some = rows.select(torch.tensor([2, 1]), 2)
+    assert some.counts.tolist() == [[2, 1], [1, 0]] and not some.banned
+    flat = some.flat(torch.tensor([[True, True], [True, False]]))
+    assert flat.ids.tolist() == [5, 6, 7, 4] and flat.counts.tolist() == [2, 1, 1]
+    # a hole between two tokens has no ids
+    flat = rows.select(torch.tensor([0]), 3).flat(torch.tensor([[True, False, True]]))
+    assert flat.ids.tolist() == [1, 2, 3] and flat.counts.tolist() == [1, 2]
+    assert flat.allowed(slice(1, 2), 5).tolist() == [[False, False, True, True, False]]
+
+
+# ---- token_kl ------------------------------------------------------------------------------------
+
+
+def test_token_kl_by_hand():
+    # p = (3/4, 1/4), q = (1/2, 1/2): 3/4 log 3/2 + 1/4 log 1/2 = 3/4 log 3 - log 2
+    hidden = torch.tensor([[math.log(3), 0]], dtype=f64, requires_grad=True)
+    lm = Unembedding(torch.eye(2, dtype=f64))
+    kl = token_kl(lm, hidden, lm, torch.zeros(1, 2, dtype=f64))
+    expected = 0.75 * math.log(3) - math.log(2)
+    assert_close(kl, torch.tensor([expected], dtype=f64))
+    # d kl / d logits = p (log p - log q - kl): the first is 3/4 (log 3/2 - kl) = 3/16 log 3
+    kl.sum().backward()
+    slope = 0.1875 * math.log(3)
+    assert_close(hidden.grad, torch.tensor([[slope, -slope]], dtype=f64))
+
+
+def test_token_kl_on_a_support_by_hand():
+    # p (1/2, 1/3, 1/6) and q (1/6, 1/2, 1/3) left with 0 and 1: (3/5, 2/5) against (1/4, 3/4)
+    lm, support = Unembedding(EYE), support_of([0, 1])
+    kl = token_kl(lm, LAWS[:1], lm, LAWS[1:], support=support)
+    expected = 0.6 * math.log(0.6 / 0.25) + 0.4 * math.log(0.4 / 0.75)
+    assert_close(kl, torch.tensor([expected], dtype=f64))
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_token_kl_and_gradient_are_those_of_full_logits(chunk, temperature, narrowed):
+    lm, ref = make_lm(), make_lm()
+    with torch.no_grad():
+        ref.unembedding.mul_(0.5)
+    hidden, ref_hidden = states(2, 5), states(2, 5).detach() * 0.3
+    support, allowed = None, torch.ones(10, 50, dtype=torch.bool)
+    if narrowed:
+        support = support_of(*[[i, i + 7, 40] for i in range(10)])
+        allowed = support.allowed(slice(0, 10), 50)
+        assert allowed.sum(1).tolist() == [3] * 10
+    ours = token_kl(lm, hidden, ref, ref_hidden, temperature, chunk, support)
+    weight = torch.linspace(-1, 2, 10, dtype=f64).view(2, 5)
+    got = torch.autograd.grad((ours * weight).sum(), [hidden, lm.unembedding])
+
+    def law(model, x):
+        logits = (x @ model.unembedding.T / temperature).view(10, 50)
+        return logits.masked_fill(~allowed, -1e9).log_softmax(-1)
+
+    logp, logq = law(lm, hidden), law(ref, ref_hidden)
+    theirs = (logp.exp() * (logp - logq)).sum(-1).view(2, 5)
+    assert_close(ours, theirs)
+    expected = torch.autograd.grad((theirs * weight).sum(), [hidden, lm.unembedding])
+    for x, y in zip(got, expected, strict=True):
+        assert_close(x, y)
+
+
+def test_token_kl_refuses():
+    lm = Unembedding(EYE)
+    with pytest.raises(ValueError, match="give the reference's state for each of the policy's"):
+        token_kl(lm, LAWS, lm, LAWS[:1])
+    with pytest.raises(ValueError, match="temperature is 0: must be above 0"):
+        token_kl(lm, LAWS, lm, LAWS, temperature=0)
 
 
 # ---- response_states -----------------------------------------------------------------------------

@@ -296,6 +296,32 @@ def test_clipped_surrogate_at_ratio_one_is_the_policy_gradient():
     assert_close(logprobs.grad, -advantages)
 
 
+def test_clipped_surrogate_dual_clip_by_hand():
+    # ratio 4 with A = -2: 8, bounded at -2 · -3 = 6; with A = 2 the clip rules, -2 · 1.2; ratio 2.9
+    # stays below the bound, 5.8; below the range the clip rules as before, 2 · 0.8
+    logprobs = f64([[4, 4, 2.9, 0.5]]).log().requires_grad_()
+    advantages = f64([[-2, 2, -2, -2]])
+    out = clipped_surrogate(logprobs, torch.zeros(1, 4).double(), advantages, 0.2, 0.2, 3.0)
+    assert_close(out.loss, f64([[6, -2.4, 5.8, 1.6]]))
+    assert out.clipped.tolist() == [[True, True, False, True]]
+    out.loss.sum().backward()
+    assert_close(logprobs.grad, f64([[0, 0, 5.8, 0]]))  # -A · ratio where it is free
+
+
+def test_clipped_surrogate_dual_clip_bounds_a_ratio_that_overflows():
+    logprobs = torch.tensor([[200.0]], requires_grad=True)
+    out = clipped_surrogate(logprobs, torch.zeros(1, 1), torch.tensor([[-2.0]]), 0.2, 0.2, 3.0)
+    out.loss.sum().backward()
+    assert_close(out.loss, torch.tensor([[6.0]]))
+    assert logprobs.grad.item() == 0
+
+
+@pytest.mark.parametrize("dual_clip", [1.2, 0.5, -1.0, nan])
+def test_clipped_surrogate_refuses_a_dual_clip_inside_the_range(dual_clip):
+    with pytest.raises(ValueError, match=r"dual_clip is .*: above 1 \+ clip_high, 1.2, is legal"):
+        clipped_surrogate(*corners(), 0.2, 0.2, dual_clip)
+
+
 def test_clipped_surrogate_without_bounds_is_importance_sampling():
     out = clipped_surrogate(*corners(), clip_low=inf, clip_high=inf)
     assert_close(out.loss, f64([[-1.5, 1.5, -0.5, 0.5]]))
