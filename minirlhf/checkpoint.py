@@ -50,6 +50,7 @@ class TrainState:
     step: int = 0  # iterations completed
     samples: int = 0  # rows of data consumed
     kl_coef: float | None = None  # PPO: current coefficient of the KL penalty
+    score_moments: list[float] = field(default_factory=list)  # of `scores.RunningMoments`
     best: float | None = None  # best value of the metric that evaluation watches
     counters: dict[str, int] = field(default_factory=dict)  # events since the start
     meters: Meters = field(default_factory=Meters)  # the open log window
@@ -74,6 +75,10 @@ def _fits(name: str, value: object) -> bool:
             return type(value) is int and value >= 0
         case "kl_coef" | "best":
             return value is None or type(value) in (int, float)
+        case "score_moments":
+            return isinstance(value, list) and len(value) in (0, 3) and all(
+                type(part) in (int, float) for part in value
+            )  # fmt: skip
         case "counters" | "log_bytes":
             return isinstance(value, dict) and all(type(n) is int for n in value.values())
         case "meters":

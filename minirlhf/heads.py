@@ -269,6 +269,11 @@ class ValueHeadModel(nn.Module):
         weight, bias = self.v_head.weight.to(wide), self.v_head.bias.to(wide)
         return hidden, F.linear(states.to(wide), weight, bias).squeeze(-1)
 
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Of the critic alone: its head, and its trunk where that is its own."""
+        trunk = [] if self.critic is None else list(self.critic.parameters())
+        return [*self.v_head.parameters(), *trunk]
+
 
 class RewardModel(nn.Module):
     """Trunk of a language model with a scalar head: `model(tokens, lengths)` -> scores (B,).

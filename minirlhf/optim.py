@@ -1,7 +1,7 @@
 """The optimizer, the learning rate as a function of the step, gradient clipping, and batching."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -20,24 +20,25 @@ def make_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    head: nn.Module | None = None,
-    head_lr_scale: float = 1.0,
+    critic: Iterable[nn.Parameter] = (),
+    critic_lr_scale: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over all trainable parameters; only matrices of the trunk decay.
+    """AdamW (arXiv:1711.05101) over all trainable parameters; only matrices decay, and a scalar
+    head is none.
 
     Args:
-        head: a part of the model that learns at head_lr_scale times the rate, as a value head that
-            starts from zero on a trunk that is trained already.
+        critic: parameters that learn at critic_lr_scale times the rate, as a value head that starts
+            from zero on a trunk that is trained already.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    of_head = set() if head is None else set(head.parameters())
-    trunk = [p for p in trainable if p not in of_head]
-    heads = [p for p in trainable if p in of_head]
-    groups = [
-        {"params": [p for p in trunk if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trunk if p.dim() < 2], "weight_decay": 0.0},
-        {"params": heads, "weight_decay": 0.0, "lr_scale": head_lr_scale},
-    ]
+    trainable, of_critic = [p for p in model.parameters() if p.requires_grad], set(critic)
+    groups = []
+    for part, scale in ((False, 1.0), (True, critic_lr_scale)):
+        for matrices, decay in ((True, weight_decay), (False, 0.0)):
+            chosen = [
+                p for p in trainable
+                if (p in of_critic) == part and (p.dim() >= 2 and len(p) > 1) == matrices
+            ]  # fmt: skip
+            groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
@@ -109,22 +110,28 @@ def update_or_skip(
     accumulate: Callable[[], T],
     counters: dict[str, int],
     patience: int,
+    wanted: Callable[[T], bool] | None = None,
 ) -> T | None:
-    """One optimizer step, or none where its numbers are not finite.
+    """One optimizer step, or none where its numbers are not finite, or it is not wanted.
 
     Args:
         accumulate: leaves the gradient in the parameters, clipped and checked.
         counters: where skips are counted, as `skipped_updates` and `skipped_in_a_row`.
         patience: how many updates in a row may be skipped.
+        wanted: told what `accumulate` returned, whether to make the step; those that it does not
+            want are counted as `skipped_ratio`. None: always.
     Returns:
-        What `accumulate` returned; None where the update was skipped.
+        What `accumulate` returned; None where its numbers were not finite.
     Raises:
         NonFinite: patience is at its end; the parameters are untouched.
     """
     optimizer.zero_grad()  # of a pass that was dropped half-way
     try:
         seen = accumulate()
-        optimizer.step()
+        if wanted is None or wanted(seen):
+            optimizer.step()
+        else:
+            counters["skipped_ratio"] = counters.get("skipped_ratio", 0) + 1
     except NonFinite:
         in_a_row = counters.get("skipped_in_a_row", 0) + 1
         if in_a_row > patience:

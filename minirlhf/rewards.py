@@ -39,7 +39,15 @@ class Completions(NamedTuple):
     columns: dict[str, list]  # every other column of the prompts' file
 
 
-RewardSource = Callable[[Completions], Tensor]
+class Scores(NamedTuple):
+    """What a reward source says of B responses."""
+
+    total: Tensor  # (B,) float32, what PPO learns from
+    parts: dict[str, Tensor]  # name -> (B,) of each source, unweighted; NaN: does not apply
+    token_rewards: list[list[float]] | None = None  # one a response token, beside the score
+
+
+RewardSource = Callable[[Completions], Tensor | Scores]
 
 
 def model_reward(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: int) -> RewardSource:

@@ -14,6 +14,7 @@ from minirlhf.data import Prompt
 from minirlhf.generation import Sampling, cut_at_stop, generate, pad_right
 from minirlhf.optim import cut_by_tokens
 from minirlhf.rewards import Completions
+from minirlhf.support import RowSupport, stack_supports
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.transformer import CausalLM
 
@@ -22,7 +23,7 @@ class Rollout(NamedTuple):
     """B rows, left-aligned, with one cell for each of at most R response tokens.
 
     Column t of a (B, R) tensor belongs to response token a_t and to the state before it. The
-    fields that may be None are filled on the way: `ppo.measure` and `ppo.assign_credit`. False
+    fields that may be None are filled on the way: `passes.measure` and `ppo.assign_credit`. False
     cells between True ones are legal: tokens that another wrote, such as a tool's output.
     """
 
@@ -31,9 +32,15 @@ class Rollout(NamedTuple):
     prompt_lengths: Tensor  # (B,) int64, at least 1
     response_mask: Tensor  # (B, R) bool: tokens the policy chose, eos included
     scores: Tensor  # (B,) float32, reward units
+    truncated: Tensor | None = None  # (B,) bool: cut by its length, not ended
+    token_scores: Tensor | None = None  # (B, R) reward units a token, beside the score
+    support: RowSupport | None = None  # what could be drawn; None: every token
     old_logprobs: Tensor | None = None  # (B, R) nats, of the policy that sampled
     ref_logprobs: Tensor | None = None  # (B, R) nats, of the frozen reference
+    full_kl: Tensor | None = None  # (B, R) nats, KL(policy || ref) over the vocabulary
+    ref_states: Tensor | None = None  # (B, R, D) of the reference, where a loss needs its whole law
     old_values: Tensor | None = None  # (B, R)
+    last_values: Tensor | None = None  # (B,) value of the state after the last token
     rewards: Tensor | None = None  # (B, R), KL penalty and score
     advantages: Tensor | None = None  # (B, R)
     returns: Tensor | None = None  # (B, R)
@@ -55,9 +62,11 @@ class Rollout(NamedTuple):
         T = int(self.lengths[rows].max())
         R = int(self.response_lengths[rows].max())
 
-        def cut(name: str, x: Tensor | None) -> Tensor | None:
+        def cut(name: str, x):
             if x is None:
                 return None
+            if name == "support":
+                return x.select(rows, R)
             return x[rows] if x.dim() == 1 else x[rows, : T if name == "tokens" else R]
 
         return Rollout(*(cut(name, x) for name, x in self._asdict().items()))
@@ -141,10 +150,10 @@ class RolloutBuffer:
 
 
 def unpack(values: Tensor, mask: Tensor) -> Tensor:
-    """(N,) values of the True cells, row by row -> (B, R) with 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(
-        mask, values
-    )
+    """(N, …) values of the True cells, row by row -> (B, R, …) with 0 elsewhere."""
+    cells = mask.view(*mask.shape, *[1] * (values.dim() - 1))
+    shape = mask.shape + values.shape[1:]
+    return values.new_zeros(shape).masked_scatter(cells.expand(shape), values)
 
 
 def prompt_rows(consumed: int, count: int, total: int, seed: int) -> Tensor:
@@ -172,13 +181,14 @@ def sample(
         keys: (B,) int64, one a prompt; a row's text depends on its prompt and key alone.
         rows_at_once: how many are sampled side by side.
     """
-    responses, reasons = [], []
+    responses, reasons, supports = [], [], []
     for start in range(0, len(prompts), rows_at_once):
         part = slice(start, start + rows_at_once)
         ids = [p.ids for p in prompts[part]]
         made = generate(lm, ids, sampling, tokenizer.eos_ids, keys[part], tokenizer.decode)
         responses += made.responses()
         reasons += made.finish_reason
+        supports.append(made.support)
     names = sorted({name for p in prompts for name in p.columns})
     completions = Completions(
         prompts=[p.text for p in prompts],
@@ -197,6 +207,8 @@ def sample(
         prompt_lengths=torch.tensor([len(p.ids) for p in prompts]),
         response_mask=torch.arange(int(sizes.max())) < sizes[:, None],
         scores=torch.zeros(len(prompts)),
+        truncated=torch.tensor([reason == "length" for reason in reasons]),
+        support=None if supports[0] is None else stack_supports(supports),
     )
     device = lm.unembedding.device
     return completions, Rollout(*(None if x is None else x.to(device) for x in rollout))

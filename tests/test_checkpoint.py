@@ -133,7 +133,8 @@ def test_the_restored_moments_are_no_window_into_the_file(saved):
 
 
 OTHER_VALUES = {
-    "step": 7, "samples": 8, "kl_coef": 0.1 + 0.2, "best": 1 / 3, "counters": {"a": 9},
+    "step": 7, "samples": 8, "kl_coef": 0.1 + 0.2, "best": 1 / 3,
+    "score_moments": [3, 0.1, 1 / 7], "counters": {"a": 9},
     "log_bytes": {"metrics.jsonl": 10}, "unreported": {
         "number": 7, "metrics": {"loss": 0.1}, "clock": {}, "samples": []
     },
@@ -180,6 +181,7 @@ OF_ANOTHER_KIND = {
     "samples": [-1, "8"],
     "kl_coef": ["0.1", True, []],
     "best": ["0.1", {}],
+    "score_moments": [None, [1, 2], [1, 2, "3"], {}],
     "counters": [None, {"a": 1.5}, []],
     "log_bytes": [None, {"metrics.jsonl": "10"}],
     "meters": [None, {"loss": [1, 2]}, {"loss": [1, 2, "3"]}, {"loss": 3}],

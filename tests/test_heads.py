@@ -15,7 +15,7 @@ from minirlhf.heads import (
     token_logprobs,
     widened,
 )
-from minirlhf.support import RowSupport, Support
+from minirlhf.support import RowSupport, Support, stack_supports
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
 f64 = torch.float64
@@ -239,6 +239,14 @@ def test_row_support_selects_and_flattens_by_hand():
     flat = rows.select(torch.tensor([0]), 3).flat(torch.tensor([[True, False, True]]))
     assert flat.ids.tolist() == [1, 2, 3] and flat.counts.tolist() == [1, 2]
     assert flat.allowed(slice(1, 2), 5).tolist() == [[False, False, True, True, False]]
+
+
+def test_stack_supports_by_hand():
+    narrow = RowSupport([torch.tensor([1])], torch.tensor([[1]]))
+    wide = RowSupport([torch.tensor([2, 3]), torch.tensor([4])], torch.tensor([[1, 1], [1, 0]]))
+    both = stack_supports([narrow, wide])
+    assert [row.tolist() for row in both.rows] == [[1], [2, 3], [4]]
+    assert both.counts.tolist() == [[1, 0], [1, 1], [1, 0]]
 
 
 # ---- token_kl ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from test_ppo import (
 from torch import nan
 
 from minirlhf import generation, interrupt, optim
+from minirlhf import passes as passes_module
 from minirlhf.checkpoint import TrainState
 from minirlhf.data import Pair, Text
 from minirlhf.errors import STOPPED, NonFinite, Stopped, run
@@ -207,6 +208,7 @@ def test_ppo_drops_the_rollout_before_its_first_update_and_finishes_after_it(
         return real(*arguments)
 
     monkeypatch.setattr(ppo_recipe, "policy_pass", counted)
+    monkeypatch.setattr(passes_module, "policy_pass", counted)
     loop = ppo_recipe.ppo(state, PROMPTS, letter_d, tiny_lm(), Letters(), config)
     with interrupt.listening():
         if at == 4:

@@ -72,20 +72,26 @@ def test_make_optimizer_decays_matrices_only_and_leaves_out_what_is_frozen():
     optimizer = make_optimizer(model, 0.5, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-5)
     groups = [([id(p) for p in g["params"]], g["weight_decay"]) for g in optimizer.param_groups]
     assert groups == [
-        ([id(model[0].weight), id(model[1].weight)], 0.1),
-        ([id(model[0].bias)], 0.0),
+        ([id(model[0].weight)], 0.1),
+        ([id(model[0].bias), id(model[1].weight)], 0.0),  # a scalar head is no matrix
     ]
     assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["eps"] == 1e-5
 
 
-def test_make_optimizer_gives_a_head_its_own_rate_and_no_decay():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 1))
-    optimizer = make_optimizer(model, 0.5, weight_decay=0.1, head=model[1], head_lr_scale=10.0)
+def test_make_optimizer_gives_a_critic_its_own_rate():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 1)
+    )
+    critic = [*model[1].parameters(), *model[2].parameters()]
+    optimizer = make_optimizer(model, 0.5, weight_decay=0.1, critic=critic, critic_lr_scale=10.0)
     set_learning_rate(optimizer, 0.25)
-    groups = [([id(p) for p in g["params"]], g["lr"]) for g in optimizer.param_groups]
-    head = [id(model[1].weight), id(model[1].bias)]
-    assert groups == [([id(model[0].weight)], 0.25), (head, 2.5)]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    groups = [
+        ([id(p) for p in g["params"]], g["lr"], g["weight_decay"]) for g in optimizer.param_groups
+    ]
+    head = [id(model[2].weight), id(model[2].bias)]
+    assert groups == [
+        ([id(model[0].weight)], 0.25, 0.1), ([id(model[1].weight)], 2.5, 0.1), (head, 2.5, 0.0)
+    ]  # fmt: skip
 
 
 def test_make_optimizer_without_vectors_has_one_group():

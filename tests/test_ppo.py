@@ -12,16 +12,10 @@ from minirlhf.data import Prompt
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.heads import ValueHeadModel
 from minirlhf.optim import make_optimizer
+from minirlhf.passes import TokenPass, measure
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.recipes import ppo as recipe
-from minirlhf.recipes.ppo import (
-    PPOConfig,
-    TokenPass,
-    assign_credit,
-    measure,
-    ppo,
-    ppo_step,
-    score,
-)
+from minirlhf.recipes.ppo import assign_credit, ppo, ppo_step, score
 from minirlhf.rollout import Rollout, RolloutBuffer, sample
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
@@ -99,6 +93,8 @@ def run_steps(config: PPOConfig, reward=letter_d, tokenizer=None, prompts=PROMPT
 
 class Table(nn.Module):
     """A policy whose log-probs and values are its parameters, one a cell."""
+
+    critic = None
 
     def __init__(self, logprobs, values, entropy):
         super().__init__()
@@ -411,7 +407,9 @@ def test_eos_ends_a_response_at_any_slot_and_the_score_lands_on_it():
     assert made.finish_reasons == ["eos", "eos", "eos", "length"]
     assert rollout.response_mask.sum(1).tolist() == [1, 3, 4, 4]
 
-    scores = score(lambda completions: torch.full((4,), 2.0), made, config, "step 1")
+    given = score(lambda completions: torch.full((4,), 2.0), made, "step 1").total
+    assert rollout.truncated.tolist() == [False, False, False, True]
+    scores = config.end_rule(given, rollout.truncated, rollout.response_lengths)
     assert scores.tolist() == [2.0, 2.0, 2.0, 1.5]
     buffer = RolloutBuffer(2, 99)
     buffer.add(rollout._replace(scores=scores))

@@ -209,9 +209,36 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 5}, "truncated sampling draws from another law than the one in the ratio"),
-        ({"top_p": 0.9}, "truncated sampling draws from another law"),
-        ({"min_p": 0.1}, "truncated sampling draws from another law"),
+        ({"min_new_tokens": 7}, "min_new_tokens 7 is above max_new_tokens 6: lower one or raise"),
+        ({"kl_in": "loss"}, "kl_in loss with kl_estimator k1: the gradient .* use k2, k3 or full"),
+        ({"kl_in": "loss", "kl_estimator": "abs"}, "kl_in loss with kl_estimator abs"),
+        (
+            {"missing_eos": "ramp", "missing_eos_penalty": 1.0},
+            "missing_eos_buffer is 0, must be from 1 to max_new_tokens 6",
+        ),
+        (
+            {"missing_eos": "ramp", "missing_eos_penalty": 1.0, "missing_eos_buffer": 7},
+            "missing_eos_buffer is 7, must be from 1 to max_new_tokens 6",
+        ),
+        ({"missing_eos": "ramp", "missing_eos_buffer": 3}, "a ramp to nothing; use one above 0"),
+        ({"missing_eos_buffer": 3}, "missing_eos_buffer goes with missing_eos ramp"),
+        (
+            {"bootstrap_truncated": True, "missing_eos_penalty": 1.0},
+            "bootstrap_truncated: a cut response then has no score that a missing_eos rule",
+        ),
+        ({"bootstrap_truncated": True, "missing_eos": "replace"}, "leave out one of them"),
+        ({"dual_clip": 1.2}, r"dual_clip 1.2: must be above 1 \+ clip_high 0.2"),
+        ({"early_stop_kl": 0.1, "epochs": 1}, "there is one epoch, and none after it to leave out"),
+        ({"train_critic": False}, "no-train-critic: goes with --critic, a value head has to learn"),
+        (
+            {"train_critic": False, "critic": "c", "critic_learning_rate": 1.0},
+            "leave out critic_learning_rate and critic_warmup_steps",
+        ),
+        (
+            {"train_critic": False, "critic": "c", "critic_warmup_steps": 1},
+            "leave out critic_learning_rate and critic_warmup_steps",
+        ),
+        ({"critic_warmup_steps": 4}, "the policy would never learn, there are 4 steps"),
         ({"temperature": 0.0}, "temperature 0: greedy sampling explores nothing"),
         (
             {"batch_size": 10, "mini_batches": 3, "micro_batch_size": 4},
@@ -493,17 +520,17 @@ def test_main_exports_a_lora_run_merged(world, tmp_path):
         assert not torch.equal(start.logits(start(row)), logits)
 
 
-def test_main_scales_the_learning_rate_of_the_value_head_alone(world, tmp_path):
+def test_main_gives_the_critic_a_learning_rate_of_its_own(world, tmp_path):
     policies = []
-    for scale in (5, 10):
-        settings = {"steps": 1, "epochs": 1, "mini_batches": 1, "value_head_lr_scale": scale}
-        assert main(command(world, tmp_path / str(scale), **settings)) == OK
-        policies.append(policy_at(tmp_path / str(scale), 1, world))
-    five, ten = policies
-    assert torch.equal(parameters(five.lm), parameters(ten.lm))
+    for rate in (0.05, 0.1):
+        settings = {"steps": 1, "epochs": 1, "mini_batches": 1, "critic_learning_rate": rate}
+        assert main(command(world, tmp_path / str(rate), **settings)) == OK
+        policies.append(policy_at(tmp_path / str(rate), 1, world))
+    slow, fast = policies
+    assert torch.equal(parameters(slow.lm), parameters(fast.lm))
     # the head starts at 0, so after one step it is that step
-    assert five.v_head.weight.any()
-    torch.testing.assert_close(ten.v_head.weight, 2 * five.v_head.weight)
+    assert slow.v_head.weight.any()
+    torch.testing.assert_close(fast.v_head.weight, 2 * slow.v_head.weight)
 
 
 def test_main_stops_where_the_reference_differs_unless_it_was_named(
@@ -555,7 +582,7 @@ def test_main_stops_at_a_score_that_is_not_finite(world, tmp_path, capsys):
     [
         ({"reward": "absent.py:f"}, "absent.py does not exist"),
         ({"reward": "absent"}, "no such folder"),
-        ({"top_k": 5}, "truncated sampling draws from another law"),
+        ({"dual_clip": 1.1}, "dual_clip 1.1: must be above 1 + clip_high 0.2"),
         ({"temperature": 0}, "greedy sampling explores nothing"),
         ({"batch_size": 3}, "use batch_size 4 or micro_batch_size 1 or mini_batches 1"),
         ({"max_new_tokens": 64}, "64 fill the model's context: use less than 64"),

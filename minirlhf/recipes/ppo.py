@@ -4,163 +4,46 @@ Ziegler et al. 2019 (arXiv:1909.08593) and Ouyang et al. 2022 (arXiv:2203.02155)
 response is its score minus a per-token KL penalty to a frozen reference; advantages by GAE; the
 clipped objective of Schulman et al. 2017 (arXiv:1707.06347). Read `ppo` first, then `ppo_step`.
 
-What is left out: truncated sampling (top-k, top-p, min-p), for the reason in `PPOConfig.check`.
+What is left out: several processes, and models that share layers with their reference.
 Run it as `minirlhf ppo`, `python -m minirlhf.recipes.ppo`, or loop over `ppo(...)`.
 """
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minirlhf import config as settings
 from minirlhf import interrupt, memory, optim, pretrained, streams
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
-from minirlhf.config import setting
 from minirlhf.data import Prompt, load_prompts
 from minirlhf.errors import BUG, OK, STOPPED, NonFinite, UserError, printable, run
-from minirlhf.generation import Sampling
-from minirlhf.heads import (
-    ValueHeadModel,
-    critic_from_reward_model,
-    response_states,
-    token_logprobs,
-)
-from minirlhf.kl import AdaptiveKL, kl_k1
-from minirlhf.lora import adapters_off, add_lora, merge_lora
-from minirlhf.losses import clipped_surrogate, clipped_value_loss
+from minirlhf.heads import ValueHeadModel, critic_from_reward_model
+from minirlhf.kl import ESTIMATORS, AdaptiveKL, kl_k1, kl_k3
+from minirlhf.lora import add_lora, merge_lora
+from minirlhf.losses import clipped_value_loss
 from minirlhf.machine import free_memory, process_bytes
-from minirlhf.masking import masked_standardize, masked_sum
+from minirlhf.masking import masked_rescale, masked_standardize, masked_sum
 from minirlhf.meters import Step
-from minirlhf.rewards import Completions, RewardSource, load_reward, locate
+from minirlhf.passes import TokenPass, kl_to_ref, measure, policy_pass
+from minirlhf.ppo_config import PPOConfig
+from minirlhf.rewards import Completions, RewardSource, Scores, load_reward, locate
 from minirlhf.rollout import Rollout, RolloutBuffer, prompt_rows, replay_rows, sample, unpack
 from minirlhf.run import Run, write_model
+from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
 
 RATIO_TOLERANCE = 1e-4  # both are exactly 0 on a CPU; a GPU's kernels may differ in the last bit
 KL_TOLERANCE = 1e-4  # nats a token
-
-
-@dataclass(frozen=True)
-class PPOConfig:
-    model: str = setting("", "language model to align", metavar="FOLDER", required=True)
-    data: str = setting(
-        "", "prompts: JSON lines, JSON or CSV, also .gz", metavar="FILE", required=True
-    )
-    reward: str = setting(
-        "", "reward-model folder, or file.py:function", metavar="SOURCE", required=True
-    )
-    out: str = setting("", "folder of the run", metavar="DIR", required=True)
-    ref: str | None = setting(None, "reference; none: the policy at step 0", metavar="FOLDER")
-    critic: str | None = setting(
-        None, "reward model to start a critic of its own from; none: a head on the policy's trunk",
-        metavar="FOLDER",
-    )  # fmt: skip
-    train_critic: bool = setting(True, "whether a critic of its own learns")
-    # rollout
-    steps: int = setting(100, "iterations of sampling and optimising", at_least=1)
-    batch_size: int = setting(64, "prompts sampled in an iteration", at_least=1)
-    max_new_tokens: int = setting(64, "tokens of the longest response", at_least=1)
-    temperature: float = setting(1.0, "of sampling, and of every log-prob; above 0", at_least=0)
-    top_k: int = setting(0, "truncated sampling: only 0 (off) for now", at_least=0)
-    top_p: float = setting(1.0, "truncated sampling: only 1 (off) for now", above=0, at_most=1)
-    min_p: float = setting(0.0, "truncated sampling: only 0 (off) for now", at_least=0, at_most=1)
-    stop: tuple[str, ...] = setting((), "strings that end a response", metavar="TEXT")
-    rollout_batch_size: int = setting(256, "rows sampled side by side", at_least=1)
-    max_prompt_length: int | None = setting(None, "tokens of the longest prompt", at_least=1)
-    overlong: str = setting(
-        "error", "what happens to longer prompts", choices=("error", "drop", "truncate_prompt_left")
-    )
-    # reward
-    kl_coef: float = setting(0.05, "weight of the KL penalty, per nat", at_least=0)
-    kl_target: float | None = setting(None, "nats a response to steer kl_coef to", above=0)
-    kl_horizon: float = setting(10_000.0, "episodes over which kl_coef adapts", above=0)
-    missing_eos_penalty: float = setting(0.0, "taken off the score of a cut response", at_least=0)
-    gamma: float = setting(1.0, "discount", above=0, at_most=1)
-    lam: float = setting(0.95, "GAE's lambda", at_least=0, at_most=1)
-    # optimisation
-    epochs: int = setting(4, "passes over each rollout", at_least=1)
-    mini_batches: int = setting(1, "optimizer steps in a pass", at_least=1)
-    micro_batch_size: int = setting(8, "most rows in one forward pass", at_least=1)
-    micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
-    clip_low: float = setting(0.2, "policy ratio clipped below 1 minus this", at_least=0, at_most=1)
-    clip_high: float = setting(0.2, "policy ratio clipped above 1 plus this", at_least=0)
-    value_clip: float | None = setting(0.2, "value change clipped at this; none: off", above=0)
-    vf_coef: float = setting(0.1, "weight of the value loss", at_least=0)
-    whiten_advantages: bool = setting(True, "advantages to mean 0, std 1 over the rollout")
-    learning_rate: float = setting(3e-6, "peak step size of AdamW", above=0)
-    value_head_lr_scale: float = setting(
-        10.0, "learning rate of a value head that starts from zero, as a multiple", above=0
-    )
-    schedule: str = setting("linear", "decay of the learning rate", choices=optim.SCHEDULES)
-    warmup_steps: int = setting(0, "iterations until the peak learning rate", at_least=0)
-    weight_decay: float = setting(0.0, "AdamW's decay of matrices", at_least=0)
-    adam_epsilon: float = setting(1e-5, "AdamW's epsilon", above=0)
-    max_grad_norm: float | None = setting(1.0, "gradient norm to clip at; none: off", above=0)
-    skip_nonfinite: int = setting(
-        0, "updates in a row that may be skipped where numbers are not finite", at_least=0
-    )
-    lora_rank: int = setting(
-        0, "train adapters of this rank; 0: all weights", at_least=0, at_most=4096
-    )
-    lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
-    # run
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    seed: int = setting(0, "of prompt order, sampling and mini-batches")
-    sample_every: int = setting(10, "steps between tables of samples; 0: none", at_least=0)
-    sample_prompts: int = setting(4, "fixed prompts in the table", at_least=1)
-    save_rollouts: bool = setting(False, "all rollouts into samples.jsonl, ids and rewards too")
-    log_every: int = setting(1, "steps between lines of the log", at_least=1)
-    save_every: int = setting(20, "steps between checkpoints", at_least=1)
-    keep: int = setting(2, "checkpoints kept", at_least=2)
-    resume: bool = setting(False, "go on from the newest checkpoint of --out")
-
-    def check(self) -> list[str]:
-        problems = []
-        if self.top_k > 0 or self.top_p < 1 or self.min_p > 0:
-            problems.append(
-                "top_k, top_p, min_p: truncated sampling draws from another law than the one in "
-                "the ratio and the KL, so both would lose their meaning; use temperature"
-            )
-        if self.temperature == 0:
-            problems.append(
-                "temperature 0: greedy sampling explores nothing, and its law has no finite "
-                "log-probs to learn from; use one above 0"
-            )
-        rows, micro, minis = self.batch_size, self.micro_batch_size, self.mini_batches
-        if micro * minis > rows:
-            legal = [f"batch_size {micro * minis}"]
-            legal += [f"micro_batch_size {rows // minis}"] if minis <= rows else []
-            legal += [f"mini_batches {rows // micro}"] if micro <= rows else []
-            problems.append(
-                f"batch_size {rows} is less than {minis} mini_batches of micro_batch_size {micro}: "
-                f"use {' or '.join(legal)}"
-            )
-        if self.critic is None and not self.train_critic:
-            problems.append("no-train-critic: goes with --critic, a value head has to learn")
-        if self.kl_target is not None and self.kl_coef == 0:
-            problems.append("kl_target: kl_coef is 0, which no factor can move; use one above 0")
-        if self.kl_target is not None and rows >= 5 * self.kl_horizon:
-            problems.append(
-                f"kl_horizon {self.kl_horizon:g} is too short for batch_size {rows}: kl_coef could "
-                f"fall to 0 in one step; use more than {rows / 5:g}"
-            )
-        return problems
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.max_new_tokens, self.temperature, stop_strings=self.stop)
+EVENTS = ("skipped_updates", "skipped_ratio", "early_stops")  # counted since the start
 
 
 class PPOStats(NamedTuple):
@@ -168,7 +51,8 @@ class PPOStats(NamedTuple):
 
     policy_loss: float
     value_loss: float
-    loss: float  # policy_loss + vf_coef * value_loss
+    kl_loss: float  # kl_coef times the KL where it is a loss; else 0
+    loss: float  # all of them with their weights
     approxkl: float  # mean of (new - old logprob)^2 / 2, nats
     clipfrac: float  # share of tokens whose policy gradient was clipped
     value_clipfrac: float
@@ -176,72 +60,55 @@ class PPOStats(NamedTuple):
     ratio: float
     ratio_var: float
     grad_norm: float  # mean over optimizer steps, before clipping
+    critic_grad_norm: float  # of a critic with a trunk of its own; else 0: it is in grad_norm
     explained_variance: float  # 1 - var(returns - old values) / var(returns)
     non_score_reward: float  # mean over rows of the summed KL penalty, <= 0 on average
     first_ratio_gap: float  # largest |ratio - 1| before the first optimizer step; 0 if exact
-
-
-class TokenPass(NamedTuple):
-    logprobs: Tensor  # (b, R) nats, at the sampling temperature; 0 outside the mask
-    entropy: Tensor  # (b, R) nats
-    values: Tensor  # (b, R)
-
-
-def policy_pass(policy: ValueHeadModel, micro: Rollout, temperature: float) -> TokenPass:
-    """One forward pass: log-prob, entropy and value at each response token."""
-    hidden, values = policy(micro.tokens, micro.lengths)
-    logprobs, entropy = response_logprobs(policy.lm, hidden, micro, temperature)
-    R = micro.response_mask.shape[1]
-    return TokenPass(logprobs, entropy, response_states(values, micro.prompt_lengths, R))
-
-
-def response_logprobs(
-    lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """(b, R) log-probs and entropies of the response tokens; only their logits are computed."""
-    mask = micro.response_mask
-    states = response_states(hidden, micro.prompt_lengths, mask.shape[1])  # (b, R, D)
-    targets = response_states(micro.tokens, micro.prompt_lengths + 1, mask.shape[1])  # (b, R)
-    stats = token_logprobs(lm, states[mask], targets[mask], temperature)
-    return unpack(stats.logprobs, mask), unpack(stats.entropy, mask)
-
-
-@torch.no_grad()
-def measure(
-    policy: ValueHeadModel, ref: CausalLM | None, buffer: RolloutBuffer, temperature: float
-):
-    """Fills old_logprobs, old_values and ref_logprobs, on the micro-batches of the training passes.
-
-    ref None: the policy's own base under its adapters.
-    """
-
-    def fill(micro: Rollout) -> Rollout:
-        interrupt.check()
-        old = policy_pass(policy, micro, temperature)
-        with adapters_off(policy) if ref is None else nullcontext():
-            frozen = policy.lm if ref is None else ref
-            states = frozen(micro.tokens, lengths=micro.lengths)
-            ref_logprobs, _ = response_logprobs(frozen, states, micro, temperature)
-        return micro._replace(
-            old_logprobs=old.logprobs, old_values=old.values, ref_logprobs=ref_logprobs
-        )
-
-    buffer.update(fill)
+    epochs: int  # passes made; fewer than asked for where the KL ended them
 
 
 def assign_credit(buffer: RolloutBuffer, config: PPOConfig, kl_coef: float) -> None:
     """Fills rewards (KL penalty and score), advantages and returns (GAE)."""
 
-    def fill(micro: Rollout) -> Rollout:
-        kl = kl_k1(micro.old_logprobs, micro.ref_logprobs)
-        rewards = token_rewards(micro.scores, kl, micro.response_mask, kl_coef)
-        credit = gae(rewards, micro.old_values, micro.response_mask, config.gamma, config.lam)
-        return micro._replace(rewards=rewards, advantages=credit.advantages, returns=credit.returns)
+    def pay(micro: Rollout) -> Rollout:
+        kl, scores = penalised_kl(micro, config), micro.scores
+        if config.bootstrap_truncated:
+            scores = torch.where(micro.truncated, 0, scores)
+        rewards = token_rewards(scores, kl, micro.response_mask, kl_coef)
+        return micro._replace(
+            rewards=rewards if micro.token_scores is None else rewards + micro.token_scores
+        )
 
-    buffer.update(fill)
-    if config.whiten_advantages:  # once, over the whole rollout: no mini-batch split can change it
-        flat = buffer.tokens("advantages")
-        buffer.set_tokens("advantages", masked_standardize(flat, torch.ones_like(flat).bool()))
+    def credit(micro: Rollout) -> Rollout:
+        end = torch.where(micro.truncated, micro.last_values, 0) if bootstraps else None
+        mask = micro.response_mask
+        out = gae(micro.rewards, micro.old_values, mask, config.gamma, config.lam, end)
+        return micro._replace(advantages=out.advantages, returns=out.returns)
+
+    bootstraps = config.bootstrap_truncated
+    buffer.update(pay)
+    # Both once over the whole rollout: no mini-batch split can change them.
+    if config.whiten_rewards:
+        rescale(buffer, "rewards", masked_rescale)
+    buffer.update(credit)
+    if config.whiten_advantages:
+        rescale(buffer, "advantages", masked_standardize)
+
+
+def penalised_kl(micro: Rollout, config: PPOConfig) -> Tensor:
+    """(b, R) nats: what each token of a measured rollout pays for in its reward."""
+    if config.kl_in == "loss":
+        return torch.zeros_like(micro.old_logprobs)
+    if config.kl_estimator == "full":
+        return micro.full_kl
+    return ESTIMATORS[config.kl_estimator](micro.old_logprobs, micro.ref_logprobs)
+
+
+def rescale(
+    buffer: RolloutBuffer, name: str, function: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    flat = buffer.tokens(name)
+    buffer.set_tokens(name, function(flat, torch.ones_like(flat, dtype=torch.bool)))
 
 
 class Seen(NamedTuple):
@@ -251,12 +118,27 @@ class Seen(NamedTuple):
     tokens: int
     largest_gap: Tensor  # () largest |ratio - 1|
     grad_norm: float  # before clipping
+    critic_grad_norm: float
+
+    @property
+    def ratio(self) -> float:
+        return 1 + float(self.sums["gap"]) / self.tokens
 
 
-def accumulate(
-    policy: ValueHeadModel, mini_batch: list[Rollout], config: PPOConfig, where: str, begun: bool
-) -> Seen:
+class Update(NamedTuple):
+    """What all mini-batches of one `ppo_step` share."""
+
+    policy: ValueHeadModel
+    ref: CausalLM | None
+    config: PPOConfig
+    kl_coef: float
+    learns_policy: bool  # False while the critic warms up
+    where: str  # for messages
+
+
+def accumulate(update: Update, mini_batch: list[Rollout], begun: bool) -> Seen:
     """Gradient of one mini-batch's loss, in its micro-batches; `begun`: too late to stop."""
+    policy, config = update.policy, update.config
     # Every token of the optimizer step weighs the same, however it is cut.
     tokens = sum(int(micro.response_mask.sum()) for micro in mini_batch)
     sums: dict[str, Tensor] = {}
@@ -264,11 +146,15 @@ def accumulate(
     for micro in mini_batch:
         mask = micro.response_mask
         new = policy_pass(policy, micro, config.temperature)
-        surrogate = clipped_surrogate(
-            new.logprobs, micro.old_logprobs, micro.advantages, config.clip_low, config.clip_high
-        )
+        surrogate = config.policy_loss(new.logprobs, micro.old_logprobs, micro.advantages)
         value = clipped_value_loss(new.values, micro.old_values, micro.returns, config.value_clip)
-        loss = masked_sum(surrogate.loss + config.vf_coef * value.loss, mask) / tokens
+        kl_loss = loss_of_kl(update, new, micro)
+        of_policy = surrogate.loss + kl_loss
+        if config.entropy_coef:  # its gradient costs as much as that of the log-probs
+            of_policy = of_policy - config.entropy_coef * new.entropy
+        total = config.vf_coef * value.loss
+        total = total + (of_policy if update.learns_policy else of_policy.detach())
+        loss = masked_sum(total, mask) / tokens
         loss.backward()
         if not begun:
             interrupt.check()
@@ -277,17 +163,37 @@ def accumulate(
         gaps.append(gap[mask].abs().max())
         log_ratio = new.logprobs.detach() - micro.old_logprobs
         seen = {
-            "policy_loss": surrogate.loss, "value_loss": value.loss,
-            "approxkl": log_ratio.square() / 2, "clipfrac": surrogate.clipped,
+            "policy_loss": surrogate.loss, "value_loss": value.loss, "kl_loss": kl_loss,
+            "loss": total, "approxkl": log_ratio.square() / 2, "clipfrac": surrogate.clipped,
             "value_clipfrac": value.clipped, "entropy": new.entropy,
-            "gap": gap, "gap_sq": gap.square(),
+            "gap": gap, "gap_sq": gap.square(), "moved": kl_k3(micro.old_logprobs, new.logprobs),
         }  # fmt: skip
         sums = {k: sums.get(k, 0) + masked_sum(x.detach(), mask) for k, x in seen.items()}
     for micro, loss in zip(mini_batch, torch.stack(losses).tolist(), strict=True):
         rows = ", ".join(map(str, micro.rows.tolist()[:8]))
-        optim.check_finite(f"{where} (rollout rows {rows})", {"loss": loss})
-    grad_norm = optim.clip_gradients(policy, config.max_grad_norm, where)
-    return Seen(sums, tokens, torch.stack(gaps).max(), grad_norm)
+        optim.check_finite(f"{update.where} (rollout rows {rows})", {"loss": loss})
+    return Seen(sums, tokens, torch.stack(gaps).max(), *clip_gradients(update))
+
+
+def loss_of_kl(update: Update, new: TokenPass, micro: Rollout) -> Tensor:
+    """(b, R) KL to the reference as a loss, weighted; zeros where it is in the reward."""
+    config = update.config
+    if config.kl_in == "reward":
+        return torch.zeros_like(micro.old_logprobs)
+    policy, ref = update.policy.lm, update.ref
+    kl = kl_to_ref(config.kl_estimator, policy, new, ref, micro, config.temperature)
+    return update.kl_coef * kl
+
+
+def clip_gradients(update: Update) -> tuple[float, float]:
+    """Norms before clipping; a critic with a trunk of its own is another model, with its own."""
+    policy, most = update.policy, update.config.max_grad_norm
+    if not update.learns_policy:
+        policy.lm.zero_grad()  # what a value head sent into the trunk
+    if policy.critic is None:
+        return optim.clip_gradients(policy, most, update.where), 0.0
+    critic = nn.ModuleList([policy.critic, policy.v_head])
+    return tuple(optim.clip_gradients(part, most, update.where) for part in (policy.lm, critic))
 
 
 def ppo_step(
@@ -298,6 +204,7 @@ def ppo_step(
     iteration: int = 0,
     kl_coef: float | None = None,
     counters: dict[str, int] | None = None,
+    ref: CausalLM | None = None,
 ) -> PPOStats:
     """GAE and the clipped-PPO update on one rollout, for one's own loop.
 
@@ -305,7 +212,8 @@ def ppo_step(
         rollout: measured (see `measure`); rewards, advantages and returns are filled here.
         iteration: decides, with config.seed, the order of the mini-batches.
         kl_coef: None is config.kl_coef.
-        counters: where skipped updates are counted.
+        counters: where updates that were not made and early stops are counted.
+        ref: needed where the full KL is a loss, unless the policy has adapters.
     Raises:
         NonFinite: a loss or gradient is not finite, before it is applied: more of them in a row
             than config.skip_nonfinite, or all of the rollout's.
@@ -313,49 +221,86 @@ def ppo_step(
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
     counters = {} if counters is None else counters
     assign_credit(rollout, config, kl_coef)
-    where, tried = f"step {iteration + 1}", []
+    learns_policy = iteration >= config.critic_warmup_steps
+    update = Update(policy, ref, config, kl_coef, learns_policy, f"step {iteration + 1}")
+    tried: list[Seen | None] = []
     for epoch in range(config.epochs):
         parts = rollout.minibatches(config.mini_batches, config.seed, iteration, epoch)
         for mini_batch in parts:
             # From the first update on, a signal waits until the iteration is finished.
-            work = partial(accumulate, policy, mini_batch, config, where, begun=bool(tried))
-            tried.append(optim.update_or_skip(optimizer, work, counters, config.skip_nonfinite))
-    updates = [seen for seen in tried if seen is not None]
-    if not updates:
-        raise NonFinite(where, f"all {len(tried)} updates were skipped", "lower learning_rate")
-    return summarise_updates(updates, rollout, config, kl_coef)
+            work = partial(accumulate, update, mini_batch, begun=bool(tried))
+            seen = optim.update_or_skip(
+                optimizer, work, counters, config.skip_nonfinite, partial(near, config)
+            )
+            tried.append(seen)
+        if moved_too_far(tried[-len(parts) :], config.early_stop_kl):
+            counters["early_stops"] = counters.get("early_stops", 0) + 1
+            break
+    seen = [seen for seen in tried if seen is not None]
+    if not seen:
+        what = f"all {len(tried)} updates were skipped"
+        raise NonFinite(update.where, what, "lower learning_rate")
+    return summarise_updates(seen, rollout, config, kl_coef, epoch + 1)
+
+
+def near(config: PPOConfig, seen: Seen) -> bool:
+    """Whether a mini-batch's policy is near enough to the one that sampled to learn from it."""
+    return config.max_ratio is None or seen.ratio <= config.max_ratio
+
+
+def moved_too_far(epoch: list[Seen | None], limit: float | None) -> bool:
+    """Whether an epoch's mean KL (k3) from the policy that sampled to the new one is above it."""
+    seen = [seen for seen in epoch if seen is not None]
+    if limit is None or not seen:
+        return False
+    return float(sum(s.sums["moved"] for s in seen)) / sum(s.tokens for s in seen) > limit
 
 
 def summarise_updates(
-    updates: list[Seen], rollout: RolloutBuffer, config: PPOConfig, kl_coef: float
+    updates: list[Seen], rollout: RolloutBuffer, config: PPOConfig, kl_coef: float, epochs: int
 ) -> PPOStats:
     """Token means over all updates, and what the rollout itself says."""
     total = sum(seen.tokens for seen in updates)
     mean = {k: float(sum(seen.sums[k] for seen in updates)) / total for k in updates[0].sums}
     gap, gap_sq = mean.pop("gap"), mean.pop("gap_sq")  # squares around 1 keep small variances
+    mean.pop("moved")
     returns, old_values = rollout.tokens("returns"), rollout.tokens("old_values")
     spread = float(returns.var(correction=0))
     unexplained = float((returns - old_values).var(correction=0))
-    kl = kl_k1(rollout.tokens("old_logprobs"), rollout.tokens("ref_logprobs"))
+    kl = sum(
+        float(masked_sum(penalised_kl(micro, config), micro.response_mask))
+        for micro in rollout.micro_batches
+    )
     return PPOStats(
-        **mean, loss=mean["policy_loss"] + config.vf_coef * mean["value_loss"],
-        ratio=1 + gap, ratio_var=max(gap_sq - gap**2, 0.0),
+        **mean, ratio=1 + gap, ratio_var=max(gap_sq - gap**2, 0.0),
         grad_norm=sum(seen.grad_norm for seen in updates) / len(updates),
+        critic_grad_norm=sum(seen.critic_grad_norm for seen in updates) / len(updates),
         explained_variance=1 - unexplained / spread if spread > 0 else 0.0,
-        non_score_reward=-kl_coef * float(kl.sum()) / len(rollout),
-        first_ratio_gap=float(updates[0].largest_gap),
+        non_score_reward=-kl_coef * kl / len(rollout),
+        first_ratio_gap=float(updates[0].largest_gap), epochs=epochs,
     )  # fmt: skip
 
 
-def score(reward: RewardSource, completions: Completions, config: PPOConfig, where: str) -> Tensor:
-    """(B,) float32 scores as PPO uses them, on the CPU."""
-    scores = reward(completions).float().cpu()
-    cut = torch.tensor([reason == "length" for reason in completions.finish_reasons])  # (B,)
-    if scores.shape != cut.shape:
-        raise ValueError(f"reward gave {tuple(scores.shape)}: give one score each, {len(cut)}")
-    for i, value in enumerate(scores.tolist()):
+def score(reward: RewardSource, completions: Completions, where: str) -> Scores:
+    """What the reward source says, on the CPU, checked."""
+    scores = reward(completions)
+    if isinstance(scores, Tensor):
+        scores = Scores(scores, {})
+    total, B = scores.total.float().cpu(), len(completions.completions)
+    if total.shape != (B,):
+        raise ValueError(f"reward gave {tuple(total.shape)}: give one score each, {B}")
+    for i, value in enumerate(total.tolist()):
         optim.check_finite(f"{where}, response {i}", {"score": value})
-    return scores - config.missing_eos_penalty * cut
+    return scores._replace(total=total)
+
+
+def with_scores(rollout: Rollout, scores: Tensor, by_token: list[list[float]] | None) -> Rollout:
+    """The rollout with one score a response, and rewards of single tokens where there are any."""
+    rollout = rollout._replace(scores=scores.to(rollout.tokens.device))
+    if by_token is None:
+        return rollout
+    flat = torch.tensor([value for row in by_token for value in row]).to(rollout.scores)
+    return rollout._replace(token_scores=unpack(flat, rollout.response_mask))
 
 
 def ppo(
@@ -371,7 +316,7 @@ def ppo(
     Args:
         state: may come from a checkpoint; the run goes on at its step.
         prompts: N of them, in any order; they are shuffled anew each time all are used up.
-        reward: completions -> (B,) scores.
+        reward: completions -> (B,) scores, or `Scores`.
         ref: the frozen reference; None where the policy has adapters: its base.
         tokenizer: of the policy; decodes what reward sources see.
         config: only its training settings are read.
@@ -383,6 +328,7 @@ def ppo(
     policy, B = state.model, config.batch_size
     if state.kl_coef is None:
         state.kl_coef = config.kl_coef
+    full_kl = config.kl_estimator == "full"
     while state.step < config.steps:
         iteration, clock = state.step, {}
         started = time.perf_counter()
@@ -400,21 +346,29 @@ def ppo(
             policy.lm, batch, keys, config.sampling, tokenizer, config.rollout_batch_size
         )
         clock["time/rollout"] = time.perf_counter() - started
-        scores = score(reward, completions, config, f"step {iteration + 1}")
-        rollout = rollout._replace(scores=scores.to(rollout.tokens.device))
+
+        # Score: the rule for cut responses, then the scale of all scores so far.
+        given = score(reward, completions, f"step {iteration + 1}")
+        cut, lengths = rollout.truncated.cpu(), rollout.response_lengths.cpu()
+        scores = config.end_rule(given.total, cut, lengths)
+        moments = RunningMoments(*state.score_moments)
+        moments.update(scores)
+        scaled = scale_scores(scores, config.score_scaling, config.score_clip, moments)
+        rollout = with_scores(rollout, scaled, given.token_rewards)
         clock["time/score"] = time.perf_counter() - started - clock["time/rollout"]
 
         # Measure: cut once into micro-batches, and pass them through policy and reference.
         buffer = RolloutBuffer(config.micro_batch_size, config.micro_batch_tokens)
         buffer.add(rollout)
-        measure(policy, ref, buffer, config.temperature)
+        measure(policy, ref, buffer, config.temperature, full_kl and config.kl_in == "reward",
+                full_kl and config.kl_in == "loss")  # fmt: skip
         kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
         check_start(iteration, kl, config)
 
         # Learn: credit and several epochs of mini-batches.
         kl_coef = state.kl_coef
         stats = ppo_step(
-            policy, state.optimizer, buffer, config, iteration, kl_coef, state.counters
+            policy, state.optimizer, buffer, config, iteration, kl_coef, state.counters, ref
         )
         check_ratio(iteration, stats.first_ratio_gap)
         sequence_kl = float(kl.sum()) / B
@@ -425,11 +379,12 @@ def ppo(
 
         state.step += 1
         state.samples += B
-        metrics = summarise(stats, completions, scores, buffer, sequence_kl, tokenizer)
+        state.score_moments = moments.as_list()
+        metrics = summarise(stats, completions, scores, given, buffer, sequence_kl, tokenizer)
         state.meters.update(metrics, B)
         steady = {"lr": rate, "episode": state.samples, "objective/kl_coef": kl_coef,
-                  "epoch": state.samples / len(prompts),
-                  "skipped_updates": state.counters.get("skipped_updates", 0)}  # fmt: skip
+                  "epoch": state.samples / len(prompts)}  # fmt: skip
+        steady |= {event: state.counters.get(event, 0) for event in EVENTS}
         seconds = time.perf_counter() - started
         clock["time/update"] = seconds - sum(clock.values())
         sampled = int(rollout.response_mask.sum())
@@ -462,10 +417,17 @@ def check_ratio(iteration: int, gap: float) -> None:
 
 
 def summarise(
-    stats: PPOStats, completions: Completions, scores: Tensor, buffer: RolloutBuffer,
+    stats: PPOStats, completions: Completions, scores: Tensor, given: Scores, buffer: RolloutBuffer,
     sequence_kl: float, tokenizer: Tokenizer,
 ) -> dict[str, float]:  # fmt: skip
-    """TRL's metric names, with the numbers that the names promise: masked and token-weighted."""
+    """TRL's metric names, with the numbers that the names promise: masked and token-weighted.
+
+    Args:
+        scores: (B,) under the rule for cut responses, before they were scaled.
+    """
+    by_token = torch.tensor([sum(row) for row in given.token_rewards or [[0.0]] * len(scores)])
+    scores, learned = scores + by_token, float(torch.cat(
+        [micro.scores for micro in buffer.micro_batches]).mean() + by_token.mean())  # fmt: skip
     B, ended = len(buffer), sum(reason != "length" for reason in completions.finish_reasons)
     unknown = sum(i >= tokenizer.vocab_size for ids in completions.response_ids for i in ids)
     return {
@@ -473,19 +435,23 @@ def summarise(
         "objective/scores_std": float(scores.std(correction=0)),
         "objective/kl": sequence_kl,
         "objective/non_score_reward": stats.non_score_reward,
-        "objective/rlhf_reward": float(scores.mean()) + stats.non_score_reward,
+        "objective/learned_scores": learned,
+        "objective/rlhf_reward": learned + stats.non_score_reward,
         "objective/entropy": -float(buffer.row_sums("old_logprobs").mean()),
         "policy/approxkl_avg": stats.approxkl,
         "policy/clipfrac_avg": stats.clipfrac,
         "policy/entropy_avg": stats.entropy,
         "loss/policy_avg": stats.policy_loss,
         "loss/value_avg": stats.value_loss,
+        "loss/kl_avg": stats.kl_loss,
         "loss/total_avg": stats.loss,
         "val/clipfrac_avg": stats.value_clipfrac,
         "val/ratio": stats.ratio,
         "val/ratio_var": stats.ratio_var,
         "val/num_eos_tokens": float(completions.finish_reasons.count("eos")),
         "grad_norm": stats.grad_norm,
+        "critic_grad_norm": stats.critic_grad_norm,
+        "policy/epochs": float(stats.epochs),
         "response_length": sum(map(len, completions.response_ids)) / B,
         "health/eos_rate": ended / B,
         "health/explained_variance": stats.explained_variance,
@@ -503,7 +469,7 @@ def sample_table(
     completions, _ = sample(
         state.model.lm, fixed, keys, config.sampling, tokenizer, config.rollout_batch_size
     )
-    scores = score(reward, completions, config, f"samples at step {state.step}").tolist()
+    scores = score(reward, completions, f"samples at step {state.step}").total.tolist()
     return [
         {"step": state.step, "kind": "sample", "prompt": prompt, "response": text,
          "finish_reason": reason, "score": value}
@@ -639,8 +605,10 @@ def main(argv: list[str] | None = None) -> int:
         ref.requires_grad_(False)
     optimizer = optim.make_optimizer(
         policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon,
-        head=policy.v_head, head_lr_scale=1.0 if config.critic else config.value_head_lr_scale,
+        critic=policy.value_parameters(), critic_lr_scale=config.critic_lr_scale,
     )  # fmt: skip
+    for trunk in filter(None, (policy.lm.model, policy.critic)):
+        trunk.checkpointing = config.gradient_checkpointing
     state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
     with r:
         r.facts(run_facts(config, len(prompts), policy, fits, device, dtype))
@@ -652,7 +620,7 @@ def main(argv: list[str] | None = None) -> int:
             with r.report(state, step):
                 r.write_samples(state, step.samples)
                 if last or step.number % config.log_every == 0:
-                    names = "lr", "episode", "objective/kl_coef", "epoch", "skipped_updates"
+                    names = "lr", "episode", "objective/kl_coef", "epoch", *EVENTS
                     r.log(state, {name: step.metrics[name] for name in names}, step.clock, (
                         "objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg",
                         "policy/clipfrac_avg", "response_length"))  # fmt: skip
