@@ -94,7 +94,7 @@ def run_steps(config: PPOConfig, reward=letter_d, tokenizer=None, prompts=PROMPT
 class Table(nn.Module):
     """A policy whose log-probs and values are its parameters, one a cell."""
 
-    critic = None
+    critic = lm = None
 
     def __init__(self, logprobs, values, entropy):
         super().__init__()
