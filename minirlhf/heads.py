@@ -146,8 +146,8 @@ class _TokenLogprobs(torch.autograd.Function):
         to_weight = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
         for at in _slices(len(ids), ctx.chunk):
             allowed = _allowed(ctx.support, at, rows)
-            logits = _scaled_logits(states, rows, at, ctx.temperature, allowed)
-            logprobs = logits - normalizer[at, None]  # (chunk, V)
+            logprobs = _scaled_logits(states, rows, at, ctx.temperature, allowed)  # (chunk, V)
+            logprobs -= normalizer[at, None]
             law = logprobs.exp()
             to_logits = torch.zeros_like(law)
             if of_logprobs is not None:
@@ -157,7 +157,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 if allowed is not None:
                     logprobs.masked_fill_(~allowed, 0)
                 to_logits -= law * (logprobs + entropy[at, None]) * of_entropy[at, None]
-            _pass_on(to_logits / ctx.temperature, states, rows, at, to_states, to_weight)
+            to_logits /= ctx.temperature
+            _pass_on(to_logits, states, rows, at, to_states, to_weight)
         return to_states, _narrowed(to_weight, weight), None, None, None, None
 
 
@@ -202,8 +203,8 @@ class _TokenKL(torch.autograd.Function):
         to_weight = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
         for at in _slices(len(states), ctx.chunk):
             law, log_ratio = _TokenKL.laws(ctx, states, weight, ref_states, ref_weight, at)
-            to_logits = law * (log_ratio - kl[at, None]) * of_kl[at, None]
-            _pass_on(to_logits / ctx.temperature, states, rows, at, to_states, to_weight)
+            to_logits = law * (log_ratio - kl[at, None]) * (of_kl[at, None] / ctx.temperature)
+            _pass_on(to_logits, states, rows, at, to_states, to_weight)
         return to_states, _narrowed(to_weight, weight), *[None] * 5
 
 

@@ -108,8 +108,11 @@ def adapter_parameters(config: ModelConfig, rank: int) -> int:
     return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
-def kept_per_token(config: ModelConfig, dtype: torch.dtype, rank: int = 0) -> int:
-    """Bytes a token that the trunk keeps for its backward pass, the final state included.
+def kept_per_token(
+    config: ModelConfig, dtype: torch.dtype, rank: int = 0, checkpointing: bool = False
+) -> int:
+    """Bytes a token that the trunk keeps for its backward pass, the final state included; with
+    checkpointing each block's input, and of one block what its backward pass computes again.
 
     Whatever an operation's derivative reads is kept, once where two operations read the same:
 
@@ -136,7 +139,8 @@ def kept_per_token(config: ModelConfig, dtype: torch.dtype, rank: int = 0) -> in
         block += norm(config.head_dim, config.num_heads + config.num_kv_heads)
     # Under frozen embeddings no derivative goes through the first norm.
     norms = norm(D) * (0 if rank else 1)
-    return config.num_layers * block + norms + wide * D
+    blocks = block + config.num_layers * item * D if checkpointing else config.num_layers * block
+    return blocks + norms + wide * D
 
 
 def passing_per_token(config: ModelConfig, dtype: torch.dtype, rank: int = 0) -> int:
@@ -214,6 +218,7 @@ class PPOSettings(Protocol):
     micro_batch_tokens: int
     lora_rank: int
     train_critic: bool
+    gradient_checkpointing: bool
 
 
 class TrainingSettings(Protocol):
@@ -222,6 +227,7 @@ class TrainingSettings(Protocol):
     batch_size: int
     micro_batch_tokens: int
     lora_rank: int
+    gradient_checkpointing: bool
 
 
 class PPOModels(NamedTuple):
@@ -262,10 +268,11 @@ def ppo_plan(
     micro_rows = max(1, cells // longest)
     scored = largest_cells(settings.batch_size, longest, settings.micro_batch_tokens)
     logits = chunk_logits(policy, dtype, micro_rows * settings.max_new_tokens, not rank)
-    passing, kept = passing_per_token(policy, dtype, rank), kept_per_token(policy, dtype, rank)
+    passing, again = passing_per_token(policy, dtype, rank), settings.gradient_checkpointing
+    kept = kept_per_token(policy, dtype, rank, again)
     own = trunk_parameters(critic) if critic else 0  # of a critic with its own trunk
     learns = 0 if rank or not settings.train_critic else own  # adapters freeze it
-    kept += kept_per_token(critic, dtype) if learns else 0
+    kept += kept_per_token(critic, dtype, checkpointing=again) if learns else 0
     cache = 2 * policy.num_layers * policy.num_kv_heads * policy.head_dim * item  # of a token
     capacity = rows * longest * cache
     fewer = "lower --micro-batch-size" if micro_rows > 1 else "lower --max-new-tokens"
@@ -324,7 +331,8 @@ def reward_plan(
     # Pairs are cut by half of the tokens, and both rows of a pair are in one micro-batch.
     cells = 2 * largest_cells(settings.batch_size, longest, most // 2)
     evaluated = 2 * largest_cells(held_out, longest, most // 2) if held_out else 0
-    passing, kept = passing_per_token(model, dtype, rank), kept_per_token(model, dtype, rank)
+    passing = passing_per_token(model, dtype, rank)
+    kept = kept_per_token(model, dtype, rank, settings.gradient_checkpointing)
     count = trunk_parameters(model)
     fewer = "lower --micro-batch-tokens" if cells > 2 * longest else "lower --max-length"
     parts = [
@@ -348,7 +356,8 @@ def sft_plan(
     rank, most = settings.lora_rank, settings.micro_batch_tokens
     cells = largest_cells(settings.batch_size, longest, most)
     evaluated = largest_cells(held_out, longest, most) if held_out else 0
-    passing, kept = passing_per_token(model, dtype, rank), kept_per_token(model, dtype, rank)
+    passing = passing_per_token(model, dtype, rank)
+    kept = kept_per_token(model, dtype, rank, settings.gradient_checkpointing)
     logits = chunk_logits(model, dtype, cells, not rank)
     evaluation = chunk_logits(model, dtype, evaluated, False).forward if held_out else 0
     fewer = "lower --micro-batch-tokens" if cells > longest else "lower --max-length"

@@ -65,6 +65,14 @@ def test_kept_per_token_by_hand(dtype, rank, expected):
     assert memory.kept_per_token(TINY, dtype, rank) == expected
 
 
+def test_kept_per_token_with_checkpointing_is_one_block_and_each_input():
+    plain, deep = (memory.kept_per_token(replace(TINY, num_layers=n), float32) for n in (1, 2))
+    block = deep - plain
+    deep = memory.kept_per_token(replace(TINY, num_layers=9), float32, checkpointing=True)
+    assert deep == plain + 9 * 4 * 4  # inputs of 4 channels; plain holds the one block
+    assert 9 * 4 * 4 < 8 * block
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("dtype", [float32, bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)

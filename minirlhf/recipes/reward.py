@@ -69,6 +69,9 @@ class RewardConfig:
         0, "train adapters of this rank and the head; 0: all", at_least=0, at_most=4096
     )
     lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
+    gradient_checkpointing: bool = setting(
+        False, "less memory for a forward pass more in each update"
+    )
     max_length: int = setting(1024, "tokens of the longest row", at_least=2)
     overlong: str = setting(
         "drop", "what happens to longer rows",
@@ -364,6 +367,7 @@ def load_start(
     model.read_before_eos = before_eos
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
+    model.model.checkpointing = config.gradient_checkpointing
     return model.to(device)
 
 

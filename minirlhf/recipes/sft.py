@@ -72,6 +72,9 @@ class SFTConfig:
         0, "train adapters of this rank; 0: all weights", at_least=0, at_most=4096
     )
     lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
+    gradient_checkpointing: bool = setting(
+        False, "less memory for a forward pass more in each update"
+    )
     max_length: int = setting(1024, "tokens of the longest row", at_least=2)
     overlong: str = setting(
         "drop", "what happens to longer rows",
@@ -310,6 +313,7 @@ def load_start(
         lm.config.source["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
     if config.lora_rank:
         add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
+    lm.model.checkpointing = config.gradient_checkpointing
     return lm
 
 
