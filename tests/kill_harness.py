@@ -239,8 +239,9 @@ ROWS = {
 ALL = {
     "steps": 3, "batch_size": 4, "learning_rate": 1e-2, "log_every": 2, "save_every": 1, "keep": 2,
 }  # fmt: skip
-# What can be lost is on: accumulation, evaluation, tables of samples, an adapting kl_coef, lines of
-# the log over two steps, whose open windows are then part of a save. An epoch has 2 steps.
+# What can be lost is on: accumulation, evaluation, tables of samples, an adapting kl_coef, running
+# score moments, early stops, lines of the log over two steps, whose open windows are then part of a
+# save. An epoch has 2 steps.
 OWN = {
     "sft": {"data": "texts", "eval_data": "few_texts", "eval_every": 2, "micro_batch_tokens": 30},
     "reward": {
@@ -250,7 +251,7 @@ OWN = {
     "ppo": {
         "data": "prompts", "epochs": 2, "mini_batches": 1, "micro_batch_size": 2,
         "max_new_tokens": 3, "kl_target": 0.1, "kl_horizon": 50, "sample_every": 2,
-        "sample_prompts": 2,
+        "sample_prompts": 2, "early_stop_kl": 1e-3, "score_scaling": "normalize", "top_p": 0.9,
     },
 }  # fmt: skip
 

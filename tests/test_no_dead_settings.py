@@ -1,0 +1,251 @@
+"""Every setting of every recipe changes something that can be seen, or is refused with a reason.
+
+A run of two steps is made with and without each change. Seen are its exit code, the metrics, the
+samples, the exported weights and the names of all files; not run.json, which holds the settings
+themselves. What changes memory alone is seen in the plan that is printed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from kill_harness import SHAPE, make_world
+
+from minirlhf.cli import main
+from minirlhf.errors import BAD_INPUT, NON_FINITE, OK
+from minirlhf.heads import RewardModel, initialize_score
+from minirlhf.hf_config import config_from_hf
+from minirlhf.pretrained import save_pretrained
+from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.recipes.reward import RewardConfig
+from minirlhf.recipes.sft import SFTConfig
+from minirlhf.transformer import CausalLM, initialize
+
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+BASE = {
+    "sft": {"model": "model", "data": "texts.jsonl", "batch_size": 4},
+    "reward": {"model": "model", "data": "pairs.jsonl", "batch_size": 4},
+    "ppo": {
+        "model": "model", "data": "prompts.jsonl", "reward": "reward.py:vowels", "batch_size": 4,
+        "micro_batch_size": 2, "epochs": 2, "max_new_tokens": 3,
+    },
+}  # fmt: skip
+PLACES = {"model", "data", "eval_data", "ref", "critic", "tokenizer", "init_config", "reward"}
+
+
+class Change(NamedTuple):
+    value: object  # of the setting in the second run
+    beside: dict = {}  # noqa: RUF012  what both runs have
+    first: object = None  # of the setting in the first run; None: the default
+    shown: bool = False  # seen in what is printed
+    refused: str = ""  # the second run is not made, for this reason
+
+
+LETTERS = [chr(i) for i in range(33, 127)]  # a third of the 258 tokens
+ENDS = {"stop": LETTERS, "max_new_tokens": 8}
+ENDS_CHANGE = Change(LETTERS, {"max_new_tokens": 8})
+RECIPES = {
+    "all": {
+        "model": Change("other"),
+        "data": Change("few.jsonl"),
+        "steps": Change(1),
+        "batch_size": Change(2, {"micro_batch_size": 1}),
+        "micro_batch_tokens": Change(8),
+        "learning_rate": Change(2e-2),
+        "schedule": Change("constant"),
+        "warmup_steps": Change(1),
+        "weight_decay": Change(0.5),
+        "adam_epsilon": Change(1e-2),
+        "max_grad_norm": Change(1e-3),
+        "skip_nonfinite": Change(5, {"learning_rate": 1e30}),
+        "lora_rank": Change(2),
+        "lora_alpha": Change(2.0, {"lora_rank": 2}),
+        "gradient_checkpointing": Change(True, shown=True),
+        "dtype": Change("bfloat16"),
+        "device": Change("cuda", refused="--device: 'cuda' cannot be used"),
+        "seed": Change(1),
+        "log_every": Change(2),
+        "save_every": Change(2),
+        "keep": Change(3, {"steps": 3}),
+    },
+    "sft": {
+        "epochs": Change(2.0, {"steps": None}),
+        "init_config": Change("tiny.json", {"model": None, "refused": True}),
+        "tokenizer": Change("model", {"model": None, "init_config": "tiny.json"}),
+        "vocab_size": Change(262, {"model": None, "init_config": "tiny.json"}),
+        "eval_data": Change("few.jsonl"),
+        "eval_every": Change(1, {"eval_data": "few.jsonl"}),
+        "max_length": Change(9, {"overlong": "truncate_response"}),
+        "overlong": Change("truncate_response", {"max_length": 12}, first="drop"),
+    },
+    "reward": {
+        "model": Change("other"),
+        "epochs": Change(2.0, {"steps": None}),
+        "eval_data": Change("few.jsonl"),
+        "eval_every": Change(1, {"eval_data": "few.jsonl"}),
+        "show_samples": Change(1, {"eval_data": "few.jsonl"}),
+        "center_rewards_coefficient": Change(0.5),
+        "max_length": Change(9, {"overlong": "truncate_response"}),
+        "overlong": Change("truncate_response", {"max_length": 13}, first="drop"),
+    },
+    "ppo": {
+        "reward": Change("reward.py:short"),
+        "ref": Change("other"),
+        "critic": Change("rm"),
+        "train_critic": Change(False, {"critic": "rm"}),
+        "batch_size": Change(8),
+        "max_new_tokens": Change(2),
+        "temperature": Change(0.5),
+        "top_k": Change(5),
+        "top_p": Change(0.5),
+        "min_p": Change(0.9),
+        "min_new_tokens": Change(3, {"model": "ending"}),
+        "stop": ENDS_CHANGE,
+        "rollout_batch_size": Change(1, shown=True),
+        "max_prompt_length": Change(8, {"overlong": "truncate_prompt_left"}),
+        "overlong": Change("truncate_prompt_left", {"max_prompt_length": 8}, first="drop"),
+        "kl_coef": Change(0.5),
+        "kl_estimator": Change("k3"),
+        "kl_in": Change("loss", {"kl_estimator": "k3"}),
+        "kl_target": Change(0.1, {"kl_horizon": 50.0}),
+        "kl_horizon": Change(100.0, {"kl_target": 0.1}),
+        "missing_eos_penalty": Change(1.0),
+        "missing_eos": Change("replace"),
+        "missing_eos_buffer": Change(
+            1, {"missing_eos": "ramp", "missing_eos_penalty": 1.0, **ENDS}, first=6
+        ),
+        "score_scaling": Change("normalize"),
+        "score_clip": Change(0.1),
+        "whiten_rewards": Change(True),
+        "bootstrap_truncated": Change(True),
+        "gamma": Change(0.5),
+        "lam": Change(0.5),
+        "epochs": Change(1),
+        "mini_batches": Change(2),
+        "micro_batch_size": Change(1),
+        "clip_low": Change(0.0),
+        "clip_high": Change(0.0),
+        "dual_clip": Change(1.21, {"learning_rate": 5e-2, "epochs": 4}),
+        "max_ratio": Change(1.0001, {"learning_rate": 5e-2, "epochs": 4}),
+        "early_stop_kl": Change(1e-9),
+        "entropy_coef": Change(0.1),
+        "value_clip": Change(1e-4),
+        "vf_coef": Change(1.0),
+        "whiten_advantages": Change(False),
+        "critic_learning_rate": Change(1e-3),
+        "critic_warmup_steps": Change(1),
+        "sample_every": Change(1),
+        "sample_prompts": Change(1),
+        "save_rollouts": Change(True),
+    },
+}
+OTHERWISE = {"out", "resume"}  # see the last test
+CASES = [
+    (recipe, name, ({**RECIPES["all"], **RECIPES[recipe]})[name])
+    for recipe in CONFIGS
+    for name in ({**RECIPES["all"], **RECIPES[recipe]})
+]
+
+
+@pytest.mark.parametrize("recipe", CONFIGS)
+def test_every_setting_has_its_change(recipe):
+    """A setting that is added must be shown to do something."""
+    fields = {field.name for field in dataclasses.fields(CONFIGS[recipe])}
+    assert {name for r, name, _ in CASES if r == recipe} == fields - OTHERWISE
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    torch.manual_seed(0)
+    for name in ("other", "rm"):
+        shutil.copytree(folder / "model", folder / name)
+        lm = CausalLM(config_from_hf({**SHAPE, "vocab_size": 258}))
+        lm = initialize(lm, torch.Generator().manual_seed(1))
+        scorer = initialize_score(RewardModel(lm), torch.Generator().manual_seed(2))
+        save_pretrained(lm if name == "other" else scorer, folder / name)
+    shutil.copytree(folder / "model", folder / "ending")  # half of the tokens end a response
+    vocabulary = json.loads((folder / "model" / "tokenizer.json").read_text())["model"]["vocab"]
+    ends = [i for token, i in vocabulary.items() if token not in set("It was!Ġ")][:130]
+    config = json.dumps({"eos_token_id": ends})
+    (folder / "ending" / "generation_config.json").write_text(config)
+    (folder / "tiny.json").write_text(json.dumps(SHAPE))
+    for recipe, rows in (("sft", "texts"), ("reward", "pairs"), ("ppo", "prompts")):
+        some = (folder / f"{rows}.jsonl").read_text().splitlines(keepends=True)[:3]
+        (folder / recipe).mkdir()
+        (folder / recipe / "few.jsonl").write_text("".join(some))
+    with (folder / "reward.py").open("a") as file:
+        file.write("\ndef short(completions):\n    return [-len(t) for t in completions]\n")
+    return folder
+
+
+def words(recipe: str, world: Path, out: Path, settings: dict) -> list[str]:
+    argv = [recipe, "--out", str(out)]
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            argv.append(f"--{flag}" if value else f"--no-{flag}")
+            continue
+        if name in PLACES:
+            value = world / recipe / value if value == "few.jsonl" else world / value
+        argv += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return argv
+
+
+def seen(recipe: str, world: Path, out: Path, settings: dict, capsys) -> tuple[str, str]:
+    """(digest of what a run leaves, what it printed)."""
+    code = main(words(recipe, world, out, settings))
+    printed = capsys.readouterr()
+    assert code in (OK, NON_FINITE), printed.err
+    digest = hashlib.sha256(str(code).encode())
+    for path in sorted(out.rglob("*")):
+        digest.update(str(path.relative_to(out)).encode())
+        if path.name in ("metrics.jsonl", "samples.jsonl") or path.parent.name == "model":
+            digest.update(re.sub(rb', "clock": \{[^{}]*\}', b"", path.read_bytes()))
+    return digest.hexdigest(), printed.out
+
+
+@pytest.mark.parametrize(("recipe", "name", "change"), CASES, ids=[f"{r}-{n}" for r, n, _ in CASES])
+def test_a_setting_does_something_or_is_refused(recipe, name, change, world, tmp_path, capsys):
+    fields = {field.name for field in dataclasses.fields(CONFIGS[recipe])}
+    start = {"steps": 2, "log_every": 1, "save_every": 1, "learning_rate": 1e-2, **BASE[recipe]}
+    beside = dict(change.beside)
+    if beside.pop("refused", False):  # the first run is the one that cannot be
+        start = {k: v for k, v in start.items() if k != "model"}
+        assert main(words(recipe, world, tmp_path / "a", start)) == BAD_INPUT
+        assert "give exactly one of --model and --init-config" in capsys.readouterr().err
+        changed = {**start, name: change.value}
+        assert main(words(recipe, world, tmp_path / "b", changed)) == OK
+        return
+    start |= {k: v for k, v in beside.items() if k in fields}
+    first = start if change.first is None else start | {name: change.first}
+    changed = {**start, name: change.value}
+    if change.refused:
+        assert main(words(recipe, world, tmp_path / "b", changed)) == BAD_INPUT
+        assert change.refused in capsys.readouterr().err
+        return
+    one, printed = seen(recipe, world, tmp_path / "a", first, capsys)
+    other, printed_then = seen(recipe, world, tmp_path / "b", changed, capsys)
+    if change.shown:
+        plans = [re.findall(r"^  .* x .*", text, re.MULTILINE) for text in (printed, printed_then)]
+        assert plans[0] and plans[0] != plans[1]
+    else:
+        assert one != other
+
+
+@pytest.mark.parametrize("recipe", CONFIGS)
+def test_out_is_where_a_run_goes_and_resume_lets_it_go_on(recipe, world, tmp_path, capsys):
+    settings = {"steps": 1, **BASE[recipe]}
+    argv = words(recipe, world, tmp_path / "here", settings)
+    assert main(argv) == OK and (tmp_path / "here" / "metrics.jsonl").is_file()
+    assert main(argv) == BAD_INPUT
+    assert "is not empty" in capsys.readouterr().err
+    assert main([*argv, "--resume"]) == OK
