@@ -219,6 +219,7 @@ class PPOSettings(Protocol):
     lora_rank: int
     train_critic: bool
     gradient_checkpointing: bool
+    ptx_batch_size: int
 
 
 class TrainingSettings(Protocol):
@@ -250,13 +251,15 @@ def ppo_models(settings: PPOSettings) -> PPOModels:
 
 
 def ppo_plan(
-    settings: PPOSettings, models: PPOModels, longest_prompt: int, dtype: torch.dtype, held: int
-) -> Plan:
+    settings: PPOSettings, models: PPOModels, longest_prompt: int, dtype: torch.dtype, held: int,
+    longest_text: int = 0,
+) -> Plan:  # fmt: skip
     """Of a PPO run.
 
     Args:
         longest_prompt: tokens.
         held: what the process holds now (`process_bytes`); 0 for a GPU.
+        longest_text: tokens, of the texts that are mixed in; 0 without.
     """
     policy, ref, reward, critic = models
     phases = ("load", "prompts", "sampling", "score", "measure", "loss", "step", "save")
@@ -266,6 +269,8 @@ def ppo_plan(
     rows = min(settings.rollout_batch_size, settings.batch_size)  # side by side in sampling
     cells = largest_cells(settings.micro_batch_size, longest, settings.micro_batch_tokens)
     micro_rows = max(1, cells // longest)
+    mixed = largest_cells(settings.ptx_batch_size, longest_text, settings.micro_batch_tokens)
+    trained = max(cells, mixed if longest_text else 0)
     scored = largest_cells(settings.batch_size, longest, settings.micro_batch_tokens)
     logits = chunk_logits(policy, dtype, micro_rows * settings.max_new_tokens, not rank)
     passing, again = passing_per_token(policy, dtype, rank), settings.gradient_checkpointing
@@ -303,7 +308,7 @@ def ppo_plan(
              f"{scored:,} tokens", ("score",), "lower --micro-batch-tokens"),
         Part("measuring pass", cells * passing + logits.forward,
              f"{cells:,} tokens x {passing:,} B, and logits", ("measure",), fewer),
-        Part("activations", cells * kept, f"{cells:,} tokens x {kept:,} B", ("loss",), fewer),
+        Part("activations", trained * kept, f"{trained:,} tokens x {kept:,} B", ("loss",), fewer),
         Part("logits", logits.backward, logits.counted, ("loss",), fewer),
         # Ids twice, and a byte of mask and six float32 for each response token.
         Part("rollout", settings.batch_size * (16 * longest + 25 * settings.max_new_tokens),

@@ -99,6 +99,11 @@ class PPOConfig:
     value_clip: float | None = setting(0.2, "value change clipped at this; none: off", above=0)
     vf_coef: float = setting(0.1, "weight of the value loss", at_least=0)
     whiten_advantages: bool = setting(True, "advantages to mean 0, std 1 over the rollout")
+    ptx_data: str | None = setting(
+        None, "texts whose language-model loss is mixed into each update", metavar="FILE"
+    )
+    ptx_coef: float = setting(0.0, "weight of that loss", at_least=0)
+    ptx_batch_size: int = setting(16, "texts of that loss in an update", at_least=1)
     learning_rate: float = setting(3e-6, "peak step size of AdamW", above=0)
     critic_learning_rate: float | None = setting(
         None, "the critic's; none: learning_rate, ten times it for a head that starts from zero",
@@ -190,6 +195,8 @@ class PPOConfig:
             yield f"dual_clip {self.dual_clip:g}: must be above 1 + clip_high {self.clip_high:g}"
         if self.early_stop_kl is not None and self.epochs == 1:
             yield "early_stop_kl: there is one epoch, and none after it to leave out"
+        if (self.ptx_data is None) != (self.ptx_coef == 0):
+            yield "ptx_data and ptx_coef go together: give both, or neither"
         if self.critic is None and not self.train_critic:
             yield "no-train-critic: goes with --critic, a value head has to learn"
         if not self.train_critic and (self.critic_learning_rate or self.critic_warmup_steps):

@@ -156,13 +156,15 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(shape).masked_scatter(cells.expand(shape), values)
 
 
-def prompt_rows(consumed: int, count: int, total: int, seed: int) -> Tensor:
-    """(count,) numbers of the next prompts; each epoch holds all of them in an order of its own."""
+def next_rows(
+    consumed: int, count: int, total: int, seed: int, stream: str = "prompt order"
+) -> Tensor:
+    """(count,) numbers of the next rows; each epoch holds all of them in an order of its own."""
     rows: list[Tensor] = []
     for position in range(consumed, consumed + count):
         epoch, offset = divmod(position, total)
         if not rows or offset == 0:
-            order = streams.permutation(seed, "prompt order", epoch, total)
+            order = streams.permutation(seed, stream, epoch, total)
         rows.append(order[offset])
     return torch.stack(rows)
 

@@ -35,8 +35,8 @@ LAYERS = (
     "minirlhf.generation",
     "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.data",
     "minirlhf.config minirlhf.memory minirlhf.optim minirlhf.meters minirlhf.rollout "
-    "minirlhf.rewards minirlhf.passes minirlhf.scores minirlhf.ppo_config minirlhf.checkpoint "
-    "minirlhf.distributed minirlhf.run",
+    "minirlhf.rewards minirlhf.passes minirlhf.scores minirlhf.texts minirlhf.ppo_config "
+    "minirlhf.checkpoint minirlhf.distributed minirlhf.run",
     "minirlhf.recipes.*",
     "minirlhf.tools.*",
     "minirlhf.cli",

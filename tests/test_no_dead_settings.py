@@ -36,7 +36,8 @@ BASE = {
         "micro_batch_size": 2, "epochs": 2, "max_new_tokens": 3,
     },
 }  # fmt: skip
-PLACES = {"model", "data", "eval_data", "ref", "critic", "tokenizer", "init_config", "reward"}
+PLACES = {"model", "data", "eval_data", "ref", "critic", "tokenizer", "init_config", "reward",
+          "ptx_data"}  # fmt: skip
 
 
 class Change(NamedTuple):
@@ -44,6 +45,7 @@ class Change(NamedTuple):
     beside: dict = {}  # noqa: RUF012  what both runs have
     first: object = None  # of the setting in the first run; None: the default
     shown: bool = False  # seen in what is printed
+    alone: bool = True  # False: what it is beside is refused without it
     refused: str = ""  # the second run is not made, for this reason
 
 
@@ -76,7 +78,7 @@ RECIPES = {
     },
     "sft": {
         "epochs": Change(2.0, {"steps": None}),
-        "init_config": Change("tiny.json", {"model": None, "refused": True}),
+        "init_config": Change("tiny.json", {"model": None}, alone=False),
         "tokenizer": Change("model", {"model": None, "init_config": "tiny.json"}),
         "vocab_size": Change(262, {"model": None, "init_config": "tiny.json"}),
         "eval_data": Change("few.jsonl"),
@@ -138,6 +140,9 @@ RECIPES = {
         "value_clip": Change(1e-4),
         "vf_coef": Change(1.0),
         "whiten_advantages": Change(False),
+        "ptx_data": Change("texts.jsonl", {"ptx_coef": 1.0}, alone=False),
+        "ptx_coef": Change(2.0, {"ptx_data": "texts.jsonl"}, first=1.0),
+        "ptx_batch_size": Change(2, {"ptx_data": "texts.jsonl", "ptx_coef": 1.0}),
         "critic_learning_rate": Change(1e-3),
         "critic_warmup_steps": Change(1),
         "sample_every": Change(1),
@@ -217,20 +222,17 @@ def seen(recipe: str, world: Path, out: Path, settings: dict, capsys) -> tuple[s
 def test_a_setting_does_something_or_is_refused(recipe, name, change, world, tmp_path, capsys):
     fields = {field.name for field in dataclasses.fields(CONFIGS[recipe])}
     start = {"steps": 2, "log_every": 1, "save_every": 1, "learning_rate": 1e-2, **BASE[recipe]}
-    beside = dict(change.beside)
-    if beside.pop("refused", False):  # the first run is the one that cannot be
-        start = {k: v for k, v in start.items() if k != "model"}
-        assert main(words(recipe, world, tmp_path / "a", start)) == BAD_INPUT
-        assert "give exactly one of --model and --init-config" in capsys.readouterr().err
-        changed = {**start, name: change.value}
-        assert main(words(recipe, world, tmp_path / "b", changed)) == OK
-        return
-    start |= {k: v for k, v in beside.items() if k in fields}
+    start |= {k: v for k, v in change.beside.items() if k in fields}
     first = start if change.first is None else start | {name: change.first}
     changed = {**start, name: change.value}
     if change.refused:
         assert main(words(recipe, world, tmp_path / "b", changed)) == BAD_INPUT
         assert change.refused in capsys.readouterr().err
+        return
+    if not change.alone:
+        assert main(words(recipe, world, tmp_path / "a", first)) == BAD_INPUT
+        assert name.replace("_", "-") in capsys.readouterr().err.replace("_", "-")
+        assert main(words(recipe, world, tmp_path / "b", changed)) == OK
         return
     one, printed = seen(recipe, world, tmp_path / "a", first, capsys)
     other, printed_then = seen(recipe, world, tmp_path / "b", changed, capsys)

@@ -238,6 +238,8 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
             {"train_critic": False, "critic": "c", "critic_warmup_steps": 1},
             "leave out critic_learning_rate and critic_warmup_steps",
         ),
+        ({"ptx_data": "texts.jsonl"}, "ptx_data and ptx_coef go together: give both, or neither"),
+        ({"ptx_coef": 1.0}, "ptx_data and ptx_coef go together"),
         ({"critic_warmup_steps": 4}, "the policy would never learn, there are 4 steps"),
         ({"temperature": 0.0}, "temperature 0: greedy sampling explores nothing"),
         (

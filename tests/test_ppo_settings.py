@@ -30,6 +30,7 @@ from test_ppo import (
 from minirlhf import streams
 from minirlhf.advantages import token_rewards
 from minirlhf.checkpoint import load_checkpoint, save_checkpoint
+from minirlhf.data import Text
 from minirlhf.generation import generate, sampling_law
 from minirlhf.heads import RewardModel, critic_from_reward_model, initialize_score, response_states
 from minirlhf.optim import make_optimizer
@@ -37,9 +38,10 @@ from minirlhf.passes import measure
 from minirlhf.recipes import ppo as recipe
 from minirlhf.recipes.ppo import assign_credit, ppo, ppo_step
 from minirlhf.rewards import Scores
-from minirlhf.rollout import Rollout, RolloutBuffer, sample
+from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, sample
 from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.support import RowSupport
+from minirlhf.texts import TextMix
 
 f64 = torch.float64
 
@@ -344,6 +346,57 @@ def test_full_kl_in_the_reward_is_that_of_the_whole_law():
     for micro in buffer.micro_batches:
         rewards = token_rewards(micro.scores, micro.full_kl, micro.response_mask, 0.5)
         assert_close(micro.rewards, rewards)
+
+
+def text(*ids: int) -> Text:
+    return Text(list(ids), 0, "texts:1", {})
+
+
+TEXTS = [text(0, 3, 4, 5), text(0, 6), text(0, 7, 8), text(0, 2, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 99])
+def test_text_mix_adds_the_gradient_of_the_mean_loss_of_its_texts(micro_batch_tokens):
+    lm, mix = tiny_lm(f64), TextMix(TEXTS, 0.5, 2, micro_batch_tokens, seed=0)
+    seen = []
+    for update in (0, 1):  # two texts each: together all four
+        rows = next_rows(2 * update, 2, 4, 0, "text order").tolist()
+        seen += rows
+        losses = []
+        for row in rows:
+            ids = torch.tensor(TEXTS[row].ids)
+            law = lm.logits(lm(ids[None]))[0, :-1].log_softmax(-1)
+            losses.append(-law.gather(-1, ids[1:, None])[:, 0])
+        expected = torch.cat(losses).mean()  # every token weighs the same
+        gradients = torch.autograd.grad(0.5 * expected, list(lm.parameters()))
+        lm.zero_grad()
+        assert mix.backward(lm, update) == pytest.approx(float(expected.detach()), abs=1e-9)
+        for p, gradient in zip(lm.parameters(), gradients, strict=True):
+            assert_close(p.grad, gradient, atol=1e-9)
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
+def test_ppo_step_mixes_texts_into_each_update_but_not_while_the_critic_warms_up():
+    policy = tiny_policy(f64)
+    start = {name: p.clone() for name, p in policy.state_dict().items()}
+    moved = {}
+    for mixed, warmup in ((False, 0), (True, 0), (False, 1), (True, 1)):
+        policy.load_state_dict(start)
+        mix = TextMix(TEXTS, 0.5, 2, 99, seed=0) if mixed else None
+        config = config_of(
+            epochs=1, max_grad_norm=None, ptx_coef=0.5 * mixed, critic_warmup_steps=warmup
+        )
+        before, optimizer = parameters(policy), torch.optim.SGD(policy.parameters(), lr=1.0)
+        stats = ppo_step(policy, optimizer, measured(policy), config, mix=mix)
+        moved[mixed, warmup] = parameters(policy) - before
+        policy.load_state_dict(start)
+        policy.zero_grad()
+        loss = TextMix(TEXTS, 0.5, 2, 99, seed=0).backward(policy.lm, 0)
+        assert stats.ptx_loss == pytest.approx(loss if mixed and not warmup else 0.0, abs=1e-9)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
+        gradient = torch.cat([g.flatten() for g in grads])
+    assert_close(moved[True, 0] - moved[False, 0], -gradient, atol=1e-9)
+    assert torch.equal(moved[True, 1], moved[False, 1])
 
 
 # ---- the critic ----------------------------------------------------------------------------------

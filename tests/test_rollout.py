@@ -12,7 +12,7 @@ from minirlhf.data import Prompt
 from minirlhf.generation import Sampling
 from minirlhf.heads import ValueHeadModel
 from minirlhf.recipes.ppo import PPOConfig, assign_credit, measure
-from minirlhf.rollout import Rollout, RolloutBuffer, prompt_rows, replay_rows, sample, unpack
+from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, unpack
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
 T, F = True, False
@@ -184,23 +184,23 @@ def test_minibatches_refuse_more_than_there_are_micro_batches():
 # ---- prompts -------------------------------------------------------------------------------------
 
 
-def test_prompt_rows_hold_each_prompt_once_an_epoch_in_an_order_of_its_own():
-    rows = prompt_rows(0, 21, total=7, seed=0).tolist()
+def test_next_rows_hold_each_prompt_once_an_epoch_in_an_order_of_its_own():
+    rows = next_rows(0, 21, total=7, seed=0).tolist()
     epochs = [rows[i : i + 7] for i in (0, 7, 14)]
     assert [sorted(epoch) for epoch in epochs] == 3 * [list(range(7))]
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_prompt_rows_are_a_pure_function_of_what_was_consumed():
-    whole = prompt_rows(0, 21, total=7, seed=0)
+def test_next_rows_are_a_pure_function_of_what_was_consumed():
+    whole = next_rows(0, 21, total=7, seed=0)
     for start, count in ((0, 3), (3, 4), (5, 16), (13, 2), (20, 1)):
-        assert torch.equal(prompt_rows(start, count, 7, 0), whole[start : start + count])
-    assert not torch.equal(prompt_rows(0, 21, 7, seed=1), whole)
+        assert torch.equal(next_rows(start, count, 7, 0), whole[start : start + count])
+    assert not torch.equal(next_rows(0, 21, 7, seed=1), whole)
 
 
-def test_prompt_rows_cycle_where_there_are_fewer_prompts_than_rows():
-    assert prompt_rows(0, 5, total=1, seed=0).tolist() == [0, 0, 0, 0, 0]
-    rows = prompt_rows(4, 8, total=2, seed=0).tolist()
+def test_next_rows_cycle_where_there_are_fewer_prompts_than_rows():
+    assert next_rows(0, 5, total=1, seed=0).tolist() == [0, 0, 0, 0, 0]
+    rows = next_rows(4, 8, total=2, seed=0).tolist()
     assert [sorted(rows[i : i + 2]) for i in (0, 2, 4, 6)] == 4 * [[0, 1]]
 
 

@@ -13,7 +13,8 @@ from minirlhf.data import Text
 from minirlhf.errors import UserError
 from minirlhf.hf_config import config_from_hf
 from minirlhf.pretrained import load_pretrained, save_pretrained
-from minirlhf.recipes.sft import SFTConfig, collate_texts, evaluate, sft
+from minirlhf.recipes.sft import SFTConfig, evaluate, sft
+from minirlhf.texts import collate_texts
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, initialize
 

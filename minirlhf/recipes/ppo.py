@@ -23,7 +23,7 @@ from minirlhf import config as settings
 from minirlhf import interrupt, memory, optim, pretrained, streams
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
-from minirlhf.data import Prompt, load_prompts
+from minirlhf.data import Prompt, Text, load_prompts, load_texts
 from minirlhf.errors import BUG, OK, STOPPED, NonFinite, UserError, printable, run
 from minirlhf.heads import ValueHeadModel, critic_from_reward_model
 from minirlhf.kl import ESTIMATORS, AdaptiveKL, kl_k1, kl_k3
@@ -35,9 +35,10 @@ from minirlhf.meters import Step
 from minirlhf.passes import TokenPass, kl_to_ref, measure, policy_pass
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.rewards import Completions, RewardSource, Scores, load_reward, locate
-from minirlhf.rollout import Rollout, RolloutBuffer, prompt_rows, replay_rows, sample, unpack
+from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, unpack
 from minirlhf.run import Run, write_model
 from minirlhf.scores import RunningMoments, scale_scores
+from minirlhf.texts import TextMix, count_tokens
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
 
@@ -52,6 +53,7 @@ class PPOStats(NamedTuple):
     policy_loss: float
     value_loss: float
     kl_loss: float  # kl_coef times the KL where it is a loss; else 0
+    ptx_loss: float  # of the texts that are mixed in, before its weight; 0 without
     loss: float  # all of them with their weights
     approxkl: float  # mean of (new - old logprob)^2 / 2, nats
     clipfrac: float  # share of tokens whose policy gradient was clipped
@@ -117,6 +119,7 @@ class Seen(NamedTuple):
     sums: dict[str, Tensor]  # over its response tokens
     tokens: int
     largest_gap: Tensor  # () largest |ratio - 1|
+    ptx_loss: float
     grad_norm: float  # before clipping
     critic_grad_norm: float
 
@@ -132,12 +135,18 @@ class Update(NamedTuple):
     ref: CausalLM | None
     config: PPOConfig
     kl_coef: float
+    mix: TextMix | None
     learns_policy: bool  # False while the critic warms up
     where: str  # for messages
 
 
-def accumulate(update: Update, mini_batch: list[Rollout], begun: bool) -> Seen:
-    """Gradient of one mini-batch's loss, in its micro-batches; `begun`: too late to stop."""
+def accumulate(update: Update, mini_batch: list[Rollout], number: int, begun: bool) -> Seen:
+    """Gradient of one mini-batch's loss, in its micro-batches.
+
+    Args:
+        number: of this update among all of the run.
+        begun: whether it is too late to stop.
+    """
     policy, config = update.policy, update.config
     # Every token of the optimizer step weighs the same, however it is cut.
     tokens = sum(int(micro.response_mask.sum()) for micro in mini_batch)
@@ -172,7 +181,10 @@ def accumulate(update: Update, mini_batch: list[Rollout], begun: bool) -> Seen:
     for micro, loss in zip(mini_batch, torch.stack(losses).tolist(), strict=True):
         rows = ", ".join(map(str, micro.rows.tolist()[:8]))
         optim.check_finite(f"{update.where} (rollout rows {rows})", {"loss": loss})
-    return Seen(sums, tokens, torch.stack(gaps).max(), *clip_gradients(update))
+    mixes = update.mix is not None and update.learns_policy
+    ptx_loss = update.mix.backward(policy.lm, number) if mixes else 0.0
+    optim.check_finite(update.where, {"ptx_loss": ptx_loss})
+    return Seen(sums, tokens, torch.stack(gaps).max(), ptx_loss, *clip_gradients(update))
 
 
 def loss_of_kl(update: Update, new: TokenPass, micro: Rollout) -> Tensor:
@@ -205,6 +217,7 @@ def ppo_step(
     kl_coef: float | None = None,
     counters: dict[str, int] | None = None,
     ref: CausalLM | None = None,
+    mix: TextMix | None = None,
 ) -> PPOStats:
     """GAE and the clipped-PPO update on one rollout, for one's own loop.
 
@@ -214,6 +227,7 @@ def ppo_step(
         kl_coef: None is config.kl_coef.
         counters: where updates that were not made and early stops are counted.
         ref: needed where the full KL is a loss, unless the policy has adapters.
+        mix: texts whose loss is added to each update.
     Raises:
         NonFinite: a loss or gradient is not finite, before it is applied: more of them in a row
             than config.skip_nonfinite, or all of the rollout's.
@@ -222,13 +236,14 @@ def ppo_step(
     counters = {} if counters is None else counters
     assign_credit(rollout, config, kl_coef)
     learns_policy = iteration >= config.critic_warmup_steps
-    update = Update(policy, ref, config, kl_coef, learns_policy, f"step {iteration + 1}")
+    update = Update(policy, ref, config, kl_coef, mix, learns_policy, f"step {iteration + 1}")
     tried: list[Seen | None] = []
     for epoch in range(config.epochs):
         parts = rollout.minibatches(config.mini_batches, config.seed, iteration, epoch)
-        for mini_batch in parts:
+        for i, mini_batch in enumerate(parts):
+            number = (iteration * config.epochs + epoch) * config.mini_batches + i
             # From the first update on, a signal waits until the iteration is finished.
-            work = partial(accumulate, update, mini_batch, begun=bool(tried))
+            work = partial(accumulate, update, mini_batch, number, begun=bool(tried))
             seen = optim.update_or_skip(
                 optimizer, work, counters, config.skip_nonfinite, partial(near, config)
             )
@@ -264,6 +279,8 @@ def summarise_updates(
     mean = {k: float(sum(seen.sums[k] for seen in updates)) / total for k in updates[0].sums}
     gap, gap_sq = mean.pop("gap"), mean.pop("gap_sq")  # squares around 1 keep small variances
     mean.pop("moved")
+    ptx_loss = sum(seen.ptx_loss for seen in updates) / len(updates)
+    mean["loss"] += config.ptx_coef * ptx_loss
     returns, old_values = rollout.tokens("returns"), rollout.tokens("old_values")
     spread = float(returns.var(correction=0))
     unexplained = float((returns - old_values).var(correction=0))
@@ -272,7 +289,7 @@ def summarise_updates(
         for micro in rollout.micro_batches
     )
     return PPOStats(
-        **mean, ratio=1 + gap, ratio_var=max(gap_sq - gap**2, 0.0),
+        **mean, ptx_loss=ptx_loss, ratio=1 + gap, ratio_var=max(gap_sq - gap**2, 0.0),
         grad_norm=sum(seen.grad_norm for seen in updates) / len(updates),
         critic_grad_norm=sum(seen.critic_grad_norm for seen in updates) / len(updates),
         explained_variance=1 - unexplained / spread if spread > 0 else 0.0,
@@ -310,6 +327,7 @@ def ppo(
     ref: CausalLM | None,
     tokenizer: Tokenizer,
     config: PPOConfig,
+    mix: TextMix | None = None,
 ) -> Iterator[Step]:
     """Aligns state.model, a ValueHeadModel; yields after each iteration.
 
@@ -320,6 +338,7 @@ def ppo(
         ref: the frozen reference; None where the policy has adapters: its base.
         tokenizer: of the policy; decodes what reward sources see.
         config: only its training settings are read.
+        mix: texts whose loss is added to each update; config.ptx_data is not read here.
     Raises:
         UserError: an illegal setting; numbers that are not finite (exit code 3); the KL at step 0
             is not 0 although the reference is the policy, or the first ratio is not 1 (code 1).
@@ -339,7 +358,7 @@ def ppo(
 
         # Sample: a text depends on the seed, the iteration, its prompt and its place in the batch,
         # not on which rows are sampled side by side.
-        rows = prompt_rows(state.samples, B, len(prompts), config.seed)
+        rows = next_rows(state.samples, B, len(prompts), config.seed)
         keys = streams.key(config.seed, "rollout", iteration, rows, torch.arange(B))
         batch = [prompts[i] for i in rows.tolist()]
         completions, rollout = sample(
@@ -368,7 +387,7 @@ def ppo(
         # Learn: credit and several epochs of mini-batches.
         kl_coef = state.kl_coef
         stats = ppo_step(
-            policy, state.optimizer, buffer, config, iteration, kl_coef, state.counters, ref
+            policy, state.optimizer, buffer, config, iteration, kl_coef, state.counters, ref, mix
         )
         check_ratio(iteration, stats.first_ratio_gap)
         sequence_kl = float(kl.sum()) / B
@@ -444,6 +463,7 @@ def summarise(
         "loss/policy_avg": stats.policy_loss,
         "loss/value_avg": stats.value_loss,
         "loss/kl_avg": stats.kl_loss,
+        "loss/ptx_avg": stats.ptx_loss,
         "loss/total_avg": stats.loss,
         "val/clipfrac_avg": stats.value_clipfrac,
         "val/ratio": stats.ratio,
@@ -557,6 +577,16 @@ def check_models(
         pretrained.describe(reward_model, reward=True)
 
 
+def load_mix(config: PPOConfig, tokenizer: Tokenizer, most: int) -> list[Text]:
+    """Texts of `ptx_data`, none if there are none; `most` tokens of a row."""
+    if config.ptx_data is None:
+        return []
+    texts, report = load_texts(config.ptx_data, tokenizer, most, config.overlong)
+    print(report)
+    count_tokens(texts)
+    return texts
+
+
 def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype) -> ValueHeadModel:
     """The model to align with its critic."""
     lm = pretrained.load_pretrained(folder, dtype, device)
@@ -584,12 +614,14 @@ def main(argv: list[str] | None = None) -> int:
     room = prompt_room(config, (folder, ref_folder, *critic, *scorer))
     prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
     print(report)
-    inputs = [config.data, str(source), str(ref_folder)]
+    texts = load_mix(config, tokenizer, pretrained.read_config(folder).longest_row)
+    inputs = [config.data, str(source), str(ref_folder), *filter(None, [config.ptx_data])]
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
     longest = max(len(prompt.ids) for prompt in prompts)
     models, held = memory.ppo_models(config), process_bytes(device)
-    plan = memory.ppo_plan(config, models, longest, dtype, held)
+    longest_text = max((len(text.ids) for text in texts), default=0)
+    plan = memory.ppo_plan(config, models, longest, dtype, held, longest_text)
     print(plan)
     fits = memory.verdict(plan, free_memory(device))
     columns = {name for prompt in prompts for name in prompt.columns}
@@ -610,12 +642,15 @@ def main(argv: list[str] | None = None) -> int:
     for trunk in filter(None, (policy.lm.model, policy.critic)):
         trunk.checkpointing = config.gradient_checkpointing
     state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
+    sizes = config.ptx_batch_size, config.micro_batch_tokens
+    mix = TextMix(texts, config.ptx_coef, *sizes, config.seed) if texts else None
     with r:
         r.facts(run_facts(config, len(prompts), policy, fits, device, dtype))
         r.restore(state)
         if config.sample_every and state.step == 0:
             show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
-        for step in r.bar(ppo(state, prompts, reward, ref, tokenizer, config), state, config.steps):
+        loop = ppo(state, prompts, reward, ref, tokenizer, config, mix)
+        for step in r.bar(loop, state, config.steps):
             last = step.number == config.steps
             with r.report(state, step):
                 r.write_samples(state, step.samples)

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from minirlhf import config as settings
 from minirlhf import fsio, interrupt, memory, optim, pretrained, streams
@@ -27,14 +25,13 @@ from minirlhf.config import setting
 from minirlhf.data import Text, load_texts
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.formats import text_format
-from minirlhf.generation import pad_right
-from minirlhf.heads import TokenStats, response_states, token_logprobs
 from minirlhf.hf_config import config_from_hf
 from minirlhf.lora import add_lora, merge_lora
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.meters import Step
 from minirlhf.rows import read_json, read_rows
 from minirlhf.run import Run, named_files, write_model
+from minirlhf.texts import collate_texts, count_tokens, target_stats
 from minirlhf.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
@@ -97,43 +94,6 @@ class SFTConfig:
         if self.init_config is not None and self.lora_rank:
             problems.append("--lora-rank goes with --model: random weights need training in full")
         return problems
-
-
-class TextBatch(NamedTuple):
-    tokens: Tensor  # (B, T) int64
-    starts: Tensor  # (B,) index of the first target, at least 1
-    targets: Tensor  # (B, R) int64
-    target_mask: Tensor  # (B, R) bool
-
-
-def first_target(text: Text) -> int:
-    """Index of the first token that counts: nothing stands before token 0 that could predict it."""
-    return max(text.prompt_length, 1)
-
-
-def collate_texts(texts: list[Text]) -> TextBatch:
-    starts = torch.tensor([first_target(text) for text in texts])
-    targets = [text.ids[first_target(text) :] for text in texts]
-    counts = torch.tensor([len(ids) for ids in targets])
-    mask = torch.arange(int(counts.max())) < counts[:, None]
-    return TextBatch(pad_right([text.ids for text in texts]), starts, pad_right(targets), mask)
-
-
-def count_tokens(texts: list[Text]) -> tuple[Tensor, Tensor]:
-    """Tokens of each text and targets among them, (N,) each; a text without a target is refused."""
-    for text in texts:
-        if len(text.ids) <= first_target(text):
-            raise UserError(text.where, "has no token after the first", "remove the row")
-    lengths = torch.tensor([len(text.ids) for text in texts])
-    return lengths, lengths - torch.tensor([first_target(text) for text in texts])
-
-
-def target_stats(lm: CausalLM, batch: TextBatch) -> TokenStats:
-    """Log-probs and entropies of the targets of all rows, (n,) each; no logits of other tokens."""
-    tokens, starts, targets, mask = (tensor.to(lm.unembedding.device) for tensor in batch)
-    hidden = lm(tokens, lengths=starts + mask.sum(1))
-    states = response_states(hidden, starts, targets.shape[1])  # (B, R, D)
-    return token_logprobs(lm, states[mask], targets[mask])
 
 
 def total_steps(config: SFTConfig, texts: int) -> int:
