@@ -51,6 +51,7 @@ class TrainState:
     samples: int = 0  # rows of data consumed
     kl_coef: float | None = None  # PPO: current coefficient of the KL penalty
     best: float | None = None  # best value of the metric that evaluation watches
+    baselines: dict[str, list[float]] = field(default_factory=dict)  # held-out scores of the start
     counters: dict[str, int] = field(default_factory=dict)  # events since the start
     meters: Meters = field(default_factory=Meters)  # the open log window
     log_bytes: dict[str, int] = field(default_factory=dict)  # length of each log file
@@ -74,6 +75,11 @@ def _fits(name: str, value: object) -> bool:
             return type(value) is int and value >= 0
         case "kl_coef" | "best":
             return value is None or type(value) in (int, float)
+        case "baselines":
+            return isinstance(value, dict) and all(
+                isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+                for scores in value.values()
+            )
         case "counters" | "log_bytes":
             return isinstance(value, dict) and all(type(n) is int for n in value.values())
         case "meters":

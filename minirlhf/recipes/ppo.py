@@ -28,6 +28,7 @@ from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
 from minirlhf.data import Prompt, load_prompts
 from minirlhf.errors import BUG, OK, STOPPED, NonFinite, UserError, printable, run
+from minirlhf.evaluation import evaluate_policy, evaluate_sets, held_out, keep_best
 from minirlhf.generation import Sampling
 from minirlhf.heads import (
     ValueHeadModel,
@@ -36,14 +37,14 @@ from minirlhf.heads import (
     token_logprobs,
 )
 from minirlhf.kl import AdaptiveKL, kl_k1
-from minirlhf.lora import adapters_off, add_lora, merge_lora
+from minirlhf.lora import adapters_off, add_lora, merge_lora, merged_copy
 from minirlhf.losses import clipped_surrogate, clipped_value_loss
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.masking import masked_standardize, masked_sum
 from minirlhf.meters import Step
 from minirlhf.rewards import Completions, RewardSource, load_reward, locate
 from minirlhf.rollout import Rollout, RolloutBuffer, prompt_rows, replay_rows, sample, unpack
-from minirlhf.run import Run, write_model
+from minirlhf.run import Run, named_files, write_model
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
 
@@ -61,6 +62,10 @@ class PPOConfig:
         "", "reward-model folder, or file.py:function", metavar="SOURCE", required=True
     )
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
+    eval_data: tuple[str, ...] = setting((), "held-out prompts, more as NAME=FILE", metavar="FILE")
+    eval_every: int = setting(0, "steps between evaluations; 0: start and end only", at_least=0)
+    eval_prompts: int | None = setting(None, "at most so many of each held-out file", at_least=2)
+    keep_best: bool = setting(False, "export the policy of the best evaluation so far to best/")
     ref: str | None = setting(None, "reference; none: the policy at step 0", metavar="FOLDER")
     critic: str | None = setting(
         None, "reward model to start a critic of its own from; none: a head on the policy's trunk",
@@ -147,6 +152,12 @@ class PPOConfig:
                 f"batch_size {rows} is less than {minis} mini_batches of micro_batch_size {micro}: "
                 f"use {' or '.join(legal)}"
             )
+        if not self.eval_data:
+            given = {"eval_every": self.eval_every, "eval_prompts": self.eval_prompts,
+                     "keep_best": self.keep_best}  # fmt: skip
+            problems += [f"{name}: goes with --eval-data" for name, value in given.items() if value]
+        elif self.keep_best and not self.eval_every:
+            problems.append("keep_best: goes with --eval-every, the policy at the end is in model/")
         if self.critic is None and not self.train_critic:
             problems.append("no-train-critic: goes with --critic, a value head has to learn")
         if self.kl_target is not None and self.kl_coef == 0:
@@ -618,10 +629,15 @@ def main(argv: list[str] | None = None) -> int:
     room = prompt_room(config, (folder, ref_folder, *critic, *scorer))
     prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
     print(report)
-    inputs = [config.data, str(source), str(ref_folder)]
+    sets, files = {}, named_files(config.eval_data, "/")
+    for prefix, file in files.items():
+        rows, report = load_prompts(file, tokenizer, room, config.overlong)
+        print(report)
+        sets[prefix] = held_out(rows, config.eval_prompts, file)
+    inputs = [config.data, str(source), str(ref_folder), *files.values()]
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
-    longest = max(len(prompt.ids) for prompt in prompts)
+    longest = max(len(p.ids) for p in (*prompts, *(p for rows in sets.values() for p in rows)))
     models, held = memory.ppo_models(config), process_bytes(device)
     plan = memory.ppo_plan(config, models, longest, dtype, held)
     print(plan)
@@ -642,20 +658,43 @@ def main(argv: list[str] | None = None) -> int:
         head=policy.v_head, head_lr_scale=1.0 if config.critic else config.value_head_lr_scale,
     )  # fmt: skip
     state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
+    evaluate = partial(
+        evaluate_policy, policy.lm, reward=reward, tokenizer=tokenizer, sampling=config.sampling,
+        measure=partial(measure, policy, ref, temperature=config.temperature), seed=config.seed,
+        # no more than a training step, so that the memory plan holds
+        rows_at_once=min(config.rollout_batch_size, config.batch_size),
+        micro_batch_size=config.micro_batch_size, micro_batch_tokens=config.micro_batch_tokens,
+    )  # fmt: skip
+
+    def export_best() -> None:
+        lm = merged_copy(policy.lm) if config.lora_rank else policy.lm
+        r.export(lambda target: write_model(lm, tokenizer, target), "best")
+
     with r:
         r.facts(run_facts(config, len(prompts), policy, fits, device, dtype))
         r.restore(state)
+        if sets and not state.baselines:
+            found = evaluate_sets(r, state, sets, evaluate)
+            r.log(state, found, {}, ())
+            if config.keep_best:
+                keep_best(r, state, found, export_best)
         if config.sample_every and state.step == 0:
             show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
         for step in r.bar(ppo(state, prompts, reward, ref, tokenizer, config), state, config.steps):
             last = step.number == config.steps
             with r.report(state, step):
                 r.write_samples(state, step.samples)
-                if last or step.number % config.log_every == 0:
+                every = config.eval_every
+                evaluating = sets and (last or (every and step.number % every == 0))
+                found = evaluate_sets(r, state, sets, evaluate) if evaluating else {}
+                if found or last or step.number % config.log_every == 0:
                     names = "lr", "episode", "objective/kl_coef", "epoch", "skipped_updates"
-                    r.log(state, {name: step.metrics[name] for name in names}, step.clock, (
+                    extra = {name: step.metrics[name] for name in names} | found
+                    r.log(state, extra, step.clock, (
                         "objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg",
                         "policy/clipfrac_avg", "response_length"))  # fmt: skip
+                if found and config.keep_best:
+                    keep_best(r, state, found, export_best)
                 if config.sample_every and (last or step.number % config.sample_every == 0):
                     show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
             if last or step.number % config.save_every == 0:
