@@ -250,7 +250,7 @@ OWN = {
     "ppo": {
         "data": "prompts", "epochs": 2, "mini_batches": 1, "micro_batch_size": 2,
         "max_new_tokens": 3, "kl_target": 0.1, "kl_horizon": 50, "sample_every": 2,
-        "sample_prompts": 2, "eval_data": "few_prompts", "eval_every": 1, "keep_best": True,
+        "sample_prompts": 2, "eval_data": "few_prompts", "eval_every": 2, "keep_best": True,
         "seed": 2,
     },
 }  # fmt: skip

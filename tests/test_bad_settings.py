@@ -109,7 +109,11 @@ PPO_FLAGS = [  # added to a right `minirlhf ppo`, what is told
     ("--stop", "--stop: expected at least one value"),
     ("--overlong truncate_response", "--overlong: got 'truncate_response', must be one of error, "),
     ("--max-prompt-length 3", "prompts.jsonl:1: 8 tokens, max_length is 3"),
-    ("--eval-data a", "--eval-data: unknown flag: the nearest is --"),
+    ("--eval-data a", "a: not a data file: its name has no ending"),
+    ("--eval-data nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("--eval-data prompts.jsonl prompts.jsonl", "--eval-data: two sets are called 'eval': name"),
+    ("--eval-every 5", "eval_every: goes with --eval-data"),
+    ("--keep-best --eval-data prompts.jsonl", "keep_best: goes with --eval-every, the policy at"),
     ("--critic nowhere", "nowhere: no such folder: give a model folder or a hub name"),
     ("--ref ''", "--ref: got '', must be the name of a folder"),
 ]
@@ -456,7 +460,7 @@ def test_the_last_row_is_read_before_any_weight(verb, refused, no_weights):
     assert line.startswith("late.jsonl:51: ")
 
 
-@pytest.mark.parametrize("verb", ["sft", "new", "reward"])
+@pytest.mark.parametrize("verb", ["sft", "new", "reward", "ppo"])
 def test_the_last_held_out_row_is_read_before_any_weight(verb, refused, no_weights):
     good = COMMANDS[verb].partition("--data ")[2].split()[0]
     line = refused(words(verb, eval_data=(f"a={good}", bad_last_row(verb))))
