@@ -18,7 +18,7 @@ import torch
 
 from minirlhf import load_pretrained, load_reward_model, load_tokenizer
 from minirlhf.data import load_prompts
-from minirlhf.evaluation import evaluate_policy, win_rate
+from minirlhf.evaluation import evaluate_policy
 from minirlhf.generation import Sampling
 from minirlhf.heads import ValueHeadModel
 from minirlhf.recipes.ppo import measure
@@ -45,25 +45,26 @@ def main() -> None:
     sampling = Sampling(args.max_new_tokens, args.temperature, stop_strings=tuple(args.stop))
     found = {}
     for name, lm in (("start", start), ("aligned", load_pretrained(args.aligned, torch.float32))):
-        fill = partial(measure, ValueHeadModel(lm), start, temperature=args.temperature)
         found[name] = evaluate_policy(
-            lm, prompts, source, fill, tokenizer, sampling, args.seed, micro_batch_size=16
-        )
-    results, scores = ({n: getattr(r, what) for n, r in found.items()}
-                       for what in ("metrics", "scores"))  # fmt: skip
+            lm, prompts, source, partial(measure, ValueHeadModel(lm), start,
+            temperature=args.temperature), tokenizer, sampling, args.seed, micro_batch_size=16,
+            baseline=found["start"].scores if found else None,
+        )  # fmt: skip
+    results = {name: evaluated.metrics for name, evaluated in found.items()}
     before, after = results["start"], results["aligned"]
+    gain = after["objective/scores"] - before["objective/scores"]
     summary = {
-        "gain_in_start_std": (after["objective/scores"] - before["objective/scores"])
-        / stdev(scores["start"]),
+        "gain_in_start_std": gain / stdev(found["start"].scores),
         "distinct_2_kept": after["distinct_2"] / before["distinct_2"],
-    } | {f"win_{name}": value for name, value in win_rate(scores["aligned"], scores["start"])._asdict().items()}
+        **{name: value for name, value in after.items() if name.startswith("win_rate")},
+    }
     print(f"\n{'':<20}{'start':>10}{'aligned':>10}")
     for metric in before:
         print(f"{metric:<20}{before[metric]:>10.3f}{after[metric]:>10.3f}")
     print("\n" + "  ".join(f"{name} {value:.3f}" for name, value in summary.items()))
     rows = [
         {"prompt": p.text, **{n: r.texts[i] for n, r in found.items()},
-         **{f"{n}_score": scores[n][i] for n in scores}}
+         **{f"{n}_score": r.scores[i] for n, r in found.items()}}
         for i, p in enumerate(prompts)
     ]  # fmt: skip
     names = ("limit", "max_new_tokens", "temperature", "stop", "seed")
