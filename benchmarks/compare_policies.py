@@ -4,31 +4,25 @@
     python benchmarks/compare_policies.py --start MODEL --aligned RUN/model --reward RUN/model \
         --prompts real/movie_prompts.jsonl --out benchmarks/results/ppo.json
 
-Prints one table and writes one json with the texts: mean score, its gain in standard deviations of
-the starting policy's scores, KL of the aligned policy to the start (nats a response, k1 on its own
-samples), distinct-1 and distinct-2 (different words and word pairs over all of them), length, the
-share that ended by itself, and how often the aligned answer scores higher than the start's.
+Prints one table and writes one json with the texts: the metrics of `evaluation.evaluate_policy` for
+both, KL to the start; the gain in standard deviations of the starting policy's scores; and how
+often the aligned answer scores higher than the start's, a tie counting half, with its 95% interval.
 """
 
 import argparse
 import json
+from functools import partial
+from statistics import stdev
 
 import torch
 
-from minirlhf import load_pretrained, load_reward_model, load_tokenizer, streams
+from minirlhf import load_pretrained, load_reward_model, load_tokenizer
 from minirlhf.data import load_prompts
+from minirlhf.evaluation import evaluate_policy
 from minirlhf.generation import Sampling
 from minirlhf.heads import ValueHeadModel
-from minirlhf.kl import kl_k1
 from minirlhf.recipes.ppo import measure
 from minirlhf.rewards import model_reward
-from minirlhf.rollout import RolloutBuffer, sample
-
-
-def distinct(texts: list[str], n: int) -> float:
-    """Different n-grams of words over all n-grams of all texts."""
-    grams = [tuple(w[i : i + n]) for w in map(str.split, texts) for i in range(len(w) - n + 1)]
-    return len(set(grams)) / max(len(grams), 1)
 
 
 def main() -> None:
@@ -48,38 +42,29 @@ def main() -> None:
     prompts = prompts[-args.limit :]
     source = model_reward(load_reward_model(args.reward, torch.float32), tokenizer, 4096)
     start = load_pretrained(args.start, torch.float32)
-    keys = streams.key(args.seed, "comparison", torch.arange(len(prompts)))
     sampling = Sampling(args.max_new_tokens, args.temperature, stop_strings=tuple(args.stop))
-    results, scores, texts = {}, {}, {}
+    found = {}
     for name, lm in (("start", start), ("aligned", load_pretrained(args.aligned, torch.float32))):
-        completions, rollout = sample(lm, prompts, keys, sampling, tokenizer, 64)
-        scores[name], texts[name] = source(completions), completions.completions
-        buffer = RolloutBuffer(16, 4096)
-        buffer.add(rollout)
-        measure(ValueHeadModel(lm), start, buffer, args.temperature)
-        kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
-        results[name] = {
-            "score": float(scores[name].mean()),
-            "score_std": float(scores[name].std()),
-            "kl": float(kl.sum()) / len(prompts),
-            "distinct_1": distinct(texts[name], 1),
-            "distinct_2": distinct(texts[name], 2),
-            "tokens": sum(map(len, completions.response_ids)) / len(prompts),
-            "ended": 1 - completions.finish_reasons.count("length") / len(prompts),
-        }
+        found[name] = evaluate_policy(
+            lm, prompts, source, partial(measure, ValueHeadModel(lm), start,
+            temperature=args.temperature), tokenizer, sampling, args.seed, micro_batch_size=16,
+            baseline=found["start"].scores if found else None,
+        )  # fmt: skip
+    results = {name: evaluated.metrics for name, evaluated in found.items()}
     before, after = results["start"], results["aligned"]
+    gain = after["objective/scores"] - before["objective/scores"]
     summary = {
-        "gain_in_start_std": (after["score"] - before["score"]) / before["score_std"],
+        "gain_in_start_std": gain / stdev(found["start"].scores),
         "distinct_2_kept": after["distinct_2"] / before["distinct_2"],
-        "win_rate": float((scores["aligned"] > scores["start"]).float().mean()),
+        **{name: value for name, value in after.items() if name.startswith("win_rate")},
     }
-    print(f"\n{'':<12}{'start':>10}{'aligned':>10}")
+    print(f"\n{'':<20}{'start':>10}{'aligned':>10}")
     for metric in before:
-        print(f"{metric:<12}{before[metric]:>10.3f}{after[metric]:>10.3f}")
+        print(f"{metric:<20}{before[metric]:>10.3f}{after[metric]:>10.3f}")
     print("\n" + "  ".join(f"{name} {value:.3f}" for name, value in summary.items()))
     rows = [
-        {"prompt": p.text, **{n: texts[n][i] for n in texts},
-         **{f"{n}_score": float(scores[n][i]) for n in scores}}
+        {"prompt": p.text, **{n: r.texts[i] for n, r in found.items()},
+         **{f"{n}_score": r.scores[i] for n, r in found.items()}}
         for i, p in enumerate(prompts)
     ]  # fmt: skip
     names = ("limit", "max_new_tokens", "temperature", "stop", "seed")

@@ -52,6 +52,7 @@ class TrainState:
     kl_coef: float | None = None  # PPO: current coefficient of the KL penalty
     score_moments: list[float] = field(default_factory=list)  # of `scores.RunningMoments`
     best: float | None = None  # best value of the metric that evaluation watches
+    baselines: dict[str, list[float]] = field(default_factory=dict)  # held-out scores of the start
     counters: dict[str, int] = field(default_factory=dict)  # events since the start
     meters: Meters = field(default_factory=Meters)  # the open log window
     log_bytes: dict[str, int] = field(default_factory=dict)  # length of each log file
@@ -79,6 +80,11 @@ def _fits(name: str, value: object) -> bool:
             return isinstance(value, list) and len(value) in (0, 3) and all(
                 type(part) in (int, float) for part in value
             )  # fmt: skip
+        case "baselines":
+            return isinstance(value, dict) and all(
+                isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+                for scores in value.values()
+            )
         case "counters" | "log_bytes":
             return isinstance(value, dict) and all(type(n) is int for n in value.values())
         case "meters":

@@ -4,6 +4,7 @@ The base weights stay as they are, so they are also the reference policy: under 
 model computes what it computed before `add_lora`, without a second copy. There is no dropout.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -149,6 +150,15 @@ def merge_lora(model: Model) -> Model:
     for name, layer in _adapters(model).items():
         model.set_submodule(name, layer.merged())
     return model.requires_grad_(True)
+
+
+def merged_copy(model: Model) -> Model:
+    """The plain model that `merge_lora` would leave, as a copy: the given one goes on learning.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    return merge_lora(copy.deepcopy(model))
 
 
 def has_lora(model: nn.Module) -> bool:

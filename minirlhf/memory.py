@@ -220,6 +220,7 @@ class PPOSettings(Protocol):
     train_critic: bool
     gradient_checkpointing: bool
     ptx_batch_size: int
+    keep_best: bool
 
 
 class TrainingSettings(Protocol):
@@ -313,6 +314,9 @@ def ppo_plan(
         # Ids twice, and a byte of mask and six float32 for each response token.
         Part("rollout", settings.batch_size * (16 * longest + 25 * settings.max_new_tokens),
              f"{settings.batch_size} rows x {longest} tokens", reading, "lower --batch-size"),
+        # Adapters are folded into a copy, while the policy goes on learning with them.
+        _frozen("best policy, merged", parameters(policy) if rank and settings.keep_best else 0,
+                dtype, ("save",), "give --no-keep-best"),
         *_exported(policy, parameters(policy), dtype),
     ]  # fmt: skip
     return Plan("ppo", phases, tuple(parts), held)

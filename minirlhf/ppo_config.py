@@ -24,6 +24,10 @@ class PPOConfig:
         "", "reward-model folder, or file.py:function", metavar="SOURCE", required=True
     )
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
+    eval_data: tuple[str, ...] = setting((), "held-out prompts, more as NAME=FILE", metavar="FILE")
+    eval_every: int = setting(0, "steps between evaluations; 0: start and end only", at_least=0)
+    eval_prompts: int | None = setting(None, "at most so many of each held-out file", at_least=2)
+    keep_best: bool = setting(False, "export the policy of the best evaluation so far to best/")
     ref: str | None = setting(None, "reference; none: the policy at step 0", metavar="FOLDER")
     critic: str | None = setting(
         None, "reward model to start a critic of its own from; none: a head on the policy's trunk",
@@ -138,7 +142,10 @@ class PPOConfig:
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
 
     def check(self) -> list[str]:
-        return [*self._sampling_problems(), *self._reward_problems(), *self._update_problems()]
+        return [
+            *self._sampling_problems(), *self._reward_problems(), *self._update_problems(),
+            *self._evaluation_problems(),
+        ]  # fmt: skip
 
     def _sampling_problems(self) -> Iterator[str]:
         if self.temperature == 0:
@@ -206,6 +213,14 @@ class PPOConfig:
                 f"critic_warmup_steps {self.critic_warmup_steps}: the policy would never learn, "
                 f"there are {self.steps} steps"
             )
+
+    def _evaluation_problems(self) -> Iterator[str]:
+        if not self.eval_data:
+            given = {"eval_every": self.eval_every, "eval_prompts": self.eval_prompts,
+                     "keep_best": self.keep_best}  # fmt: skip
+            yield from (f"{name}: goes with --eval-data" for name, value in given.items() if value)
+        elif self.keep_best and not self.eval_every:
+            yield "keep_best: goes with --eval-every, the policy at the end is in model/"
 
     @property
     def sampling(self) -> Sampling:

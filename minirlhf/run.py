@@ -1,6 +1,6 @@
 """The output folder of a run: its facts, logs, checkpoints, and the model at the end.
 
-    run.json  metrics.jsonl  samples.jsonl  checkpoints/step-…/  model/
+    run.json  metrics.jsonl  samples.jsonl  checkpoints/step-…/  best/  model/
 
 It is not a trainer: recipes own their loops and call it at their safe points.
 """
@@ -289,9 +289,9 @@ class Run:
         keep = self.settings.get("keep", 2)
         checkpoint.save_checkpoint(state, self.folder / "checkpoints", keep)
 
-    def export(self, write: Callable[[Path], None]) -> Path:
-        """Lets `write` fill a new folder that then becomes model/; returns it."""
-        temporary, final = self.folder / f"{fsio.TEMPORARY}model", self.folder / "model"
+    def export(self, write: Callable[[Path], None], name: str = "model") -> Path:
+        """Lets `write` fill a new folder that then takes its name; returns it."""
+        temporary, final = self.folder / f"{fsio.TEMPORARY}{name}", self.folder / name
         fsio.sweep(self.folder)
         fsio.make_folder(temporary)
         write(temporary)
@@ -315,14 +315,14 @@ def contents(name: str) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
 
 
-def named_files(entries: tuple[str, ...]) -> dict[str, str]:
-    """`FILE` or `NAME=FILE`, several -> {metric prefix: file}."""
+def named_files(entries: tuple[str, ...], mark: str = "_") -> dict[str, str]:
+    """`FILE` or `NAME=FILE`, several -> {metric prefix: file}; `mark` ends its parts."""
     out = {}
     for entry in entries:
         name, equals, file = entry.partition("=")
         if not equals or Path(entry).exists():
             name, file = "", entry
-        prefix = f"eval_{name}_" if name else "eval_"
+        prefix = f"eval{mark}{name}{mark}" if name else f"eval{mark}"
         if prefix in out:
             raise UserError("--eval-data", f"two sets are called {name or 'eval'!r}",
                             "name each: --eval-data short=a.jsonl long=b.jsonl")  # fmt: skip

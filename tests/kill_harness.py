@@ -224,8 +224,8 @@ SHAPE = {
     "num_attention_heads": 2, "max_position_embeddings": 48, "eos_token_id": 0,
 }  # fmt: skip
 REWARD = """
-def vowels(completions, bonus):
-    return [sum(c in "aeiou" for c in t) + b for t, b in zip(completions, bonus, strict=True)]
+def letters(completions, bonus):
+    return [sum(ord(c) % 7 for c in t) + b for t, b in zip(completions, bonus, strict=True)]
 """
 WORDS = ("good", "bad", "long", "dull", "fine", "a film", "warm", "odd")
 ROWS = {
@@ -252,6 +252,8 @@ OWN = {
         "data": "prompts", "epochs": 2, "mini_batches": 1, "micro_batch_size": 2,
         "max_new_tokens": 3, "kl_target": 0.1, "kl_horizon": 50, "sample_every": 2,
         "sample_prompts": 2, "early_stop_kl": 1e-3, "score_scaling": "normalize", "top_p": 0.9,
+        "eval_data": "few_prompts", "eval_every": 2, "keep_best": True,
+        "seed": 2,
     },
 }  # fmt: skip
 
@@ -268,7 +270,7 @@ def make_world(folder: Path, vocabulary: int = 258) -> Path:
     train_tokenizer([], 258, folder / "model")
     lm = CausalLM(config_from_hf({**SHAPE, "vocab_size": vocabulary}))
     save_pretrained(initialize(lm, torch.Generator().manual_seed(0)), folder / "model")
-    held_out = {f"few_{name}": ROWS[name][:3] for name in ("texts", "pairs")}
+    held_out = {f"few_{name}": ROWS[name][:3] for name in ROWS}
     for name, rows in (ROWS | held_out).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -283,8 +285,12 @@ def command(recipe: str, world: Path, out: Path, **changes: object) -> list[str]
         if name in settings:
             settings[name] = world / f"{settings[name]}.jsonl"
     if recipe == "ppo":
-        settings["reward"] = f"{world / 'reward.py'}:vowels"
-    return [recipe, *(w for k, v in settings.items() for w in (f"--{k.replace('_', '-')}", str(v)))]
+        settings["reward"] = f"{world / 'reward.py'}:letters"
+    flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+    return [
+        recipe,
+        *(w for flag, v in flags.items() for w in (flag, *([str(v)] * (v is not True)))),
+    ]
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------
@@ -295,7 +301,8 @@ def remains(out: Path) -> dict[str, bytes]:
     left = {name: (out / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
     left["metrics.jsonl"] = re.sub(rb', "clock": \{[^{}]*\}', b"", left["metrics.jsonl"])
     last = max((out / "checkpoints").glob("step-*"))
-    for path in (*(out / "model").iterdir(), *last.glob("*.safetensors"), last / "state.json"):
+    exported = (p for name in ("model", "best") for p in (out / name).glob("*"))
+    for path in (*exported, *last.glob("*.safetensors"), last / "state.json"):
         left[str(path.relative_to(out))] = path.read_bytes()
     numbers = json.loads((last / "state.json").read_text("utf-8"))
     del numbers["log_bytes"]["metrics.jsonl"]  # the clock's digits are among them

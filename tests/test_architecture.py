@@ -36,7 +36,7 @@ LAYERS = (
     "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.data",
     "minirlhf.config minirlhf.memory minirlhf.optim minirlhf.meters minirlhf.rollout "
     "minirlhf.rewards minirlhf.passes minirlhf.scores minirlhf.texts minirlhf.ppo_config "
-    "minirlhf.checkpoint minirlhf.distributed minirlhf.run",
+    "minirlhf.checkpoint minirlhf.distributed minirlhf.run minirlhf.evaluation",
     "minirlhf.recipes.*",
     "minirlhf.tools.*",
     "minirlhf.cli",

@@ -97,7 +97,9 @@ PPO_FLAGS = [  # added to a right `minirlhf ppo`, what is told
     ("--no-train-critic", "no-train-critic: goes with --critic, a value head has to learn"),
     ("--train-critic=false", "--train-critic: got 'false', takes no value: give --train-critic or"),
     ("--temperature 0", "temperature 0: greedy sampling explores nothing"),
-    ("--top-k 5", "top_k, top_p, min_p: truncated sampling draws from another law"),
+    ("--min-new-tokens 99", "min_new_tokens 99 is above max_new_tokens"),
+    ("--kl-in loss", "kl_in loss with kl_estimator k1: the gradient of that estimate"),
+    ("--ptx-coef 1", "ptx_data and ptx_coef go together: give both, or neither"),
     ("--mini-batches 8", "batch_size 2 is less than 8 mini_batches of micro_batch_size 2: use bat"),
     ("--kl-target 6 --kl-coef 0", "kl_target: kl_coef is 0, which no factor can move"),
     ("--kl-target 6 --kl-horizon 0.1", "kl_horizon 0.1 is too short for batch_size 2"),
@@ -109,7 +111,11 @@ PPO_FLAGS = [  # added to a right `minirlhf ppo`, what is told
     ("--stop", "--stop: expected at least one value"),
     ("--overlong truncate_response", "--overlong: got 'truncate_response', must be one of error, "),
     ("--max-prompt-length 3", "prompts.jsonl:1: 8 tokens, max_length is 3"),
-    ("--eval-data a", "--eval-data: unknown flag: the nearest is --"),
+    ("--eval-data a", "a: not a data file: its name has no ending"),
+    ("--eval-data nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("--eval-data prompts.jsonl prompts.jsonl", "--eval-data: two sets are called 'eval': name"),
+    ("--eval-every 5", "eval_every: goes with --eval-data"),
+    ("--keep-best --eval-data prompts.jsonl", "keep_best: goes with --eval-every, the policy at"),
     ("--critic nowhere", "nowhere: no such folder: give a model folder or a hub name"),
     ("--ref ''", "--ref: got '', must be the name of a folder"),
 ]
@@ -456,7 +462,7 @@ def test_the_last_row_is_read_before_any_weight(verb, refused, no_weights):
     assert line.startswith("late.jsonl:51: ")
 
 
-@pytest.mark.parametrize("verb", ["sft", "new", "reward"])
+@pytest.mark.parametrize("verb", ["sft", "new", "reward", "ppo"])
 def test_the_last_held_out_row_is_read_before_any_weight(verb, refused, no_weights):
     good = COMMANDS[verb].partition("--data ")[2].split()[0]
     line = refused(words(verb, eval_data=(f"a={good}", bad_last_row(verb))))

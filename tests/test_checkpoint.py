@@ -134,7 +134,8 @@ def test_the_restored_moments_are_no_window_into_the_file(saved):
 
 OTHER_VALUES = {
     "step": 7, "samples": 8, "kl_coef": 0.1 + 0.2, "best": 1 / 3,
-    "score_moments": [3, 0.1, 1 / 7], "counters": {"a": 9},
+    "score_moments": [3, 0.1, 1 / 7],
+    "baselines": {"eval/": [0.1 + 0.2, -1.5]}, "counters": {"a": 9},
     "log_bytes": {"metrics.jsonl": 10}, "unreported": {
         "number": 7, "metrics": {"loss": 0.1}, "clock": {}, "samples": []
     },
@@ -171,7 +172,7 @@ def test_a_field_of_a_wider_state_is_saved_by_its_name(tmp_path):
     (commit / "state.json").write_bytes(b"[]")
     edit_files({"state.json": {"bytes": 2, "sha256": hashlib.sha256(b"[]").hexdigest()}})(commit)
     before = contents(fresh)
-    with pytest.raises(UserError, match=r"was saved by another version \(best, counters, kl_coef"):
+    with pytest.raises(UserError, match=r"was saved by another version \(baselines, best, "):
         load_checkpoint(fresh, commit)
     assert contents(fresh) == before
 
@@ -182,6 +183,7 @@ OF_ANOTHER_KIND = {
     "kl_coef": ["0.1", True, []],
     "best": ["0.1", {}],
     "score_moments": [None, [1, 2], [1, 2, "3"], {}],
+    "baselines": [None, [0.5], {"eval/": 0.5}, {"eval/": ["0.5"]}, {"eval/": [True]}],
     "counters": [None, {"a": 1.5}, []],
     "log_bytes": [None, {"metrics.jsonl": "10"}],
     "meters": [None, {"loss": [1, 2]}, {"loss": [1, 2, "3"]}, {"loss": 3}],

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from test_evaluation import evaluated
 from test_ppo import (
     PROMPTS,
     Letters,
@@ -123,8 +124,10 @@ def scorer() -> RewardModel:
         lambda: function_reward(lambda completions: [1.0], "f")(completions()),
         lambda: reward_recipe.evaluate(scorer(), PAIRS),
         lambda: sft_recipe.evaluate(tiny_lm(), TEXTS),
+        lambda: evaluated(),
     ],
-    ids=["sampling", "reward model", "reward function", "reward evaluation", "sft evaluation"],
+    ids=["sampling", "reward model", "reward function", "reward evaluation", "sft evaluation",
+         "policy evaluation"],
 )
 def test_work_ends_at_a_signal(work, capfd):
     work()

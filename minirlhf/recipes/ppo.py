@@ -25,9 +25,10 @@ from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
 from minirlhf.data import Prompt, Text, load_prompts, load_texts
 from minirlhf.errors import BUG, OK, STOPPED, NonFinite, UserError, printable, run
+from minirlhf.evaluation import evaluate_policy, evaluate_sets, held_out, keep_best
 from minirlhf.heads import ValueHeadModel, critic_from_reward_model
 from minirlhf.kl import ESTIMATORS, AdaptiveKL, kl_k1, kl_k3
-from minirlhf.lora import add_lora, merge_lora
+from minirlhf.lora import add_lora, merge_lora, merged_copy
 from minirlhf.losses import clipped_value_loss
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.masking import masked_rescale, masked_standardize, masked_sum
@@ -36,7 +37,7 @@ from minirlhf.passes import TokenPass, kl_to_ref, measure, policy_pass
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.rewards import Completions, RewardSource, Scores, load_reward, locate
 from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, unpack
-from minirlhf.run import Run, write_model
+from minirlhf.run import Run, named_files, write_model
 from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.texts import TextMix, count_tokens
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
@@ -614,11 +615,17 @@ def main(argv: list[str] | None = None) -> int:
     room = prompt_room(config, (folder, ref_folder, *critic, *scorer))
     prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
     print(report)
+    sets, files = {}, named_files(config.eval_data, "/")
+    for prefix, file in files.items():
+        rows, report = load_prompts(file, tokenizer, room, config.overlong)
+        print(report)
+        sets[prefix] = held_out(rows, config.eval_prompts, file)
     texts = load_mix(config, tokenizer, pretrained.read_config(folder).longest_row)
-    inputs = [config.data, str(source), str(ref_folder), *filter(None, [config.ptx_data])]
+    inputs = [config.data, str(source), str(ref_folder), *files.values()]
+    inputs += [config.ptx_data] if config.ptx_data else []
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
-    longest = max(len(prompt.ids) for prompt in prompts)
+    longest = max(len(p.ids) for p in (*prompts, *(p for rows in sets.values() for p in rows)))
     models, held = memory.ppo_models(config), process_bytes(device)
     longest_text = max((len(text.ids) for text in texts), default=0)
     plan = memory.ppo_plan(config, models, longest, dtype, held, longest_text)
@@ -644,9 +651,26 @@ def main(argv: list[str] | None = None) -> int:
     state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
     sizes = config.ptx_batch_size, config.micro_batch_tokens
     mix = TextMix(texts, config.ptx_coef, *sizes, config.seed) if texts else None
+    evaluate = partial(
+        evaluate_policy, policy.lm, reward=reward, tokenizer=tokenizer, sampling=config.sampling,
+        measure=partial(measure, policy, ref, temperature=config.temperature), seed=config.seed,
+        # no more than a training step, so that the memory plan holds
+        rows_at_once=min(config.rollout_batch_size, config.batch_size),
+        micro_batch_size=config.micro_batch_size, micro_batch_tokens=config.micro_batch_tokens,
+    )  # fmt: skip
+
+    def export_best() -> None:
+        lm = merged_copy(policy.lm) if config.lora_rank else policy.lm
+        r.export(lambda target: write_model(lm, tokenizer, target), "best")
+
     with r:
         r.facts(run_facts(config, len(prompts), policy, fits, device, dtype))
         r.restore(state)
+        if sets and not state.baselines:
+            found = evaluate_sets(r, state, sets, evaluate)
+            r.log(state, found, {}, ())
+            if config.keep_best:
+                keep_best(r, state, found, export_best)
         if config.sample_every and state.step == 0:
             show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
         loop = ppo(state, prompts, reward, ref, tokenizer, config, mix)
@@ -654,11 +678,16 @@ def main(argv: list[str] | None = None) -> int:
             last = step.number == config.steps
             with r.report(state, step):
                 r.write_samples(state, step.samples)
-                if last or step.number % config.log_every == 0:
+                every = config.eval_every
+                evaluating = sets and (last or (every and step.number % every == 0))
+                found = evaluate_sets(r, state, sets, evaluate) if evaluating else {}
+                if found or last or step.number % config.log_every == 0:
                     names = "lr", "episode", "objective/kl_coef", "epoch", *EVENTS
-                    r.log(state, {name: step.metrics[name] for name in names}, step.clock, (
+                    r.log(state, {name: step.metrics[name] for name in names} | found, step.clock, (
                         "objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg",
                         "policy/clipfrac_avg", "response_length"))  # fmt: skip
+                if found and config.keep_best:
+                    keep_best(r, state, found, export_best)
                 if config.sample_every and (last or step.number % config.sample_every == 0):
                     show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
             if last or step.number % config.save_every == 0:

@@ -34,9 +34,12 @@ def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
     room = prompt_room(config, (folder, *others))
     if config.data:
         tokenizer = load_tokenizer(folder)
-        prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
-        print(report)
-        room = max(len(prompt.ids) for prompt in prompts)
+        files, longest = (config.data, *named_files(config.eval_data, "/").values()), 0
+        for file in files:
+            prompts, report = load_prompts(file, tokenizer, room, config.overlong)
+            print(report)
+            longest = max(longest, *(len(prompt.ids) for prompt in prompts))
+        room = longest
     elif config.max_prompt_length is None:
         raise UserError("--data", "not given, so prompts may be of any length",
                         "give it, or --max-prompt-length")  # fmt: skip

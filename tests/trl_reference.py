@@ -1,0 +1,272 @@
+"""The numbers of TRL on small fixed inputs: what test_trl_parity.py compares with.
+
+TRL's PPO and its peers cannot be installed beside what the tests need, so each environment is one
+of its own, and what it computes is kept in tests/data:
+
+    pip install torch trl==0.9.6 transformers==4.44.2 accelerate==0.33.0 peft==0.12.0 \
+        "datasets<3" "numpy<2" pyarrow==17.0.0 rich
+    python tests/trl_reference.py tests/data/trl_0_9_6.json
+
+    pip install torch trl==1.16.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets
+    python tests/trl_reference.py tests/data/trl_1_16_0.json
+
+Methods of TRL's trainers are called on objects that hold only what these methods read. Shapes: B
+rows, T ids of the longest; a list of lists has one list a row, of its response's tokens.
+"""
+
+import json
+import math
+import sys
+from collections import defaultdict
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+SHAPE = {
+    "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
+    "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+
+# Rows of unequal lengths, padded on the right; id 0 is padding and in no row.
+QUERIES = [[3, 4, 5], [1, 2], [9, 8, 7, 6]]
+RESPONSES = [[6, 1], [7, 7, 3, 9], [2]]
+SCORES = [1.5, -0.75, 0.25]
+SETTINGS = {"gamma": 0.95, "lam": 0.9, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1}
+KL_COEF, TARGET, HORIZON = 0.2, 0.05, 40
+REF, OLD, NEW = 0.0, 0.5, 0.9  # phases of the weights of reference, rollout and training pass
+
+PAIRS = [
+    {"chosen_ids": [3, 4, 5, 6], "rejected_ids": [3, 4, 1], "margin": 0.5},
+    {"chosen_ids": [9, 2], "rejected_ids": [9, 8, 7, 1, 1], "margin": 0.0},
+    {"chosen_ids": [5, 5, 5], "rejected_ids": [5, 7], "margin": 1.25},
+]
+CENTER = 0.01
+
+
+def fill(model: nn.Module, phase: float) -> nn.Module:
+    """Weights by a formula of their names' order, so that no file has to hold them."""
+    offset = 0
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            n = torch.arange(offset, offset + parameter.numel(), dtype=torch.float64)
+            offset += parameter.numel()
+            values = 0.7 * torch.sin(1.7 * n + phase * torch.cos(0.3 * n))
+            parameter.copy_(values.view_as(parameter))
+    return model
+
+
+def direction(parameter: Tensor) -> Tensor:
+    """What a gradient is projected on."""
+    n = torch.arange(parameter.numel(), dtype=torch.float64)
+    return torch.cos(0.9 * n).view_as(parameter)
+
+
+def projected(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    """One number of each parameter's gradient, in the order of their names."""
+    parameters = [p for _, p in sorted(model.named_parameters())]
+    gradient = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+    return [(g * direction(g)).sum() for g in gradient]
+
+
+def rounded(value: object) -> object:
+    """Tensors as lists, numbers with 10 digits."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, Tensor):
+        return rounded(value.detach().tolist())
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.10g}")
+
+
+# ---- TRL 0.9.6: PPOTrainer -----------------------------------------------------------------------
+
+
+def ppo_trainer(**settings: object):
+    from trl import PPOConfig
+    from trl.trainer.ppo_trainer import PPOTrainer
+    from trl.trainer.utils import AdaptiveKLController
+
+    trainer = object.__new__(PPOTrainer)
+    trainer.config = PPOConfig(mini_batch_size=3, batch_size=3, **{**SETTINGS, **settings})
+    trainer.kl_ctl = AdaptiveKLController(KL_COEF, TARGET, HORIZON)
+    trainer.is_encoder_decoder = False
+    return trainer
+
+
+def value_head_model(phase: float):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import AutoModelForCausalLMWithValueHead
+
+    lm = LlamaForCausalLM(LlamaConfig(**SHAPE)).double()
+    model = AutoModelForCausalLMWithValueHead(lm).double()
+    model.is_peft_model = False  # else set by from_pretrained
+    fill(model.pretrained_model, phase)
+    fill(model.v_head, phase)
+    return model
+
+
+def forward(trainer, phase: float):
+    """TRL's own pass over all rows: log-probs, logits, values, mask (B, T - 1); the model."""
+    rows = [torch.tensor(q + r) for q, r in zip(QUERIES, RESPONSES, strict=True)]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    queries, responses = ([torch.tensor(x) for x in part] for part in (QUERIES, RESPONSES))
+    model = value_head_model(phase)
+    logprobs, logits, values, mask = trainer.batched_forward_pass(
+        model, queries, responses, inputs, return_logits=True
+    )
+    return (logprobs, logits, values, mask), model
+
+
+def by_row(values: Tensor, mask: Tensor) -> list[list[float]]:
+    return [row[here.bool()].tolist() for row, here in zip(values, mask, strict=True)]
+
+
+def moments(scores: list[list[float]]) -> list[list[float]]:
+    """TRL's running mean and standard deviation after each batch of scores."""
+    from trl.trainer.utils import RunningMoments
+
+    running, seen = RunningMoments(SimpleNamespace(use_distributed=False)), []
+    for batch in scores:
+        running.update(torch.tensor(batch))
+        seen.append([float(running.mean), float(running.std)])
+    return seen
+
+
+def ppo_reference() -> dict:
+    trainer = ppo_trainer()
+    with torch.no_grad():
+        (ref_logprobs, ref_logits, _, _), _ = forward(trainer, REF)
+        (old_logprobs, old_logits, values, mask), _ = forward(trainer, OLD)
+    scores = torch.tensor(SCORES, dtype=torch.float64)
+    rewards, non_score, kls = trainer.compute_rewards(scores, old_logprobs, ref_logprobs, mask)
+    kept, advantages, returns = trainer.compute_advantages(values, rewards, mask)
+
+    (logprobs, logits, vpreds, _), model = forward(trainer, NEW)
+    arguments = old_logprobs, kept, logits, vpreds, logprobs, mask, advantages, returns
+    policy_loss, value_loss, stats = trainer.loss(*arguments)
+    gradients = {"policy": policy_loss, "value": value_loss}
+    gradients = {name: projected(model, loss) for name, loss in gradients.items()}
+    ratio = by_row(stats.pop("policy/ratio"), mask)
+    stats.pop("policy/advantages")
+    step = trainer.record_step_stats(
+        kl_coef=KL_COEF, masks=mask, kls=kls, logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        non_score_reward=non_score, scores=scores, queries=QUERIES, responses=RESPONSES,
+        train_stats={name: value[None] for name, value in stats.items()},
+    )  # fmt: skip
+    names = ("objective/kl", "objective/entropy", "ppo/mean_non_score_reward", "ppo/mean_scores",
+             "ppo/std_scores", "ppo/val/var_explained", "tokens/responses_len_mean")  # fmt: skip
+
+    penalties = {}
+    for kind in ("kl", "abs", "mse", "full"):
+        trainer.config.kl_penalty = kind
+        pair = (old_logprobs, ref_logprobs)
+        if kind == "full":
+            pair = (old_logits.log_softmax(-1), ref_logits.log_softmax(-1))
+        penalties[kind] = by_row(trainer._kl_penalty(*pair), mask)
+    trainer.kl_ctl.update(float(step["objective/kl"]), len(SCORES))
+    coefs = [trainer.kl_ctl.value]
+    for kl, n in ((0.0, 3), (0.052, 8), (-1.0, 3)):
+        trainer.kl_ctl.update(kl, n)
+        coefs.append(trainer.kl_ctl.value)
+
+    cells = {
+        "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "old_values": values,
+        "rewards": rewards, "returns": returns, "advantages": advantages, "logprobs": logprobs,
+        "values": vpreds,
+    }  # fmt: skip
+    return {
+        **{name: by_row(x, mask) for name, x in cells.items()},
+        "ratio": ratio, "penalties": penalties, "kl_coefs": coefs,
+        "loss": {"policy": policy_loss, "value": value_loss},
+        "stats": stats | {name: step[name] for name in names},
+        "gradients": gradients,
+        **ppo_defects(rewards, values, mask, arguments),
+        "running_moments": moments(RUNNING_SCORES),
+    }  # fmt: skip
+
+
+RUNNING_SCORES = [[1.0, 2.0, 4.0], [0.5, -3.0], [10.0, 10.0, 9.0, 2.5]]
+
+
+def ppo_defects(rewards: Tensor, values: Tensor, mask: Tensor, arguments: tuple) -> dict:
+    """What TRL computes where it is known to be wrong, and with the fault switched off."""
+    from trl.core import masked_whiten
+
+    whitening = ppo_trainer(whiten_rewards=True)
+    _, _, leaked = whitening.compute_advantages(values, rewards, mask)
+    masked = masked_whiten(rewards * mask, mask, shift_mean=False) * mask  # masked once more
+    _, _, clean = ppo_trainer().compute_advantages(values, masked, mask)
+
+    guarded, free = (ppo_trainer(ratio_threshold=x) for x in (0.5, math.inf))
+    guarded_loss, free_loss = (t.loss(*arguments)[0] for t in (guarded, free))
+    return {
+        "whitened_rewards": by_row(masked, mask),
+        "returns_of_whitened": by_row(clean, mask),
+        "returns_of_whitened_unmasked": by_row(leaked, mask),
+        "guarded_policy_loss": guarded_loss, "unguarded_policy_loss": free_loss,
+    }  # fmt: skip
+
+
+# ---- TRL 1.16: RewardTrainer ---------------------------------------------------------------------
+
+
+def reward_trainer(center: float | None):
+    from trl import RewardTrainer
+
+    trainer = object.__new__(RewardTrainer)
+    trainer.args = SimpleNamespace(center_rewards_coefficient=center)
+    trainer.accelerator = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer.model = SimpleNamespace(training=True)
+    trainer._metrics = {"train": defaultdict(list)}
+    trainer._total_train_tokens, trainer._tp_size = 0, 1
+    return trainer
+
+
+def reward_reference() -> dict:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from trl.trainer.reward_trainer import DataCollatorForPreference
+
+    config = LlamaConfig(**SHAPE, num_labels=1)
+    model = fill(LlamaForSequenceClassification(config).double().eval(), NEW)
+    out = {}
+    for name, center, margin in (
+        ("plain", None, False), ("margin", None, True), ("centred", CENTER, True),
+    ):  # fmt: skip
+        rows = [{k: v for k, v in pair.items() if margin or k != "margin"} for pair in PAIRS]
+        batch = DataCollatorForPreference(pad_token_id=0)(rows)
+        trainer = reward_trainer(center)
+        loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+        gradient = projected(model, loss)
+        metrics = {n: values[0] for n, values in trainer._metrics["train"].items()
+                   if n != "num_tokens"}  # fmt: skip
+        scores = outputs.logits.squeeze(-1)
+        out[name] = {"loss": loss, "scores": scores, "metrics": metrics, "gradient": gradient}
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+
+REFERENCES = {"0.9.6": ppo_reference, "1.16.0": reward_reference}
+
+
+def compute() -> dict:
+    """What the TRL that is installed here computes, as JSON."""
+    torch.manual_seed(0)
+    return {"trl": version("trl")} | rounded(REFERENCES[version("trl")]())
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    with open(sys.argv[1], "w", encoding="utf-8") as file:
+        json.dump(compute(), file, indent=1)
+        file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
