@@ -169,6 +169,15 @@ def totals(plan: Plan) -> dict[str, int]:
 SETTINGS = PPOConfig(batch_size=4, max_new_tokens=3, micro_batch_size=2)
 
 
+def test_ppo_plan_counts_the_merged_copy_of_the_best_policy():
+    models = PPOModels(TINY, None, None, None)
+    for rank, kept, expected in ((2, True, 172 * 4), (2, False, 0), (0, True, 0)):
+        settings = replace(SETTINGS, lora_rank=rank, keep_best=kept)
+        plan = memory.ppo_plan(settings, models, 2, float32, held=0)
+        assert sizes(plan).get("best policy, merged", 0) == expected
+        assert all(p.phases == ("save",) for p in plan.parts if p.name.startswith("best"))
+
+
 def test_ppo_plan_by_hand():
     plan = memory.ppo_plan(SETTINGS, PPOModels(TINY, TINY, TINY, None), 2, float32, held=1000)
     assert sizes(plan) == {

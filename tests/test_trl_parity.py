@@ -89,7 +89,7 @@ def measured() -> RolloutBuffer:
     return buffer
 
 
-def near(got: list[Tensor] | list[float], expected: list) -> None:
+def assert_near(got: list[Tensor] | list[float], expected: list) -> None:
     """Row by row, all finite."""
     for ours, theirs in zip(got, expected, strict=True):
         values = ours.tolist() if isinstance(ours, Tensor) else ours
@@ -129,7 +129,7 @@ def stepped(**changes: object):
 
 @pytest.mark.parametrize("name", ["old_logprobs", "ref_logprobs", "old_values"])
 def test_measured_log_probs_and_values_are_trls(name):
-    near(by_row(measured(), name), PPO[name])
+    assert_near(by_row(measured(), name), PPO[name])
 
 
 @pytest.mark.parametrize("name", ["logprobs", "values"])
@@ -141,21 +141,21 @@ def test_a_training_pass_gives_trls_log_probs_and_values(name):
             cells = getattr(policy_pass(model, micro, 1.0), name)
             for b, row in enumerate(micro.rows.tolist()):
                 rows[row] = cells[b][micro.response_mask[b]]
-    near([rows[row] for row in range(3)], PPO[name])
+    assert_near([rows[row] for row in range(3)], PPO[name])
 
 
 def test_rewards_and_returns_are_trls():
     buffer = filled(whiten=False)
-    near(by_row(buffer, "rewards"), PPO["rewards"])
-    near(by_row(buffer, "returns"), PPO["returns"])
+    assert_near(by_row(buffer, "rewards"), PPO["rewards"])
+    assert_near(by_row(buffer, "returns"), PPO["returns"])
 
 
 def test_advantages_are_trls_before_and_after_whitening():
     raw = [[r - v for r, v in zip(*rows, strict=True)]
            for rows in zip(PPO["returns"], PPO["old_values"], strict=True)]  # fmt: skip
-    near(by_row(filled(whiten=False), "advantages"), raw)
+    assert_near(by_row(filled(whiten=False), "advantages"), raw)
     white = [[BESSEL * a for a in row] for row in PPO["advantages"]]
-    near(by_row(filled(whiten=True), "advantages"), white)
+    assert_near(by_row(filled(whiten=True), "advantages"), white)
 
 
 def test_losses_are_trls():
@@ -238,7 +238,7 @@ def test_whitened_rewards_are_trls_once_they_are_masked_again():
     mask = torch.arange(4) < torch.tensor([[len(row)] for row in rows])
     credit = gae(rewards, values, mask, SETTINGS["gamma"], SETTINGS["lam"])
     returns = [row[here] for row, here in zip(credit.returns, mask, strict=True)]
-    near(returns, PPO["returns_of_whitened"])
+    assert_near(returns, PPO["returns_of_whitened"])
     # The second row has no padding behind it, so what TRL leaves in the padding cannot reach it.
     leaked = PPO["returns_of_whitened_unmasked"]
     assert leaked[1] == pytest.approx(PPO["returns_of_whitened"][1], **NEAR)
