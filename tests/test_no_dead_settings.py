@@ -32,7 +32,7 @@ BASE = {
     "sft": {"model": "model", "data": "texts.jsonl", "batch_size": 4},
     "reward": {"model": "model", "data": "pairs.jsonl", "batch_size": 4},
     "ppo": {
-        "model": "model", "data": "prompts.jsonl", "reward": "reward.py:vowels", "batch_size": 4,
+        "model": "model", "data": "prompts.jsonl", "reward": "reward.py:letters", "batch_size": 4,
         "micro_batch_size": 2, "epochs": 2, "max_new_tokens": 3,
     },
 }  # fmt: skip
