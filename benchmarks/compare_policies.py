@@ -21,7 +21,7 @@ from minirlhf.generation import Sampling
 from minirlhf.heads import ValueHeadModel
 from minirlhf.kl import kl_k1
 from minirlhf.recipes.ppo import measure
-from minirlhf.rewards import model_reward
+from minirlhf.reward_model import model_reward
 from minirlhf.rollout import RolloutBuffer, sample
 
 

@@ -13,7 +13,7 @@ from minirlhf import streams
 from minirlhf.data import Prompt
 from minirlhf.generation import Sampling, cut_at_stop, generate, pad_right
 from minirlhf.optim import cut_by_tokens
-from minirlhf.rewards import Completions
+from minirlhf.rewards import Completions, Scores
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.transformer import CausalLM
 
@@ -31,6 +31,7 @@ class Rollout(NamedTuple):
     prompt_lengths: Tensor  # (B,) int64, at least 1
     response_mask: Tensor  # (B, R) bool: tokens the policy chose, eos included
     scores: Tensor  # (B,) float32, reward units
+    given_rewards: Tensor | None = None  # (B, R) float32, of single tokens, beside the score
     old_logprobs: Tensor | None = None  # (B, R) nats, of the policy that sampled
     ref_logprobs: Tensor | None = None  # (B, R) nats, of the frozen reference
     old_values: Tensor | None = None  # (B, R)
@@ -200,6 +201,17 @@ def sample(
     )
     device = lm.unembedding.device
     return completions, Rollout(*(None if x is None else x.to(device) for x in rollout))
+
+
+def with_scores(rollout: Rollout, scores: Scores) -> Rollout:
+    """The rollout of B rows with what reward sources said of them."""
+    device, given = rollout.tokens.device, None
+    if scores.token_rewards is not None:
+        given = torch.zeros(rollout.response_mask.shape)  # (B, R)
+        for row, values in zip(given, scores.token_rewards, strict=True):
+            row[: len(values)] = torch.tensor(values)
+        given = given.to(device)
+    return rollout._replace(scores=scores.total.to(device), given_rewards=given)
 
 
 def replay_rows(completions: Completions, buffer: RolloutBuffer) -> list[dict]:

@@ -35,7 +35,8 @@ LAYERS = (
     "minirlhf.generation",
     "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.data",
     "minirlhf.config minirlhf.memory minirlhf.optim minirlhf.meters minirlhf.rollout "
-    "minirlhf.rewards minirlhf.checkpoint minirlhf.distributed minirlhf.run",
+    "minirlhf.rewards minirlhf.reward_model minirlhf.reward_journal minirlhf.reward_service "
+    "minirlhf.reward_sources minirlhf.checkpoint minirlhf.distributed minirlhf.run",
     "minirlhf.recipes.*",
     "minirlhf.tools.*",
     "minirlhf.cli",

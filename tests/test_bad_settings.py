@@ -482,7 +482,6 @@ NEEDS = "def f(completions, rating):\n    return [0.0 for _ in completions]\n"
         ({"reward": "nowhere"}, "nowhere: no such folder"),
         ({"reward": "reward.py:nothing"}, "--reward reward.py: has no function 'nothing'"),
         ({"reward": "lm"}, "lm: has no 'score.weight': not a reward model"),
-        ({"reward": "other"}, "--reward other: has another tokenizer than the policy"),
         ({"ref": "nowhere"}, "nowhere: no such folder"),
         ({"ref": "other"}, "--ref other: has another tokenizer than the policy"),
         ({"critic": "nowhere"}, "nowhere: no such folder"),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import interrupt, memory, optim, pretrained, streams
+from minirlhf import interrupt, memory, optim, pretrained, reward_sources, streams
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
@@ -41,8 +41,18 @@ from minirlhf.losses import clipped_surrogate, clipped_value_loss
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.masking import masked_standardize, masked_sum
 from minirlhf.meters import Step
-from minirlhf.rewards import Completions, RewardSource, load_reward, locate
-from minirlhf.rollout import Rollout, RolloutBuffer, prompt_rows, replay_rows, sample, unpack
+from minirlhf.reward_service import FORMS
+from minirlhf.reward_sources import load_reward
+from minirlhf.rewards import Completions, RewardSource, Scores, as_scores
+from minirlhf.rollout import (
+    Rollout,
+    RolloutBuffer,
+    prompt_rows,
+    replay_rows,
+    sample,
+    unpack,
+    with_scores,
+)
 from minirlhf.run import Run, write_model
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
@@ -57,9 +67,10 @@ class PPOConfig:
     data: str = setting(
         "", "prompts: JSON lines, JSON or CSV, also .gz", metavar="FILE", required=True
     )
-    reward: str = setting(
-        "", "reward-model folder, or file.py:function", metavar="SOURCE", required=True
-    )
+    reward: tuple[str, ...] = setting(
+        (), "reward-model folder, file.py:function or http://host:port/path; of several, also "
+        "0.5*SOURCE, the weighted sum", metavar="SOURCE", required=True,
+    )  # fmt: skip
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
     ref: str | None = setting(None, "reference; none: the policy at step 0", metavar="FOLDER")
     critic: str | None = setting(
@@ -82,6 +93,20 @@ class PPOConfig:
         "error", "what happens to longer prompts", choices=("error", "drop", "truncate_prompt_left")
     )
     # reward
+    reward_format: str = setting("ids", "requests to a reward service", choices=FORMS)
+    reward_timeout: float = setting(
+        60.0, "seconds in which a reward service must have replied", above=0, at_most=86400
+    )
+    reward_connect_timeout: float = setting(
+        5.0, "seconds to reach a reward service", above=0, at_most=86400
+    )
+    reward_retries: int = setting(
+        4, "more attempts where a reward service fails", at_least=0, at_most=100
+    )
+    reward_batch_size: int = setting(64, "texts in a request to a reward service", at_least=1)
+    reward_token_file: str | None = setting(
+        None, "holds the bearer token of a reward service", metavar="FILE"
+    )
     kl_coef: float = setting(0.05, "weight of the KL penalty, per nat", at_least=0)
     kl_target: float | None = setting(None, "nats a response to steer kl_coef to", above=0)
     kl_horizon: float = setting(10_000.0, "episodes over which kl_coef adapts", above=0)
@@ -127,7 +152,7 @@ class PPOConfig:
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
 
     def check(self) -> list[str]:
-        problems = []
+        problems = reward_sources.problems(self)
         if self.top_k > 0 or self.top_p < 1 or self.min_p > 0:
             problems.append(
                 "top_k, top_p, min_p: truncated sampling draws from another law than the one in "
@@ -235,6 +260,8 @@ def assign_credit(buffer: RolloutBuffer, config: PPOConfig, kl_coef: float) -> N
     def fill(micro: Rollout) -> Rollout:
         kl = kl_k1(micro.old_logprobs, micro.ref_logprobs)
         rewards = token_rewards(micro.scores, kl, micro.response_mask, kl_coef)
+        if micro.given_rewards is not None:
+            rewards = rewards + micro.given_rewards
         credit = gae(rewards, micro.old_values, micro.response_mask, config.gamma, config.lam)
         return micro._replace(rewards=rewards, advantages=credit.advantages, returns=credit.returns)
 
@@ -347,15 +374,11 @@ def summarise_updates(
     )  # fmt: skip
 
 
-def score(reward: RewardSource, completions: Completions, config: PPOConfig, where: str) -> Tensor:
-    """(B,) float32 scores as PPO uses them, on the CPU."""
-    scores = reward(completions).float().cpu()
+def score(reward: RewardSource, completions: Completions, config: PPOConfig, where: str) -> Scores:
+    """Scores as PPO uses them, on the CPU."""
+    scores = as_scores(reward(completions), completions, where)
     cut = torch.tensor([reason == "length" for reason in completions.finish_reasons])  # (B,)
-    if scores.shape != cut.shape:
-        raise ValueError(f"reward gave {tuple(scores.shape)}: give one score each, {len(cut)}")
-    for i, value in enumerate(scores.tolist()):
-        optim.check_finite(f"{where}, response {i}", {"score": value})
-    return scores - config.missing_eos_penalty * cut
+    return scores._replace(total=scores.total - config.missing_eos_penalty * cut)
 
 
 def ppo(
@@ -371,7 +394,7 @@ def ppo(
     Args:
         state: may come from a checkpoint; the run goes on at its step.
         prompts: N of them, in any order; they are shuffled anew each time all are used up.
-        reward: completions -> (B,) scores.
+        reward: completions -> (B,) scores, or Scores.
         ref: the frozen reference; None where the policy has adapters: its base.
         tokenizer: of the policy; decodes what reward sources see.
         config: only its training settings are read.
@@ -401,7 +424,7 @@ def ppo(
         )
         clock["time/rollout"] = time.perf_counter() - started
         scores = score(reward, completions, config, f"step {iteration + 1}")
-        rollout = rollout._replace(scores=scores.to(rollout.tokens.device))
+        rollout = with_scores(rollout, scores)
         clock["time/score"] = time.perf_counter() - started - clock["time/rollout"]
 
         # Measure: cut once into micro-batches, and pass them through policy and reference.
@@ -462,18 +485,18 @@ def check_ratio(iteration: int, gap: float) -> None:
 
 
 def summarise(
-    stats: PPOStats, completions: Completions, scores: Tensor, buffer: RolloutBuffer,
+    stats: PPOStats, completions: Completions, scores: Scores, buffer: RolloutBuffer,
     sequence_kl: float, tokenizer: Tokenizer,
 ) -> dict[str, float]:  # fmt: skip
     """TRL's metric names, with the numbers that the names promise: masked and token-weighted."""
     B, ended = len(buffer), sum(reason != "length" for reason in completions.finish_reasons)
     unknown = sum(i >= tokenizer.vocab_size for ids in completions.response_ids for i in ids)
-    return {
-        "objective/scores": float(scores.mean()),
-        "objective/scores_std": float(scores.std(correction=0)),
+    return scores.metrics() | {
+        "objective/scores": float(scores.sums.mean()),
+        "objective/scores_std": float(scores.sums.std(correction=0)),
         "objective/kl": sequence_kl,
         "objective/non_score_reward": stats.non_score_reward,
-        "objective/rlhf_reward": float(scores.mean()) + stats.non_score_reward,
+        "objective/rlhf_reward": float(scores.sums.mean()) + stats.non_score_reward,
         "objective/entropy": -float(buffer.row_sums("old_logprobs").mean()),
         "policy/approxkl_avg": stats.approxkl,
         "policy/clipfrac_avg": stats.clipfrac,
@@ -503,7 +526,7 @@ def sample_table(
     completions, _ = sample(
         state.model.lm, fixed, keys, config.sampling, tokenizer, config.rollout_batch_size
     )
-    scores = score(reward, completions, config, f"samples at step {state.step}").tolist()
+    scores = score(reward, completions, config, f"samples at step {state.step}").sums.tolist()
     return [
         {"step": state.step, "kind": "sample", "prompt": prompt, "response": text,
          "finish_reason": reason, "score": value}
@@ -612,13 +635,15 @@ def main(argv: list[str] | None = None) -> int:
     ref_folder = folder if config.ref is None else pretrained.resolve(config.ref)
     tokenizer = load_tokenizer(folder)
     critic = [] if config.critic is None else [pretrained.resolve(config.critic)]
-    source = locate(config.reward)
-    scorer = [source] if source.is_dir() else []
-    check_models(config, (folder, ref_folder), critic, scorer, tokenizer)
-    room = prompt_room(config, (folder, ref_folder, *critic, *scorer))
+    specs = [reward_sources.parse(source) for source in config.reward]
+    places = [reward_sources.locate(spec) for spec in specs]
+    scorers = [place for place in places if place is not None and place.is_dir()]
+    check_models(config, (folder, ref_folder), critic, scorers, tokenizer)
+    same = [place for place in scorers if not reward_sources.reencoded(place, tokenizer)]
+    room = prompt_room(config, (folder, ref_folder, *critic, *same))
     prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
     print(report)
-    inputs = [config.data, str(source), str(ref_folder)]
+    inputs = [config.data, *(str(place) for place in places if place), str(ref_folder)]
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
     longest = max(len(prompt.ids) for prompt in prompts)
@@ -628,8 +653,9 @@ def main(argv: list[str] | None = None) -> int:
     fits = memory.verdict(plan, free_memory(device))
     columns = {name for prompt in prompts for name in prompt.columns}
     reward = load_reward(
-        config.reward, tokenizer, dtype, device, config.micro_batch_tokens, columns
-    )
+        config, tokenizer, dtype, device, config.micro_batch_tokens, columns,
+        r.folder / "rewards.jsonl",
+    )  # fmt: skip
     policy = load_policy(config, folder, device, dtype)
     if config.lora_rank:
         add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
@@ -643,7 +669,10 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
     with r:
-        r.facts(run_facts(config, len(prompts), policy, fits, device, dtype))
+        r.facts(
+            run_facts(config, len(prompts), policy, fits, device, dtype)
+            | reward_sources.facts(specs, tokenizer)
+        )
         r.restore(state)
         if config.sample_every and state.step == 0:
             show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
