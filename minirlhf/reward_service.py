@@ -213,8 +213,9 @@ def _exchange(service: Service, body: bytes) -> tuple[int, bytes]:
                 return response.status, response.read(1000)
             if (coding := response.getheader("Content-Encoding", "identity")) != "identity":
                 raise _failure(service, f"a body that is {printable(coding, 40)}, not plain")
-            data = response.read(REPLY_CAP + 1)
-            if len(data) > REPLY_CAP or (response.length or 0) > REPLY_CAP:
+            announced = response.length or 0  # None where only the end tells
+            data = response.read(REPLY_CAP + 1) if announced <= REPLY_CAP else b""
+            if max(len(data), announced) > REPLY_CAP:
                 raise _failure(service, f"a body of more than {REPLY_CAP:,} bytes")
             if response.length:  # the connection ended before the length that was announced
                 raise http.client.IncompleteRead(data, response.length)

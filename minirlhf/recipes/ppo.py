@@ -674,7 +674,8 @@ def main(argv: list[str] | None = None) -> int:
             | reward_sources.facts(specs, tokenizer)
         )
         r.restore(state)
-        if config.sample_every and state.step == 0:
+        # where the first step was stopped, the table before it is there
+        if config.sample_every and state.step == 0 and not state.log_bytes["samples.jsonl"]:
             show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
         for step in r.bar(ppo(state, prompts, reward, ref, tokenizer, config), state, config.steps):
             last = step.number == config.steps
