@@ -275,4 +275,5 @@ def test_no_command_reaches_out(world, monkeypatch):
 
 
 def test_every_verb_that_reads_files_is_watched():
-    assert {words.split()[0] for words in COMMANDS.values()} >= set(cli.VERBS) - {"demo"}
+    # `serve` is there to be reached: tests/test_serve.py says by whom
+    assert {words.split()[0] for words in COMMANDS.values()} >= set(cli.VERBS) - {"demo", "serve"}
