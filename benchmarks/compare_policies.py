@@ -22,7 +22,7 @@ from minirlhf.evaluation import evaluate_policy
 from minirlhf.generation import Sampling
 from minirlhf.heads import ValueHeadModel
 from minirlhf.recipes.ppo import measure
-from minirlhf.rewards import model_reward
+from minirlhf.reward_model import model_reward
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from minirlhf.errors import UserError
 from minirlhf.generation import Sampling
 from minirlhf.kl import kl_k1
 from minirlhf.optim import check_finite
-from minirlhf.rewards import Completions, RewardSource
+from minirlhf.rewards import Completions, RewardSource, as_scores
 from minirlhf.rollout import RolloutBuffer, sample
 from minirlhf.run import Run
 from minirlhf.tokenizer import Tokenizer
@@ -148,20 +148,14 @@ def evaluate_policy(
         part = slice(start, start + rows_at_once)
         batch = prompts[part]
         completions, rollout = sample(lm, batch, keys[part], sampling, tokenizer, rows_at_once)
-        given = reward(completions)
-        given = given if isinstance(given, torch.Tensor) else given.total
-        if given.shape != (len(batch),):
-            what = f"reward gave {tuple(given.shape)}"
-            raise ValueError(f"{what}: give one score each, {len(batch)}")
+        given = as_scores(reward(completions), completions, "evaluation")
         parts.append(completions)
-        scores += given.float().tolist()
+        scores += given.sums.tolist()
         buffer = RolloutBuffer(micro_batch_size, micro_batch_tokens)
         buffer.add(rollout)
         measure(buffer)
         gaps = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
         kl += float(gaps.double().sum())
-    for prompt, value in zip(prompts, scores, strict=True):
-        check_finite(f"evaluation, the response to {prompt.where}", {"score": value})
     check_finite("evaluation", {"objective/kl": kl})
     texts = [text for completions in parts for text in completions.completions]
     metrics = {

@@ -18,6 +18,7 @@ from minirlhf import pretrained
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.heads import widened
 from minirlhf.machine import Machine
+from minirlhf.reward_sources import parse
 from minirlhf.transformer import CausalLM, ModelConfig
 
 CHUNK = 512  # tokens whose logits `heads.token_logprobs` holds at once
@@ -208,7 +209,7 @@ class PPOSettings(Protocol):
 
     model: str
     ref: str | None
-    reward: str  # "" for none
+    reward: tuple[str, ...]  # each as `reward_sources.parse` takes it
     critic: str | None
     batch_size: int
     max_new_tokens: int
@@ -237,18 +238,23 @@ class PPOModels(NamedTuple):
 
     policy: ModelConfig
     ref: ModelConfig | None
-    reward: ModelConfig | None
+    rewards: tuple[ModelConfig, ...]
     critic: ModelConfig | None
 
 
 def ppo_models(settings: PPOSettings) -> PPOModels:
     """Reads their config.json; a policy with adapters is its own reference."""
     ref = settings.ref or ("" if settings.lora_rank else settings.model)
-    reward = "" if ".py:" in settings.reward else settings.reward
-    names = (settings.model, ref, reward, settings.critic)
+    sources = (parse(source) for source in settings.reward)
+
+    def read(name: str) -> ModelConfig:
+        return pretrained.read_config(pretrained.resolve(name))
+
     return PPOModels(
-        *(pretrained.read_config(pretrained.resolve(name)) if name else None for name in names)
-    )
+        read(settings.model), read(ref) if ref else None,
+        tuple(read(source.place) for source in sources if source.kind == "model"),
+        read(settings.critic) if settings.critic else None,
+    )  # fmt: skip
 
 
 def ppo_plan(
@@ -262,7 +268,7 @@ def ppo_plan(
         held: what the process holds now (`process_bytes`); 0 for a GPU.
         longest_text: tokens, of the texts that are mixed in; 0 without.
     """
-    policy, ref, reward, critic = models
+    policy, ref, rewards, critic = models
     phases = ("load", "prompts", "sampling", "score", "measure", "loss", "step", "save")
     rank, item = settings.lora_rank, dtype.itemsize
     V, wide = policy.vocab_size, widened(dtype).itemsize
@@ -276,6 +282,8 @@ def ppo_plan(
     logits = chunk_logits(policy, dtype, micro_rows * settings.max_new_tokens, not rank)
     passing, again = passing_per_token(policy, dtype, rank), settings.gradient_checkpointing
     kept = kept_per_token(policy, dtype, rank, again)
+    # Reward models score one after the other; re-encoded texts are taken to be as long.
+    scoring = max((passing_per_token(reward, dtype) for reward in rewards), default=0)
     own = trunk_parameters(critic) if critic else 0  # of a critic with its own trunk
     learns = 0 if rank or not settings.train_critic else own  # adapters freeze it
     kept += kept_per_token(critic, dtype, checkpointing=again) if learns else 0
@@ -292,8 +300,8 @@ def ppo_plan(
         _frozen("critic as read", own, dtype, ("load",), "leave out --critic"),
         _frozen("reference", parameters(ref) if ref else 0, dtype, phases,
                 "leave out --ref" if rank else "give --lora-rank 16"),
-        _frozen("reward model", trunk_parameters(reward) if reward else 0, dtype, phases,
-                _smaller(dtype)),
+        *(_frozen("reward model", trunk_parameters(reward), dtype, phases, _smaller(dtype))
+          for reward in rewards),
         Part("KV cache", capacity, f"{rows} rows x {longest} tokens x {cache:,} B",
              ("prompts", "sampling"), abreast),
         # As a row ends, all keys are copied without it before the old ones go; then the values.
@@ -305,8 +313,8 @@ def ppo_plan(
         # of the last; then the law, its exponential and the cumulative sum.
         Part("sampling law", rows * V * (item + 3 * wide),
              f"{rows} rows x {V:,} x {item + 3 * wide} B", ("sampling",), abreast),
-        Part("scoring pass", scored * passing_per_token(reward, dtype) if reward else 0,
-             f"{scored:,} tokens", ("score",), "lower --micro-batch-tokens"),
+        Part("scoring pass", scored * scoring, f"{scored:,} tokens", ("score",),
+             "lower --micro-batch-tokens"),
         Part("measuring pass", cells * passing + logits.forward,
              f"{cells:,} tokens x {passing:,} B, and logits", ("measure",), fewer),
         Part("activations", trained * kept, f"{trained:,} tokens x {kept:,} B", ("loss",), fewer),

@@ -6,11 +6,12 @@ from functools import partial
 
 from torch import Tensor
 
-from minirlhf import optim
+from minirlhf import optim, reward_sources
 from minirlhf.config import setting
 from minirlhf.generation import Sampling
 from minirlhf.losses import Surrogate, clipped_surrogate
 from minirlhf.passes import KL_ESTIMATORS
+from minirlhf.reward_service import FORMS
 from minirlhf.scores import MISSING_EOS, SCALINGS, EndRule, end_rule
 
 
@@ -20,9 +21,10 @@ class PPOConfig:
     data: str = setting(
         "", "prompts: JSON lines, JSON or CSV, also .gz", metavar="FILE", required=True
     )
-    reward: str = setting(
-        "", "reward-model folder, or file.py:function", metavar="SOURCE", required=True
-    )
+    reward: tuple[str, ...] = setting(
+        (), "reward-model folder, file.py:function or http://host:port/path; of several, also "
+        "0.5*SOURCE, the weighted sum", metavar="SOURCE", required=True,
+    )  # fmt: skip
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
     eval_data: tuple[str, ...] = setting((), "held-out prompts, more as NAME=FILE", metavar="FILE")
     eval_every: int = setting(0, "steps between evaluations; 0: start and end only", at_least=0)
@@ -54,6 +56,20 @@ class PPOConfig:
         "error", "what happens to longer prompts", choices=("error", "drop", "truncate_prompt_left")
     )
     # reward
+    reward_format: str = setting("ids", "requests to a reward service", choices=FORMS)
+    reward_timeout: float = setting(
+        60.0, "seconds in which a reward service must have replied", above=0, at_most=86400
+    )
+    reward_connect_timeout: float = setting(
+        5.0, "seconds to reach a reward service", above=0, at_most=86400
+    )
+    reward_retries: int = setting(
+        4, "more attempts where a reward service fails", at_least=0, at_most=100
+    )
+    reward_batch_size: int = setting(64, "texts in a request to a reward service", at_least=1)
+    reward_token_file: str | None = setting(
+        None, "holds the bearer token of a reward service", metavar="FILE"
+    )
     kl_coef: float = setting(0.05, "weight of the KL penalty, per nat", at_least=0)
     kl_estimator: str = setting(
         "k1", "what is penalised: an estimate from the sampled tokens, or full, of all tokens",
@@ -144,7 +160,7 @@ class PPOConfig:
     def check(self) -> list[str]:
         return [
             *self._sampling_problems(), *self._reward_problems(), *self._update_problems(),
-            *self._evaluation_problems(),
+            *self._evaluation_problems(), *reward_sources.problems(self),
         ]  # fmt: skip
 
     def _sampling_problems(self) -> Iterator[str]:

@@ -1,11 +1,12 @@
-"""Where scores come from: a reward-model folder or a Python function of the texts.
+"""What a reward source is, the sum of several, and a Python function as one.
 
-A reward source is any function `source(completions) -> (B,) float32 scores`.
+A reward source is any function `source(completions) -> (B,) Tensor | Scores`. Reward models are in
+reward_model.py, services in reward_service.py, and what `--reward` may say in reward_sources.py.
 """
 
-import importlib.util
 import inspect
-import sys
+import math
+import os
 import traceback
 from collections.abc import Callable, Iterable
 from numbers import Real
@@ -16,12 +17,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import interrupt
-from minirlhf.errors import BAD_INPUT, NON_FINITE, UserError, printable
-from minirlhf.generation import pad_right
-from minirlhf.heads import RewardModel
-from minirlhf.optim import cut_by_tokens
-from minirlhf.pretrained import load_reward_model, resolve
-from minirlhf.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.errors import BAD_INPUT, NON_FINITE, NonFinite, UserError, printable
 
 KEYWORDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 OFFERED = ("prompts", "completions", "completion_ids", "finish_reasons")  # beside the columns
@@ -40,72 +36,140 @@ class Completions(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a reward source says of B responses."""
+    """What a reward source says of B responses.
+
+    A row that is rewarded token by token has a total of 0 beside its token rewards, and their sum
+    in the source's part.
+    """
 
     total: Tensor  # (B,) float32, what PPO learns from
-    parts: dict[str, Tensor]  # name -> (B,) of each source, unweighted; NaN: does not apply
-    token_rewards: list[list[float]] | None = None  # one a response token, beside the score
+    parts: dict[str, Tensor]  # name -> (B,) of each source, before its weight; NaN: not applicable
+    token_rewards: list[list[float]] | None = None  # B rows, one number a response token
+
+    @property
+    def sums(self) -> Tensor:
+        """(B,) float32, all reward of a row: its total and its token rewards."""
+        if self.token_rewards is None:
+            return self.total
+        return self.total + torch.tensor([math.fsum(row) for row in self.token_rewards])
+
+    def metrics(self) -> dict[str, float]:
+        """rewards/NAME/mean and /std (population) of each part, over the rows that have one."""
+        out = {}
+        for name, part in self.parts.items():
+            there = part[~part.isnan()].double()
+            if len(there):
+                out[f"rewards/{name}/mean"] = float(there.mean())
+                out[f"rewards/{name}/std"] = float(there.std(correction=0))
+        return out
 
 
 RewardSource = Callable[[Completions], Tensor | Scores]
 
 
-def model_reward(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: int) -> RewardSource:
-    """Scores of a reward model that shares the policy's tokenizer.
+def as_scores(
+    result: Tensor | Scores, batch: Completions, where: str, name: str = "reward",
+    partial: bool = False,
+) -> Scores:  # fmt: skip
+    """Scores on the CPU of what a source returned; a plain tensor is its only part, as `name`.
 
-    Texts end here as in its training: with eos where the policy ended the text, without where the
-    length cut it. A response that a stop string ended is scored as the text before it, with eos.
-
+    Args:
+        where: what a number that is not finite is told of.
+        partial: whether there may be rows to which no part applies.
     Raises:
-        UserError: the tokenizer names no eos; a row is longer than what the model reads.
+        ValueError: shapes that are not those of the batch.
+        NonFinite: a total, or a token's reward, is not finite.
+        UserError: no part applies to a row.
     """
-    if not tokenizer.eos_ids:
-        what = "names no eos token, which every text that is scored ends with"
-        raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
-    most = model.config.longest_row
+    if isinstance(result, Tensor):
+        result = Scores(result, {name: result})
+    B = len(batch.completions)
+    for values in (result.total, *result.parts.values()):
+        if values.shape != (B,):
+            raise ValueError(f"reward gave {tuple(values.shape)}: give one score each, {B}")
+    tokens = result.token_rewards
+    if tokens is not None and [len(r) for r in tokens] != [len(r) for r in batch.response_ids]:
+        raise ValueError("token_rewards: give one number for each id of each of the responses")
+    total = result.total.float().cpu()
+    parts = {name: part.float().cpu() for name, part in result.parts.items()}
+    for i, value in enumerate(total.tolist()):
+        for number in (value, *(tokens[i] if tokens else ())):
+            if not math.isfinite(number):
+                raise NonFinite(f"{where}, response {i}: score", f"is {number}")
+    if parts and not partial:
+        applies = ~torch.stack([part.isnan() for part in parts.values()]).all(0)  # (B,)
+        _check_applied(applies, list(parts), batch)
+    return Scores(total, parts, tokens)
 
-    def row(prompt: list[int], response: list[int], text: str, reason: str) -> list[int]:
-        if reason == "stop":
-            response = [*tokenizer.encode(text, bos=False), tokenizer.eos_ids[0]]
-        if model.read_before_eos and response[-1] in tokenizer.eos_ids:
-            response = response[:-1]
-        return prompt + response
 
-    @torch.no_grad()
-    def score(batch: Completions) -> Tensor:
-        ids = [
-            row(*parts)
-            for parts in zip(
-                batch.prompt_ids, batch.response_ids, batch.completions, batch.finish_reasons,
-                strict=True,
-            )
-        ]  # fmt: skip
-        lengths = torch.tensor([len(r) for r in ids])
-        if lengths.max() > most:
-            what = f"a text of {lengths.max()} tokens, the reward model reads {most}"
-            raise UserError("--reward", what, "lower max_prompt_length or max_new_tokens")
-        scores, device = torch.zeros(len(ids)), model.score.weight.device
-        for part in cut_by_tokens(lengths, len(ids), micro_batch_tokens):
-            interrupt.check()
-            tokens = pad_right([ids[i] for i in part.tolist()]).to(device)
-            scores[part] = model(tokens, lengths[part].to(device)).float().cpu()
-        return scores
+def _check_applied(applies: Tensor, names: list[str], batch: Completions) -> None:
+    if not applies.all():
+        i = int((~applies).nonzero()[0])
+        what = f"none applies to response {i}: {printable(repr(batch.completions[i]), 80)}"
+        raise UserError(f"reward {', '.join(names)}", what,
+                        "one that counts must give every row a number")  # fmt: skip
+
+
+def combine(sources: list[tuple[str, float, RewardSource]]) -> RewardSource:
+    """The weighted sum of several sources, each a part under its name.
+
+        total = sum_k weight_k score_k,   over the sources that apply to the row
+
+    Args:
+        sources: (name, weight, source); a source of weight 0 is logged and teaches nothing.
+    Returns:
+        A source whose Scores have one part a source, as it came: before its weight.
+    Raises:
+        ValueError: no source, a name twice, weights that are not finite or all 0. And when it is
+            called, whatever the sources raise, and UserError for a row that no source applies to.
+    """
+    names = [name for name, _, _ in sources]
+    if len(set(names)) != len(names):
+        raise ValueError(f"names of reward sources must differ: {', '.join(names)}")
+    if not all(math.isfinite(weight) for _, weight, _ in sources):
+        raise ValueError("weights of reward sources must be finite")
+    if not any(weight for _, weight, _ in sources):
+        raise ValueError("give a reward source with a weight that is not 0")
+
+    def score(batch: Completions) -> Scores:
+        total, parts = torch.zeros(len(batch.completions)), {}
+        learns = torch.zeros(len(total), dtype=torch.bool)  # (B,) rows that a source applies to
+        tokens = None
+        for name, weight, source in sources:
+            result = as_scores(source(batch), batch, f"reward {name}", name, partial=True)
+            if len(result.parts) != 1:
+                raise ValueError(f"{name} has {len(result.parts)} parts: combine single sources")
+            (part,) = result.parts.values()
+            parts[name] = part
+            learns |= ~part.isnan() & (weight != 0)
+            total += weight * result.total
+            if result.token_rewards is not None:
+                tokens = tokens or [[0.0] * len(ids) for ids in batch.response_ids]
+                for row, more in zip(tokens, result.token_rewards, strict=True):
+                    row[:] = [old + weight * new for old, new in zip(row, more, strict=True)]
+        _check_applied(learns, names, batch)
+        return Scores(total, parts, tokens)
 
     return score
+
+
+# ------------------------------------------------------------------------------- Python functions
 
 
 def function_reward(
     function: Callable, name: str, columns: Iterable[str] | None = None
 ) -> RewardSource:
-    """Scores of `function(prompts=…, completions=…, <every column>=…)`, one finite number each.
+    """Scores of `function(prompts=…, completions=…, <every column>=…)`, one item a response.
 
-    It is given those keywords that its signature names, or all if it takes **keywords.
+    An item is a finite number; or None where the function does not apply; or a list of numbers, as
+    many as the response has ids: rewards of its tokens. The function is given those keywords that
+    its signature names, or all if it takes **keywords.
 
     Args:
         columns: those of the prompts, where they are known; what it needs beside them is then
             missed at once, and not when the first responses are scored.
     Raises:
-        UserError: it needs a column that the data lacks, fails, or returns anything but numbers.
+        UserError: it needs a column that the data lacks, fails, or returns anything else.
     """
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -120,7 +184,7 @@ def function_reward(
     if columns is not None:
         check([*sorted(columns), *OFFERED])
 
-    def score(batch: Completions) -> Tensor:
+    def score(batch: Completions) -> Scores:
         offered = {
             **batch.columns,
             "prompts": batch.prompts,
@@ -132,102 +196,63 @@ def function_reward(
         check(offered)
         try:
             with interrupt.outside():
-                scores = function(**given)
+                items = function(**given)
         except Exception as error:
             raise UserError(
-                _place(error) or name,
+                failed_at(error) or name,
                 f"{name} raised {type(error).__name__}: {printable(error)}",
                 f"it was given {', '.join(given)}",
                 BAD_INPUT,
             ) from error
-        return _checked(scores, len(batch.completions), name)
+        return _of_items(items, batch, name)
 
     return score
 
 
-def _place(error: Exception) -> str:
+def failed_at(error: Exception) -> str:
     """file:line where the user's file failed, not a library that it called; "" if nowhere."""
     if isinstance(error, SyntaxError) and Path(str(error.filename)).is_file():
         return f"{Path(error.filename).name}:{error.lineno}"
+    ours = f"{Path(__file__).parent}{os.sep}", "<frozen"
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<frozen")]
+    theirs = [f for f in frames if not f.filename.startswith(ours)]
     same_file = [f for f in theirs if f.filename == theirs[0].filename]
     return f"{Path(same_file[-1].filename).name}:{same_file[-1].lineno}" if same_file else ""
 
 
-def _checked(scores: object, count: int, name: str) -> Tensor:
-    """(B,) float32 of a list, tensor or array; anything else than B finite numbers is refused."""
-    values = scores.tolist() if hasattr(scores, "tolist") else scores
-    if not isinstance(values, (list, tuple)) or len(values) != count:
-        shape = (
-            f"{len(values)} of them" if isinstance(values, (list, tuple)) else type(scores).__name__
-        )
+def _of_items(items: object, batch: Completions, name: str) -> Scores:
+    """Scores of what a function returned: B numbers, Nones or rows of numbers."""
+    found, count = _listed(items), len(batch.completions)
+    if not isinstance(found, list) or len(found) != count:
+        shape = f"{len(found)} of them" if isinstance(found, list) else type(items).__name__
         raise UserError(name, f"returned {shape}", f"return one number for each of the {count}")
-    for i, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise UserError(name, f"score {i} is {printable(value)!r}", "return finite numbers")
-        if not abs(value) <= LARGEST:
-            raise UserError(
-                name, f"score {i} is {printable(value)}", "return finite numbers", NON_FINITE
-            )
-    return torch.tensor([float(value) for value in values], dtype=torch.float32)
+    total, part = [0.0] * count, [math.nan] * count
+    tokens = [[0.0] * len(ids) for ids in batch.response_ids]
+    dense = False
+    for i, item in enumerate(map(_listed, found)):
+        if isinstance(item, list):
+            if len(item) != len(tokens[i]):
+                what = f"score {i} is {printable(item, 80)}: {len(item)} numbers"
+                raise UserError(name, what, f"the response has {len(tokens[i])} ids; return one "
+                                "number, or one for each id")  # fmt: skip
+            where = f"score {i}, token"
+            tokens[i] = [_number(value, name, f"{where} {t}") for t, value in enumerate(item)]
+            part[i], dense = math.fsum(tokens[i]), True
+        elif item is not None:
+            total[i] = part[i] = _number(item, name, f"score {i}")
+    return Scores(torch.tensor(total), {name: torch.tensor(part)}, tokens if dense else None)
 
 
-def load_function(spec: str, columns: Iterable[str] | None = None) -> RewardSource:
-    """`file.py:function` -> its reward source. The file is run: it is the user's, and trusted."""
-    file, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location("user_reward", file)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses look their module up there
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        what = f"{type(error).__name__}: {printable(error)}"
-        where = f"--reward {_place(error) or file}"
-        raise UserError(where, what, "the file must import cleanly") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        defined = [n for n, v in vars(module).items() if inspect.isfunction(v)]
-        raise UserError(
-            f"--reward {file}",
-            f"has no function {name!r}",
-            f"it has: {', '.join(defined) or 'none'}",
-        )
-    return function_reward(function, spec, columns)
+def _listed(value: object) -> object:
+    """A list where the value is a list, tuple, tensor or array, otherwise the value."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, tuple) else value
 
 
-def locate(spec: str) -> Path:
-    """The file or the folder that `--reward` names."""
-    file, colon, _ = spec.rpartition(":")
-    if colon and file.endswith(".py"):
-        if not Path(file).is_file():
-            raise UserError("--reward", f"{file} does not exist", "give file.py:function")
-        return Path(file)
-    if spec.endswith(".py"):
-        raise UserError("--reward", f"{spec} names no function", f"give {spec}:function")
-    return resolve(spec)
-
-
-def load_reward(
-    spec: str,
-    tokenizer: Tokenizer,
-    dtype: torch.dtype,
-    device: str,
-    micro_batch_tokens: int,
-    columns: Iterable[str] | None = None,
-) -> RewardSource:
-    """Reward source of `--reward`: a reward-model folder or `file.py:function`.
-
-    Args:
-        columns: as in `function_reward`.
-    """
-    folder = locate(spec)
-    if folder.suffix == ".py":
-        return load_function(spec, columns)
-    if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"--reward {spec}",
-            "has another tokenizer than the policy",
-            "train the reward model from a model with the policy's tokenizer",
-        )
-    return model_reward(load_reward_model(folder, dtype, device), tokenizer, micro_batch_tokens)
+def _number(value: object, name: str, what: str) -> float:
+    legal = "return finite numbers"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UserError(name, f"{what} is {printable(value)!r}", f"{legal}, or None for no score")
+    if not abs(value) <= LARGEST:
+        raise UserError(name, f"{what} is {printable(value)}", legal, NON_FINITE)
+    return float(value)

@@ -13,7 +13,7 @@ from minirlhf import streams
 from minirlhf.data import Prompt
 from minirlhf.generation import Sampling, cut_at_stop, generate, pad_right
 from minirlhf.optim import cut_by_tokens
-from minirlhf.rewards import Completions
+from minirlhf.rewards import Completions, Scores
 from minirlhf.support import RowSupport, stack_supports
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.transformer import CausalLM
@@ -33,8 +33,8 @@ class Rollout(NamedTuple):
     response_mask: Tensor  # (B, R) bool: tokens the policy chose, eos included
     scores: Tensor  # (B,) float32, reward units
     truncated: Tensor | None = None  # (B,) bool: cut by its length, not ended
-    token_scores: Tensor | None = None  # (B, R) reward units a token, beside the score
     support: RowSupport | None = None  # what could be drawn; None: every token
+    given_rewards: Tensor | None = None  # (B, R) float32, of single tokens, beside the score
     old_logprobs: Tensor | None = None  # (B, R) nats, of the policy that sampled
     ref_logprobs: Tensor | None = None  # (B, R) nats, of the frozen reference
     full_kl: Tensor | None = None  # (B, R) nats, KL(policy || ref) over the vocabulary
@@ -214,6 +214,17 @@ def sample(
     )
     device = lm.unembedding.device
     return completions, Rollout(*(None if x is None else x.to(device) for x in rollout))
+
+
+def with_scores(rollout: Rollout, scores: Scores) -> Rollout:
+    """The rollout of B rows with what reward sources said of them."""
+    device, given = rollout.tokens.device, None
+    if scores.token_rewards is not None:
+        given = torch.zeros(rollout.response_mask.shape)  # (B, R)
+        for row, values in zip(given, scores.token_rewards, strict=True):
+            row[: len(values)] = torch.tensor(values)
+        given = given.to(device)
+    return rollout._replace(scores=scores.total.to(device), given_rewards=given)
 
 
 def replay_rows(completions: Completions, buffer: RolloutBuffer) -> list[dict]:

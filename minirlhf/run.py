@@ -25,15 +25,18 @@ from tqdm import tqdm
 import minirlhf
 from minirlhf import checkpoint, fsio, interrupt, pretrained
 from minirlhf.checkpoint import TrainState
-from minirlhf.errors import NON_FINITE, Stopped, UserError, printable
+from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError, printable
 from minirlhf.meters import Step
+from minirlhf.reward_sources import parse
 from minirlhf.rows import read_json
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.transformer import CausalLM
 
 # Settings that a resumed run may change: no number depends on them, save for the device, and what
 # that does to the last bits is said when a run is resumed.
-FREE = {"out", "resume", "log_every", "save_every", "keep", "show_samples", "device"}
+FREE = {"out", "resume", "log_every", "save_every", "keep", "show_samples", "device",
+        "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
+        "reward_token_file"}  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -76,8 +79,10 @@ class Run:
         above = next(parent for parent in self.folder.absolute().parents if parent.exists())
         if not above.is_dir():
             raise UserError(self.folder, f"{above.name} is a file", "give another --out")
-        for name in ("model", "ref", "critic", "reward"):  # what is read there would change
-            if (source := self.settings.get(name)) and inside(self.folder, Path(source)):
+        read = [(name, self.settings.get(name)) for name in ("model", "ref", "critic")]
+        read += [("reward", parse(source).place) for source in self.settings.get("reward", ())]
+        for name, source in read:  # what is read there would change
+            if source and inside(self.folder, Path(source)):
                 what = f"is --{name} {source} or lies in it"
                 raise UserError(self.folder, what, "give another --out")
         if self.resume and facts.exists():
@@ -157,11 +162,19 @@ class Run:
         fsio.replace_file(temporary, path)
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
-            with suppress(OSError):  # the fault itself is the one to tell
-                self._write_crash(error)
-        self._listening.__exit__(None, None, None)
-        self._lock.close()
+        try:
+            if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
+                with suppress(OSError):  # the fault itself is the one to tell
+                    self._write_crash(error)
+            if _of_service(error) and self.state is not None:
+                # Scores are asked for where all that has begun can be dropped, as at a signal.
+                self.save(self.state)
+                step = self.state.step
+                do = f"{error.do}; step {step} is saved, --resume goes on at step {step + 1}"
+                raise UserError(error.where, error.what, do, error.code) from error
+        finally:
+            self._listening.__exit__(None, None, None)
+            self._lock.close()
 
     def _write_crash(self, error: Exception) -> None:
         """crash.json: what a report of the fault would have to say."""
@@ -236,18 +249,22 @@ class Run:
         """Around what is written about a step: all of it, or nothing where a signal cuts it short.
 
         Then the resumed run writes it: an evaluation may take longer than the one who sent the
-        signal will wait.
+        signal will wait. The same where a reward service fails.
         """
         meters, log_bytes, best = state.meters.as_dict(), dict(state.log_bytes), state.best
         try:
             yield
             state.unreported = None
-        except Stopped:
+        except (Stopped, UserError) as error:
+            if isinstance(error, UserError) and not _of_service(error):
+                raise
             state.meters.load(meters)
             state.log_bytes, state.best = log_bytes, best
             for name, length in log_bytes.items():
                 fsio.truncate(self.folder / name, length)
             state.unreported = step._asdict()
+            if isinstance(error, UserError):
+                raise
 
     def log(self, state: TrainState, extra: dict, clock: dict, columns: Iterable[str]) -> None:
         """One line in metrics.jsonl from the open meters, and one on the console.
@@ -299,6 +316,10 @@ class Run:
             fsio.fsync(path)
         fsio.commit_folder(temporary, final)
         return final
+
+
+def _of_service(error: BaseException | None) -> bool:
+    return isinstance(error, UserError) and error.code == REWARD_SERVICE
 
 
 def inside(folder: Path, other: Path) -> bool:

@@ -244,6 +244,13 @@ class Tokenizer:
         messages, swapped = swap_names(messages, self._special_text)
         return self._encode_rendered(self.render_chat(messages, add_generation_prompt), swapped)
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text that was rendered elsewhere: its names of special tokens are these tokens.
+
+        Who wrote the text can forge them: for texts that only others can render.
+        """
+        return self._encode_rendered(text, {})
+
     def encode_dialogue(self, prompt: Messages, *responses: Messages) -> tuple[list[int], ...]:
         """(prompt ids, response ids, ...) of answers to one prompt, each encoded by itself.
 

@@ -36,7 +36,9 @@ LAYERS = (
     "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.data",
     "minirlhf.config minirlhf.memory minirlhf.optim minirlhf.meters minirlhf.rollout "
     "minirlhf.rewards minirlhf.passes minirlhf.scores minirlhf.texts minirlhf.ppo_config "
-    "minirlhf.checkpoint minirlhf.distributed minirlhf.run minirlhf.evaluation",
+    "minirlhf.checkpoint minirlhf.distributed minirlhf.run minirlhf.evaluation "
+    "minirlhf.reward_model minirlhf.reward_journal minirlhf.reward_service "
+    "minirlhf.reward_sources",
     "minirlhf.recipes.*",
     "minirlhf.tools.*",
     "minirlhf.cli",

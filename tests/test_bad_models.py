@@ -328,7 +328,6 @@ KINDS = [  # verb, flag, folder that it is given, what is told
     ("ppo", "ref", "rm", NO_LM),
     ("ppo", "reward", "lm", NO_SCORE),
     ("ppo", "critic", "lm", NO_SCORE),
-    ("ppo", "reward", "other", f"--reward m: {OTHER}"),
     ("ppo", "critic", "other", f"--critic m: {OTHER}"),
     ("ppo", "ref", "other", f"--ref m: {OTHER}"),
 ]

@@ -202,7 +202,15 @@ LINES = [  # a command line, what is told
     (f"{PPO} reward.py:number", "--reward reward.py: has no function 'number': it has: length"),
     (f"{PPO} texts.jsonl", "texts.jsonl: is a file: give the folder that holds config.json"),
     (f"{PPO} texts.jsonl:f", f"texts.jsonl:f: {NO_FOLDER}"),
-    (f"{PPO} http://localhost:1", f"http://localhost:1: {NO_FOLDER}"),
+    (f"{PPO} localhost:1", f"localhost:1: {NO_FOLDER}"),
+    (f"{PPO} ftp://localhost:1", "--reward ftp://localhost:1: ftp:// is no scheme of a service"),
+    (f"{PPO} rm two*reward.py:length", "--reward: two*reward.py:length: the weight is 'two': a"),
+    (f"{PPO} rm 0.5*rm", "--reward: rm stands twice: give each source once"),
+    (f"{PPO} 0*rm", "reward: all weights are 0; give one source that counts"),
+    (f"{PPO} rm --reward-retries 2", "reward-retries: is for a service; no --reward is http://"),
+    (f"{PPO} http://localhost:1 --reward-token-file no", "no: no such file"),
+    (f"{PPO} http://localhost:1 --reward-format xml", "--reward-format: got 'xml', must be one of"),
+    (f"{PPO} http://localhost:1 --reward-timeout 0", "--reward-timeout: got 0.0, must be a finite"),
 ]  # fmt: skip
 
 
@@ -434,7 +442,11 @@ def test_free_settings_are_those_that_no_number_depends_on():
     assert FREE <= set.union(*fields.values())
     everywhere = {"out", "resume", "log_every", "save_every", "keep", "device"}
     assert all(FREE & fields[verb] >= everywhere for verb in RECIPES)
-    assert FREE & fields["ppo"] == everywhere
+    patience = {
+        "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
+        "reward_token_file",
+    }  # fmt: skip
+    assert FREE & fields["ppo"] == everywhere | patience
 
 
 # ---- in which order ------------------------------------------------------------------------------
@@ -488,7 +500,6 @@ NEEDS = "def f(completions, rating):\n    return [0.0 for _ in completions]\n"
         ({"reward": "nowhere"}, "nowhere: no such folder"),
         ({"reward": "reward.py:nothing"}, "--reward reward.py: has no function 'nothing'"),
         ({"reward": "lm"}, "lm: has no 'score.weight': not a reward model"),
-        ({"reward": "other"}, "--reward other: has another tokenizer than the policy"),
         ({"ref": "nowhere"}, "nowhere: no such folder"),
         ({"ref": "other"}, "--ref other: has another tokenizer than the policy"),
         ({"critic": "nowhere"}, "nowhere: no such folder"),

@@ -227,7 +227,7 @@ def test_evaluate_policy_refuses_what_it_cannot_average():
         evaluated(prompts=PROMPTS[:1])
     with pytest.raises(ValueError, match=r"reward gave \(4, 1\): give one score each, 4"):
         evaluated(reward=lambda completions: torch.zeros(4, 1))
-    with pytest.raises(UserError, match=r"the response to p:2: score: is nan") as caught:
+    with pytest.raises(UserError, match=r"evaluation, response 2: score: is nan") as caught:
         evaluated(reward=lambda completions: torch.tensor([0, 0, math.nan, 0]))
     assert caught.value.code == NON_FINITE
 

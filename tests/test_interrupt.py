@@ -32,7 +32,8 @@ from minirlhf.meters import Step
 from minirlhf.recipes import ppo as ppo_recipe
 from minirlhf.recipes import reward as reward_recipe
 from minirlhf.recipes import sft as sft_recipe
-from minirlhf.rewards import Completions, function_reward, model_reward
+from minirlhf.reward_model import model_reward
+from minirlhf.rewards import Completions, function_reward
 from minirlhf.run import Run
 
 

@@ -1,5 +1,6 @@
 """The memory plan: every part by hand on a tiny model, and against what torch really keeps."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -170,7 +171,7 @@ SETTINGS = PPOConfig(batch_size=4, max_new_tokens=3, micro_batch_size=2)
 
 
 def test_ppo_plan_counts_the_merged_copy_of_the_best_policy():
-    models = PPOModels(TINY, None, None, None)
+    models = PPOModels(TINY, None, (), None)
     for rank, kept, expected in ((2, True, 172 * 4), (2, False, 0), (0, True, 0)):
         settings = replace(SETTINGS, lora_rank=rank, keep_best=kept)
         plan = memory.ppo_plan(settings, models, 2, float32, held=0)
@@ -179,7 +180,7 @@ def test_ppo_plan_counts_the_merged_copy_of_the_best_policy():
 
 
 def test_ppo_plan_by_hand():
-    plan = memory.ppo_plan(SETTINGS, PPOModels(TINY, TINY, TINY, None), 2, float32, held=1000)
+    plan = memory.ppo_plan(SETTINGS, PPOModels(TINY, TINY, (TINY,), None), 2, float32, held=1000)
     assert sizes(plan) == {
         "weights": 688, "moments": 1376, "gradients": 688, "embedding gradient": 320,
         "reference": 688, "reward model": 688,
@@ -198,9 +199,36 @@ def test_ppo_plan_by_hand():
     assert plan.largest.name == "activations"
 
 
+def test_ppo_plan_holds_all_reward_models_and_scores_with_one_after_the_other():
+    # a wider one: 32 numbers of MLP instead of its own; passes are counted by the widest
+    wide = replace(TINY, intermediate_size=TINY.intermediate_size + 32)
+    one = memory.ppo_plan(SETTINGS, PPOModels(TINY, TINY, (TINY,), None), 2, float32, 0)
+    two = memory.ppo_plan(SETTINGS, PPOModels(TINY, TINY, (TINY, wide), None), 2, float32, 0)
+    held = [part.bytes for part in two.parts if part.name == "reward model"]
+    # three matrices (gate, up, down) of 32 more rows
+    assert held == [688, 688 + 3 * 32 * TINY.hidden_size * TINY.num_layers * 4]
+    assert sizes(two)["scoring pass"] > sizes(one)["scoring pass"]
+    assert sizes(two)["reference"] == 688
+
+
+def test_ppo_models_reads_every_folder_of_reward(tmp_path):
+    values = {"model_type": "llama", "vocab_size": 9, "hidden_size": 4, "intermediate_size": 4,
+              "num_hidden_layers": 1, "num_attention_heads": 1,
+              "max_position_embeddings": 8}  # fmt: skip
+    for name, size in (("lm", 4), ("a", 8), ("b", 12)):
+        (tmp_path / name).mkdir()
+        text = json.dumps(values | {"intermediate_size": size})
+        (tmp_path / name / "config.json").write_text(text)
+    rewards = (f"{tmp_path}/a", f"0.5*{tmp_path}/b", "no.py:f", "http://h/p")
+    config = PPOConfig(model=f"{tmp_path}/lm", reward=rewards)
+    models = memory.ppo_models(config)
+    assert [model.intermediate_size for model in models.rewards] == [8, 12]
+    assert models.policy.intermediate_size == 4 and models.critic is None
+
+
 def test_ppo_plan_with_adapters_has_no_reference_and_trains_little():
     settings = replace(SETTINGS, lora_rank=1, batch_size=2)
-    parts = sizes(memory.ppo_plan(settings, PPOModels(TINY, None, None, None), 2, float32, 0))
+    parts = sizes(memory.ppo_plan(settings, PPOModels(TINY, None, (), None), 2, float32, 0))
     assert parts["weights"] == 4 * (172 + 58)
     assert (parts["moments"], parts["gradients"]) == (2 * 4 * 58, 4 * 58)
     assert not parts.keys() & {"reference", "reward model", "scoring pass", "embedding gradient"}
@@ -209,7 +237,7 @@ def test_ppo_plan_with_adapters_has_no_reference_and_trains_little():
 @pytest.mark.parametrize(("trained", "count"), [(True, 344), (False, 172)])
 def test_ppo_plan_counts_a_critic_twice_while_it_is_read(trained, count):
     settings = replace(SETTINGS, critic="c", train_critic=trained)
-    plan = memory.ppo_plan(settings, PPOModels(TINY, None, None, TINY), 2, float32, 0)
+    plan = memory.ppo_plan(settings, PPOModels(TINY, None, (), TINY), 2, float32, 0)
     assert sizes(plan)["moments"] == 2 * 4 * count
     assert totals(plan)["load"] == 3 * 688
     assert sizes(plan)["activations"] == 10 * 324 * (2 if trained else 1)
@@ -217,20 +245,20 @@ def test_ppo_plan_counts_a_critic_twice_while_it_is_read(trained, count):
 
 def test_ppo_plan_freezes_a_critic_under_adapters():
     settings = replace(SETTINGS, critic="c", lora_rank=1)
-    parts = sizes(memory.ppo_plan(settings, PPOModels(TINY, None, None, TINY), 2, float32, 0))
+    parts = sizes(memory.ppo_plan(settings, PPOModels(TINY, None, (), TINY), 2, float32, 0))
     assert (parts["critic"], parts["moments"]) == (688, 2 * 4 * 58)
 
 
 @pytest.mark.parametrize(("rollout", "rows"), [(3, 3), (9, 4)])
 def test_ppo_plan_samples_as_many_rows_as_stand_side_by_side(rollout, rows):
     settings = replace(SETTINGS, rollout_batch_size=rollout)
-    parts = sizes(memory.ppo_plan(settings, PPOModels(TINY, None, None, None), 2, float32, 0))
+    parts = sizes(memory.ppo_plan(settings, PPOModels(TINY, None, (), None), 2, float32, 0))
     assert parts["KV cache"] == rows * 80
 
 
 def test_large_gradients_are_beside_activations_only_where_they_accumulate():
     large = replace(TINY, hidden_size=4096, intermediate_size=2048)  # 32 MiB: back to the system
-    models = PPOModels(large, None, None, None)
+    models = PPOModels(large, None, (), None)
     for batch, phases in ((2, ("step",)), (4, ("loss", "step"))):
         plan = memory.ppo_plan(replace(SETTINGS, batch_size=batch), models, 2, float32, 0)
         assert {p.name: p.phases for p in plan.parts}["gradients"] == phases

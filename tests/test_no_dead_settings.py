@@ -98,6 +98,13 @@ RECIPES = {
     },
     "ppo": {
         "reward": Change("reward.py:short"),
+        **{
+            name: Change(value, refused="is for a service; no --reward is http://host:port/path")
+            for name, value in {
+                "reward_format": "llama-factory", "reward_timeout": 1.0, "reward_retries": 1,
+                "reward_connect_timeout": 1.0, "reward_batch_size": 1, "reward_token_file": "t",
+            }.items()
+        },
         "eval_data": Change("few.jsonl"),
         "eval_every": Change(1, {"eval_data": "few.jsonl"}),
         "eval_prompts": Change(2, {"eval_data": "few.jsonl"}),

@@ -15,8 +15,9 @@ from minirlhf.optim import make_optimizer
 from minirlhf.passes import TokenPass, measure
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.recipes import ppo as recipe
-from minirlhf.recipes.ppo import assign_credit, ppo, ppo_step, score
-from minirlhf.rollout import Rollout, RolloutBuffer, sample
+from minirlhf.recipes.ppo import assign_credit, ppo, ppo_step
+from minirlhf.rewards import as_scores, function_reward
+from minirlhf.rollout import Rollout, RolloutBuffer, sample, with_scores
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
 T, F = True, False
@@ -42,7 +43,7 @@ def assert_close(got, expected, atol=1e-6):
 
 def config_of(**settings) -> PPOConfig:
     values = {
-        "model": "m", "data": "d", "reward": "r", "out": "o", "batch_size": 4, "epochs": 2,
+        "model": "m", "data": "d", "reward": ("r",), "out": "o", "batch_size": 4, "epochs": 2,
         "micro_batch_size": 2, "max_new_tokens": 6, "steps": 4, "learning_rate": 1e-2,
         "adam_epsilon": 1e-8,
     }  # fmt: skip
@@ -407,7 +408,7 @@ def test_eos_ends_a_response_at_any_slot_and_the_score_lands_on_it():
     assert made.finish_reasons == ["eos", "eos", "eos", "length"]
     assert rollout.response_mask.sum(1).tolist() == [1, 3, 4, 4]
 
-    given = score(lambda completions: torch.full((4,), 2.0), made, "step 1").total
+    given = torch.full((4,), 2.0)
     assert rollout.truncated.tolist() == [False, False, False, True]
     scores = config.end_rule(given, rollout.truncated, rollout.response_lengths)
     assert scores.tolist() == [2.0, 2.0, 2.0, 1.5]
@@ -417,6 +418,30 @@ def test_eos_ends_a_response_at_any_slot_and_the_score_lands_on_it():
     assign_credit(buffer, config, kl_coef=1.0)
     rewards = [row.tolist() for row in by_row(buffer, "rewards")]
     assert rewards == [[2.0], [0, 0, 2.0], [0, 0, 0, 2.0], [0, 0, 0, 1.5]]
+
+
+def test_rewards_of_tokens_stand_beside_the_score_and_the_kl_penalty():
+    policy = ValueHeadModel(counting_lm())
+    prompts = [Prompt([i], "x", "p", {}) for i in (18, 17, 5)]
+    config = config_of(max_new_tokens=4, batch_size=3, missing_eos_penalty=0.5)
+    keys = streams.key(0, "test", torch.arange(3))
+    made, rollout = sample(policy.lm, prompts, keys, config.sampling, Letters(), 4)
+    assert made.response_ids == [[19, 0], [18, 19, 0], [6, 7, 8, 9]]
+    source = function_reward(lambda completions: [[1, 2], 5, [0, -1, 0, 4]], "f")
+
+    scores = as_scores(source(made), made, "step 1")
+    ruled = config.end_rule(scores.total, rollout.truncated, rollout.response_lengths)
+    assert ruled.tolist() == [0.0, 5.0, -0.5]  # the last one was cut
+    scores = scores._replace(total=ruled)
+    rollout = with_scores(rollout, scores)
+    buffer = RolloutBuffer(2, 99)
+    buffer.add(rollout)
+    measure(policy, counting_lm(), buffer, 1.0)
+    assign_credit(buffer, config, kl_coef=1.0)
+    rewards = [row.tolist() for row in by_row(buffer, "rewards")]
+    assert rewards == [[1.0, 2.0], [0, 0, 5.0], [0, -1.0, 0, 3.5]]
+    # the same policy as the reference: only what is above has been added
+    assert scores.sums.tolist() == [3.0, 5.0, 2.5]
 
 
 class Endless(Letters):

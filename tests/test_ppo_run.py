@@ -487,6 +487,54 @@ def test_main_refuses_a_critic_that_cannot_serve(world, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_main_learns_from_a_weighted_sum_and_logs_each_part(world, tmp_path, capsys):
+    code = tmp_path / "own.py"
+    code.write_text(
+        "def length(completions):\n    return [float(len(c)) for c in completions]\n"
+        "def dense(completion_ids):\n    return [[0.5] * len(ids) for ids in completion_ids]\n"
+        "def some(completions):\n    return [None] * len(completions)\n"
+    )
+    argv = command(world, tmp_path / "run", "--save-rollouts", steps=1, sample_every=0, log_every=1)
+    at = argv.index("--reward")
+    names = [f"2*{code}:length", f"{code}:dense", f"{code}:some", f"0.1*{world}/reward"]
+    argv[at + 1 : at + 2] = names
+    assert main(argv) == OK
+    told = [words.split() for words in capsys.readouterr().out.splitlines()]
+    assert ["reward", "length", "2", "x", f"{code}:length"] in told
+    (line,) = lines(tmp_path / "run" / "metrics.jsonl")
+    rows = [row for row in lines(tmp_path / "run" / "samples.jsonl") if row["kind"] == "rollout"]
+    lengths = [len(row["response"]) for row in rows]
+    assert line["rewards/length/mean"] == pytest.approx(sum(lengths) / 4, abs=1e-6)
+    dense = [len(row["response_ids"]) / 2 for row in rows]
+    assert line["rewards/dense/mean"] == pytest.approx(sum(dense) / 4, abs=1e-6)
+    assert not [name for name in line if name.startswith("rewards/some/")]  # it never applied
+    total = 2 * line["rewards/length/mean"] + line["rewards/dense/mean"]
+    total += 0.1 * line["rewards/reward/mean"]
+    assert line["objective/scores"] == pytest.approx(total, abs=1e-5)
+    # what PPO learned from: at step 0 the KL is 0, so a row's rewards are all of its score
+    for row, length, sum_of_tokens in zip(rows, lengths, dense, strict=True):
+        assert len(row["rewards"]) == 1 or row["rewards"][0] == 0.5
+        assert sum(row["rewards"]) == pytest.approx(row["score"] + sum_of_tokens, abs=1e-5)
+        assert row["score"] == pytest.approx(2 * length, abs=1)  # and 0.1 x the model's
+
+
+def test_main_reencodes_for_a_reward_model_with_another_tokenizer(world, tmp_path, capsys):
+    own = tmp_path / "own"
+    tokenizer = train_tokenizer(["the film was good"] * 9, 270, own)
+    scorer = RewardModel(random_lm(5, vocab_size=tokenizer.vocab_size))
+    initialize_score(scorer, torch.Generator().manual_seed(5))
+    pretrained.save_pretrained(scorer, own, pad_token_id=1)
+    argv = command(world, tmp_path / "run", steps=1, reward=own)
+    assert main(argv) == OK
+    assert f"{own} (its own tokenizer: texts are re-encoded)" in capsys.readouterr().out
+    (row, *_) = lines(tmp_path / "run" / "samples.jsonl")
+    ids = tokenizer.encode(row["prompt"]) + tokenizer.encode(row["response"], bos=False)
+    ids += [] if row["finish_reason"] == "length" else [0]
+    model = pretrained.load_reward_model(own)
+    alone = model(torch.tensor([ids]), torch.tensor([len(ids)])).item()
+    assert row["score"] == pytest.approx(alone, abs=1e-5)
+
+
 def test_main_refuses_to_resume_with_another_reward_function(whole, world, tmp_path, capsys):
     spec = tmp_path / "reward.py"
     spec.write_text(REWARD)

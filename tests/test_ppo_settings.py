@@ -104,7 +104,7 @@ def test_bootstrap_truncated_by_hand():
 def test_rewards_of_single_tokens_come_beside_the_score_by_hand():
     buffer = hand_buffer()
     extra = torch.tensor([[1.0, 2.0], [3.0, 0.0]], dtype=f64)
-    buffer.update(lambda m: m._replace(token_scores=extra[m.rows]))
+    buffer.update(lambda m: m._replace(given_rewards=extra[m.rows]))
     assign_credit(buffer, HAND, kl_coef=0.1)
     first, second = by_row(buffer, "rewards")
     assert_close(first, [0.95, 3.1])

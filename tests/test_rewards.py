@@ -1,21 +1,16 @@
-"""Where scores come from: functions that users write, and reward models."""
+"""What reward sources are: functions that users write, and weighted sums of several."""
+
+import math
 
 import numpy
 import pytest
 import torch
+from torch import nan, tensor
 
-from minirlhf.errors import BAD_INPUT, NON_FINITE, UserError
-from minirlhf.heads import RewardModel, initialize_score
-from minirlhf.hf_config import config_from_hf
-from minirlhf.pretrained import load_reward_model, save_pretrained
-from minirlhf.rewards import Completions, function_reward, load_reward, model_reward
-from minirlhf.tokenizer import load_tokenizer, train_tokenizer
-from minirlhf.transformer import CausalLM, initialize
+from minirlhf.errors import BAD_INPUT, NON_FINITE, NonFinite, UserError
+from minirlhf.reward_sources import load_function
+from minirlhf.rewards import Completions, Scores, as_scores, combine, function_reward
 
-SHAPE = {
-    "model_type": "llama", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
-}  # fmt: skip
 BATCH = Completions(
     prompts=["ab", "c", "d"],
     prompt_ids=[[67, 68], [69], [70]],
@@ -26,14 +21,18 @@ BATCH = Completions(
 )
 
 
-def scores_of(source: str, tmp_path, name: str = "f", batch: Completions = BATCH) -> list[float]:
+def scored(source: str, tmp_path, name: str = "f", batch: Completions = BATCH) -> Scores:
     """What the function `name` of a file with this source gives for the batch."""
     path = tmp_path / "reward.py"
     path.write_text(source)
-    reward = load_reward(f"{path}:{name}", None, torch.float32, "cpu", 64)
-    scores = reward(batch)
-    assert scores.dtype == torch.float32 and scores.shape == (len(batch.completions),)
-    return scores.tolist()
+    scores = load_function(f"{path}:{name}")(batch)
+    assert scores.total.dtype == torch.float32
+    assert scores.total.shape == (len(batch.completions),)
+    return scores
+
+
+def scores_of(source: str, tmp_path, name: str = "f") -> list[float]:
+    return scored(source, tmp_path, name).total.tolist()
 
 
 def refusal(source: str, tmp_path) -> UserError:
@@ -116,12 +115,16 @@ def test_function_may_return_a_list_tensor_or_array(value, tmp_path):
         ("torch.tensor(1.0)", "returned Tensor"),
         ("None", "returned NoneType"),
         ("'abc'", "returned str"),
-        ("[1.0, None, 2.0]", "score 1 is 'None'"),
         ("[1.0, True, 2.0]", "score 1 is 'True'"),
         ("torch.tensor([True, False, True])", "score 0 is 'True'"),
         ("[1.0, '2', 2.0]", "score 1 is '2'"),
-        ("[[1.0], [2.0], [3.0]]", r"score 0 is '\[1.0\]'"),
-        ("torch.ones(3, 1)", r"score 0 is '\[1.0\]'"),
+        ("[[1.0], [2.0], [3.0]]", r"score 0 is \[1.0\]: 1 numbers: the response has 2 ids"),
+        ("torch.ones(3, 1)", r"score 0 is \[1.0\]: 1 numbers: the response has 2 ids; return one"),
+        ("[1, [1, 2, 3], 1]", r"score 1 is \[1, 2, 3\]: 3 numbers: the response has 2 ids"),
+        ("[1, [1, None], 1]", "score 1, token 1 is 'None': return finite numbers, or None for no"),
+        ("[1, [1, [2]], 1]", "score 1, token 1 is "),
+        ("[1, 1, [True]]", "score 2, token 0 is 'True'"),
+        ("[1, '', 1]", "score 1 is ''"),
     ],
 )
 def test_function_that_returns_no_numbers_is_refused(value, message, tmp_path):
@@ -176,102 +179,152 @@ def test_file_without_the_function_is_told_what_it_has(tmp_path):
         scores_of("g = 3\n", tmp_path)
 
 
-def test_load_reward_refuses_a_file_that_is_not_there_or_names_no_function():
-    for spec, message in (
-        ("absent.py:f", "absent.py does not exist: give file.py:function"),
-        ("absent.py", "absent.py names no function: give absent.py:function"),
-        ("absent", "no such folder"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_reward(spec, None, torch.float32, "cpu", 64)
-
-
 def test_function_reward_wraps_any_function():
     reward = function_reward(lambda completions: numpy.arange(3), "counter")
-    assert reward(BATCH).tolist() == [0, 1, 2]
+    assert reward(BATCH).total.tolist() == [0, 1, 2]
 
 
-# ---- reward models -------------------------------------------------------------------------------
+# ---- what does not apply, and rewards of tokens --------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random reward model whose tokenizer has one token a byte; eos is 0."""
-    path = tmp_path_factory.mktemp("reward")
-    train_tokenizer([], 258, path)
-    rng = torch.Generator().manual_seed(0)
-    lm = initialize(CausalLM(config_from_hf(SHAPE)), rng)
-    save_pretrained(initialize_score(RewardModel(lm), rng), path, pad_token_id=1)
-    return path
+def assert_same(found: torch.Tensor, expected: list[float]) -> None:
+    torch.testing.assert_close(found, tensor(expected).float(), rtol=0, atol=1e-6, equal_nan=True)
 
 
-def alone(folder, ids: list[int], read_before_eos: bool = False) -> float:
-    """The score of one row by itself."""
-    model = load_reward_model(folder)
-    with torch.no_grad():
-        return float(model(torch.tensor([ids]), torch.tensor([len(ids)])))
+def test_function_leaves_out_the_rows_of_none(tmp_path):
+    scores = scored("def f(completions):\n    return [1.5, None, -2]", tmp_path)
+    assert scores.total.tolist() == [1.5, 0.0, -2.0]
+    (part,) = scores.parts.values()
+    assert_same(part, [1.5, nan, -2.0])
+    assert scores.token_rewards is None
 
 
-def reward_of(folder, batch: Completions, before: bool = False, tokens: int = 64) -> list[float]:
-    model = load_reward_model(folder)
-    model.read_before_eos = before
-    return model_reward(model, load_tokenizer(folder), tokens)(batch).tolist()
+@pytest.mark.parametrize("rows", ["[[1, 2.5], 7, [0.25]]", "[(1, 2.5), 7, torch.tensor([0.25])]"])
+def test_function_rewards_tokens_by_a_list(rows, tmp_path):
+    # the score of such a row is 0, its part the sum: 1 + 2.5 = 3.5; the row of 7 has no tokens'
+    scores = scored(f"import torch\ndef f(completions):\n    return {rows}", tmp_path)
+    assert scores.total.tolist() == [0.0, 7.0, 0.0]
+    assert scores.token_rewards == [[1.0, 2.5], [0.0, 0.0], [0.25]]
+    (part,) = scores.parts.values()
+    assert part.tolist() == [3.5, 7.0, 0.25]
+    assert scores.sums.tolist() == [3.5, 7.0, 0.25]
 
 
-@pytest.mark.parametrize("tokens", [1, 6, 64])
-def test_model_reward_is_the_reward_model_on_each_row_by_itself(folder, tokens):
-    # with eos where the policy ended the text, without where the length cut it; in the rows' order
-    rows = [[67, 68, 90, 0], [69, 91, 92], [70, 0]]
-    expected = [alone(folder, row) for row in rows]
-    assert len(set(expected)) == 3
-    assert reward_of(folder, BATCH, tokens=tokens) == pytest.approx(expected, abs=1e-6)
-    source = load_reward(str(folder), load_tokenizer(folder), torch.float32, "cpu", tokens)
-    assert source(BATCH).tolist() == pytest.approx(expected, abs=1e-6)
+def test_metrics_are_over_the_rows_that_apply():
+    # 1 and 4: mean 2.5, population std 1.5; a part without a row says nothing
+    parts = {"a": tensor([1.0, nan, 4.0]), "b": tensor([nan, nan, nan])}
+    found = Scores(torch.zeros(3), parts).metrics()
+    assert found == {"rewards/a/mean": 2.5, "rewards/a/std": 1.5}
 
 
-def test_model_reward_reads_before_eos_where_the_model_was_trained_so(folder):
-    rows = [[67, 68, 90], [69, 91, 92], [70]]  # the last has an empty response
-    expected = [alone(folder, row) for row in rows]
-    assert reward_of(folder, BATCH, before=True) == pytest.approx(expected, abs=1e-6)
+# ---- sums of several -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_model_reward_scores_a_stopped_text_as_one_that_ended_there(folder, before):
-    encode = load_tokenizer(folder).encode
-    batch = Completions(
-        ["p"], [encode("p")], ["good"], [encode("good\n\nQ")], ["stop"], {}
-    )  # fmt: skip
-    ended = encode("p") + encode("good") + ([] if before else [0])
-    assert reward_of(folder, batch, before) == pytest.approx([alone(folder, ended)], abs=1e-6)
+def gives(items: list, name: str = "f"):
+    return function_reward(lambda completions: items, name)
 
 
-def test_model_reward_has_no_gradient(folder):
-    model = load_reward_model(folder)
-    assert not model_reward(model, load_tokenizer(folder), 64)(BATCH).requires_grad
+def test_combine_is_the_weighted_sum():
+    # 0.5 x 2 - 3 x 1 = -2; 0.5 x 4 = 2, as b does not apply; -3 x 2 = -6, as a does not
+    source = combine([("a", 0.5, gives([2, 4, None])), ("b", -3.0, gives([1, None, 2]))])
+    scores = source(BATCH)
+    assert scores.total.tolist() == [-2.0, 2.0, -6.0]
+    assert list(scores.parts) == ["a", "b"]
+    assert_same(scores.parts["a"], [2, 4, nan])
+    assert_same(scores.parts["b"], [1, nan, 2])
+    assert scores.token_rewards is None
 
 
-def test_load_reward_refuses_a_model_of_another_tokenizer(folder, tmp_path):
-    other = train_tokenizer(["some words"] * 9, 260, tmp_path)
-    with pytest.raises(UserError, match="has another tokenizer than the policy"):
-        load_reward(str(folder), other, torch.float32, "cpu", 64)
+def test_combine_weighs_tokens_rewards_and_adds_them():
+    # token 1 of row 0: 0.5 x 2 + 2 x 10 = 21; of row 1: 2 x 1 each; row 2 is scored as a whole
+    source = combine([
+        ("a", 0.5, gives([[4, 2], 6, 8])), ("b", 2.0, gives([[0, 10], [1, 1], None])),
+    ])  # fmt: skip
+    scores = source(BATCH)
+    assert scores.token_rewards == [[2.0, 21.0], [2.0, 2.0], [0.0]]
+    assert scores.total.tolist() == [0.0, 3.0, 4.0]
+    assert scores.sums.tolist() == [23.0, 7.0, 4.0]
+    assert_same(scores.parts["a"], [6, 6, 8])
+    assert_same(scores.parts["b"], [10, 2, nan])
 
 
-def test_load_reward_refuses_a_language_model(folder, tmp_path):
-    tokenizer = load_tokenizer(folder)
-    tokenizer.save(tmp_path)
-    save_pretrained(CausalLM(config_from_hf(SHAPE)), tmp_path)
-    with pytest.raises(UserError, match="not a reward model"):
-        load_reward(str(tmp_path), tokenizer, torch.float32, "cpu", 64)
+def test_combine_takes_sources_that_return_a_tensor():
+    source = combine([("a", 2.0, lambda batch: tensor([1.0, 2.0, 3.0], dtype=torch.float64))])
+    assert source(BATCH).total.tolist() == [2.0, 4.0, 6.0]
+    assert source(BATCH).parts["a"].tolist() == [1.0, 2.0, 3.0]
+    assert source(BATCH).total.dtype == torch.float32
 
 
-def test_model_reward_refuses_a_row_longer_than_the_model_reads(folder):
-    batch = BATCH._replace(prompt_ids=[[67] * 63, [69], [70]])
-    with pytest.raises(UserError, match="a text of 65 tokens, the reward model reads 64"):
-        reward_of(folder, batch)
+def test_combine_logs_a_source_of_weight_0_without_learning_from_it():
+    source = combine([("a", 1.0, gives([1, 2, 3])), ("b", 0.0, gives([9, None, 9]))])
+    assert source(BATCH).total.tolist() == [1.0, 2.0, 3.0]
+    lone = combine([("a", 1.0, gives([1, None, 3])), ("b", 0.0, gives([9, 9, 9]))])
+    with pytest.raises(UserError, match=r"reward a, b: none applies to response 1: 'yz': one that"):
+        lone(BATCH)
 
 
-def test_model_reward_refuses_a_tokenizer_without_eos(folder):
-    tokenizer = load_tokenizer(folder)
-    tokenizer.eos_ids = ()
-    with pytest.raises(UserError, match="names no eos token"):
-        model_reward(load_reward_model(folder), tokenizer, 64)
+def test_a_row_that_no_source_applies_to_is_named():
+    source = combine([("a", 1.0, gives([1, None, 3])), ("b", 1.0, gives([1, None, None]))])
+    with pytest.raises(UserError, match=r"reward a, b: none applies to response 1: 'yz'"):
+        source(BATCH)
+    alone = gives([1, 2, None])
+    with pytest.raises(UserError, match=r"reward f: none applies to response 2: ''"):
+        as_scores(alone(BATCH), BATCH, "step 1")
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "give a reward source with a weight that is not 0"),
+        ([("a", 0.0, None)], "give a reward source with a weight that is not 0"),
+        ([("a", 1.0, None), ("a", 2.0, None)], "names of reward sources must differ: a, a"),
+        ([("a", math.inf, None)], "weights of reward sources must be finite"),
+    ],
+)
+def test_combine_refuses(sources, message):
+    with pytest.raises(ValueError, match=message):
+        combine(sources)
+
+
+def test_combine_refuses_a_sum_as_a_source():
+    inner = combine([("a", 1.0, gives([1, 2, 3])), ("b", 1.0, gives([1, 2, 3]))])
+    with pytest.raises(ValueError, match="c has 2 parts: combine single sources"):
+        combine([("c", 1.0, inner)])(BATCH)
+
+
+# ---- what any function may return ----------------------------------------------------------------
+
+
+def test_as_scores_takes_a_tensor_for_its_only_part():
+    scores = as_scores(tensor([1.0, 2.0, 3.0], dtype=torch.float64), BATCH, "step 1")
+    assert scores.total.tolist() == scores.parts["reward"].tolist() == [1.0, 2.0, 3.0]
+    assert scores.total.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        tensor([1.0, nan, 2.0]),
+        Scores(tensor([1.0, nan, 2.0]), {"a": torch.zeros(3)}),
+        Scores(torch.zeros(3), {"a": torch.zeros(3)}, [[0.0, 0.0], [0.0, nan], [0.0]]),
+    ],
+)
+def test_as_scores_refuses_what_is_not_finite(result):
+    with pytest.raises(NonFinite, match="step 1, response 1: score: is nan") as caught:
+        as_scores(result, BATCH, "step 1")
+    assert caught.value.code == NON_FINITE
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.zeros(3, 1), r"reward gave \(3, 1\): give one score each, 3"),
+        (torch.zeros(2), r"reward gave \(2,\): give one score each, 3"),
+        (Scores(torch.zeros(3), {"a": torch.zeros(2)}), r"reward gave \(2,\)"),
+        (Scores(torch.zeros(3), {}, [[0.0], [0.0], [0.0]]), "one number for each id of each"),
+        (Scores(torch.zeros(3), {}, [[0.0, 0.0], [0.0, 0.0]]), "one number for each id of each"),
+    ],
+)
+def test_as_scores_refuses_other_shapes(result, message):
+    with pytest.raises(ValueError, match=message):
+        as_scores(result, BATCH, "step 1")

@@ -266,7 +266,7 @@ def test_replay_rows_are_enough_to_compute_the_advantages_again():
     with torch.no_grad():
         policy.v_head.weight.fill_(0.1)
     ref = initialize(tiny_lm(), torch.Generator().manual_seed(4))
-    config = PPOConfig(model="m", data="d", reward="r", out="o", gamma=0.9, lam=0.8)
+    config = PPOConfig(model="m", data="d", reward=("r",), out="o", gamma=0.9, lam=0.8)
     made, rollout = sample(policy.lm, PROMPTS, KEYS, Sampling(6), Letters(), 4)
     buffer = buffer_of(rollout._replace(scores=torch.tensor([1.0, -2.0, 0.5, 3.0])), 2, 99)
     measure(policy, ref, buffer, temperature=1.0)

@@ -46,7 +46,7 @@ BUILTINS = {"eval", "exec", "compile", "__import__", "breakpoint"}
 IMPORTLIB = {  # why it may import by name
     "minirlhf/__init__.py": "public names are imported when they are asked for",
     "minirlhf/cli.py": "a verb's module, by the table of verbs",
-    "minirlhf/rewards.py": "the user's own file of --reward file.py:function, which is trusted",
+    "minirlhf/reward_sources.py": "the user's own file of --reward file.py:f, which is trusted",
 }
 
 
@@ -275,4 +275,5 @@ def test_no_command_reaches_out(world, monkeypatch):
 
 
 def test_every_verb_that_reads_files_is_watched():
-    assert {words.split()[0] for words in COMMANDS.values()} >= set(cli.VERBS) - {"demo"}
+    # `serve` is there to be reached: tests/test_serve.py says by whom
+    assert {words.split()[0] for words in COMMANDS.values()} >= set(cli.VERBS) - {"demo", "serve"}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import config as settings
-from minirlhf import interrupt, memory, optim, pretrained, streams
+from minirlhf import interrupt, memory, optim, pretrained, reward_sources, streams
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
 from minirlhf.data import Prompt, Text, load_prompts, load_texts
@@ -35,8 +35,9 @@ from minirlhf.masking import masked_rescale, masked_standardize, masked_sum
 from minirlhf.meters import Step
 from minirlhf.passes import TokenPass, kl_to_ref, measure, policy_pass
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.rewards import Completions, RewardSource, Scores, load_reward, locate
-from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, unpack
+from minirlhf.reward_sources import load_reward
+from minirlhf.rewards import Completions, RewardSource, Scores, as_scores
+from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, with_scores
 from minirlhf.run import Run, named_files, write_model
 from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.texts import TextMix, count_tokens
@@ -79,7 +80,7 @@ def assign_credit(buffer: RolloutBuffer, config: PPOConfig, kl_coef: float) -> N
             scores = torch.where(micro.truncated, 0, scores)
         rewards = token_rewards(scores, kl, micro.response_mask, kl_coef)
         return micro._replace(
-            rewards=rewards if micro.token_scores is None else rewards + micro.token_scores
+            rewards=rewards if micro.given_rewards is None else rewards + micro.given_rewards
         )
 
     def credit(micro: Rollout) -> Rollout:
@@ -299,28 +300,6 @@ def summarise_updates(
     )  # fmt: skip
 
 
-def score(reward: RewardSource, completions: Completions, where: str) -> Scores:
-    """What the reward source says, on the CPU, checked."""
-    scores = reward(completions)
-    if isinstance(scores, Tensor):
-        scores = Scores(scores, {})
-    total, B = scores.total.float().cpu(), len(completions.completions)
-    if total.shape != (B,):
-        raise ValueError(f"reward gave {tuple(total.shape)}: give one score each, {B}")
-    for i, value in enumerate(total.tolist()):
-        optim.check_finite(f"{where}, response {i}", {"score": value})
-    return scores._replace(total=total)
-
-
-def with_scores(rollout: Rollout, scores: Tensor, by_token: list[list[float]] | None) -> Rollout:
-    """The rollout with one score a response, and rewards of single tokens where there are any."""
-    rollout = rollout._replace(scores=scores.to(rollout.tokens.device))
-    if by_token is None:
-        return rollout
-    flat = torch.tensor([value for row in by_token for value in row]).to(rollout.scores)
-    return rollout._replace(token_scores=unpack(flat, rollout.response_mask))
-
-
 def ppo(
     state: TrainState,
     prompts: list[Prompt],
@@ -368,13 +347,13 @@ def ppo(
         clock["time/rollout"] = time.perf_counter() - started
 
         # Score: the rule for cut responses, then the scale of all scores so far.
-        given = score(reward, completions, f"step {iteration + 1}")
+        given = as_scores(reward(completions), completions, f"step {iteration + 1}")
         cut, lengths = rollout.truncated.cpu(), rollout.response_lengths.cpu()
         scores = config.end_rule(given.total, cut, lengths)
         moments = RunningMoments(*state.score_moments)
         moments.update(scores)
         scaled = scale_scores(scores, config.score_scaling, config.score_clip, moments)
-        rollout = with_scores(rollout, scaled, given.token_rewards)
+        rollout = with_scores(rollout, given._replace(total=scaled))
         clock["time/score"] = time.perf_counter() - started - clock["time/rollout"]
 
         # Measure: cut once into micro-batches, and pass them through policy and reference.
@@ -400,7 +379,8 @@ def ppo(
         state.step += 1
         state.samples += B
         state.score_moments = moments.as_list()
-        metrics = summarise(stats, completions, scores, given, buffer, sequence_kl, tokenizer)
+        given = given._replace(total=scores)
+        metrics = summarise(stats, completions, given, buffer, sequence_kl, tokenizer)
         state.meters.update(metrics, B)
         steady = {"lr": rate, "episode": state.samples, "objective/kl_coef": kl_coef,
                   "epoch": state.samples / len(prompts)}  # fmt: skip
@@ -437,22 +417,21 @@ def check_ratio(iteration: int, gap: float) -> None:
 
 
 def summarise(
-    stats: PPOStats, completions: Completions, scores: Tensor, given: Scores, buffer: RolloutBuffer,
+    stats: PPOStats, completions: Completions, scores: Scores, buffer: RolloutBuffer,
     sequence_kl: float, tokenizer: Tokenizer,
 ) -> dict[str, float]:  # fmt: skip
     """TRL's metric names, with the numbers that the names promise: masked and token-weighted.
 
     Args:
-        scores: (B,) under the rule for cut responses, before they were scaled.
+        scores: under the rule for cut responses, before they were scaled.
     """
-    by_token = torch.tensor([sum(row) for row in given.token_rewards or [[0.0]] * len(scores)])
-    scores, learned = scores + by_token, float(torch.cat(
-        [micro.scores for micro in buffer.micro_batches]).mean() + by_token.mean())  # fmt: skip
+    scaled = torch.cat([micro.scores for micro in buffer.micro_batches]).cpu()
+    learned = float((scores.sums - scores.total).mean() + scaled.mean())
     B, ended = len(buffer), sum(reason != "length" for reason in completions.finish_reasons)
     unknown = sum(i >= tokenizer.vocab_size for ids in completions.response_ids for i in ids)
-    return {
-        "objective/scores": float(scores.mean()),
-        "objective/scores_std": float(scores.std(correction=0)),
+    return scores.metrics() | {
+        "objective/scores": float(scores.sums.mean()),
+        "objective/scores_std": float(scores.sums.std(correction=0)),
         "objective/kl": sequence_kl,
         "objective/non_score_reward": stats.non_score_reward,
         "objective/learned_scores": learned,
@@ -490,7 +469,8 @@ def sample_table(
     completions, _ = sample(
         state.model.lm, fixed, keys, config.sampling, tokenizer, config.rollout_batch_size
     )
-    scores = score(reward, completions, f"samples at step {state.step}").total.tolist()
+    where = f"samples at step {state.step}"
+    scores = as_scores(reward(completions), completions, where).sums.tolist()
     return [
         {"step": state.step, "kind": "sample", "prompt": prompt, "response": text,
          "finish_reason": reason, "score": value}
@@ -609,10 +589,12 @@ def main(argv: list[str] | None = None) -> int:
     ref_folder = folder if config.ref is None else pretrained.resolve(config.ref)
     tokenizer = load_tokenizer(folder)
     critic = [] if config.critic is None else [pretrained.resolve(config.critic)]
-    source = locate(config.reward)
-    scorer = [source] if source.is_dir() else []
-    check_models(config, (folder, ref_folder), critic, scorer, tokenizer)
-    room = prompt_room(config, (folder, ref_folder, *critic, *scorer))
+    specs = [reward_sources.parse(source) for source in config.reward]
+    places = [reward_sources.locate(spec) for spec in specs]
+    scorers = [place for place in places if place is not None and place.is_dir()]
+    check_models(config, (folder, ref_folder), critic, scorers, tokenizer)
+    same = [place for place in scorers if not reward_sources.reencoded(place, tokenizer)]
+    room = prompt_room(config, (folder, ref_folder, *critic, *same))
     prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
     print(report)
     sets, files = {}, named_files(config.eval_data, "/")
@@ -621,7 +603,8 @@ def main(argv: list[str] | None = None) -> int:
         print(report)
         sets[prefix] = held_out(rows, config.eval_prompts, file)
     texts = load_mix(config, tokenizer, pretrained.read_config(folder).longest_row)
-    inputs = [config.data, str(source), str(ref_folder), *files.values()]
+    inputs = [config.data, *(str(place) for place in places if place), str(ref_folder)]
+    inputs += files.values()
     inputs += [config.ptx_data] if config.ptx_data else []
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
@@ -633,8 +616,9 @@ def main(argv: list[str] | None = None) -> int:
     fits = memory.verdict(plan, free_memory(device))
     columns = {name for prompt in prompts for name in prompt.columns}
     reward = load_reward(
-        config.reward, tokenizer, dtype, device, config.micro_batch_tokens, columns
-    )
+        config, tokenizer, dtype, device, config.micro_batch_tokens, columns,
+        r.folder / "rewards.jsonl",
+    )  # fmt: skip
     policy = load_policy(config, folder, device, dtype)
     if config.lora_rank:
         add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
@@ -664,14 +648,18 @@ def main(argv: list[str] | None = None) -> int:
         r.export(lambda target: write_model(lm, tokenizer, target), "best")
 
     with r:
-        r.facts(run_facts(config, len(prompts), policy, fits, device, dtype))
+        r.facts(
+            run_facts(config, len(prompts), policy, fits, device, dtype)
+            | reward_sources.facts(specs, tokenizer)
+        )
         r.restore(state)
         if sets and not state.baselines:
             found = evaluate_sets(r, state, sets, evaluate)
             r.log(state, found, {}, ())
             if config.keep_best:
                 keep_best(r, state, found, export_best)
-        if config.sample_every and state.step == 0:
+        # where the first step was stopped, the table before it is there
+        if config.sample_every and state.step == 0 and not state.log_bytes["samples.jsonl"]:
             show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
         loop = ppo(state, prompts, reward, ref, tokenizer, config, mix)
         for step in r.bar(loop, state, config.steps):

@@ -1,0 +1,94 @@
+"""A reward model as a reward source, by the policy's token ids or, where it has a tokenizer of its
+own, by the texts.
+"""
+
+import torch
+from torch import Tensor
+
+from minirlhf import interrupt
+from minirlhf.errors import UserError
+from minirlhf.formats import Messages
+from minirlhf.generation import pad_right
+from minirlhf.heads import RewardModel
+from minirlhf.optim import cut_by_tokens
+from minirlhf.rewards import Completions, RewardSource
+from minirlhf.tokenizer import Tokenizer
+
+
+def reencode(
+    tokenizer: Tokenizer, prompt: str | Messages, text: str, reason: str
+) -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids) in a reward model's own tokenizer, as its training makes them.
+
+    Prompt and response are encoded apart; messages by its own chat template, where the response is
+    an assistant's turn. An eos stands at the end unless the length cut the text.
+
+    Args:
+        text: of the response, without eos.
+        reason: eos, stop or length.
+    """
+    if isinstance(prompt, str):
+        head, tail = tokenizer.encode(prompt), tokenizer.encode(text, bos=False)
+    elif prompt[-1].get("role") == "assistant":  # a turn that the response goes on with
+        head, tail = tokenizer.encode_chat(prompt), tokenizer.encode(text, bos=False)
+    else:
+        turn = [{"role": "assistant", "content": text}]
+        head, tail = tokenizer.encode_dialogue(prompt, turn)
+    ended = bool(tail) and tail[-1] in tokenizer.eos_ids  # a template ends the turn itself
+    if reason == "length":
+        return head, tail[:-1] if ended else tail
+    return head, tail if ended else [*tail, tokenizer.eos_ids[0]]
+
+
+def model_reward(
+    model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: int, own_tokenizer: bool = False,
+    name: str = "--reward",
+) -> RewardSource:  # fmt: skip
+    """Scores of a reward model.
+
+    Texts end here as in its training: with eos where the policy ended the text, without where the
+    length cut it. A response that a stop string ended is scored as the text before it, with eos.
+
+    Args:
+        tokenizer: the reward model's.
+        own_tokenizer: the policy has another one, so its ids mean nothing here: texts are
+            re-encoded, and ids are never looked at.
+        name: what errors call it.
+    Raises:
+        UserError: the tokenizer names no eos; a row is longer than what the model reads, or empty.
+    """
+    if not tokenizer.eos_ids:
+        what = "names no eos token, which every text that is scored ends with"
+        raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
+    most = model.config.longest_row
+
+    def row(batch: Completions, i: int) -> list[int]:
+        text, reason = batch.completions[i], batch.finish_reasons[i]
+        if own_tokenizer:
+            prompt, response = reencode(tokenizer, batch.prompts[i], text, reason)
+        else:
+            prompt, response = batch.prompt_ids[i], batch.response_ids[i]
+            if reason == "stop":
+                response = [*tokenizer.encode(text, bos=False), tokenizer.eos_ids[0]]
+        if model.read_before_eos and response and response[-1] in tokenizer.eos_ids:
+            response = response[:-1]
+        return prompt + response
+
+    @torch.no_grad()
+    def score(batch: Completions) -> Tensor:
+        ids = [row(batch, i) for i in range(len(batch.completions))]
+        lengths = torch.tensor([len(r) for r in ids])
+        if lengths.max() > most:
+            again = " once it is re-encoded" if own_tokenizer else ""
+            what = f"a text of {lengths.max()} tokens{again}, the reward model reads {most}"
+            raise UserError(name, what, "lower max_prompt_length or max_new_tokens")
+        if not lengths.min():
+            raise UserError(name, "a text without any token", "remove the empty prompt")
+        scores, device = torch.zeros(len(ids)), model.score.weight.device
+        for part in cut_by_tokens(lengths, len(ids), micro_batch_tokens):
+            interrupt.check()
+            tokens = pad_right([ids[i] for i in part.tolist()]).to(device)
+            scores[part] = model(tokens, lengths[part].to(device)).float().cpu()
+        return scores
+
+    return score

@@ -1,0 +1,232 @@
+"""Reward models as reward sources: by the policy's ids, or by texts in a tokenizer of their own."""
+
+import json
+
+import pytest
+import torch
+
+from minirlhf.errors import UserError
+from minirlhf.heads import RewardModel, initialize_score
+from minirlhf.hf_config import config_from_hf
+from minirlhf.pretrained import load_reward_model, save_pretrained
+from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.reward_model import model_reward, reencode
+from minirlhf.reward_sources import facts, load_reward, parse
+from minirlhf.rewards import Completions
+from minirlhf.tokenizer import load_tokenizer, train_tokenizer
+from minirlhf.transformer import CausalLM, initialize
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+BATCH = Completions(
+    prompts=["ab", "c", "d"],
+    prompt_ids=[[67, 68], [69], [70]],
+    completions=["x", "yz", ""],
+    response_ids=[[90, 0], [91, 92], [0]],
+    finish_reasons=["eos", "length", "eos"],
+    columns={},
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random reward model whose tokenizer has one token a byte; eos is 0."""
+    path = tmp_path_factory.mktemp("reward")
+    train_tokenizer([], 258, path)
+    rng = torch.Generator().manual_seed(0)
+    lm = initialize(CausalLM(config_from_hf(SHAPE)), rng)
+    save_pretrained(initialize_score(RewardModel(lm), rng), path, pad_token_id=1)
+    return path
+
+
+def alone(folder, ids: list[int], read_before_eos: bool = False) -> float:
+    """The score of one row by itself."""
+    model = load_reward_model(folder)
+    with torch.no_grad():
+        return float(model(torch.tensor([ids]), torch.tensor([len(ids)])))
+
+
+def load(folder, tokenizer, tokens: int = 64):
+    """The source of `--reward FOLDER` for a policy with this tokenizer."""
+    return load_reward(PPOConfig(reward=(str(folder),)), tokenizer, torch.float32, "cpu", tokens)
+
+
+def reward_of(folder, batch: Completions, before: bool = False, tokens: int = 64) -> list[float]:
+    model = load_reward_model(folder)
+    model.read_before_eos = before
+    return model_reward(model, load_tokenizer(folder), tokens)(batch).tolist()
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 64])
+def test_model_reward_is_the_reward_model_on_each_row_by_itself(folder, tokens):
+    # with eos where the policy ended the text, without where the length cut it; in the rows' order
+    rows = [[67, 68, 90, 0], [69, 91, 92], [70, 0]]
+    expected = [alone(folder, row) for row in rows]
+    assert len(set(expected)) == 3
+    assert reward_of(folder, BATCH, tokens=tokens) == pytest.approx(expected, abs=1e-6)
+    source = load(folder, load_tokenizer(folder), tokens)
+    assert source(BATCH).total.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_model_reward_reads_before_eos_where_the_model_was_trained_so(folder):
+    rows = [[67, 68, 90], [69, 91, 92], [70]]  # the last has an empty response
+    expected = [alone(folder, row) for row in rows]
+    assert reward_of(folder, BATCH, before=True) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_model_reward_scores_a_stopped_text_as_one_that_ended_there(folder, before):
+    encode = load_tokenizer(folder).encode
+    batch = Completions(
+        ["p"], [encode("p")], ["good"], [encode("good\n\nQ")], ["stop"], {}
+    )  # fmt: skip
+    ended = encode("p") + encode("good") + ([] if before else [0])
+    assert reward_of(folder, batch, before) == pytest.approx([alone(folder, ended)], abs=1e-6)
+
+
+def test_model_reward_has_no_gradient(folder):
+    model = load_reward_model(folder)
+    assert not model_reward(model, load_tokenizer(folder), 64)(BATCH).requires_grad
+
+
+def test_load_reward_refuses_a_language_model(folder, tmp_path):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save(tmp_path)
+    save_pretrained(CausalLM(config_from_hf(SHAPE)), tmp_path)
+    with pytest.raises(UserError, match="not a reward model"):
+        load(tmp_path, tokenizer)
+
+
+def test_model_reward_refuses_a_row_longer_than_the_model_reads(folder):
+    batch = BATCH._replace(prompt_ids=[[67] * 63, [69], [70]])
+    with pytest.raises(UserError, match="a text of 65 tokens, the reward model reads 64"):
+        reward_of(folder, batch)
+
+
+def test_model_reward_refuses_a_tokenizer_without_eos(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.eos_ids = ()
+    with pytest.raises(UserError, match="names no eos token"):
+        model_reward(load_reward_model(folder), tokenizer, 64)
+
+
+# ---- a tokenizer of its own ----------------------------------------------------------------------
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}" \
+    "{% if add_generation_prompt %}<assistant>{% endif %}"  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A reward model whose tokenizer has tokens of several bytes, and a chat template."""
+    path = tmp_path_factory.mktemp("words")
+    tokenizer = train_tokenizer(["the film was good", "the plot was bad"] * 9, 280, path)
+    config = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT}))
+    rng = torch.Generator().manual_seed(3)
+    lm = initialize(CausalLM(config_from_hf({**SHAPE, "vocab_size": tokenizer.vocab_size})), rng)
+    save_pretrained(initialize_score(RewardModel(lm), rng), path, pad_token_id=1)
+    return path
+
+
+def sampled(tokenizer, prompts: list[str], texts: list[str], reasons: list[str]) -> Completions:
+    """What a policy with this tokenizer would have sampled."""
+    ids = [
+        [*tokenizer.encode(text, bos=False), *([tokenizer.eos_ids[0]] if reason == "eos" else [])]
+        for text, reason in zip(texts, reasons, strict=True)
+    ]
+    return Completions(prompts, [tokenizer.encode(p) for p in prompts], texts, ids, reasons, {})
+
+
+PROMPTS, TEXTS = ["the film", "the plot was", "a"], [" was good", " bad", ""]
+REASONS = ["eos", "length", "eos"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_both_paths_agree_where_the_tokenizers_are_equal(folder, before):
+    tokenizer = load_tokenizer(folder)
+    batch = sampled(tokenizer, PROMPTS, TEXTS, REASONS)
+    batch = batch._replace(
+        prompts=[*batch.prompts, "b"], prompt_ids=[*batch.prompt_ids, tokenizer.encode("b")],
+        completions=[*batch.completions, "c"], finish_reasons=[*REASONS, "stop"],
+        response_ids=[*batch.response_ids, tokenizer.encode("c###")],
+    )  # fmt: skip
+    model = load_reward_model(folder)
+    model.read_before_eos = before
+    by_ids = model_reward(model, tokenizer, 64)(batch)
+    by_text = model_reward(model, tokenizer, 64, own_tokenizer=True)(batch)
+    assert torch.equal(by_ids, by_text)
+    assert len(set(by_ids.tolist())) == 4
+
+
+def test_a_tokenizer_of_its_own_scores_the_texts_in_it(folder, words):
+    policy, own = load_tokenizer(folder), load_tokenizer(words)
+    batch = sampled(policy, PROMPTS, TEXTS, REASONS)
+    rows = [
+        [*own.encode("the film"), *own.encode(" was good", bos=False), own.eos_ids[0]],
+        [*own.encode("the plot was"), *own.encode(" bad", bos=False)],
+        [*own.encode("a"), own.eos_ids[0]],
+    ]
+    assert rows[0] != batch.prompt_ids[0] + batch.response_ids[0]
+    expected = [alone(words, row) for row in rows]
+    found = load(words, policy)(batch).total.tolist()
+    assert found == pytest.approx(expected, abs=1e-6)
+    # and the policy's ids are never looked at
+    garbage = batch._replace(prompt_ids=[[999]] * 3, response_ids=[[-5] * 9] * 3)
+    assert load(words, policy)(garbage).total.tolist() == found
+
+
+MESSAGES = [{"role": "user", "content": "the film?"}]
+
+
+def test_reencode_renders_messages_by_its_own_template(words):
+    own = load_tokenizer(words)
+    head, tail = reencode(own, MESSAGES, "it was good", "eos")
+    assert own.decode(head, skip_special=False) == "<user>the film?<|endoftext|><assistant>"
+    assert own.decode(tail, skip_special=False) == "it was good<|endoftext|>"
+    assert head == own.encode_chat(MESSAGES)
+    # one eos, which the template wrote; none where the length cut the text
+    assert tail == [*own.encode("it was good", bos=False), 0]
+    assert reencode(own, MESSAGES, "it was good", "stop") == (head, tail)
+    assert reencode(own, MESSAGES, "it was good", "length") == (head, tail[:-1])
+
+
+def test_reencode_goes_on_with_an_assistants_turn(words):
+    own = load_tokenizer(words)
+    prompt = [*MESSAGES, {"role": "assistant", "content": "it was"}]
+    head, tail = reencode(own, prompt, " good", "eos")
+    shown = "<user>the film?<|endoftext|><assistant>it was"
+    assert own.decode(head, skip_special=False) == shown
+    assert tail == [*own.encode(" good", bos=False), 0]
+
+
+def test_reencode_spells_special_names_of_a_text_out(words):
+    own = load_tokenizer(words)
+    for prompt in ("a", MESSAGES):
+        _, tail = reencode(own, prompt, "so<|endoftext|>good", "eos")
+        assert tail.count(0) == 1 and tail[-1] == 0
+        assert own.decode(tail) == "so<|endoftext|>good"
+
+
+def test_a_text_that_is_too_long_once_it_is_reencoded_is_an_error(folder, words):
+    batch = sampled(load_tokenizer(folder), ["q" * 60], ["x" * 5], ["eos"])
+    message = r"--reward .*words.*: a text of 66 tokens once it is re-encoded, the reward model rea"
+    with pytest.raises(UserError, match=message):
+        load(words, load_tokenizer(folder))(batch)
+
+
+def test_a_text_without_any_token_is_an_error(folder):
+    tokenizer, model = load_tokenizer(folder), load_reward_model(folder)
+    batch = sampled(tokenizer, [""], [""], ["length"])
+    with pytest.raises(UserError, match="a text without any token"):
+        model_reward(model, tokenizer, 64, own_tokenizer=True)(batch)
+
+
+def test_facts_say_that_texts_are_reencoded(folder, words):
+    tokenizer = load_tokenizer(folder)
+    assert facts([parse(str(folder))], tokenizer) == {"reward": str(folder)}
+    told = facts([parse(f"0.5*{words}"), parse("a.py:f")], tokenizer)
+    again = " (its own tokenizer: texts are re-encoded)"
+    assert told == {f"reward {words.name}": f"0.5 x {words}{again}", "reward f": "a.py:f"}
