@@ -5,15 +5,19 @@ Texts end alike everywhere: with eos, unless they were cut. What is dropped or c
 Report; every fault of a row is an error with file:line.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from minirlhf.errors import UserError, printable
 from minirlhf.formats import Format, Messages, Part, margin, pair_format, prompt_format, text_format
 from minirlhf.rows import Row, read_rows
+from minirlhf.sieve import STRICT, LeftOut, RowPolicy, Sieve
 from minirlhf.tokenizer import Tokenizer
+
+Parts = tuple[Part | None, ...]  # (prompt or None, response, ...)
+T = TypeVar("T")
 
 OVERLONG = ("drop", "truncate_prompt_left", "truncate_response", "error")
 
@@ -73,7 +77,11 @@ class Text:
 
 @dataclass
 class Report:
-    """What a file was taken for and what became of its rows: rows = kept + dropped."""
+    """What a file was taken for and what became of its rows.
+
+    rows = kept + dropped + rejected: a dropped row is as it should be but of no use (too long, or
+    its answers are equal), a rejected one is malformed.
+    """
 
     path: str
     detected: str
@@ -82,13 +90,46 @@ class Report:
     dropped: dict[str, int] = field(default_factory=dict)
     cut: int = 0
     notes: list[str] = field(default_factory=list)
+    dropped_rows: list[LeftOut] = field(default_factory=list)
+    rejected_rows: list[LeftOut] = field(default_factory=list)
+
+    def drop(self, where: str, why: str) -> None:
+        self.dropped[why] = self.dropped.get(why, 0) + 1
+        self.dropped_rows.append(LeftOut(where, why))
+
+    def left_out(self) -> list[tuple[str, str]]:
+        """What was left out, in words: "dropped" for each reason, "rejected" with the first row."""
+        counts = [("dropped", f"{count:,} ({why})") for why, count in self.dropped.items()]
+        if self.rejected_rows:
+            where, reason, _ = self.rejected_rows[0]
+            counts.append(("rejected", f"{len(self.rejected_rows):,} (first: {where}: {reason})"))
+        return counts
+
+    def check(self, max_drop: float) -> None:
+        """Refuses a file of which too little is left.
+
+        Raises:
+            UserError: no row is left, or a larger share than max_drop is left out.
+        """
+        if not self.kept:
+            raise self.nothing_left()
+        if (out := self.rows - self.kept) / self.rows > max_drop:
+            what = f"{out:,} of {self.rows:,} rows are left out, max_drop is {max_drop:g}"
+            do = "mend the rows, or raise max_drop"
+            raise UserError(self.path, what, f"{self._counts()}; {do}")
+
+    def nothing_left(self) -> UserError:
+        return UserError(self.path, f"no row left of {self.rows:,}", self._counts())
+
+    def _counts(self) -> str:
+        return "; ".join(map(": ".join, self.left_out()))
 
     def __str__(self) -> str:
         lines = [f"detected: {self.detected} · {self.rows:,} rows · kept {self.kept:,}"]
-        lines += [f"dropped:  {count:,} ({why})" for why, count in self.dropped.items()]
+        lines += [f"{kind + ':':<9} {count}" for kind, count in self.left_out()]
         lines += [f"cut:      {self.cut:,} to max_length"] if self.cut else []
         lines += [f"note:     {note}" for note in self.notes]
-        return "\n".join([printable(self.path), *(f"  {line}" for line in lines)])
+        return "\n".join([printable(self.path), *(f"  {printable(line, 400)}" for line in lines)])
 
 
 class _Example(NamedTuple):
@@ -105,6 +146,8 @@ def load_pairs(
     max_length: int | None,
     overlong: str,
     columns: dict[str, str] | None = None,
+    policy: RowPolicy = STRICT,
+    finish: Callable[[Pair], Pair] | None = None,
 ) -> tuple[list[Pair], Report]:
     """Preference pairs of a file. Pairs whose two answers are equal are dropped and counted.
 
@@ -115,22 +158,25 @@ def load_pairs(
         overlong: "drop", "truncate_prompt_left", "truncate_response" or "error". A cut answer has
             no eos, since its text did not end there.
         columns: legal column name -> name in this file.
+        policy: what becomes of malformed rows, and how much may be left out.
+        finish: a last change of each pair; a UserError that it raises is a fault of the row.
     Raises:
-        UserError: a fault in a row (file:line), no row left, or an illegal setting.
+        UserError: a fault in a row (file:line), no row left, more left out than the policy
+            allows, or an illegal setting.
     """
-    rows = _rows(path, columns)
-    margins = {row.where: margin(row) for row in rows}
-    examples, report = _load(path, rows, pair_format, tokenizer, max_length, overlong)
-    missing = sum(value is None for value in margins.values())
-    if missing < len(rows):
+    sieve = Sieve(policy)
+    split = split_rows(path, pair_format, sieve, columns, also=margin)
+
+    def make(e: _Example) -> Pair:
+        others = {key: value for key, value in e.columns.items() if key != "margin"}
+        return Pair(e.prompt_ids, *e.responses, margin(e.row) or 0.0, e.row.where, others)
+
+    pairs, report = _load(path, split, make, finish, tokenizer, max_length, overlong, sieve)
+    missing = sum(margin(row) is None for row, _ in split.rows)
+    if missing < len(split.rows):
         report.detected = report.detected.replace("rejected)", "rejected, margin)")
         if missing:
             report.notes.append(f"margin missing in {missing:,} rows: they count as 0")
-    pairs = [
-        Pair(e.prompt_ids, *e.responses, margins[e.row.where] or 0.0, e.row.where,
-             {key: value for key, value in e.columns.items() if key != "margin"})
-        for e in examples
-    ]  # fmt: skip
     return pairs, report
 
 
@@ -140,20 +186,23 @@ def load_prompts(
     max_length: int | None,
     overlong: str,
     columns: dict[str, str] | None = None,
+    policy: RowPolicy = STRICT,
+    finish: Callable[[Prompt], Prompt] | None = None,
 ) -> tuple[list[Prompt], Report]:
     """Prompts of a file, arguments as in `load_pairs`; `overlong` cannot be "truncate_response"."""
     if overlong == "truncate_response":
         legal = "drop, truncate_prompt_left or error: prompts have no response"
         raise UserError("overlong", f"is {overlong!r}", legal)
-    rows = _rows(path, columns)
-    examples, report = _load(path, rows, prompt_format, tokenizer, max_length, overlong)
-    prompts = []
-    for e in examples:
+    sieve = Sieve(policy)
+    split = split_rows(path, prompt_format, sieve, columns)
+
+    def make(e: _Example) -> Prompt:
         text = e.prompt
-        if not isinstance(text, str) and isinstance(text[0], int):
+        if isinstance(text, list) and isinstance(text[0], int):
             text = tokenizer.decode(text, skip_special=False) if tokenizer else ""
-        prompts.append(Prompt(e.prompt_ids, text, e.row.where, e.columns))
-    return prompts, report
+        return Prompt(e.prompt_ids, text, e.row.where, e.columns)
+
+    return _load(path, split, make, finish, tokenizer, max_length, overlong, sieve)
 
 
 def load_texts(
@@ -162,49 +211,100 @@ def load_texts(
     max_length: int | None,
     overlong: str,
     columns: dict[str, str] | None = None,
+    policy: RowPolicy = STRICT,
+    finish: Callable[[Text], Text] | None = None,
 ) -> tuple[list[Text], Report]:
     """Texts of a file for supervised training, arguments as in `load_pairs`."""
-    rows = _rows(path, columns)
-    examples, report = _load(path, rows, text_format, tokenizer, max_length, overlong)
-    texts = []
-    for e in examples:
+    sieve = Sieve(policy)
+    split = split_rows(path, text_format, sieve, columns)
+
+    def make(e: _Example) -> Text:
         length = 0 if e.prompt is None else len(e.prompt_ids)
-        texts.append(Text(e.prompt_ids + e.responses[0], length, e.row.where, e.columns))
-    return texts, report
+        return Text(e.prompt_ids + e.responses[0], length, e.row.where, e.columns)
+
+    return _load(path, split, make, finish, tokenizer, max_length, overlong, sieve)
 
 
-def _rows(path: str | Path, columns: dict[str, str] | None) -> list[Row]:
-    """All rows of a file, columns renamed."""
-    rows = []
-    for row in read_rows(path):
-        values = {k: v for k, v in row.columns.items() if k not in (columns or {}).values()}
-        for name, source in (columns or {}).items():
-            if source not in row.columns:
-                keys = ", ".join(printable(key, 40) for key in row.columns)
-                raise UserError(row.where, f"no column {source!r} to take as {name}", f"has {keys}")
-            values[name] = row.columns[source]
-        rows.append(Row(row.where, values, row.typed))
-    return rows
+# ---------------------------------------------------------------------------- a file, taken apart
+
+
+class Split(NamedTuple):
+    """The rows of a file that are of its kind, with their parts."""
+
+    form: Format
+    rows: list[tuple[Row, Parts]]
+    total: int  # rows that were read, those that the sieve kept back included
+
+
+def split_rows(
+    path: str | Path,
+    detect: Callable[[Row, bool], Format],
+    sieve: Sieve,
+    columns: dict[str, str] | None = None,
+    also: Callable[[Row], object] | None = None,
+) -> Split:
+    """Reads a whole file and takes its rows apart; its first well-formed row tells its kind.
+
+    Args:
+        detect: pair_format, prompt_format or text_format.
+        sieve: takes malformed rows.
+        columns: legal column name -> name in this file.
+        also: what else a row must stand: raises a UserError where it does not.
+    Raises:
+        UserError: a fault in a row that the sieve does not take, or no row left.
+    """
+    rows = list(_renamed(read_rows(path, sieve), columns or {}, sieve))
+    total, form, split = len(rows) + len(sieve.rejected), None, []
+    for row in rows:
+        try:
+            if also is not None:
+                also(row)
+            form = form or detect(row, sieve.policy.allow_empty_prompt)
+            split.append((row, form.split(row)))
+        except UserError as error:
+            sieve.reject(error, row.raw)
+    if not split:
+        raise Report(str(path), "", total, rejected_rows=sieve.in_order()).nothing_left()
+    return Split(form, split, total)
+
+
+def _renamed(rows: Iterator[Row], columns: dict[str, str], sieve: Sieve) -> Iterator[Row]:
+    for row in rows:
+        values = {k: v for k, v in row.columns.items() if k not in columns.values()}
+        lacking = [name for name, source in columns.items() if source not in row.columns]
+        if lacking:
+            keys = ", ".join(printable(key, 40) for key in row.columns)
+            what = f"no column {columns[lacking[0]]!r} to take as {lacking[0]}"
+            sieve.reject(UserError(row.where, what, f"has {keys}"), row.raw)
+            continue
+        values |= {name: row.columns[source] for name, source in columns.items()}
+        yield replace(row, columns=values)
+
+
+# -------------------------------------------------------------------------------- parts, in tokens
 
 
 def _load(
     path: str | Path,
-    rows: list[Row],
-    detect: Callable[[Row], Format],
+    split: Split,
+    make: Callable[[_Example], T],
+    finish: Callable[[T], T] | None,
     tokenizer: Tokenizer | None,
     max_length: int | None,
     overlong: str,
-) -> tuple[list[_Example], Report]:
+    sieve: Sieve,
+) -> tuple[list[T], Report]:
     if overlong not in OVERLONG:
         raise UserError("overlong", f"is {overlong!r}", f"legal: {', '.join(OVERLONG)}")
     if max_length is not None and max_length < 1:
         raise UserError("max_length", f"is {max_length}", "needs at least 1")
-    form = detect(rows[0])
-    parts = [form.split(row) for row in rows]
-    encoded, lead = _encode(path, rows, parts, tokenizer)
-    report = Report(str(path), form.detected, len(rows))
+    encoded, lead = _encode(path, split, tokenizer, sieve)
+    report = Report(str(path), split.form.detected, split.total)
     examples = []
-    for row, (prompt, *_), (prompt_ids, *responses) in zip(rows, parts, encoded, strict=True):
+    for (row, (prompt, *_)), ids in zip(split.rows, encoded, strict=True):
+        if ids is None:
+            continue  # the sieve has it
+        prompt_ids, *responses = ids
         length = len(prompt_ids) + max(map(len, responses), default=0)
         why = None
         if cut := max_length is not None and length > max_length:
@@ -215,15 +315,21 @@ def _load(
         if why is None and len(responses) == 2 and responses[0] == responses[1]:
             why = "chosen equals rejected"
         if why is not None:
-            report.dropped[why] = report.dropped.get(why, 0) + 1
+            report.drop(row.where, why)
+            continue
+        others = {k: v for k, v in row.columns.items() if k not in split.form.used}
+        example = make(_Example(row, prompt, prompt_ids, responses, others))
+        try:
+            examples.append(example if finish is None else finish(example))
+        except UserError as error:
+            sieve.reject(error, row.raw)
             continue
         report.cut += cut
-        others = {key: value for key, value in row.columns.items() if key not in form.used}
-        examples.append(_Example(row, prompt, prompt_ids, responses, others))
     report.kept = len(examples)
-    if not examples:
-        counts = ", ".join(f"{count:,} ({why})" for why, count in report.dropped.items())
-        raise UserError(path, f"no row left of {len(rows):,}", f"dropped: {counts}")
+    report.rejected_rows = sieve.in_order()
+    if sieve.mended:
+        report.notes.append(f"{sieve.mended:,} halves of surrogate pairs became U+FFFD")
+    report.check(sieve.policy.max_drop)
     return examples, report
 
 
@@ -245,36 +351,47 @@ def _fit(
 
 
 def _encode(
-    path: str | Path,
-    rows: list[Row],
-    parts: list[tuple[Part | None, ...]],
-    tokenizer: Tokenizer | None,
-) -> tuple[list[tuple[list[int], ...]], list[int]]:
-    """((prompt ids, response ids, ...) of each row, ids that the tokenizer puts before a text)."""
+    path: str | Path, split: Split, tokenizer: Tokenizer | None, sieve: Sieve
+) -> tuple[list[tuple[list[int], ...] | None], list[int]]:
+    """((prompt ids, response ids, ...) of each row, None where the sieve took it;
+    ids that the tokenizer puts before a text)."""
+    parts = [part for _, part in split.rows]
     sample = parts[0][-1]
     ready = isinstance(sample, list) and not isinstance(sample[0], dict)
     if tokenizer is None and not ready:
         raise UserError(path, "holds text and there is no tokenizer", "give one, or token ids")
     lead = [] if tokenizer is None else tokenizer.encode("")
-    if ready:
-        limit = None if tokenizer is None else tokenizer.vocab_size
-        return [_checked(row, part, limit) for row, part in zip(rows, parts, strict=True)], lead
-    if len(parts[0]) > 1 and not tokenizer.eos_ids:
+    if not ready and len(parts[0]) > 1 and not tokenizer.eos_ids:
         what = "names no eos token, which every text ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
-    if isinstance(sample, str):
-        prompts, *answers = zip(*parts, strict=True)
-        whole = prompts[0] is None
-        heads = [lead] * len(rows) if whole else tokenizer.encode_batch(prompts)
-        tails = [tokenizer.encode_batch(texts, bos=False) for texts in answers]
-        encoded = list(zip(heads, *tails, strict=True))
-    else:
-        whole = False
-        encoded = [_dialogue(row, part, tokenizer) for row, part in zip(rows, parts, strict=True)]
-    for row, (prompt, *responses) in zip(rows, encoded, strict=True):
-        if not all(responses) or not (prompt or whole):
-            raise UserError(row.where, "a text without any token", "remove the row")
-    return [(prompt, *(_ended(ids, tokenizer) for ids in rest)) for prompt, *rest in encoded], lead
+    limit = None if tokenizer is None else tokenizer.vocab_size
+    batch = [] if ready else _encode_strings(parts, lead, tokenizer)
+    headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
+    encoded: list[tuple[list[int], ...] | None] = []
+    for at, (row, part) in enumerate(split.rows):
+        try:
+            if ready:
+                ids = _checked(row, part, limit)
+            else:
+                ids = batch[at] if batch else _dialogue(row, part, tokenizer)
+                ids = _ended(row, ids, headless, tokenizer)
+            encoded.append(ids)
+        except UserError as error:
+            sieve.reject(error, row.raw)
+            encoded.append(None)
+    return encoded, lead
+
+
+def _encode_strings(
+    parts: list[Parts], lead: list[int], tokenizer: Tokenizer
+) -> list[tuple[list[int], ...]]:
+    """Ids of all rows at once, which takes the tokenizer least time; [] if they are dialogues."""
+    if not isinstance(parts[0][-1], str):
+        return []
+    prompts, *answers = zip(*parts, strict=True)
+    heads = [lead] * len(parts) if prompts[0] is None else tokenizer.encode_batch(prompts)
+    tails = [tokenizer.encode_batch(texts, bos=False) for texts in answers]
+    return list(zip(heads, *tails, strict=True))
 
 
 def _dialogue(row: Row, part: tuple[Messages, ...], tokenizer: Tokenizer) -> tuple[list[int], ...]:
@@ -285,9 +402,20 @@ def _dialogue(row: Row, part: tuple[Messages, ...], tokenizer: Tokenizer) -> tup
         raise UserError(row.where, str(error)) from None
 
 
-def _ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """With eos at the end; a template's own end of turn is one."""
-    return ids if ids[-1] in tokenizer.eos_ids else [*ids, tokenizer.eos_ids[0]]
+def _ended(
+    row: Row, ids: tuple[list[int], ...], headless: bool, tokenizer: Tokenizer
+) -> tuple[list[int], ...]:
+    """Ids of a row, its answers with eos at the end; a template's own end of turn is one.
+
+    Args:
+        headless: whether there may be nothing before the answers.
+    """
+    prompt, *answers = ids
+    if not all(answers) or not (prompt or headless):
+        why = "" if answers else "the tokenizer puts no beginning-of-text there: "
+        raise UserError(row.where, "a text without any token", f"{why}remove the row")
+    eos = tokenizer.eos_ids
+    return (prompt, *(ids if ids[-1] in eos else [*ids, eos[0]] for ids in answers))
 
 
 def _checked(

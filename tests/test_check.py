@@ -411,7 +411,7 @@ def test_check_takes_the_recipe_that_is_given(tmp_path, facts_of):
         ([{"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": ""}], [],
          "rows.jsonl:2: rejected is empty: "),
         ([{"chosen": "a", "rejected": "b", "margin": "x"}], [], "rows.jsonl:1: margin is 'x'"),
-        ([{"chosen": "a", "rejected": "a"}], [], "rows.jsonl: no row left of 1: chosen equals"),
+        ([{"chosen": "a", "rejected": "a"}], [], "rows.jsonl: no row left of 1: dropped: 1 (ch"),
         ([{"prompt": "a"}], ["--overlong", "truncate_response"], "--overlong: is truncate_resp"),
         ([{"text": "a"}], ["--json", "no/such/facts.json"], "--json: no/such is no folder"),
         ([{"text": "a"}], ["--recipe", "dpo"], "--recipe: got 'dpo', must be one of auto, reward"),

@@ -44,6 +44,7 @@ from minirlhf.meters import Step
 from minirlhf.rewards import Completions, RewardSource, load_reward, locate
 from minirlhf.rollout import Rollout, RolloutBuffer, prompt_rows, replay_rows, sample, unpack
 from minirlhf.run import Run, write_model
+from minirlhf.sieve import RowPolicy
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
 
@@ -80,6 +81,15 @@ class PPOConfig:
     max_prompt_length: int | None = setting(None, "tokens of the longest prompt", at_least=1)
     overlong: str = setting(
         "error", "what happens to longer prompts", choices=("error", "drop", "truncate_prompt_left")
+    )
+    bad_rows: str = setting(
+        "error", "malformed rows: refuse the file, or list them in rejected.jsonl and go on",
+        choices=("error", "skip"),
+    )  # fmt: skip
+    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
+    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
+    max_drop: float = setting(
+        1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
     )
     # reward
     kl_coef: float = setting(0.05, "weight of the KL penalty, per nat", at_least=0)
@@ -125,6 +135,7 @@ class PPOConfig:
     save_every: int = setting(20, "steps between checkpoints", at_least=1)
     keep: int = setting(2, "checkpoints kept", at_least=2)
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
+    allow_data_change: bool = setting(False, "resume although data files have changed")
 
     def check(self) -> list[str]:
         problems = []
@@ -616,7 +627,9 @@ def main(argv: list[str] | None = None) -> int:
     scorer = [source] if source.is_dir() else []
     check_models(config, (folder, ref_folder), critic, scorer, tokenizer)
     room = prompt_room(config, (folder, ref_folder, *critic, *scorer))
-    prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
+    prompts, report = load_prompts(
+        config.data, tokenizer, room, config.overlong, policy=RowPolicy.of(config)
+    )
     print(report)
     inputs = [config.data, str(source), str(ref_folder)]
     # Refused here, before anything is loaded; written to only once all is.
@@ -643,6 +656,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
     with r:
+        r.list_left_out([report])
         r.facts(run_facts(config, len(prompts), policy, fits, device, dtype))
         r.restore(state)
         if config.sample_every and state.step == 0:

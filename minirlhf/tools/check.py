@@ -9,7 +9,8 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count, takewhile, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +20,24 @@ import numpy as np
 from minirlhf import config as settings
 from minirlhf import pretrained
 from minirlhf.config import setting
-from minirlhf.data import OVERLONG, Pair, Prompt, Report, Text, load_pairs, load_prompts, load_texts
+from minirlhf.data import (
+    OVERLONG,
+    Pair,
+    Prompt,
+    Report,
+    Text,
+    load_pairs,
+    load_prompts,
+    load_texts,
+    split_rows,
+)
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.formats import Part, margin, pair_format, prompt_format, text_format
 from minirlhf.recipes.ppo import PPOConfig, prompt_room
 from minirlhf.recipes.reward import RewardConfig, without_eos
-from minirlhf.recipes.sft import SFTConfig
-from minirlhf.rows import kind_of, read_json, read_rows
+from minirlhf.recipes.sft import SFTConfig, with_target
+from minirlhf.rows import Row, kind_of, read_json, read_rows
+from minirlhf.sieve import STRICT, LeftOut, RowPolicy, Sieve
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.tools.sample import check_new
 from minirlhf.transformer import ModelConfig
@@ -47,6 +59,7 @@ RECIPES = {
 }
 BINS, BAR = 8, 12  # lines of a histogram, characters of its longest bar
 WIDTH = 80  # characters in a line of a row's text, of which two are shown
+SHOWN = 20  # rejected rows of a file
 BOUNDARY = ">>>"  # stands where the prompt ends and the response begins
 LENGTH_BIAS, ENOUGH = 2 / 3, 30  # share of pairs that the longer answer wins, and of how many
 
@@ -68,6 +81,15 @@ class CheckConfig:
     )
     overlong: str | None = setting(
         None, "what happens to longer rows; none: the recipe's default", choices=OVERLONG
+    )
+    bad_rows: str = setting(
+        "error", "malformed rows: refuse the file, or show them and go on",
+        choices=("error", "skip"),
+    )  # fmt: skip
+    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
+    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
+    max_drop: float = setting(
+        1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
     )
     max_new_tokens: int = setting(64, "room that ppo needs behind a prompt", at_least=1)
     json: str | None = setting(None, "new file for the same facts as JSON", metavar="FILE")
@@ -101,11 +123,16 @@ class Raw(NamedTuple):
     parts: list[tuple[Part | None, ...]]  # (prompt or None, response, ...)
     keys: list[tuple]  # equal where parts are, and fit for a set
     margins: list[float | None]  # empty unless they are pairs
+    rejected: list[LeftOut]  # rows that could not be taken apart
 
     @property
     def is_ids(self) -> bool:
         sample = self.parts[0][-1]
         return isinstance(sample, list) and isinstance(sample[0], int)
+
+    @property
+    def total(self) -> int:
+        return len(self.parts) + len(self.rejected)
 
 
 class Measured(NamedTuple):
@@ -123,9 +150,20 @@ class Measured(NamedTuple):
 # -------------------------------------------------------------------------------------- the inputs
 
 
-def recipe_of(path: str) -> str:
-    """The recipe that reads rows like the first one of a file."""
-    row = next(iter(read_rows(path)))
+def recipe_of(path: str, policy: RowPolicy = STRICT) -> str:
+    """The recipe that reads rows like the first well-formed one of a file."""
+    sieve = Sieve(policy)
+    for row in read_rows(path, sieve):
+        try:
+            return recipe_of_row(row)
+        except UserError as error:
+            sieve.reject(error, row.raw)
+    rejected = sieve.in_order()
+    raise Report(path, "", len(rejected), rejected_rows=rejected).nothing_left()
+
+
+def recipe_of_row(row: Row) -> str:
+    """The recipe that reads such rows."""
     columns = row.columns
     if {"chosen", "rejected"} & columns.keys():
         return "reward"
@@ -145,18 +183,20 @@ def recipe_of(path: str) -> str:
 
 def _key(part: Part | None) -> object:
     if isinstance(part, list):
-        return tuple(part) if isinstance(part[0], int) else json.dumps(part, sort_keys=True)
+        is_ids = not part or isinstance(part[0], int)
+        return tuple(part) if is_ids else json.dumps(part, sort_keys=True)
     return part
 
 
-def read_raw(path: str, recipe: str) -> Raw:
+def read_raw(path: str, recipe: str, policy: RowPolicy = STRICT) -> Raw:
     """All rows of a file, each of the kind that the first one is."""
-    rows = list(read_rows(path))
-    form = RECIPES[recipe].form(rows[0])
-    parts = [form.split(row) for row in rows]
-    margins = [margin(row) for row in rows] if recipe == "reward" else []
+    sieve, pairs = Sieve(policy), recipe == "reward"
+    split = split_rows(path, RECIPES[recipe].form, sieve, also=margin if pairs else None)
+    parts = [part for _, part in split.rows]
     keys = [tuple(map(_key, part)) for part in parts]
-    return Raw(path, recipe, form.detected, [row.where for row in rows], parts, keys, margins)
+    margins = [margin(row) for row, _ in split.rows] if pairs else []
+    where = [row.where for row, _ in split.rows]
+    return Raw(path, recipe, split.form.detected, where, parts, keys, margins, sieve.in_order())
 
 
 def check_weights(folder: Path) -> tuple[bool, int]:
@@ -224,7 +264,7 @@ def _strings(part: Part | None) -> list[str]:
 
 def _touch(prompt: Part | None, *answers: Part) -> bool:
     """Whether strings grow together: "Why?" and "Because". Not all scripts put blanks there."""
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) or not prompt:
         return False
     seams = (prompt[-1] + answer[0] for answer in answers)
     return any(seam.isascii() and not any(map(str.isspace, seam)) for seam in seams)
@@ -339,25 +379,34 @@ def _whole(sizes: Iterable[list[int]]) -> np.ndarray:
     return np.array([prompt + max(answers, default=0) for prompt, *answers in sizes])
 
 
-def measure_tokens(raw: Raw, model: Model | None, most: int | None, overlong: str) -> Measured:
+def measure_tokens(
+    raw: Raw, model: Model | None, most: int | None, overlong: str, policy: RowPolicy
+) -> Measured:
     """A file as its recipe reads it."""
     tokenizer = None if model is None else model.tokenizer
     before_eos = model is not None and raw.recipe == "reward" and model.before_eos
+    finish = with_target if raw.recipe == "sft" else None
+    if before_eos:
+        finish = partial(without_eos, eos_ids=tokenizer.eos_ids)
 
-    def load(limit: int | None, overlong: str) -> tuple[list, Report, list[list[int]]]:
-        examples, report = RECIPES[raw.recipe].load(raw.path, tokenizer, limit, overlong)
-        if before_eos:
-            examples = [without_eos(pair, tokenizer.eos_ids) for pair in examples]
+    def load(
+        limit: int | None, overlong: str, policy: RowPolicy
+    ) -> tuple[list, Report, list[list[int]]]:
+        examples, report = RECIPES[raw.recipe].load(
+            raw.path, tokenizer, limit, overlong, policy=policy, finish=finish
+        )
         return examples, report, [list(map(len, _ids(example))) for example in examples]
 
-    examples, report, sizes = load(None, "drop")
+    examples, report, sizes = load(None, "drop", replace(policy, max_drop=1.0))
     lengths, whole, problem = _lengths(raw.recipe, sizes), _whole(sizes), None
     warnings = [] if model is None else token_warnings(examples, model, not before_eos)
-    if most is not None and whole.max() > most:
-        try:
-            examples, report, sizes = load(most, overlong)
-        except UserError as error:
-            problem = error
+    try:
+        if most is not None and whole.max() > most:
+            examples, report, sizes = load(most, overlong, policy)
+        else:
+            report.check(policy.max_drop)
+    except UserError as error:
+        problem = error
     positions = None if model is None else model.config.longest_row
     if problem is None and positions is not None and (kept := _whole(sizes).max()) > positions:
         what = f"a row of {kept} tokens, the model reads {positions}"
@@ -370,19 +419,25 @@ def measure_tokens(raw: Raw, model: Model | None, most: int | None, overlong: st
     return Measured(report, "tokens", lengths, over, samples, warnings, problem)
 
 
-def measure_text(raw: Raw) -> Measured:
+def measure_text(raw: Raw, policy: RowPolicy) -> Measured:
     """A file of text without a tokenizer."""
     equal = [len(key) == 3 and key[1] == key[2] for key in raw.keys]
     sizes = [
         [sum(map(len, _strings(part))) for part in parts]
         for parts, same in zip(raw.parts, equal, strict=True) if not same
     ]  # fmt: skip
-    if not sizes:
-        raise UserError(raw.path, f"no row left of {len(equal):,}", "chosen equals rejected in all")
-    report = Report(raw.path, raw.detected, len(equal), len(sizes))
-    if any(equal):
-        report.dropped["chosen equals rejected"] = sum(equal)
-    return Measured(report, "characters", _lengths(raw.recipe, sizes), None, [], [], None)
+    report = Report(raw.path, raw.detected, raw.total, len(sizes), rejected_rows=raw.rejected)
+    for where, same in zip(raw.where, equal, strict=True):
+        if same:
+            report.drop(where, "chosen equals rejected")
+    problem = None
+    try:
+        report.check(policy.max_drop)
+    except UserError as error:
+        if not sizes:
+            raise
+        problem = error
+    return Measured(report, "characters", _lengths(raw.recipe, sizes), None, [], [], problem)
 
 
 # --------------------------------------------------------------------------------------- the facts
@@ -430,11 +485,14 @@ def look(
 ) -> tuple[dict, Report, UserError | None]:
     """(all facts of a file as JSON can hold them, its report, what the recipe would refuse)."""
     if model is None and not raw.is_ids:
-        seen = measure_text(raw)
+        seen = measure_text(raw, RowPolicy.of(config))
     else:
-        seen = measure_tokens(raw, model, *limits(config, raw.recipe, model))
+        most, overlong = limits(config, raw.recipe, model)
+        seen = measure_tokens(raw, model, most, overlong, RowPolicy.of(config))
     facts = {
         "recipe": raw.recipe, **asdict(seen.report), "unit": seen.unit,
+        "dropped_rows": [row._asdict() for row in seen.report.dropped_rows],
+        "rejected_rows": [row._asdict() for row in seen.report.rejected_rows],
         "different_prompts": len({key[0] for key in raw.keys if key[0] is not None}),
         "lengths": length_facts(seen.lengths), "limits": seen.limits, "samples": seen.samples,
     }  # fmt: skip
@@ -527,6 +585,10 @@ def show(facts: dict, report: Report) -> str:
         lines += _show_sample(sample)
     lines += ["", *_show_lengths(facts)]
     lines += _show_pairs(facts["pairs"]) if "pairs" in facts else []
+    left_out = facts["rejected_rows"]
+    lines += ["", "  rejected rows"] if left_out else []
+    lines += [f"  {row['where']}: {row['reason']}: {row['raw']}" for row in left_out[:SHOWN]]
+    lines += [f"  and {len(left_out) - SHOWN:,} more"] if len(left_out) > SHOWN else []
     if shared := facts.get("shared"):
         lines.append(f"  shared with {shared['with']}: {shared['rows']:,} rows, "
                      f"{shared['prompts_or_answers']:,} by prompt or answer")  # fmt: skip
@@ -561,7 +623,8 @@ def main(argv: list[str] | None = None) -> int:
         CheckConfig, argv, "minirlhf check", "Look at data as a recipe will read it."
     )
     auto = config.recipe == "auto"
-    recipes = [recipe_of(path) if auto else config.recipe for path in config.data]
+    policy = RowPolicy.of(config)
+    recipes = [recipe_of(path, policy) if auto else config.recipe for path in config.data]
     model = None if config.model is None else check_model(config.model, recipes)
     for recipe in recipes:
         limits(config, recipe, model)  # refuses before all rows are read
@@ -569,7 +632,7 @@ def main(argv: list[str] | None = None) -> int:
         print(show_model(model), end="\n\n")
     every, first, problems = [], None, []
     for path, recipe in zip(config.data, recipes, strict=True):
-        raw = read_raw(path, recipe)
+        raw = read_raw(path, recipe, policy)
         facts, report, problem = look(raw, first, model, config)
         print(show(facts, report), end="\n\n")
         first = first or raw

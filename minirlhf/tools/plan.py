@@ -20,9 +20,10 @@ from minirlhf.machine import free_memory, process_bytes
 from minirlhf.memory import Plan
 from minirlhf.recipes.ppo import PPOConfig, prompt_room
 from minirlhf.recipes.reward import RewardConfig, pair_lengths
-from minirlhf.recipes.sft import SFTConfig, count_tokens
+from minirlhf.recipes.sft import SFTConfig, count_tokens, with_target
 from minirlhf.rows import read_json
 from minirlhf.run import named_files
+from minirlhf.sieve import RowPolicy
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import ModelConfig
 
@@ -34,7 +35,9 @@ def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
     room = prompt_room(config, (folder, *others))
     if config.data:
         tokenizer = load_tokenizer(folder)
-        prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
+        prompts, report = load_prompts(
+            config.data, tokenizer, room, config.overlong, policy=RowPolicy.of(config)
+        )
         print(report)
         room = max(len(prompt.ids) for prompt in prompts)
     elif config.max_prompt_length is None:
@@ -72,7 +75,9 @@ def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
 
     def lengths(path: str) -> list[int]:
         tokenizer = load_tokenizer(folder)
-        pairs, report = load_pairs(path, tokenizer, config.max_length, config.overlong)
+        pairs, report = load_pairs(
+            path, tokenizer, config.max_length, config.overlong, policy=RowPolicy.of(config)
+        )
         print(report)
         return pair_lengths(pairs).tolist()
 
@@ -100,7 +105,10 @@ def plan_sft(config: SFTConfig, dtype: torch.dtype, device: str) -> Plan:
     model, tokenizer = sft_model(config)
 
     def lengths(path: str) -> list[int]:
-        texts, report = load_texts(path, tokenizer, config.max_length, config.overlong)
+        texts, report = load_texts(
+            path, tokenizer, config.max_length, config.overlong,
+            policy=RowPolicy.of(config), finish=with_target,
+        )  # fmt: skip
         print(report)
         return count_tokens(texts)[0].tolist()
 
