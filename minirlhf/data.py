@@ -1,22 +1,22 @@
 """A data file -> the ids of its examples: preference pairs, prompts, texts.
 
-Prompt and response are encoded apart and their ids joined, so the boundary between them is exact.
+Prompt and response are encoded apart and their ids joined (encoding.py).
 Texts end alike everywhere: with eos, unless they were cut. What is dropped or cut is counted in the
 Report; every fault of a row is an error with file:line.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from minirlhf.encoding import Parts, encode, fit
 from minirlhf.errors import UserError, printable
 from minirlhf.formats import Format, Messages, Part, margin, pair_format, prompt_format, text_format
 from minirlhf.rows import Row, read_rows
-from minirlhf.sieve import STRICT, LeftOut, RowPolicy, Sieve
+from minirlhf.sieve import STRICT, Report, RowPolicy, Sieve
 from minirlhf.tokenizer import Tokenizer
 
-Parts = tuple[Part | None, ...]  # (prompt or None, response, ...)
 T = TypeVar("T")
 
 OVERLONG = ("drop", "truncate_prompt_left", "truncate_response", "error")
@@ -73,63 +73,6 @@ class Text:
     prompt_length: int
     where: str
     columns: dict
-
-
-@dataclass
-class Report:
-    """What a file was taken for and what became of its rows.
-
-    rows = kept + dropped + rejected: a dropped row is as it should be but of no use (too long, or
-    its answers are equal), a rejected one is malformed.
-    """
-
-    path: str
-    detected: str
-    rows: int
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    cut: int = 0
-    notes: list[str] = field(default_factory=list)
-    dropped_rows: list[LeftOut] = field(default_factory=list)
-    rejected_rows: list[LeftOut] = field(default_factory=list)
-
-    def drop(self, where: str, why: str) -> None:
-        self.dropped[why] = self.dropped.get(why, 0) + 1
-        self.dropped_rows.append(LeftOut(where, why))
-
-    def left_out(self) -> list[tuple[str, str]]:
-        """What was left out, in words: "dropped" for each reason, "rejected" with the first row."""
-        counts = [("dropped", f"{count:,} ({why})") for why, count in self.dropped.items()]
-        if self.rejected_rows:
-            where, reason, _ = self.rejected_rows[0]
-            counts.append(("rejected", f"{len(self.rejected_rows):,} (first: {where}: {reason})"))
-        return counts
-
-    def check(self, max_drop: float) -> None:
-        """Refuses a file of which too little is left.
-
-        Raises:
-            UserError: no row is left, or a larger share than max_drop is left out.
-        """
-        if not self.kept:
-            raise self.nothing_left()
-        if (out := self.rows - self.kept) / self.rows > max_drop:
-            what = f"{out:,} of {self.rows:,} rows are left out, max_drop is {max_drop:g}"
-            do = "mend the rows, or raise max_drop"
-            raise UserError(self.path, what, f"{self._counts()}; {do}")
-
-    def nothing_left(self) -> UserError:
-        return UserError(self.path, f"no row left of {self.rows:,}", self._counts())
-
-    def _counts(self) -> str:
-        return "; ".join(map(": ".join, self.left_out()))
-
-    def __str__(self) -> str:
-        lines = [f"detected: {self.detected} · {self.rows:,} rows · kept {self.kept:,}"]
-        lines += [f"{kind + ':':<9} {count}" for kind, count in self.left_out()]
-        lines += [f"cut:      {self.cut:,} to max_length"] if self.cut else []
-        lines += [f"note:     {note}" for note in self.notes]
-        return "\n".join([printable(self.path), *(f"  {printable(line, 400)}" for line in lines)])
 
 
 class _Example(NamedTuple):
@@ -298,7 +241,7 @@ def _load(
         raise UserError("overlong", f"is {overlong!r}", f"legal: {', '.join(OVERLONG)}")
     if max_length is not None and max_length < 1:
         raise UserError("max_length", f"is {max_length}", "needs at least 1")
-    encoded, lead = _encode(path, split, tokenizer, sieve)
+    encoded, lead = encode(path, split.rows, tokenizer, sieve)
     report = Report(str(path), split.form.detected, split.total)
     examples = []
     for (row, (prompt, *_)), ids in zip(split.rows, encoded, strict=True):
@@ -311,7 +254,7 @@ def _load(
             if overlong == "error":
                 what = f"{length} tokens, max_length is {max_length}"
                 raise UserError(row.where, what, "shorten the row, or choose another overlong")
-            prompt_ids, responses, why = _fit(prompt_ids, responses, max_length, overlong, lead)
+            prompt_ids, responses, why = fit(prompt_ids, responses, max_length, overlong, lead)
         if why is None and len(responses) == 2 and responses[0] == responses[1]:
             why = "chosen equals rejected"
         if why is not None:
@@ -331,99 +274,3 @@ def _load(
         report.notes.append(f"{sieve.mended:,} halves of surrogate pairs became U+FFFD")
     report.check(sieve.policy.max_drop)
     return examples, report
-
-
-def _fit(
-    prompt: list[int], responses: list[list[int]], max_length: int, overlong: str, lead: list[int]
-) -> tuple[list[int], list[list[int]], str | None]:
-    """(prompt, responses, None) cut to max_length, or the reason why the row is dropped."""
-    if overlong == "drop":
-        return prompt, responses, "longer than max_length"
-    if overlong == "truncate_response":
-        room = max_length - len(prompt)
-        why = "prompt alone fills max_length" if room < 1 else None
-        return prompt, [ids[:room] for ids in responses], why
-    kept = len(lead) if prompt[: len(lead)] == lead else 0  # beginning-of-text stays in front
-    room = max_length - kept - max(map(len, responses), default=0)
-    if room < 1 or len(prompt) <= kept:
-        return prompt, responses, "no room for the prompt within max_length"
-    return prompt[:kept] + prompt[kept:][-room:], responses, None
-
-
-def _encode(
-    path: str | Path, split: Split, tokenizer: Tokenizer | None, sieve: Sieve
-) -> tuple[list[tuple[list[int], ...] | None], list[int]]:
-    """((prompt ids, response ids, ...) of each row, None where the sieve took it;
-    ids that the tokenizer puts before a text)."""
-    parts = [part for _, part in split.rows]
-    sample = parts[0][-1]
-    ready = isinstance(sample, list) and not isinstance(sample[0], dict)
-    if tokenizer is None and not ready:
-        raise UserError(path, "holds text and there is no tokenizer", "give one, or token ids")
-    lead = [] if tokenizer is None else tokenizer.encode("")
-    if not ready and len(parts[0]) > 1 and not tokenizer.eos_ids:
-        what = "names no eos token, which every text ends with"
-        raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
-    limit = None if tokenizer is None else tokenizer.vocab_size
-    batch = [] if ready else _encode_strings(parts, lead, tokenizer)
-    headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
-    encoded: list[tuple[list[int], ...] | None] = []
-    for at, (row, part) in enumerate(split.rows):
-        try:
-            if ready:
-                ids = _checked(row, part, limit)
-            else:
-                ids = batch[at] if batch else _dialogue(row, part, tokenizer)
-                ids = _ended(row, ids, headless, tokenizer)
-            encoded.append(ids)
-        except UserError as error:
-            sieve.reject(error, row.raw)
-            encoded.append(None)
-    return encoded, lead
-
-
-def _encode_strings(
-    parts: list[Parts], lead: list[int], tokenizer: Tokenizer
-) -> list[tuple[list[int], ...]]:
-    """Ids of all rows at once, which takes the tokenizer least time; [] if they are dialogues."""
-    if not isinstance(parts[0][-1], str):
-        return []
-    prompts, *answers = zip(*parts, strict=True)
-    heads = [lead] * len(parts) if prompts[0] is None else tokenizer.encode_batch(prompts)
-    tails = [tokenizer.encode_batch(texts, bos=False) for texts in answers]
-    return list(zip(heads, *tails, strict=True))
-
-
-def _dialogue(row: Row, part: tuple[Messages, ...], tokenizer: Tokenizer) -> tuple[list[int], ...]:
-    """Ids of a prompt of messages and of the answers to it, if there are any."""
-    try:
-        return tokenizer.encode_dialogue(*part)
-    except UserError as error:
-        raise UserError(row.where, str(error)) from None
-
-
-def _ended(
-    row: Row, ids: tuple[list[int], ...], headless: bool, tokenizer: Tokenizer
-) -> tuple[list[int], ...]:
-    """Ids of a row, its answers with eos at the end; a template's own end of turn is one.
-
-    Args:
-        headless: whether there may be nothing before the answers.
-    """
-    prompt, *answers = ids
-    if not all(answers) or not (prompt or headless):
-        why = "" if answers else "the tokenizer puts no beginning-of-text there: "
-        raise UserError(row.where, "a text without any token", f"{why}remove the row")
-    eos = tokenizer.eos_ids
-    return (prompt, *(ids if ids[-1] in eos else [*ids, eos[0]] for ids in answers))
-
-
-def _checked(
-    row: Row, part: tuple[list[int] | None, ...], limit: int | None
-) -> tuple[list[int], ...]:
-    """Ids that came as ids: each must have a token."""
-    for ids in part:
-        if limit is not None and ids and max(ids) >= limit:
-            legal = f"the tokenizer has the ids 0 to {limit - 1}"
-            raise UserError(row.where, f"token id {max(ids)}", legal)
-    return tuple(ids or [] for ids in part)

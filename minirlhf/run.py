@@ -25,10 +25,10 @@ from tqdm import tqdm
 import minirlhf
 from minirlhf import checkpoint, fsio, interrupt, pretrained
 from minirlhf.checkpoint import TrainState
-from minirlhf.data import Report
 from minirlhf.errors import NON_FINITE, Stopped, UserError, printable
 from minirlhf.meters import Step
 from minirlhf.rows import read_json
+from minirlhf.sieve import Report
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.transformer import CausalLM
 

@@ -96,3 +96,60 @@ class Sieve:
             return escape[0] if escape[1] is None else "\\ufffd"
 
         return _ESCAPE.sub(whole, text)
+
+
+@dataclass
+class Report:
+    """What a file was taken for and what became of its rows.
+
+    rows = kept + dropped + rejected: a dropped row is as it should be but of no use (too long, or
+    its answers are equal), a rejected one is malformed.
+    """
+
+    path: str
+    detected: str
+    rows: int
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    cut: int = 0
+    notes: list[str] = field(default_factory=list)
+    dropped_rows: list[LeftOut] = field(default_factory=list)
+    rejected_rows: list[LeftOut] = field(default_factory=list)
+
+    def drop(self, where: str, why: str) -> None:
+        self.dropped[why] = self.dropped.get(why, 0) + 1
+        self.dropped_rows.append(LeftOut(where, why))
+
+    def left_out(self) -> list[tuple[str, str]]:
+        """What was left out, in words: "dropped" for each reason, "rejected" with the first row."""
+        counts = [("dropped", f"{count:,} ({why})") for why, count in self.dropped.items()]
+        if self.rejected_rows:
+            where, reason, _ = self.rejected_rows[0]
+            counts.append(("rejected", f"{len(self.rejected_rows):,} (first: {where}: {reason})"))
+        return counts
+
+    def check(self, max_drop: float) -> None:
+        """Refuses a file of which too little is left.
+
+        Raises:
+            UserError: no row is left, or a larger share than max_drop is left out.
+        """
+        if not self.kept:
+            raise self.nothing_left()
+        if (out := self.rows - self.kept) / self.rows > max_drop:
+            what = f"{out:,} of {self.rows:,} rows are left out, max_drop is {max_drop:g}"
+            do = "mend the rows, or raise max_drop"
+            raise UserError(self.path, what, f"{self._counts()}; {do}")
+
+    def nothing_left(self) -> UserError:
+        return UserError(self.path, f"no row left of {self.rows:,}", self._counts())
+
+    def _counts(self) -> str:
+        return "; ".join(map(": ".join, self.left_out()))
+
+    def __str__(self) -> str:
+        lines = [f"detected: {self.detected} · {self.rows:,} rows · kept {self.kept:,}"]
+        lines += [f"{kind + ':':<9} {count}" for kind, count in self.left_out()]
+        lines += [f"cut:      {self.cut:,} to max_length"] if self.cut else []
+        lines += [f"note:     {note}" for note in self.notes]
+        return "\n".join([printable(self.path), *(f"  {printable(line, 400)}" for line in lines)])

@@ -33,7 +33,7 @@ LAYERS = (
     "minirlhf.kl minirlhf.losses minirlhf.advantages",
     "minirlhf.transformer minirlhf.lora minirlhf.heads minirlhf.hf_config minirlhf.pretrained "
     "minirlhf.generation",
-    "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.data",
+    "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.encoding minirlhf.data",
     "minirlhf.config minirlhf.memory minirlhf.optim minirlhf.meters minirlhf.rollout "
     "minirlhf.rewards minirlhf.checkpoint minirlhf.distributed minirlhf.run",
     "minirlhf.recipes.*",

@@ -15,7 +15,8 @@ from minirlhf.hf_config import config_from_hf
 from minirlhf.pretrained import save_pretrained
 from minirlhf.tokenizer import train_tokenizer
 from minirlhf.tools import check
-from minirlhf.tools.check import length_facts, pair_facts, recipe_of
+from minirlhf.tools.data_facts import length_facts, pair_facts
+from minirlhf.tools.data_rows import recipe_of
 from minirlhf.transformer import CausalLM, initialize
 
 LLAMA = {

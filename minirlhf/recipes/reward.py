@@ -22,7 +22,7 @@ from minirlhf import config as settings
 from minirlhf import interrupt, memory, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
-from minirlhf.data import Pair, Report, load_pairs
+from minirlhf.data import Pair, load_pairs
 from minirlhf.errors import OK, STOPPED, UserError, printable, run
 from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel, initialize_score
@@ -31,7 +31,7 @@ from minirlhf.losses import bradley_terry_loss, preference_accuracy
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.meters import Step
 from minirlhf.run import Run, named_files
-from minirlhf.sieve import RowPolicy
+from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import ModelConfig
 

@@ -24,7 +24,7 @@ from minirlhf import config as settings
 from minirlhf import fsio, interrupt, memory, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
-from minirlhf.data import Report, Text, load_texts, split_rows
+from minirlhf.data import Text, load_texts, split_rows
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.formats import text_format
 from minirlhf.generation import pad_right
@@ -35,7 +35,7 @@ from minirlhf.machine import free_memory, process_bytes
 from minirlhf.meters import Step
 from minirlhf.rows import read_json
 from minirlhf.run import Run, named_files, write_model
-from minirlhf.sieve import RowPolicy, Sieve
+from minirlhf.sieve import Report, RowPolicy, Sieve
 from minirlhf.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
