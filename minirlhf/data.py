@@ -1,19 +1,23 @@
 """A data file -> the ids of its examples: preference pairs, prompts, texts.
 
-Prompt and response are encoded apart and their ids joined, so the boundary between them is exact.
+Prompt and response are encoded apart and their ids joined (encoding.py).
 Texts end alike everywhere: with eos, unless they were cut. What is dropped or cut is counted in the
 Report; every fault of a row is an error with file:line.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+from minirlhf.encoding import Parts, encode, fit
 from minirlhf.errors import UserError, printable
 from minirlhf.formats import Format, Messages, Part, margin, pair_format, prompt_format, text_format
 from minirlhf.rows import Row, read_rows
+from minirlhf.sieve import STRICT, Report, RowPolicy, Sieve
 from minirlhf.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 OVERLONG = ("drop", "truncate_prompt_left", "truncate_response", "error")
 
@@ -71,26 +75,6 @@ class Text:
     columns: dict
 
 
-@dataclass
-class Report:
-    """What a file was taken for and what became of its rows: rows = kept + dropped."""
-
-    path: str
-    detected: str
-    rows: int
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    cut: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"detected: {self.detected} · {self.rows:,} rows · kept {self.kept:,}"]
-        lines += [f"dropped:  {count:,} ({why})" for why, count in self.dropped.items()]
-        lines += [f"cut:      {self.cut:,} to max_length"] if self.cut else []
-        lines += [f"note:     {note}" for note in self.notes]
-        return "\n".join([printable(self.path), *(f"  {line}" for line in lines)])
-
-
 class _Example(NamedTuple):
     row: Row
     prompt: Part | None  # as it stood in the file
@@ -105,6 +89,8 @@ def load_pairs(
     max_length: int | None,
     overlong: str,
     columns: dict[str, str] | None = None,
+    policy: RowPolicy = STRICT,
+    finish: Callable[[Pair], Pair] | None = None,
 ) -> tuple[list[Pair], Report]:
     """Preference pairs of a file. Pairs whose two answers are equal are dropped and counted.
 
@@ -115,22 +101,25 @@ def load_pairs(
         overlong: "drop", "truncate_prompt_left", "truncate_response" or "error". A cut answer has
             no eos, since its text did not end there.
         columns: legal column name -> name in this file.
+        policy: what becomes of malformed rows, and how much may be left out.
+        finish: a last change of each pair; a UserError that it raises is a fault of the row.
     Raises:
-        UserError: a fault in a row (file:line), no row left, or an illegal setting.
+        UserError: a fault in a row (file:line), no row left, more left out than the policy
+            allows, or an illegal setting.
     """
-    rows = _rows(path, columns)
-    margins = {row.where: margin(row) for row in rows}
-    examples, report = _load(path, rows, pair_format, tokenizer, max_length, overlong)
-    missing = sum(value is None for value in margins.values())
-    if missing < len(rows):
+    sieve = Sieve(policy)
+    split = split_rows(path, pair_format, sieve, columns, also=margin)
+
+    def make(e: _Example) -> Pair:
+        others = {key: value for key, value in e.columns.items() if key != "margin"}
+        return Pair(e.prompt_ids, *e.responses, margin(e.row) or 0.0, e.row.where, others)
+
+    pairs, report = _load(path, split, make, finish, tokenizer, max_length, overlong, sieve)
+    missing = sum(margin(row) is None for row, _ in split.rows)
+    if missing < len(split.rows):
         report.detected = report.detected.replace("rejected)", "rejected, margin)")
         if missing:
             report.notes.append(f"margin missing in {missing:,} rows: they count as 0")
-    pairs = [
-        Pair(e.prompt_ids, *e.responses, margins[e.row.where] or 0.0, e.row.where,
-             {key: value for key, value in e.columns.items() if key != "margin"})
-        for e in examples
-    ]  # fmt: skip
     return pairs, report
 
 
@@ -140,20 +129,23 @@ def load_prompts(
     max_length: int | None,
     overlong: str,
     columns: dict[str, str] | None = None,
+    policy: RowPolicy = STRICT,
+    finish: Callable[[Prompt], Prompt] | None = None,
 ) -> tuple[list[Prompt], Report]:
     """Prompts of a file, arguments as in `load_pairs`; `overlong` cannot be "truncate_response"."""
     if overlong == "truncate_response":
         legal = "drop, truncate_prompt_left or error: prompts have no response"
         raise UserError("overlong", f"is {overlong!r}", legal)
-    rows = _rows(path, columns)
-    examples, report = _load(path, rows, prompt_format, tokenizer, max_length, overlong)
-    prompts = []
-    for e in examples:
+    sieve = Sieve(policy)
+    split = split_rows(path, prompt_format, sieve, columns)
+
+    def make(e: _Example) -> Prompt:
         text = e.prompt
-        if not isinstance(text, str) and isinstance(text[0], int):
+        if isinstance(text, list) and isinstance(text[0], int):
             text = tokenizer.decode(text, skip_special=False) if tokenizer else ""
-        prompts.append(Prompt(e.prompt_ids, text, e.row.where, e.columns))
-    return prompts, report
+        return Prompt(e.prompt_ids, text, e.row.where, e.columns)
+
+    return _load(path, split, make, finish, tokenizer, max_length, overlong, sieve)
 
 
 def load_texts(
@@ -162,140 +154,123 @@ def load_texts(
     max_length: int | None,
     overlong: str,
     columns: dict[str, str] | None = None,
+    policy: RowPolicy = STRICT,
+    finish: Callable[[Text], Text] | None = None,
 ) -> tuple[list[Text], Report]:
     """Texts of a file for supervised training, arguments as in `load_pairs`."""
-    rows = _rows(path, columns)
-    examples, report = _load(path, rows, text_format, tokenizer, max_length, overlong)
-    texts = []
-    for e in examples:
+    sieve = Sieve(policy)
+    split = split_rows(path, text_format, sieve, columns)
+
+    def make(e: _Example) -> Text:
         length = 0 if e.prompt is None else len(e.prompt_ids)
-        texts.append(Text(e.prompt_ids + e.responses[0], length, e.row.where, e.columns))
-    return texts, report
+        return Text(e.prompt_ids + e.responses[0], length, e.row.where, e.columns)
+
+    return _load(path, split, make, finish, tokenizer, max_length, overlong, sieve)
 
 
-def _rows(path: str | Path, columns: dict[str, str] | None) -> list[Row]:
-    """All rows of a file, columns renamed."""
-    rows = []
-    for row in read_rows(path):
-        values = {k: v for k, v in row.columns.items() if k not in (columns or {}).values()}
-        for name, source in (columns or {}).items():
-            if source not in row.columns:
-                keys = ", ".join(printable(key, 40) for key in row.columns)
-                raise UserError(row.where, f"no column {source!r} to take as {name}", f"has {keys}")
-            values[name] = row.columns[source]
-        rows.append(Row(row.where, values, row.typed))
-    return rows
+# ---------------------------------------------------------------------------- a file, taken apart
+
+
+class Split(NamedTuple):
+    """The rows of a file that are of its kind, with their parts."""
+
+    form: Format
+    rows: list[tuple[Row, Parts]]
+    total: int  # rows that were read, those that the sieve kept back included
+
+
+def split_rows(
+    path: str | Path,
+    detect: Callable[[Row, bool], Format],
+    sieve: Sieve,
+    columns: dict[str, str] | None = None,
+    also: Callable[[Row], object] | None = None,
+) -> Split:
+    """Reads a whole file and takes its rows apart; its first well-formed row tells its kind.
+
+    Args:
+        detect: pair_format, prompt_format or text_format.
+        sieve: takes malformed rows.
+        columns: legal column name -> name in this file.
+        also: what else a row must stand: raises a UserError where it does not.
+    Raises:
+        UserError: a fault in a row that the sieve does not take, or no row left.
+    """
+    rows = list(_renamed(read_rows(path, sieve), columns or {}, sieve))
+    total, form, split = len(rows) + len(sieve.rejected), None, []
+    for row in rows:
+        try:
+            if also is not None:
+                also(row)
+            form = form or detect(row, sieve.policy.allow_empty_prompt)
+            split.append((row, form.split(row)))
+        except UserError as error:
+            sieve.reject(error, row.raw)
+    if not split:
+        raise Report(str(path), "", total, rejected_rows=sieve.in_order()).nothing_left()
+    return Split(form, split, total)
+
+
+def _renamed(rows: Iterator[Row], columns: dict[str, str], sieve: Sieve) -> Iterator[Row]:
+    for row in rows:
+        values = {k: v for k, v in row.columns.items() if k not in columns.values()}
+        lacking = [name for name, source in columns.items() if source not in row.columns]
+        if lacking:
+            keys = ", ".join(printable(key, 40) for key in row.columns)
+            what = f"no column {columns[lacking[0]]!r} to take as {lacking[0]}"
+            sieve.reject(UserError(row.where, what, f"has {keys}"), row.raw)
+            continue
+        values |= {name: row.columns[source] for name, source in columns.items()}
+        yield replace(row, columns=values)
+
+
+# -------------------------------------------------------------------------------- parts, in tokens
 
 
 def _load(
     path: str | Path,
-    rows: list[Row],
-    detect: Callable[[Row], Format],
+    split: Split,
+    make: Callable[[_Example], T],
+    finish: Callable[[T], T] | None,
     tokenizer: Tokenizer | None,
     max_length: int | None,
     overlong: str,
-) -> tuple[list[_Example], Report]:
+    sieve: Sieve,
+) -> tuple[list[T], Report]:
     if overlong not in OVERLONG:
         raise UserError("overlong", f"is {overlong!r}", f"legal: {', '.join(OVERLONG)}")
     if max_length is not None and max_length < 1:
         raise UserError("max_length", f"is {max_length}", "needs at least 1")
-    form = detect(rows[0])
-    parts = [form.split(row) for row in rows]
-    encoded, lead = _encode(path, rows, parts, tokenizer)
-    report = Report(str(path), form.detected, len(rows))
+    encoded, lead = encode(path, split.rows, tokenizer, sieve)
+    report = Report(str(path), split.form.detected, split.total)
     examples = []
-    for row, (prompt, *_), (prompt_ids, *responses) in zip(rows, parts, encoded, strict=True):
+    for (row, (prompt, *_)), ids in zip(split.rows, encoded, strict=True):
+        if ids is None:
+            continue  # the sieve has it
+        prompt_ids, *responses = ids
         length = len(prompt_ids) + max(map(len, responses), default=0)
         why = None
         if cut := max_length is not None and length > max_length:
             if overlong == "error":
                 what = f"{length} tokens, max_length is {max_length}"
                 raise UserError(row.where, what, "shorten the row, or choose another overlong")
-            prompt_ids, responses, why = _fit(prompt_ids, responses, max_length, overlong, lead)
+            prompt_ids, responses, why = fit(prompt_ids, responses, max_length, overlong, lead)
         if why is None and len(responses) == 2 and responses[0] == responses[1]:
             why = "chosen equals rejected"
         if why is not None:
-            report.dropped[why] = report.dropped.get(why, 0) + 1
+            report.drop(row.where, why)
+            continue
+        others = {k: v for k, v in row.columns.items() if k not in split.form.used}
+        example = make(_Example(row, prompt, prompt_ids, responses, others))
+        try:
+            examples.append(example if finish is None else finish(example))
+        except UserError as error:
+            sieve.reject(error, row.raw)
             continue
         report.cut += cut
-        others = {key: value for key, value in row.columns.items() if key not in form.used}
-        examples.append(_Example(row, prompt, prompt_ids, responses, others))
     report.kept = len(examples)
-    if not examples:
-        counts = ", ".join(f"{count:,} ({why})" for why, count in report.dropped.items())
-        raise UserError(path, f"no row left of {len(rows):,}", f"dropped: {counts}")
+    report.rejected_rows = sieve.in_order()
+    if sieve.mended:
+        report.notes.append(f"{sieve.mended:,} halves of surrogate pairs became U+FFFD")
+    report.check(sieve.policy.max_drop)
     return examples, report
-
-
-def _fit(
-    prompt: list[int], responses: list[list[int]], max_length: int, overlong: str, lead: list[int]
-) -> tuple[list[int], list[list[int]], str | None]:
-    """(prompt, responses, None) cut to max_length, or the reason why the row is dropped."""
-    if overlong == "drop":
-        return prompt, responses, "longer than max_length"
-    if overlong == "truncate_response":
-        room = max_length - len(prompt)
-        why = "prompt alone fills max_length" if room < 1 else None
-        return prompt, [ids[:room] for ids in responses], why
-    kept = len(lead) if prompt[: len(lead)] == lead else 0  # beginning-of-text stays in front
-    room = max_length - kept - max(map(len, responses), default=0)
-    if room < 1 or len(prompt) <= kept:
-        return prompt, responses, "no room for the prompt within max_length"
-    return prompt[:kept] + prompt[kept:][-room:], responses, None
-
-
-def _encode(
-    path: str | Path,
-    rows: list[Row],
-    parts: list[tuple[Part | None, ...]],
-    tokenizer: Tokenizer | None,
-) -> tuple[list[tuple[list[int], ...]], list[int]]:
-    """((prompt ids, response ids, ...) of each row, ids that the tokenizer puts before a text)."""
-    sample = parts[0][-1]
-    ready = isinstance(sample, list) and not isinstance(sample[0], dict)
-    if tokenizer is None and not ready:
-        raise UserError(path, "holds text and there is no tokenizer", "give one, or token ids")
-    lead = [] if tokenizer is None else tokenizer.encode("")
-    if ready:
-        limit = None if tokenizer is None else tokenizer.vocab_size
-        return [_checked(row, part, limit) for row, part in zip(rows, parts, strict=True)], lead
-    if len(parts[0]) > 1 and not tokenizer.eos_ids:
-        what = "names no eos token, which every text ends with"
-        raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
-    if isinstance(sample, str):
-        prompts, *answers = zip(*parts, strict=True)
-        whole = prompts[0] is None
-        heads = [lead] * len(rows) if whole else tokenizer.encode_batch(prompts)
-        tails = [tokenizer.encode_batch(texts, bos=False) for texts in answers]
-        encoded = list(zip(heads, *tails, strict=True))
-    else:
-        whole = False
-        encoded = [_dialogue(row, part, tokenizer) for row, part in zip(rows, parts, strict=True)]
-    for row, (prompt, *responses) in zip(rows, encoded, strict=True):
-        if not all(responses) or not (prompt or whole):
-            raise UserError(row.where, "a text without any token", "remove the row")
-    return [(prompt, *(_ended(ids, tokenizer) for ids in rest)) for prompt, *rest in encoded], lead
-
-
-def _dialogue(row: Row, part: tuple[Messages, ...], tokenizer: Tokenizer) -> tuple[list[int], ...]:
-    """Ids of a prompt of messages and of the answers to it, if there are any."""
-    try:
-        return tokenizer.encode_dialogue(*part)
-    except UserError as error:
-        raise UserError(row.where, str(error)) from None
-
-
-def _ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """With eos at the end; a template's own end of turn is one."""
-    return ids if ids[-1] in tokenizer.eos_ids else [*ids, tokenizer.eos_ids[0]]
-
-
-def _checked(
-    row: Row, part: tuple[list[int] | None, ...], limit: int | None
-) -> tuple[list[int], ...]:
-    """Ids that came as ids: each must have a token."""
-    for ids in part:
-        if limit is not None and ids and max(ids) >= limit:
-            legal = f"the tokenizer has the ids 0 to {limit - 1}"
-            raise UserError(row.where, f"token id {max(ids)}", legal)
-    return tuple(ids or [] for ids in part)

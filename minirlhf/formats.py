@@ -7,6 +7,7 @@ Nothing here knows a tokenizer.
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from minirlhf.errors import UserError, printable
@@ -64,16 +65,17 @@ def _wrong(row: Row, key: str, legal: str) -> UserError:
     return UserError(row.where, f"{key} {got}", f"{legal}; keys present: {keys}")
 
 
-def _string(row: Row, key: str) -> str:
+def _string(row: Row, key: str, may_be_empty: bool = False) -> str:
     value = row.columns.get(key)
     if not isinstance(value, str):
         raise _wrong(row, key, "needs a string")
-    if not value.strip():
+    if not (value.strip() or may_be_empty):
         raise UserError(row.where, f"{key} is empty", REMOVE)
     return value
 
 
-def _messages(row: Row, key: str) -> Messages:
+def _messages(row: Row, key: str, may_be_empty: bool = False) -> Messages:
+    """Turns of a dialogue; the last one must say something, unless it may be empty."""
     value = row.columns.get(key)
     if not isinstance(value, list):
         raise _wrong(row, key, "needs a list of messages")
@@ -88,12 +90,12 @@ def _messages(row: Row, key: str) -> Messages:
             if not isinstance(message.get(name), str):
                 got = kind_of(message[name]) if name in message else "missing"
                 raise UserError(row.where, f"{where}: {name} is {got}", "needs a string")
-    if not value[-1]["content"].strip():
+    if not (value[-1]["content"].strip() or may_be_empty):
         raise UserError(row.where, f"{key}: the last message is empty", REMOVE)
     return value
 
 
-def _ids(row: Row, key: str, mask: str | None = None) -> list[int]:
+def _ids(row: Row, key: str, mask: str | None = None, may_be_empty: bool = False) -> list[int]:
     """Token ids, without those that stand under a 0 of the mask column, where there is one."""
     value = row.columns.get(key)
     if not isinstance(value, list):
@@ -114,7 +116,7 @@ def _ids(row: Row, key: str, mask: str | None = None) -> list[int]:
                 what = f"{mask}[{at}] is {printable(json.dumps(bit), 40)}"
                 raise UserError(row.where, what, "needs 0 or 1")
         value = [id for id, bit in zip(value, kept, strict=True) if bit]
-    if not value:
+    if not (value or may_be_empty):
         raise UserError(row.where, f"{key} is empty", REMOVE)
     return value
 
@@ -192,15 +194,15 @@ def _dialogues(row: Row) -> tuple[Messages, Messages, Messages]:
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _strings(*keys: str) -> Callable[[Row], tuple[str, ...]]:
-    return lambda row: tuple(_string(row, key) for key in keys)
+def _strings(*keys: str, empty_prompt: bool = False) -> Callable[[Row], tuple[str, ...]]:
+    return lambda row: tuple(_string(row, key, empty_prompt and key == "prompt") for key in keys)
 
 
-def _turns(*keys: str) -> Callable[[Row], tuple[Messages, ...]]:
-    return lambda row: tuple(_messages(row, key) for key in keys)
+def _turns(*keys: str, empty_prompt: bool = False) -> Callable[[Row], tuple[Messages, ...]]:
+    return lambda row: tuple(_messages(row, key, empty_prompt and key == "prompt") for key in keys)
 
 
-def _id_pairs(columns: dict) -> Format | None:
+def _id_pairs(columns: dict, empty_prompt: bool) -> Format | None:
     fits = (names for names in ID_PAIRS if names[1] in columns or names[3] in columns)
     if (names := next(fits, None)) is None:
         return None
@@ -208,7 +210,7 @@ def _id_pairs(columns: dict) -> Format | None:
     given = prompt in columns
 
     def parts(row: Row) -> tuple[list[int] | None, ...]:
-        head = _ids(row, prompt) if given else None
+        head = _ids(row, prompt, may_be_empty=empty_prompt) if given else None
         return head, _ids(row, chosen, chosen_mask), _ids(row, rejected, rejected_mask)
 
     shown = ", ".join((*((prompt,) if given else ()), chosen, rejected))
@@ -216,20 +218,25 @@ def _id_pairs(columns: dict) -> Format | None:
     return Format(f"tokenised preference pairs ({shown})", names, parts, absent)
 
 
-def pair_format(row: Row) -> Format:
-    """The kind of preference file that starts with this row; parts (prompt, chosen, rejected)."""
+def pair_format(row: Row, empty_prompt: bool = False) -> Format:
+    """The kind of preference file that starts with this row; parts (prompt, chosen, rejected).
+
+    Args:
+        empty_prompt: whether a prompt may be empty, here and in the two functions below.
+    """
     columns = row.columns
-    if found := _id_pairs(columns):
+    if found := _id_pairs(columns, empty_prompt):
         return found
     both = ("chosen", "rejected")
     three = ("prompt", *both)
     kinds = [_kind(columns[key]) if key in columns else None for key in three]
     match kinds:
         case ["text", "text", "text"]:
-            return Format("preference pairs (prompt, chosen, rejected)", three, _strings(*three))
+            detected = "preference pairs (prompt, chosen, rejected)"
+            return Format(detected, three, _strings(*three, empty_prompt=empty_prompt))
         case ["messages", "messages", "messages"]:
             detected = "preference pairs of messages (prompt, chosen, rejected)"
-            return Format(detected, three, _turns(*three))
+            return Format(detected, three, _turns(*three, empty_prompt=empty_prompt))
         case [None, "messages", "messages"]:
             detected = "preference dialogues (chosen, rejected), the shared turns as prompt"
             return Format(detected, both, _dialogues, absent=("prompt",))
@@ -254,18 +261,23 @@ def _column(key: str, read: Callable[[Row, str], Part], detected: str) -> Format
     return Format(f"{detected} ({key})", (key,), lambda row: (read(row, key),))
 
 
-def prompt_format(row: Row) -> Format:
-    """The kind of prompt file that starts with this row; parts (prompt,)."""
+def prompt_format(row: Row, empty_prompt: bool = False) -> Format:
+    """The kind of prompt file that starts with this row; parts (prompt,).
+
+    Ids are never empty: what goes before a text is among them already.
+    """
     for key in ("prompt_ids", "input_ids"):
         if key in row.columns:
             return _column(key, _ids, "tokenised prompts")
     for key in ("prompt", "messages", "text"):
         match _kind(row.columns.get(key)):
             case "text":
-                return _column(key, _string, "prompts")
+                string = partial(_string, may_be_empty=empty_prompt)
+                return _column(key, string, "prompts")
             case "messages":
                 detected = "prompts of messages, a last turn of the assistant is continued"
-                return _column(key, _messages, detected)
+                messages = partial(_messages, may_be_empty=empty_prompt)
+                return _column(key, messages, detected)
     raise _unknown(row, "prompt (a string or messages) | messages | text | prompt_ids | input_ids")
 
 
@@ -287,7 +299,7 @@ def _tokenised(row: Row) -> tuple[list[int] | None, list[int]]:
     return (ids[:length], ids[length:]) if length else (None, ids)
 
 
-def text_format(row: Row) -> Format:
+def text_format(row: Row, empty_prompt: bool = False) -> Format:
     """The kind of file of texts that starts with this row; parts (prompt or None, response)."""
     columns = row.columns
     if "input_ids" in columns:
@@ -298,10 +310,11 @@ def text_format(row: Row) -> Format:
         keys = ("prompt", answer)
         match [_kind(columns.get(key)) for key in keys]:
             case ["text", "text"]:
-                return Format(f"prompts with answers ({', '.join(keys)})", keys, _strings(*keys))
+                detected = f"prompts with answers ({', '.join(keys)})"
+                return Format(detected, keys, _strings(*keys, empty_prompt=empty_prompt))
             case ["messages", "messages"]:
                 detected = f"prompts with answers, in messages ({', '.join(keys)})"
-                return Format(detected, keys, _turns(*keys))
+                return Format(detected, keys, _turns(*keys, empty_prompt=empty_prompt))
     if _kind(columns.get("messages")) == "messages":
         detected = "dialogues (messages), loss on the last turn of the assistant only"
         return Format(detected, ("messages",), _last_answer)

@@ -55,6 +55,15 @@ class PPOConfig:
     overlong: str = setting(
         "error", "what happens to longer prompts", choices=("error", "drop", "truncate_prompt_left")
     )
+    bad_rows: str = setting(
+        "error", "malformed rows: refuse the file, or list them in rejected.jsonl and go on",
+        choices=("error", "skip"),
+    )  # fmt: skip
+    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
+    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
+    max_drop: float = setting(
+        1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
+    )
     # reward
     reward_format: str = setting("ids", "requests to a reward service", choices=FORMS)
     reward_timeout: float = setting(
@@ -156,6 +165,7 @@ class PPOConfig:
     save_every: int = setting(20, "steps between checkpoints", at_least=1)
     keep: int = setting(2, "checkpoints kept", at_least=2)
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
+    allow_data_change: bool = setting(False, "resume although data files have changed")
 
     def check(self) -> list[str]:
         return [

@@ -12,10 +12,11 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minirlhf.errors import UserError, printable
+from minirlhf.sieve import RAW_CAP, Sieve
 
 LINE_CAP = 16 << 20  # bytes; nobody writes a longer line on purpose
 FILE_CAP = 1 << 30  # bytes of a file that is parsed in one piece
@@ -41,11 +42,13 @@ class Row:
         where: "file:line", the line on which the row starts.
         columns: name -> value.
         typed: False where the format knows only text (CSV, TSV), so that numbers come as strings.
+        raw: how it begins in the file, to be shown where the row is left out.
     """
 
     where: str
     columns: dict
     typed: bool = True
+    raw: str = field(default="", compare=False)
 
 
 def kind_of(value: object) -> str:
@@ -220,7 +223,7 @@ def read_json(path: str | Path, cap: int = FILE_CAP) -> object:
     return strict_json(read_text(path, cap), path)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, line with its line end); one line is the most that is ever held."""
     with _opened(path) as file:
         number = 0
@@ -230,42 +233,61 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise UserError(f"{path}:{number}", f"a line of more than {LINE_CAP:,} bytes")
             if number == 1:
                 data = data.removeprefix(b"\xef\xbb\xbf")
-            yield number, _text(data, f"{path}:{number}")
+            yield number, data
 
 
 # ------------------------------------------------------------------------------------------- rows
 
 
-def _row(value: object, where: str) -> Row:
+def _row(value: object, where: str, raw: str) -> Row:
     if not isinstance(value, dict):
         what = f"a row must be a JSON object, got {kind_of(value)}"
         raise UserError(where, what, 'like {"text": "..."}')
-    return Row(where, value)
+    return Row(where, value, raw=raw[: RAW_CAP + 1])
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
-        if line.strip() in ("[", "{"):
-            do = "write a whole JSON object a line, or an array of them in a .json file"
-            what = f"not valid JSON: a lone {line.strip()!r}"
-            raise UserError(f"{path}:{number}", what, do)
-        if line.strip():
-            # With its line end, a line that was cut off would be told as the next one.
-            value = strict_json(line.rstrip("\r\n"), path, number)
-            yield _row(value, f"{path}:{number}")
+def _json_row(data: bytes, path: Path, number: int, sieve: Sieve) -> Row | None:
+    """The row of one line; None where it is blank."""
+    line, where = _text(data, f"{path}:{number}"), f"{path}:{number}"
+    if line.strip() in ("[", "{"):
+        do = "write a whole JSON object a line, or an array of them in a .json file"
+        raise UserError(where, f"not valid JSON: a lone {line.strip()!r}", do)
+    if not line.strip():
+        return None
+    # With its line end, a line that was cut off would be told as the next one.
+    line = line.rstrip("\r\n")
+    return _row(strict_json(sieve.mend(line), path, number), where, line)
 
 
-def _json_array(path: Path) -> Iterator[Row]:
+def _json_lines(path: Path, sieve: Sieve) -> Iterator[Row]:
+    for number, data in _lines(path):
+        try:
+            row = _json_row(data, path, number, sieve)
+        except UserError as error:
+            sieve.reject(error, _shown(data))
+            continue
+        if row is not None:
+            yield row
+
+
+def _json_array(path: Path, sieve: Sieve) -> Iterator[Row]:
     text = read_text(path)
     if text.lstrip()[:1] != "[":  # many files named .json hold one object a line
-        yield from _json_lines(path)
+        yield from _json_lines(path, sieve)
         return
+    text = sieve.mend(text)
     at = _skip_space(text, text.index("[") + 1)
     line, counted, more = 1, 0, text[at : at + 1] != "]"
     while more:
         line, counted = line + text.count("\n", counted, at), at
         value, end = _decode(text, at, path, 1)
-        yield _row(value, f"{path}:{line}")
+        raw = text[at : min(end, at + RAW_CAP + 1)]
+        try:
+            row = _row(value, f"{path}:{line}", raw)
+        except UserError as error:
+            sieve.reject(error, raw)
+        else:
+            yield row
         at = _skip_space(text, end)
         if more := text[at : at + 1] == ",":
             at = _skip_space(text, at + 1)
@@ -274,9 +296,10 @@ def _json_array(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}:{line}", "not valid JSON", "rows in [ ], with ',' between them")
 
 
-def _table(path: Path, delimiter: str) -> Iterator[Row]:
+def _table(path: Path, delimiter: str, sieve: Sieve) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), LINE_CAP))  # 128 KiB cuts off long texts
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    lines = (_text(data, f"{path}:{number}") for number, data in _lines(path))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     start = 1
     try:
@@ -296,40 +319,56 @@ def _table(path: Path, delimiter: str) -> Iterator[Row]:
                 if len(set(header)) != len(header) or "" in header:
                     raise UserError(where, "column names must be non-empty and differ", str(header))
                 continue
+            raw = delimiter.join(fields)[: RAW_CAP + 1]
             if len(fields) != len(header):
-                raise UserError(
-                    where, f"{len(fields)} fields", f"the header names {len(header)} columns"
-                )
-            yield Row(where, dict(zip(header, fields, strict=True)), typed=False)
+                do = f"the header names {len(header)} columns"
+                sieve.reject(UserError(where, f"{len(fields)} fields", do), raw)
+                continue
+            yield Row(where, dict(zip(header, fields, strict=True)), typed=False, raw=raw)
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}", "not valid CSV", str(error)) from None
 
 
-def _text_lines(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
+def _text_lines(path: Path, sieve: Sieve) -> Iterator[Row]:
+    for number, data in _lines(path):
+        where = f"{path}:{number}"
+        try:
+            line = _text(data, where).rstrip("\r\n")
+        except UserError as error:
+            sieve.reject(error, _shown(data))
+            continue
         if line.strip():
-            yield Row(f"{path}:{number}", {"text": line.rstrip("\r\n")})
+            yield Row(where, {"text": line}, raw=line[: RAW_CAP + 1])
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
+def _shown(data: bytes) -> str:
+    """The beginning of a line that may be no text."""
+    return data[: 4 * RAW_CAP + 4].decode(errors="backslashreplace").rstrip("\r\n")
+
+
+def read_rows(path: str | Path, sieve: Sieve | None = None) -> Iterator[Row]:
     """Rows of a .jsonl, .json, .csv, .tsv or .txt file, or of one of these with .gz behind.
 
     Blank lines are skipped and keep their number; a byte-order mark and CRLF are accepted. A .txt
     file gives one row {"text": line} a line.
 
+    Args:
+        sieve: takes the rows that are broken; None: the first of them is an error.
     Raises:
-        UserError: not a regular file of a known kind; a row that is broken (file:line); no rows.
+        UserError: not a regular file of a known kind; a row that is broken (file:line), unless the
+            sieve took it; no rows.
     """
+    sieve = Sieve() if sieve is None else sieve
     if not str(path):
         raise UserError("''", "no such file", "the name of a data file is empty")
     path = Path(path)
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     readers: dict[str, Iterable] = {
-        ".jsonl": _json_lines(path),
-        ".json": _json_array(path),
-        ".csv": _table(path, ","),
-        ".tsv": _table(path, "\t"),
-        ".txt": _text_lines(path),
+        ".jsonl": _json_lines(path, sieve),
+        ".json": _json_array(path, sieve),
+        ".csv": _table(path, ",", sieve),
+        ".tsv": _table(path, "\t", sieve),
+        ".txt": _text_lines(path, sieve),
     }
     if suffix not in readers:
         ending = f"ends in {path.suffix!r}" if path.suffix else "its name has no ending"
@@ -339,5 +378,5 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     for row in readers[suffix]:
         rows += 1
         yield row
-    if not rows:
+    if not rows and not sieve.rejected:
         raise UserError(path, "no rows", "one row a line")

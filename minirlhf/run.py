@@ -29,6 +29,7 @@ from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError, prin
 from minirlhf.meters import Step
 from minirlhf.reward_sources import parse
 from minirlhf.rows import read_json
+from minirlhf.sieve import Report
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.transformer import CausalLM
 
@@ -36,7 +37,7 @@ from minirlhf.transformer import CausalLM
 # that does to the last bits is said when a run is resumed.
 FREE = {"out", "resume", "log_every", "save_every", "keep", "show_samples", "device",
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
-        "reward_token_file"}  # fmt: skip
+        "reward_token_file", "allow_data_change"}  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -99,6 +100,9 @@ class Run:
         old, now = before.get("settings"), json.loads(json.dumps(self.settings))
         if not isinstance(old, dict):
             raise UserError(where, "has no settings", "give another --out")
+        past = before.get("inputs", {}), before.get("data_changes", [])
+        if not (isinstance(past[0], dict) and isinstance(past[1], list)):
+            raise UserError(where, "has no list of its inputs", "give another --out")
         changed = {
             key: f"{key} was {printable(repr(old.get(key)), 80)}, is {now[key]!r}"
             for key in now
@@ -108,7 +112,8 @@ class Run:
             more = f" and {len(frozen) - 5} more" if len(frozen) > 5 else ""
             raise UserError(where, "; ".join(frozen[:5]) + more,
                             "resume with the settings of the first start")  # fmt: skip
-        self.changed = [text for key, text in changed.items() if key not in ("out", "resume")]
+        told = ("out", "resume", "allow_data_change")  # by the command itself
+        self.changed = [text for key, text in changed.items() if key not in told]
 
     def __enter__(self) -> "Run":
         fsio.make_folder(self.folder)
@@ -116,6 +121,7 @@ class Run:
         try:
             self._check_folder()  # another run may have come and gone since the first look
             fsio.sweep(self.folder)
+            fsio.sweep(self.folder / "checkpoints")  # a finished run sweeps none by saving
             self._write_facts()
         except BaseException:
             self._lock.close()
@@ -143,9 +149,9 @@ class Run:
         """run.json: what would have to be known to do this run again."""
         path = self.folder / "run.json"
         inputs = {str(file): fsio.sha256(file) for name in self.inputs for file in contents(name)}
-        before = read_json(path).get("inputs", inputs) if path.exists() else inputs
-        if changed := [name for name in inputs | before if inputs.get(name) != before.get(name)]:
-            raise UserError(changed[0], "has changed since the run began", "give another --out")
+        past = read_json(path) if path.exists() else {}
+        changes = past.get("data_changes", [])
+        changes += self._changed_data(past.get("inputs", inputs), inputs)
         facts = {
             "recipe": self.recipe,
             "settings": self.settings,
@@ -157,9 +163,27 @@ class Run:
                 "python": platform.python_version(),
             },
         }
+        facts |= {"data_changes": changes} if changes else {}
         temporary = self.folder / f"{fsio.TEMPORARY}run.json"
         fsio.write_json(temporary, facts)
         fsio.replace_file(temporary, path)
+
+    def _changed_data(self, before: dict[str, str], now: dict[str, str]) -> list[dict]:
+        """What differs in the inputs, told; refused, unless it is data and that may change."""
+        held_out = named_files(self.settings.get("eval_data", ())).values()
+        given = self.settings.get("data"), self.settings.get("ptx_data"), *held_out
+        data = {str(Path(name)) for name in given if name}
+        changes = []
+        for name in now | before:
+            if (old := before.get(name)) == (new := now.get(name)):
+                continue
+            if name not in data or not self.settings.get("allow_data_change"):
+                do = "give another --out" + (", or --allow-data-change" if name in data else "")
+                raise UserError(name, "has changed since the run began", do)
+            was, now_is = (str(sha256)[:12] for sha256 in (old, new))
+            print(f"changed: {printable(name)}: sha256 was {was}, is {now_is}")
+            changes.append({"file": name, "was": old, "is": new})
+        return changes
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         try:
@@ -211,6 +235,25 @@ class Run:
         for name, now in checkpoint.environment(state.model).items():
             if then.get(name) != now:
                 print(f"not bit for bit from here on: {name} was {then.get(name)}, is {now}")
+
+    def list_left_out(self, reports: Iterable[Report]) -> None:
+        """rejected.jsonl and dropped.jsonl: rows of the data that this run does not see, and why.
+
+        Each is written whole, by one rename, and only where that changes it: a function of the
+        data and the settings, it is the same after every resume.
+        """
+        reports = list(reports)
+        rejected = [row._asdict() for report in reports for row in report.rejected_rows]
+        dropped = [
+            {"where": row.where, "reason": row.reason}
+            for report in reports for row in report.dropped_rows
+        ]  # fmt: skip
+        for name, rows in (("rejected.jsonl", rejected), ("dropped.jsonl", dropped)):
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            path, temporary = self.folder / name, self.folder / f"{fsio.TEMPORARY}{name}"
+            if text.encode() != (path.read_bytes() if path.exists() else b""):
+                fsio.write_text(temporary, text)
+                fsio.replace_file(temporary, path)
 
     def say(self, text: str) -> None:
         """Prints above the progress bar."""

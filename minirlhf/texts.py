@@ -37,11 +37,16 @@ def collate_texts(texts: list[Text]) -> TextBatch:
     return TextBatch(pad_right([text.ids for text in texts]), starts, pad_right(targets), mask)
 
 
+def with_target(text: Text) -> Text:
+    """The text itself; one without a target is refused."""
+    if len(text.ids) <= first_target(text):
+        raise UserError(text.where, "has no token after the first", "remove the row")
+    return text
+
+
 def count_tokens(texts: list[Text]) -> tuple[Tensor, Tensor]:
     """Tokens of each text and targets among them, (N,) each; a text without a target is refused."""
-    for text in texts:
-        if len(text.ids) <= first_target(text):
-            raise UserError(text.where, "has no token after the first", "remove the row")
+    texts = list(map(with_target, texts))
     lengths = torch.tensor([len(text.ids) for text in texts])
     return lengths, lengths - torch.tensor([first_target(text) for text in texts])
 

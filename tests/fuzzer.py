@@ -12,6 +12,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,12 @@ from watched import Finding, run_cases
 from minirlhf import checkpoint, pretrained
 from minirlhf import config as settings
 from minirlhf.data import load_pairs, load_prompts, load_texts
+from minirlhf.errors import UserError
 from minirlhf.heads import RewardModel, initialize_score
 from minirlhf.hf_config import config_from_hf
 from minirlhf.optim import make_optimizer
 from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.sieve import RowPolicy
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, initialize
 
@@ -363,8 +366,19 @@ def read_tokenizer(folder: str) -> Callable[[Path], None]:
 
 
 def read_rows(name: str) -> Callable[[Path], None]:
+    """Refuses what is malformed; leaves it out, which may leave nothing, and loses no row."""
     load = LOAD.get(name, load_texts)
-    return lambda root: load(root / f"{name}.jsonl", load_tokenizer(root / "chat"), None, "drop")
+
+    def read(root: Path) -> None:
+        arguments = root / f"{name}.jsonl", load_tokenizer(root / "chat"), None, "drop"
+        with suppress(UserError):
+            kept, report = load(*arguments, policy=RowPolicy("skip", True, True))
+            left_out = len(report.rejected_rows) + sum(report.dropped.values())
+            assert report.rows == len(kept) + left_out
+            assert len({row.where for row in report.rejected_rows}) == len(report.rejected_rows)
+        load(*arguments)
+
+    return read
 
 
 def read_checkpoint(root: Path) -> None:

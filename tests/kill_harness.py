@@ -236,6 +236,8 @@ ROWS = {
     ],
     "prompts": [{"prompt": "It was" + "!" * i, "bonus": i / 8} for i in range(5)],
 }
+# A row that is no JSON and one that is too long, for rejected.jsonl and dropped.jsonl.
+LEFT_OUT = {"texts": "{\n" + json.dumps({"prompt": "It was", "completion": "!" * 40}) + "\n"}
 ALL = {
     "steps": 3, "batch_size": 4, "learning_rate": 1e-2, "log_every": 2, "save_every": 1, "keep": 2,
 }  # fmt: skip
@@ -243,7 +245,10 @@ ALL = {
 # score moments, early stops, lines of the log over two steps, whose open windows are then part of a
 # save. An epoch has 2 steps.
 OWN = {
-    "sft": {"data": "texts", "eval_data": "few_texts", "eval_every": 2, "micro_batch_tokens": 30},
+    "sft": {
+        "data": "texts", "eval_data": "few_texts", "eval_every": 2, "micro_batch_tokens": 30,
+        "bad_rows": "skip", "max_length": 40,
+    },
     "reward": {
         "data": "pairs", "eval_data": "few_pairs", "eval_every": 2, "micro_batch_tokens": 60,
         "show_samples": 2,
@@ -272,7 +277,7 @@ def make_world(folder: Path, vocabulary: int = 258) -> Path:
     save_pretrained(initialize(lm, torch.Generator().manual_seed(0)), folder / "model")
     held_out = {f"few_{name}": ROWS[name][:3] for name in ROWS}
     for name, rows in (ROWS | held_out).items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        text = "".join(json.dumps(row) + "\n" for row in rows) + LEFT_OUT.get(name, "")
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     return folder
@@ -298,7 +303,7 @@ def command(recipe: str, world: Path, out: Path, **changes: object) -> list[str]
 
 def remains(out: Path) -> dict[str, bytes]:
     """All that no kill may change: logs without their clock, the model, the last commit."""
-    left = {name: (out / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
+    left = {path.name: path.read_bytes() for path in out.glob("*.jsonl")}
     left["metrics.jsonl"] = re.sub(rb', "clock": \{[^{}]*\}', b"", left["metrics.jsonl"])
     last = max((out / "checkpoints").glob("step-*"))
     exported = (p for name in ("model", "best") for p in (out / name).glob("*"))

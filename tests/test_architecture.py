@@ -28,12 +28,12 @@ LAZY_DEPENDENCIES = {"jinja2", "huggingface_hub", "matplotlib"}  # inside functi
 # From the ground up: a module imports from its own layer and from those before it.
 LAYERS = (
     "minirlhf minirlhf.errors minirlhf.machine minirlhf.interrupt minirlhf.streams minirlhf.fsio "
-    "minirlhf.rows minirlhf.support",
+    "minirlhf.sieve minirlhf.rows minirlhf.support",
     "minirlhf.masking",
     "minirlhf.kl minirlhf.losses minirlhf.advantages",
     "minirlhf.transformer minirlhf.lora minirlhf.heads minirlhf.hf_config minirlhf.pretrained "
     "minirlhf.generation",
-    "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.data",
+    "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.encoding minirlhf.data",
     "minirlhf.config minirlhf.memory minirlhf.optim minirlhf.meters minirlhf.rollout "
     "minirlhf.rewards minirlhf.passes minirlhf.scores minirlhf.texts minirlhf.ppo_config "
     "minirlhf.checkpoint minirlhf.distributed minirlhf.run minirlhf.evaluation "

@@ -180,6 +180,7 @@ FIRST_ROWS = [  # verb, only row, what is told
     ("sft", PAIR, UNKNOWN + "prompt (a string), chosen (a string), rejected (a string)"),
     ("sft", PROMPT, UNKNOWN + "prompt (a string)"),
     ("sft", {"text": "a" * 48}, "d.jsonl: a row of 49 tokens, the model reads 48: give --max-len"),
+    ("reward", PAIR | {"chosen": "a" * 48}, "d.jsonl: a row of 57 tokens, the model reads 48: gi"),
     ("new", IDS, "d.jsonl:1: holds token ids, from which no tokenizer can be trained: give --tok"),
     ("reward", TEXT, UNKNOWN + "text (a string): legal: chosen and rejected with or without prom"),
     ("reward", PROMPT, UNKNOWN + "prompt (a string)"),

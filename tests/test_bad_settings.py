@@ -426,6 +426,8 @@ RUN_JSON = [  # content of run.json in the folder of --out, what is told
     ('{"recipe": "ppo", "settings": {}}', NOT_OURS),
     ('{"recipe": "sft"}', "out/run.json: has no settings: give another --out"),
     ('{"recipe": "sft", "settings": {"model": "rm"}}', "out/run.json: model was 'rm', is 'lm'; "),
+    ('{"recipe": "sft", "settings": {}, "inputs": []}', "out/run.json: has no list of its inputs"),
+    ('{"recipe": "sft", "settings": {}, "data_changes": 1}', "out/run.json: has no list of its in"),
     ('{"recipe": "sft", "settings": 3}', "out/run.json: has no settings: give another --out"),
 ]  # fmt: skip
 
@@ -440,7 +442,8 @@ def test_a_run_that_cannot_be_resumed_is_refused(content, told, refused):
 def test_free_settings_are_those_that_no_number_depends_on():
     fields = {verb: {f.name for f in dataclasses.fields(CONFIGS[verb])} for verb in RECIPES}
     assert FREE <= set.union(*fields.values())
-    everywhere = {"out", "resume", "log_every", "save_every", "keep", "device"}
+    everywhere = {"out", "resume", "log_every", "save_every", "keep", "device",
+                  "allow_data_change"}  # fmt: skip
     assert all(FREE & fields[verb] >= everywhere for verb in RECIPES)
     patience = {
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",

@@ -15,7 +15,8 @@ from minirlhf.hf_config import config_from_hf
 from minirlhf.pretrained import save_pretrained
 from minirlhf.tokenizer import train_tokenizer
 from minirlhf.tools import check
-from minirlhf.tools.check import length_facts, pair_facts, recipe_of
+from minirlhf.tools.data_facts import length_facts, pair_facts
+from minirlhf.tools.data_rows import recipe_of
 from minirlhf.transformer import CausalLM, initialize
 
 LLAMA = {
@@ -411,7 +412,7 @@ def test_check_takes_the_recipe_that_is_given(tmp_path, facts_of):
         ([{"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": ""}], [],
          "rows.jsonl:2: rejected is empty: "),
         ([{"chosen": "a", "rejected": "b", "margin": "x"}], [], "rows.jsonl:1: margin is 'x'"),
-        ([{"chosen": "a", "rejected": "a"}], [], "rows.jsonl: no row left of 1: chosen equals"),
+        ([{"chosen": "a", "rejected": "a"}], [], "rows.jsonl: no row left of 1: dropped: 1 (ch"),
         ([{"prompt": "a"}], ["--overlong", "truncate_response"], "--overlong: is truncate_resp"),
         ([{"text": "a"}], ["--json", "no/such/facts.json"], "--json: no/such is no folder"),
         ([{"text": "a"}], ["--recipe", "dpo"], "--recipe: got 'dpo', must be one of auto, reward"),

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from minirlhf.data import Pair, Prompt, Report, Text, load_pairs, load_prompts, load_texts
+from minirlhf.data import Pair, Prompt, Text, load_pairs, load_prompts, load_texts
 from minirlhf.errors import UserError
+from minirlhf.sieve import Report
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 
 EOS = 0

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from minirlhf import cli
+from minirlhf.errors import STOPPED, UserError
 from minirlhf.tools import demo
 
 
@@ -39,6 +40,18 @@ def test_demo_refuses_a_folder_that_is_there(tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 2
     assert "is there already" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "demo").iterdir()] == ["mine.txt"]
+
+
+def test_demo_ends_with_the_command_that_was_stopped(capsys):
+    with pytest.raises(UserError, match=r"^minirlhf test_demo: was stopped: start the") as told:
+        demo.command("1 of 2", stopped, "--steps", 3)
+    assert told.value.code == STOPPED
+    assert capsys.readouterr().out == "\n1 of 2\n$ minirlhf test_demo --steps 3\n"
+
+
+def stopped(argv: list[str]) -> int:
+    assert argv == ["--steps", "3"]
+    return STOPPED
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import sys
@@ -14,7 +15,7 @@ from fuzzer import LLAMA, fuzz, make_world, read_model
 from safetensors.torch import load_file, save_file
 from watched import run_cases
 
-from minirlhf.chat_template import compile_template
+from minirlhf.chat_template import SOURCE_CAP, compile_template
 from minirlhf.cli import main
 from minirlhf.data import load_texts
 from minirlhf.errors import MACHINE, Stopped, UserError
@@ -544,6 +545,40 @@ EVERYTHING = (
     "{% set block %}{{ 'in' }}{% endset %}{{ block | replace('i', 'I') }}{{ missing }}{{ -1.5 }}"
     "{% filter upper %}low{% endfilter %}{{ 'x' if messages else 'y' }}{{ 1 < 2 <= 2 }}"
 )
+
+
+NEST = "{% set ns = namespace(x=[]) %}" + (
+    "{% for i in range(40) %}{% set ns.x = [ns.x] %}{% endfor %}" * 2
+)
+REFUSALS = [  # a template, what is told
+    ("{{ '%9999d' % 1 }}", "a width of thousands, or one that is formatted itself"),
+    ("{{ '{:{}}'.format(1, 'x') }}", "a width of thousands, or one that is formatted itself"),
+    ("{{ 'a' * 10**9 }}", "a value of more than 33,554,432 characters"),
+    ("{{ 2**65 }}", "a power of huge numbers"),
+    ("{{ (2**33)**2 }}", "a power of huge numbers"),
+    (START + "{% set ns.n = ns.n * ns.n %}{% endfor %}", "an integer of thousands of digits"),
+    (NEST + "{{ ns.x }}", "a value nested deeper than 64 levels"),
+    ("{{ 'a'.encode() % 1 }}", "formatted bytes"),
+    ("{{ namespace(x=1) ~ '' }}", "reads a Namespace as a text"),
+    ("{{ range(10**8) }}", "more than 1,000,000 steps of work"),
+    (MILLION + "{{ x }}{{ x }}", "more than 1 MiB of text"),
+    ("{{ raise_exception('no system turn') }}", "no system turn"),
+]
+
+
+@pytest.mark.parametrize(("template", "told"), REFUSALS)
+def test_a_template_that_goes_too_far_is_told_how(template, told):
+    render = compile_template(template, "t")
+    with pytest.raises(UserError, match=f"^t: chat template failed: {re.escape(told)}$"):
+        render([{"role": "user", "content": "hello"}], True, {})
+
+
+def test_a_template_that_is_too_large_or_has_no_jinja2_is_refused(monkeypatch):
+    with pytest.raises(UserError, match=r"^t: a chat template of [\d,]+ characters: at most"):
+        compile_template("x" * (SOURCE_CAP + 1), "t")
+    monkeypatch.setitem(sys.modules, "jinja2.runtime", None)
+    with pytest.raises(UserError, match=r"^t: a chat template needs jinja2: pip install"):
+        compile_template("{{ 1 }}", "t")
 
 
 def test_metered_template_renders_as_jinja2_does():

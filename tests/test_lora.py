@@ -6,7 +6,7 @@ from torch import nn
 
 from minirlhf.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from minirlhf.errors import UserError
-from minirlhf.heads import RewardModel, ValueHeadModel
+from minirlhf.heads import RewardModel, ValueHeadModel, critic_from_reward_model
 from minirlhf.hf_config import config_from_hf
 from minirlhf.lora import LoRALinear, adapters_off, add_lora, has_lora, merge_lora
 from minirlhf.optim import make_optimizer
@@ -318,6 +318,15 @@ def test_merge_lora_then_save_and_load_gives_the_same_logits(config, tmp_path):
     loaded = outputs(load_pretrained(tmp_path))
     assert torch.equal(loaded, outputs(lm))
     torch.testing.assert_close(loaded, unmerged, rtol=0, atol=1e-6)
+
+
+def test_save_pretrained_refuses_what_a_folder_cannot_hold(tmp_path):
+    with pytest.raises(ValueError, match="has adapters: call merge_lora"):
+        save_pretrained(add_lora(make_lm(), 2, 4.0), tmp_path)
+    policy = critic_from_reward_model(make_lm(), RewardModel(make_lm()))
+    with pytest.raises(ValueError, match=r"a trunk of its own: save the policy, model\.lm"):
+        save_pretrained(policy, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_merge_lora_then_save_and_load_gives_the_same_scores(tmp_path):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from kill_harness import SHAPE, make_world
+from kill_harness import ROWS, SHAPE, make_world
 
 from minirlhf.cli import main
 from minirlhf.errors import BAD_INPUT, NON_FINITE, OK
@@ -29,10 +29,10 @@ from minirlhf.transformer import CausalLM, initialize
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 BASE = {
-    "sft": {"model": "model", "data": "texts.jsonl", "batch_size": 4},
-    "reward": {"model": "model", "data": "pairs.jsonl", "batch_size": 4},
+    "sft": {"model": "model", "data": "all.jsonl", "batch_size": 4},
+    "reward": {"model": "model", "data": "all.jsonl", "batch_size": 4},
     "ppo": {
-        "model": "model", "data": "prompts.jsonl", "reward": "reward.py:letters", "batch_size": 4,
+        "model": "model", "data": "all.jsonl", "reward": "reward.py:letters", "batch_size": 4,
         "micro_batch_size": 2, "epochs": 2, "max_new_tokens": 3,
     },
 }  # fmt: skip
@@ -45,7 +45,7 @@ class Change(NamedTuple):
     beside: dict = {}  # noqa: RUF012  what both runs have
     first: object = None  # of the setting in the first run; None: the default
     shown: bool = False  # seen in what is printed
-    alone: bool = True  # False: what it is beside is refused without it
+    needed: str = ""  # what it is beside is refused without it, in these words
     refused: str = ""  # the second run is not made, for this reason
 
 
@@ -75,10 +75,18 @@ RECIPES = {
         "log_every": Change(2),
         "save_every": Change(2),
         "keep": Change(3, {"steps": 3}),
+        "bad_rows": Change("skip", {"data": "broken.jsonl"}, needed="not valid JSON"),
+        "fix_text": Change(True, {"data": "surrogate.jsonl"}, needed="surrogate"),
+        "allow_empty_prompt": Change(True, {"data": "empty.jsonl"}, needed="empty"),
+        "max_drop": Change(
+            0.1, {"data": "broken.jsonl", "bad_rows": "skip"}, refused="max_drop is 0.1"
+        ),
     },
     "sft": {
         "epochs": Change(2.0, {"steps": None}),
-        "init_config": Change("tiny.json", {"model": None}, alone=False),
+        "init_config": Change(
+            "tiny.json", {"model": None}, needed="give exactly one of --model and --init-config"
+        ),
         "tokenizer": Change("model", {"model": None, "init_config": "tiny.json"}),
         "vocab_size": Change(262, {"model": None, "init_config": "tiny.json"}),
         "eval_data": Change("few.jsonl"),
@@ -151,9 +159,12 @@ RECIPES = {
         "value_clip": Change(1e-4),
         "vf_coef": Change(1.0),
         "whiten_advantages": Change(False),
-        "ptx_data": Change("texts.jsonl", {"ptx_coef": 1.0}, alone=False),
+        "ptx_data": Change(
+            "texts.jsonl", {"ptx_coef": 1.0}, needed="ptx_data and ptx_coef go together"
+        ),
         "ptx_coef": Change(2.0, {"ptx_data": "texts.jsonl"}, first=1.0),
         "ptx_batch_size": Change(2, {"ptx_data": "texts.jsonl", "ptx_coef": 1.0}),
+        "allow_empty_prompt": Change(True, {"data": "empty.jsonl"}, refused="no beginning-of-text"),
         "critic_learning_rate": Change(1e-3),
         "critic_warmup_steps": Change(1),
         "sample_every": Change(1),
@@ -161,7 +172,7 @@ RECIPES = {
         "save_rollouts": Change(True),
     },
 }
-OTHERWISE = {"out", "resume"}  # see the last test
+OTHERWISE = {"out", "resume", "allow_data_change"}  # see the last test
 CASES = [
     (recipe, name, ({**RECIPES["all"], **RECIPES[recipe]})[name])
     for recipe in CONFIGS
@@ -191,11 +202,19 @@ def world(tmp_path_factory):
     ends = [i for token, i in vocabulary.items() if token not in set("It was!Ġ")][:130]
     config = json.dumps({"eos_token_id": ends})
     (folder / "ending" / "generation_config.json").write_text(config)
+    texts = "".join(json.dumps(row) + "\n" for row in ROWS["texts"])
+    (folder / "texts.jsonl").write_text(texts)
     (folder / "tiny.json").write_text(json.dumps(SHAPE))
     for recipe, rows in (("sft", "texts"), ("reward", "pairs"), ("ppo", "prompts")):
-        some = (folder / f"{rows}.jsonl").read_text().splitlines(keepends=True)[:3]
+        lines = [json.dumps(row) + "\n" for row in ROWS[rows]]
+        files = {
+            "all": lines, "few": lines[:3], "broken": [*lines, "{"],
+            "surrogate": [lines[0].replace("It was", "It was \\ud83d"), *lines],
+            "empty": [lines[0].replace("It was", ""), *lines],
+        }  # fmt: skip
         (folder / recipe).mkdir()
-        (folder / recipe / "few.jsonl").write_text("".join(some))
+        for name, some in files.items():
+            (folder / recipe / f"{name}.jsonl").write_text("".join(some))
     with (folder / "reward.py").open("a") as file:
         file.write("\ndef short(completions):\n    return [-len(t) for t in completions]\n")
     return folder
@@ -211,7 +230,8 @@ def words(recipe: str, world: Path, out: Path, settings: dict) -> list[str]:
             argv.append(f"--{flag}" if value else f"--no-{flag}")
             continue
         if name in PLACES:
-            value = world / recipe / value if value == "few.jsonl" else world / value
+            own = world / recipe / value
+            value = own if own.suffix == ".jsonl" and own.exists() else world / value
         argv += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
     return argv
 
@@ -240,9 +260,9 @@ def test_a_setting_does_something_or_is_refused(recipe, name, change, world, tmp
         assert main(words(recipe, world, tmp_path / "b", changed)) == BAD_INPUT
         assert change.refused in capsys.readouterr().err
         return
-    if not change.alone:
+    if change.needed:
         assert main(words(recipe, world, tmp_path / "a", first)) == BAD_INPUT
-        assert name.replace("_", "-") in capsys.readouterr().err.replace("_", "-")
+        assert change.needed in capsys.readouterr().err
         assert main(words(recipe, world, tmp_path / "b", changed)) == OK
         return
     one, printed = seen(recipe, world, tmp_path / "a", first, capsys)

@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from conftest import EACH_FAMILY, PEERS, make_peer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minirlhf.errors import UserError
+from minirlhf import pretrained
+from minirlhf.errors import MACHINE, UserError
 from minirlhf.heads import RewardModel, ValueHeadModel
 from minirlhf.hf_config import config_from_hf, config_to_hf
 from minirlhf.pretrained import (
@@ -564,3 +566,19 @@ def test_a_hub_name_is_its_download(monkeypatch, peer):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert same(load_pretrained("own/model"), load_pretrained(folder))
     assert asked == [("own/model", ["*.json", "*.safetensors", "*.jinja"])]  # no pickle, no code
+
+
+def test_config_from_hf_refuses_what_is_no_object():
+    with pytest.raises(UserError, match=r"^c\.json: is a list: must be a JSON object$"):
+        config_from_hf([LLAMA], "c.json")
+
+
+def test_save_pretrained_tells_an_error_of_the_library_in_one_line(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("no space left")
+
+    monkeypatch.setattr(pretrained, "save_file", full)
+    lm = CausalLM(config_from_hf(LLAMA))
+    with pytest.raises(UserError, match=r"cannot be written \(no space left\)") as told:
+        save_pretrained(lm, tmp_path)
+    assert told.value.code == MACHINE

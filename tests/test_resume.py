@@ -125,6 +125,8 @@ def test_remains_hold_every_kind_of_file(recipe, whole):
     assert b"clock" not in left["metrics.jsonl"]
     assert [line[:9] for line in left["metrics.jsonl"].splitlines()][-1] == b'{"step": '
     assert (left["samples.jsonl"] == b"") is (recipe == "sft")
+    listed = {name for name in ("rejected.jsonl", "dropped.jsonl") if left.get(name)}
+    assert len(listed) == (2 if recipe == "sft" else 0)
 
 
 def test_wrong_with_names_what_differs_is_missing_or_was_left(whole, folder):

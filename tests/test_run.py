@@ -123,8 +123,9 @@ def test_a_folder_that_was_filled_since_is_refused_on_entering(tmp_path):
 def test_leftovers_are_swept_on_entering(done):
     (done / ".tmp-model").mkdir()
     (done / ".tmp-model" / "half").write_text("", encoding="utf-8")
+    (done / "checkpoints" / ".trash-step-00000000").mkdir()
     with start(done, resume=True):
-        assert not (done / ".tmp-model").exists()
+        assert not list(done.rglob(".t*"))
 
 
 HOLDER = """
@@ -183,6 +184,57 @@ def test_resume_refuses_a_broken_run_json(done, text, told):
     (done / "run.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=told):
         start(done, resume=True)
+
+
+A, B = (  # sha256 of "1" and of "2"
+    "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b",
+    "d4735e3a265e16eee03f59718b9b5d03019c07d8b6c51f90da3a666eec13ab35",
+)
+
+
+def test_resume_goes_on_with_changed_data_where_that_is_allowed_and_says_so(tmp_path, capsys):
+    data, held_out, out = tmp_path / "d.jsonl", tmp_path / "e.jsonl", tmp_path / "run"
+    for path in (data, held_out):
+        path.write_text("1", encoding="utf-8")
+    files = {"data": str(data), "eval_data": (f"short={held_out}",)}
+    inputs = [str(data), str(held_out)]
+    with start(out, inputs=inputs, **files):
+        pass
+    for path in (data, held_out):
+        path.write_text("2", encoding="utf-8")
+        told = f"{path.name}: has changed since the run began: give another --out, or --allow-data-"
+        with pytest.raises(UserError, match=told), start(out, True, inputs, **files):
+            pass
+        before = (out / "run.json").read_bytes()
+        with start(out, True, inputs, allow_data_change=True, **files):
+            pass
+        printed = capsys.readouterr().out
+        assert printed == f"changed: {path}: sha256 was {A[:12]}, is {B[:12]}\n"
+        assert (out / "run.json").read_bytes() != before
+        with start(out, True, inputs, **files):  # from now on that is the run's data
+            pass
+        assert capsys.readouterr().out == ""
+    facts = json.loads((out / "run.json").read_text("utf-8"))
+    assert facts["inputs"] == {str(data): B, str(held_out): B}
+    changes = [{"file": str(path), "was": A, "is": B} for path in (data, held_out)]
+    assert facts["data_changes"] == changes
+    data.write_text("1", encoding="utf-8")
+    with pytest.raises(UserError, match="has changed"), start(out, True, inputs, **files):
+        pass
+
+
+def test_allow_data_change_is_no_leave_to_change_anything_else(tmp_path):
+    reward, out = tmp_path / "reward.py", tmp_path / "run"
+    reward.write_text("1", encoding="utf-8")
+    changes = {"data": str(tmp_path / "d.jsonl"), "allow_data_change": True}
+    with start(out, inputs=[str(reward)], **changes):
+        pass
+    reward.write_text("2", encoding="utf-8")
+    with (
+        pytest.raises(UserError, match=r"reward\.py: has changed since the run.*--out$"),
+        start(out, True, [str(reward)], **changes),
+    ):
+        pass
 
 
 def test_resume_refuses_changed_data(tmp_path):

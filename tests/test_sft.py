@@ -165,6 +165,11 @@ def test_sft_learns_a_tiny_set():
     assert evaluate(lm, TEXTS)["loss"] < 0.3
 
 
+def test_sft_refuses_an_empty_list_of_texts():
+    with pytest.raises(ValueError, match="texts is empty: give at least one"):
+        next(sft(adam_state(tiny_lm()), [], config_of()))
+
+
 def test_sft_refuses_a_text_of_one_token():
     texts = [*TEXTS, Text([4], 0, "t.jsonl:6", {})]
     with pytest.raises(UserError, match=r"t\.jsonl:6: has no token after the first: remove"):

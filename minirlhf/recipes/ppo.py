@@ -23,7 +23,7 @@ from minirlhf import config as settings
 from minirlhf import interrupt, memory, optim, pretrained, reward_sources, streams
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
-from minirlhf.data import Prompt, Text, load_prompts, load_texts
+from minirlhf.data import Prompt, load_prompts, load_texts
 from minirlhf.errors import BUG, OK, STOPPED, NonFinite, UserError, printable, run
 from minirlhf.evaluation import evaluate_policy, evaluate_sets, held_out, keep_best
 from minirlhf.heads import ValueHeadModel, critic_from_reward_model
@@ -40,7 +40,8 @@ from minirlhf.rewards import Completions, RewardSource, Scores, as_scores
 from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, with_scores
 from minirlhf.run import Run, named_files, write_model
 from minirlhf.scores import RunningMoments, scale_scores
-from minirlhf.texts import TextMix, count_tokens
+from minirlhf.sieve import RowPolicy
+from minirlhf.texts import TextMix, with_target
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
 
@@ -558,16 +559,6 @@ def check_models(
         pretrained.describe(reward_model, reward=True)
 
 
-def load_mix(config: PPOConfig, tokenizer: Tokenizer, most: int) -> list[Text]:
-    """Texts of `ptx_data`, none if there are none; `most` tokens of a row."""
-    if config.ptx_data is None:
-        return []
-    texts, report = load_texts(config.ptx_data, tokenizer, most, config.overlong)
-    print(report)
-    count_tokens(texts)
-    return texts
-
-
 def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype) -> ValueHeadModel:
     """The model to align with its critic."""
     lm = pretrained.load_pretrained(folder, dtype, device)
@@ -595,16 +586,26 @@ def main(argv: list[str] | None = None) -> int:
     check_models(config, (folder, ref_folder), critic, scorers, tokenizer)
     same = [place for place in scorers if not reward_sources.reencoded(place, tokenizer)]
     room = prompt_room(config, (folder, ref_folder, *critic, *same))
-    prompts, report = load_prompts(config.data, tokenizer, room, config.overlong)
-    print(report)
-    sets, files = {}, named_files(config.eval_data, "/")
+    rows_policy, reports = RowPolicy.of(config), []
+    sets, files = {}, {"": config.data, **named_files(config.eval_data, "/")}
     for prefix, file in files.items():
-        rows, report = load_prompts(file, tokenizer, room, config.overlong)
+        sets[prefix], report = load_prompts(
+            file, tokenizer, room, config.overlong, policy=rows_policy
+        )
         print(report)
-        sets[prefix] = held_out(rows, config.eval_prompts, file)
-    texts = load_mix(config, tokenizer, pretrained.read_config(folder).longest_row)
-    inputs = [config.data, *(str(place) for place in places if place), str(ref_folder)]
-    inputs += files.values()
+        reports.append(report)
+    prompts = sets.pop("")
+    sets = {p: held_out(rows, config.eval_prompts, files[p]) for p, rows in sets.items()}
+    texts = []
+    if config.ptx_data is not None:
+        most = pretrained.read_config(folder).longest_row
+        texts, report = load_texts(
+            config.ptx_data, tokenizer, most, config.overlong, policy=rows_policy,
+            finish=with_target,
+        )  # fmt: skip
+        print(report)
+        reports.append(report)
+    inputs = [*files.values(), *(str(place) for place in places if place), str(ref_folder)]
     inputs += [config.ptx_data] if config.ptx_data else []
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
@@ -648,6 +649,7 @@ def main(argv: list[str] | None = None) -> int:
         r.export(lambda target: write_model(lm, tokenizer, target), "best")
 
     with r:
+        r.list_left_out(reports)
         r.facts(
             run_facts(config, len(prompts), policy, fits, device, dtype)
             | reward_sources.facts(specs, tokenizer)

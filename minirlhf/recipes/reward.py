@@ -31,6 +31,7 @@ from minirlhf.losses import bradley_terry_loss, preference_accuracy
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.meters import Step
 from minirlhf.run import Run, named_files
+from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import ModelConfig
 
@@ -77,6 +78,15 @@ class RewardConfig:
         "drop", "what happens to longer rows",
         choices=("drop", "truncate_prompt_left", "truncate_response", "error"),
     )  # fmt: skip
+    bad_rows: str = setting(
+        "error", "malformed rows: refuse the file, or list them in rejected.jsonl and go on",
+        choices=("error", "skip"),
+    )  # fmt: skip
+    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
+    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
+    max_drop: float = setting(
+        1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
+    )
     dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     seed: int = setting(0, "of data order and the new head")
@@ -84,6 +94,7 @@ class RewardConfig:
     save_every: int = setting(100, "steps between checkpoints", at_least=1)
     keep: int = setting(2, "checkpoints kept", at_least=2)
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
+    allow_data_change: bool = setting(False, "resume although data files have changed")
 
 
 class PairBatch(NamedTuple):
@@ -334,16 +345,19 @@ def sample_table(rows: list[dict]) -> str:
 
 def load(
     config: RewardConfig, path: str, tokenizer: Tokenizer, model: ModelConfig, before_eos: bool
-) -> list[Pair]:
-    """Pairs of a file, its report printed; without their eos for a model that is read before it."""
-    pairs, report = load_pairs(path, tokenizer, config.max_length, config.overlong)
+) -> tuple[list[Pair], Report]:
+    """Pairs of a file, without eos for a model that is read before it; its report, printed."""
+    pairs, report = load_pairs(
+        path, tokenizer, config.max_length, config.overlong, policy=RowPolicy.of(config),
+        finish=partial(without_eos, eos_ids=tokenizer.eos_ids) if before_eos else None,
+    )  # fmt: skip
     longest = int(pair_lengths(pairs).max())
     most = model.longest_row
     if longest > most:
         what = f"a row of {longest} tokens, the model reads {most}"
         raise UserError(path, what, f"give --max-length {most}")
     print(report)
-    return [without_eos(pair, tokenizer.eos_ids) for pair in pairs] if before_eos else pairs
+    return pairs, report
 
 
 def without_eos(pair: Pair, eos_ids: tuple[int, ...]) -> Pair:
@@ -418,10 +432,11 @@ def main(argv: list[str] | None = None) -> int:
     # Without a token to spare other tools pad with eos, and then read the score before it.
     before_eos = bool(model_config.source.get("read_before_eos"))
     before_eos = before_eos or tokenizer.spare_pad_token() is None
-    sets = {
+    read = {
         prefix: load(config, file, tokenizer, model_config, before_eos)
         for prefix, file in files.items()
     }
+    sets = {prefix: rows for prefix, (rows, _) in read.items()}
     longest = max(int(pair_lengths(rows).max()) for rows in sets.values())
     pairs = sets.pop("")
     plan = memory.reward_plan(
@@ -436,6 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     state, steps = TrainState(model, optimizer), total_steps(config, len(pairs))
     with r:
+        r.list_left_out(report for _, report in read.values())
         r.facts({
             "examples": len(pairs), "epochs": f"{steps * config.batch_size / len(pairs):.2f}",
             "pairs a step": config.batch_size, "steps": steps,

@@ -22,16 +22,17 @@ from minirlhf import config as settings
 from minirlhf import fsio, interrupt, memory, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
-from minirlhf.data import Text, load_texts
+from minirlhf.data import Text, load_texts, split_rows
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.formats import text_format
 from minirlhf.hf_config import config_from_hf
 from minirlhf.lora import add_lora, merge_lora
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.meters import Step
-from minirlhf.rows import read_json, read_rows
+from minirlhf.rows import read_json
 from minirlhf.run import Run, named_files, write_model
-from minirlhf.texts import collate_texts, count_tokens, target_stats
+from minirlhf.sieve import Report, RowPolicy, Sieve
+from minirlhf.texts import collate_texts, count_tokens, target_stats, with_target
 from minirlhf.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
@@ -77,6 +78,15 @@ class SFTConfig:
         "drop", "what happens to longer rows",
         choices=("drop", "truncate_prompt_left", "truncate_response", "error"),
     )  # fmt: skip
+    bad_rows: str = setting(
+        "error", "malformed rows: refuse the file, or list them in rejected.jsonl and go on",
+        choices=("error", "skip"),
+    )  # fmt: skip
+    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
+    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
+    max_drop: float = setting(
+        1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
+    )
     dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     seed: int = setting(0, "of data order and new weights")
@@ -84,6 +94,7 @@ class SFTConfig:
     save_every: int = setting(100, "steps between checkpoints", at_least=1)
     keep: int = setting(2, "checkpoints kept", at_least=2)
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
+    allow_data_change: bool = setting(False, "resume although data files have changed")
 
     def check(self) -> list[str]:
         problems = []
@@ -187,12 +198,10 @@ def evaluate(lm: CausalLM, texts: list[Text], micro_batch_tokens: int = 4096) ->
 # ------------------------------------------------------------------------------- the command line
 
 
-def raw_texts(path: str) -> Iterator[str]:
+def raw_texts(path: str, policy: RowPolicy) -> Iterator[str]:
     """All text of a data file's rows, for a tokenizer to learn from."""
-    form = None
-    for row in read_rows(path):
-        form = form or text_format(row)
-        for part in form.split(row):
+    for row, parts in split_rows(path, text_format, Sieve(policy)).rows:
+        for part in parts:
             if isinstance(part, str):
                 yield part
             elif part and isinstance(part[0], dict):
@@ -211,7 +220,7 @@ def choose_tokenizer(config: SFTConfig) -> Tokenizer:
     kept = Path(config.out) / "tokenizer"
     if config.resume and kept.exists():
         return load_tokenizer(kept)
-    texts = list(raw_texts(config.data))
+    texts = list(raw_texts(config.data, RowPolicy.of(config)))
     # Elsewhere than in --out, which stays untouched until all data has proved to be right.
     with tempfile.TemporaryDirectory() as folder:
         return train_tokenizer(texts, config.vocab_size, folder)
@@ -249,15 +258,20 @@ def choose_config(config: SFTConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model_config
 
 
-def load(config: SFTConfig, path: str, tokenizer: Tokenizer, most: int) -> list[Text]:
-    """Texts of a file, its report printed."""
-    texts, report = load_texts(path, tokenizer, config.max_length, config.overlong)
+def load(
+    config: SFTConfig, path: str, tokenizer: Tokenizer, most: int
+) -> tuple[list[Text], Report]:
+    """Texts of a file, and its report, which is printed."""
+    texts, report = load_texts(
+        path, tokenizer, config.max_length, config.overlong,
+        policy=RowPolicy.of(config), finish=with_target,
+    )  # fmt: skip
     longest = int(count_tokens(texts)[0].max())
     if longest > most:
         what = f"a row of {longest} tokens, the model reads {most}"
         raise UserError(path, what, f"give --max-length {most}")
     print(report)
-    return texts
+    return texts, report
 
 
 def load_start(
@@ -304,7 +318,8 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = choose_tokenizer(config)
     model_config = choose_config(config, tokenizer)
     most = model_config.longest_row
-    sets = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
+    read = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
+    sets = {prefix: rows for prefix, (rows, _) in read.items()}
     longest = max(int(count_tokens(rows)[0].max()) for rows in sets.values())
     texts = sets.pop("")
     plan = memory.sft_plan(
@@ -322,6 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     with r:
         if config.model is None and config.tokenizer is None:
             keep_tokenizer(tokenizer, r.folder)
+        r.list_left_out(report for _, report in read.values())
         r.facts({
             "examples": len(texts), "tokens": int(lengths.sum()), "targets": int(counts.sum()),
             "epochs": f"{steps * config.batch_size / len(texts):.2f}",

@@ -20,9 +20,10 @@ from minirlhf.machine import free_memory, process_bytes
 from minirlhf.memory import Plan
 from minirlhf.recipes.ppo import PPOConfig, prompt_room
 from minirlhf.recipes.reward import RewardConfig, pair_lengths
-from minirlhf.recipes.sft import SFTConfig, count_tokens
+from minirlhf.recipes.sft import SFTConfig, count_tokens, with_target
 from minirlhf.rows import read_json
 from minirlhf.run import named_files
+from minirlhf.sieve import RowPolicy
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import ModelConfig
 
@@ -36,7 +37,9 @@ def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
         tokenizer = load_tokenizer(folder)
         files, longest = (config.data, *named_files(config.eval_data, "/").values()), 0
         for file in files:
-            prompts, report = load_prompts(file, tokenizer, room, config.overlong)
+            prompts, report = load_prompts(
+                file, tokenizer, room, config.overlong, policy=RowPolicy.of(config)
+            )
             print(report)
             longest = max(longest, *(len(prompt.ids) for prompt in prompts))
         room = longest
@@ -75,7 +78,9 @@ def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
 
     def lengths(path: str) -> list[int]:
         tokenizer = load_tokenizer(folder)
-        pairs, report = load_pairs(path, tokenizer, config.max_length, config.overlong)
+        pairs, report = load_pairs(
+            path, tokenizer, config.max_length, config.overlong, policy=RowPolicy.of(config)
+        )
         print(report)
         return pair_lengths(pairs).tolist()
 
@@ -103,7 +108,10 @@ def plan_sft(config: SFTConfig, dtype: torch.dtype, device: str) -> Plan:
     model, tokenizer = sft_model(config)
 
     def lengths(path: str) -> list[int]:
-        texts, report = load_texts(path, tokenizer, config.max_length, config.overlong)
+        texts, report = load_texts(
+            path, tokenizer, config.max_length, config.overlong,
+            policy=RowPolicy.of(config), finish=with_target,
+        )  # fmt: skip
         print(report)
         return count_tokens(texts)[0].tolist()
 

@@ -1,0 +1,113 @@
+"""The parts of a row -> ids: each part by itself, so that the boundary between them is exact.
+
+An answer ends with eos, unless it is cut to fit: then its text does not end there.
+"""
+
+from pathlib import Path
+
+from minirlhf.errors import UserError
+from minirlhf.formats import Messages, Part
+from minirlhf.rows import Row
+from minirlhf.sieve import Sieve
+from minirlhf.tokenizer import Tokenizer
+
+Parts = tuple[Part | None, ...]  # (prompt or None, response, ...)
+
+
+def encode(
+    path: str | Path,
+    rows: list[tuple[Row, Parts]],
+    tokenizer: Tokenizer | None,
+    sieve: Sieve,
+) -> tuple[list[tuple[list[int], ...] | None], list[int]]:
+    """((prompt ids, response ids, ...) of each row, None where the sieve took it;
+    ids that the tokenizer puts before a text)."""
+    parts = [part for _, part in rows]
+    sample = parts[0][-1]
+    ready = isinstance(sample, list) and not isinstance(sample[0], dict)
+    if tokenizer is None and not ready:
+        raise UserError(path, "holds text and there is no tokenizer", "give one, or token ids")
+    lead = [] if tokenizer is None else tokenizer.encode("")
+    if not ready and len(parts[0]) > 1 and not tokenizer.eos_ids:
+        what = "names no eos token, which every text ends with"
+        raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
+    limit = None if tokenizer is None else tokenizer.vocab_size
+    batch = [] if ready else _encode_strings(parts, lead, tokenizer)
+    headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
+    encoded: list[tuple[list[int], ...] | None] = []
+    for at, (row, part) in enumerate(rows):
+        try:
+            if ready:
+                ids = _checked(row, part, limit)
+            else:
+                ids = batch[at] if batch else _dialogue(row, part, tokenizer)
+                ids = _ended(row, ids, headless, tokenizer)
+            encoded.append(ids)
+        except UserError as error:
+            sieve.reject(error, row.raw)
+            encoded.append(None)
+    return encoded, lead
+
+
+def _encode_strings(
+    parts: list[Parts], lead: list[int], tokenizer: Tokenizer
+) -> list[tuple[list[int], ...]]:
+    """Ids of all rows at once, which takes the tokenizer least time; [] if they are dialogues."""
+    if not isinstance(parts[0][-1], str):
+        return []
+    prompts, *answers = zip(*parts, strict=True)
+    heads = [lead] * len(parts) if prompts[0] is None else tokenizer.encode_batch(prompts)
+    tails = [tokenizer.encode_batch(texts, bos=False) for texts in answers]
+    return list(zip(heads, *tails, strict=True))
+
+
+def _dialogue(row: Row, part: tuple[Messages, ...], tokenizer: Tokenizer) -> tuple[list[int], ...]:
+    """Ids of a prompt of messages and of the answers to it, if there are any."""
+    try:
+        return tokenizer.encode_dialogue(*part)
+    except UserError as error:
+        raise UserError(row.where, str(error)) from None
+
+
+def _ended(
+    row: Row, ids: tuple[list[int], ...], headless: bool, tokenizer: Tokenizer
+) -> tuple[list[int], ...]:
+    """Ids of a row, its answers with eos at the end; a template's own end of turn is one.
+
+    Args:
+        headless: whether there may be nothing before the answers.
+    """
+    prompt, *answers = ids
+    if not all(answers) or not (prompt or headless):
+        why = "" if answers else "the tokenizer puts no beginning-of-text there: "
+        raise UserError(row.where, "a text without any token", f"{why}remove the row")
+    eos = tokenizer.eos_ids
+    return (prompt, *(ids if ids[-1] in eos else [*ids, eos[0]] for ids in answers))
+
+
+def _checked(
+    row: Row, part: tuple[list[int] | None, ...], limit: int | None
+) -> tuple[list[int], ...]:
+    """Ids that came as ids: each must have a token."""
+    for ids in part:
+        if limit is not None and ids and max(ids) >= limit:
+            legal = f"the tokenizer has the ids 0 to {limit - 1}"
+            raise UserError(row.where, f"token id {max(ids)}", legal)
+    return tuple(ids or [] for ids in part)
+
+
+def fit(
+    prompt: list[int], responses: list[list[int]], max_length: int, overlong: str, lead: list[int]
+) -> tuple[list[int], list[list[int]], str | None]:
+    """(prompt, responses, None) cut to max_length, or the reason why the row is dropped."""
+    if overlong == "drop":
+        return prompt, responses, "longer than max_length"
+    if overlong == "truncate_response":
+        room = max_length - len(prompt)
+        why = "prompt alone fills max_length" if room < 1 else None
+        return prompt, [ids[:room] for ids in responses], why
+    kept = len(lead) if prompt[: len(lead)] == lead else 0  # beginning-of-text stays in front
+    room = max_length - kept - max(map(len, responses), default=0)
+    if room < 1 or len(prompt) <= kept:
+        return prompt, responses, "no room for the prompt within max_length"
+    return prompt[:kept] + prompt[kept:][-room:], responses, None

@@ -1,0 +1,132 @@
+"""The rows of a data file as `minirlhf check` sees them: who reads them, and their parts."""
+
+import json
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from minirlhf.data import Pair, Prompt, Text, load_pairs, load_prompts, load_texts, split_rows
+from minirlhf.errors import UserError, printable
+from minirlhf.formats import Part, margin, pair_format, prompt_format, text_format
+from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.recipes.reward import RewardConfig
+from minirlhf.recipes.sft import SFTConfig
+from minirlhf.rows import Row, kind_of, read_rows
+from minirlhf.sieve import STRICT, LeftOut, Report, RowPolicy, Sieve
+from minirlhf.tokenizer import Tokenizer
+from minirlhf.transformer import ModelConfig
+
+
+class Recipe(NamedTuple):
+    """What a recipe reads, and by which settings."""
+
+    config: type
+    form: Callable  # of a file's first row
+    load: Callable
+    sides: tuple[str, ...]  # names of a row's parts
+
+
+RECIPES = {
+    "reward": Recipe(RewardConfig, pair_format, load_pairs, ("prompt", "chosen", "rejected")),
+    "sft": Recipe(SFTConfig, text_format, load_texts, ("prompt", "response")),
+    "ppo": Recipe(PPOConfig, prompt_format, load_prompts, ("prompt",)),
+}
+
+
+class Model(NamedTuple):
+    """What can be known of a folder without its weights."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    is_reward: bool
+    parameters: int
+    before_eos: bool  # a reward would be read before eos, so pairs lose theirs
+    control_text: re.Pattern  # any control token's name
+    unknown_id: int | None
+
+
+class Raw(NamedTuple):
+    """A file as it stands."""
+
+    path: str
+    recipe: str
+    detected: str
+    where: list[str]
+    parts: list[tuple[Part | None, ...]]  # (prompt or None, response, ...)
+    keys: list[tuple]  # equal where parts are, and fit for a set
+    margins: list[float | None]  # empty unless they are pairs
+    rejected: list[LeftOut]  # rows that could not be taken apart
+
+    @property
+    def is_ids(self) -> bool:
+        sample = self.parts[0][-1]
+        return isinstance(sample, list) and isinstance(sample[0], int)
+
+    @property
+    def total(self) -> int:
+        return len(self.parts) + len(self.rejected)
+
+
+def recipe_of(path: str, policy: RowPolicy = STRICT) -> str:
+    """The recipe that reads rows like the first well-formed one of a file."""
+    sieve = Sieve(policy)
+    for row in read_rows(path, sieve):
+        try:
+            return recipe_of_row(row)
+        except UserError as error:
+            sieve.reject(error, row.raw)
+    rejected = sieve.in_order()
+    raise Report(path, "", len(rejected), rejected_rows=rejected).nothing_left()
+
+
+def recipe_of_row(row: Row) -> str:
+    """The recipe that reads such rows."""
+    columns = row.columns
+    if {"chosen", "rejected"} & columns.keys():
+        return "reward"
+    for name, recipe in RECIPES.items():
+        try:
+            used = recipe.form(row).used
+        except UserError:
+            continue
+        turns = columns["messages"] if used == ("messages",) else None
+        if name == "sft" and turns and (len(turns) < 2 or turns[-1].get("role") != "assistant"):
+            continue  # nobody has answered: a prompt
+        return name
+    keys = ", ".join(f"{printable(k, 40)} ({kind_of(v)})" for k, v in columns.items())
+    legal = "legal: chosen with rejected | prompt with completion or response | prompt | messages"
+    raise UserError(row.where, f"columns of no known format: {keys}", f"{legal} | text | ids")
+
+
+def _key(part: Part | None) -> object:
+    if isinstance(part, list):
+        is_ids = not part or isinstance(part[0], int)
+        return tuple(part) if is_ids else json.dumps(part, sort_keys=True)
+    return part
+
+
+def read_raw(path: str, recipe: str, policy: RowPolicy = STRICT) -> Raw:
+    """All rows of a file, each of the kind that the first one is."""
+    sieve, pairs = Sieve(policy), recipe == "reward"
+    split = split_rows(path, RECIPES[recipe].form, sieve, also=margin if pairs else None)
+    parts = [part for _, part in split.rows]
+    keys = [tuple(map(_key, part)) for part in parts]
+    margins = [margin(row) for row, _ in split.rows] if pairs else []
+    where = [row.where for row, _ in split.rows]
+    return Raw(path, recipe, split.form.detected, where, parts, keys, margins, sieve.in_order())
+
+
+def strings_of(part: Part | None) -> list[str]:
+    if isinstance(part, str):
+        return [part]
+    return [turn["content"] for turn in part or () if isinstance(turn, dict)]
+
+
+def ids_of(example: Pair | Prompt | Text) -> tuple[list[int], ...]:
+    """(prompt ids, response ids, ...)."""
+    match example:
+        case Pair():
+            return example.prompt_ids, example.chosen_ids, example.rejected_ids
+        case Text(ids=ids, prompt_length=length):
+            return ids[:length], ids[length:]
+    return (example.ids,)
