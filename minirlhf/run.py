@@ -26,6 +26,7 @@ import minirlhf
 from minirlhf import checkpoint, fsio, interrupt, pretrained
 from minirlhf.checkpoint import TrainState
 from minirlhf.errors import NON_FINITE, Stopped, UserError, printable
+from minirlhf.machine import peak_bytes
 from minirlhf.meters import Step
 from minirlhf.rows import read_json
 from minirlhf.tokenizer import Tokenizer
@@ -268,7 +269,8 @@ class Run:
                     "the last checkpoint stands; lower learning_rate, or look at the data",
                     NON_FINITE,
                 )  # fmt: skip
-        clock = {"elapsed": time.perf_counter() - self.started} | clock
+        peak = peak_bytes(str(next(state.model.parameters()).device)) / 1e9
+        clock = {"elapsed": time.perf_counter() - self.started, "peak_memory": peak} | clock
         self._append(state, "metrics.jsonl", [metrics | {"clock": clock}])
         shown = [f"{n.rpartition('/')[2]} {metrics[n]:<9.4g}" for n in columns if n in metrics]
         self.say(f"step {state.step:>5}  " + "  ".join(shown).rstrip())

@@ -18,6 +18,7 @@ from minirlhf.recipes.ppo import (
     TokenPass,
     assign_credit,
     measure,
+    penalised,
     ppo,
     ppo_step,
     score,
@@ -191,9 +192,13 @@ def test_ppo_step_by_hand(micro_batch_size, monkeypatch):
     assert stats.loss == pytest.approx(0.132 + 0.1 * 0.2558375, abs=1e-7)
     logs = math.log(1.5) ** 2 + 2 * math.log(0.5) ** 2
     assert stats.approxkl == pytest.approx(logs / 2 / 3, abs=1e-7)
+    assert stats.policykl == pytest.approx(-math.log(1.5 * 0.5 * 0.5) / 3, abs=1e-7)
     assert stats.clipfrac == pytest.approx(2 / 3, abs=1e-7)
     assert stats.value_clipfrac == pytest.approx(1 / 3, abs=1e-7)
     assert stats.entropy == pytest.approx(2.0, abs=1e-7)
+    assert stats.vpred == pytest.approx(1.4 / 3, abs=1e-7)
+    # the same errors as in the loss, but none of them clipped: 0.8 - 1.1 is -0.3
+    assert stats.value_error == pytest.approx((0.030625 + 0.09 + 1.2544) / 3, abs=1e-7)
     assert stats.ratio == pytest.approx(2.5 / 3, abs=1e-7)
     # squares (2.25 + 0.25 + 0.25) / 3 less the squared mean
     assert stats.ratio_var == pytest.approx(2.75 / 3 - (2.5 / 3) ** 2, abs=1e-7)
@@ -411,7 +416,9 @@ def test_eos_ends_a_response_at_any_slot_and_the_score_lands_on_it():
     assert made.finish_reasons == ["eos", "eos", "eos", "length"]
     assert rollout.response_mask.sum(1).tolist() == [1, 3, 4, 4]
 
-    scores = score(lambda completions: torch.full((4,), 2.0), made, config, "step 1")
+    raw = score(lambda completions: torch.full((4,), 2.0), made, "step 1")
+    assert raw.tolist() == 4 * [2.0]
+    scores = penalised(raw, made, config)
     assert scores.tolist() == [2.0, 2.0, 2.0, 1.5]
     buffer = RolloutBuffer(2, 99)
     buffer.add(rollout._replace(scores=scores))

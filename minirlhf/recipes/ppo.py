@@ -43,6 +43,7 @@ from minirlhf.masking import masked_standardize, masked_sum
 from minirlhf.meters import Step
 from minirlhf.rewards import Completions, RewardSource, load_reward, locate
 from minirlhf.rollout import Rollout, RolloutBuffer, prompt_rows, replay_rows, sample, unpack
+from minirlhf.rollout_stats import rollout_statistics, score_statistics, text_statistics
 from minirlhf.run import Run, write_model
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
@@ -170,8 +171,11 @@ class PPOStats(NamedTuple):
     value_loss: float
     loss: float  # policy_loss + vf_coef * value_loss
     approxkl: float  # mean of (new - old logprob)^2 / 2, nats
+    policykl: float  # mean of old - new logprob, nats
     clipfrac: float  # share of tokens whose policy gradient was clipped
     value_clipfrac: float
+    vpred: float  # value during the updates
+    value_error: float  # mean of (value - return)^2
     entropy: float  # nats a token
     ratio: float
     ratio_var: float
@@ -278,8 +282,10 @@ def accumulate(
         log_ratio = new.logprobs.detach() - micro.old_logprobs
         seen = {
             "policy_loss": surrogate.loss, "value_loss": value.loss,
-            "approxkl": log_ratio.square() / 2, "clipfrac": surrogate.clipped,
-            "value_clipfrac": value.clipped, "entropy": new.entropy,
+            "approxkl": log_ratio.square() / 2, "policykl": -log_ratio,
+            "clipfrac": surrogate.clipped, "entropy": new.entropy,
+            "value_clipfrac": value.clipped, "vpred": new.values,
+            "value_error": (new.values - micro.returns).square(),
             "gap": gap, "gap_sq": gap.square(),
         }  # fmt: skip
         sums = {k: sums.get(k, 0) + masked_sum(x.detach(), mask) for k, x in seen.items()}
@@ -347,14 +353,20 @@ def summarise_updates(
     )  # fmt: skip
 
 
-def score(reward: RewardSource, completions: Completions, config: PPOConfig, where: str) -> Tensor:
-    """(B,) float32 scores as PPO uses them, on the CPU."""
+def score(reward: RewardSource, completions: Completions, where: str) -> Tensor:
+    """(B,) float32 scores as the source gives them, on the CPU."""
     scores = reward(completions).float().cpu()
-    cut = torch.tensor([reason == "length" for reason in completions.finish_reasons])  # (B,)
-    if scores.shape != cut.shape:
-        raise ValueError(f"reward gave {tuple(scores.shape)}: give one score each, {len(cut)}")
+    B = len(completions.response_ids)
+    if scores.shape != (B,):
+        raise ValueError(f"reward gave {tuple(scores.shape)}: give one score each, {B}")
     for i, value in enumerate(scores.tolist()):
         optim.check_finite(f"{where}, response {i}", {"score": value})
+    return scores
+
+
+def penalised(scores: Tensor, completions: Completions, config: PPOConfig) -> Tensor:
+    """(B,) scores as PPO uses them."""
+    cut = torch.tensor([reason == "length" for reason in completions.finish_reasons])  # (B,)
     return scores - config.missing_eos_penalty * cut
 
 
@@ -400,7 +412,8 @@ def ppo(
             policy.lm, batch, keys, config.sampling, tokenizer, config.rollout_batch_size
         )
         clock["time/rollout"] = time.perf_counter() - started
-        scores = score(reward, completions, config, f"step {iteration + 1}")
+        raw = score(reward, completions, f"step {iteration + 1}")
+        scores = penalised(raw, completions, config)
         rollout = rollout._replace(scores=scores.to(rollout.tokens.device))
         clock["time/score"] = time.perf_counter() - started - clock["time/rollout"]
 
@@ -408,6 +421,7 @@ def ppo(
         buffer = RolloutBuffer(config.micro_batch_size, config.micro_batch_tokens)
         buffer.add(rollout)
         measure(policy, ref, buffer, config.temperature)
+        clock["time/measure"] = time.perf_counter() - started - sum(clock.values())
         kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
         check_start(iteration, kl, config)
 
@@ -425,7 +439,7 @@ def ppo(
 
         state.step += 1
         state.samples += B
-        metrics = summarise(stats, completions, scores, buffer, sequence_kl, tokenizer)
+        metrics = summarise(stats, completions, raw, scores, buffer, sequence_kl, tokenizer)
         state.meters.update(metrics, B)
         steady = {"lr": rate, "episode": state.samples, "objective/kl_coef": kl_coef,
                   "epoch": state.samples / len(prompts),
@@ -462,32 +476,34 @@ def check_ratio(iteration: int, gap: float) -> None:
 
 
 def summarise(
-    stats: PPOStats, completions: Completions, scores: Tensor, buffer: RolloutBuffer,
-    sequence_kl: float, tokenizer: Tokenizer,
+    stats: PPOStats, completions: Completions, raw: Tensor, scores: Tensor,
+    buffer: RolloutBuffer, sequence_kl: float, tokenizer: Tokenizer,
 ) -> dict[str, float]:  # fmt: skip
-    """TRL's metric names, with the numbers that the names promise: masked and token-weighted."""
-    B, ended = len(buffer), sum(reason != "length" for reason in completions.finish_reasons)
-    unknown = sum(i >= tokenizer.vocab_size for ids in completions.response_ids for i in ids)
+    """TRL's metric names, with the numbers that the names promise: see `minirlhf.metrics`."""
+    responses, tokens = completions.response_ids, len(buffer.tokens("rewards"))
+    unknown = sum(i >= tokenizer.vocab_size for ids in responses for i in ids)
     return {
-        "objective/scores": float(scores.mean()),
-        "objective/scores_std": float(scores.std(correction=0)),
+        **rollout_statistics(buffer),
+        **score_statistics(raw, scores),
+        **text_statistics(responses, completions.finish_reasons, scores),
         "objective/kl": sequence_kl,
         "objective/non_score_reward": stats.non_score_reward,
+        "objective/non_score_reward_per_token": stats.non_score_reward * len(buffer) / tokens,
         "objective/rlhf_reward": float(scores.mean()) + stats.non_score_reward,
         "objective/entropy": -float(buffer.row_sums("old_logprobs").mean()),
         "policy/approxkl_avg": stats.approxkl,
+        "policy/policykl_avg": stats.policykl,
         "policy/clipfrac_avg": stats.clipfrac,
         "policy/entropy_avg": stats.entropy,
         "loss/policy_avg": stats.policy_loss,
         "loss/value_avg": stats.value_loss,
         "loss/total_avg": stats.loss,
         "val/clipfrac_avg": stats.value_clipfrac,
+        "val/vpred_avg": stats.vpred,
+        "val/error_avg": stats.value_error,
         "val/ratio": stats.ratio,
         "val/ratio_var": stats.ratio_var,
-        "val/num_eos_tokens": float(completions.finish_reasons.count("eos")),
         "grad_norm": stats.grad_norm,
-        "response_length": sum(map(len, completions.response_ids)) / B,
-        "health/eos_rate": ended / B,
         "health/explained_variance": stats.explained_variance,
         "health/unknown_tokens": float(unknown),
     }
@@ -503,7 +519,8 @@ def sample_table(
     completions, _ = sample(
         state.model.lm, fixed, keys, config.sampling, tokenizer, config.rollout_batch_size
     )
-    scores = score(reward, completions, config, f"samples at step {state.step}").tolist()
+    raw = score(reward, completions, f"samples at step {state.step}")
+    scores = penalised(raw, completions, config).tolist()
     return [
         {"step": state.step, "kind": "sample", "prompt": prompt, "response": text,
          "finish_reason": reason, "score": value}
