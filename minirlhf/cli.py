@@ -13,6 +13,7 @@ VERBS = {  # verb: (module with a main(argv) -> exit code, what it does)
     "ppo": ("minirlhf.recipes.ppo", "align a policy with a reward by PPO"),
     "check": ("minirlhf.tools.check", "look at data as a recipe will read it, before training"),
     "plan": ("minirlhf.tools.plan", "count the memory of a run, without running it"),
+    "metrics": ("minirlhf.tools.metrics", "tell what each number in the log means"),
     "sample": ("minirlhf.tools.sample", "write one continuation a prompt, as JSON lines"),
     "score": ("minirlhf.tools.score", "score texts or preference pairs with a reward model"),
     "demo": ("minirlhf.tools.demo", "train, align and measure a tiny model from nothing"),

@@ -1,12 +1,14 @@
 """Every number in the log has a definition, and every definition a number."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from kill_harness import RECIPES, command, make_world
 
 from minirlhf import cli
-from minirlhf.errors import OK
+from minirlhf.errors import BAD_INPUT, OK
 from minirlhf.metrics import LEFT_OUT, METRICS, definition, rename_to_trl09
 
 # PPOTrainer.step and log_stats of TRL 0.9.6, and what its PPOv2, TRL 1.x's PPO, logs.
@@ -144,3 +146,46 @@ def test_numbers_that_are_told_twice_agree(lines):
         total = sum(line["clock"][f"time/{part}"] for part in parts)
         assert total == pytest.approx(line["clock"]["time/step"])
         assert line["clock"]["peak_memory"] > 0.01  # GB: torch alone takes more
+
+
+# ---- minirlhf metrics ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", METRICS)
+def test_table_has_a_line_a_metric_in_columns(recipe, capsys):
+    assert cli.main(["metrics", "--recipe", recipe]) == OK
+    head, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert head.startswith("metric ") and len(rows) == len(METRICS[recipe])
+    place = {word: head.index(word) for word in ("unit", "over", "reduction", "TRL 0.9", "meaning")}
+    for row, m in zip(rows, METRICS[recipe], strict=True):
+        assert row.startswith(f"{m.name} ")
+        for word, text in (("unit", m.unit), ("over", m.over), ("reduction", m.reduction),
+                           ("TRL 0.9", m.trl09 or " "), ("meaning", m.meaning)):  # fmt: skip
+            assert row[place[word] :].startswith(text), (row, word)
+        assert ("under clock" in row) is m.clock
+        assert m.when is None or f"only with: {m.when}" in row
+
+
+def test_table_of_ppo_names_what_is_left_out(capsys):
+    assert cli.main(["metrics"]) == OK
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out and reason in out for name, reason in LEFT_OUT.items())
+    assert cli.main(["metrics", "--recipe", "sft"]) == OK
+    assert "game_log" not in capsys.readouterr().out
+
+
+def test_json_is_one_object_a_metric(capsys):
+    assert cli.main(["metrics", "--recipe", "reward", "--json"]) == OK
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [tuple(row.values()) for row in rows] == [tuple(m) for m in METRICS["reward"]]
+    assert rows[0].keys() == set(METRICS["reward"][0]._fields)
+
+
+def test_metrics_refuses_another_recipe(capsys):
+    assert cli.main(["metrics", "--recipe", "dpo"]) == BAD_INPUT
+    assert "must be one of ppo, reward, sft" in capsys.readouterr().err
+
+
+def test_metrics_does_not_wait_for_torch():
+    code = "import sys, minirlhf.tools.metrics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
