@@ -239,13 +239,14 @@ class Run:
         Then the resumed run writes it: an evaluation may take longer than the one who sent the
         signal will wait.
         """
-        meters, log_bytes, best = state.meters.as_dict(), dict(state.log_bytes), state.best
+        meters, log_bytes = state.meters.as_dict(), dict(state.log_bytes)
+        best, health = state.best, state.health
         try:
             yield
             state.unreported = None
         except Stopped:
             state.meters.load(meters)
-            state.log_bytes, state.best = log_bytes, best
+            state.log_bytes, state.best, state.health = log_bytes, best, health
             for name, length in log_bytes.items():
                 fsio.truncate(self.folder / name, length)
             state.unreported = step._asdict()

@@ -35,7 +35,7 @@ LAYERS = (
     "minirlhf.generation",
     "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.data",
     "minirlhf.config minirlhf.metrics minirlhf.memory minirlhf.optim minirlhf.meters "
-    "minirlhf.rollout minirlhf.rollout_stats "
+    "minirlhf.rollout minirlhf.rollout_stats minirlhf.health "
     "minirlhf.rewards minirlhf.checkpoint minirlhf.distributed minirlhf.run",
     "minirlhf.recipes.*",
     "minirlhf.tools.*",

@@ -134,6 +134,7 @@ def test_the_restored_moments_are_no_window_into_the_file(saved):
 
 OTHER_VALUES = {
     "step": 7, "samples": 8, "kl_coef": 0.1 + 0.2, "best": 1 / 3, "counters": {"a": 9},
+    "health": {"told": [3, 0.1]},
     "log_bytes": {"metrics.jsonl": 10}, "unreported": {
         "number": 7, "metrics": {"loss": 0.1}, "clock": {}, "samples": []
     },
@@ -170,7 +171,7 @@ def test_a_field_of_a_wider_state_is_saved_by_its_name(tmp_path):
     (commit / "state.json").write_bytes(b"[]")
     edit_files({"state.json": {"bytes": 2, "sha256": hashlib.sha256(b"[]").hexdigest()}})(commit)
     before = contents(fresh)
-    with pytest.raises(UserError, match=r"was saved by another version \(best, counters, kl_coef"):
+    with pytest.raises(UserError, match=r"was saved by another version \(best, counters, health"):
         load_checkpoint(fresh, commit)
     assert contents(fresh) == before
 
@@ -181,6 +182,7 @@ OF_ANOTHER_KIND = {
     "kl_coef": ["0.1", True, []],
     "best": ["0.1", {}],
     "counters": [None, {"a": 1.5}, []],
+    "health": [None, [], {"told": 3}, {"told": ["3"]}, {"told": [True]}],
     "log_bytes": [None, {"metrics.jsonl": "10"}],
     "meters": [None, {"loss": [1, 2]}, {"loss": [1, 2, "3"]}, {"loss": 3}],
     "unreported": [[], {}, {"number": 7}],

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import interrupt, memory, optim, pretrained, streams
+from minirlhf import health, interrupt, memory, optim, pretrained, streams
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
@@ -667,6 +667,9 @@ def main(argv: list[str] | None = None) -> int:
         for step in r.bar(ppo(state, prompts, reward, ref, tokenizer, config), state, config.steps):
             last = step.number == config.steps
             with r.report(state, step):
+                alarms, state.health = health.check(state.health, step.number, step.metrics)
+                for alarm in alarms:
+                    r.say(str(alarm))
                 r.write_samples(state, step.samples)
                 if last or step.number % config.log_every == 0:
                     names = "lr", "episode", "objective/kl_coef", "epoch", "skipped_updates"
