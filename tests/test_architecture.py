@@ -34,8 +34,8 @@ LAYERS = (
     "minirlhf.transformer minirlhf.lora minirlhf.heads minirlhf.hf_config minirlhf.pretrained "
     "minirlhf.generation",
     "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.data",
-    "minirlhf.config minirlhf.metrics minirlhf.memory minirlhf.optim minirlhf.meters "
-    "minirlhf.rollout minirlhf.rollout_stats minirlhf.health "
+    "minirlhf.config minirlhf.presets minirlhf.metrics minirlhf.memory minirlhf.optim "
+    "minirlhf.meters minirlhf.rollout minirlhf.rollout_stats minirlhf.health "
     "minirlhf.rewards minirlhf.checkpoint minirlhf.distributed minirlhf.run",
     "minirlhf.recipes.*",
     "minirlhf.tools.*",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import health, interrupt, memory, optim, pretrained, streams
+from minirlhf import health, interrupt, memory, optim, presets, pretrained, streams
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
@@ -619,8 +619,9 @@ def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype
 
 def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
-        PPOConfig, argv, "minirlhf ppo", "Align a language model with PPO against a reward."
-    )
+        PPOConfig, argv, "minirlhf ppo", "Align a language model with PPO against a reward.",
+        presets.PPO,
+    )  # fmt: skip
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
     # On a GPU torch refuses the cumsum of sampling, and cuBLAS without a workspace setting.
     torch.use_deterministic_algorithms(device == "cpu")
