@@ -113,8 +113,9 @@ Not as there, on purpose:
 
 # ---- those of PPO --------------------------------------------------------------------------------
 
-# Settings that presets name and that PPOConfig has not yet. To be emptied once they are there,
-# which test_no_setting_is_pending_for_longer_than_it_is_missing sees to; then nothing is added.
+# Settings that presets, or the tables of coming-from, name and that PPOConfig has not yet. To be
+# emptied once they are there, which test_no_setting_is_pending_for_longer_than_it_is_missing sees
+# to; then nothing is added.
 PENDING = {
     "kl_estimator": (str, setting("k1", choices=("k1", "k2", "k3", "abs", "full"))),
     "kl_in": (str, setting("reward", choices=("reward", "loss"))),
@@ -128,6 +129,8 @@ PENDING = {
     "early_stop_kl": (float | None, setting(None, above=0)),
     "max_ratio": (float | None, setting(None, above=1)),
     "critic_learning_rate": (float | None, setting(None, above=0)),
+    "min_new_tokens": (int, setting(0, at_least=0)),
+    "gradient_checkpointing": (bool, setting(False)),
 }
 HERE = {field.name for field in fields(PPOConfig)}
 
