@@ -54,6 +54,7 @@ class TrainState:
     best: float | None = None  # best value of the metric that evaluation watches
     baselines: dict[str, list[float]] = field(default_factory=dict)  # held-out scores of the start
     counters: dict[str, int] = field(default_factory=dict)  # events since the start
+    health: dict[str, list[float]] = field(default_factory=dict)  # what alarms look back on
     meters: Meters = field(default_factory=Meters)  # the open log window
     log_bytes: dict[str, int] = field(default_factory=dict)  # length of each log file
     unreported: dict | None = None  # the last Step, where a signal cut its logs short
@@ -87,6 +88,11 @@ def _fits(name: str, value: object) -> bool:
             )
         case "counters" | "log_bytes":
             return isinstance(value, dict) and all(type(n) is int for n in value.values())
+        case "health":
+            return isinstance(value, dict) and all(
+                isinstance(series, list) and all(type(n) in (int, float) for n in series)
+                for series in value.values()
+            )
         case "meters":
             return isinstance(value, dict) and all(
                 isinstance(meter, list) and len(meter) == 3

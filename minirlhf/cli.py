@@ -13,6 +13,8 @@ VERBS = {  # verb: (module with a main(argv) -> exit code, what it does)
     "ppo": ("minirlhf.recipes.ppo", "align a policy with a reward by PPO"),
     "check": ("minirlhf.tools.check", "look at data as a recipe will read it, before training"),
     "plan": ("minirlhf.tools.plan", "count the memory of a run, without running it"),
+    "metrics": ("minirlhf.tools.metrics", "tell what each number in the log means"),
+    "coming-from": ("minirlhf.tools.coming_from", "tell where another tool's parameters went"),
     "sample": ("minirlhf.tools.sample", "write one continuation a prompt, as JSON lines"),
     "score": ("minirlhf.tools.score", "score texts or preference pairs with a reward model"),
     "serve": ("minirlhf.tools.serve", "answer requests for scores with a reward model, over HTTP"),
@@ -25,7 +27,7 @@ USAGE = "\n".join(
         "",
         "RLHF of language models from scratch in pure PyTorch.",
         "",
-        *(f"  {verb:<8}{what}" for verb, (_, what) in VERBS.items()),
+        *(f"  {verb:<13}{what}" for verb, (_, what) in VERBS.items()),
         "",
         "minirlhf VERB --help lists the settings of a verb; minirlhf --version tells the version.",
     ]

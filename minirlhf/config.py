@@ -8,8 +8,8 @@ A setting is declared once, beside the algorithm that reads it:
         learning_rate: float = setting(3e-6, "peak step size of AdamW", above=0)
 
 Types: int, float, str, bool, each of the first three with `| None`, and tuple[str, ...].
-Flags beat the file of `--config`, which beats the defaults. All faults are told at once, in one
-line, before any of them could cost a minute of training.
+Flags beat the file of `--config`, which beats a `--preset`, which beats the defaults. All
+faults are told at once, in one line, before any of them could cost a minute of training.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from minirlhf.errors import UserError, printable
 from minirlhf.rows import read_text, strict_json
@@ -149,17 +149,39 @@ class _Setting:
         return given
 
 
-def parse(config_class: type[C], argv: list[str] | None, prog: str, description: str) -> C:
+class Preset(NamedTuple):
+    """Settings as another tool or a paper has them."""
+
+    about: str
+    values: dict[str, tuple[object, str]]  # setting -> (value, where it is from)
+    differs: tuple[str, ...]  # what is not as there, on purpose
+
+
+def parse(
+    config_class: type[C], argv: list[str] | None, prog: str, description: str,
+    presets: Mapping[str, Preset] = types.MappingProxyType({}),
+) -> C:  # fmt: skip
     """The config that a command line asks for; argv None stands for the process's own.
 
+    Args:
+        presets: what --preset can name; with none there is no such flag.
     Raises:
         UserError: every unknown, repeated, missing, mistyped or illegal setting, in one line.
-        SystemExit: 0 after --help.
+        SystemExit: 0 after --help or --explain-preset.
     """
-    settings = _settings(config_class)
-    given = _read_flags(settings, sys.argv[1:] if argv is None else argv, prog, description)
-    path = given.pop("config", None)
-    values, where, problems = _read_file(settings, path) if path is not None else ({}, {}, [])
+    settings, words = _settings(config_class), sys.argv[1:] if argv is None else argv
+    given = _read_flags(settings, words, prog, description, presets)
+    if (name := given.pop("explain_preset", None)) is not None:
+        print(explain(name, _find(presets, name, "--explain-preset"), settings))
+        raise SystemExit(0)
+    values, where, problems = {}, {}, []
+    if (name := given.pop("preset", None)) is not None:
+        for key, (value, _) in _find(presets, name, "--preset").values.items():
+            values[key], where[key] = value, f"--preset {name}: {settings[key].name}"
+    if (path := given.pop("config", None)) is not None:
+        from_file, places, problems = _read_file(settings, path)
+        values |= from_file
+        where |= places
     for name, text in given.items():
         values[name], where[name] = settings[name].from_flag(text), settings[name].flag
     for name, item in settings.items():
@@ -173,6 +195,37 @@ def parse(config_class: type[C], argv: list[str] | None, prog: str, description:
     config = config_class(**values)
     validate(config)
     return config
+
+
+def _find(presets: Mapping[str, Preset], name: str, flag: str) -> Preset:
+    if name not in presets:
+        known = ", ".join(presets)
+        raise UserError(
+            flag, f"no preset {_shown(name)}", f"{nearest(name, presets)}; presets: {known}"
+        )
+    return presets[name]
+
+
+def explain(name: str, preset: Preset, settings: Mapping[str, "_Setting"]) -> str:
+    """What a preset sets, beside the default here and the source there, and what it cannot."""
+    rows = [("setting", "value", "default", "source")]
+    for key, (value, source) in preset.values.items():
+        rows.append((key, _shown_value(value), _shown_value(settings[key].default), source))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"--preset {name}: {preset.about}"]
+    for row in rows:
+        *cells, source = (f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True))
+        lines.append("  " + "  ".join([*cells, source.rstrip()]))
+    lines.append("Not as there, on purpose:")
+    lines += (f"  {text}" for text in preset.differs)
+    return "\n".join(lines)
+
+
+def _shown_value(value: object) -> str:
+    """As a flag takes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def validate(config: object, source: str = "") -> None:
@@ -236,10 +289,11 @@ def _kind(hint: Any) -> tuple[type, bool, bool]:
 
 
 def _read_flags(
-    settings: dict[str, _Setting], argv: list[str], prog: str, description: str
-) -> dict[str, Any]:
+    settings: dict[str, _Setting], argv: list[str], prog: str, description: str,
+    presets: Iterable[str],
+) -> dict[str, Any]:  # fmt: skip
     """Field name -> text, texts of a tuple, or bool, for the flags that were given."""
-    parser, flags = _parser(settings, prog, description)
+    parser, flags = _parser(settings, prog, description, presets)
     words: list[str] = []
     seen: set[str] = set()
     problems: list[Problem] = []
@@ -281,7 +335,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(
-    settings: dict[str, _Setting], prog: str, description: str
+    settings: dict[str, _Setting], prog: str, description: str, presets: Iterable[str]
 ) -> tuple[_Parser, dict[str, argparse.Action]]:
     """The parser, and which action each of its flags stands for."""
     required = [s for s in settings.values() if s.required]
@@ -299,6 +353,11 @@ def _parser(
         parser.add_argument("-h", "--help", action="help", help="show this and leave"),
         parser.add_argument("--config", metavar="FILE", help=file_help),
     ]
+    if names := ", ".join(presets):
+        about = f"settings as another has them: {names}; --config and flags beat it"
+        explained = "show what a preset sets and where that is from, and leave"
+        actions.append(parser.add_argument("--preset", metavar="NAME", help=about))
+        actions.append(parser.add_argument("--explain-preset", metavar="NAME", help=explained))
     for item in settings.values():
         if item.type is bool:
             how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}

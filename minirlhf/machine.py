@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,14 @@ def process_bytes(device: str = "cpu", proc: Path = PROC) -> int:
     if not status.exists():  # the largest so far, in KiB on Linux and in bytes on macOS
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return _kilobytes(status.read_text(encoding="utf-8"), "VmRSS")
+
+
+def peak_bytes(device: str = "cpu") -> int:
+    """Most memory held so far: resident by this process, or taken by torch on a GPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _kilobytes(text: str, name: str) -> int:

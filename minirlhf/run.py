@@ -26,6 +26,7 @@ import minirlhf
 from minirlhf import checkpoint, fsio, interrupt, pretrained
 from minirlhf.checkpoint import TrainState
 from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError, printable
+from minirlhf.machine import peak_bytes
 from minirlhf.meters import Step
 from minirlhf.reward_sources import parse
 from minirlhf.rows import read_json
@@ -65,6 +66,7 @@ class Run:
         self.state: TrainState | None = None  # once restored
         self.changed: list[str] = []  # free settings that differ from the first start's
         self.started = time.perf_counter()
+        self.rename: Callable[[dict], dict] = dict  # names of metrics in the log file
         self._check_folder()
 
     @property
@@ -294,7 +296,8 @@ class Run:
         Then the resumed run writes it: an evaluation may take longer than the one who sent the
         signal will wait. The same where a reward service fails.
         """
-        meters, log_bytes, best = state.meters.as_dict(), dict(state.log_bytes), state.best
+        meters, log_bytes = state.meters.as_dict(), dict(state.log_bytes)
+        best, health = state.best, state.health
         try:
             yield
             state.unreported = None
@@ -302,7 +305,7 @@ class Run:
             if isinstance(error, UserError) and not _of_service(error):
                 raise
             state.meters.load(meters)
-            state.log_bytes, state.best = log_bytes, best
+            state.log_bytes, state.best, state.health = log_bytes, best, health
             for name, length in log_bytes.items():
                 fsio.truncate(self.folder / name, length)
             state.unreported = step._asdict()
@@ -328,8 +331,10 @@ class Run:
                     "the last checkpoint stands; lower learning_rate, or look at the data",
                     NON_FINITE,
                 )  # fmt: skip
-        clock = {"elapsed": time.perf_counter() - self.started} | clock
-        self._append(state, "metrics.jsonl", [metrics | {"clock": clock}])
+        peak = peak_bytes(str(next(state.model.parameters()).device)) / 1e9
+        clock = {"elapsed": time.perf_counter() - self.started, "peak_memory": peak} | clock
+        named = self.rename(metrics) | {"clock": self.rename(clock)}
+        self._append(state, "metrics.jsonl", [named])
         shown = [f"{n.rpartition('/')[2]} {metrics[n]:<9.4g}" for n in columns if n in metrics]
         self.say(f"step {state.step:>5}  " + "  ".join(shown).rstrip())
 

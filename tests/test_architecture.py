@@ -34,7 +34,8 @@ LAYERS = (
     "minirlhf.transformer minirlhf.lora minirlhf.heads minirlhf.hf_config minirlhf.pretrained "
     "minirlhf.generation",
     "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.encoding minirlhf.data",
-    "minirlhf.config minirlhf.memory minirlhf.optim minirlhf.meters minirlhf.rollout "
+    "minirlhf.config minirlhf.presets minirlhf.metrics minirlhf.memory minirlhf.optim "
+    "minirlhf.meters minirlhf.rollout minirlhf.rollout_stats minirlhf.health "
     "minirlhf.rewards minirlhf.passes minirlhf.scores minirlhf.texts minirlhf.ppo_config "
     "minirlhf.checkpoint minirlhf.distributed minirlhf.run minirlhf.evaluation "
     "minirlhf.reward_model minirlhf.reward_journal minirlhf.reward_service "

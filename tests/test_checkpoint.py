@@ -134,7 +134,7 @@ def test_the_restored_moments_are_no_window_into_the_file(saved):
 
 OTHER_VALUES = {
     "step": 7, "samples": 8, "kl_coef": 0.1 + 0.2, "best": 1 / 3,
-    "score_moments": [3, 0.1, 1 / 7],
+    "score_moments": [3, 0.1, 1 / 7], "health": {"told": [3, 0.1]},
     "baselines": {"eval/": [0.1 + 0.2, -1.5]}, "counters": {"a": 9},
     "log_bytes": {"metrics.jsonl": 10}, "unreported": {
         "number": 7, "metrics": {"loss": 0.1}, "clock": {}, "samples": []
@@ -185,6 +185,7 @@ OF_ANOTHER_KIND = {
     "score_moments": [None, [1, 2], [1, 2, "3"], {}],
     "baselines": [None, [0.5], {"eval/": 0.5}, {"eval/": ["0.5"]}, {"eval/": [True]}],
     "counters": [None, {"a": 1.5}, []],
+    "health": [None, [], {"told": 3}, {"told": ["3"]}, {"told": [True]}],
     "log_bytes": [None, {"metrics.jsonl": "10"}],
     "meters": [None, {"loss": [1, 2]}, {"loss": [1, 2, "3"]}, {"loss": 3}],
     "unreported": [[], {}, {"number": 7}],

@@ -42,7 +42,7 @@ def test_main_lists_the_verbs(argv, capsys):
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     for name, (_, what) in cli.VERBS.items():
-        assert f"  {name:<8}{what}\n" in out
+        assert f"  {name:<13}{what}\n" in out
 
 
 def test_main_tells_the_version(capsys):

@@ -252,6 +252,7 @@ def trained(state: TrainState, total: int):
 def report(r: Run, state: TrainState, step: Step, signal_at: int | None = None) -> None:
     with r.report(state, step):
         state.best = step.metrics["loss"]
+        state.health = {**state.health, f"step {step.number}": [state.best]}
         r.write_samples(state, step.samples)
         r.log(state, {"twice": 2 * step.metrics["loss"]}, step.clock, ("loss",))
         if step.number == signal_at:
@@ -285,7 +286,7 @@ def test_a_report_that_a_signal_cuts_short_is_written_by_the_resumed_run(tmp_pat
         assert [line["step"] for line in logs(out)[0]] == [1]
         assert logs(out)[1] == '{"a": 1}\n{"end": 1}\n'
         assert state.meters.as_dict() == {"loss": [0.25, 0.25, 1]}
-        assert state.best == 0.125  # of step 1
+        assert (state.best, state.health) == (0.125, {"step 1": [0.125]})
         assert state.unreported == {
             "number": 2, "metrics": {"loss": 0.25}, "clock": {"step_time": 0.5},
             "samples": [{"a": 2}],
@@ -299,6 +300,7 @@ def test_a_report_that_a_signal_cuts_short_is_written_by_the_resumed_run(tmp_pat
             numbers.append(step.number)
             report(r, state, step)
     assert numbers == [2, 3] and state.unreported is None
+    assert list(state.health) == ["step 1", "step 2", "step 3"]
     assert logs(out) == logs(whole)
 
 

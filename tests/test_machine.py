@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from minirlhf import machine
-from minirlhf.machine import Machine, cgroup_free, free_memory, process_bytes
+from minirlhf.machine import Machine, cgroup_free, free_memory, peak_bytes, process_bytes
 
 MEMINFO = "MemTotal:       24682416 kB\nMemFree:  5 kB\nMemAvailable:   3000 kB\n"
 STATUS = "Name:\tpython\nVmPeak:\t  900 kB\nVmSize:\t     800 kB\nVmRSS:\t     700 kB\n"
@@ -35,6 +35,15 @@ def test_process_bytes_is_the_resident_size(proc):
 
 def test_process_bytes_without_proc_is_the_largest_so_far(tmp_path):
     assert process_bytes("cpu", tmp_path) > 0
+
+
+def test_peak_bytes_stay_when_memory_is_given_back():
+    before, block = process_bytes(), bytearray(64 << 20)  # the kernel counts in batches
+    for page in range(0, len(block), 4096):  # until it is written to, it takes nothing
+        block[page] = 1
+    assert peak_bytes() >= before + (60 << 20)
+    del block
+    assert peak_bytes() >= before + (60 << 20)
 
 
 def test_free_memory_is_what_the_system_can_give(proc, tmp_path):

@@ -188,9 +188,13 @@ def test_ppo_step_by_hand(micro_batch_size, monkeypatch):
     assert stats.loss == pytest.approx(0.132 + 0.1 * 0.2558375, abs=1e-7)
     logs = math.log(1.5) ** 2 + 2 * math.log(0.5) ** 2
     assert stats.approxkl == pytest.approx(logs / 2 / 3, abs=1e-7)
+    assert stats.policykl == pytest.approx(-math.log(1.5 * 0.5 * 0.5) / 3, abs=1e-7)
     assert stats.clipfrac == pytest.approx(2 / 3, abs=1e-7)
     assert stats.value_clipfrac == pytest.approx(1 / 3, abs=1e-7)
     assert stats.entropy == pytest.approx(2.0, abs=1e-7)
+    assert stats.vpred == pytest.approx(1.4 / 3, abs=1e-7)
+    # the same errors as in the loss, but none of them clipped: 0.8 - 1.1 is -0.3
+    assert stats.value_error == pytest.approx((0.030625 + 0.09 + 1.2544) / 3, abs=1e-7)
     assert stats.ratio == pytest.approx(2.5 / 3, abs=1e-7)
     # squares (2.25 + 0.25 + 0.25) / 3 less the squared mean
     assert stats.ratio_var == pytest.approx(2.75 / 3 - (2.5 / 3) ** 2, abs=1e-7)

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import config as settings
-from minirlhf import interrupt, memory, optim, pretrained, reward_sources, streams
+from minirlhf import (
+    health,
+    interrupt,
+    memory,
+    optim,
+    presets,
+    pretrained,
+    reward_sources,
+    streams,
+)
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
 from minirlhf.data import Prompt, load_prompts, load_texts
@@ -33,11 +42,13 @@ from minirlhf.losses import clipped_value_loss
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.masking import masked_rescale, masked_standardize, masked_sum
 from minirlhf.meters import Step
+from minirlhf.metrics import rename_to_trl09
 from minirlhf.passes import TokenPass, kl_to_ref, measure, policy_pass
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.reward_sources import load_reward
 from minirlhf.rewards import Completions, RewardSource, Scores, as_scores
 from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, with_scores
+from minirlhf.rollout_stats import rollout_statistics, score_statistics, text_statistics
 from minirlhf.run import Run, named_files, write_model
 from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.sieve import RowPolicy
@@ -59,8 +70,11 @@ class PPOStats(NamedTuple):
     ptx_loss: float  # of the texts that are mixed in, before its weight; 0 without
     loss: float  # all of them with their weights
     approxkl: float  # mean of (new - old logprob)^2 / 2, nats
+    policykl: float  # mean of old - new logprob, nats
     clipfrac: float  # share of tokens whose policy gradient was clipped
     value_clipfrac: float
+    vpred: float  # value during the updates
+    value_error: float  # mean of (value - return)^2
     entropy: float  # nats a token
     ratio: float
     ratio_var: float
@@ -176,8 +190,10 @@ def accumulate(update: Update, mini_batch: list[Rollout], number: int, begun: bo
         log_ratio = new.logprobs.detach() - micro.old_logprobs
         seen = {
             "policy_loss": surrogate.loss, "value_loss": value.loss, "kl_loss": kl_loss,
-            "loss": total, "approxkl": log_ratio.square() / 2, "clipfrac": surrogate.clipped,
-            "value_clipfrac": value.clipped, "entropy": new.entropy,
+            "loss": total, "approxkl": log_ratio.square() / 2, "policykl": -log_ratio,
+            "clipfrac": surrogate.clipped, "entropy": new.entropy,
+            "value_clipfrac": value.clipped, "vpred": new.values,
+            "value_error": (new.values - micro.returns).square(),
             "gap": gap, "gap_sq": gap.square(), "moved": kl_k3(micro.old_logprobs, new.logprobs),
         }  # fmt: skip
         sums = {k: sums.get(k, 0) + masked_sum(x.detach(), mask) for k, x in seen.items()}
@@ -362,6 +378,7 @@ def ppo(
         buffer.add(rollout)
         measure(policy, ref, buffer, config.temperature, full_kl and config.kl_in == "reward",
                 full_kl and config.kl_in == "loss")  # fmt: skip
+        clock["time/measure"] = time.perf_counter() - started - sum(clock.values())
         kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
         check_start(iteration, kl, config)
 
@@ -380,8 +397,7 @@ def ppo(
         state.step += 1
         state.samples += B
         state.score_moments = moments.as_list()
-        given = given._replace(total=scores)
-        metrics = summarise(stats, completions, given, buffer, sequence_kl, tokenizer)
+        metrics = summarise(stats, completions, given, scores, buffer, sequence_kl, tokenizer)
         state.meters.update(metrics, B)
         steady = {"lr": rate, "episode": state.samples, "objective/kl_coef": kl_coef,
                   "epoch": state.samples / len(prompts)}  # fmt: skip
@@ -418,27 +434,34 @@ def check_ratio(iteration: int, gap: float) -> None:
 
 
 def summarise(
-    stats: PPOStats, completions: Completions, scores: Scores, buffer: RolloutBuffer,
-    sequence_kl: float, tokenizer: Tokenizer,
+    stats: PPOStats, completions: Completions, given: Scores, scores: Tensor,
+    buffer: RolloutBuffer, sequence_kl: float, tokenizer: Tokenizer,
 ) -> dict[str, float]:  # fmt: skip
-    """TRL's metric names, with the numbers that the names promise: masked and token-weighted.
+    """TRL's metric names, with the numbers that the names promise: see `minirlhf.metrics`.
 
     Args:
-        scores: under the rule for cut responses, before they were scaled.
+        given: what the reward sources said.
+        scores: (B,) under the rule for cut responses, before they were scaled.
     """
+    by_token = given.sums - given.total  # (B,)
+    scores = scores + by_token
     scaled = torch.cat([micro.scores for micro in buffer.micro_batches]).cpu()
-    learned = float((scores.sums - scores.total).mean() + scaled.mean())
-    B, ended = len(buffer), sum(reason != "length" for reason in completions.finish_reasons)
-    unknown = sum(i >= tokenizer.vocab_size for ids in completions.response_ids for i in ids)
-    return scores.metrics() | {
-        "objective/scores": float(scores.sums.mean()),
-        "objective/scores_std": float(scores.sums.std(correction=0)),
+    learned = scaled + by_token[torch.cat([m.rows for m in buffer.micro_batches]).cpu()]
+    responses, tokens = completions.response_ids, len(buffer.tokens("rewards"))
+    unknown = sum(i >= tokenizer.vocab_size for ids in responses for i in ids)
+    return given.metrics() | {
+        **rollout_statistics(buffer),
+        **score_statistics(given.sums, scores),
+        **text_statistics(responses, completions.finish_reasons, scores),
+        "objective/non_score_reward_per_token": stats.non_score_reward * len(buffer) / tokens,
         "objective/kl": sequence_kl,
         "objective/non_score_reward": stats.non_score_reward,
-        "objective/learned_scores": learned,
-        "objective/rlhf_reward": learned + stats.non_score_reward,
+        "objective/learned_scores": float(learned.mean()),
+        "objective/learned_scores_std": float(learned.std(correction=0)),
+        "objective/rlhf_reward": float(learned.mean()) + stats.non_score_reward,
         "objective/entropy": -float(buffer.row_sums("old_logprobs").mean()),
         "policy/approxkl_avg": stats.approxkl,
+        "policy/policykl_avg": stats.policykl,
         "policy/clipfrac_avg": stats.clipfrac,
         "policy/entropy_avg": stats.entropy,
         "loss/policy_avg": stats.policy_loss,
@@ -447,14 +470,13 @@ def summarise(
         "loss/ptx_avg": stats.ptx_loss,
         "loss/total_avg": stats.loss,
         "val/clipfrac_avg": stats.value_clipfrac,
+        "val/vpred_avg": stats.vpred,
+        "val/error_avg": stats.value_error,
         "val/ratio": stats.ratio,
         "val/ratio_var": stats.ratio_var,
-        "val/num_eos_tokens": float(completions.finish_reasons.count("eos")),
         "grad_norm": stats.grad_norm,
         "critic_grad_norm": stats.critic_grad_norm,
         "policy/epochs": float(stats.epochs),
-        "response_length": sum(map(len, completions.response_ids)) / B,
-        "health/eos_rate": ended / B,
         "health/explained_variance": stats.explained_variance,
         "health/unknown_tokens": float(unknown),
     }
@@ -570,8 +592,9 @@ def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype
 
 def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
-        PPOConfig, argv, "minirlhf ppo", "Align a language model with PPO against a reward."
-    )
+        PPOConfig, argv, "minirlhf ppo", "Align a language model with PPO against a reward.",
+        presets.PPO,
+    )  # fmt: skip
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
     # On a GPU torch refuses the cumsum of sampling, and cuBLAS without a workspace setting.
     torch.use_deterministic_algorithms(device == "cpu")
@@ -648,6 +671,8 @@ def main(argv: list[str] | None = None) -> int:
         lm = merged_copy(policy.lm) if config.lora_rank else policy.lm
         r.export(lambda target: write_model(lm, tokenizer, target), "best")
 
+    if config.metric_names == "trl-0.9":
+        r.rename = rename_to_trl09
     with r:
         r.list_left_out(reports)
         r.facts(
@@ -667,6 +692,9 @@ def main(argv: list[str] | None = None) -> int:
         for step in r.bar(loop, state, config.steps):
             last = step.number == config.steps
             with r.report(state, step):
+                alarms, state.health = health.check(state.health, step.number, step.metrics)
+                for alarm in alarms:
+                    r.say(str(alarm))
                 r.write_samples(state, step.samples)
                 every = config.eval_every
                 evaluating = sets and (last or (every and step.number % every == 0))

@@ -233,12 +233,15 @@ def reward(
         )  # fmt: skip
         state.step += 1
         state.samples += len(rows)
-        state.count("num_tokens", sum(map(count_tokens, batch)))
+        tokens_here = sum(map(count_tokens, batch))
+        state.count("num_tokens", tokens_here)
         if metrics is not None:
             state.meters.update(metrics, len(rows))
         metrics = (metrics or {}) | {"learning_rate": rate, "epoch": state.step / per_epoch}
         metrics |= {name: state.counters.get(name, 0) for name in ("num_tokens", "skipped_updates")}
-        yield Step(state.step, metrics, {"step_time": time.perf_counter() - started}, [])
+        seconds = time.perf_counter() - started
+        clock = {"step_time": seconds, "tok_per_s": tokens_here / seconds}
+        yield Step(state.step, metrics, clock, [])
 
 
 # ------------------------------------------------------------------------------------- evaluation

@@ -169,14 +169,17 @@ def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Ste
         )  # fmt: skip
         state.step += 1
         state.samples += len(rows)
-        state.count("num_tokens", int(lengths[rows].sum()))
+        tokens_here = int(lengths[rows].sum())
+        state.count("num_tokens", tokens_here)
         if metrics is not None:
             tokens = {name: metrics[name] for name in ("loss", "entropy")}
             state.meters.update(tokens, int(counts[rows].sum()))
             state.meters.update({"grad_norm": metrics["grad_norm"]})
         metrics = (metrics or {}) | {"learning_rate": rate, "epoch": state.step / per_epoch}
         metrics |= {name: state.counters.get(name, 0) for name in ("num_tokens", "skipped_updates")}
-        yield Step(state.step, metrics, {"step_time": time.perf_counter() - started}, [])
+        seconds = time.perf_counter() - started
+        clock = {"step_time": seconds, "tok_per_s": tokens_here / seconds}
+        yield Step(state.step, metrics, clock, [])
 
 
 # ------------------------------------------------------------------------------------- evaluation

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from minirlhf import config as settings
-from minirlhf import memory, optim, pretrained
+from minirlhf import memory, optim, presets, pretrained
 from minirlhf.data import load_pairs, load_prompts, load_texts
 from minirlhf.errors import OK, UserError, run
 from minirlhf.hf_config import config_from_hf
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     config_class, plan_of = RECIPES[recipe]
     config = settings.parse(
         without_files(config_class), words[1:], f"minirlhf plan {recipe}",
-        "Print what a run would hold in memory.",
+        "Print what a run would hold in memory.", presets.PPO if recipe == "ppo" else {},
     )  # fmt: skip
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
     torch.use_deterministic_algorithms(device == "cpu")  # as a run does: it imports 70 MB

@@ -1,0 +1,246 @@
+"""Where other tools' parameters went: `minirlhf coming-from trl`, `minirlhf coming-from
+llama-factory`.
+
+`ours` is a flag of the section's recipe, `minirlhf VERB`, or a name to import; empty where nothing
+stands for it, and then the last column says why.
+"""
+
+import sys
+import textwrap
+from itertools import zip_longest
+from typing import NamedTuple
+
+from minirlhf.config import nearest
+from minirlhf.errors import OK, UserError, run
+
+WIDTH = 40  # of a column of names; the longest name to import has 39 characters
+
+
+class Row(NamedTuple):
+    theirs: str
+    ours: str  # several parted by ", "
+    difference: str
+
+
+class Section(NamedTuple):
+    title: str
+    recipe: str
+    rows: tuple[Row, ...]
+
+
+def _rows(*rows: tuple[str, str, str]) -> tuple[Row, ...]:
+    return tuple(Row(*row) for row in rows)
+
+
+_TRAINING = _rows(
+    ("output_dir", "--out", "holds run.json, logs, checkpoints, model; refused where not empty"),
+    ("num_train_epochs", "--epochs", "reward and sft; ppo counts --steps"),
+    ("lr_scheduler_type", "--schedule", "constant, linear, cosine; ends at the last step"),
+    ("warmup_steps", "--warmup-steps", "the same"),
+    ("learning_rate", "--learning-rate", "the same"),
+    ("weight_decay", "--weight-decay", "of matrices only"),
+    ("adam_epsilon", "--adam-epsilon", "the same"),
+    ("max_grad_norm", "--max-grad-norm", "none: off; a norm that is not finite stops the run"),
+    ("logging_steps", "--log-every", "means over all steps since the last line, none is lost"),
+    ("save_steps", "--save-every", "a commit holds all that resuming needs, with checksums"),
+    ("save_total_limit", "--keep", "at least 2, and only whole commits count"),
+    ("resume_from_checkpoint", "--resume", "bit for bit on a CPU, ppo too"),
+    ("bf16", "--dtype", "float32 unless told; log-probs and losses always are"),
+    ("seed", "--seed", "all randomness derives from it; nothing global is drawn"),
+    ("report_to, log_with", "minirlhf metrics", "metrics.jsonl and samples.jsonl, always"),
+)  # fmt: skip
+_NOT_PPO = tuple(row for row in _TRAINING if row.theirs != "num_train_epochs")
+
+_TRL_PPO_CONFIG = _rows(
+    ("model_name", "--model", "a folder that is loaded; there a note for the tracker"),
+    ("query_dataset", "--data", "a file that is read; there a note for the tracker"),
+    ("reward_model", "--reward", "a folder or file.py:function; there a note for the tracker"),
+    ("seed", "--seed", "the same seed gives the same run, to the bit on a CPU"),
+    ("steps", "--steps", "iterations that are run; there read for a number that nothing uses"),
+    ("learning_rate", "--learning-rate", "AdamW; linear to 0 unless --schedule constant"),
+    ("adap_kl_ctrl", "--kl-target", "none: the coefficient is fixed, which is the default here"),
+    ("init_kl_coef", "--kl-coef", "0.05 unless told; there 0.2"),
+    ("kl_penalty", "--kl-estimator", "kl is k1, mse is k2, abs and full the same; also k3"),
+    ("target", "--kl-target", "nats a response, the same"),
+    ("horizon", "--kl-horizon", "in responses, the same"),
+    ("gamma", "--gamma", "the same"),
+    ("lam", "--lam", "the same"),
+    ("cliprange", "--clip-low, --clip-high", "two numbers, which may differ"),
+    ("cliprange_value", "--value-clip", "none: off"),
+    ("vf_coef", "--vf-coef", "the same"),
+    ("batch_size", "--batch-size", "responses in an iteration, the same"),
+    ("mini_batch_size", "--micro-batch-size, --micro-batch-tokens",
+     "rows in a forward pass; no number depends on it"),
+    ("forward_batch_size", "--micro-batch-size", "deprecated there"),
+    ("gradient_accumulation_steps", "--mini-batches",
+     "batch_size / (mini_batch_size · it): updates in an epoch; all tokens of one weigh alike"),
+    ("backward_batch_size", "--mini-batches", "batch_size / it"),
+    ("ppo_epochs", "--epochs", "whole micro-batches are shuffled, so the first ratio is 1"),
+    ("max_grad_norm", "--max-grad-norm", "1 unless told; there none"),
+    ("early_stopping", "--early-stop-kl", "none: off"),
+    ("target_kl", "--early-stop-kl", "mean k3 over the epoch; there 1.5 × it, of one mini-batch"),
+    ("ratio_threshold", "--max-ratio", "the update is left out; there the optimizer steps on 0"),
+    ("use_score_scaling", "--score-scaling", "scale"),
+    ("use_score_norm", "--score-scaling", "normalize"),
+    ("score_clip", "--score-clip", "the same"),
+    ("whiten_rewards", "--whiten-rewards", "padding stays 0; there it leaks into advantages"),
+    ("gradient_checkpointing", "--gradient-checkpointing", "takes effect; there it never does"),
+    ("optimize_device_cache", "--micro-batch-tokens", "bounds memory instead of emptying a cache"),
+    ("optimize_cuda_cache", "--micro-batch-tokens", "deprecated there"),
+    ("compare_steps", "", "nothing is uploaded"),
+    ("push_to_hub_if_best_kwargs", "", "nothing is uploaded"),
+    ("log_with", "minirlhf metrics", "metrics.jsonl and samples.jsonl, always"),
+    ("tracker_kwargs, tracker_project_name, project_kwargs", "", "there is no tracker"),
+    ("exp_name, task_name", "--out", "a run's name is its folder's"),
+    ("accelerator_kwargs", "--device, --dtype", "there is no accelerate"),
+    ("remove_unused_columns", "--reward", "all other columns are passed to a reward function"),
+    ("dataset_num_proc", "", "data is read once, in order"),
+    ("world_size, global_backward_batch_size, global_batch_size", "", "one process"),
+    ("is_encoder_decoder", "", "decoders only"),
+    ("is_peft_model", "--lora-rank", "0: all weights"),
+)  # fmt: skip
+_TRL_PPO_TRAINER = _rows(
+    ("config", "minirlhf.recipes.ppo.PPOConfig", "every field is a flag"),
+    ("model", "minirlhf.heads.ValueHeadModel", "the critic is a head, or a model: --critic"),
+    ("ref_model", "--ref", "none: the policy at step 0, also under adapters"),
+    ("tokenizer", "minirlhf.tokenizer.load_tokenizer", "of --model; padding has no id here"),
+    ("dataset", "minirlhf.data.load_prompts", "a file, or a list of Prompt"),
+    ("optimizer, lr_scheduler", "minirlhf.checkpoint.TrainState", "pass your own optimizer"),
+    ("data_collator, training_data_collator", "minirlhf.rollout.RolloutBuffer", "cuts by length"),
+    ("num_shared_layers", "--lora-rank", "the reference shares all layers: adapters off"),
+    ("generate", "minirlhf.rollout.sample", "a text depends on its prompt and key alone"),
+    ("generate(length_sampler=…)", "--min-new-tokens, --max-new-tokens", "bounds, not a draw"),
+    ("generate(generate_ref_response=True)", "minirlhf sample", "of any model folder"),
+    ("step", "minirlhf.recipes.ppo.ppo_step", "on a measured buffer; or loop over ppo(...)"),
+    ("step(response_masks=…)", "minirlhf.rollout.Rollout", "masked cells are skipped, not zeroed"),
+    ("log_stats", "minirlhf.metrics.rename_to_trl09", "to go on with its names"),
+    ("save_pretrained", "minirlhf.pretrained.save_pretrained", "without the head, as others read"),
+    ("BestOfNSampler", "minirlhf score", "score the output of minirlhf sample, keep the best"),
+)  # fmt: skip
+_TRL_REWARD = _rows(
+    ("model", "--model", "a language or reward model; one score a text"),
+    ("args.max_length", "--max-length, --overlong", "is obeyed; what happens to longer rows too"),
+    ("data_collator", "minirlhf.recipes.reward.collate_pairs", "pass your own to reward(...)"),
+    ("train_dataset", "--data", "text, messages or ids; a margin may miss in any row"),
+    ("eval_dataset", "--eval-data", "several as NAME=FILE, told under eval_NAME_"),
+    ("tokenizer", "minirlhf.tokenizer.load_tokenizer", "of --model"),
+    ("model_init", "minirlhf.recipes.reward.reward", "build the state yourself, then loop"),
+    ("compute_metrics", "minirlhf.recipes.reward.evaluate", "its argument metrics"),
+    ("callbacks", "minirlhf.recipes.reward.reward", "the body of your own for loop"),
+    ("optimizers", "minirlhf.checkpoint.TrainState", "pass your own optimizer"),
+    ("preprocess_logits_for_metrics", "", "evaluation keeps two numbers a pair, no logits"),
+    ("peft_config", "--lora-rank, --lora-alpha", "the head always learns, and is saved"),
+    ("column margin", "minirlhf.losses.bradley_terry_loss", "a margin meets its own pair only"),
+    ("accuracy", "minirlhf.losses.preference_accuracy", "a tie is wrong; also half, and ties"),
+    ("evaluate, visualize_samples", "--show-samples", "one pass; -1 shows all, the last row too"),
+    ("eval_steps", "--eval-every", "0: at the end only"),
+    ("per_device_train_batch_size", "--batch-size", "pairs in an update"),
+    ("gradient_accumulation_steps", "--micro-batch-tokens", "changes memory, never the gradient"),
+    ("center_rewards_coefficient", "--center-rewards-coefficient", "the same"),
+    ("max_steps", "--steps", "instead of --epochs"),
+    ("remove_unused_columns", "", "unknown columns do no harm"),
+    ("dataset_num_proc", "", "data is read once, in order"),
+)  # fmt: skip
+_LF_PPO = _rows(
+    ("model_name_or_path, adapter_name_or_path", "--model", "a folder of whole weights"),
+    ("dataset, dataset_dir", "--data", "a file; no dataset_info.json"),
+    ("template", "minirlhf.chat_template", "the model's own chat template"),
+    ("cutoff_len", "--max-prompt-length, --overlong", "longer prompts are an error unless told"),
+    ("reward_model", "--reward", "a folder or file.py:function"),
+    ("reward_model_type full", "--reward", "a reward model's folder"),
+    ("reward_model_type lora, reward_model_adapters", "--reward",
+     "merge the adapter first; minirlhf reward does when it ends"),
+    ("reward_model_type api", "--reward", "file.py:function may ask a server"),
+    ("ref_model, ref_model_adapters", "--ref",
+     "none: the policy at step 0; there the base under a continued adapter"),
+    ("ref_model_quantization_bit, reward_model_quantization_bit", "", "nothing is quantised"),
+    ("ppo_buffer_size", "--mini-batches", "updates in an epoch"),
+    ("per_device_train_batch_size · gradient_accumulation_steps · ppo_buffer_size",
+     "--batch-size", "responses in an iteration"),
+    ("per_device_train_batch_size", "--micro-batch-size, --rollout-batch-size",
+     "of training and of sampling, apart"),
+    ("ppo_epochs", "--epochs", "the same"),
+    ("ppo_target", "--kl-target", "none unless told; there 6, which hardly moves anything"),
+    ("ppo_score_norm", "--score-scaling", "normalize: by running mean and deviation"),
+    ("ppo_whiten_rewards", "--whiten-rewards", "padding stays 0; there it leaks into advantages"),
+    ("init_kl_coef 0.2, not reachable", "--kl-coef", "a flag"),
+    ("gamma, lam, cliprange, vf_coef, not reachable",
+     "--gamma, --lam, --clip-low, --clip-high, --value-clip, --vf-coef", "flags"),
+    ("max_steps", "--steps", "iterations"),
+    ("num_train_epochs", "--steps", "prompts · epochs / batch_size"),
+    ("finetuning_type lora", "--lora-rank", "0 is full; there lora of rank 8"),
+    ("finetuning_type freeze, oft", "", "all weights, or LoRA"),
+    ("lora_rank", "--lora-rank", "the same"),
+    ("lora_alpha", "--lora-alpha", "32 unless told; there twice the rank"),
+    ("lora_dropout", "", "no dropout in reinforcement learning: old and new must agree"),
+    ("lora_target", "--lora-rank", "all linear layers"),
+    ("temperature", "--temperature", "1 unless told; log-probs are of that law, there not"),
+    ("top_p, top_k", "--top-p, --top-k", "off unless told; there .7 and 50, log-probs of all"),
+    ("max_new_tokens", "--max-new-tokens", "64 unless told; there 1024"),
+    ("repetition_penalty, length_penalty, num_beams", "", "would sample from another law"),
+    ("plot_loss", "minirlhf metrics", "metrics.jsonl has every number"),
+)  # fmt: skip
+_LF_REWARD = _rows(
+    ("stage rm", "minirlhf reward", "loads as a sequence classifier; there a value_head file"),
+    ("dataset, eval_dataset", "--data, --eval-data", "a margin column is read; there ignored"),
+    ("val_size", "--eval-data", "give a file of its own"),
+    ("cutoff_len", "--max-length, --overlong", "drop, truncate or stop; counted and told"),
+    ("per_device_train_batch_size · gradient_accumulation_steps", "--batch-size",
+     "pairs in an update"),
+    ("finetuning_type lora, lora_rank", "--lora-rank", "the head always learns"),
+    ("lora_alpha", "--lora-alpha", "32 unless told"),
+    ("eval_steps", "--eval-every", "0: at the end only"),
+    ("max_steps", "--steps", "instead of --epochs"),
+    ("predict_with_generate, do_predict", "minirlhf score", "scores of a file"),
+)  # fmt: skip
+
+TABLES: dict[str, tuple[Section, ...]] = {
+    "trl": (
+        Section("PPOConfig of TRL 0.9.6", "ppo", _TRL_PPO_CONFIG),
+        Section("PPOTrainer of TRL 0.9.6", "ppo", _TRL_PPO_TRAINER),
+        Section("RewardTrainer and RewardConfig", "reward", _TRL_REWARD),
+        Section("TrainingArguments of RewardConfig", "reward", _TRAINING),
+    ),
+    "llama-factory": (
+        Section("stage ppo", "ppo", _LF_PPO),
+        Section("stage ppo: TrainingArguments", "ppo", _NOT_PPO),
+        Section("stage rm", "reward", _LF_REWARD),
+        Section("stage rm: TrainingArguments", "reward", _TRAINING),
+    ),
+}
+USAGE = f"""usage: minirlhf coming-from TOOL
+
+Prints what another tool's parameters are called here, and what behaves differently.
+TOOL is {" or ".join(TABLES)}. minirlhf ppo --preset sets PPO's numbers as they had them."""
+
+
+def table(section: Section) -> str:
+    """A parameter's name there, its name here, and what differs; long names are wrapped."""
+    lines = [f"{section.title} → minirlhf {section.recipe}"]
+    for theirs, ours, difference in section.rows:
+        names = (
+            textwrap.wrap(name, WIDTH, break_on_hyphens=False) for name in (theirs, ours or "-")
+        )
+        for there, here, rest in zip_longest(*names, [difference], fillvalue=""):
+            lines.append(f"  {there:<{WIDTH}}  {here:<{WIDTH}}  {rest}".rstrip())
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    tool = words[0] if words else "--help"
+    if tool in ("-h", "--help"):
+        print(USAGE)
+        raise SystemExit(OK)
+    if tool not in TABLES:
+        is_flag = tool.startswith("-")
+        what, names = ("unknown flag", ["--help"]) if is_flag else ("no such tool", TABLES)
+        raise UserError(tool, what, f"{nearest(tool, names)}; tools: {', '.join(TABLES)}")
+    if len(words) > 1:
+        raise UserError(words[1], "unexpected argument", "give a tool alone")
+    print("\n\n".join(table(section) for section in TABLES[tool]))
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
