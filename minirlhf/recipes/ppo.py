@@ -10,10 +10,8 @@ Run it as `minirlhf ppo`, `python -m minirlhf.recipes.ppo`, or loop over `ppo(..
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from math import ceil
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -35,7 +33,7 @@ from minirlhf.checkpoint import TrainState
 from minirlhf.data import Prompt, load_prompts, load_texts
 from minirlhf.errors import BUG, OK, STOPPED, NonFinite, UserError, printable, run
 from minirlhf.evaluation import evaluate_policy, evaluate_sets, held_out, keep_best
-from minirlhf.heads import ValueHeadModel, critic_from_reward_model
+from minirlhf.heads import ValueHeadModel
 from minirlhf.kl import ESTIMATORS, AdaptiveKL, kl_k1, kl_k3
 from minirlhf.lora import add_lora, merge_lora, merged_copy
 from minirlhf.losses import clipped_value_loss
@@ -45,6 +43,7 @@ from minirlhf.meters import Step
 from minirlhf.metrics import rename_to_trl09
 from minirlhf.passes import TokenPass, kl_to_ref, measure, policy_pass
 from minirlhf.ppo_config import PPOConfig
+from minirlhf.ppo_start import check_models, load_policy, prompt_room, run_facts
 from minirlhf.reward_sources import load_reward
 from minirlhf.rewards import Completions, RewardSource, Scores, as_scores
 from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, with_scores
@@ -511,83 +510,6 @@ def show_samples(r: Run, state: TrainState, rows: list[dict]) -> None:
         shown = f"{printable(prompt, 60)} | {printable(row['response'], 160)}"
         r.say(f"  {row['score']:>8.3f}  {shown}")
     r.write_samples(state, rows)
-
-
-def run_facts(
-    config: PPOConfig, prompts: int, policy: ValueHeadModel, fits: str, device, dtype
-) -> dict:
-    """What is about to happen, before it costs anything."""
-    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    per_step = ceil(config.batch_size / config.mini_batches)
-    accumulated = ceil(per_step / config.micro_batch_size)
-    adapting = config.kl_target and f"adapting to {config.kl_target:g} nats a response"
-    low, high = 1 - config.clip_low, 1 + config.clip_high
-    return {
-        "prompts": prompts,
-        "epochs over prompts": f"{config.steps * config.batch_size / prompts:.2f}",
-        "rows in a forward pass": f"at most {config.micro_batch_size}, "
-        f"{config.micro_batch_tokens:,} tokens",
-        "rows in an optimizer step": f"about {per_step}, {accumulated} or more forward passes",
-        "rows in a rollout": config.batch_size,
-        "optimisation": f"{config.epochs} epochs of {config.mini_batches} mini-batches a rollout",
-        "steps": config.steps,
-        "trainable parameters": trainable,
-        "learning rate": f"{config.learning_rate:g}, {config.schedule}, "
-        f"{config.warmup_steps} warm-up steps",
-        "kl_coef": f"{config.kl_coef:g}, {adapting or 'fixed'}",
-        "gamma, lambda": f"{config.gamma:g}, {config.lam:g}",
-        "clip": f"ratio {low:g} to {high:g}, value {config.value_clip}",
-        "critic": config.critic or "a value head on the policy's trunk, starting from zero",
-        "reference": config.ref or "the policy at step 0; their KL must be 0 there",
-        "memory": fits,
-        "device": device,
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": config.seed,
-    }
-
-
-def prompt_room(config: PPOConfig, folders: Sequence[Path]) -> int:
-    """Most tokens of a prompt: all these models read it with the whole response."""
-    models = [pretrained.read_config(folder) for folder in folders]
-    most = min(model.longest_row for model in models)
-    if config.max_new_tokens >= most:
-        raise UserError("--max-new-tokens", f"{config.max_new_tokens} fill the model's context",
-                        f"use less than {most}")  # fmt: skip
-    room = most - config.max_new_tokens
-    return min(config.max_prompt_length or room, room)
-
-
-def check_models(
-    config: PPOConfig, lms: Sequence[Path], critics: Sequence[Path], scorers: Sequence[Path],
-    tokenizer: Tokenizer,
-) -> None:  # fmt: skip
-    """What can be known of the models before any weight is read.
-
-    Args:
-        lms: policy and reference.
-        critics, scorers: reward models, none or one of each.
-    """
-    for flag, name, folders in (
-        ("--ref", config.ref, lms[1:]),
-        ("--critic", config.critic, critics),
-    ):
-        for folder in folders:
-            if name and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
-                raise UserError(f"{flag} {name}", "has another tokenizer than the policy",
-                                "give a model that reads the same ids")  # fmt: skip
-    for lm in lms:
-        pretrained.describe(lm)
-    for reward_model in (*critics, *scorers):
-        pretrained.describe(reward_model, reward=True)
-
-
-def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype) -> ValueHeadModel:
-    """The model to align with its critic."""
-    lm = pretrained.load_pretrained(folder, dtype, device)
-    if config.critic is None:
-        return ValueHeadModel(lm)
-    critic = pretrained.load_reward_model(config.critic, dtype, device)
-    return critic_from_reward_model(lm, critic, config.train_critic)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,8 @@ from minirlhf import pretrained
 from minirlhf.config import setting
 from minirlhf.data import OVERLONG
 from minirlhf.errors import OK, UserError, run
-from minirlhf.recipes.ppo import PPOConfig, prompt_room
+from minirlhf.ppo_config import PPOConfig
+from minirlhf.ppo_start import prompt_room
 from minirlhf.rows import read_json
 from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from minirlhf.data import Pair, Prompt, Text, load_pairs, load_prompts, load_texts, split_rows
 from minirlhf.errors import UserError, printable
 from minirlhf.formats import Part, margin, pair_format, prompt_format, text_format
-from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.recipes.reward import RewardConfig
 from minirlhf.recipes.sft import SFTConfig
 from minirlhf.rows import Row, kind_of, read_rows

@@ -18,7 +18,8 @@ from minirlhf.errors import OK, UserError, run
 from minirlhf.hf_config import config_from_hf
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.memory import Plan
-from minirlhf.recipes.ppo import PPOConfig, prompt_room
+from minirlhf.ppo_config import PPOConfig
+from minirlhf.ppo_start import prompt_room
 from minirlhf.recipes.reward import RewardConfig, pair_lengths
 from minirlhf.recipes.sft import SFTConfig, count_tokens, with_target
 from minirlhf.rows import read_json

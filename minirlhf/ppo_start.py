@@ -1,0 +1,90 @@
+"""What a PPO run looks at, refuses and tells before it costs anything."""
+
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from minirlhf import pretrained
+from minirlhf.errors import UserError
+from minirlhf.heads import ValueHeadModel, critic_from_reward_model
+from minirlhf.ppo_config import PPOConfig
+from minirlhf.tokenizer import Tokenizer, load_tokenizer
+
+
+def prompt_room(config: PPOConfig, folders: Sequence[Path]) -> int:
+    """Most tokens of a prompt: all these models read it with the whole response."""
+    models = [pretrained.read_config(folder) for folder in folders]
+    most = min(model.longest_row for model in models)
+    if config.max_new_tokens >= most:
+        raise UserError("--max-new-tokens", f"{config.max_new_tokens} fill the model's context",
+                        f"use less than {most}")  # fmt: skip
+    room = most - config.max_new_tokens
+    return min(config.max_prompt_length or room, room)
+
+
+def check_models(
+    config: PPOConfig, lms: Sequence[Path], critics: Sequence[Path], scorers: Sequence[Path],
+    tokenizer: Tokenizer,
+) -> None:  # fmt: skip
+    """What can be known of the models before any weight is read.
+
+    Args:
+        lms: policy and reference.
+        critics, scorers: reward models, none or one of each.
+    """
+    for flag, name, folders in (
+        ("--ref", config.ref, lms[1:]),
+        ("--critic", config.critic, critics),
+    ):
+        for folder in folders:
+            if name and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+                raise UserError(f"{flag} {name}", "has another tokenizer than the policy",
+                                "give a model that reads the same ids")  # fmt: skip
+    for lm in lms:
+        pretrained.describe(lm)
+    for reward_model in (*critics, *scorers):
+        pretrained.describe(reward_model, reward=True)
+
+
+def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype) -> ValueHeadModel:
+    """The model to align with its critic."""
+    lm = pretrained.load_pretrained(folder, dtype, device)
+    if config.critic is None:
+        return ValueHeadModel(lm)
+    critic = pretrained.load_reward_model(config.critic, dtype, device)
+    return critic_from_reward_model(lm, critic, config.train_critic)
+
+
+def run_facts(
+    config: PPOConfig, prompts: int, policy: ValueHeadModel, fits: str, device, dtype
+) -> dict:
+    """What is about to happen, before it costs anything."""
+    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    per_step = ceil(config.batch_size / config.mini_batches)
+    accumulated = ceil(per_step / config.micro_batch_size)
+    adapting = config.kl_target and f"adapting to {config.kl_target:g} nats a response"
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    return {
+        "prompts": prompts,
+        "epochs over prompts": f"{config.steps * config.batch_size / prompts:.2f}",
+        "rows in a forward pass": f"at most {config.micro_batch_size}, "
+        f"{config.micro_batch_tokens:,} tokens",
+        "rows in an optimizer step": f"about {per_step}, {accumulated} or more forward passes",
+        "rows in a rollout": config.batch_size,
+        "optimisation": f"{config.epochs} epochs of {config.mini_batches} mini-batches a rollout",
+        "steps": config.steps,
+        "trainable parameters": trainable,
+        "learning rate": f"{config.learning_rate:g}, {config.schedule}, "
+        f"{config.warmup_steps} warm-up steps",
+        "kl_coef": f"{config.kl_coef:g}, {adapting or 'fixed'}",
+        "gamma, lambda": f"{config.gamma:g}, {config.lam:g}",
+        "clip": f"ratio {low:g} to {high:g}, value {config.value_clip}",
+        "critic": config.critic or "a value head on the policy's trunk, starting from zero",
+        "reference": config.ref or "the policy at step 0; their KL must be 0 there",
+        "memory": fits,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": config.seed,
+    }
