@@ -7,15 +7,26 @@ Report; every fault of a row is an error with file:line.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from minirlhf.errors import UserError, printable
-from minirlhf.formats import Format, Messages, Part, margin, pair_format, prompt_format, text_format
+from minirlhf.formats import (
+    Format,
+    Messages,
+    Part,
+    chosen_probability,
+    margin,
+    pair_format,
+    prompt_format,
+    text_format,
+)
 from minirlhf.rows import Row, read_rows
 from minirlhf.tokenizer import Tokenizer
 
 OVERLONG = ("drop", "truncate_prompt_left", "truncate_response", "error")
+PAIR_LABELS = {"margin": 0.0, "chosen_probability": 1.0}  # optional columns, and what none means
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class Pair:
         margin: by how much chosen should win, in reward units; 0 where the row has none.
         where: "file:line".
         columns: the row's other columns.
+        chosen_probability: that chosen is the better one, in [0, 1]; 1 where the row has none.
     """
 
     prompt_ids: list[int]
@@ -35,6 +47,15 @@ class Pair:
     margin: float
     where: str
     columns: dict
+    chosen_probability: float = 1.0
+
+    @property
+    def responses(self) -> list[list[int]]:
+        return [self.chosen_ids, self.rejected_ids]
+
+    @property
+    def ranks(self) -> list[int]:
+        return [1, 2]
 
 
 @dataclass(frozen=True)
@@ -119,19 +140,28 @@ def load_pairs(
         UserError: a fault in a row (file:line), no row left, or an illegal setting.
     """
     rows = _rows(path, columns)
-    margins = {row.where: margin(row) for row in rows}
-    examples, report = _load(path, rows, pair_format, tokenizer, max_length, overlong)
-    missing = sum(value is None for value in margins.values())
-    if missing < len(rows):
-        report.detected = report.detected.replace("rejected)", "rejected, margin)")
-        if missing:
-            report.notes.append(f"margin missing in {missing:,} rows: they count as 0")
-    pairs = [
-        Pair(e.prompt_ids, *e.responses, margins[e.row.where] or 0.0, e.row.where,
-             {key: value for key, value in e.columns.items() if key != "margin"})
-        for e in examples
-    ]  # fmt: skip
+    labels = [(margin(row), chosen_probability(row)) for row in rows]
+    examples, report = _load(path, rows, pair_format, tokenizer, max_length, overlong, _equal_sides)
+    named = []
+    for (name, default), values in zip(PAIR_LABELS.items(), zip(*labels, strict=True), strict=True):
+        missing = sum(value is None for value in values)
+        named += [name] if missing < len(rows) else []
+        if 0 < missing < len(rows):
+            report.notes.append(f"{name} missing in {missing:,} rows: they count as {default:g}")
+    report.detected = report.detected.replace("rejected)", ", ".join(["rejected", *named]) + ")")
+    pairs = []
+    for e in examples:  # not looked up by e.row.where: one line may hold many rows
+        by, probability = margin(e.row), chosen_probability(e.row)
+        others = {k: v for k, v in e.columns.items() if k not in PAIR_LABELS}
+        pairs.append(Pair(e.prompt_ids, *e.responses, by or 0.0, e.row.where, others,
+                          1.0 if probability is None else probability))  # fmt: skip
+    if unlikely := sum(pair.chosen_probability < 0.5 for pair in pairs):
+        report.notes.append(f"chosen_probability below 1/2 in {unlikely:,} rows: rejected leads")
     return pairs, report
+
+
+def _equal_sides(row: Row, responses: list[list[int]]) -> str | None:
+    return "chosen equals rejected" if responses[0] == responses[1] else None
 
 
 def load_prompts(
@@ -194,7 +224,14 @@ def _load(
     tokenizer: Tokenizer | None,
     max_length: int | None,
     overlong: str,
+    reject: Callable[[Row, list[list[int]]], str | None] | None = None,
 ) -> tuple[list[_Example], Report]:
+    """Examples of a file's rows.
+
+    Args:
+        detect: the first row -> what all rows are taken for.
+        reject: row, ids of its responses as they would be trained -> why it is dropped, or None.
+    """
     if overlong not in OVERLONG:
         raise UserError("overlong", f"is {overlong!r}", f"legal: {', '.join(OVERLONG)}")
     if max_length is not None and max_length < 1:
@@ -212,8 +249,8 @@ def _load(
                 what = f"{length} tokens, max_length is {max_length}"
                 raise UserError(row.where, what, "shorten the row, or choose another overlong")
             prompt_ids, responses, why = _fit(prompt_ids, responses, max_length, overlong, lead)
-        if why is None and len(responses) == 2 and responses[0] == responses[1]:
-            why = "chosen equals rejected"
+        if why is None and reject is not None:
+            why = reject(row, responses)
         if why is not None:
             report.dropped[why] = report.dropped.get(why, 0) + 1
             continue
@@ -263,11 +300,14 @@ def _encode(
         what = "names no eos token, which every text ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
     if isinstance(sample, str):
-        prompts, *answers = zip(*parts, strict=True)
-        whole = prompts[0] is None
+        whole = parts[0][0] is None
+        prompts = [prompt for prompt, *_ in parts]
         heads = [lead] * len(rows) if whole else tokenizer.encode_batch(prompts)
-        tails = [tokenizer.encode_batch(texts, bos=False) for texts in answers]
-        encoded = list(zip(heads, *tails, strict=True))
+        answers = [text for _, *texts in parts for text in texts]
+        tails = iter(tokenizer.encode_batch(answers, bos=False))
+        encoded = [
+            (head, *islice(tails, len(part) - 1)) for head, part in zip(heads, parts, strict=True)
+        ]
     else:
         whole = False
         encoded = [_dialogue(row, part, tokenizer) for row, part in zip(rows, parts, strict=True)]
