@@ -152,9 +152,7 @@ class Run:
                 "python": platform.python_version(),
             },
         }
-        temporary = self.folder / f"{fsio.TEMPORARY}run.json"
-        fsio.write_json(temporary, facts)
-        fsio.replace_file(temporary, path)
+        self.write_file("run.json", fsio.json_text(facts))
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
@@ -288,6 +286,12 @@ class Run:
             fsio.fsync(self.folder / name)
         keep = self.settings.get("keep", 2)
         checkpoint.save_checkpoint(state, self.folder / "checkpoints", keep)
+
+    def write_file(self, name: str, text: str) -> None:
+        """Puts a file into the folder of the run, or another text under its name, by one rename."""
+        temporary = self.folder / f"{fsio.TEMPORARY}{name}"
+        fsio.write_text(temporary, text)
+        fsio.replace_file(temporary, self.folder / name)
 
     def export(self, write: Callable[[Path], None]) -> Path:
         """Lets `write` fill a new folder that then becomes model/; returns it."""

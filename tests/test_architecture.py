@@ -33,9 +33,10 @@ LAYERS = (
     "minirlhf.kl minirlhf.losses minirlhf.advantages",
     "minirlhf.transformer minirlhf.lora minirlhf.heads minirlhf.hf_config minirlhf.pretrained "
     "minirlhf.generation",
-    "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.data",
+    "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.data minirlhf.rankings",
     "minirlhf.config minirlhf.memory minirlhf.optim minirlhf.meters minirlhf.rollout "
-    "minirlhf.rewards minirlhf.checkpoint minirlhf.distributed minirlhf.run",
+    "minirlhf.rewards minirlhf.checkpoint minirlhf.distributed minirlhf.run "
+    "minirlhf.preferences minirlhf.reward_eval minirlhf.reward_card",
     "minirlhf.recipes.*",
     "minirlhf.tools.*",
     "minirlhf.cli",

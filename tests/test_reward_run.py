@@ -14,9 +14,11 @@ from minirlhf.data import load_pairs
 from minirlhf.errors import STOPPED
 from minirlhf.heads import RewardModel
 from minirlhf.hf_config import config_from_hf
+from minirlhf.preferences import without_eos
 from minirlhf.pretrained import load_pretrained, load_reward_model, save_pretrained
 from minirlhf.recipes import reward as recipe
-from minirlhf.recipes.reward import RewardConfig, evaluate, load_start, without_eos, write_model
+from minirlhf.recipes.reward import RewardConfig, load_start, write_model
+from minirlhf.reward_eval import evaluate
 from minirlhf.run import Run
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, initialize
@@ -83,7 +85,10 @@ def whole(base, tmp_path_factory):
 
 def test_main_writes_what_it_says(base, whole):
     names = sorted(p.name for p in whole.iterdir() if p.name != ".lock")
-    assert names == ["checkpoints", "metrics.jsonl", "model", "run.json", "samples.jsonl"]
+    assert names == [
+        "card.json", "card.md", "checkpoints", "metrics.jsonl", "model", "run.json",
+        "samples.jsonl",
+    ]  # fmt: skip
     assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == [
         "step-00000004", "step-00000006",
     ]  # fmt: skip

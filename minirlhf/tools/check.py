@@ -22,8 +22,9 @@ from minirlhf.config import setting
 from minirlhf.data import OVERLONG, Pair, Prompt, Report, Text, load_pairs, load_prompts, load_texts
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.formats import Part, margin, pair_format, prompt_format, text_format
+from minirlhf.preferences import without_eos
 from minirlhf.recipes.ppo import PPOConfig, prompt_room
-from minirlhf.recipes.reward import RewardConfig, without_eos
+from minirlhf.recipes.reward import RewardConfig
 from minirlhf.recipes.sft import SFTConfig
 from minirlhf.rows import kind_of, read_json, read_rows
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
