@@ -231,8 +231,18 @@ WORDS = ("good", "bad", "long", "dull", "fine", "a film", "warm", "odd")
 ROWS = {
     "texts": [{"prompt": "It was", "completion": f" {word}."} for word in WORDS],
     "pairs": [
-        {"prompt": "It was", "chosen": f" {a}.", "rejected": f" {b}!", "margin": i / 4}
+        {
+            "prompt": "It was",
+            "chosen": f" {a}.",
+            "rejected": f" {b}!",
+            "margin": i / 4,
+            "chosen_probability": 1 - i / 20,
+        }
         for i, (a, b) in enumerate(zip(WORDS, WORDS[1:] + WORDS[:1], strict=True))
+    ],
+    "lists": [
+        {"prompt": "It was", "responses": [f" {word}." for word in WORDS[i:]], "best": i % 2}
+        for i in range(6)
     ],
     "prompts": [{"prompt": "It was" + "!" * i, "bonus": i / 8} for i in range(5)],
 }
@@ -241,11 +251,13 @@ ALL = {
 }  # fmt: skip
 # What can be lost is on: accumulation, evaluation, tables of samples, an adapting kl_coef, lines of
 # the log over two steps, whose open windows are then part of a save. An epoch has 2 steps.
+# A reward model is an ensemble that is normalised, and writes a card.
 OWN = {
     "sft": {"data": "texts", "eval_data": "few_texts", "eval_every": 2, "micro_batch_tokens": 30},
     "reward": {
         "data": "pairs", "eval_data": "few_pairs", "eval_every": 2, "micro_batch_tokens": 60,
-        "show_samples": 2,
+        "show_samples": 2, "label_smoothing": 0.1, "heads": 2, "lcb_coef": 0.5,
+        "center_rewards_coefficient": 0.01, "normalize": "eval",
     },
     "ppo": {
         "data": "prompts", "epochs": 2, "mini_batches": 1, "micro_batch_size": 2,
@@ -267,7 +279,7 @@ def make_world(folder: Path, vocabulary: int = 258) -> Path:
     train_tokenizer([], 258, folder / "model")
     lm = CausalLM(config_from_hf({**SHAPE, "vocab_size": vocabulary}))
     save_pretrained(initialize(lm, torch.Generator().manual_seed(0)), folder / "model")
-    held_out = {f"few_{name}": ROWS[name][:3] for name in ("texts", "pairs")}
+    held_out = {f"few_{name}": ROWS[name][:3] for name in ("texts", "pairs", "lists")}
     for name, rows in (ROWS | held_out).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -286,6 +298,9 @@ def command(recipe: str, world: Path, out: Path, **changes: object) -> list[str]
     return [recipe, *(w for k, v in settings.items() for w in (f"--{k.replace('_', '-')}", str(v)))]
 
 
+LISTS = {"data": "lists", "eval_data": "few_lists", "label_smoothing": 0.0}  # instead of pairs
+
+
 # ---- what a run leaves ---------------------------------------------------------------------------
 
 
@@ -294,6 +309,7 @@ def remains(out: Path) -> dict[str, bytes]:
     left = {name: (out / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
     left["metrics.jsonl"] = re.sub(rb', "clock": \{[^{}]*\}', b"", left["metrics.jsonl"])
     last = max((out / "checkpoints").glob("step-*"))
+    left |= {path.name: path.read_bytes() for path in out.glob("card.*")}
     for path in (*(out / "model").iterdir(), *last.glob("*.safetensors"), last / "state.json"):
         left[str(path.relative_to(out))] = path.read_bytes()
     numbers = json.loads((last / "state.json").read_text("utf-8"))
