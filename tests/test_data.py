@@ -135,6 +135,41 @@ def test_load_pairs_reads_the_margin_of_each_row(write, tokenizer):
     assert load_pairs(write(row), tokenizer, 8, "drop")[1].notes == []
 
 
+def test_load_pairs_reads_the_probability_of_each_row(write, tokenizer):
+    row = {"chosen": "c", "rejected": "r"}
+    path = write(row, row | {"chosen_probability": 0.75}, row | {"chosen_probability": 0})
+    pairs, report = load_pairs(path, tokenizer, 8, "drop")
+    assert [pair.chosen_probability for pair in pairs] == [1.0, 0.75, 0.0]
+    assert [pair.columns for pair in pairs] == [{}, {}, {}]
+    assert report.detected == "preference pairs (chosen, rejected, chosen_probability)"
+    assert report.notes == [
+        "chosen_probability missing in 1 rows: they count as 1",
+        "chosen_probability below 1/2 in 1 rows: rejected leads",
+    ]
+    both, report = load_pairs(write(row | {"chosen_probability": 0.75, "margin": 2}), tokenizer, 8,
+                              "drop")  # fmt: skip
+    assert report.detected == "preference pairs (chosen, rejected, margin, chosen_probability)"
+    assert (both[0].margin, both[0].chosen_probability) == (2.0, 0.75)
+
+
+@pytest.mark.parametrize("p", ["1", True, [1], 1.5, -0.25, 10**400])
+def test_load_pairs_refuses_what_is_no_probability(write, tokenizer, p):
+    row = {"chosen": "c", "rejected": "r"}
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:2: chosen_probability is .*: needs a number from 0 to 1"
+    ):
+        load_pairs(write(row, row | {"chosen_probability": p}), tokenizer, 8, "drop")
+
+
+def test_load_pairs_keeps_the_labels_of_rows_that_share_a_line(tmp_path, tokenizer):
+    path = tmp_path / "a.json"  # where names the line, so it does not tell these rows apart
+    rows = [{"chosen": "c", "rejected": "r", "margin": m, "chosen_probability": m / 4}
+            for m in (1, 2)]  # fmt: skip
+    path.write_text(json.dumps(rows))
+    pairs, _ = load_pairs(path, tokenizer, 8, "drop")
+    assert [(pair.margin, pair.chosen_probability) for pair in pairs] == [(1.0, 0.25), (2.0, 0.5)]
+
+
 @pytest.mark.parametrize("margin", ["1", True, [1], 10**400])
 def test_load_pairs_refuses_a_margin_that_is_no_finite_number(write, tokenizer, margin):
     row = {"chosen": "c", "rejected": "r"}
