@@ -6,7 +6,7 @@ import pytest
 
 from minirlhf.data import Pair, Prompt, Text, load_pairs, load_prompts, load_texts
 from minirlhf.errors import UserError
-from minirlhf.sieve import Report
+from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 
 EOS = 0
@@ -435,3 +435,14 @@ def test_report_prints_one_block():
         "  cut:      3 to max_length",
         "  note:     margin missing in 2 rows: they count as 0",
     ]
+
+
+@pytest.mark.parametrize("wrong", [{"margin": "x"}, {"chosen_probability": 1.5}])
+def test_load_pairs_leaves_out_a_row_with_a_bad_label(write, tokenizer, wrong):
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    path = write(pair, pair | wrong, pair | {"margin": 2, "chosen_probability": 0.25})
+    pairs, report = load_pairs(path, tokenizer, 8, "drop", policy=RowPolicy("skip"))
+    assert [(p.margin, p.chosen_probability) for p in pairs] == [(0.0, 1.0), (2.0, 0.25)]
+    ((where, reason, _),) = report.rejected_rows
+    assert where == f"{path}:2"
+    assert reason.startswith(f"{next(iter(wrong))} is {next(iter(wrong.values()))!r}: needs a ")

@@ -1,12 +1,14 @@
 """Ranked lists: each kind of row -> responses best first and their ranks, and every refusal."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from minirlhf.data import Pair
 from minirlhf.errors import UserError
 from minirlhf.rankings import Ranking, load_preferences, load_rankings
+from minirlhf.sieve import LeftOut, RowPolicy
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 
 EOS = 0
@@ -201,3 +203,63 @@ def test_load_preferences_tells_pairs_from_lists(write, tokenizer):
     assert answers(found) == [["a"], ["b"]]
     with pytest.raises(UserError, match=r"no known format: .* prompt with responses, best first"):
         load_preferences(write({"x": 1}), tokenizer, 8, "drop")
+
+
+# ---- rows that are left out ----------------------------------------------------------------------
+
+
+TIED = LISTED | {"ranks": [1, 1, 1]}
+RANKED = LISTED | {"ranks": [1, 2, 3]}
+
+
+def test_load_preferences_leaves_out_malformed_lists(write, tokenizer):
+    # the first row is of no known kind, so the second one tells what the file is
+    path = write({"x": 1}, RANKED, RANKED | {"ranks": [0, 1, 2]}, TIED, LISTED, RANKED)
+    lists, report = load_preferences(path, tokenizer, 8, "drop", policy=RowPolicy("skip"))
+    assert [each.where for each in lists] == [f"{path}:2", f"{path}:6"]
+    assert [type(each) for each in lists] == [Ranking, Ranking]
+    assert (report.rows, report.kept, report.dropped) == (6, 2, {"all responses tie": 1})
+    assert report.dropped_rows == [LeftOut(f"{path}:4", "all responses tie")]
+    where, reason, raw = zip(*report.rejected_rows, strict=True)
+    assert where == (f"{path}:1", f"{path}:3", f"{path}:5")
+    assert reason[0].startswith("columns of no known format: x (a number)")
+    assert reason[1].startswith("ranks[0] is 0: needs an integer from 1, best; detected: ranked")
+    assert reason[2].startswith("has none of ranks, scores, best, choice, unlike the first row")
+    assert raw[0] == '{"x": 1}'
+
+
+def test_load_preferences_refuses_too_many_lists_left_out(write, tokenizer):
+    path = write(RANKED, TIED, {"x": 1}, RANKED)
+    half, less = (RowPolicy("skip", max_drop=share) for share in (0.5, 0.49))
+    assert len(load_preferences(path, tokenizer, 8, "drop", policy=half)[0]) == 2
+    with pytest.raises(UserError, match=r"2 of 4 rows are left out, max_drop is 0.49: dropped: 1"):
+        load_preferences(path, tokenizer, 8, "drop", policy=less)
+
+
+def test_load_preferences_refuses_a_file_of_no_preferences(write, tokenizer):
+    with pytest.raises(UserError, match=r"no row left of 2: rejected: 2 \(first: .*a.jsonl:1: "):
+        load_preferences(write({"x": 1}, {}), tokenizer, 8, "drop", policy=RowPolicy("skip"))
+
+
+def test_load_rankings_allows_an_empty_prompt_where_that_is_asked_for(write, tokenizer):
+    policy = RowPolicy(allow_empty_prompt=True)
+    (found,), _ = load_rankings(write(LISTED | {"prompt": ""}), tokenizer, 8, "drop", policy=policy)
+    assert (found.prompt_ids, answers(found)) == ([], [["a"], ["b"], ["c"]])
+    (found,), _ = load_rankings(write(QUERY | {"query": []}), tokenizer, 8, "drop", policy=policy)
+    assert found.prompt_ids == []
+    with pytest.raises(UserError, match=r"responses\[0\] is empty"):
+        load_rankings(write(LISTED | {"responses": ["", "a"]}), tokenizer, 8, "drop", policy=policy)
+
+
+def test_load_rankings_finishes_each_list(write, tokenizer):
+    def finish(ranking):
+        if len(ranking.responses) < 3:
+            raise UserError(ranking.where, "is short")
+        return replace(ranking, columns={"seen": True})
+
+    short = LISTED | {"responses": ["a", "b"]}
+    lists, report = load_rankings(
+        write(LISTED, short), tokenizer, 8, "drop", policy=RowPolicy("skip"), finish=finish
+    )
+    assert [each.columns for each in lists] == [{"seen": True}]
+    assert [row.reason for row in report.rejected_rows] == ["is short"]
