@@ -17,9 +17,11 @@ from minirlhf.hf_config import config_from_hf
 from minirlhf.preferences import without_eos
 from minirlhf.pretrained import load_pretrained, load_reward_model, save_pretrained
 from minirlhf.recipes import reward as recipe
+from minirlhf.recipes.ppo import PPOConfig
 from minirlhf.recipes.reward import RewardConfig, load_start, write_model
 from minirlhf.reward_eval import evaluate
-from minirlhf.rewards import Completions, load_reward
+from minirlhf.reward_sources import load_reward
+from minirlhf.rewards import Completions
 from minirlhf.run import Run
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, initialize
@@ -305,12 +307,13 @@ def test_whoever_loads_a_normalised_ensemble_sees_its_scores(base, ensemble, cap
     assert main(["score", "--model", str(ensemble / "model"), "--data", base[2]]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["chosen_score"] for row in rows] == pytest.approx(result.chosen.tolist(), abs=1e-5)
-    source = load_reward(str(ensemble / "model"), tokenizer, torch.float32, "cpu", 4096)
+    config = PPOConfig(reward=(str(ensemble / "model"),))
+    source = load_reward(config, tokenizer, torch.float32, "cpu", 4096)
     batch = Completions(
         [""] * 3, [p.prompt_ids for p in pairs], [""] * 3, [p.chosen_ids for p in pairs],
         ["eos"] * 3, {},
     )  # fmt: skip
-    torch.testing.assert_close(source(batch), result.chosen, rtol=0, atol=1e-5)
+    torch.testing.assert_close(source(batch).total, result.chosen, rtol=0, atol=1e-5)
 
 
 def test_card_is_of_the_model_that_is_written(base, ensemble):
