@@ -14,6 +14,7 @@ _PUBLIC = {
     "kl": ("kl_k1", "kl_k2", "kl_k3", "AdaptiveKL"),
     "losses": (
         "bradley_terry_loss",
+        "plackett_luce_loss",
         "preference_accuracy",
         "dpo_loss",
         "clipped_surrogate",

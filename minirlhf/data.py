@@ -12,7 +12,16 @@ from typing import NamedTuple, TypeVar
 
 from minirlhf.encoding import Parts, encode, fit
 from minirlhf.errors import UserError, printable
-from minirlhf.formats import Format, Messages, Part, margin, pair_format, prompt_format, text_format
+from minirlhf.formats import (
+    Format,
+    Messages,
+    Part,
+    chosen_probability,
+    margin,
+    pair_format,
+    prompt_format,
+    text_format,
+)
 from minirlhf.rows import Row, read_rows
 from minirlhf.sieve import STRICT, Report, RowPolicy, Sieve
 from minirlhf.tokenizer import Tokenizer
@@ -20,6 +29,7 @@ from minirlhf.tokenizer import Tokenizer
 T = TypeVar("T")
 
 OVERLONG = ("drop", "truncate_prompt_left", "truncate_response", "error")
+PAIR_LABELS = {"margin": 0.0, "chosen_probability": 1.0}  # optional columns, and what none means
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Pair:
         margin: by how much chosen should win, in reward units; 0 where the row has none.
         where: "file:line".
         columns: the row's other columns.
+        chosen_probability: that chosen is the better one, in [0, 1]; 1 where the row has none.
     """
 
     prompt_ids: list[int]
@@ -39,6 +50,15 @@ class Pair:
     margin: float
     where: str
     columns: dict
+    chosen_probability: float = 1.0
+
+    @property
+    def responses(self) -> list[list[int]]:
+        return [self.chosen_ids, self.rejected_ids]
+
+    @property
+    def ranks(self) -> list[int]:
+        return [1, 2]
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,9 @@ class Text:
     columns: dict
 
 
-class _Example(NamedTuple):
+class Encoded(NamedTuple):
+    """A row in tokens, of which a loader makes its example."""
+
     row: Row
     prompt: Part | None  # as it stood in the file
     prompt_ids: list[int]
@@ -108,19 +130,36 @@ def load_pairs(
             allows, or an illegal setting.
     """
     sieve = Sieve(policy)
-    split = split_rows(path, pair_format, sieve, columns, also=margin)
+    split = split_rows(path, pair_format, sieve, columns, also=pair_labels)
 
-    def make(e: _Example) -> Pair:
-        others = {key: value for key, value in e.columns.items() if key != "margin"}
-        return Pair(e.prompt_ids, *e.responses, margin(e.row) or 0.0, e.row.where, others)
+    def make(e: Encoded) -> Pair:
+        by, probability = pair_labels(e.row)
+        others = {key: value for key, value in e.columns.items() if key not in PAIR_LABELS}
+        probability = 1.0 if probability is None else probability
+        return Pair(e.prompt_ids, *e.responses, by or 0.0, e.row.where, others, probability)
 
-    pairs, report = _load(path, split, make, finish, tokenizer, max_length, overlong, sieve)
-    missing = sum(margin(row) is None for row, _ in split.rows)
-    if missing < len(split.rows):
-        report.detected = report.detected.replace("rejected)", "rejected, margin)")
-        if missing:
-            report.notes.append(f"margin missing in {missing:,} rows: they count as 0")
+    pairs, report = load_examples(
+        path, split, make, finish, tokenizer, max_length, overlong, sieve, _equal_sides
+    )
+    labels, named = [pair_labels(row) for row, _ in split.rows], []
+    for (name, default), values in zip(PAIR_LABELS.items(), zip(*labels, strict=True), strict=True):
+        missing = sum(value is None for value in values)
+        named += [name] if missing < len(labels) else []
+        if 0 < missing < len(labels):
+            report.notes.append(f"{name} missing in {missing:,} rows: they count as {default:g}")
+    report.detected = report.detected.replace("rejected)", ", ".join(["rejected", *named]) + ")")
+    if unlikely := sum(pair.chosen_probability < 0.5 for pair in pairs):
+        report.notes.append(f"chosen_probability below 1/2 in {unlikely:,} rows: rejected leads")
     return pairs, report
+
+
+def pair_labels(row: Row) -> tuple[float | None, float | None]:
+    """A row's numbers of PAIR_LABELS, in their order; raises a UserError where one is no label."""
+    return margin(row), chosen_probability(row)
+
+
+def _equal_sides(row: Row, responses: list[list[int]]) -> str | None:
+    return "chosen equals rejected" if responses[0] == responses[1] else None
 
 
 def load_prompts(
@@ -139,13 +178,13 @@ def load_prompts(
     sieve = Sieve(policy)
     split = split_rows(path, prompt_format, sieve, columns)
 
-    def make(e: _Example) -> Prompt:
+    def make(e: Encoded) -> Prompt:
         text = e.prompt
         if isinstance(text, list) and isinstance(text[0], int):
             text = tokenizer.decode(text, skip_special=False) if tokenizer else ""
         return Prompt(e.prompt_ids, text, e.row.where, e.columns)
 
-    return _load(path, split, make, finish, tokenizer, max_length, overlong, sieve)
+    return load_examples(path, split, make, finish, tokenizer, max_length, overlong, sieve)
 
 
 def load_texts(
@@ -161,11 +200,11 @@ def load_texts(
     sieve = Sieve(policy)
     split = split_rows(path, text_format, sieve, columns)
 
-    def make(e: _Example) -> Text:
+    def make(e: Encoded) -> Text:
         length = 0 if e.prompt is None else len(e.prompt_ids)
         return Text(e.prompt_ids + e.responses[0], length, e.row.where, e.columns)
 
-    return _load(path, split, make, finish, tokenizer, max_length, overlong, sieve)
+    return load_examples(path, split, make, finish, tokenizer, max_length, overlong, sieve)
 
 
 # ---------------------------------------------------------------------------- a file, taken apart
@@ -196,7 +235,7 @@ def split_rows(
     Raises:
         UserError: a fault in a row that the sieve does not take, or no row left.
     """
-    rows = list(_renamed(read_rows(path, sieve), columns or {}, sieve))
+    rows = list(renamed(read_rows(path, sieve), columns or {}, sieve))
     total, form, split = len(rows) + len(sieve.rejected), None, []
     for row in rows:
         try:
@@ -211,7 +250,8 @@ def split_rows(
     return Split(form, split, total)
 
 
-def _renamed(rows: Iterator[Row], columns: dict[str, str], sieve: Sieve) -> Iterator[Row]:
+def renamed(rows: Iterator[Row], columns: dict[str, str], sieve: Sieve) -> Iterator[Row]:
+    """Rows under the legal names of their columns; the sieve takes those that lack one."""
     for row in rows:
         values = {k: v for k, v in row.columns.items() if k not in columns.values()}
         lacking = [name for name, source in columns.items() if source not in row.columns]
@@ -227,16 +267,24 @@ def _renamed(rows: Iterator[Row], columns: dict[str, str], sieve: Sieve) -> Iter
 # -------------------------------------------------------------------------------- parts, in tokens
 
 
-def _load(
+def load_examples(
     path: str | Path,
     split: Split,
-    make: Callable[[_Example], T],
+    make: Callable[[Encoded], T],
     finish: Callable[[T], T] | None,
     tokenizer: Tokenizer | None,
     max_length: int | None,
     overlong: str,
     sieve: Sieve,
+    drop: Callable[[Row, list[list[int]]], str | None] | None = None,
 ) -> tuple[list[T], Report]:
+    """Examples of a file's rows; what is not said here as in `load_pairs`.
+
+    Args:
+        make: a row and its ids -> the example.
+        sieve: that of `split_rows`.
+        drop: row, ids of its responses as they would be trained -> why it is dropped, or None.
+    """
     if overlong not in OVERLONG:
         raise UserError("overlong", f"is {overlong!r}", f"legal: {', '.join(OVERLONG)}")
     if max_length is not None and max_length < 1:
@@ -255,13 +303,13 @@ def _load(
                 what = f"{length} tokens, max_length is {max_length}"
                 raise UserError(row.where, what, "shorten the row, or choose another overlong")
             prompt_ids, responses, why = fit(prompt_ids, responses, max_length, overlong, lead)
-        if why is None and len(responses) == 2 and responses[0] == responses[1]:
-            why = "chosen equals rejected"
+        if why is None and drop is not None:
+            why = drop(row, responses)
         if why is not None:
             report.drop(row.where, why)
             continue
         others = {k: v for k, v in row.columns.items() if k not in split.form.used}
-        example = make(_Example(row, prompt, prompt_ids, responses, others))
+        example = make(Encoded(row, prompt, prompt_ids, responses, others))
         try:
             examples.append(example if finish is None else finish(example))
         except UserError as error:

@@ -3,6 +3,7 @@
 An answer ends with eos, unless it is cut to fit: then its text does not end there.
 """
 
+from itertools import islice
 from pathlib import Path
 
 from minirlhf.errors import UserError
@@ -55,10 +56,11 @@ def _encode_strings(
     """Ids of all rows at once, which takes the tokenizer least time; [] if they are dialogues."""
     if not isinstance(parts[0][-1], str):
         return []
-    prompts, *answers = zip(*parts, strict=True)
+    prompts = [prompt for prompt, *_ in parts]
     heads = [lead] * len(parts) if prompts[0] is None else tokenizer.encode_batch(prompts)
-    tails = [tokenizer.encode_batch(texts, bos=False) for texts in answers]
-    return list(zip(heads, *tails, strict=True))
+    answers = [text for _, *texts in parts for text in texts]  # lists may differ in length
+    tails = iter(tokenizer.encode_batch(answers, bos=False))
+    return [(head, *islice(tails, len(part) - 1)) for head, part in zip(heads, parts, strict=True)]
 
 
 def _dialogue(row: Row, part: tuple[Messages, ...], tokenizer: Tokenizer) -> tuple[list[int], ...]:

@@ -121,13 +121,12 @@ def _ids(row: Row, key: str, mask: str | None = None, may_be_empty: bool = False
     return value
 
 
-def margin(row: Row) -> float | None:
-    """The row's margin in reward units, None where it has none.
+def _optional_number(row: Row, key: str, low: float, high: float, legal: str) -> float | None:
+    """A column's number from low to high, None where it has none.
 
-    Raises:
-        UserError: not a finite float32. A table that is all text (CSV) may spell one.
+    A table that is all text (CSV) may spell one, and leave its cell empty.
     """
-    value = row.columns.get("margin")
+    value = row.columns.get(key)
     if value is None or (value == "" and not row.typed):
         return None
     try:
@@ -136,10 +135,29 @@ def margin(row: Row) -> float | None:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not abs(number) <= LARGEST:
-        got = f"is {printable(repr(value), 40)}"
-        raise UserError(row.where, f"margin {got}", "needs a finite number, or no margin")
+    if not low <= number <= high:
+        raise UserError(row.where, f"{key} is {printable(repr(value), 40)}", legal)
     return number
+
+
+def margin(row: Row) -> float | None:
+    """The row's margin in reward units, None where it has none.
+
+    Raises:
+        UserError: not a finite float32.
+    """
+    legal = "needs a finite number, or no margin"
+    return _optional_number(row, "margin", -LARGEST, LARGEST, legal)
+
+
+def chosen_probability(row: Row) -> float | None:
+    """The probability that the row's chosen answer is the better one, None where it has none.
+
+    Raises:
+        UserError: not a number from 0 to 1.
+    """
+    legal = "needs a number from 0 to 1, or no chosen_probability"
+    return _optional_number(row, "chosen_probability", 0.0, 1.0, legal)
 
 
 def _kind(value: object) -> str:
@@ -251,7 +269,8 @@ def pair_format(row: Row, empty_prompt: bool = False) -> Format:
             detected = "preference pairs (chosen, rejected)"
             return Format(detected, both, lambda row: (None, *whole(row)), absent=("prompt",))
     legal = "chosen and rejected with or without prompt (all strings or all messages), or ids in "
-    raise _unknown(row, legal + " | ".join(f"{pair[1]}, {pair[3]}" for pair in ID_PAIRS))
+    ids = " | ".join(f"{pair[1]}, {pair[3]}" for pair in ID_PAIRS)
+    raise _unknown(row, f"{legal}{ids} | prompt with responses, best first")
 
 
 # ------------------------------------------------------------------------------- prompts and texts

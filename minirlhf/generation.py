@@ -32,8 +32,8 @@ class Sampling:
     top_p: float = 1.0  # keep the fewest tokens whose mass reaches p (arXiv:1904.09751)
     min_p: float = 0.0  # keep tokens at least this fraction of the best (arXiv:2407.01082)
     repetition_penalty: float = 1.0  # of tokens already in the row (arXiv:1909.05858, sec. 4.1)
-    min_new_tokens: int = 0  # no eos can be drawn before so many
     stop_strings: tuple[str, ...] = ()
+    min_new_tokens: int = 0  # no eos can be drawn before so many
 
     def __post_init__(self):
         legal = {

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minirlhf.errors import UserError
 from minirlhf.support import Support
 from minirlhf.transformer import CausalLM, Decoder
 
@@ -282,17 +283,38 @@ class RewardModel(nn.Module):
     Hugging Face calls it `…ForSequenceClassification` with one label, and that is how it is saved.
     Where the tokenizer has no token to spare for padding, Hugging Face pads with eos and reads the
     score before it; `read_before_eos` says that this model was trained on texts without their eos.
+
+    Several heads on the trunk are an ensemble, whose score is a lower confidence bound: texts on
+    which the heads disagree are scored lower, since there a policy finds what only looks good.
+    Coste et al. 2023 (arXiv:2310.02743) penalise the variance; the deviation has the scores' unit.
+
+        score = (mean - lcb_coef · std - reward_mean) / reward_std
+        mean, std of the heads' scores, of the population; reward_mean, reward_std as stored
+
+    Args:
+        heads: >= 1.
+        lcb_coef: >= 0 standard deviations; 0 for a single head.
     """
 
-    def __init__(self, lm: CausalLM, read_before_eos: bool = False):
+    def __init__(
+        self, lm: CausalLM, read_before_eos: bool = False, heads: int = 1, lcb_coef: float = 0.0
+    ):
         super().__init__()
+        if heads < 1 or lcb_coef < 0 or (heads == 1 and lcb_coef):
+            raise ValueError(
+                f"heads is {heads} and lcb_coef {lcb_coef}: at least 1 head and a lcb_coef of 0 "
+                "or more are legal, 0 for a single head, which disagrees with nobody"
+            )
         self.config = lm.config
         self.read_before_eos = read_before_eos
+        self.heads, self.lcb_coef = heads, lcb_coef
+        self.reward_mean, self.reward_std = 0.0, 1.0
         self.model = lm.model
-        self.score = nn.Linear(lm.config.hidden_size, 1, bias=False).to(lm.unembedding)
+        self.score = nn.Linear(lm.config.hidden_size, heads, bias=False).to(lm.unembedding)
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """tokens (B, T) left-aligned; lengths (B,) in 1..T. The score of each row's last token."""
+    def head_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """tokens (B, T) left-aligned; lengths (B,) in 1..T. What each head says of each row's last
+        token: (B, heads), not normalised."""
         if lengths.shape != tokens.shape[:1]:
             raise ValueError(
                 f"lengths is {tuple(lengths.shape)}, tokens is {tuple(tokens.shape)}: "
@@ -301,14 +323,47 @@ class RewardModel(nn.Module):
         hidden = self.model(tokens, lengths=lengths)
         last = response_states(hidden, lengths, 1)[:, 0]  # (B, D): index length - 1
         wide = widened(hidden.dtype)
-        return F.linear(last.to(wide), self.score.weight.to(wide)).squeeze(-1)
+        return F.linear(last.to(wide), self.score.weight.to(wide))
+
+    def combine(self, each: Tensor) -> Tensor:
+        """(B, heads) -> scores (B,)."""
+        if self.heads == 1:
+            score = each.squeeze(-1)
+        else:
+            score = each.mean(1) - self.lcb_coef * each.std(1, correction=0)
+        return (score - self.reward_mean) / self.reward_std
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        return self.combine(self.head_scores(tokens, lengths))
 
 
-def initialize_score(model: RewardModel, rng: torch.Generator) -> RewardModel:
-    """Head drawn from N(0, 1/(D + 1)), as Stiennon et al. 2020 (arXiv:2009.01325); same model."""
+def initialize_score(model: RewardModel, *rngs: torch.Generator) -> RewardModel:
+    """Heads drawn from N(0, 1/(D + 1)), as Stiennon et al. 2020 (arXiv:2009.01325), each from a
+    generator of its own; same model."""
     std = (model.config.hidden_size + 1) ** -0.5
     with torch.no_grad():
-        model.score.weight.normal_(0.0, std, generator=rng)
+        for head, rng in zip(model.score.weight, rngs, strict=True):
+            head.normal_(0.0, std, generator=rng)
+    return model
+
+
+def normalize_scores(model: RewardModel, mean: float, std: float) -> RewardModel:
+    """Makes scores that had this mean and standard deviation have 0 and 1; same model.
+
+    As Ziegler et al. 2019 (arXiv:1909.08593): a policy then meets the same scale whatever the
+    reward model. The scale goes into the heads' weights, where other tools see it too; a head
+    without bias has no room for the mean, so that stays beside them.
+
+    Raises:
+        ValueError: std is not above 0.
+    """
+    if not std > 0:
+        raise ValueError(f"std is {std}: scores that are all alike cannot be normalised")
+    scale = model.reward_std * std
+    with torch.no_grad():
+        model.score.weight.div_(scale)
+    model.reward_mean = (model.reward_mean + mean * model.reward_std) / scale
+    model.reward_std = 1.0
     return model
 
 
@@ -318,17 +373,25 @@ def critic_from_reward_model(
     """A critic with a trunk of its own, a copy of the reward model (arXiv:2403.17031, sec. 4).
 
     The first value of a state is the score of the text so far, which foretells the final score
-    from the first token on; a head that starts from zero has to learn that first.
+    from the first token on; a head that starts from zero has to learn that first. The mean of an
+    ensemble and what normalises a score are linear, so they go into the one head.
 
     Args:
         lm: the policy.
         reward_model: of the same tokenizer; it is copied and stays as it is.
         trainable: False freezes the critic.
+    Raises:
+        UserError: the score is the lower bound of an ensemble, which is not linear in the state.
     """
+    if reward_model.lcb_coef:
+        what = f"is an ensemble with a lcb_coef of {reward_model.lcb_coef}, a critic has one head"
+        raise UserError("--critic", what, "give a reward model of one head, or of lcb_coef 0")
     policy = ValueHeadModel(lm, copy.deepcopy(reward_model.model))
     policy.v_head.to(reward_model.score.weight)
     with torch.no_grad():
-        policy.v_head.weight.copy_(reward_model.score.weight)
+        head = reward_model.score.weight.mean(0, keepdim=True)
+        policy.v_head.weight.copy_(head / reward_model.reward_std)
+        policy.v_head.bias.fill_(-reward_model.reward_mean / reward_model.reward_std)
     for part in (policy.critic, policy.v_head):
         part.requires_grad_(trainable)
     return policy

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from minirlhf.masking import _grad_where_finite, _is_vector, _same_shape, _upcast
+from minirlhf.masking import (
+    _grad_where_finite,
+    _is_mask,
+    _is_matrix,
+    _is_vector,
+    _same_shape,
+    _upcast,
+)
 
 
 class Accuracy(NamedTuple):
@@ -37,20 +44,33 @@ class ValueLoss(NamedTuple):
 
 
 def bradley_terry_loss(
-    chosen_rewards: Tensor, rejected_rewards: Tensor, margin: float | Tensor = 0.0
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    margin: float | Tensor = 0.0,
+    chosen_probability: float | Tensor = 1.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Reward-model loss per pair. Ouyang et al. 2022 (arXiv:2203.02155), eq. 1; margin: Touvron et
-    al. 2023 (arXiv:2307.09288), eq. 2.
+    al. 2023 (arXiv:2307.09288), eq. 2; label smoothing: Wang et al. 2024 (arXiv:2401.06080), of
+    which a probability for each pair is the general form.
 
-        loss = -log sigmoid(chosen_rewards - rejected_rewards - margin)
+        d = chosen_rewards - rejected_rewards - margin
+        loss = -q log sigmoid(d) - (1 - q) log sigmoid(-d)
+        q = p (1 - e) + (1 - p) e,   p = chosen_probability, e = label_smoothing
+
+    It is smallest where sigmoid(d) = q, so neither an unsure nor a smoothed label asks for d
+    without bound.
 
     Args:
         chosen_rewards, rejected_rewards: (N,) reward units; carry the gradient.
         margin: reward units, one for all pairs or (N,): by how much chosen should win.
+        chosen_probability: that chosen is the better one, in [0, 1]; one for all pairs or (N,).
+        label_smoothing: probability that a label is wrong, in [0, 0.5).
     Returns:
-        (N,) nats, finite for any finite difference.
+        (N,) nats, finite for any finite difference; at 1 and without smoothing for an infinite one
+        too, if it is the right way round.
     Raises:
-        ValueError: shapes differ or are not (N,).
+        ValueError: shapes differ or are not (N,), or a probability is out of its range.
 
     >>> from torch import tensor
     >>> bradley_terry_loss(tensor([2.0, 2.0]), tensor([2.0, 1.0]), tensor([0.0, 1.0]))  # log 2
@@ -61,7 +81,53 @@ def bradley_terry_loss(
     if isinstance(margin, Tensor):
         _same_shape(chosen_rewards=chosen_rewards, margin=margin)
         margin = _upcast(margin)
-    return -logsigmoid(_upcast(chosen_rewards) - _upcast(rejected_rewards) - margin)
+    if isinstance(chosen_probability, Tensor):
+        _same_shape(chosen_rewards=chosen_rewards, chosen_probability=chosen_probability)
+    _is_smoothing(label_smoothing)
+    difference = _upcast(chosen_rewards) - _upcast(rejected_rewards) - margin
+    p = torch.as_tensor(chosen_probability).to(difference)
+    if not bool(((p >= 0) & (p <= 1)).all()):  # NaN is refused too
+        raise ValueError(f"chosen_probability is {p.tolist()}: 0 to 1 is legal")
+    q = p * (1 - label_smoothing) + (1 - p) * label_smoothing
+    # A label that is certain leaves the other term out: 0 times infinity would be NaN.
+    right = torch.where(q > 0, -q * logsigmoid(difference), 0)
+    return right + torch.where(q < 1, -(1 - q) * logsigmoid(-difference), 0)
+
+
+def plackett_luce_loss(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
+    """Loss of a ranked list. Plackett 1975, "The analysis of permutations"; Luce 1959,
+    "Individual choice behavior": the list is made by choosing the best, again and again, of
+    what is left.
+
+        loss = sum_i (log sum_{j in S_i} exp(s_j) - s_i),   S_i = {i} and all that rank behind i
+
+    Without ties this is minus the log-likelihood of the order, and of two responses it is
+    Bradley-Terry's loss. Responses that tie are never compared with each other: by Luce's axiom
+    softmax over S_i is the probability that i is the best of S_i whatever else there is, so each
+    term stays true and their sum is a composite likelihood. A choice of the best of n, the others
+    all tied behind it, gives the cross-entropy of softmax over n: the first factor alone.
+
+    Args:
+        scores: (N, K) reward units; carry the gradient.
+        ranks: (N, K) integers, smaller is better; only their order counts.
+        mask: (N, K) bool, True = a response; lists may be of different lengths.
+    Returns:
+        (N,) nats, a sum over a list's responses; 0 where nothing ranks behind anything.
+    Raises:
+        ValueError: shapes differ or are not (N, K), or mask is not bool.
+
+    >>> from torch import ones, tensor
+    >>> plackett_luce_loss(tensor([[2.0, 1.0]]), tensor([[1, 2]]), ones(1, 2).bool())
+    tensor([0.3133])
+    """
+    _same_shape(scores=scores, ranks=ranks, mask=mask)
+    _is_matrix(scores=scores)
+    _is_mask(mask=mask)
+    scores = torch.where(mask, _upcast(scores), 0)
+    ahead = scores[:, None, :] - scores[:, :, None]  # (N, K, K): s_j - s_i
+    behind = (ranks[:, None, :] > ranks[:, :, None]) & mask[:, None, :] & mask[:, :, None]
+    among = behind | torch.eye(scores.shape[1], dtype=torch.bool, device=mask.device)
+    return torch.where(among, ahead, -math.inf).logsumexp(2).sum(1)
 
 
 def preference_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Accuracy:
@@ -128,8 +194,7 @@ def dpo_loss(
     _is_vector(policy_chosen=policy_chosen)
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta is {beta}: a finite number above 0 is needed")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}: at least 0 and below 0.5 is legal")
+    _is_smoothing(label_smoothing)
     chosen_rewards = beta * (_upcast(policy_chosen) - _upcast(ref_chosen).detach())
     rejected_rewards = beta * (_upcast(policy_rejected) - _upcast(ref_rejected).detach())
     margin = chosen_rewards - rejected_rewards
@@ -238,3 +303,8 @@ def clipped_value_loss(
 def _not_negative(name: str, value: float) -> None:
     if not value >= 0:  # NaN is refused too
         raise ValueError(f"{name} is {value}: 0 or more is legal")
+
+
+def _is_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}: at least 0 and below 0.5 is legal")

@@ -335,26 +335,27 @@ TRAINING = ("load", "loss", "step", "evaluate", "save")
 
 def reward_plan(
     settings: TrainingSettings, model: ModelConfig, longest: int, dtype: torch.dtype, held: int,
-    held_out: int = 0,
+    held_out: int = 0, texts: int = 2,
 ) -> Plan:  # fmt: skip
     """Of a reward model's training.
 
     Args:
-        longest: tokens of the longest row, a prompt with one of its answers.
+        longest: tokens of the longest text, a prompt with one of its answers.
         held: as in `ppo_plan`.
-        held_out: pairs of the largest held-out set.
+        held_out: pairs or lists of the largest held-out set.
+        texts: of the longest list, which stay in one micro-batch; 2 for pairs.
     """
     rank, most = settings.lora_rank, settings.micro_batch_tokens
-    # Pairs are cut by half of the tokens, and both rows of a pair are in one micro-batch.
-    cells = 2 * largest_cells(settings.batch_size, longest, most // 2)
-    evaluated = 2 * largest_cells(held_out, longest, most // 2) if held_out else 0
+    one = texts * longest
+    cells = largest_cells(settings.batch_size, one, most)
+    evaluated = largest_cells(held_out, one, most) if held_out else 0
     passing = passing_per_token(model, dtype, rank)
     kept = kept_per_token(model, dtype, rank, settings.gradient_checkpointing)
     count = trunk_parameters(model)
-    fewer = "lower --micro-batch-tokens" if cells > 2 * longest else "lower --max-length"
+    fewer = "lower --micro-batch-tokens" if cells > one else "lower --max-length"
     parts = [
         *_trained(model, count, 0, dtype, rank, TRAINING,
-                  settings.batch_size * longest > most // 2, unembeds=False),
+                  settings.batch_size * one > most, unembeds=False),
         Part("activations", cells * kept, f"{cells:,} tokens x {kept:,} B", ("loss",), fewer),
         Part("backward pass", cells * passing, f"{cells:,} tokens x {passing:,} B, of one layer",
              ("loss",), fewer),

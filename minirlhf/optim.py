@@ -145,23 +145,30 @@ def update_or_skip(
     return seen
 
 
-def cut_by_tokens(lengths: Tensor, max_rows: int, max_tokens: int) -> list[Tensor]:
+def cut_by_tokens(
+    lengths: Tensor, max_rows: int, max_tokens: int, texts: Tensor | None = None
+) -> list[Tensor]:
     """Sorts rows by length and cuts them so that little of a micro-batch is padding.
 
     Args:
-        lengths: (B,) tokens of each row.
+        lengths: (B,) tokens of each row, of its longest text where it has several.
         max_rows: most rows of a micro-batch.
-        max_tokens: most cells, rows times longest row; a longer single row stands alone.
+        max_tokens: most cells, texts times longest text; a larger single row stands alone.
+        texts: (B,) texts of each row, which stay together; None: one each.
     Returns:
         Index tensors (b,), which together hold every row once, shortest first.
     """
     longest, order = torch.sort(lengths, stable=True)
+    counts = [1] * len(order) if texts is None else texts[order].tolist()
     sizes: list[int] = []  # rows of each micro-batch
-    for length in longest.tolist():
-        if sizes and sizes[-1] < max_rows and (sizes[-1] + 1) * length <= max_tokens:
+    held = 0  # texts of the last one
+    for length, count in zip(longest.tolist(), counts, strict=True):
+        if sizes and sizes[-1] < max_rows and (held + count) * length <= max_tokens:
             sizes[-1] += 1
+            held += count
         else:
             sizes.append(1)
+            held = count
     return list(order.split(sizes))
 
 

@@ -33,6 +33,8 @@ PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")  # torch's zip, or a bare on
 DATA_END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,20})')
 LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d{1,9})\.")
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be
+REWARD_KEYS = ("reward_heads", "reward_lcb_coef", "reward_mean", "reward_std")  # of config.json
+LARGEST = 1e30  # of a number there
 VALUE_HEAD = {"weight": "v_head.summary.weight", "bias": "v_head.summary.bias"}  # TRL's names
 
 
@@ -330,20 +332,47 @@ def _described(
             "has no 'score.weight': not a reward model",
             "train one with `minirlhf reward`, or give a folder with a score head",
         )
-    if reward and score.shape[:1] != (1,):
-        raise UserError(
-            folder,
-            f"'score.weight' is {tuple(score.shape)}",
-            "a reward model has one output: shape (1, hidden_size)",
-        )
     with torch.device("meta"):
         module: CausalLM | RewardModel = CausalLM(config)
         if reward:
-            module = RewardModel(module, bool(config.source.get("read_before_eos", False)))
+            module = _reward_model(module, score, folder)
     if config.tied_embeddings and not reward:
         stored = tensors.pop("lm_head.weight", None)
     _check(module, tensors, folder)
     return module, tensors, stored
+
+
+def _reward_model(lm: CausalLM, score: Tensor, folder: Path) -> RewardModel:
+    """Its head, or heads where config.json says that they are an ensemble, and what normalises it.
+
+    Raises:
+        UserError: several labels, whose average is no reward; a key that does not fit.
+    """
+    source, where = lm.config.source, folder / "config.json"
+    heads = source.get("reward_heads", 1)
+    if type(heads) is not int or heads < 1:
+        raise UserError(
+            f"{where}: reward_heads", f"is {printable(repr(heads), 80)}", "needs an integer from 1"
+        )
+    if score.shape[:1] != (heads,):
+        legal = "one output: shape (1, hidden_size)" if heads == 1 else f"{heads} outputs"
+        what = f"'score.weight' is {tuple(score.shape)}"
+        raise UserError(folder, what, f"a reward model has {legal}")
+    numbers = {"reward_lcb_coef": 0.0, "reward_mean": 0.0, "reward_std": 1.0}
+    for key, default in numbers.items():
+        value = numbers[key] = source.get(key, default)
+        got = f"is {printable(repr(value), 80)}"
+        if type(value) not in (int, float) or not abs(value) <= LARGEST:
+            raise UserError(f"{where}: {key}", got, "needs a finite number")
+    lcb_coef, mean, std = numbers.values()
+    if lcb_coef < 0 or (lcb_coef and heads == 1):
+        legal = "0 for a single head, else 0 or more"
+        raise UserError(f"{where}: reward_lcb_coef", f"is {lcb_coef}", legal)
+    if not std > 0:
+        raise UserError(f"{where}: reward_std", f"is {std}", "needs a number above 0")
+    model = RewardModel(lm, bool(source.get("read_before_eos", False)), heads, float(lcb_coef))
+    model.reward_mean, model.reward_std = float(mean), float(std)
+    return model
 
 
 def load_pretrained(
@@ -419,11 +448,7 @@ def save_pretrained(
     if isinstance(model, RewardModel):
         base = re.sub(r"(ForCausalLM|LMHeadModel)$", "", config["architectures"][0])
         config["architectures"] = [base + "ForSequenceClassification"]
-        config |= {
-            "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
-            "problem_type": "regression",  # else vLLM puts a sigmoid on the score
-            "read_before_eos": model.read_before_eos,
-        }  # fmt: skip
+        config = {k: v for k, v in config.items() if k not in REWARD_KEYS} | _reward_keys(model)
     if pad_token_id is not None:
         config["pad_token_id"] = pad_token_id
     try:
@@ -436,3 +461,19 @@ def save_pretrained(
         raise UserError(folder, f"cannot be written ({error})", "disk full?", MACHINE) from error
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _reward_keys(model: RewardModel) -> dict:
+    """What config.json says of a score; a single head that is not normalised needs none of ours."""
+    labels = [f"LABEL_{head}" for head in range(model.heads)]
+    keys = {
+        "id2label": {str(head): label for head, label in enumerate(labels)},
+        "label2id": {label: head for head, label in enumerate(labels)},
+        "problem_type": "regression",  # else vLLM puts a sigmoid on the score
+        "read_before_eos": model.read_before_eos,
+    }
+    if model.heads > 1:  # other tools see that many numbers for a text, and no reward
+        keys |= {"reward_heads": model.heads, "reward_lcb_coef": model.lcb_coef}
+    if (model.reward_mean, model.reward_std) != (0.0, 1.0):
+        keys |= {"reward_mean": model.reward_mean, "reward_std": model.reward_std}
+    return keys

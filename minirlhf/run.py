@@ -166,9 +166,7 @@ class Run:
             },
         }
         facts |= {"data_changes": changes} if changes else {}
-        temporary = self.folder / f"{fsio.TEMPORARY}run.json"
-        fsio.write_json(temporary, facts)
-        fsio.replace_file(temporary, path)
+        self.write_file("run.json", fsio.json_text(facts))
 
     def _changed_data(self, before: dict[str, str], now: dict[str, str]) -> list[dict]:
         """What differs in the inputs, told; refused, unless it is data and that may change."""
@@ -353,6 +351,12 @@ class Run:
             fsio.fsync(self.folder / name)
         keep = self.settings.get("keep", 2)
         checkpoint.save_checkpoint(state, self.folder / "checkpoints", keep)
+
+    def write_file(self, name: str, text: str) -> None:
+        """Puts a file into the folder of the run, or another text under its name, by one rename."""
+        temporary = self.folder / f"{fsio.TEMPORARY}{name}"
+        fsio.write_text(temporary, text)
+        fsio.replace_file(temporary, self.folder / name)
 
     def export(self, write: Callable[[Path], None], name: str = "model") -> Path:
         """Lets `write` fill a new folder that then takes its name; returns it."""

@@ -231,8 +231,18 @@ WORDS = ("good", "bad", "long", "dull", "fine", "a film", "warm", "odd")
 ROWS = {
     "texts": [{"prompt": "It was", "completion": f" {word}."} for word in WORDS],
     "pairs": [
-        {"prompt": "It was", "chosen": f" {a}.", "rejected": f" {b}!", "margin": i / 4}
+        {
+            "prompt": "It was",
+            "chosen": f" {a}.",
+            "rejected": f" {b}!",
+            "margin": i / 4,
+            "chosen_probability": 1 - i / 20,
+        }
         for i, (a, b) in enumerate(zip(WORDS, WORDS[1:] + WORDS[:1], strict=True))
+    ],
+    "lists": [
+        {"prompt": "It was", "responses": [f" {word}." for word in WORDS[i:]], "best": i % 2}
+        for i in range(6)
     ],
     "prompts": [{"prompt": "It was" + "!" * i, "bonus": i / 8} for i in range(5)],
 }
@@ -243,7 +253,7 @@ ALL = {
 }  # fmt: skip
 # What can be lost is on: accumulation, evaluation, tables of samples, an adapting kl_coef, running
 # score moments, early stops, lines of the log over two steps, whose open windows are then part of a
-# save. An epoch has 2 steps.
+# save. An epoch has 2 steps. A reward model is an ensemble that is normalised, and writes a card.
 OWN = {
     "sft": {
         "data": "texts", "eval_data": "few_texts", "eval_every": 2, "micro_batch_tokens": 30,
@@ -251,7 +261,8 @@ OWN = {
     },
     "reward": {
         "data": "pairs", "eval_data": "few_pairs", "eval_every": 2, "micro_batch_tokens": 60,
-        "show_samples": 2,
+        "show_samples": 2, "label_smoothing": 0.1, "heads": 2, "lcb_coef": 0.5,
+        "center_rewards_coefficient": 0.01, "normalize": "eval",
     },
     "ppo": {
         "data": "prompts", "epochs": 2, "mini_batches": 1, "micro_batch_size": 2,
@@ -298,6 +309,9 @@ def command(recipe: str, world: Path, out: Path, **changes: object) -> list[str]
     ]
 
 
+LISTS = {"data": "lists", "eval_data": "few_lists", "label_smoothing": 0.0}  # instead of pairs
+
+
 # ---- what a run leaves ---------------------------------------------------------------------------
 
 
@@ -306,6 +320,7 @@ def remains(out: Path) -> dict[str, bytes]:
     left = {path.name: path.read_bytes() for path in out.glob("*.jsonl")}
     left["metrics.jsonl"] = re.sub(rb', "clock": \{[^{}]*\}', b"", left["metrics.jsonl"])
     last = max((out / "checkpoints").glob("step-*"))
+    left |= {path.name: path.read_bytes() for path in out.glob("card.*")}
     exported = (p for name in ("model", "best") for p in (out / name).glob("*"))
     for path in (*exported, *last.glob("*.safetensors"), last / "state.json"):
         left[str(path.relative_to(out))] = path.read_bytes()

@@ -33,14 +33,15 @@ LAYERS = (
     "minirlhf.kl minirlhf.losses minirlhf.advantages",
     "minirlhf.transformer minirlhf.lora minirlhf.heads minirlhf.hf_config minirlhf.pretrained "
     "minirlhf.generation",
-    "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.encoding minirlhf.data",
+    "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.encoding minirlhf.data "
+    "minirlhf.rankings",
     "minirlhf.config minirlhf.presets minirlhf.metrics minirlhf.memory minirlhf.optim "
     "minirlhf.meters minirlhf.rollout minirlhf.rollout_stats minirlhf.health "
     "minirlhf.rewards minirlhf.passes minirlhf.scores minirlhf.texts minirlhf.ppo_config "
     "minirlhf.ppo_start "
     "minirlhf.checkpoint minirlhf.distributed minirlhf.run minirlhf.evaluation "
     "minirlhf.reward_model minirlhf.reward_journal minirlhf.reward_service "
-    "minirlhf.reward_sources",
+    "minirlhf.reward_sources minirlhf.preferences minirlhf.reward_eval minirlhf.reward_card",
     "minirlhf.recipes.*",
     "minirlhf.tools.*",
     "minirlhf.cli",

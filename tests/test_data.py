@@ -6,7 +6,7 @@ import pytest
 
 from minirlhf.data import Pair, Prompt, Text, load_pairs, load_prompts, load_texts
 from minirlhf.errors import UserError
-from minirlhf.sieve import Report
+from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 
 EOS = 0
@@ -133,6 +133,41 @@ def test_load_pairs_reads_the_margin_of_each_row(write, tokenizer):
     assert report.detected == "preference pairs (chosen, rejected, margin)"
     assert report.notes == ["margin missing in 2 rows: they count as 0"]
     assert load_pairs(write(row), tokenizer, 8, "drop")[1].notes == []
+
+
+def test_load_pairs_reads_the_probability_of_each_row(write, tokenizer):
+    row = {"chosen": "c", "rejected": "r"}
+    path = write(row, row | {"chosen_probability": 0.75}, row | {"chosen_probability": 0})
+    pairs, report = load_pairs(path, tokenizer, 8, "drop")
+    assert [pair.chosen_probability for pair in pairs] == [1.0, 0.75, 0.0]
+    assert [pair.columns for pair in pairs] == [{}, {}, {}]
+    assert report.detected == "preference pairs (chosen, rejected, chosen_probability)"
+    assert report.notes == [
+        "chosen_probability missing in 1 rows: they count as 1",
+        "chosen_probability below 1/2 in 1 rows: rejected leads",
+    ]
+    both, report = load_pairs(write(row | {"chosen_probability": 0.75, "margin": 2}), tokenizer, 8,
+                              "drop")  # fmt: skip
+    assert report.detected == "preference pairs (chosen, rejected, margin, chosen_probability)"
+    assert (both[0].margin, both[0].chosen_probability) == (2.0, 0.75)
+
+
+@pytest.mark.parametrize("p", ["1", True, [1], 1.5, -0.25, 10**400])
+def test_load_pairs_refuses_what_is_no_probability(write, tokenizer, p):
+    row = {"chosen": "c", "rejected": "r"}
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:2: chosen_probability is .*: needs a number from 0 to 1"
+    ):
+        load_pairs(write(row, row | {"chosen_probability": p}), tokenizer, 8, "drop")
+
+
+def test_load_pairs_keeps_the_labels_of_rows_that_share_a_line(tmp_path, tokenizer):
+    path = tmp_path / "a.json"  # where names the line, so it does not tell these rows apart
+    rows = [{"chosen": "c", "rejected": "r", "margin": m, "chosen_probability": m / 4}
+            for m in (1, 2)]  # fmt: skip
+    path.write_text(json.dumps(rows))
+    pairs, _ = load_pairs(path, tokenizer, 8, "drop")
+    assert [(pair.margin, pair.chosen_probability) for pair in pairs] == [(1.0, 0.25), (2.0, 0.5)]
 
 
 @pytest.mark.parametrize("margin", ["1", True, [1], 10**400])
@@ -400,3 +435,14 @@ def test_report_prints_one_block():
         "  cut:      3 to max_length",
         "  note:     margin missing in 2 rows: they count as 0",
     ]
+
+
+@pytest.mark.parametrize("wrong", [{"margin": "x"}, {"chosen_probability": 1.5}])
+def test_load_pairs_leaves_out_a_row_with_a_bad_label(write, tokenizer, wrong):
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    path = write(pair, pair | wrong, pair | {"margin": 2, "chosen_probability": 0.25})
+    pairs, report = load_pairs(path, tokenizer, 8, "drop", policy=RowPolicy("skip"))
+    assert [(p.margin, p.chosen_probability) for p in pairs] == [(0.0, 1.0), (2.0, 0.25)]
+    ((where, reason, _),) = report.rejected_rows
+    assert where == f"{path}:2"
+    assert reason.startswith(f"{next(iter(wrong))} is {next(iter(wrong.values()))!r}: needs a ")

@@ -5,11 +5,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minirlhf.errors import UserError
 from minirlhf.heads import (
     RewardModel,
     ValueHeadModel,
     critic_from_reward_model,
     initialize_score,
+    normalize_scores,
     response_states,
     token_kl,
     token_logprobs,
@@ -437,3 +439,87 @@ def test_initialize_score_has_the_published_spread():
     draws = torch.cat([initialize_score(model, rng).score.weight[0].clone() for _ in range(200)])
     assert draws.std().item() == pytest.approx(17**-0.5, rel=0.05)
     assert abs(draws.mean().item()) < 4 * 17**-0.5 / 3200**0.5
+
+
+# ---- ensembles, and what normalises a score ------------------------------------------------------
+
+
+def make_ensemble(heads: int, lcb_coef: float) -> RewardModel:
+    model = RewardModel(make_lm(f64), heads=heads, lcb_coef=lcb_coef)
+    return initialize_score(model, *(torch.Generator().manual_seed(h) for h in range(heads)))
+
+
+def test_combine_is_a_lower_bound_by_hand():
+    each = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]], dtype=f64)
+    # mean 3, deviations -2, -1, 3: std sqrt(14 / 3); heads that agree are certain
+    assert_close(make_ensemble(3, 0.0).combine(each), torch.tensor([3.0, 4.0], dtype=f64))
+    bound = torch.tensor([3 - 1.5 * (14 / 3) ** 0.5, 4.0], dtype=f64)
+    assert_close(make_ensemble(3, 1.5).combine(each), bound, atol=1e-12)
+
+
+@torch.no_grad()
+def test_ensemble_scores_by_each_of_its_heads():
+    model, tokens, lengths = make_ensemble(2, 0.5), targets(3, 6), torch.tensor([1, 4, 6])
+    one, two = model.head_scores(tokens, lengths).unbind(1)
+    for head, scores in ((0, one), (1, two)):
+        alone = RewardModel(make_lm(f64))
+        alone.score.weight.copy_(model.score.weight[head : head + 1])
+        assert_close(alone(tokens, lengths), scores, atol=1e-12)
+    # of two numbers: their middle, and half of their distance
+    assert_close(model(tokens, lengths), (one + two) / 2 - 0.5 * (one - two).abs() / 2, atol=1e-12)
+
+
+def test_ensemble_heads_are_drawn_apart_and_the_first_as_a_single_one():
+    three, single = make_ensemble(3, 0.0), make_ensemble(1, 0.0)
+    assert torch.equal(three.score.weight[:1], single.score.weight)
+    assert len(set(three.score.weight[:, 0].tolist())) == 3
+
+
+@pytest.mark.parametrize(("heads", "lcb_coef"), [(0, 0.0), (2, -0.5), (1, 0.5)])
+def test_ensemble_refuses(heads, lcb_coef):
+    with pytest.raises(ValueError, match=rf"heads is {heads} and lcb_coef {lcb_coef}: at least 1"):
+        RewardModel(make_lm(), heads=heads, lcb_coef=lcb_coef)
+
+
+def test_initialize_score_refuses_too_few_generators():
+    with pytest.raises(ValueError, match="zip"):
+        initialize_score(RewardModel(make_lm(), heads=2), torch.Generator())
+
+
+@pytest.mark.parametrize(("heads", "lcb_coef"), [(1, 0.0), (3, 0.75)])
+@torch.no_grad()
+def test_normalize_scores_shifts_and_scales_what_the_model_says(heads, lcb_coef):
+    model, tokens, lengths = (
+        make_ensemble(heads, lcb_coef),
+        targets(4, 6),
+        torch.tensor([1, 4, 6, 2]),
+    )
+    before, weight = model(tokens, lengths), model.score.weight.clone()
+    assert normalize_scores(model, 3.0, 2.0) is model
+    assert_close(model(tokens, lengths), (before - 3) / 2, atol=1e-12)
+    assert torch.equal(model.score.weight, weight / 2)  # the scale is there, the mean beside it
+    assert (model.reward_mean, model.reward_std) == (1.5, 1.0)
+    normalize_scores(model, 0.5, 4.0)
+    assert_close(model(tokens, lengths), ((before - 3) / 2 - 0.5) / 4, atol=1e-12)
+    model.reward_std = 5.0  # as another tool's config.json may have it
+    third = model(tokens, lengths)
+    normalize_scores(model, 0.25, 0.5)
+    assert_close(model(tokens, lengths), (third - 0.25) / 0.5, atol=1e-12)
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, float("nan")])
+def test_normalize_scores_refuses(std):
+    with pytest.raises(ValueError, match=r"std is .*: scores that are all alike cannot"):
+        normalize_scores(make_reward(), 0.0, std)
+
+
+def test_critic_from_reward_model_takes_what_normalises_it_and_the_mean_of_an_ensemble():
+    reward_model, tokens = normalize_scores(make_ensemble(3, 0.0), 3.0, 2.0), targets(2, 5)
+    reward_model.reward_std = 0.5
+    values = critic_from_reward_model(make_lm(), reward_model)(tokens)[1]
+    assert_close(values[:, -1], reward_model(tokens, torch.tensor([5, 5])), atol=1e-12)
+
+
+def test_critic_from_reward_model_refuses_a_lower_bound():
+    with pytest.raises(UserError, match=r"--critic: is an ensemble with a lcb_coef of 0.5, a crit"):
+        critic_from_reward_model(make_lm(), make_ensemble(2, 0.5))

@@ -169,9 +169,9 @@ def test_a_signal_before_the_update_drops_the_step(recipe, capfd, monkeypatch):
         config = sft_recipe.SFTConfig(batch_size=4, micro_batch_tokens=3)
         steps, name = sft_recipe.sft, "target_stats"
     else:
-        model, rows, module = scorer(), PAIRS, reward_recipe
+        model, rows, module = scorer(), PAIRS, RewardModel
         config = reward_recipe.RewardConfig(batch_size=4, micro_batch_tokens=4)
-        steps, name = reward_recipe.reward, "pair_scores"
+        steps, name = reward_recipe.reward, "head_scores"
     state = TrainState(model, optim.make_optimizer(model, 0.1))
     before, passes, real = parameters(model), [], getattr(module, name)
     fresh = copy.deepcopy(model)
@@ -363,7 +363,7 @@ def test_a_step_without_finite_numbers_is_skipped_and_told(recipe, monkeypatch):
         config = sft_recipe.SFTConfig(batch_size=2, epochs=1.0, skip_nonfinite=1)
         steps = sft_recipe.sft
     else:
-        model, rows, module, name = scorer(), PAIRS, reward_recipe, "pair_loss"
+        model, rows, module, name = scorer(), PAIRS, RewardModel, "head_scores"
         config = reward_recipe.RewardConfig(batch_size=2, epochs=1.0, skip_nonfinite=1)
         steps = reward_recipe.reward
     state, real, calls = TrainState(model, optim.make_optimizer(model, 0.1)), None, []

@@ -1,4 +1,5 @@
 import doctest
+import itertools
 import math
 from functools import partial
 
@@ -12,6 +13,7 @@ from minirlhf.losses import (
     clipped_surrogate,
     clipped_value_loss,
     dpo_loss,
+    plackett_luce_loss,
     preference_accuracy,
 )
 from minirlhf.masking import masked_mean, masked_sum
@@ -106,6 +108,142 @@ def test_bradley_terry_loss_refuses():
         bradley_terry_loss(torch.zeros(4), torch.zeros(3))
     with pytest.raises(ValueError, match=r"chosen_rewards is \(4, 1\): one number a row is needed"):
         bradley_terry_loss(torch.zeros(4, 1), torch.zeros(4, 1))
+
+
+# ---- bradley_terry_loss: soft labels ----
+
+
+def test_bradley_terry_loss_of_a_probability_by_hand():
+    # sigmoid(log 3) = 3/4. At p = 3/4: -3/4 log 3/4 - 1/4 log 1/4; at 0 the other side's loss
+    d, zero = f64([math.log(3)] * 3), f64([0] * 3)
+    right, wrong = math.log(4 / 3), math.log(4)
+    expected = f64([right, 0.75 * right + 0.25 * wrong, wrong])
+    assert_close(bradley_terry_loss(d, zero, 0.0, f64([1, 0.75, 0])), expected)
+    assert_close(bradley_terry_loss(d, zero, 0.0, 0.75), expected[[1, 1, 1]])
+
+
+def test_bradley_terry_loss_smoothing_mixes_the_label_by_hand():
+    # p (1 - e) + (1 - p) e: 1 -> 3/4, 3/4 -> 5/8, 1/2 -> 1/2 at e = 1/4
+    d, zero, p = f64([math.log(3)] * 3), f64([0] * 3), f64([1, 0.75, 0.5])
+    right, wrong = math.log(4 / 3), math.log(4)
+    expected = f64([q * right + (1 - q) * wrong for q in (0.75, 0.625, 0.5)])
+    assert_close(bradley_terry_loss(d, zero, 0.0, p, 0.25), expected)
+
+
+def test_bradley_terry_loss_margin_moves_both_terms():
+    # 2 log 3 - 0 - log 3: the difference of the first test
+    loss = bradley_terry_loss(f64([2 * math.log(3)]), f64([0]), f64([math.log(3)]), f64([0.5]))
+    assert_close(loss, f64([(math.log(4 / 3) + math.log(4)) / 2]))
+
+
+def test_bradley_terry_loss_of_a_probability_gradient_by_hand():
+    # d loss / d difference = sigmoid(d) - q: 3/4 - 1, 3/4 - 1/2, 3/4 - 0; smoothed by 1/4: 3/4 - q
+    for smoothing, expected in ((0.0, [-0.25, 0.25, 0.75]), (0.25, [0.0, 0.25, 0.5])):
+        d = f64([math.log(3)] * 3).requires_grad_()
+        bradley_terry_loss(d, f64([0] * 3), 0.0, f64([1, 0.5, 0]), smoothing).sum().backward()
+        assert_close(d.grad, f64(expected))
+
+
+def test_bradley_terry_loss_of_the_flipped_label_is_that_of_swapped_sides():
+    chosen, rejected = f64([1.5, -2]), f64([0.5, 4])
+    flipped = bradley_terry_loss(chosen, rejected, 0.0, f64([0.2, 0.0]))
+    assert_close(flipped, bradley_terry_loss(rejected, chosen, 0.0, f64([0.8, 1.0])))
+
+
+def test_bradley_terry_loss_of_a_certain_label_leaves_the_other_term_out():
+    chosen = f64([inf, -inf, inf])
+    loss = bradley_terry_loss(chosen, f64([0, 0, 0]), 0.0, f64([1, 0, 0.5]))
+    assert loss.tolist() == [0.0, 0.0, inf]
+
+
+def test_bradley_terry_loss_refuses_what_is_no_probability():
+    zeros = torch.zeros(2)
+    for p in (1.5, -0.1, nan, torch.tensor([0.5, 1.5])):
+        with pytest.raises(ValueError, match=r"chosen_probability is .*: 0 to 1 is legal"):
+            bradley_terry_loss(zeros, zeros, 0.0, p)
+    with pytest.raises(ValueError, match=r"chosen_probability is \(3,\), chosen_rewards is \(2,\)"):
+        bradley_terry_loss(zeros, zeros, 0.0, torch.ones(3))
+    for smoothing in (0.5, -0.1, nan):
+        with pytest.raises(ValueError, match=r"label_smoothing is .*: at least 0 and below 0.5"):
+            bradley_terry_loss(zeros, zeros, label_smoothing=smoothing)
+
+
+# ---- plackett_luce_loss ----
+
+yes = torch.ones(1, 3, dtype=torch.bool)
+
+
+def test_plackett_luce_loss_by_hand():
+    # weights e^s = 3, 2, 1: the order has probability 3/6 · 2/3 · 1/1 = 1/3
+    scores = f64([[math.log(3), math.log(2), 0]])
+    assert_close(plackett_luce_loss(scores, torch.tensor([[1, 2, 3]]), yes), f64([math.log(3)]))
+    # the reverse order: 1/6 · 2/5 = 1/15; ranks need not be columns, nor have no gaps
+    assert_close(plackett_luce_loss(scores, torch.tensor([[9, 5, 2]]), yes), f64([math.log(15)]))
+
+
+def test_plackett_luce_loss_of_all_orders_is_a_law():
+    scores = f64([[0.3, -1.2, 2.0]])
+    orders = torch.tensor(list(itertools.permutations([1, 2, 3])))
+    losses = plackett_luce_loss(scores.expand(6, 3), orders, yes.expand(6, 3))
+    assert_close((-losses).exp().sum(), f64(1))
+
+
+def test_plackett_luce_loss_of_two_is_bradley_terry():
+    chosen, rejected = f64([1.5, -2, 0, 30]), f64([0.5, 1, 4, -30])
+    ranks = torch.tensor([[1, 2]]).expand(4, 2)
+    scores = torch.stack((chosen, rejected), 1).requires_grad_()
+    loss = plackett_luce_loss(scores, ranks, torch.ones(4, 2, dtype=torch.bool))
+    expected = [math.log1p(math.exp(r - c)) for c, r in zip(chosen, rejected, strict=True)]
+    torch.testing.assert_close(loss, f64(expected), rtol=0, atol=1e-12)
+    torch.testing.assert_close(loss, bradley_terry_loss(chosen, rejected), rtol=0, atol=1e-12)
+
+
+def test_plackett_luce_loss_of_a_choice_is_the_cross_entropy():
+    # weights 3, 2, 1, the second is chosen: -log 2/6, the first factor alone
+    scores = f64([[math.log(3), math.log(2), 0]])
+    assert_close(plackett_luce_loss(scores, torch.tensor([[2, 1, 2]]), yes), f64([math.log(3)]))
+
+
+def test_plackett_luce_loss_does_not_compare_ties():
+    # weights 3, 2, 1, the first two tie: 3/4 · 2/3, each against the last alone
+    scores = f64([[math.log(3), math.log(2), 0]])
+    assert_close(plackett_luce_loss(scores, torch.tensor([[1, 1, 2]]), yes), f64([math.log(2)]))
+    assert_close(plackett_luce_loss(scores, torch.tensor([[4, 4, 4]]), yes), f64([0]))
+
+
+def test_plackett_luce_loss_gradient_by_hand():
+    # d loss / d s_k = sum over factors that hold k of its share, minus 1 for its own factor.
+    # Weights 3, 2, 1 in order: 3/6 - 1, 2/6 + 2/3 - 1, 1/6 + 1/3 + 1 - 1
+    scores = f64([[math.log(3), math.log(2), 0]]).requires_grad_()
+    plackett_luce_loss(scores, torch.tensor([[1, 2, 3]]), yes).sum().backward()
+    assert_close(scores.grad, f64([[-0.5, 0.0, 0.5]]))
+
+
+def test_plackett_luce_loss_ignores_what_is_masked():
+    scores = f64([[math.log(3), math.log(2), nan], [0, inf, 0]]).requires_grad_()
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    loss = plackett_luce_loss(scores, torch.tensor([[1, 2, 0], [2, 0, 1]]), mask)
+    loss.sum().backward()
+    assert_close(loss, f64([math.log(5 / 3), log2]))  # 3/5, and 1/2
+    assert_close(scores.grad, f64([[-0.4, 0.4, 0], [0.5, 0, -0.5]]))
+
+
+def test_plackett_luce_loss_of_huge_differences_is_finite():
+    scores = torch.tensor([[6e4, 0, -6e4]], dtype=torch.float16)
+    worst = plackett_luce_loss(scores, torch.tensor([[3, 2, 1]]), yes)
+    assert worst.dtype == torch.float32
+    # the last chosen first: 12e4 behind; then 0 against 6e4, which float16 holds as 6e4 rounded
+    torch.testing.assert_close(worst, torch.tensor([18e4]), rtol=2**-8, atol=0)
+    assert plackett_luce_loss(scores, torch.tensor([[1, 2, 3]]), yes).tolist() == [0.0]
+
+
+def test_plackett_luce_loss_refuses():
+    with pytest.raises(ValueError, match=r"ranks is \(1, 2\), scores is \(1, 3\)"):
+        plackett_luce_loss(torch.zeros(1, 3), torch.ones(1, 2), yes)
+    with pytest.raises(ValueError, match=r"scores is \(3,\): rows and tokens are needed"):
+        plackett_luce_loss(torch.zeros(3), torch.ones(3), yes[0])
+    with pytest.raises(ValueError, match=r"mask is torch.int64: bool is needed"):
+        plackett_luce_loss(torch.zeros(1, 3), torch.ones(1, 3), yes.long())
 
 
 # ---- preference_accuracy ----

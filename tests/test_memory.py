@@ -286,6 +286,16 @@ def test_reward_plan_of_one_long_pair_can_only_shorten_it():
     assert plan.largest.lower == "lower --max-length"
 
 
+def test_reward_plan_keeps_the_texts_of_a_list_together():
+    settings = RewardConfig(batch_size=3, micro_batch_tokens=100)
+    small = memory.reward_plan(settings, TINY, 5, float32, 0, held_out=9, texts=4)
+    assert sizes(small)["activations"] == 60 * 324  # 3 lists of 4 texts of 5 tokens
+    assert sizes(small)["evaluation pass"] == 100 * 112  # 9 lists are 180 tokens: cut at 100
+    large = memory.reward_plan(settings, TINY, 30, float32, 0, texts=4)
+    assert sizes(large)["activations"] == 120 * 324  # one list, more than a micro-batch holds
+    assert large.largest.lower == "lower --max-length"
+
+
 def test_sft_plan_by_hand():
     settings = SFTConfig(batch_size=4, micro_batch_tokens=100)
     plan = memory.sft_plan(settings, TINY, 5, float32, held=10, held_out=2)

@@ -177,6 +177,15 @@ def test_cut_by_tokens_gives_an_overlong_row_a_part_of_its_own():
     assert listed(cut_by_tokens(torch.tensor([9, 8]), 9, 0)) == [[1], [0]]
 
 
+def test_cut_by_tokens_counts_the_texts_of_each_row():
+    lengths, texts = torch.tensor([2, 1, 3]), torch.tensor([3, 2, 1])
+    # sorted: row 1, 2 texts of 1; row 0, 3 of 2; row 2, 1 of 3. (2 + 3) x 2 = 10, (3 + 1) x 3 = 12
+    assert listed(cut_by_tokens(lengths, 9, 9, texts)) == [[1], [0], [2]]
+    assert listed(cut_by_tokens(lengths, 9, 10, texts)) == [[1, 0], [2]]
+    assert listed(cut_by_tokens(lengths, 9, 17, texts)) == [[1, 0], [2]]
+    assert listed(cut_by_tokens(lengths, 9, 18, texts)) == [[1, 0, 2]]
+
+
 def test_cut_by_tokens_of_nothing_is_nothing():
     assert cut_by_tokens(torch.zeros(0, dtype=torch.int64), 4, 4) == []
 

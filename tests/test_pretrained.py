@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from minirlhf import pretrained
 from minirlhf.errors import MACHINE, UserError
-from minirlhf.heads import RewardModel, ValueHeadModel
+from minirlhf.heads import RewardModel, ValueHeadModel, normalize_scores
 from minirlhf.hf_config import config_from_hf, config_to_hf
 from minirlhf.pretrained import (
+    describe,
     has_tensor,
     load_pretrained,
     load_reward_model,
@@ -234,6 +235,85 @@ def test_a_language_model_is_not_a_reward_model_and_the_reverse(peer, tmp_path):
 def test_a_score_head_of_two_outputs_is_refused(tmp_path):
     make_peer("llama", "SequenceClassification", num_labels=2).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"'score.weight' is \(2, 32\).*one output"):
+        load_reward_model(tmp_path)
+
+
+@torch.no_grad()
+def make_ensemble(folder, lcb_coef: float = 0.5) -> RewardModel:
+    model = RewardModel(load_pretrained(folder), heads=3, lcb_coef=lcb_coef)
+    model.score.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+OURS = {"reward_heads", "reward_lcb_coef", "reward_mean", "reward_std"}
+
+
+@torch.no_grad()
+def test_an_ensemble_comes_back_and_transformers_reads_its_heads(peer, tmp_path):
+    model, length = make_ensemble(peer("llama")[1]), torch.tensor([8])
+    save_pretrained(model, tmp_path, pad_token_id=98)
+    again = load_reward_model(tmp_path)
+    assert (again.heads, again.lcb_coef) == (3, 0.5)
+    assert torch.equal(again(ROW, length), model(ROW, length))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert theirs.config.num_labels == 3
+    expected = theirs(ROW).logits
+    torch.testing.assert_close(model.head_scores(ROW, length), expected, rtol=0, atol=1e-4)
+    assert config_in(tmp_path).keys() & OURS == {"reward_heads", "reward_lcb_coef"}
+    assert describe(tmp_path, reward=True).heads == 3
+
+
+@torch.no_grad()
+def test_what_normalises_scores_comes_back(peer, tmp_path):
+    model = normalize_scores(make_ensemble(peer("llama")[1]), 3.0, 2.0)
+    save_pretrained(model, tmp_path / "one")
+    again, length = load_reward_model(tmp_path / "one"), torch.tensor([8])
+    assert torch.equal(again(ROW, length), model(ROW, length))
+    assert (again.reward_mean, again.reward_std) == (1.5, 1.0)
+    # another tool may leave the scale beside the head
+    path = tmp_path / "one" / "config.json"
+    path.write_text(json.dumps(config_in(tmp_path / "one") | {"reward_mean": 1, "reward_std": 4}))
+    raw = model(ROW, length) + 1.5
+    torch.testing.assert_close(load_reward_model(tmp_path / "one")(ROW, length), (raw - 1) / 4)
+    # trained further without being normalised, nothing of it is left
+    plain = load_reward_model(tmp_path / "one")
+    plain.reward_mean, plain.reward_std = 0.0, 1.0
+    save_pretrained(plain, tmp_path / "two")
+    assert config_in(tmp_path / "two").keys() & OURS == {"reward_heads", "reward_lcb_coef"}
+
+
+def test_a_single_head_needs_no_key_of_ours(peer, tmp_path):
+    save_pretrained(RewardModel(load_pretrained(peer("llama")[1])), tmp_path)
+    assert not config_in(tmp_path).keys() & OURS
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"reward_heads": 2}, r"'score.weight' is \(3, 32\): a reward model has 2 outputs"),
+        ({"reward_heads": 1}, r"'score.weight' is \(3, 32\): a reward model has one output"),
+        ({"reward_heads": None}, r"config.json: reward_heads: is None: needs an integer from 1"),
+        ({"reward_heads": 0}, r"reward_heads: is 0: needs an integer from 1"),
+        ({"reward_heads": True}, r"reward_heads: is True: needs an integer"),
+        ({"reward_lcb_coef": -1}, r"reward_lcb_coef: is -1: 0 for a single head, else 0 or more"),
+        ({"reward_lcb_coef": "1"}, r"reward_lcb_coef: is '1': needs a finite number"),
+        ({"reward_mean": 10**400}, r"reward_mean: is 1000.*: needs a finite number"),
+        ({"reward_mean": None}, r"reward_mean: is None: needs a finite number"),
+        ({"reward_std": 0}, r"reward_std: is 0: needs a number above 0"),
+        ({"reward_std": -2.0}, r"reward_std: is -2.0: needs a number above 0"),
+    ],
+)
+def test_an_ensemble_whose_config_does_not_fit_is_refused(peer, tmp_path, changes, match):
+    save_pretrained(make_ensemble(peer("llama")[1]), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config_in(tmp_path) | changes))
+    with pytest.raises(UserError, match=match):
+        load_reward_model(tmp_path)
+
+
+def test_a_lower_bound_of_a_single_head_is_refused(peer, tmp_path):
+    save_pretrained(RewardModel(load_pretrained(peer("llama")[1])), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config_in(tmp_path) | {"reward_lcb_coef": 1}))
+    with pytest.raises(UserError, match=r"reward_lcb_coef: is 1: 0 for a single head"):
         load_reward_model(tmp_path)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from kill_harness import (
     EVENTS,
+    LISTS,
     RECIPES,
     Exit,
     Kill,
@@ -251,6 +252,35 @@ def test_a_run_killed_at_an_epochs_end_goes_on_with_the_next(recipe, server, wor
     printed = resumed(server, argv, [Kill("file", at)])
     assert "resumed from step-00000002" in printed
     assert wrong_with(out_of(argv), remains(whole(recipe, NEVER)[0])) == []
+
+
+@pytest.mark.parametrize("place", ["forward", "model", "card.json", "card.md"])
+def test_a_reward_run_killed_while_it_is_finished_is_finished_again(
+    place, server, world, folder, whole
+):
+    """Normalised, exported, described: the last scoring, and the renames of what is written."""
+    out, measured = whole("reward", NEVER)
+    assert {"card.json", "card.md", "model/card.json", "model/card.md"} <= remains(out).keys()
+    if place == "forward":
+        kill = Kill("forward", measured.counts["forward"])
+    elif place == "model":
+        kill = Kill("file", first_event(measured, "os.rename", "-model"))
+    else:
+        at = [i for i, name in enumerate(measured.files, 1) if f".tmp-{place}" in name]
+        kill = Kill("file", at[0])
+    argv = command("reward", world, folder / f"reward-finish-{place}", save_every=NEVER)
+    resumed(server, argv, [kill])
+    assert wrong_with(out_of(argv), remains(out)) == []
+
+
+def test_a_run_on_lists_killed_anywhere_leaves_the_same(server, world, folder):
+    argv = command("reward", world, folder / "lists", **LISTS)
+    measured, expected = server.run(argv), remains(out_of(argv))
+    assert measured.code == 0
+    for what, at in (("update", 4), ("forward", measured.counts["forward"] // 2), ("file", 40)):
+        argv = command("reward", world, folder / f"lists-{what}", **LISTS)
+        resumed(server, argv, [Kill(what, at)])
+        assert wrong_with(out_of(argv), expected) == []
 
 
 def test_a_run_killed_while_it_removes_a_commit_leaves_nothing_of_it(server, world, folder, whole):

@@ -14,9 +14,14 @@ from minirlhf.data import load_pairs
 from minirlhf.errors import STOPPED
 from minirlhf.heads import RewardModel
 from minirlhf.hf_config import config_from_hf
+from minirlhf.preferences import without_eos
 from minirlhf.pretrained import load_pretrained, load_reward_model, save_pretrained
 from minirlhf.recipes import reward as recipe
-from minirlhf.recipes.reward import RewardConfig, evaluate, load_start, without_eos, write_model
+from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.recipes.reward import RewardConfig, load_start, write_model
+from minirlhf.reward_eval import evaluate
+from minirlhf.reward_sources import load_reward
+from minirlhf.rewards import Completions
 from minirlhf.run import Run
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, initialize
@@ -83,7 +88,10 @@ def whole(base, tmp_path_factory):
 
 def test_main_writes_what_it_says(base, whole):
     names = sorted(p.name for p in whole.iterdir() if p.name != ".lock")
-    assert names == ["checkpoints", "metrics.jsonl", "model", "run.json", "samples.jsonl"]
+    assert names == [
+        "card.json", "card.md", "checkpoints", "metrics.jsonl", "model", "run.json",
+        "samples.jsonl",
+    ]  # fmt: skip
     assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == [
         "step-00000004", "step-00000006",
     ]  # fmt: skip
@@ -274,6 +282,69 @@ def test_write_model_of_ids_only_names_no_pad_token(base, tmp_path):
     model.read_before_eos = True
     write_model(model, tokenizer, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text("utf-8")).get("pad_token_id") is None
+
+
+ENSEMBLE = ("--heads", 3, "--lcb-coef", 0.5, "--center-rewards-coefficient", 0.01)
+
+
+@pytest.fixture(scope="module")
+def ensemble(base, tmp_path_factory):
+    """The folder of a run of three heads, normalised over what is held out."""
+    out = tmp_path_factory.mktemp("ensemble") / "run"
+    words = (*STEPS, *ENSEMBLE, "--normalize", "eval", "--eval-data", base[2])
+    assert run_reward(base, out, *words) == 0
+    return out
+
+
+def test_whoever_loads_a_normalised_ensemble_sees_its_scores(base, ensemble, capsys):
+    tokenizer, model = load_tokenizer(ensemble / "model"), load_reward_model(ensemble / "model")
+    assert (model.heads, model.lcb_coef, model.reward_std) == (3, 0.5, 1.0)
+    pairs, _ = load_pairs(base[2], tokenizer, 64, "error")
+    result = evaluate(model, pairs)
+    std, mean = torch.std_mean(result.scores.double(), correction=0)
+    assert (float(mean), float(std)) == pytest.approx((0.0, 1.0), rel=0, abs=1e-5)
+    # `minirlhf score`, and what PPO is given
+    assert main(["score", "--model", str(ensemble / "model"), "--data", base[2]]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["chosen_score"] for row in rows] == pytest.approx(result.chosen.tolist(), abs=1e-5)
+    config = PPOConfig(reward=(str(ensemble / "model"),))
+    source = load_reward(config, tokenizer, torch.float32, "cpu", 4096)
+    batch = Completions(
+        [""] * 3, [p.prompt_ids for p in pairs], [""] * 3, [p.chosen_ids for p in pairs],
+        ["eos"] * 3, {},
+    )  # fmt: skip
+    torch.testing.assert_close(source(batch).total, result.chosen, rtol=0, atol=1e-5)
+
+
+def test_card_is_of_the_model_that_is_written(base, ensemble):
+    card = json.loads((ensemble / "card.json").read_text("utf-8"))
+    assert card["model"]["heads"] == 3 and card["model"]["normalized"]["over"] == "eval"
+    pairs, _ = load_pairs(base[2], load_tokenizer(ensemble / "model"), 64, "error")
+    again = evaluate(load_reward_model(ensemble / "model"), pairs).metrics
+    assert {name: card["sets"]["eval"][name] for name in again} == again
+    for name in ("card.json", "card.md"):
+        assert (ensemble / name).read_bytes() == (ensemble / "model" / name).read_bytes()
+
+
+def test_heads_of_another_number_are_refused(base, ensemble, tmp_path, capsys):
+    assert run_reward(base, tmp_path / "run", *STEPS, model=ensemble / "model") == 2
+    assert "--heads: is 1, the reward model" in (told := capsys.readouterr().err)
+    assert told.endswith("has 3: give --heads 3\n") and not (tmp_path / "run").exists()
+
+
+def test_a_run_on_ranked_lists_is_evaluated_on_lists_and_on_pairs(base, tmp_path, capsys):
+    rows = [{"prompt": "the film was", "responses": [f" {w}." for w in WORDS[i:]], "best": 0}
+            for i in range(4)]  # fmt: skip
+    lists, out = write_lines(tmp_path / "lists.jsonl", rows), tmp_path / "run"
+    words = (*STEPS, "--data", lists, "--eval-data", f"lists={lists}", base[2])
+    assert run_reward(base, out, *words) == 0
+    told = capsys.readouterr().out
+    assert "lists a step" in told and "eval_lists: 4 lists  accuracy" in told
+    last = json.loads((out / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    assert {"top1", "eval_lists_top1", "eval_accuracy"} <= last.keys() and "eval_top1" not in last
+    words = (*STEPS, "--data", lists, "--label-smoothing", 0.1)
+    assert run_reward(base, tmp_path / "smooth", *words) == 2
+    assert "only the label of a pair can be smoothed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

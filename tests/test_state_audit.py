@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kill_harness import RECIPES, command, make_world, remains, wrong_with
+from kill_harness import LISTS, RECIPES, command, make_world, remains, wrong_with
 from torch import Tensor, nn
 
 from minirlhf.checkpoint import TrainState
@@ -242,9 +242,9 @@ def recipe_main(recipe: str) -> Callable:
     return importlib.import_module(f"minirlhf.recipes.{recipe}").main
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_hides_no_number_from_its_checkpoint(recipe, world, tmp_path, monkeypatch):
-    argv = command(recipe, world, tmp_path / "run")[1:]
+@pytest.mark.parametrize(("recipe", "changes"), [*((r, {}) for r in RECIPES), ("reward", LISTS)])
+def test_recipe_hides_no_number_from_its_checkpoint(recipe, changes, world, tmp_path, monkeypatch):
+    argv = command(recipe, world, tmp_path / "run", **changes)[1:]
     audit = Audit(recipe_main(recipe), argv, monkeypatch)
     assert audit.lost() == []
     # what it looked at: weights, moments, meters, what the generator holds, the run, the package

@@ -36,8 +36,8 @@ from minirlhf.hf_config import config_from_hf
 from minirlhf.kl import AdaptiveKL, kl_k1, kl_k2
 from minirlhf.losses import clipped_surrogate
 from minirlhf.masking import masked_mean, masked_rescale
+from minirlhf.preferences import collate_pairs, score_metrics
 from minirlhf.recipes.ppo import PPOConfig, assign_credit, measure, policy_pass, ppo_step
-from minirlhf.recipes.reward import collate_pairs, pair_loss, pair_scores, score_metrics
 from minirlhf.rollout import Rollout, RolloutBuffer
 from minirlhf.transformer import CausalLM
 
@@ -371,13 +371,13 @@ def test_reward_loss_metrics_and_gradient_are_trls(name, margin, center):
     theirs = REWARD[name]
     model = fill(RewardModel(language_model(NEW)), NEW)
     batch = collate_pairs(pairs(margin))
-    chosen, rejected = pair_scores(model, batch)
-    assert torch.cat((chosen, rejected)).tolist() == pytest.approx(theirs["scores"], **NEAR)
-    loss = pair_loss(chosen, rejected, batch.margin.to(chosen), center).mean()
+    scores = model(batch.tokens, batch.lengths)
+    assert scores.tolist() == pytest.approx(theirs["scores"], **NEAR)
+    loss = batch.loss(scores, center=center).mean()
     assert float(loss.detach()) == pytest.approx(theirs["loss"], **NEAR)
     gradient = [float(x) for x in reference.projected(model, loss)]
     assert gradient == pytest.approx(theirs["gradient"], **NEAR)
-    metrics = score_metrics(chosen.detach(), rejected.detach())
+    metrics = score_metrics(*scores.detach().chunk(2))
     assert {n: metrics[n] for n in theirs["metrics"]} == pytest.approx(theirs["metrics"], **NEAR)
     assert theirs["metrics"].keys() == {
         "min_reward", "mean_reward", "max_reward", "accuracy", "margin"

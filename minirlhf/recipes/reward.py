@@ -1,39 +1,57 @@
-"""Reward model: a scalar score learned from preferences (Bradley-Terry with margin).
+"""Reward model: a scalar score learned from preferences, pairs or ranked lists of them.
 
-    loss = -log sigmoid(chosen - rejected - margin) + c (chosen + rejected)^2
+    pairs  -q log sigmoid(d) - (1 - q) log sigmoid(-d),   d = chosen - rejected - margin
+    lists  sum_i (log sum_{j not before i} exp(s_j) - s_i)
+    both   + c (2 mean score)^2
 
-What is left out: classification heads of several labels, whose average is no reward.
+Several heads on the trunk are an ensemble, each trained on a bootstrap of its own. What is left
+out: classification heads of several labels, whose average is no reward.
 Run it as `minirlhf reward`, `python -m minirlhf.recipes.reward`, or loop over `reward(...)`.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import interrupt, memory, optim, pretrained, streams
+from minirlhf import fsio, interrupt, memory, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.config import setting
-from minirlhf.data import Pair, load_pairs
-from minirlhf.errors import OK, STOPPED, UserError, printable, run
-from minirlhf.generation import pad_right
-from minirlhf.heads import RewardModel, initialize_score
+from minirlhf.errors import OK, STOPPED, UserError, run
+from minirlhf.heads import RewardModel, initialize_score, normalize_scores
 from minirlhf.lora import add_lora, merge_lora
-from minirlhf.losses import bradley_terry_loss, preference_accuracy
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.meters import Step
+from minirlhf.preferences import (
+    Example,
+    PairBatch,
+    RankingBatch,
+    bootstrap_weights,
+    collate,
+    count_texts,
+    count_tokens,
+    kind_of,
+    micro_batches,
+    preference_metrics,
+    row_lengths,
+    without_eos,
+)
+from minirlhf.rankings import Ranking, load_preferences
+from minirlhf.reward_card import card_files
+from minirlhf.reward_eval import evaluate, sample_rows, sample_table, score_moments
 from minirlhf.run import Run, named_files
 from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import ModelConfig
+
+SHOWN = ("accuracy", "top1", "ties", "loss", "margin", "calibration_error")
 
 
 @dataclass(frozen=True)
@@ -44,15 +62,18 @@ class RewardConfig:
         "", "language model (or reward model) to start from", metavar="FOLDER", required=True
     )
     data: str = setting(
-        "", "preference pairs: JSON lines, JSON or CSV, also .gz", metavar="FILE", required=True
-    )
+        "", "preference pairs or ranked lists: JSON lines, JSON or CSV, also .gz",
+        metavar="FILE", required=True,
+    )  # fmt: skip
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
-    eval_data: tuple[str, ...] = setting((), "held-out pairs, several as NAME=FILE", metavar="FILE")
+    eval_data: tuple[str, ...] = setting(
+        (), "held-out pairs or lists, several as NAME=FILE", metavar="FILE"
+    )
     eval_every: int = setting(0, "steps between evaluations; 0: at the end only", at_least=0)
     show_samples: int = setting(4, "held-out pairs shown with their scores; -1: all", at_least=-1)
     epochs: float = setting(1.0, "passes over the data", above=0)
     steps: int | None = setting(None, "optimizer steps, instead of epochs", at_least=1)
-    batch_size: int = setting(16, "pairs in an optimizer step", at_least=1)
+    batch_size: int = setting(16, "pairs or lists in an optimizer step", at_least=1)
     micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
     learning_rate: float = setting(1e-5, "peak step size of AdamW", above=0)
     schedule: str = setting("linear", "decay of the learning rate", choices=optim.SCHEDULES)
@@ -63,9 +84,21 @@ class RewardConfig:
     skip_nonfinite: int = setting(
         0, "updates in a row that may be skipped where numbers are not finite", at_least=0
     )
+    label_smoothing: float = setting(
+        0.0, "probability that the label of a pair is wrong", at_least=0, below=0.5
+    )
     center_rewards_coefficient: float = setting(
         0.0, "weight of (chosen + rejected)^2, which centres the scores; 0.01 is usual", at_least=0
     )
+    heads: int = setting(1, "linear heads on the trunk, an ensemble", at_least=1, at_most=1024)
+    lcb_coef: float = setting(
+        0.0, "how far below their mean the heads' score lies, in their standard deviations",
+        at_least=0,
+    )  # fmt: skip
+    normalize: str = setting(
+        "none", "give the finished model's scores mean 0 and std 1 over this data, and store both",
+        choices=("none", "eval", "train"),
+    )  # fmt: skip
     lora_rank: int = setting(
         0, "train adapters of this rank and the head; 0: all", at_least=0, at_most=4096
     )
@@ -96,123 +129,86 @@ class RewardConfig:
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
     allow_data_change: bool = setting(False, "resume although data files have changed")
 
-
-class PairBatch(NamedTuple):
-    tokens: Tensor  # (2N, T) int64: N chosen rows, then N rejected rows
-    lengths: Tensor  # (2N,)
-    margin: Tensor  # (N,) float32
-
-
-def collate_pairs(pairs: list[Pair]) -> PairBatch:
-    """Both sides in one batch, so that one forward pass scores them alike."""
-    rows = [p.prompt_ids + p.chosen_ids for p in pairs]
-    rows += [p.prompt_ids + p.rejected_ids for p in pairs]
-    lengths = torch.tensor([len(row) for row in rows])
-    return PairBatch(pad_right(rows), lengths, torch.tensor([p.margin for p in pairs]))
-
-
-def pair_lengths(pairs: list[Pair]) -> Tensor:
-    """(N,) tokens of the longer side of each pair."""
-    longer = [max(len(p.chosen_ids), len(p.rejected_ids)) + len(p.prompt_ids) for p in pairs]
-    return torch.tensor(longer)
+    def check(self) -> list[str]:
+        problems = []
+        if self.lcb_coef and self.heads == 1:
+            problems.append(f"lcb_coef: got {self.lcb_coef}, must be 0 for a single head")
+        elif self.lcb_coef and not self.center_rewards_coefficient:
+            # Pairs leave each head's zero open; without one their spread would measure that
+            # (Eisenstein et al. 2023, arXiv:2312.09244, regularise for the same reason).
+            do = "heads that share no zero cannot be compared: give --center-rewards-coefficient"
+            problems.append(f"lcb_coef: got {self.lcb_coef}, {do} 0.01")
+        if self.normalize == "eval" and not self.eval_data:
+            problems.append("normalize: got 'eval', there is no eval_data: give it, or train")
+        return problems
 
 
-def count_tokens(pair: Pair) -> int:
-    """Tokens of both sides, the prompt in each."""
-    return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-
-
-def pair_scores(model: RewardModel, batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """Scores of the chosen and of the rejected side, (N,) each."""
-    device = model.score.weight.device
-    scores = model(batch.tokens.to(device), batch.lengths.to(device))  # (2N,)
-    return scores.chunk(2)
-
-
-def pair_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float) -> Tensor:
-    """Bradley-Terry loss, and what holds the scores' free constant near 0. (N,) each -> (N,)."""
-    loss = bradley_terry_loss(chosen, rejected, margin)
-    return loss + center * (chosen + rejected).square() if center else loss  # 0 x inf is nan
-
-
-def score_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
-    """What the scores of N pairs, (N,) each, say without their margins.
-
-    Returns:
-        accuracy (strict), accuracy_half (a tie counts half), ties: fractions of N; margin and
-        margin_std: mean and population standard deviation of chosen - rejected; min_reward,
-        mean_reward, max_reward: over both sides.
-    """
-    accuracy = preference_accuracy(chosen, rejected)
-    both, margin = torch.cat((chosen, rejected)).double(), chosen.double() - rejected.double()
-    values = {
-        "margin": margin.mean(), "margin_std": margin.std(correction=0),
-        "min_reward": both.min(), "mean_reward": both.mean(), "max_reward": both.max(),
-    }  # fmt: skip
-    values = {name: float(value) for name, value in values.items()}
-    strict, ties, half = accuracy
-    return {"accuracy": strict, "accuracy_half": half, "ties": ties} | values
-
-
-def total_steps(config: RewardConfig, pairs: int) -> int:
+def total_steps(config: RewardConfig, examples: int) -> int:
     """Optimizer steps of the whole run: the exact horizon of the learning rate."""
-    exact = config.epochs * ceil(pairs / config.batch_size)
+    exact = config.epochs * ceil(examples / config.batch_size)
     return config.steps or ceil(round(exact, 6))  # 1.1 * 10 is 11.000000000000002
 
 
 def accumulate(
     model: RewardModel,
-    pairs: list[Pair],
+    examples: list[Example],
+    weights: Tensor,
     config: RewardConfig,
-    collate: Callable[[list[Pair]], PairBatch],
+    collate: Callable[[list[Example]], PairBatch | RankingBatch],
     where: str,
 ) -> dict[str, float]:
-    """Gradient of the mean loss over the pairs of a batch, in micro-batches.
+    """Gradient of the mean loss over the examples of a step and the heads, in micro-batches.
 
+    Args:
+        weights: (N, H) of each example for each head.
     Returns:
-        loss, grad_norm before clipping, and `score_metrics`.
+        loss, grad_norm before clipping, and `preference_metrics`.
     """
-    total, scores = 0.0, []
-    for part in optim.cut_by_tokens(
-        pair_lengths(pairs), len(pairs), config.micro_batch_tokens // 2
-    ):
-        here = [pairs[i] for i in part.tolist()]
+    total, device = 0.0, model.score.weight.device
+    seen: list[Example] = []
+    scores: list[Tensor] = []
+    for part in micro_batches(examples, config.micro_batch_tokens):
+        here = [examples[i] for i in part.tolist()]
         batch = collate(here)
-        chosen, rejected = pair_scores(model, batch)
-        margin = batch.margin.to(chosen)
-        loss = pair_loss(chosen, rejected, margin, config.center_rewards_coefficient)
-        loss = loss.sum() / len(pairs)
+        each = model.head_scores(batch.tokens.to(device), batch.lengths.to(device))  # (M, H)
+        losses = [
+            batch.loss(head, config.label_smoothing, config.center_rewards_coefficient)
+            for head in each.unbind(1)
+        ]
+        loss = torch.stack(losses, 1) * weights[part].to(each)  # (N, H)
+        loss = loss.mean(1).sum() / len(examples)
         value = float(loss.detach())
-        optim.check_finite(f"{where} ({', '.join(p.where for p in here[:8])})", {"loss": value})
+        optim.check_finite(f"{where} ({', '.join(e.where for e in here[:8])})", {"loss": value})
         loss.backward()
         interrupt.check()
         total += value
-        scores.append(torch.stack((chosen, rejected)).detach())
-    metrics = {"loss": total} | score_metrics(*torch.cat(scores, 1))
+        seen += here
+        scores += batch.split(model.combine(each.detach()))
+    metrics = {"loss": total} | preference_metrics(seen, scores)
     optim.check_finite(where, metrics)
     return metrics | {"grad_norm": optim.clip_gradients(model, config.max_grad_norm, where)}
 
 
 def reward(
     state: TrainState,
-    pairs: list[Pair],
+    examples: list[Example],
     config: RewardConfig,
-    collate: Callable[[list[Pair]], PairBatch] = collate_pairs,
+    collate: Callable[[list[Example]], PairBatch | RankingBatch] = collate,
 ) -> Iterator[Step]:
     """Trains state.model, a RewardModel; yields after each optimizer step.
 
     Args:
         state: may come from a checkpoint; training goes on at its step.
-        pairs: N preference pairs.
+        examples: N preference pairs, or N ranked lists.
         config: only its training settings are read.
-        collate: pairs -> PairBatch.
+        collate: examples -> the batch that knows their loss.
     Raises:
         UserError: a number is not finite (exit code 3); the step changed nothing.
     """
-    if not pairs:
-        raise ValueError("pairs is empty: give at least one")
-    model, N = state.model, len(pairs)
-    lengths, per_epoch = pair_lengths(pairs), ceil(N / config.batch_size)
+    if not examples:
+        raise ValueError("examples is empty: give at least one")
+    model, N = state.model, len(examples)
+    lengths, per_epoch = row_lengths(examples), ceil(N / config.batch_size)
     steps = total_steps(config, N)
     epoch_of, batches = -1, []
     while state.step < steps:
@@ -226,9 +222,10 @@ def reward(
             state.step, steps, config.learning_rate, config.warmup_steps, config.schedule
         )
         optim.set_learning_rate(state.optimizer, rate)
-        batch, where = [pairs[i] for i in rows.tolist()], f"step {state.step + 1}"
+        batch, where = [examples[i] for i in rows.tolist()], f"step {state.step + 1}"
+        weights = bootstrap_weights(config.seed, rows, model.heads)
         metrics = optim.update_or_skip(
-            state.optimizer, partial(accumulate, model, batch, config, collate, where),
+            state.optimizer, partial(accumulate, model, batch, weights, config, collate, where),
             state.counters, config.skip_nonfinite,
         )  # fmt: skip
         state.step += 1
@@ -244,143 +241,49 @@ def reward(
         yield Step(state.step, metrics, clock, [])
 
 
-# ------------------------------------------------------------------------------------- evaluation
-
-
-class Evaluation(NamedTuple):
-    metrics: dict[str, float]
-    chosen: Tensor  # (N,) scores
-    rejected: Tensor  # (N,)
-
-
-def calibration_error(chosen: Tensor, rejected: Tensor, bins: int = 10) -> float:
-    """Expected calibration error of P(chosen) = sigmoid(chosen - rejected). Guo et al. 2017
-    (arXiv:1706.04599), eq. 3.
-
-        sum_b |sum_{i in b} (right_i - confidence_i)| / N,   confidence = max(P, 1 - P)
-
-    Bins are of equal width on [1/2, 1]; right is 1 where the chosen side scores higher, 1/2 at a
-    tie. 0 says that of the pairs told apart with confidence 0.9, 9 in 10 are told apart rightly.
-
-    Args:
-        chosen, rejected: (N,) scores.
-    """
-    probability = torch.sigmoid(chosen.double() - rejected.double())
-    confidence = torch.maximum(probability, 1 - probability)
-    right = (chosen > rejected).double() + 0.5 * (chosen == rejected)
-    index = ((2 * confidence - 1) * bins).long().clamp(max=bins - 1)  # (N,)
-    gaps = probability.new_zeros(bins).index_add(0, index, right - confidence)
-    return float(gaps.abs().sum()) / len(chosen)
-
-
-@torch.no_grad()
-def evaluate(
-    model: RewardModel,
-    pairs: list[Pair],
-    micro_batch_tokens: int = 4096,
-    metrics: Callable[[Tensor, Tensor, list[Pair]], dict[str, float]] | None = None,
-    collate: Callable[[list[Pair]], PairBatch] = collate_pairs,
-) -> Evaluation:
-    """Scores held-out pairs once.
-
-    Args:
-        metrics: more of them, a function of (chosen scores (N,), rejected scores (N,), pairs).
-        collate: pairs -> PairBatch, as in training.
-    Returns:
-        loss (Bradley-Terry with the margins), those of `score_metrics`, calibration_error; and the
-        scores in the pairs' order.
-    Raises:
-        UserError: a score is not finite (exit code 3).
-    """
-    chosen, rejected = torch.zeros(2, len(pairs))
-    margin = torch.zeros(len(pairs))
-    for part in optim.cut_by_tokens(pair_lengths(pairs), len(pairs), micro_batch_tokens // 2):
-        interrupt.check()
-        batch = collate([pairs[i] for i in part.tolist()])
-        chosen[part], rejected[part] = (side.float().cpu() for side in pair_scores(model, batch))
-        margin[part] = batch.margin.float()
-    values = {"loss": float(bradley_terry_loss(chosen, rejected, margin).mean())}
-    values |= score_metrics(chosen, rejected)
-    optim.check_finite("evaluation", values)
-    values["calibration_error"] = calibration_error(chosen, rejected)
-    if metrics is not None:
-        values |= metrics(chosen, rejected, pairs)
-    return Evaluation(values, chosen, rejected)
-
-
-def sample_rows(
-    pairs: list[Pair], result: Evaluation, tokenizer: Tokenizer | None, count: int
-) -> list[dict]:
-    """The first `count` pairs (-1: all) with both scores and P(chosen > rejected).
-
-    Without a tokenizer the texts are their ids.
-    """
-    rows = []
-    for i, pair in enumerate(pairs[: len(pairs) if count < 0 else count]):
-        ids = {"prompt": pair.prompt_ids, "chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
-        texts = {name: tokenizer.decode(v) if tokenizer else v for name, v in ids.items()}
-        chosen, rejected = float(result.chosen[i]), float(result.rejected[i])
-        rows.append(texts | {
-            "chosen_score": chosen, "rejected_score": rejected, "margin": pair.margin,
-            "probability": float(torch.sigmoid(result.chosen[i] - result.rejected[i])),
-            "chosen_tokens": len(pair.prompt_ids) + len(pair.chosen_ids),
-            "rejected_tokens": len(pair.prompt_ids) + len(pair.rejected_ids),
-        })  # fmt: skip
-    return rows
-
-
-def sample_table(rows: list[dict]) -> str:
-    """`sample_rows` for a console; the answers only, since both have the same prompt."""
-    lines = [f"  {'chosen':<36}  {'rejected':<36}  {'scores':>15}  margin  P(chosen)  tokens"]
-    for row in rows:
-        chosen, rejected = (printable(row[side], 36) for side in ("chosen", "rejected"))
-        scores = f"{row['chosen_score']:>7.3f} {row['rejected_score']:>7.3f}"
-        sizes = f"{row['chosen_tokens']}/{row['rejected_tokens']}"
-        lines.append(
-            f"  {chosen:<36}  {rejected:<36}  {scores}  {row['margin']:>6.3g}  "
-            f"{row['probability']:>9.3f}  {sizes}"
-        )
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------- the command line
 
 
 def load(
     config: RewardConfig, path: str, tokenizer: Tokenizer, model: ModelConfig, before_eos: bool
-) -> tuple[list[Pair], Report]:
-    """Pairs of a file, without eos for a model that is read before it; its report, printed."""
-    pairs, report = load_pairs(
+) -> tuple[list[Example], Report]:
+    """Examples of a file, its report printed; without eos for a model that is read before it."""
+    examples, report = load_preferences(
         path, tokenizer, config.max_length, config.overlong, policy=RowPolicy.of(config),
         finish=partial(without_eos, eos_ids=tokenizer.eos_ids) if before_eos else None,
     )  # fmt: skip
-    longest = int(pair_lengths(pairs).max())
+    longest = int(row_lengths(examples).max())
     most = model.longest_row
     if longest > most:
         what = f"a row of {longest} tokens, the model reads {most}"
         raise UserError(path, what, f"give --max-length {most}")
+    if config.label_smoothing and path == config.data and isinstance(examples[0], Ranking):
+        what = f"is {config.label_smoothing}, but {path} holds ranked lists"
+        raise UserError("--label-smoothing", what, "only the label of a pair can be smoothed")
     print(report)
-    return pairs, report
-
-
-def without_eos(pair: Pair, eos_ids: tuple[int, ...]) -> Pair:
-    sides = pair.chosen_ids, pair.rejected_ids
-    chosen, rejected = (ids[:-1] if ids[-1] in eos_ids else ids for ids in sides)
-    if not (pair.prompt_ids or (chosen and rejected)):
-        raise UserError(pair.where, "a text of nothing but eos", "remove the row")
-    return replace(pair, chosen_ids=chosen, rejected_ids=rejected)
+    return examples, report
 
 
 def load_start(
     config: RewardConfig, before_eos: bool, device: str, dtype: torch.dtype
 ) -> RewardModel:
-    """The reward model of --model, or its language model under a new head."""
+    """The reward model of --model, or its language model under new heads.
+
+    A reward model that was normalised is trained on the scores that it had before.
+    """
     folder = pretrained.resolve(config.model)
     if pretrained.has_tensor(pretrained.tensor_files(folder), "score.weight"):
         model = pretrained.load_reward_model(folder, dtype)
+        if model.heads != config.heads:
+            what = f"is {config.heads}, the reward model {config.model} has {model.heads}"
+            raise UserError("--heads", what, f"give --heads {model.heads}")
+        model.lcb_coef, model.reward_mean, model.reward_std = config.lcb_coef, 0.0, 1.0
     else:
-        model = RewardModel(pretrained.load_pretrained(folder, dtype))
-        initialize_score(model, streams.generator(config.seed, "reward head"))
+        lm = pretrained.load_pretrained(folder, dtype)
+        model = RewardModel(lm, heads=config.heads, lcb_coef=config.lcb_coef)
+        first = streams.generator(config.seed, "reward head")  # of a model with one head, too
+        others = (streams.generator(config.seed, "reward head", h) for h in range(1, config.heads))
+        initialize_score(model, first, *others)
     model.read_before_eos = before_eos
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
@@ -402,7 +305,7 @@ def write_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:
 def evaluate_all(
     r: Run,
     state: TrainState,
-    sets: dict[str, list[Pair]],
+    sets: dict[str, list[Example]],
     config: RewardConfig,
     tokenizer: Tokenizer,
 ) -> dict[str, float]:
@@ -410,20 +313,55 @@ def evaluate_all(
     metrics = {}
     for prefix, held_out in sets.items():
         result = evaluate(state.model, held_out, config.micro_batch_tokens)
-        rows = sample_rows(held_out, result, tokenizer, config.show_samples)
+        rows = sample_rows(result, tokenizer, config.show_samples)
         if rows:
             r.say(sample_table(rows))
             r.write_samples(state, [{"step": state.step, "set": prefix} | row for row in rows])
         metrics |= {prefix + name: value for name, value in result.metrics.items()}
-        shown = ("accuracy", "ties", "loss", "margin", "calibration_error")
+        shown = [n for n in SHOWN if n in result.metrics]
         numbers = "  ".join(f"{name} {result.metrics[name]:.4f}" for name in shown)
-        r.say(f"  {prefix.rstrip('_')}: {len(held_out):,} pairs  {numbers}")
+        r.say(f"  {prefix.rstrip('_')}: {len(held_out):,} {kind_of(held_out)}  {numbers}")
     return metrics
+
+
+def finish(
+    r: Run,
+    model: RewardModel,
+    train: list[Example],
+    sets: dict[str, list[Example]],
+    config: RewardConfig,
+    tokenizer: Tokenizer,
+) -> None:
+    """Normalises the trained model, writes its folder, and the card of what was held out.
+
+    All of it is a function of the last checkpoint, so a run that is stopped here does it again.
+    """
+    if config.lora_rank:
+        merge_lora(model)
+    facts: dict[str, object] = {"heads": model.heads, "lcb_coef": model.lcb_coef}
+    if config.normalize != "none":
+        over = train if config.normalize == "train" else [e for s in sets.values() for e in s]
+        mean, std = score_moments(model, over, config.micro_batch_tokens, "--normalize")
+        normalize_scores(model, mean, std)
+        facts["normalized"] = {"over": config.normalize, "mean": mean, "std": std}
+        print(f"scores of {config.normalize} had mean {mean:.4f} and std {std:.4f}: normalised")
+    results = {p.rstrip("_"): evaluate(model, rows, config.micro_batch_tokens)
+               for p, rows in sets.items()}  # fmt: skip
+    files = card_files(facts, results, tokenizer) if results else {}
+
+    def write(target: Path) -> None:
+        write_model(model, tokenizer, target)
+        for name, text in files.items():
+            fsio.write_text(target / name, text)
+
+    print(f"reward model in {r.export(write)}")
+    for name, text in files.items():
+        r.write_file(name, text)
 
 
 def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
-        RewardConfig, argv, "minirlhf reward", "Train a reward model on preference pairs."
+        RewardConfig, argv, "minirlhf reward", "Train a reward model on pairs or ranked lists."
     )
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
     torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
@@ -440,11 +378,13 @@ def main(argv: list[str] | None = None) -> int:
         for prefix, file in files.items()
     }
     sets = {prefix: rows for prefix, (rows, _) in read.items()}
-    longest = max(int(pair_lengths(rows).max()) for rows in sets.values())
-    pairs = sets.pop("")
+    longest = max(int(row_lengths(rows).max()) for rows in sets.values())
+    texts = max(int(count_texts(rows).max()) for rows in sets.values())
+    examples = sets.pop("")
+    scored = [*sets.values(), *([examples] if config.normalize == "train" else [])]
     plan = memory.reward_plan(
         config, model_config, longest, dtype, process_bytes(device),
-        max(map(len, sets.values()), default=0),
+        max(map(len, scored), default=0), texts,
     )  # fmt: skip
     print(plan)
     fits = memory.verdict(plan, free_memory(device))
@@ -452,18 +392,18 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = optim.make_optimizer(
         model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )
-    state, steps = TrainState(model, optimizer), total_steps(config, len(pairs))
+    state, steps = TrainState(model, optimizer), total_steps(config, len(examples))
     with r:
         r.list_left_out(report for _, report in read.values())
         r.facts({
-            "examples": len(pairs), "epochs": f"{steps * config.batch_size / len(pairs):.2f}",
-            "pairs a step": config.batch_size, "steps": steps,
+            "examples": len(examples), "epochs": f"{steps * config.batch_size / len(examples):.2f}",
+            f"{kind_of(examples)} a step": config.batch_size, "steps": steps,
             "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "memory": fits, "device": device, "dtype": str(dtype).removeprefix("torch."),
             "seed": config.seed,
         })  # fmt: skip
         r.restore(state)
-        for step in r.bar(reward(state, pairs, config), state, steps):
+        for step in r.bar(reward(state, examples, config), state, steps):
             last = step.number == steps
             steady = ("learning_rate", "epoch", "num_tokens", "skipped_updates")
             extra = {name: step.metrics[name] for name in steady}
@@ -478,10 +418,7 @@ def main(argv: list[str] | None = None) -> int:
         if r.stopped:
             r.save(state)
             return STOPPED
-        if config.lora_rank:
-            merge_lora(model)
-        written = r.export(lambda target: write_model(model, tokenizer, target))
-        print(f"reward model in {written}")
+        finish(r, model, examples, sets, config, tokenizer)
     return OK
 
 

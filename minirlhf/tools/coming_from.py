@@ -120,7 +120,7 @@ _TRL_PPO_TRAINER = _rows(
 _TRL_REWARD = _rows(
     ("model", "--model", "a language or reward model; one score a text"),
     ("args.max_length", "--max-length, --overlong", "is obeyed; what happens to longer rows too"),
-    ("data_collator", "minirlhf.recipes.reward.collate_pairs", "pass your own to reward(...)"),
+    ("data_collator", "minirlhf.preferences.collate", "pass your own to reward(...)"),
     ("train_dataset", "--data", "text, messages or ids; a margin may miss in any row"),
     ("eval_dataset", "--eval-data", "several as NAME=FILE, told under eval_NAME_"),
     ("tokenizer", "minirlhf.tokenizer.load_tokenizer", "of --model"),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.errors import UserError
-from minirlhf.recipes.reward import without_eos
+from minirlhf.preferences import without_eos
 from minirlhf.recipes.sft import with_target
 from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import Tokenizer

@@ -5,7 +5,16 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from minirlhf.data import Pair, Prompt, Text, load_pairs, load_prompts, load_texts, split_rows
+from minirlhf.data import (
+    Pair,
+    Prompt,
+    Text,
+    load_pairs,
+    load_prompts,
+    load_texts,
+    pair_labels,
+    split_rows,
+)
 from minirlhf.errors import UserError, printable
 from minirlhf.formats import Part, margin, pair_format, prompt_format, text_format
 from minirlhf.ppo_config import PPOConfig
@@ -108,7 +117,7 @@ def _key(part: Part | None) -> object:
 def read_raw(path: str, recipe: str, policy: RowPolicy = STRICT) -> Raw:
     """All rows of a file, each of the kind that the first one is."""
     sieve, pairs = Sieve(policy), recipe == "reward"
-    split = split_rows(path, RECIPES[recipe].form, sieve, also=margin if pairs else None)
+    split = split_rows(path, RECIPES[recipe].form, sieve, also=pair_labels if pairs else None)
     parts = [part for _, part in split.rows]
     keys = [tuple(map(_key, part)) for part in parts]
     margins = [margin(row) for row, _ in split.rows] if pairs else []

@@ -13,14 +13,16 @@ import torch
 
 from minirlhf import config as settings
 from minirlhf import memory, optim, presets, pretrained
-from minirlhf.data import load_pairs, load_prompts, load_texts
+from minirlhf.data import load_prompts, load_texts
 from minirlhf.errors import OK, UserError, run
 from minirlhf.hf_config import config_from_hf
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.memory import Plan
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_start import prompt_room
-from minirlhf.recipes.reward import RewardConfig, pair_lengths
+from minirlhf.preferences import count_texts, row_lengths
+from minirlhf.rankings import load_preferences
+from minirlhf.recipes.reward import RewardConfig
 from minirlhf.recipes.sft import SFTConfig, count_tokens, with_target
 from minirlhf.rows import read_json
 from minirlhf.run import named_files
@@ -75,18 +77,20 @@ def measure(
 
 def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
     folder = pretrained.resolve(config.model)
-    model = pretrained.read_config(folder)
+    model, texts = pretrained.read_config(folder), [2]
 
     def lengths(path: str) -> list[int]:
         tokenizer = load_tokenizer(folder)
-        pairs, report = load_pairs(
+        examples, report = load_preferences(
             path, tokenizer, config.max_length, config.overlong, policy=RowPolicy.of(config)
         )
         print(report)
-        return pair_lengths(pairs).tolist()
+        texts.append(int(count_texts(examples).max()))
+        return row_lengths(examples).tolist()
 
     longest, held_out = measure(config, model.longest_row, lengths)
-    return memory.reward_plan(config, model, longest, dtype, process_bytes(device), held_out)
+    bytes_held = process_bytes(device)
+    return memory.reward_plan(config, model, longest, dtype, bytes_held, held_out, max(texts))
 
 
 def sft_model(config: SFTConfig) -> tuple[ModelConfig, Tokenizer | None]:

@@ -19,7 +19,7 @@ from minirlhf.errors import NON_FINITE, OK, UserError, run
 from minirlhf.formats import pair_format
 from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel
-from minirlhf.recipes.reward import score_metrics, without_eos
+from minirlhf.preferences import score_metrics, without_eos
 from minirlhf.rows import read_rows
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.sample import check_new, json_lines

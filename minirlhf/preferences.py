@@ -1,0 +1,240 @@
+"""Preferences as a reward model meets them: batches, their losses, and what scores say of them.
+
+An example is a `Pair` or a `Ranking`: a prompt and responses, best first, with their ranks. What
+differs between the two is how a batch of them is laid out and lost on; both batches answer the same
+two questions, `loss` and `split`, so whoever trains or evaluates need not know which one it is.
+
+Shapes: N examples, M texts of all of them, K responses of the longest list, H heads.
+"""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from minirlhf import streams
+from minirlhf.data import Pair
+from minirlhf.errors import UserError
+from minirlhf.generation import pad_right
+from minirlhf.losses import bradley_terry_loss, plackett_luce_loss, preference_accuracy
+from minirlhf.optim import cut_by_tokens
+from minirlhf.rankings import Ranking
+
+Example = Pair | Ranking
+E = TypeVar("E", Pair, Ranking)
+
+
+# -------------------------------------------------------------------------------- examples as texts
+
+
+def texts_of(example: Example) -> list[list[int]]:
+    """Ids of each whole text, the best one first."""
+    return [example.prompt_ids + response for response in example.responses]
+
+
+def row_lengths(examples: list[E]) -> Tensor:
+    """(N,) tokens of the longest text of each example."""
+    return torch.tensor(
+        [len(e.prompt_ids) + max(len(response) for response in e.responses) for e in examples]
+    )
+
+
+def kind_of(examples: list[E]) -> str:
+    """What they are, in a word."""
+    return "pairs" if isinstance(examples[0], Pair) else "lists"
+
+
+def count_texts(examples: list[E]) -> Tensor:
+    """(N,) texts of each example."""
+    return torch.tensor([len(example.ranks) for example in examples])
+
+
+def count_tokens(example: Example) -> int:
+    """Tokens of all its texts, the prompt in each."""
+    return sum(map(len, texts_of(example)))
+
+
+def micro_batches(examples: list[E], max_tokens: int) -> list[Tensor]:
+    """Index tensors that cut examples into forward passes; the texts of each stay together."""
+    counts = count_texts(examples)
+    return cut_by_tokens(row_lengths(examples), len(examples), max_tokens, counts)
+
+
+def without_eos(example: E, eos_ids: tuple[int, ...]) -> E:
+    """The example without the eos at the end of its texts, for a model that is read before it."""
+    cut = [ids[:-1] if ids[-1] in eos_ids else ids for ids in example.responses]
+    if not (example.prompt_ids or all(cut)):
+        raise UserError(example.where, "a text of nothing but eos", "remove the row")
+    if isinstance(example, Pair):
+        return replace(example, chosen_ids=cut[0], rejected_ids=cut[1])
+    return replace(example, responses=cut)
+
+
+def as_pairs(example: Example) -> list[Pair]:
+    """All its pairs of responses of different rank, the better one chosen."""
+    if isinstance(example, Pair):
+        return [example]
+    prompt, responses = example.prompt_ids, example.responses
+    return [
+        Pair(prompt, responses[i], responses[j], 0.0, example.where, example.columns)
+        for i, j in _ordered(example)
+    ]
+
+
+def _ordered(example: Example) -> list[tuple[int, int]]:
+    """Indices (better, worse) of all responses of different rank."""
+    ranks = list(enumerate(example.ranks))
+    return [(i, j) for i, rank in ranks for j, other in ranks if rank < other]
+
+
+# ------------------------------------------------------------------------------- batches and losses
+
+
+class PairBatch(NamedTuple):
+    tokens: Tensor  # (2N, T) int64: N chosen rows, then N rejected rows
+    lengths: Tensor  # (2N,)
+    margin: Tensor  # (N,) float32
+    chosen_probability: Tensor  # (N,) float32
+
+    def split(self, scores: Tensor) -> list[Tensor]:
+        """(2N,) -> a (2,) for each pair, chosen first."""
+        return list(torch.stack(scores.chunk(2), 1))
+
+    def loss(self, scores: Tensor, label_smoothing: float = 0.0, center: float = 0.0) -> Tensor:
+        """(2N,) scores -> (N,) losses."""
+        chosen, rejected = scores.chunk(2)
+        probability = self.chosen_probability.to(scores)
+        loss = bradley_terry_loss(
+            chosen, rejected, self.margin.to(scores), probability, label_smoothing
+        )
+        return loss + center * (chosen + rejected).square() if center else loss  # 0 x inf is nan
+
+
+class RankingBatch(NamedTuple):
+    tokens: Tensor  # (M, T) int64, the texts of a list next to each other
+    lengths: Tensor  # (M,)
+    ranks: Tensor  # (N, K) int64
+    mask: Tensor  # (N, K) bool, True = a response
+
+    def split(self, scores: Tensor) -> list[Tensor]:
+        """(M,) -> a (K,) for each list, without padding."""
+        return list(scores.split(self.mask.sum(1).tolist()))
+
+    def loss(self, scores: Tensor, label_smoothing: float = 0.0, center: float = 0.0) -> Tensor:
+        """(M,) scores -> (N,) losses; of two responses what a pair's are.
+
+        Raises:
+            ValueError: label_smoothing is not 0: which of a list's orders is the flipped one?
+        """
+        if label_smoothing:
+            raise ValueError(f"label_smoothing is {label_smoothing}: only pairs have a label")
+        mask = self.mask.to(scores.device)
+        table = torch.zeros_like(mask, dtype=scores.dtype).masked_scatter(mask, scores)  # (N, K)
+        loss = plackett_luce_loss(table, self.ranks.to(scores.device), mask)
+        if not center:
+            return loss
+        return loss + center * (table.sum(1) * (2 / mask.sum(1))).square()
+
+
+def collate_pairs(pairs: list[Pair]) -> PairBatch:
+    """Both sides in one batch, so that one forward pass scores them alike."""
+    rows = [p.prompt_ids + p.chosen_ids for p in pairs]
+    rows += [p.prompt_ids + p.rejected_ids for p in pairs]
+    lengths = torch.tensor([len(row) for row in rows])
+    margin = torch.tensor([p.margin for p in pairs])
+    probability = torch.tensor([p.chosen_probability for p in pairs])
+    return PairBatch(pad_right(rows), lengths, margin, probability)
+
+
+def collate_rankings(rankings: list[Ranking]) -> RankingBatch:
+    """All responses in one batch, so that one forward pass scores them alike."""
+    rows = [text for ranking in rankings for text in texts_of(ranking)]
+    lengths = torch.tensor([len(row) for row in rows])
+    ranks = pad_right([ranking.ranks for ranking in rankings])
+    mask = torch.arange(ranks.shape[1]) < count_texts(rankings)[:, None]
+    return RankingBatch(pad_right(rows), lengths, ranks, mask)
+
+
+def collate(examples: list[E]) -> PairBatch | RankingBatch:
+    """The batch of whichever kind the examples are."""
+    return (collate_pairs if isinstance(examples[0], Pair) else collate_rankings)(examples)
+
+
+def bootstrap_weights(seed: int, rows: Tensor, heads: int) -> Tensor:
+    """How often each head meets each example: Poisson(1), independent of all others.
+
+    Sampling N of N examples with replacement gives each a Binomial(N, 1/N) count, whose limit this
+    is (Oza and Russell 2001, "Online bagging and boosting"); heads on one trunk that each see a
+    bootstrap of their own: Osband et al. 2016 (arXiv:1602.04621). The mean is 1, so the expected
+    loss is that of the data. A single head meets each example once.
+
+    Args:
+        rows: (N,) index of each example in the data; the weight is a function of it and the seed.
+    Returns:
+        (N, H) float64.
+    """
+    if heads == 1:
+        return torch.ones(len(rows), 1, dtype=torch.float64)
+    keys = streams.key(seed, "bootstrap", rows[:, None], torch.arange(heads))  # (N, H)
+    below = torch.tensor([math.exp(-1) / math.factorial(n) for n in range(20)]).double().cumsum(0)
+    return torch.searchsorted(below, streams.uniform(keys, 0), right=True).double()
+
+
+# ------------------------------------------------------------------------------ what the scores say
+
+
+def ordered_scores(examples: list[E], scores: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Scores of the better and of the worse side of every pair in `as_pairs` order, (P,) each.
+
+    Args:
+        scores: of each example's responses, best first.
+    """
+    pairs, start = [], 0
+    for example in examples:
+        pairs += [(start + i, start + j) for i, j in _ordered(example)]
+        start += len(example.ranks)
+    better, worse = torch.tensor(pairs).T
+    flat = torch.cat(scores)
+    at = better.to(flat.device), worse.to(flat.device)
+    return flat[at[0]], flat[at[1]]
+
+
+def score_metrics(better: Tensor, worse: Tensor, scores: Tensor | None = None) -> dict[str, float]:
+    """What scores say about pairs, without their margins.
+
+    Args:
+        better, worse: (P,) scores of the two sides of each pair.
+        scores: (M,) of each text once; None: both sides of the pairs.
+    Returns:
+        accuracy (strict), accuracy_half (a tie counts half), ties: fractions of P; margin and
+        margin_std: mean and population standard deviation of better - worse; min_reward,
+        mean_reward, max_reward: over the scores.
+    """
+    accuracy = preference_accuracy(better, worse)
+    every = (torch.cat((better, worse)) if scores is None else scores).double()
+    margin = better.double() - worse.double()
+    values = {
+        "margin": margin.mean(), "margin_std": margin.std(correction=0),
+        "min_reward": every.min(), "mean_reward": every.mean(), "max_reward": every.max(),
+    }  # fmt: skip
+    values = {name: float(value) for name, value in values.items()}
+    strict, ties, half = accuracy
+    return {"accuracy": strict, "accuracy_half": half, "ties": ties} | values
+
+
+def top1(rankings: list[Ranking], scores: list[Tensor]) -> float:
+    """Fraction of lists of which a response of the best rank scores above all other ranks."""
+    right = 0
+    for ranking, each in zip(rankings, scores, strict=True):
+        best = sum(rank == ranking.ranks[0] for rank in ranking.ranks)
+        right += bool(each[:best].max() > each[best:].max())
+    return right / len(rankings)
+
+
+def preference_metrics(examples: list[E], scores: list[Tensor]) -> dict[str, float]:
+    """`score_metrics` over all pairs of each example; of ranked lists `top1` too."""
+    values = score_metrics(*ordered_scores(examples, scores), torch.cat(scores))
+    lists = isinstance(examples[0], Ranking)
+    return values | ({"top1": top1(examples, scores)} if lists else {})

@@ -1,0 +1,272 @@
+"""Ranked lists: several answers to one prompt in their order of preference, and their loader.
+
+Kinds of rows, of which the first one decides for the file:
+
+    prompt, responses                       best first
+    prompt, responses, ranks                1 is the best; equal ranks tie
+    prompt, responses, scores               higher is better; equal scores tie
+    prompt, responses, best (or choice)     the index of the best, from 0; the others tie
+    prompt, completions                     a list of {response, score}
+    query, sample0, sample1, ..., best      token ids (lm-human-preferences)
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from minirlhf.data import (
+    PAIR_LABELS,
+    Encoded,
+    Pair,
+    load_examples,
+    load_pairs,
+    renamed,
+    split_rows,
+)
+from minirlhf.errors import UserError, printable
+from minirlhf.formats import (
+    LARGEST,
+    Format,
+    Part,
+    _ids,
+    _kind,
+    _messages,
+    _string,
+    _unknown,
+    _wrong,
+    pair_format,
+)
+from minirlhf.rows import Row, kind_of, read_rows
+from minirlhf.sieve import STRICT, Report, RowPolicy, Sieve
+from minirlhf.tokenizer import Tokenizer
+
+LABELS = ("ranks", "scores", "best", "choice")  # columns, at most one of them
+LEGAL = (
+    "prompt (a string or messages) with responses, best first or beside one of ranks, scores, "
+    "best, choice | prompt with completions of {response, score} | query, sample0, sample1, best"
+)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Answers to one prompt, best first.
+
+    Args:
+        prompt_ids: the shared start.
+        responses: ids of each answer, two or more.
+        ranks: of each answer, ascending from 1 without gaps; equal ranks are not compared.
+        where: "file:line".
+        columns: the row's other columns.
+    """
+
+    prompt_ids: list[int]
+    responses: list[list[int]]
+    ranks: list[int]
+    where: str
+    columns: dict
+
+
+E = TypeVar("E", Pair, Ranking)
+
+
+def is_ranking(row: Row) -> bool:
+    """Whether a row holds a list rather than a pair."""
+    columns = row.columns
+    if "chosen" in columns or "rejected" in columns:
+        return False
+    listed = isinstance(columns.get("completions"), list)
+    return listed or "responses" in columns or "sample0" in columns
+
+
+def ranking_format(row: Row, empty_prompt: bool = False) -> Format:
+    """The kind of file that starts with this row; parts (prompt, response, response, ...).
+
+    Args:
+        empty_prompt: a prompt may be empty.
+    """
+    columns, label = row.columns, _label(row)
+    shown = f", {label}" if label else ", best first"
+    prompt = _kind(columns.get("prompt"))
+    if "query" in columns and "sample0" in columns:
+        count = next(i for i in range(len(columns) + 1) if f"sample{i}" not in columns)
+        keys = ("query", *(f"sample{i}" for i in range(count)))
+        detected = f"tokenised ranked lists (query, sample0 to sample{count - 1}{shown})"
+        used, read = (*keys, *LABELS), _ids
+    elif prompt in ("text", "messages") and "responses" in columns:
+        keys, used = ("prompt", "responses"), ("prompt", "responses", *LABELS)
+        detected = f"ranked lists (prompt, responses{shown})"
+        read = _string if prompt == "text" else _messages
+    elif prompt in ("text", "messages") and "completions" in columns:
+        if label:
+            raise UserError(row.where, f"has completions and {label}", "keep the one that counts")
+        keys = used = ("prompt", "completions")
+        detected = "ranked lists (prompt, completions of response and score)"
+        read = _string if prompt == "text" else _messages
+    else:
+        raise _unknown(row, LEGAL)
+    read_prompt = partial(read, may_be_empty=empty_prompt)
+
+    def parts(row: Row) -> tuple[Part, ...]:
+        if _label(row) != label:
+            got = _label(row) or "none of " + ", ".join(LABELS)
+            raise UserError(row.where, f"has {got}, unlike the first row")
+        for name in PAIR_LABELS:
+            if name in row.columns:
+                raise UserError(row.where, f"has a column {name}, which only pairs have")
+        listed = _listed(row, keys)
+        if len(listed.columns) < 2:
+            raise UserError(row.where, f"{len(listed.columns)} responses", "needs two or more")
+        responses = tuple(read(listed, key) for key in listed.columns)
+        ranks_of(row, len(responses))  # refuses a wrong label before anything is encoded
+        return (read_prompt(row, keys[0]), *responses)
+
+    return Format(detected, used, parts)
+
+
+def _label(row: Row) -> str | None:
+    found = [name for name in LABELS if name in row.columns]
+    if len(found) > 1:
+        raise UserError(row.where, f"has {' and '.join(found)}", "keep the one that counts")
+    return found[0] if found else None
+
+
+def _listed(row: Row, keys: tuple[str, ...]) -> Row:
+    """The row's responses as columns of their own, so that an error names the one it means."""
+    if keys[0] == "query":
+        return Row(row.where, {key: row.columns.get(key) for key in keys[1:]})
+    key = keys[1]
+    values = row.columns.get(key)
+    if not isinstance(values, list):
+        raise _wrong(row, key, "needs a list")
+    if key == "completions":
+        values = [_completion(row, at, value)["response"] for at, value in enumerate(values)]
+    return Row(row.where, {f"{key}[{at}]": value for at, value in enumerate(values)})
+
+
+def _completion(row: Row, at: int, value: object) -> dict:
+    if not isinstance(value, dict) or not {"response", "score"} <= value.keys():
+        got = ", ".join(value) if isinstance(value, dict) else kind_of(value)
+        raise UserError(row.where, f"completions[{at}] is {got}", "needs {response: …, score: …}")
+    return value
+
+
+def ranks_of(row: Row, count: int) -> list[int]:
+    """Rank of each of a row's `count` responses, from 1 without gaps.
+
+    Raises:
+        UserError: not one number each, a rank that is no integer from 1, a score that is not
+            finite, or an index that is none of the responses'.
+    """
+    label, columns = _label(row), row.columns
+    if isinstance(columns.get("completions"), list) and "responses" not in columns:
+        scores = [value["score"] for value in columns["completions"]]
+        return _dense([-score for score in _numbers(row, "completions", scores, count)])
+    if label is None:
+        return list(range(1, count + 1))
+    value = columns[label]
+    if label in ("best", "choice"):
+        if type(value) is not int or not 0 <= value < count:
+            legal = f"needs an integer from 0 to {count - 1}: the index of the best response"
+            raise UserError(row.where, f"{label} is {printable(json.dumps(value), 40)}", legal)
+        return [1 if at == value else 2 for at in range(count)]
+    if not isinstance(value, list):
+        raise _wrong(row, label, "needs a list of numbers")
+    numbers = _numbers(row, label, value, count)
+    if label == "scores":
+        return _dense([-number for number in numbers])
+    for at, number in enumerate(numbers):
+        if type(number) is not int or number < 1:
+            raise UserError(row.where, f"ranks[{at}] is {number}", "needs an integer from 1, best")
+    return _dense(numbers)
+
+
+def _numbers(row: Row, key: str, values: list, count: int) -> list[float]:
+    if len(values) != count:
+        raise UserError(row.where, f"{len(values)} {key}, {count} responses", "needs as many")
+    for at, value in enumerate(values):
+        if type(value) not in (int, float) or not abs(value) <= LARGEST:
+            got = printable(json.dumps(value), 40)
+            raise UserError(row.where, f"{key}[{at}] is {got}", "needs a finite number")
+    return values
+
+
+def _dense(values: list[float]) -> list[int]:
+    order = {value: rank for rank, value in enumerate(sorted(set(values)), 1)}
+    return [order[value] for value in values]
+
+
+def load_rankings(
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    max_length: int | None,
+    overlong: str,
+    columns: dict[str, str] | None = None,
+    policy: RowPolicy = STRICT,
+    finish: Callable[[Ranking], Ranking] | None = None,
+) -> tuple[list[Ranking], Report]:
+    """Ranked lists of a file, arguments and errors as in `load_pairs`.
+
+    Lists that say nothing are dropped and counted: all responses tie, or two that are equal have
+    different ranks.
+    """
+    sieve = Sieve(policy)
+    split = split_rows(path, ranking_format, sieve, columns)
+
+    def make(e: Encoded) -> Ranking:
+        ranks = ranks_of(e.row, len(e.responses))
+        order = sorted(range(len(ranks)), key=ranks.__getitem__)  # stable: ties as in the file
+        responses, ranks = [e.responses[i] for i in order], [ranks[i] for i in order]
+        return Ranking(e.prompt_ids, responses, ranks, e.row.where, e.columns)
+
+    return load_examples(
+        path, split, make, finish, tokenizer, max_length, overlong, sieve, _says_nothing
+    )
+
+
+def _says_nothing(row: Row, responses: list[list[int]]) -> str | None:
+    ranks = ranks_of(row, len(responses))
+    if len(set(ranks)) == 1:
+        return "all responses tie"
+    rank: dict[tuple[int, ...], int] = {}
+    for ids, here in zip(responses, ranks, strict=True):
+        if rank.setdefault(tuple(ids), here) != here:
+            return "equal responses with different ranks"
+    return None
+
+
+def holds_rankings(
+    path: str | Path, columns: dict[str, str] | None = None, policy: RowPolicy = STRICT
+) -> bool:
+    """Whether the first well-formed row of a file is a ranked list rather than a pair.
+
+    Raises:
+        UserError: a fault in a row before it that the policy does not skip, or no such row.
+    """
+    sieve = Sieve(policy)
+    for row in renamed(read_rows(path, sieve), columns or {}, sieve):
+        listed = is_ranking(row)
+        try:
+            (ranking_format if listed else pair_format)(row, policy.allow_empty_prompt)
+        except UserError as error:
+            sieve.reject(error, row.raw)
+            continue
+        return listed
+    rejected = sieve.in_order()
+    raise Report(str(path), "", len(rejected), rejected_rows=rejected).nothing_left()
+
+
+def load_preferences(
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    max_length: int | None,
+    overlong: str,
+    columns: dict[str, str] | None = None,
+    policy: RowPolicy = STRICT,
+    finish: Callable[[E], E] | None = None,
+) -> tuple[list[Pair] | list[Ranking], Report]:
+    """Pairs or ranked lists, as the first well-formed row is; arguments as in `load_pairs`."""
+    load = load_rankings if holds_rankings(path, columns, policy) else load_pairs
+    return load(path, tokenizer, max_length, overlong, columns, policy, finish)
