@@ -59,7 +59,9 @@ _SIDES = (
     Metric("min_reward", "reward", "both sides", "min", "lowest score"),
     Metric("mean_reward", "reward", "both sides", "mean", "score"),
     Metric("max_reward", "reward", "both sides", "max", "highest score"),
-)
+    Metric("top1", "share", "ranked lists", "mean", "the best response scores highest",
+           when="the data are ranked lists"),
+)  # fmt: skip
 
 
 def _held_out(metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
@@ -91,26 +93,27 @@ _REWARD = (
 
 TOKENS, ROWS, UPDATES = "response tokens", "responses", "response tokens, all epochs"
 
-def _held_out(name: str, unit: str, reduction: str, meaning: str, when: str = "") -> Metric:
+
+def _of_policy(name: str, unit: str, reduction: str, meaning: str, when: str = "") -> Metric:
     return Metric(f"eval/{name}", unit, "held-out prompts", reduction, meaning,
                   when=f"--eval-data{when}")  # fmt: skip
 
 
 _EVALUATION = (
-    _held_out("objective/scores", "reward", "mean", "as the sources gave it, before any penalty"),
-    _held_out("objective/scores_se", "reward", "standard error", "of that mean"),
-    _held_out("objective/kl", "nats a response", "sum over tokens, mean over rows",
+    _of_policy("objective/scores", "reward", "mean", "as the sources gave it, before any penalty"),
+    _of_policy("objective/scores_se", "reward", "standard error", "of that mean"),
+    _of_policy("objective/kl", "nats a response", "sum over tokens, mean over rows",
               "log-ratio of policy to reference (k1)"),
-    _held_out("response_length", "tokens", "mean", "of the response, eos included"),
-    _held_out("eos_rate", "share", "mean", "not cut by the length"),
-    _held_out("distinct_1", "share", "ratio", "different words over all words of all responses"),
-    _held_out("distinct_2", "share", "ratio", "different pairs of words over all pairs"),
-    _held_out("duplicates", "share", "mean", "says exactly what one before it said"),
-    _held_out("win_rate", "share", "mean", "scores above the starting policy's answer; a tie half",
+    _of_policy("response_length", "tokens", "mean", "of the response, eos included"),
+    _of_policy("eos_rate", "share", "mean", "not cut by the length"),
+    _of_policy("distinct_1", "share", "ratio", "different words over all words of all responses"),
+    _of_policy("distinct_2", "share", "ratio", "different pairs of words over all pairs"),
+    _of_policy("duplicates", "share", "mean", "says exactly what one before it said"),
+    _of_policy("win_rate", "share", "mean", "scores above the starting policy's answer; a tie half",
               ", after the first evaluation"),
-    _held_out("win_rate_low", "share", "95% interval", "where the true rate may begin",
+    _of_policy("win_rate_low", "share", "95% interval", "where the true rate may begin",
               ", after the first evaluation"),
-    _held_out("win_rate_high", "share", "95% interval", "where it may end",
+    _of_policy("win_rate_high", "share", "95% interval", "where it may end",
               ", after the first evaluation"),
 )  # fmt: skip
 
