@@ -281,7 +281,7 @@ ROWS = {
 }
 LOAD = {"pairs": load_pairs, "turns": load_pairs, "ids": load_pairs, "prompts": load_prompts}
 SETTINGS = {
-    "model": "policy", "data": "prompts.jsonl", "out": "out", "reward": "reward", "steps": 3,
+    "model": "policy", "data": "prompts.jsonl", "out": "out", "reward": ["reward"], "steps": 3,
     "learning_rate": 3e-6, "kl_target": 6.0, "lora_rank": 0, "whiten_advantages": False, "seed": 1,
     "stop": ["a", "b"], "dtype": "float32", "temperature": 0.7,
 }  # fmt: skip

@@ -120,7 +120,9 @@ RECIPES = {
         "eval_data": Change("few.jsonl"),
         "eval_every": Change(1, {"eval_data": "few.jsonl"}),
         "eval_prompts": Change(2, {"eval_data": "few.jsonl"}),
-        "keep_best": Change(True, {"eval_data": "few.jsonl", "eval_every": 1, "steps": 3}),
+        "keep_best": Change(
+            True, {"eval_data": "few.jsonl", "eval_every": 1, "steps": 8, "learning_rate": 3e-2}
+        ),
         "ref": Change("other"),
         "critic": Change("rm"),
         "train_critic": Change(False, {"critic": "rm"}),
