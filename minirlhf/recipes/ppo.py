@@ -610,8 +610,9 @@ def main(argv: list[str] | None = None) -> int:
         # where the first step was stopped, the table before it is there
         if config.sample_every and state.step == 0 and not state.log_bytes["samples.jsonl"]:
             show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
-        loop = ppo(state, prompts, reward, ref, tokenizer, config, mix)
-        for step in r.bar(loop, state, config.steps):
+        for step in r.bar(
+            ppo(state, prompts, reward, ref, tokenizer, config, mix), state, config.steps
+        ):
             last = step.number == config.steps
             with r.report(state, step):
                 alarms, state.health = health.check(state.health, step.number, step.metrics)

@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         "--reward", out / "reward" / "model", "--out", out / "ppo", "--steps", steps(32),
         "--batch-size", 64, "--mini-batches", 2, "--micro-batch-size", 32, "--epochs", 2,
         "--max-new-tokens", 48, "--learning-rate", 3e-4, "--kl-coef", 0.3, "--value-clip", "none",
-        "--value-head-lr-scale", 3, "--missing-eos-penalty", 1, "--sample-every", 0,
+        "--critic-learning-rate", 9e-4, "--missing-eos-penalty", 1, "--sample-every", 0,
         "--save-rollouts",
         "--log-every", steps(4), "--save-every", 1000, "--seed", seed,
     )  # fmt: skip
