@@ -3,13 +3,20 @@
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from minirlhf import pretrained
+from minirlhf.data import Prompt, Text, load_prompts, load_texts
 from minirlhf.errors import UserError
+from minirlhf.evaluation import held_out
 from minirlhf.heads import ValueHeadModel, critic_from_reward_model
+from minirlhf.lora import add_lora
 from minirlhf.ppo_config import PPOConfig
+from minirlhf.run import named_files
+from minirlhf.sieve import Report, RowPolicy
+from minirlhf.texts import with_target
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -48,13 +55,66 @@ def check_models(
         pretrained.describe(reward_model, reward=True)
 
 
+class Data(NamedTuple):
+    """What a run reads beside its models."""
+
+    prompts: list[Prompt]
+    sets: dict[str, list[Prompt]]  # metric prefix -> held-out prompts
+    texts: list[Text]  # mixed into the updates; none without ptx_data
+    files: list[str]
+    reports: list[Report]
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens, over training and evaluation."""
+        held_out = (prompt for prompts in self.sets.values() for prompt in prompts)
+        return max(len(prompt.ids) for prompt in (*self.prompts, *held_out))
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens; 0 without texts."""
+        return max((len(text.ids) for text in self.texts), default=0)
+
+
+def read_data(config: PPOConfig, tokenizer: Tokenizer, room: int, longest_row: int) -> Data:
+    """All rows of all files, each file's report printed.
+
+    Args:
+        room: most tokens of a prompt.
+        longest_row: most tokens of a text.
+    """
+    policy = RowPolicy.of(config)
+    files = {"": config.data, **named_files(config.eval_data, "/")}
+    sets, texts, reports = {}, [], []
+    for prefix, file in files.items():
+        rows, report = load_prompts(file, tokenizer, room, config.overlong, policy=policy)
+        print(report)
+        sets[prefix] = held_out(rows, config.eval_prompts, file) if prefix else rows
+        reports.append(report)
+    if config.ptx_data is not None:
+        texts, report = load_texts(
+            config.ptx_data, tokenizer, longest_row, config.overlong, policy=policy,
+            finish=with_target,
+        )  # fmt: skip
+        print(report)
+        reports.append(report)
+    names = [*files.values(), *([config.ptx_data] if config.ptx_data else [])]
+    return Data(sets.pop(""), sets, texts, names, reports)
+
+
 def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype) -> ValueHeadModel:
-    """The model to align with its critic."""
+    """The model to align with its critic, and with adapters if they are asked for."""
     lm = pretrained.load_pretrained(folder, dtype, device)
     if config.critic is None:
-        return ValueHeadModel(lm)
-    critic = pretrained.load_reward_model(config.critic, dtype, device)
-    return critic_from_reward_model(lm, critic, config.train_critic)
+        policy = ValueHeadModel(lm)
+    else:
+        critic = pretrained.load_reward_model(config.critic, dtype, device)
+        policy = critic_from_reward_model(lm, critic, config.train_critic)
+    if config.lora_rank:
+        add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
+    for trunk in filter(None, (policy.lm.model, policy.critic)):
+        trunk.checkpointing = config.gradient_checkpointing
+    return policy
 
 
 def run_facts(

@@ -30,12 +30,12 @@ from minirlhf import (
 )
 from minirlhf.advantages import gae, token_rewards
 from minirlhf.checkpoint import TrainState
-from minirlhf.data import Prompt, load_prompts, load_texts
+from minirlhf.data import Prompt
 from minirlhf.errors import BUG, OK, STOPPED, NonFinite, UserError, printable, run
-from minirlhf.evaluation import evaluate_policy, evaluate_sets, held_out, keep_best
+from minirlhf.evaluation import evaluate_policy, evaluate_sets, keep_best
 from minirlhf.heads import ValueHeadModel
 from minirlhf.kl import ESTIMATORS, AdaptiveKL, kl_k1, kl_k3
-from minirlhf.lora import add_lora, merge_lora, merged_copy
+from minirlhf.lora import merge_lora, merged_copy
 from minirlhf.losses import clipped_value_loss
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.masking import masked_rescale, masked_standardize, masked_sum
@@ -43,15 +43,14 @@ from minirlhf.meters import Step
 from minirlhf.metrics import rename_to_trl09
 from minirlhf.passes import TokenPass, kl_to_ref, measure, policy_pass
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.ppo_start import check_models, load_policy, prompt_room, run_facts
+from minirlhf.ppo_start import check_models, load_policy, prompt_room, read_data, run_facts
 from minirlhf.reward_sources import load_reward
 from minirlhf.rewards import Completions, RewardSource, Scores, as_scores
 from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, with_scores
 from minirlhf.rollout_stats import rollout_statistics, score_statistics, text_statistics
-from minirlhf.run import Run, named_files, write_model
+from minirlhf.run import Run, write_model
 from minirlhf.scores import RunningMoments, scale_scores
-from minirlhf.sieve import RowPolicy
-from minirlhf.texts import TextMix, with_target
+from minirlhf.texts import TextMix
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
 
@@ -531,33 +530,15 @@ def main(argv: list[str] | None = None) -> int:
     check_models(config, (folder, ref_folder), critic, scorers, tokenizer)
     same = [place for place in scorers if not reward_sources.reencoded(place, tokenizer)]
     room = prompt_room(config, (folder, ref_folder, *critic, *same))
-    rows_policy, reports = RowPolicy.of(config), []
-    sets, files = {}, {"": config.data, **named_files(config.eval_data, "/")}
-    for prefix, file in files.items():
-        sets[prefix], report = load_prompts(
-            file, tokenizer, room, config.overlong, policy=rows_policy
-        )
-        print(report)
-        reports.append(report)
-    prompts = sets.pop("")
-    sets = {p: held_out(rows, config.eval_prompts, files[p]) for p, rows in sets.items()}
-    texts = []
-    if config.ptx_data is not None:
-        most = pretrained.read_config(folder).longest_row
-        texts, report = load_texts(
-            config.ptx_data, tokenizer, most, config.overlong, policy=rows_policy,
-            finish=with_target,
-        )  # fmt: skip
-        print(report)
-        reports.append(report)
-    inputs = [*files.values(), *(str(place) for place in places if place), str(ref_folder)]
-    inputs += [config.ptx_data] if config.ptx_data else []
+    data = read_data(config, tokenizer, room, pretrained.read_config(folder).longest_row)
+    prompts, sets, texts = data.prompts, data.sets, data.texts
+    inputs = [*data.files, *(str(place) for place in places if place), str(ref_folder)]
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
-    longest = max(len(p.ids) for p in (*prompts, *(p for rows in sets.values() for p in rows)))
     models, held = memory.ppo_models(config), process_bytes(device)
-    longest_text = max((len(text.ids) for text in texts), default=0)
-    plan = memory.ppo_plan(config, models, longest, dtype, held, longest_text)
+    plan = memory.ppo_plan(
+        config, models, data.longest_prompt, dtype, held, data.longest_text
+    )
     print(plan)
     fits = memory.verdict(plan, free_memory(device))
     columns = {name for prompt in prompts for name in prompt.columns}
@@ -566,8 +547,6 @@ def main(argv: list[str] | None = None) -> int:
         r.folder / "rewards.jsonl",
     )  # fmt: skip
     policy = load_policy(config, folder, device, dtype)
-    if config.lora_rank:
-        add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
     ref = None
     if config.ref is not None or not config.lora_rank:
         ref = pretrained.load_pretrained(ref_folder, dtype, device)
@@ -576,8 +555,6 @@ def main(argv: list[str] | None = None) -> int:
         policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon,
         critic=policy.value_parameters(), critic_lr_scale=config.critic_lr_scale,
     )  # fmt: skip
-    for trunk in filter(None, (policy.lm.model, policy.critic)):
-        trunk.checkpointing = config.gradient_checkpointing
     state = TrainState(policy, optimizer, kl_coef=config.kl_coef)
     sizes = config.ptx_batch_size, config.micro_batch_tokens
     mix = TextMix(texts, config.ptx_coef, *sizes, config.seed) if texts else None
@@ -596,7 +573,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.metric_names == "trl-0.9":
         r.rename = rename_to_trl09
     with r:
-        r.list_left_out(reports)
+        r.list_left_out(data.reports)
         r.facts(
             run_facts(config, len(prompts), policy, fits, device, dtype)
             | reward_sources.facts(specs, tokenizer)
