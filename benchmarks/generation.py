@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Sampling 64 tokens after 32, beside transformers' generate(): new tokens a second.
+
+    python benchmarks/generation.py --model real/SmolLM2-135M-Instruct --data real \
+        --transformers VENV/bin/python --out benchmarks/results/generation.json
+
+Batches of 1, 16 and 64 rows, drawn from the model's own law at temperature 1, no row ends early.
+`peers/README.md` says how to make the peer's environment; without one it is left out. Each program
+runs in a process of its own, in turns, `--rounds` times; a first batch of each size is not counted.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import hardware
+from side_by_side import long_prompts, spread, take_turns, write
+
+HERE = Path(__file__).parent
+BATCH_SIZES, PROMPT, NEW = (1, 16, 64), 32, 64
+
+
+def ours(args: argparse.Namespace) -> None:
+    """`generate`, one JSON line for each batch size."""
+    import torch
+
+    from minirlhf import Sampling, generate, load_pretrained
+    from minirlhf.optim import choose_dtype
+
+    torch.use_deterministic_algorithms(True)  # as the recipe does
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    lm = load_pretrained(args.model, choose_dtype(args.dtype))
+    ids = json.loads(Path(args.prompts).read_text(encoding="utf-8"))
+    for rows in BATCH_SIZES:
+        seconds = []
+        for _ in range(args.repeats + 1):
+            started = time.perf_counter()
+            made = generate(lm, ids[:rows], Sampling(NEW), (), torch.arange(rows))
+            seconds.append(time.perf_counter() - started)
+        assert int(made.response_mask.sum()) == rows * NEW
+        print(json.dumps({"rows": rows, "seconds": seconds[1:]}), flush=True)
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--model", required=True)
+    flags.add_argument("--data", help="folder that prepare.py made")
+    flags.add_argument("--transformers", metavar="PYTHON")
+    flags.add_argument("--bfloat16", action="store_true", help="also in bfloat16")
+    flags.add_argument("--repeats", type=int, default=3)
+    flags.add_argument("--rounds", type=int, default=2)
+    flags.add_argument("--out")
+    flags.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    flags.add_argument("--prompts", help=argparse.SUPPRESS)
+    flags.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
+    args = flags.parse_args()
+    if args.child:
+        return ours(args)
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = long_prompts(
+            args.model, f"{args.data}/movie_sentences.jsonl", PROMPT, max(BATCH_SIZES),
+            Path(folder) / "prompts.json",
+        )  # fmt: skip
+        shared = ["--model", args.model, "--prompts", str(prompts), "--repeats", str(args.repeats)]
+        mine, peers = {}, {}
+        for dtype in ("float32", "bfloat16") if args.bfloat16 else ("float32",):
+            command = [sys.executable, __file__, "--child", *shared, "--dtype", dtype]
+            mine[f"minirlhf, {dtype}"] = (command, None)
+            if args.transformers:
+                script = [args.transformers, str(HERE / "peers/hf_generate.py")]
+                peers[f"transformers, {dtype}"] = ([*script, *shared, "--dtype", dtype], None)
+        if not peers:
+            print("transformers: left out, give --transformers PYTHON", file=sys.stderr)
+        machine = hardware.describe()
+        found = take_turns(mine, peers, args.rounds)
+    table = []
+    for rows in BATCH_SIZES:
+        for name, lines in found.items():
+            seconds = [s for line in lines if line["rows"] == rows for s in line["seconds"]]
+            rate = rows * NEW / statistics.median(seconds)
+            table.append({"program": name, "rows": rows, "tokens_per_s": rate, **spread(seconds)})
+    print(hardware.show(machine))
+    print(f"{'':<28}{'rows':>6}{'tokens/s':>10}{'median s':>10}{'lowest':>9}{'highest':>9}"
+          f"{'ratio':>8}")  # fmt: skip
+    for row in table:
+        rates = [other["tokens_per_s"] for other in table
+                 if other["rows"] == row["rows"] and other["program"] in peers]  # fmt: skip
+        row["ratio"] = row["tokens_per_s"] / max(rates) if rates else None
+        ratio = f"{row['ratio']:.2f}" if rates else ""
+        print(f"{row['program']:<28}{row['rows']:>6}{row['tokens_per_s']:>10.1f}"
+              f"{row['median']:>10.2f}{row['lowest']:>9.2f}{row['highest']:>9.2f}{ratio:>8}")
+    settings = {"prompt": PROMPT, "new_tokens": NEW, "repeats": args.repeats, "rounds": args.rounds}
+    if args.out:
+        write(args.out, machine, settings, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""One PPO update, sampling to the last optimizer step, beside TRL's: seconds and peak memory.
+
+    python benchmarks/ppo_update.py --model real/SmolLM2-135M-Instruct --data real \
+        --trl096 VENV/bin/python --trl112 VENV/bin/python --trl112-path DIR \
+        --out benchmarks/results/ppo_update.json
+
+16 prompts of 32 tokens, 64 tokens sampled after each, scored by a reward model of the same size,
+penalised against a frozen reference; 2 epochs of 2 mini-batches, all weights trained. Ours is the
+recipe's own generator. `peers/README.md` says how to make the peers' environments; a peer without
+one is left out. Each program runs in a process of its own, in turns, `--rounds` times; the first
+update of each process is not counted.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import hardware
+from side_by_side import long_prompts, spread, take_turns, write
+
+HERE = Path(__file__).parent
+ROWS, PROMPT, NEW, EPOCHS, MINI_BATCHES = 16, 32, 64, 2, 2
+
+
+def operations(config) -> float:
+    """Floating-point operations of an update: 2 a weight and token forward, 4 backward.
+
+    Sampling reads each token once; then the reward model, the policy and the reference see the
+    whole rows, and each epoch passes forward and backward. Attention's own products are counted;
+    what is computed twice to save memory is not.
+    """
+    D, E, L = config.hidden_size, config.head_dim, config.num_layers
+    heads, groups = config.num_heads, config.num_kv_heads
+    block = D * E * (2 * heads + 2 * groups) + 3 * D * config.intermediate_size
+    rows = ROWS * (PROMPT + NEW)
+    attention = L * 2 * heads * E * (PROMPT + NEW) / 2  # multiply-adds a token, half masked
+    trunk = rows * (L * block + attention)
+    unembedding = ROWS * NEW * config.vocab_size * D
+    passes = 4 * trunk + 3 * unembedding  # sample, score, policy, reference
+    return 2 * (passes + 3 * EPOCHS * (trunk + unembedding))
+
+
+def ours(args: argparse.Namespace) -> None:
+    """The recipe's generator, one JSON line."""
+    import torch
+
+    from minirlhf import PPOConfig, RewardModel, TrainState, ValueHeadModel, ppo
+    from minirlhf import load_pretrained, load_tokenizer
+    from minirlhf.data import Prompt
+    from minirlhf.heads import initialize_score
+    from minirlhf.optim import choose_dtype, make_optimizer
+    from minirlhf.reward_model import model_reward
+
+    torch.use_deterministic_algorithms(True)  # as the recipe does
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    config = PPOConfig(
+        model=args.model, data=args.prompts, reward=("model",), out="run", steps=args.updates,
+        batch_size=ROWS, max_new_tokens=NEW, min_new_tokens=NEW, epochs=EPOCHS,
+        mini_batches=MINI_BATCHES, micro_batch_size=args.micro_batch_size, learning_rate=1e-6,
+        gradient_checkpointing=args.gradient_checkpointing, dtype=args.dtype,
+    )  # fmt: skip
+    load = partial(load_pretrained, args.model, choose_dtype(args.dtype))
+    tokenizer = load_tokenizer(args.model)
+    scorer = initialize_score(RewardModel(load()), torch.Generator().manual_seed(0))
+    policy, ref = ValueHeadModel(load()), load()
+    policy.lm.model.checkpointing = config.gradient_checkpointing
+    for frozen in (scorer, ref):
+        frozen.requires_grad_(False)
+    ids = json.loads(Path(args.prompts).read_text(encoding="utf-8"))
+    prompts = [Prompt(row, tokenizer.decode(row), f"row {i}", {}) for i, row in enumerate(ids)]
+    state = TrainState(policy, make_optimizer(policy, config.learning_rate))
+    reward = model_reward(scorer, tokenizer, config.micro_batch_tokens)
+    clocks = [step.clock for step in ppo(state, prompts, reward, ref, tokenizer, config)]
+    phases = {name: [clock[name] for clock in clocks] for name in clocks[0] if "time/" in name}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    done = {"seconds": phases.pop("time/step"), "phases": phases, "peak_bytes": peak}
+    print(json.dumps(done | {"operations": operations(policy.lm.config)}))
+
+
+def commands(args: argparse.Namespace, prompts: Path) -> tuple[dict, dict]:
+    """(ours, peers): name -> (command, environment)."""
+    shared = ["--model", args.model, "--prompts", str(prompts), "--updates", str(args.updates)]
+    mine = [sys.executable, __file__, "--child", *shared]
+    lean = [*mine, "--micro-batch-size", "2"]
+    ours = {
+        "minirlhf, float32": (mine, None),
+        "minirlhf, float32, 2 rows at once": (lean, None),
+        "minirlhf, float32, 2 rows at once, checkpointed":
+            ([*lean, "--gradient-checkpointing"], None),
+    }  # fmt: skip
+    if args.bfloat16:
+        ours["minirlhf, bfloat16"] = ([*mine, "--dtype", "bfloat16"], None)
+    peers = {}
+    for engine, python in (("trl096", args.trl096), ("trl112", args.trl112)):
+        if python is None:
+            print(f"{engine}: left out, give --{engine} PYTHON", file=sys.stderr)
+            continue
+        path = {"PYTHONPATH": args.trl112_path or ""} if engine == "trl112" else {}
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | path
+        script = [python, str(HERE / "peers/trl_ppo.py"), "--engine", engine, *shared]
+        for dtype in ("float32", "bfloat16") if args.bfloat16 else ("float32",):
+            peers[f"{engine}, {dtype}"] = ([*script, "--dtype", dtype], env)
+    return ours, peers
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--model", required=True)
+    flags.add_argument("--data", help="folder that prepare.py made")
+    flags.add_argument("--trl096", metavar="PYTHON")
+    flags.add_argument("--trl112", metavar="PYTHON")
+    flags.add_argument("--trl112-path", metavar="DIR")
+    flags.add_argument("--bfloat16", action="store_true", help="also in bfloat16")
+    flags.add_argument("--updates", type=int, default=3)
+    flags.add_argument("--rounds", type=int, default=2)
+    flags.add_argument("--out")
+    flags.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    flags.add_argument("--prompts", help=argparse.SUPPRESS)
+    flags.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
+    flags.add_argument("--micro-batch-size", type=int, default=8, help=argparse.SUPPRESS)
+    flags.add_argument("--gradient-checkpointing", action="store_true", help=argparse.SUPPRESS)
+    args = flags.parse_args()
+    if args.child:
+        return ours(args)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        prompts = long_prompts(
+            args.model, f"{args.data}/movie_sentences.jsonl", PROMPT, ROWS * args.updates,
+            Path(folder) / "prompts.json",
+        )  # fmt: skip
+        machine = hardware.describe()
+        found = take_turns(*commands(args, prompts), args.rounds)
+    table = []
+    for name, runs in found.items():
+        row = {"program": name, **spread([s for run in runs for s in run["seconds"][1:]]),
+               "peak_gb": max(run["peak_bytes"] for run in runs) / 1e9}  # fmt: skip
+        if "operations" in runs[0]:
+            peak = machine["bfloat16_gflops" if "bfloat16" in name else "float32_gflops"]
+            row["roofline"] = runs[0]["operations"] / 1e9 / peak / row["median"]
+            row["phases"] = {
+                key.removeprefix("time/"): statistics.median(
+                    [s for run in runs for s in run["phases"][key][1:]]
+                )
+                for key in runs[0]["phases"]
+            }
+        table.append(row)
+    peers = [row["median"] for row in table if "roofline" not in row]
+    print(hardware.show(machine))
+    print(f"{'':<50}{'median s':>10}{'lowest':>9}{'highest':>9}{'peak GB':>9}{'ratio':>8}"
+          f"{'roofline':>10}")  # fmt: skip
+    for row in table:
+        row["ratio"] = min(peers) / row["median"] if peers else None
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        share = f"{row['roofline']:.0%}" if "roofline" in row else ""
+        print(f"{row['program']:<50}{row['median']:>10.2f}{row['lowest']:>9.2f}"
+              f"{row['highest']:>9.2f}{row['peak_gb']:>9.2f}{ratio:>8}{share:>10}")  # fmt: skip
+    print(f"{time.perf_counter() - started:.0f} s in all")
+    settings = {
+        "rows": ROWS, "prompt": PROMPT, "new_tokens": NEW, "epochs": EPOCHS,
+        "mini_batches": MINI_BATCHES, "updates": args.updates, "rounds": args.rounds,
+    }  # fmt: skip
+    if args.out:
+        write(args.out, machine, settings, table)
+
+
+if __name__ == "__main__":
+    main()
