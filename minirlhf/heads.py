@@ -13,6 +13,9 @@ from minirlhf.support import Support
 from minirlhf.transformer import CausalLM, Decoder
 
 
+CHUNK = 128  # positions whose logits are held at once
+
+
 class TokenStats(NamedTuple):
     logprobs: Tensor  # (…), nats
     entropy: Tensor  # (…), nats, of the whole distribution at that position
@@ -24,7 +27,7 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 
 def token_logprobs(
-    lm: CausalLM, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 128,
+    lm: CausalLM, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK,
     support: Support | None = None,
 ) -> TokenStats:  # fmt: skip
     """Log-prob of each target and entropy of its distribution, from float32 logits.
@@ -58,7 +61,7 @@ def token_logprobs(
 
 def token_kl(
     lm: CausalLM, hidden: Tensor, ref: CausalLM, ref_hidden: Tensor, temperature: float = 1.0,
-    chunk: int = 128, support: Support | None = None,
+    chunk: int = CHUNK, support: Support | None = None,
 ) -> Tensor:  # fmt: skip
     """KL(policy || ref) of the next token's law at each position, over the whole vocabulary.
 
@@ -140,10 +143,10 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs[at] = log_law.gather(-1, target)[:, 0]
             anywhere = logits.argmax(-1, keepdim=True)  # where both are finite
             normalizer[at] = (logits.gather(-1, anywhere) - log_law.gather(-1, anywhere))[:, 0]
-            law = torch.exp(log_law, out=logits)
+            torch.exp(log_law, out=logits)
             if allowed is not None:
                 log_law.masked_fill_(~allowed, 0)  # 0 x inf is NaN
-            entropy[at] = -_expectation(law, log_law)
+            entropy[at] = -_expectation(logits, log_law)
         ctx.save_for_backward(states, weight, ids, normalizer, entropy)
         ctx.temperature, ctx.chunk, ctx.support = temperature, chunk, support
         ctx.set_materialize_grads(False)

@@ -16,12 +16,11 @@ from torch import nn
 
 from minirlhf import pretrained
 from minirlhf.errors import MACHINE, UserError
-from minirlhf.heads import widened
+from minirlhf.heads import CHUNK, widened
 from minirlhf.machine import Machine
 from minirlhf.reward_sources import parse
 from minirlhf.transformer import CausalLM, ModelConfig
 
-CHUNK = 512  # tokens whose logits `heads.token_logprobs` holds at once
 HEAP_BLOCK = 32 << 20  # bytes from which on glibc gives every freed block back to the system
 
 
@@ -163,29 +162,29 @@ class Logits(NamedTuple):
     counted: str
 
 
-def chunk_logits(config: ModelConfig, dtype: torch.dtype, tokens: int, trained: bool) -> Logits:
+def chunk_logits(
+    config: ModelConfig, dtype: torch.dtype, tokens: int, trained: bool, entropy: bool = False
+) -> Logits:
     """What `heads.token_logprobs` holds at most beside its arguments.
 
-    Forward: raw and scaled logits and the last chunk's logits and law; of a single chunk the
-    logits, the law and their product. Backward: log-probs, law, gradient and one product, or at
-    the next chunk's start three of the last and two of the next; and the gradient of a trained
-    unembedding, of which a second copy stands beside three of them. In half precision the
-    unembedding is copied to float32 in both.
+    Forward: logits and log-probs, and beside them the next chunk's logits. Backward: log-probs,
+    which become the gradient, and the next chunk's; with an entropy's gradient, the law too; and
+    the gradient of a trained unembedding. In half precision the unembedding is copied to float32.
 
     Args:
         tokens: N of one call.
         trained: whether the unembedding is.
+        entropy: whether the loss reads it.
     """
     wide = widened(dtype).itemsize
     one = min(tokens, CHUNK) * config.vocab_size * wide
     matrix = embedding_parameters(config) * wide
     copied = 0 if dtype.itemsize == wide else matrix
-    many = tokens > CHUNK
-    grad = matrix if trained else 0
+    count = 3 if tokens > CHUNK else 2
     return Logits(
-        (4 if many else 3) * one + copied,
-        max((5 if many else 4) * one + grad, 3 * one + 2 * grad) + copied,
-        f"{min(tokens, CHUNK)} tokens x {config.vocab_size:,} x {wide} B x {5 if many else 4}"
+        count * one + copied,
+        (count - 1) * (1 + entropy) * one + (matrix if trained else 0) + copied,
+        f"{min(tokens, CHUNK)} tokens x {config.vocab_size:,} x {wide} B x {count}"
         + (", gradient of the unembedding" if trained else ""),
     )
 
@@ -219,6 +218,7 @@ class PPOSettings(Protocol):
     micro_batch_tokens: int
     lora_rank: int
     train_critic: bool
+    entropy_coef: float
     gradient_checkpointing: bool
     ptx_batch_size: int
     keep_best: bool
@@ -279,7 +279,9 @@ def ppo_plan(
     mixed = largest_cells(settings.ptx_batch_size, longest_text, settings.micro_batch_tokens)
     trained = max(cells, mixed if longest_text else 0)
     scored = largest_cells(settings.batch_size, longest, settings.micro_batch_tokens)
-    logits = chunk_logits(policy, dtype, micro_rows * settings.max_new_tokens, not rank)
+    logits = chunk_logits(
+        policy, dtype, micro_rows * settings.max_new_tokens, not rank, settings.entropy_coef > 0
+    )
     passing, again = passing_per_token(policy, dtype, rank), settings.gradient_checkpointing
     kept = kept_per_token(policy, dtype, rank, again)
     # Reward models score one after the other; re-encoded texts are taken to be as long.
@@ -318,7 +320,7 @@ def ppo_plan(
         Part("measuring pass", cells * passing + logits.forward,
              f"{cells:,} tokens x {passing:,} B, and logits", ("measure",), fewer),
         Part("activations", trained * kept, f"{trained:,} tokens x {kept:,} B", ("loss",), fewer),
-        Part("logits", logits.backward, logits.counted, ("loss",), fewer),
+        Part("logits", max(logits[:2]), logits.counted, ("loss",), fewer),
         # Ids twice, and a byte of mask and six float32 for each response token.
         Part("rollout", settings.batch_size * (16 * longest + 25 * settings.max_new_tokens),
              f"{settings.batch_size} rows x {longest} tokens", reading, "lower --batch-size"),
@@ -384,7 +386,7 @@ def sft_plan(
         *_trained(model, count, 0, dtype, rank, TRAINING,
                   settings.batch_size * longest > most, unembeds=True),
         Part("activations", cells * kept, f"{cells:,} tokens x {kept:,} B", ("loss",), fewer),
-        Part("logits", logits.backward, logits.counted, ("loss",), fewer),
+        Part("logits", max(logits[:2]), logits.counted, ("loss",), fewer),
         Part("evaluation pass", evaluated * passing + evaluation,
              f"{evaluated:,} tokens x {passing:,} B, and logits", ("evaluate",), fewer),
         *_exported(model, count, dtype),

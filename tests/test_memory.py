@@ -111,17 +111,19 @@ def test_passing_per_token_is_the_larger_of_attention_and_mlp():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tokens", "trained", "forward", "backward"),
+    ("dtype", "tokens", "trained", "entropy", "forward", "backward"),
     [
-        (float32, 3, False, 3 * 120, 4 * 120),
-        (float32, 3, True, 3 * 120, 3 * 120 + 2 * 160),
-        (float32, 512, True, 3 * 20480, 4 * 20480 + 160),
-        (float32, 513, True, 4 * 20480, 5 * 20480 + 160),
-        (bfloat16, 3, False, 3 * 120 + 160, 4 * 120 + 160),
+        (float32, 3, False, False, 2 * 120, 120),
+        (float32, 3, True, False, 2 * 120, 120 + 160),
+        (float32, 3, True, True, 2 * 120, 2 * 120 + 160),
+        (float32, 128, True, False, 2 * 5120, 5120 + 160),
+        (float32, 129, True, False, 3 * 5120, 2 * 5120 + 160),
+        (bfloat16, 3, False, False, 2 * 120 + 160, 120 + 160),
     ],
 )
-def test_chunk_logits_by_hand(dtype, tokens, trained, forward, backward):
-    assert memory.chunk_logits(TINY, dtype, tokens, trained)[:2] == (forward, backward)
+def test_chunk_logits_by_hand(dtype, tokens, trained, entropy, forward, backward):
+    planned = memory.chunk_logits(TINY, dtype, tokens, trained, entropy)
+    assert planned[:2] == (forward, backward)
 
 
 def peak_of(work) -> int:
@@ -136,15 +138,17 @@ def peak_of(work) -> int:
     return peak
 
 
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("tokens", [40, 1100])
-def test_chunk_logits_is_what_the_allocator_hands_out(tokens):
+def test_chunk_logits_is_what_the_allocator_hands_out(tokens, entropy):
     config = replace(TINY, vocab_size=2000)
     lm = initialize(CausalLM(config), torch.Generator().manual_seed(0))
     hidden, ids = torch.zeros(tokens, 4, requires_grad=True), torch.zeros(tokens).long()
-    planned = memory.chunk_logits(config, float32, tokens, trained=True)
+    planned = memory.chunk_logits(config, float32, tokens, True, entropy)
     stats = []
     forward = peak_of(lambda: stats.append(token_logprobs(lm, hidden, ids)))
-    backward = peak_of(lambda: stats[0].logprobs.sum().backward())
+    loss = stats[0].logprobs.sum() + (stats[0].entropy.sum() if entropy else 0)
+    backward = peak_of(loss.backward)
     assert planned.forward <= forward <= 1.05 * planned.forward
     assert planned.backward <= backward <= 1.05 * planned.backward
 
@@ -187,13 +191,13 @@ def test_ppo_plan_by_hand():
         "KV cache": 4 * 5 * 16, "KV copy": 160,  # a token: keys and values of 2 numbers
         "prompt pass": 4 * 2 * 112, "sampling law": 4 * 10 * 16,
         "scoring pass": 20 * 112,
-        "measuring pass": 10 * 112 + 3 * 240,
-        "activations": 10 * 324, "logits": 4 * 240 + 160,
+        "measuring pass": 10 * 112 + 2 * 240,
+        "activations": 10 * 324, "logits": 2 * 240,
         "rollout": 4 * (5 * 16 + 3 * 25),
     }  # fmt: skip
     assert totals(plan) == {
-        "load": 3064, "prompts": 5656, "sampling": 5560, "score": 7300, "measure": 6900,
-        "loss": 10108, "step": 6068, "save": 4440,
+        "load": 3064, "prompts": 5656, "sampling": 5560, "score": 7300, "measure": 6660,
+        "loss": 9468, "step": 6068, "save": 4440,
     }  # fmt: skip
     assert plan.peak == "loss"
     assert plan.largest.name == "activations"
@@ -301,11 +305,11 @@ def test_sft_plan_by_hand():
     plan = memory.sft_plan(settings, TINY, 5, float32, held=10, held_out=2)
     assert sizes(plan) == {
         "weights": 688, "moments": 1376, "gradients": 688, "embedding gradient": 160,
-        "activations": 20 * 324, "logits": 4 * 800 + 160,
-        "evaluation pass": 10 * 112 + 3 * 400,
+        "activations": 20 * 324, "logits": 2 * 800,
+        "evaluation pass": 10 * 112 + 2 * 400,
     }  # fmt: skip
     assert totals(plan) == {
-        "load": 698, "loss": 12602, "step": 2922, "evaluate": 4394, "save": 2074
+        "load": 698, "loss": 10842, "step": 2922, "evaluate": 3994, "save": 2074
     }  # fmt: skip
 
 
