@@ -52,8 +52,15 @@ def ours(args: argparse.Namespace) -> None:
     """The recipe's generator, one JSON line."""
     import torch
 
-    from minirlhf import PPOConfig, RewardModel, TrainState, ValueHeadModel, ppo
-    from minirlhf import load_pretrained, load_tokenizer
+    from minirlhf import (
+        PPOConfig,
+        RewardModel,
+        TrainState,
+        ValueHeadModel,
+        load_pretrained,
+        load_tokenizer,
+        ppo,
+    )
     from minirlhf.data import Prompt
     from minirlhf.heads import initialize_score
     from minirlhf.optim import choose_dtype, make_optimizer

@@ -1,4 +1,4 @@
-"""Ours and a peer in turns, each time in a process of its own: what the three scripts beside share."""
+"""Ours and a peer in turns, each in a process of its own: what the scripts beside this share."""
 
 import json
 import statistics

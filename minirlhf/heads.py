@@ -12,7 +12,6 @@ from minirlhf.errors import UserError
 from minirlhf.support import Support
 from minirlhf.transformer import CausalLM, Decoder
 
-
 CHUNK = 128  # positions whose logits are held at once
 
 

@@ -406,29 +406,32 @@ def _trained(
     config: ModelConfig, own: int, critic: int, dtype: torch.dtype, rank: int,
     phases: tuple[str, ...], accumulates: bool, unembeds: bool,
 ) -> list[Part]:  # fmt: skip
-    """Weights, gradients and moments of what learns, its scalar head (a few KB) left out.
+    """Weights, gradients and moments of what learns, its scalar head (a few KB) left out; in half
+    precision masters too, as `optim.MasterAdamW` keeps them.
 
     Args:
         own, critic: parameters of the model and of a critic's trunk that learns.
         accumulates: several micro-batches make an optimizer step.
         unembeds: the loss reads logits.
     """
-    item = dtype.itemsize
+    item, wide = dtype.itemsize, widened(dtype)
     adapters = adapter_parameters(config, rank) if rank else 0
     trained = adapters or own
     fewer = "lower --lora-rank" if rank else "give --lora-rank 16"
     # Gradients are freed after each step, but blocks below 32 MB stay in glibc's heap, where few
     # activations, of other sizes, fit into the holes: both then count at the same time.
-    block = config.hidden_size * config.intermediate_size * item
+    block = config.hidden_size * config.intermediate_size * wide.itemsize
     stays = accumulates or block < HEAP_BLOCK
     # The gradient of the embeddings is dense, a matrix of its own beside what is there already:
     # that of the unembedding, if tied, and that of the micro-batches before.
     dense = 0 if rank else (unembeds and config.tied_embeddings) + accumulates
     return [
         _frozen("weights", own + adapters + critic, dtype, phases, _smaller(dtype)),
-        Part("moments", 2 * (trained + critic) * item, f"2 x {trained + critic:,} x {item} B",
-             phases[1:], fewer),
-        _frozen("gradients", trained + critic, dtype, ("loss", "step") if stays else ("step",),
+        _frozen("masters", trained + critic if item < wide.itemsize else 0, wide, phases[1:],
+                fewer),
+        Part("moments", 2 * (trained + critic) * wide.itemsize,
+             f"2 x {trained + critic:,} x {wide.itemsize} B", phases[1:], fewer),
+        _frozen("gradients", trained + critic, wide, ("loss", "step") if stays else ("step",),
                 fewer),
         Part("embedding gradient", dense * embedding_parameters(config) * item,
              f"{dense} x {embedding_parameters(config):,} x {item} B", ("step",), fewer),

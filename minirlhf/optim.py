@@ -6,12 +6,54 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from minirlhf import streams
 from minirlhf.errors import NonFinite, UserError, printable
 
 T = TypeVar("T")
 SCHEDULES = ("constant", "linear", "cosine")
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW for a model in half precision: masters, moments and gradients are float32.
+
+    A bfloat16 weight has 8 bits, so that an update below 1/256 of it would be lost, as most are.
+    Here the parameters are a working copy for the passes, made once a step from the masters; the
+    gradients of micro-batches are added up in float32 (Micikevicius et al. 2017, arXiv:1710.03740,
+    sec. 3.1). A master is part of its parameter's state, and so of every checkpoint.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float):
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad_dtype = torch.float32
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    master = parameter.float()
+                    self.state[parameter] = {
+                        "step": torch.zeros((), device=master.device), "master": master,
+                        "exp_avg": torch.zeros_like(master),
+                        "exp_avg_sq": torch.zeros_like(master),
+                    }  # fmt: skip
+            states = [self.state[p] for p in parameters]
+            masters, *moments, steps = (
+                [state[name] for state in states]
+                for name in ("master", "exp_avg", "exp_avg_sq", "step")
+            )
+            (beta1, beta2), names = group["betas"], ("lr", "weight_decay", "eps")
+            adamw(
+                masters, [p.grad for p in parameters], *moments, [], steps, fused=True,
+                amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
+                **{name: group[name] for name in names},
+            )  # fmt: skip
+            torch._foreach_copy_(parameters, masters)
 
 
 def make_optimizer(
@@ -24,7 +66,7 @@ def make_optimizer(
     critic_lr_scale: float = 1.0,
 ) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) over all trainable parameters; only matrices decay, and a scalar
-    head is none.
+    head is none. A model in half precision gets float32 masters.
 
     Args:
         critic: parameters that learn at critic_lr_scale times the rate, as a value head that starts
@@ -40,6 +82,8 @@ def make_optimizer(
             ]  # fmt: skip
             groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
     groups = [group for group in groups if group["params"]]
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in trainable):
+        return MasterAdamW(groups, learning_rate, betas, eps)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 
@@ -207,5 +251,5 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: str) -> torch.dtype:
-    """Dtype of weights, gradients and moments; `auto` is float32, whose small updates survive."""
+    """Dtype of weights and passes; `auto` is float32, which is exact everywhere."""
     return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -122,6 +122,26 @@ def test_any_optimizer_survives(tmp_path, make):
     assert contents(other) == contents(state)
 
 
+def test_masters_of_a_model_in_half_precision_survive(tmp_path):
+    def make(start: float) -> TrainState:
+        layer = nn.Linear(1, 1, bias=False).bfloat16()
+        nn.init.constant_(layer.weight, start)
+        return TrainState(layer, make_optimizer(layer, 0.001, eps=0.0))
+
+    def step(state: TrainState) -> None:
+        state.model(torch.ones(1, 1).bfloat16()).sum().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+    state, other = make(1.0), make(2.0)
+    step(state)
+    assert state.model.weight.item() == 1.0  # 0.999 has no bfloat16: only the master has moved
+    load_checkpoint(other, save_checkpoint(state, tmp_path))
+    step(other)
+    assert other.model.weight.item() == 1 - 1 / 256  # 0.998: from 1.0 it would be 1.0 again
+    assert other.optimizer.state[other.model.weight]["master"].item() == pytest.approx(0.998)
+
+
 def test_the_restored_moments_are_no_window_into_the_file(saved):
     state, folder = saved
     other = make_state(1)

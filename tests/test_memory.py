@@ -319,9 +319,13 @@ def test_gpt2_is_copied_for_its_file():
     assert plan.total("save") == 4 * sizes(plan)["weights"]
 
 
-def test_half_precision_halves_weights_and_moments():
+def test_half_precision_halves_the_weights_and_keeps_float32_masters():
     plan = memory.sft_plan(SFTConfig(), TINY, 5, bfloat16, 0)
-    assert (sizes(plan)["weights"], sizes(plan)["moments"]) == (344, 688)
+    parts = sizes(plan)
+    assert [parts[name] for name in ("weights", "masters", "moments", "gradients")] == [
+        2 * 172, 4 * 172, 8 * 172, 4 * 172
+    ]  # fmt: skip
+    assert "masters" not in sizes(memory.sft_plan(SFTConfig(), TINY, 5, float32, 0))
     assert {p.lower for p in plan.parts if p.name == "weights"} == {"take smaller models"}
 
 

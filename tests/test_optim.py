@@ -94,6 +94,61 @@ def test_make_optimizer_gives_a_critic_its_own_rate():
     ]  # fmt: skip
 
 
+def one_weight() -> torch.nn.Linear:
+    layer = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    torch.nn.init.ones_(layer.weight)
+    return layer
+
+
+def test_half_precision_keeps_updates_that_its_weights_cannot_hold():
+    # Under a constant gradient Adam moves by the learning rate a step: 0.999, 0.998, 0.997. Below 1
+    # bfloat16 has steps of 1/256 = 0.0039, so the weight stays 1 until the master has passed
+    # 1 - 1/512 = 0.99805; a weight without master would stay there for ever.
+    layer = one_weight()
+    optimizer = make_optimizer(layer, 0.001, eps=0.0)
+    seen = []
+    for _ in range(3):
+        layer(torch.ones(1, 1).bfloat16()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(layer.weight.item())
+    assert seen == [1.0, 1 - 1 / 256, 1 - 1 / 256]
+    master = optimizer.state[layer.weight]["master"]
+    assert master.dtype == torch.float32 and float(master) == pytest.approx(0.997, rel=0, abs=1e-6)
+
+
+def test_half_precision_adds_up_gradients_in_float32():
+    # dw = x: 1 and 1/512, whose sum has no bfloat16 (1, or 1 + 1/128)
+    layer = one_weight()
+    make_optimizer(layer, 0.001)
+    for x in (1.0, 1 / 512):
+        layer(torch.tensor([[x]]).bfloat16()).sum().backward()
+    assert layer.weight.grad.dtype == torch.float32 and float(layer.weight.grad) == 1 + 1 / 512
+
+
+def test_half_precision_decays_and_takes_the_rates_of_its_groups():
+    # w (1 - lr decay) - lr = 1 (1 - 0.5 x 0.25) - 0.5 = 0.375; the bias, 1 too, does not decay: 0.5
+    layer = torch.nn.Linear(2, 2).bfloat16()
+    torch.nn.init.ones_(layer.weight), torch.nn.init.ones_(layer.bias)
+    optimizer = make_optimizer(layer, 0.5, weight_decay=0.25, eps=0.0)
+    layer(torch.ones(1, 2).bfloat16()).sum().backward()
+    optimizer.step()
+    assert layer.weight.tolist() == [[0.375] * 2] * 2 and layer.bias.tolist() == [0.5, 0.5]
+    layer.weight.grad.zero_()
+    set_learning_rate(optimizer, 0.0)
+    optimizer.step()
+    assert layer.weight.tolist() == [[0.375] * 2] * 2
+
+
+def test_half_precision_leaves_alone_what_has_no_gradient():
+    model = torch.nn.Sequential(one_weight(), one_weight())
+    optimizer = make_optimizer(model, 0.5)
+    model[0](torch.ones(1, 1).bfloat16()).sum().backward()
+    optimizer.step()
+    assert model[0].weight.item() == 0.5 and model[1].weight.item() == 1.0
+    assert list(optimizer.state) == [model[0].weight]
+
+
 def test_make_optimizer_without_vectors_has_one_group():
     assert len(make_optimizer(torch.nn.Linear(2, 3, bias=False), 0.5).param_groups) == 1
 
