@@ -115,7 +115,7 @@ def tensor_files(folder: Path) -> list[Path]:
 
 def _shard(index: Path, tensor: str, shard: object) -> Path:
     what = f"'{printable(tensor, 80)}' is in"
-    if not re.fullmatch(r"[A-Za-z0-9._-]+\.safetensors", str(shard)):
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}\.safetensors", str(shard)):
         shown = printable(repr(shard), 80)
         raise UserError(index, f"{what} {shown}", "shards are plain file names")
     path = inside(index.parent, shard)

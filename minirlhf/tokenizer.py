@@ -282,20 +282,18 @@ class Tokenizer:
         encoding = self._guard(self._backend.encode, text, None, False, False)
         if not any(mark in text for mark in swapped):
             return encoding.ids
-        ids, stretch, start = [], [], 0
-        end = (None, (len(text), len(text)))
-        for id, (first, last) in [*zip(encoding.ids, encoding.offsets, strict=True), end]:
-            if id is not None and id not in self._control:
-                stretch.append(id)
-                continue
-            words = text[start:first]
+        ids, out, start, begun = encoding.ids, [], 0, 0
+        controls = [i for i, id in enumerate(ids) if id in self._control]
+        for i in [*controls, len(ids)]:
+            first, last = encoding.token_to_chars(i) if i < len(ids) else (len(text), len(text))
+            words, stretch = text[start:first], ids[begun:i]
             if any(mark in words for mark in swapped):
                 for mark, name in swapped.items():
                     words = words.replace(mark, name)
                 stretch = self._plain([words])[0]
-            ids += stretch if id is None else [*stretch, id]
-            stretch, start = [], last
-        return ids
+            out += [*stretch, *ids[i : i + 1]]
+            start, begun = last, i + 1
+        return out
 
     # -------------------------------------------------------------------------------------- export
 

@@ -293,6 +293,7 @@ INDEXES = [  # model.safetensors.index.json or its weight_map, what is told of i
     ({Q: 3}, f": '{Q}' is in 3: shards are plain file names"),
     ({Q: None}, f": '{Q}' is in None: shards are plain file names"),
     ({Q: "pytorch_model.bin"}, f": '{Q}' is in 'pytorch_model.bin': shards are plain file names"),
+    ({Q: "9" * 250 + ".safetensors"}, f": '{Q}' is in '{'9' * 78}…: shards are plain file names"),
     ({Q: "b.safetensors"}, f": '{Q}' is in b.safetensors, which is missing: download it"),
 ]
 

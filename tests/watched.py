@@ -29,6 +29,7 @@ SECONDS, MEMORY = 2, 256 << 20  # of CPU time, and of growth, that one case may 
 ADDRESSES = 16 << 30  # bytes of address space: what asks for terabytes is refused, not killed
 FINISHED = 77  # exit code of a child that came to its end
 BATCH = 250  # cases in one child
+AGAIN = "grew, but not alone"  # a case that is tried once more, in a child of its own
 LINE = 2000  # characters of the longest message
 REACHING_OUT = (
     "pickle.", "subprocess.", "socket.", "os.system", "os.exec", "os.fork", "os.posix_spawn",
@@ -112,7 +113,7 @@ def _child(cases: Iterable[int], make: Make, root: Path, may_write: bool, report
     watch(root, said.append, may_write)
     start = _peak()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
-    for case in cases:
+    for number, case in enumerate(cases):
         name, open_it = make(case)
         os.write(report, json.dumps([case, name, None]).encode() + b"\n")
         said.clear()
@@ -122,7 +123,7 @@ def _child(cases: Iterable[int], make: Make, root: Path, may_write: bool, report
         signal.setitimer(signal.ITIMER_PROF, 0)
         grown = _peak() - start
         if grown > MEMORY:
-            said.append(f"took {grown >> 20} MiB")
+            said.append(f"took {grown >> 20} MiB" if number == 0 else AGAIN)
         for what in [*said, *([told] if told else [])][:5]:
             os.write(report, json.dumps([case, name, what]).encode() + b"\n")
         if grown > MEMORY // 2:
@@ -165,8 +166,9 @@ def _run_batch(left: list[int], make: Make, root: Path, may_write: bool) -> list
         _, status = os.waitpid(child, 0)
         report.seek(0)
         lines = [json.loads(line) for line in report]
-    findings = [Finding(*line) for line in lines if line[2] is not None]
+    findings = [Finding(*line) for line in lines if line[2] not in (None, AGAIN)]
     tried = [case for case, _, what in lines if what is None]
+    tried = tried[: len(tried) - any(what == AGAIN for _, _, what in lines)]
     if os.waitstatus_to_exitcode(status) != FINISHED:
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         how = f"died of {signal.Signals(number).name}" if number else "left without a word"
