@@ -68,8 +68,8 @@ def win_rate(scores: list[float], baseline: list[float], confidence: float = 0.9
 
 
 def distinct(texts: list[str], n: int) -> float:
-    """Different n-grams of words over all n-grams of all texts. Li et al. 2016 (arXiv:1510.03055),
-    section 5.2. 0 where no text has n words.
+    """Different n-grams of words over all n-grams of all texts; Li et al. 2016 (arXiv:1510.03055),
+    section 5.2, divide by all words. 0 where no text has n words.
 
     >>> distinct(["a b a", "a b"], 2)  # a b twice, b a once
     0.6666666666666666

@@ -385,7 +385,7 @@ def normalize_scores(model: RewardModel, mean: float, std: float) -> RewardModel
 def critic_from_reward_model(
     lm: CausalLM, reward_model: RewardModel, trainable: bool = True
 ) -> ValueHeadModel:
-    """A critic with a trunk of its own, a copy of the reward model (arXiv:2403.17031, sec. 4).
+    """A critic with a trunk of its own, a copy of the reward model (arXiv:2403.17031, detail 22).
 
     The first value of a state is the score of the text so far, which foretells the final score
     from the first token on; a head that starts from zero has to learn that first. The mean of an

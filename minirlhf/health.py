@@ -47,7 +47,7 @@ class Seen(NamedTuple):
 
 
 def kl_at_start(kl: Seen) -> str | None:
-    # The reference is where the policy starts (Ziegler et al. 2019, sec. 2.2), so it is 0; with
+    # The reference is where the policy starts (Ziegler et al. 2019, sec. 2), so it is 0; with
     # another --ref it need not be. A tenth of a nat a response: rule of thumb.
     if kl.steps == 1 and abs(kl.latest[0]) > 0.1:
         return f"objective/kl is {kl.latest[0]:.3g} nats before any training"
@@ -98,7 +98,7 @@ def useless_critic(explained: Seen) -> str | None:
 
 def entropy_collapse(entropy: Seen) -> str | None:
     # What is gained is paid for with entropy, and without any nothing more is gained (Cui et al.
-    # 2025, arXiv:2505.22617, eq. 1). A fifth of the first steps' is a rule of thumb.
+    # 2025, arXiv:2505.22617, eq. 6). A fifth of the first steps' is a rule of thumb.
     window, start = entropy.recent(5), mean(entropy.first)
     if window and mean(window) < 0.2 * start:
         return f"policy/entropy_avg fell from {start:.3g} to {mean(window):.3g} nats a token"
@@ -115,7 +115,7 @@ def endless_responses(eos_rate: Seen) -> str | None:
 
 def length_drift(length: Seen, scores: Seen) -> str | None:
     # Most of the reward that PPO gains may come from length alone (Singhal et al. 2023,
-    # arXiv:2310.03716). Chance gives 20 independent steps r > 0.8 once in 10,000 times.
+    # arXiv:2310.03716). Chance gives 20 independent steps r > 0.8 once in 87,000 times.
     window, start = length.recent(20), mean(length.first)
     if not window or mean(window[-5:]) <= 1.25 * start:
         return None

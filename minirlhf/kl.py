@@ -75,7 +75,7 @@ def kl_abs(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 @dataclass
 class AdaptiveKL:
     """KL coefficient that steers the measured KL to a target. Ziegler et al. 2019
-    (arXiv:1909.08593), section 2.2, where n / horizon is called K.
+    (arXiv:1909.08593), section 2.2, where n / horizon is the constant K_beta.
 
         coef <- coef · (1 + clip(kl / target - 1, -0.2, 0.2) · n / horizon)
 

@@ -50,7 +50,7 @@ _TRL_VALUES = {
 _TRL_DIFFERS = (
     "whitened rewards are masked again: there padding leaks into the advantages",
     "an update beyond max_ratio is left out: there the optimizer steps on gradients of 0",
-    "the score lands on the last real token of every row, and losses count every token alike",
+    "losses count all tokens of an update alike: there each mini_batch_size rows weigh alike",
     "log-probs are of the law that is sampled, at its temperature; there always at temperature 1",
     "metrics are masked: minirlhf metrics",
 )
@@ -95,7 +95,7 @@ LLAMA_FACTORY = Preset(
         "no dropout while measuring or training: there old values see 0.1 of it (LF#5246)",
         "the reference is the policy at step 0, not the base under an adapter that is continued "
         "(LF#6805)",
-        "the learning rate ends at the last step: there its horizon is longer than the run",
+        "the learning rate ends at the last step: there it counts a part batch that is never run",
         "kl_horizon 10,000 is in responses: with 8 a step kl_coef hardly moves, there as here",
     ),
 )
@@ -110,7 +110,7 @@ NPLUS = Preset(
         "learning_rate": (3e-6, _N + "table of PPO: optimizer"),
         "critic_learning_rate": (3e-6, _SFD + "one optimizer for both"),
         "schedule": ("linear", _N + "table of PPO: scheduler"),
-        "warmup_steps": (0, _SFD + "num_warmup_steps 0"),
+        "warmup_steps": (0, _SFD + "warm_up_steps 0"),
         "weight_decay": (0.01, _SFD + "torch's AdamW, which decays by that if not told"),
         "adam_epsilon": (1e-5, _N + "table of PPO: optimizer"),
         "max_grad_norm": (None, _SFD + "clips no gradient"),
@@ -128,17 +128,17 @@ NPLUS = Preset(
         "dual_clip": (None, _SFD + "has none"),
         "max_ratio": (None, _SFD + "has none"),
         "early_stop_kl": (None, _SFD + "has none"),
-        "whiten_advantages": (True, _N + "detail on advantage whitening"),
+        "whiten_advantages": (True, _N + "detail 25, advantage whitening"),
         "whiten_rewards": (False, _SFD + "whiten_rewards False"),
         "score_scaling": ("none", _SFD + "has none"),
         "score_clip": (None, _SFD + "has none"),
-        "missing_eos": ("replace", _N + "the EOS trick"),
-        "missing_eos_penalty": (1.0, _N + "the EOS trick: a score of -1"),
+        "missing_eos": ("replace", _N + "detail 23, the EOS trick"),
+        "missing_eos_penalty": (1.0, _N + "detail 23: a score of -1"),
         "bootstrap_truncated": (False, _SFD + "advantages"),
         "temperature": (0.7, _N + "table of PPO: sampling temperature"),
         "top_k": (0, _SFD + "generation_config"),
         "top_p": (1.0, _SFD + "generation_config"),
-        "max_new_tokens": (53, _N + "response length"),
+        "max_new_tokens": (53, _SFD + "response_length"),
     },
     (
         "its critic is a model of its own that starts from the reward model: give --critic",
@@ -174,7 +174,7 @@ INSTRUCTGPT = Preset(
         "the policy's learning rate was swept for each model: learning_rate stays ours",
         "what the paper does not tell (lambda, value loss, Adam's epsilon …) stays ours",
         "warmup_steps 9: after w warm-up steps, the first at 1 / (w + 1), comes the peak",
-        "Adam's betas are 0.9 and 0.999: there 0.9 and 0.95",
+        "Adam's betas are 0.9 and 0.999: there 0.9 and 0.95 (appendix C)",
     ),
 )
 

@@ -5,7 +5,7 @@ numbers, a row draws the same numbers in any batch, and adding an evaluation doe
 training that follows it.
 
 The hash is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators",
-the finaliser of its section 3), in 64-bit integers that wrap around.
+with variant 13 of Stafford's finalisers), in 64-bit integers that wrap around.
 """
 
 import hashlib

@@ -60,7 +60,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """Angle per position of each pair of channels, (E/2,) float64, and a factor on cos and sin.
 
     Su et al. 2021 (arXiv:2104.09864), eq. 15: theta_i = base^(-2i/E). Scaled forms: linear
-    (arXiv:2306.15595), Llama 3.1's by wavelength, and YaRN (arXiv:2309.00071, sec. 3.2 to 3.4).
+    (arXiv:2306.15595), Llama 3.1's by wavelength, and YaRN (arXiv:2309.00071, sec. 3.2 and 3.4).
     """
     dim, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
     freqs = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)

@@ -18,7 +18,7 @@ FLAGS = {
     for recipe, config in (("ppo", PPOConfig), ("reward", RewardConfig))
 }
 
-# Fields of PPOConfig in trl 0.9.6, and of LLaMA-Factory's arguments for ppo.
+# Fields of trl 0.9.6's PPOConfig, of trl 0.11's RewardTrainer, of LLaMA-Factory's for ppo.
 TRL_PPO = """
 exp_name seed log_with task_name model_name query_dataset reward_model remove_unused_columns
 tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name push_to_hub_if_best_kwargs
@@ -27,7 +27,7 @@ cliprange_value vf_coef batch_size forward_batch_size mini_batch_size gradient_a
 world_size ppo_epochs max_grad_norm optimize_cuda_cache optimize_device_cache early_stopping
 target_kl compare_steps ratio_threshold use_score_scaling use_score_norm score_clip whiten_rewards
 gradient_checkpointing is_encoder_decoder is_peft_model backward_batch_size
-global_backward_batch_size global_batch_size dataset_num_proc
+global_backward_batch_size global_batch_size
 """.split()
 TRL_PPO_TRAINER = """
 config model ref_model tokenizer dataset optimizer data_collator num_shared_layers lr_scheduler
