@@ -11,6 +11,9 @@ from minirlhf.generation import Sampling
 from minirlhf.heads import RewardModel, initialize_score
 from minirlhf.hf_config import config_from_hf
 from minirlhf.pretrained import load_reward_model, save_pretrained
+from minirlhf.rankings import load_preferences
+from minirlhf.recipes.reward import SHOWN
+from minirlhf.reward_eval import evaluate
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.tools.sample import sample
 from minirlhf.tools.score import score_texts
@@ -23,6 +26,9 @@ TINY = {
 }  # fmt: skip
 PROMPTS = ["a film", "the film that we saw", "so", "it was a good film and", "bad", "we left when"]
 TEXTS = ["a good film", "bad", "we left before it was over", "it was good"]
+LISTS = [{"prompt": "it was ", "responses": ["bad", "good", "over"], "ranks": [3, 1, 2]},
+         {"prompt": "so ", "responses": ["bad", "good"], "ranks": [1, 1]},
+         {"prompt": "a film ", "responses": ["that", "we left", "so"], "ranks": [1, 2, 2]}]
 
 
 def write_lines(path, rows) -> str:
@@ -62,6 +68,7 @@ def files(tmp_path_factory):
         "CHAT": write_lines(made / "chat.jsonl", chat),
         "TEXTS": write_lines(made / "texts.jsonl", [{"text": text} for text in TEXTS]),
         "PAIRS": write_lines(made / "pairs.jsonl", pairs),
+        "LISTS": write_lines(made / "lists.jsonl", LISTS),
     }
 
 
@@ -256,6 +263,59 @@ def test_score_of_a_constant_model_is_all_ties(files, capsys, tmp_path):
     assert told.endswith("3 pairs  accuracy 0.0000  ties 1.0000  margin 0.0000\n")
 
 
+def test_score_of_lists_is_of_each_response_best_first(files, capsys):
+    tokenizer = load_tokenizer(files["RM"])
+    assert main(["score", "--model", files["RM"], "--data", files["LISTS"]]) == 0
+    told = capsys.readouterr()
+    rows = [json.loads(line) for line in told.out.splitlines()]
+    assert [list(row) for row in rows] == [["where", "scores", "ranks"]] * 2
+    assert "dropped:  1 (all responses tie)" in told.err
+    texts = [("1", [1, 2, 3], "it was ", "good", "over", "bad"),
+             ("3", [1, 2, 2], "a film ", "that", "we left", "so")]  # fmt: skip
+    for row, (line, ranks, prompt, *responses) in zip(rows, texts, strict=True):
+        assert (row["where"], row["ranks"]) == (f"{files['LISTS']}:{line}", ranks)
+        expected = [
+            peer_score(files["RM"], [*tokenizer.encode(prompt), *tokenizer.encode(text), 0])
+            for text in responses
+        ]
+        assert row["scores"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_score_summary_of_lists_by_hand(files, capsys, monkeypatch):
+    from minirlhf.tools import score
+
+    # 1 > 2 > 3 got 2, 0, 1: pairs 2-0 and 2-1 right, 0-1 wrong; 1 > 2 = 2 got 0, 0, 1: 0-0, 0-1.
+    # Of five pairs two are right, one ties, margins are 2, 1, -1, 0, -1; the first list's best is
+    # on top. Losses: -log e^2/(e^2 + 1 + e) - log 1/(1 + e) = 0.40761 + 1.31326, and of the
+    # second, whose others tie, -log 1/(1 + 1 + e) = 1.55144.
+    monkeypatch.setattr(
+        score, "score_texts", lambda *_: torch.tensor([2.0, 0.0, 1.0, 0.0, 0.0, 1.0])
+    )
+    assert main(["score", "--model", files["RM"], "--data", files["LISTS"]]) == 0
+    # confidence sigmoid |margin|: .8808 right, .7311 right, .7311 wrong twice, .5 half right; so
+    # (.1192 + |1 - 3 x .7311| + 0) / 5
+    assert capsys.readouterr().err.endswith(
+        "2 lists  accuracy 0.4000  top1 0.5000  ties 0.2000  loss 1.6362  margin 0.2000  "
+        "calibration_error 0.2625\n"
+    )
+
+
+def test_score_tells_of_lists_what_the_recipe_evaluates(files, capsys):
+    assert main(["score", "--model", files["RM"], "--data", files["LISTS"]]) == 0
+    model, tokenizer = load_reward_model(files["RM"]), load_tokenizer(files["RM"])
+    lists, _ = load_preferences(files["LISTS"], tokenizer, 48, "error")
+    metrics = evaluate(model, lists).metrics
+    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN)
+    assert capsys.readouterr().err.endswith(f"2 lists  {shown}\n")
+
+
+def test_score_of_lists_is_read_before_eos_where_the_model_was_trained_so(files, capsys):
+    tokenizer = load_tokenizer(files["BEFORE"])
+    row, _ = lines_of(capsys, "score", "--model", files["BEFORE"], "--data", files["LISTS"])
+    ids = tokenizer.encode("it was ") + tokenizer.encode("good")
+    assert row["scores"][0] == pytest.approx(peer_score(files["BEFORE"], ids), abs=1e-5)
+
+
 def test_score_reads_what_sample_wrote(files, capsys, tmp_path):
     out = tmp_path / "samples.jsonl"
     words = ["sample", "--model", files["LM"], "--data", files["PROMPTS"], "--max-new-tokens", 5]
@@ -274,7 +334,8 @@ def test_score_reads_what_sample_wrote(files, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "match"),
-    [("TEXTS", "texts.jsonl:1: score is nan"), ("PAIRS", "1: chosen_score is nan")],
+    [("TEXTS", "texts.jsonl:1: score is nan"), ("PAIRS", "1: chosen_score is nan"),
+     ("LISTS", "lists.jsonl:1: scores[0] is nan")],
 )
 def test_score_stops_at_a_score_that_is_not_finite(data, match, files, capsys, tmp_path):
     model = load_reward_model(files["RM"])
@@ -314,6 +375,7 @@ def test_score_stops_at_a_score_that_is_not_finite(data, match, files, capsys, t
         ("score --model RM --data PROMPTS",
          "columns of no known format: prompt (a string), id (a number)"),
         ("score --model RM --data none.jsonl", "none.jsonl: no such file"),
+        ("score --model RM --data LISTS --max-length 2", "lists.jsonl:1: "),
     ],
 )  # fmt: skip
 def test_main_refuses(words, match, files, tmp_path, capsys):
