@@ -1,6 +1,7 @@
 """`minirlhf sample` and `minirlhf score`: JSON lines, the same however they were batched."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -347,6 +348,103 @@ def test_score_stops_at_a_score_that_is_not_finite(data, match, files, capsys, t
     assert main(["score", *words]) == 3
     assert match in capsys.readouterr().err
     assert not out.exists()
+
+
+# ---- rows that are not as they should be ---------------------------------------------------------
+
+KINDS = {
+    "sample": {"prompt": "a film"},
+    "score": {"text": "a film"},
+    "pairs": {"prompt": "a ", "chosen": "film", "rejected": "bad"},
+    "lists": {"prompt": "a ", "responses": ["film", "bad"]},
+}
+
+
+def command_of(kind: str, files: dict, path: str) -> list[str]:
+    if kind == "sample":
+        return ["sample", "--model", files["LM"], "--max-new-tokens", "4", "--data", path]
+    return ["score", "--model", files["RM"], "--data", path]
+
+
+def write_text(path, *lines) -> str:
+    lines = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_malformed_rows_are_left_out_and_told_where_asked_for(kind, files, capsys, tmp_path):
+    row = KINDS[kind]
+    path = write_text(tmp_path / "d.jsonl", "{,", row, {"x": 1}, row)  # the second tells the kind
+    command = command_of(kind, files, path)
+    assert main(command) == 2
+    assert "d.jsonl:1: not valid JSON at column 2" in capsys.readouterr().err
+    assert main([*command, "--bad-rows", "skip"]) == 0
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 2
+    assert f"rejected: 2 (first: {path}:1: not valid JSON at column 2" in told.err
+    assert "4 rows · kept 2" in told.err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_not_left_out_beyond_max_drop(kind, files, capsys, tmp_path):
+    path = write_text(tmp_path / "d.jsonl", "{,", KINDS[kind], KINDS[kind], KINDS[kind])
+    command = [*command_of(kind, files, path), "--bad-rows", "skip", "--max-drop"]
+    assert main([*command, "0.25"]) == 0
+    capsys.readouterr()
+    assert main([*command, "0.2"]) == 2
+    told = capsys.readouterr()
+    assert "1 of 4 rows are left out, max_drop is 0.2" in told.err and told.out == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_halves_of_surrogate_pairs_are_mended_where_asked_for(kind, files, capsys, tmp_path):
+    broken = json.dumps(KINDS[kind]).replace("film", r"film\ud800")
+    whole = json.dumps(KINDS[kind]).replace("film", r"film\ufffd")
+    command = command_of(kind, files, write_text(tmp_path / "d.jsonl", broken))
+    assert main(command) == 2
+    assert "half of a surrogate pair" in capsys.readouterr().err
+    mended = lines_of(capsys, *command, "--fix-text")
+    write_text(tmp_path / "d.jsonl", whole)
+    assert lines_of(capsys, *command) == mended
+
+
+@pytest.mark.parametrize("kind", ["pairs", "lists", "score"])
+def test_score_takes_empty_prompts_where_that_is_asked_for(kind, files, capsys, tmp_path):
+    row = {**KINDS[kind], "prompt": ""} if kind != "score" else {"prompt": "", "response": "film"}
+    path = write_text(tmp_path / "d.jsonl", row)
+    assert main(command_of(kind, files, path)) == 2
+    assert "d.jsonl:1: prompt is empty" in capsys.readouterr().err
+    (found,) = lines_of(capsys, *command_of(kind, files, path), "--allow-empty-prompt")
+    score = {"pairs": lambda: found["chosen_score"], "lists": lambda: found["scores"][0],
+             "score": lambda: found["score"]}[kind]()  # fmt: skip
+    ids = [*load_tokenizer(files["RM"]).encode("film"), 0]
+    assert score == pytest.approx(peer_score(files["RM"], ids), abs=1e-5)
+
+
+def test_sample_takes_empty_prompts_where_something_stands_before_them(files, capsys, tmp_path):
+    shutil.copytree(files["LM"], tmp_path / "bos")
+    tokenizer = json.loads((tmp_path / "bos/tokenizer.json").read_text("utf-8"))
+    name = "<|endoftext|>"  # of id 0, which then begins texts too
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {name: {"id": name, "ids": [0], "tokens": [name]}},
+    }  # fmt: skip
+    (tmp_path / "bos/tokenizer.json").write_text(json.dumps(tokenizer))
+    path = write_text(tmp_path / "d.jsonl", {"prompt": ""})
+    for folder, words, told in (
+        (files["LM"], [], "d.jsonl:1: prompt is empty"),
+        (files["LM"], ["--allow-empty-prompt"], "d.jsonl:1: a text without any token: the token"),
+        (tmp_path / "bos", [], "d.jsonl:1: prompt is empty"),
+    ):
+        assert main([*command_of("sample", {"LM": str(folder)}, path), *words]) == 2
+        assert told in capsys.readouterr().err
+    command = command_of("sample", {"LM": str(tmp_path / "bos")}, path)
+    (row,) = lines_of(capsys, *command, "--allow-empty-prompt")
+    assert row["prompt"] == "" and row["tokens"] >= 1
 
 
 # ---- refusals ------------------------------------------------------------------------------------
