@@ -265,8 +265,9 @@ TOML = [  # added to a right file, what is told behind its name
     ("steps: 1", "not valid TOML: "),
     ("model = lm", "not valid TOML: "),
     ("steps = " + "9" * 5000, "not valid TOML: "),
-    ("eval_data = 'a'", "eval_data: got 'a', must be a list of text"),
-    ("eval_data = [1]", "eval_data: got [1], must be a list of text"),
+    ("eval_data = 1", "eval_data: got 1, must be text or a list of text"),
+    ("eval_data = [1]", "eval_data: got [1], must be text or a list of text"),
+    ("eval_data = ''", "eval_data: got '', must be the name of a file"),
     ("eval_data = ['']", "eval_data: got '', must be the name of a file"),
     ("resume = 'yes'", "resume: got 'yes', must be true or false"),
     ("resume = 1", "resume: got 1, must be true or false"),
@@ -319,7 +320,7 @@ BAD_WORDS = {
 }  # fmt: skip
 BAD_VALUES = {
     int: (1.5, "1", True, [1], 2**63), float: ("0.1", True, [0.1], "nan"),
-    str: (3, True, ["a"], "a\0b"), bool: (1, "yes", None, "true"), tuple: ("a", [1], [None], 3),
+    str: (3, True, ["a"], "a\0b"), bool: (1, "yes", None, "true"), tuple: ("a\0b", [1], [None], 3),
 }  # fmt: skip
 BEYOND = {">=": -1, ">": 0, "<=": 1, "<": 0}  # from a limit to the nearest whole step outside it
 
