@@ -109,6 +109,9 @@ class _Setting:
         if isinstance(value, dict):
             return _NO_SECTIONS
         legal = self.legal()
+        if self.many:  # what a file gave is a tuple by now, so a text or list is from code
+            in_code = isinstance(value, str | list)
+            legal = f"a tuple of {_NOUNS[self.type]}" if in_code else f"text or {legal}"
         if self.type is int and type(value) is int and value.bit_length() > 63:
             legal = "a whole number of at most 63 bits"
         return f"got {_shown(value)}, must be {legal}"
@@ -139,9 +142,10 @@ class _Setting:
             return given  # `problem` will name it
 
     def from_file(self, given: Any) -> object:
-        """The value of a TOML or JSON value; types are not mended, an int may stand for a float."""
-        if self.many and type(given) is list:
-            return tuple(given)
+        """The value of a TOML or JSON value; types are not mended, but an int may stand for a
+        float, and one text for a list of it."""
+        if self.many and type(given) in (list, str):
+            return tuple(given) if type(given) is list else (given,)
         if self.optional and given == "none":  # TOML has no null
             return None
         if self.type is float and type(given) is int and self._accepts(given):

@@ -65,10 +65,22 @@ class Data(NamedTuple):
     reports: list[Report]
 
     @property
+    def every_prompt(self) -> list[Prompt]:
+        """Of training and evaluation."""
+        return [prompt for prompts in (self.prompts, *self.sets.values()) for prompt in prompts]
+
+    @property
     def longest_prompt(self) -> int:
         """Tokens, over training and evaluation."""
-        held_out = (prompt for prompts in self.sets.values() for prompt in prompts)
-        return max(len(prompt.ids) for prompt in (*self.prompts, *held_out))
+        return max(len(prompt.ids) for prompt in self.every_prompt)
+
+    @property
+    def columns(self) -> dict[str, set[str]]:
+        """file:line of the first prompt of each file -> columns that any of its prompts has."""
+        return {
+            prompts[0].where: {name for prompt in prompts for name in prompt.columns}
+            for prompts in (self.prompts, *self.sets.values())
+        }
 
     @property
     def longest_text(self) -> int:
@@ -100,6 +112,32 @@ def read_data(config: PPOConfig, tokenizer: Tokenizer, room: int, longest_row: i
         reports.append(report)
     names = [*files.values(), *([config.ptx_data] if config.ptx_data else [])]
     return Data(sets.pop(""), sets, texts, names, reports)
+
+
+def check_reencoded(config: PPOConfig, scorers: Sequence[Path], data: Data) -> None:
+    """Whether reward models that re-encode texts have room for every prompt and its response.
+
+    What tokens a response will be there is known once it is sampled; until then room is asked for
+    as many as the policy may sample.
+
+    Args:
+        scorers: reward models with another tokenizer than the policy's.
+    """
+    new = config.max_new_tokens
+    for folder in scorers:
+        tokenizer, most = load_tokenizer(folder), pretrained.read_config(folder).longest_row
+        prompts = data.every_prompt
+        strings = iter(tokenizer.encode_batch([p.text for p in prompts if isinstance(p.text, str)]))
+        for prompt in prompts:
+            try:
+                text = prompt.text
+                ids = next(strings) if isinstance(text, str) else tokenizer.encode_chat(text)
+            except UserError as error:
+                raise UserError(prompt.where, str(error)) from None
+            if len(ids) + new > most:
+                what = f"{len(ids)} tokens once --reward {folder} re-encodes them, and {new} new"
+                do = f"it reads {most}: lower max_prompt_length or max_new_tokens"
+                raise UserError(prompt.where, what, do)
 
 
 def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype) -> ValueHeadModel:

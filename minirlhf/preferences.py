@@ -79,14 +79,14 @@ def as_pairs(example: Example) -> list[Pair]:
     prompt, responses = example.prompt_ids, example.responses
     return [
         Pair(prompt, responses[i], responses[j], 0.0, example.where, example.columns)
-        for i, j in _ordered(example)
+        for i, j in ordered(example.ranks)
     ]
 
 
-def _ordered(example: Example) -> list[tuple[int, int]]:
+def ordered(ranks: list[int]) -> list[tuple[int, int]]:
     """Indices (better, worse) of all responses of different rank."""
-    ranks = list(enumerate(example.ranks))
-    return [(i, j) for i, rank in ranks for j, other in ranks if rank < other]
+    ranked = list(enumerate(ranks))
+    return [(i, j) for i, rank in ranked for j, other in ranked if rank < other]
 
 
 # ------------------------------------------------------------------------------- batches and losses
@@ -193,7 +193,7 @@ def ordered_scores(examples: list[E], scores: list[Tensor]) -> tuple[Tensor, Ten
     """
     pairs, start = [], 0
     for example in examples:
-        pairs += [(start + i, start + j) for i, j in _ordered(example)]
+        pairs += [(start + i, start + j) for i, j in ordered(example.ranks)]
         start += len(example.ranks)
     better, worse = torch.tensor(pairs).T
     flat = torch.cat(scores)

@@ -11,7 +11,7 @@ Kinds of rows, of which the first one decides for the file:
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,7 @@ class Ranking:
 
 
 E = TypeVar("E", Pair, Ranking)
+R = TypeVar("R")
 
 
 def is_ranking(row: Row) -> bool:
@@ -124,6 +125,11 @@ def ranking_format(row: Row, empty_prompt: bool = False) -> Format:
         return (read_prompt(row, keys[0]), *responses)
 
     return Format(detected, used, parts)
+
+
+def preference_format(row: Row, empty_prompt: bool = False) -> Format:
+    """The kind of file, of pairs or of ranked lists, that starts with this row."""
+    return (ranking_format if is_ranking(row) else pair_format)(row, empty_prompt)
 
 
 def _label(row: Row) -> str | None:
@@ -198,6 +204,13 @@ def _dense(values: list[float]) -> list[int]:
     return [order[value] for value in values]
 
 
+def best_first(row: Row, responses: Sequence[R]) -> tuple[list[R], list[int]]:
+    """(a row's responses, their ranks) in the order of the ranks; ties as in the file."""
+    ranks = ranks_of(row, len(responses))
+    order = sorted(range(len(ranks)), key=ranks.__getitem__)  # stable
+    return [responses[i] for i in order], [ranks[i] for i in order]
+
+
 def load_rankings(
     path: str | Path,
     tokenizer: Tokenizer | None,
@@ -216,23 +229,22 @@ def load_rankings(
     split = split_rows(path, ranking_format, sieve, columns)
 
     def make(e: Encoded) -> Ranking:
-        ranks = ranks_of(e.row, len(e.responses))
-        order = sorted(range(len(ranks)), key=ranks.__getitem__)  # stable: ties as in the file
-        responses, ranks = [e.responses[i] for i in order], [ranks[i] for i in order]
+        responses, ranks = best_first(e.row, e.responses)
         return Ranking(e.prompt_ids, responses, ranks, e.row.where, e.columns)
 
-    return load_examples(
-        path, split, make, finish, tokenizer, max_length, overlong, sieve, _says_nothing
-    )
+    def drop(row: Row, responses: list[list[int]]) -> str | None:
+        return says_nothing(list(map(tuple, responses)), ranks_of(row, len(responses)))
+
+    return load_examples(path, split, make, finish, tokenizer, max_length, overlong, sieve, drop)
 
 
-def _says_nothing(row: Row, responses: list[list[int]]) -> str | None:
-    ranks = ranks_of(row, len(responses))
+def says_nothing(responses: Sequence[Hashable], ranks: list[int]) -> str | None:
+    """Why a list tells no response from another, or None."""
     if len(set(ranks)) == 1:
         return "all responses tie"
-    rank: dict[tuple[int, ...], int] = {}
-    for ids, here in zip(responses, ranks, strict=True):
-        if rank.setdefault(tuple(ids), here) != here:
+    rank: dict[Hashable, int] = {}
+    for response, here in zip(responses, ranks, strict=True):
+        if rank.setdefault(response, here) != here:
             return "equal responses with different ranks"
     return None
 
@@ -247,13 +259,12 @@ def holds_rankings(
     """
     sieve = Sieve(policy)
     for row in renamed(read_rows(path, sieve), columns or {}, sieve):
-        listed = is_ranking(row)
         try:
-            (ranking_format if listed else pair_format)(row, policy.allow_empty_prompt)
+            preference_format(row, policy.allow_empty_prompt)
         except UserError as error:
             sieve.reject(error, row.raw)
             continue
-        return listed
+        return is_ranking(row)
     rejected = sieve.in_order()
     raise Report(str(path), "", len(rejected), rejected_rows=rejected).nothing_left()
 

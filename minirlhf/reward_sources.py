@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -180,7 +180,7 @@ def read_token(path: str) -> str:
     return token
 
 
-def load_function(place: str, columns: Iterable[str] | None = None) -> RewardSource:
+def load_function(place: str, columns: Mapping[str, set[str]] | None = None) -> RewardSource:
     """`file.py:function` -> its reward source. The file is run: it is the user's, and trusted."""
     file, _, name = place.rpartition(":")
     name_of_module = f"user_reward.{Path(file).resolve()}"  # two files may have the same name
@@ -210,7 +210,7 @@ def load_reward(
     dtype: torch.dtype,
     device: str,
     micro_batch_tokens: int,
-    columns: Iterable[str] | None = None,
+    columns: Mapping[str, set[str]] | None = None,
     journal: Path | None = None,
 ) -> RewardSource:
     """The weighted sum of all sources of `--reward`.

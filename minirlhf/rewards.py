@@ -8,7 +8,7 @@ import inspect
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -157,7 +157,7 @@ def combine(sources: list[tuple[str, float, RewardSource]]) -> RewardSource:
 
 
 def function_reward(
-    function: Callable, name: str, columns: Iterable[str] | None = None
+    function: Callable, name: str, columns: Mapping[str, set[str]] | None = None
 ) -> RewardSource:
     """Scores of `function(prompts=…, completions=…, <every column>=…)`, one item a response.
 
@@ -166,8 +166,9 @@ def function_reward(
     its signature names, or all if it takes **keywords.
 
     Args:
-        columns: those of the prompts, where they are known; what it needs beside them is then
-            missed at once, and not when the first responses are scored.
+        columns: of each file of prompts, where it begins (file:line) -> its columns. What the
+            function needs beside them is then missed at once, and not when the first responses are
+            scored; and a row that lacks a column has None there, whatever rows it is scored with.
     Raises:
         UserError: it needs a column that the data lacks, fails, or returns anything else.
     """
@@ -176,16 +177,20 @@ def function_reward(
     known = {p.name for p in parameters}
     needed = {p.name for p in parameters if p.default is p.empty and p.kind in KEYWORDS}
 
-    def check(offered: Iterable[str]) -> None:
+    def check(offered: Iterable[str], where: str | None = None) -> None:
         if missing := sorted(needed - set(offered)):
             what = f"needs {', '.join(missing)}, which no prompt has"
-            raise UserError(name, what, f"there are {', '.join(offered)}")
+            where, what = (name, what) if where is None else (where, f"{name} {what}")
+            raise UserError(where, what, f"there are {', '.join(offered)}")
 
-    if columns is not None:
-        check([*sorted(columns), *OFFERED])
+    columns = columns or {}
+    for where, there in columns.items():
+        check([*sorted(there), *OFFERED], where)
+    needed_columns = needed & set().union(*columns.values())
 
     def score(batch: Completions) -> Scores:
         offered = {
+            **{column: [None] * len(batch.completions) for column in sorted(needed_columns)},
             **batch.columns,
             "prompts": batch.prompts,
             "completions": batch.completions,

@@ -265,8 +265,9 @@ TOML = [  # added to a right file, what is told behind its name
     ("steps: 1", "not valid TOML: "),
     ("model = lm", "not valid TOML: "),
     ("steps = " + "9" * 5000, "not valid TOML: "),
-    ("eval_data = 'a'", "eval_data: got 'a', must be a list of text"),
-    ("eval_data = [1]", "eval_data: got [1], must be a list of text"),
+    ("eval_data = 1", "eval_data: got 1, must be text or a list of text"),
+    ("eval_data = [1]", "eval_data: got [1], must be text or a list of text"),
+    ("eval_data = ''", "eval_data: got '', must be the name of a file"),
     ("eval_data = ['']", "eval_data: got '', must be the name of a file"),
     ("resume = 'yes'", "resume: got 'yes', must be true or false"),
     ("resume = 1", "resume: got 1, must be true or false"),
@@ -319,7 +320,7 @@ BAD_WORDS = {
 }  # fmt: skip
 BAD_VALUES = {
     int: (1.5, "1", True, [1], 2**63), float: ("0.1", True, [0.1], "nan"),
-    str: (3, True, ["a"], "a\0b"), bool: (1, "yes", None, "true"), tuple: ("a", [1], [None], 3),
+    str: (3, True, ["a"], "a\0b"), bool: (1, "yes", None, "true"), tuple: ("a\0b", [1], [None], 3),
 }  # fmt: skip
 BEYOND = {">=": -1, ">": 0, "<=": 1, "<": 0}  # from a limit to the nearest whole step outside it
 
@@ -519,7 +520,34 @@ def test_every_model_of_ppo_is_looked_at_before_any_weight(changes, told, refuse
 def test_a_column_that_the_reward_needs_is_looked_for_before_any_weight(refused, no_weights):
     Path("needs.py").write_text(NEEDS, encoding="utf-8")
     line = refused(words("ppo", reward="needs.py:f"))
-    assert line.startswith("needs.py:f: needs rating, which no prompt has")
+    told = "prompts.jsonl:1: needs.py:f needs rating, which no prompt has: there are prompts, "
+    assert line.startswith(told)
+
+
+def test_held_out_prompts_need_the_reward_s_columns_before_any_weight(refused, no_weights):
+    Path("needs.py").write_text(NEEDS, encoding="utf-8")
+    Path("rated.jsonl").write_text(json_lines(PROMPT | {"rating": 1}, PROMPT), encoding="utf-8")
+    Path("held.jsonl").write_text("\n" + json_lines(PROMPT | {"rated": 1}) * 2, encoding="utf-8")
+    held = ("rated=rated.jsonl", "held=held.jsonl")
+    line = refused(words("ppo", reward="needs.py:f", data="rated.jsonl", eval_data=held))
+    told = "held.jsonl:2: needs.py:f needs rating, which no prompt has: there are rated, prompts"
+    assert line.startswith(told)
+
+
+def test_the_room_of_a_reward_model_that_reencodes_is_looked_at_before_any_weight(
+    refused, no_weights, world
+):
+    narrow = Path("narrow")
+    shutil.copytree(world / "other", narrow)
+    values = json.loads((narrow / "config.json").read_text("utf-8"))
+    (narrow / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 12}))
+    # "The film" has 8 tokens, and 4 are sampled
+    Path("held.jsonl").write_text(json_lines(PROMPT, {"prompt": "!" * 9}), encoding="utf-8")
+    line = refused(words("ppo", reward="narrow", eval_data="held.jsonl"))
+    assert line == (
+        "held.jsonl:2: 9 tokens once --reward narrow re-encodes them, and 4 new: it reads 12: "
+        "lower max_prompt_length or max_new_tokens"
+    )
 
 
 def test_the_room_of_the_reward_model_is_looked_at_before_any_weight(refused, no_weights, world):

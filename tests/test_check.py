@@ -16,7 +16,7 @@ from minirlhf.pretrained import save_pretrained
 from minirlhf.tokenizer import train_tokenizer
 from minirlhf.tools import check
 from minirlhf.tools.data_facts import length_facts, pair_facts
-from minirlhf.tools.data_rows import recipe_of
+from minirlhf.tools.data_rows import Sizes, recipe_of
 from minirlhf.transformer import CausalLM, initialize
 
 LLAMA = {
@@ -193,8 +193,7 @@ def test_length_facts_makes_round_bins_with_an_open_tail():
 
 
 def test_pair_facts_of_equally_long_answers():
-    same = {"chosen": np.array([2, 3]), "rejected": np.array([2, 3])}
-    facts = pair_facts(same, [None, None])
+    facts = pair_facts([Sizes(1, [2, 2], [1, 2]), Sizes(1, [3, 3], [1, 2])], [None, None])
     assert (facts["of_pairs"], facts["same_length"], facts["margins"]) == (0, 2, {"missing": 2})
 
 
@@ -380,6 +379,10 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ({"chosen": "a", "rejected": "b"}, "reward"),
         ({"prompt": "a", "chosen": "b"}, "reward"),  # where the lack of rejected is told
         ({"chosen_ids": [1], "rejected_ids": [2]}, "reward"),
+        ({"prompt": "a", "responses": ["b", "c"]}, "reward"),
+        ({"prompt": "a", "responses": "b"}, "reward"),  # where the lack of a list is told
+        ({"prompt": "a", "completions": [{"response": "b"}]}, "reward"),
+        ({"query": [1], "sample0": [2], "sample1": [3], "best": 0}, "reward"),
         ({"prompt": "a", "completion": "b"}, "sft"),
         ({"text": "a"}, "sft"),
         ({"input_ids": [1]}, "sft"),

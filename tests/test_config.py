@@ -225,6 +225,14 @@ def test_parse_reads_toml_and_json_alike(write):
         assert type(got.learning_rate) is float
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("c.toml", 'eval_data = "a b"'), ("c.json", '{"eval-data": "a b"}')]
+)
+def test_parse_reads_one_text_as_a_list_of_it(write, name, text):
+    got = read("--model", "m", "--config", write(name, text))
+    assert got == Config(model="m", eval_data=("a b",))
+
+
 def test_parse_reads_a_file_with_a_byte_order_mark(write):
     assert read("--config", write("c.json", b'\xef\xbb\xbf{"model": "m"}')) == Config(model="m")
 
@@ -249,8 +257,11 @@ def test_parse_flags_beat_the_file_which_beats_the_defaults(write):
         ('{"learning_rate": NaN}', "c.json:1: NaN is not JSON"),
         ('{"offset": 1' + "0" * 400 + "}", "must be a finite number"),
         ('{"whiten": 1}', "c.json: whiten: got 1, must be true or false"),
-        ('{"eval_data": "a"}', "c.json: eval_data: got 'a', must be a list of text"),
-        ('{"eval_data": ["a", 1]}', "c.json: eval_data: got ['a', 1], must be a list of text"),
+        ('{"eval_data": 1}', "c.json: eval_data: got 1, must be text or a list of text"),
+        ('{"eval_data": null}', "c.json: eval_data: got none, must be text or a list of text"),
+        ('{"eval_data": {"a": "b"}}', "c.json: eval_data: is a table: settings stand at the top"),
+        ('{"eval_data": ["a", 1]}', "c.json: eval_data: got ['a', 1], must be text or a list of"),
+        ('{"eval_data": [["a"]]}', "c.json: eval_data: got [['a']], must be text or a list of"),
         ('{"dtype": ["auto"]}', "c.json: dtype: got ['auto'], must be one of auto, float32"),
         ('{"stesp": 1}', "c.json: stesp: unknown setting: the nearest is steps"),
         ('{"learning-rate": 1, "learning_rate": 1}', "c.json: learning_rate: given twice"),
@@ -308,9 +319,17 @@ def test_validate_accepts_legal_fields_and_a_whole_number_for_a_float():
 def test_validate_names_the_field_and_its_source():
     with pytest.raises(UserError, match=r"^steps: got 0, must be a whole number >= 1$"):
         validate(Config(model="m", steps=0))
-    both = r"^run\.json: steps: got '3', must be .*; run\.json: eval_data: got \['a'\], must be"
+    both = (
+        r"^run\.json: steps: got '3', must be .*; run\.json: eval_data: got \['a'\], must be a "
+        r"tuple of text$"
+    )
     with pytest.raises(UserError, match=both):
         validate(Config(model="m", steps="3", eval_data=["a"]), source="run.json")
+
+
+def test_validate_refuses_a_text_for_a_tuple():
+    with pytest.raises(UserError, match=r"^eval_data: got 'a', must be a tuple of text$"):
+        validate(Config(model="m", eval_data="a"))
 
 
 def test_validate_adds_what_the_config_itself_finds():

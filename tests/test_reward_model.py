@@ -1,13 +1,16 @@
 """Reward models as reward sources: by the policy's ids, or by texts in a tokenizer of their own."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from minirlhf.data import Prompt
 from minirlhf.errors import UserError
 from minirlhf.heads import RewardModel, initialize_score
 from minirlhf.hf_config import config_from_hf
+from minirlhf.ppo_start import Data, check_reencoded
 from minirlhf.pretrained import load_reward_model, save_pretrained
 from minirlhf.recipes.ppo import PPOConfig
 from minirlhf.reward_model import model_reward, reencode
@@ -215,6 +218,37 @@ def test_a_text_that_is_too_long_once_it_is_reencoded_is_an_error(folder, words)
     message = r"--reward .*words.*: a text of 66 tokens once it is re-encoded, the reward model rea"
     with pytest.raises(UserError, match=message):
         load(words, load_tokenizer(folder))(batch)
+
+
+def data_of(*prompts, held_out=()) -> Data:
+    """Prompts as a policy reads them, whose ids do not matter here."""
+    rows = [Prompt([67], text, f"p:{line}", {}) for line, text in enumerate(prompts, 1)]
+    held_out = [Prompt([67], text, f"h:{line}", {}) for line, text in enumerate(held_out, 1)]
+    return Data(rows, {"held/": held_out}, [], [], [])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_check_reencoded_wants_room_for_the_prompt_and_the_new_tokens(words, chat):
+    text = MESSAGES if chat else "qq"  # a byte is a token, but for words of its training
+    size = len(load_tokenizer(words).encode_chat(text) if chat else "qq")
+    fits = PPOConfig(max_new_tokens=64 - size)  # of 64 positions
+    check_reencoded(fits, [words], data_of("q", text, held_out=["q"]))
+    told = rf"{size} tokens once --reward .*words.* re-encodes them, and {65 - size} new: it reads"
+    for where, data in (
+        ("p:2", data_of("q", text)), ("h:1", data_of("q", held_out=[text, text]))
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"^{where}: {told}"):
+            check_reencoded(PPOConfig(max_new_tokens=65 - size), [words], data)
+
+
+def test_check_reencoded_names_the_prompt_that_the_template_refuses(words, tmp_path):
+    shutil.copytree(words, tmp_path / "own")
+    path = tmp_path / "own/tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config["chat_template"] = "{{ raise_exception('no system here') }}"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=r"^p:2: .*no system here"):
+        check_reencoded(PPOConfig(max_new_tokens=8), [tmp_path / "own"], data_of("q", MESSAGES))
 
 
 def test_a_text_without_any_token_is_an_error(folder):

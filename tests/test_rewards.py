@@ -74,6 +74,30 @@ def test_function_that_needs_an_absent_column_is_told_which_there_are(tmp_path):
     assert "there are answer, prompts, completions, completion_ids, finish_reasons" in str(error)
 
 
+def test_function_gets_none_where_no_row_of_the_batch_has_a_column_of_the_file():
+    columns = {"p:1": {"rating", "other"}}
+    given = []
+
+    def f(completions, rating, other=7):
+        given.append((rating, other))
+        return [0.0] * len(completions)
+
+    function_reward(f, "f", columns)(BATCH)  # whose only column is `answer`
+    assert given == [([None] * 3, 7)]
+    with pytest.raises(UserError, match=r"^f: needs rating, which no prompt has: there are ans"):
+        function_reward(f, "f")(BATCH)
+
+
+def test_function_needs_its_columns_in_every_file():
+    def f(completions, rating, prompts):
+        raise AssertionError
+
+    told = "^h:3: f needs rating, which no prompt has: there are other, prompts, completions, "
+    with pytest.raises(UserError, match=told):
+        function_reward(f, "f", {"p:1": {"rating"}, "h:3": {"other"}})
+    function_reward(f, "f", {"p:1": {"rating"}, "h:3": {"rating", "other"}})
+
+
 def test_function_may_define_dataclasses_and_call_its_own_helpers(tmp_path):
     source = """
 from __future__ import annotations

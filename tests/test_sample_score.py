@@ -1,6 +1,7 @@
 """`minirlhf sample` and `minirlhf score`: JSON lines, the same however they were batched."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from minirlhf.generation import Sampling
 from minirlhf.heads import RewardModel, initialize_score
 from minirlhf.hf_config import config_from_hf
 from minirlhf.pretrained import load_reward_model, save_pretrained
+from minirlhf.rankings import load_preferences
+from minirlhf.recipes.reward import SHOWN
+from minirlhf.reward_eval import evaluate
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.tools.sample import sample
 from minirlhf.tools.score import score_texts
@@ -23,6 +27,9 @@ TINY = {
 }  # fmt: skip
 PROMPTS = ["a film", "the film that we saw", "so", "it was a good film and", "bad", "we left when"]
 TEXTS = ["a good film", "bad", "we left before it was over", "it was good"]
+LISTS = [{"prompt": "it was ", "responses": ["bad", "good", "over"], "ranks": [3, 1, 2]},
+         {"prompt": "so ", "responses": ["bad", "good"], "ranks": [1, 1]},
+         {"prompt": "a film ", "responses": ["that", "we left", "so"], "ranks": [1, 2, 2]}]
 
 
 def write_lines(path, rows) -> str:
@@ -62,6 +69,7 @@ def files(tmp_path_factory):
         "CHAT": write_lines(made / "chat.jsonl", chat),
         "TEXTS": write_lines(made / "texts.jsonl", [{"text": text} for text in TEXTS]),
         "PAIRS": write_lines(made / "pairs.jsonl", pairs),
+        "LISTS": write_lines(made / "lists.jsonl", LISTS),
     }
 
 
@@ -256,6 +264,59 @@ def test_score_of_a_constant_model_is_all_ties(files, capsys, tmp_path):
     assert told.endswith("3 pairs  accuracy 0.0000  ties 1.0000  margin 0.0000\n")
 
 
+def test_score_of_lists_is_of_each_response_best_first(files, capsys):
+    tokenizer = load_tokenizer(files["RM"])
+    assert main(["score", "--model", files["RM"], "--data", files["LISTS"]]) == 0
+    told = capsys.readouterr()
+    rows = [json.loads(line) for line in told.out.splitlines()]
+    assert [list(row) for row in rows] == [["where", "scores", "ranks"]] * 2
+    assert "dropped:  1 (all responses tie)" in told.err
+    texts = [("1", [1, 2, 3], "it was ", "good", "over", "bad"),
+             ("3", [1, 2, 2], "a film ", "that", "we left", "so")]  # fmt: skip
+    for row, (line, ranks, prompt, *responses) in zip(rows, texts, strict=True):
+        assert (row["where"], row["ranks"]) == (f"{files['LISTS']}:{line}", ranks)
+        expected = [
+            peer_score(files["RM"], [*tokenizer.encode(prompt), *tokenizer.encode(text), 0])
+            for text in responses
+        ]
+        assert row["scores"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_score_summary_of_lists_by_hand(files, capsys, monkeypatch):
+    from minirlhf.tools import score
+
+    # 1 > 2 > 3 got 2, 0, 1: pairs 2-0 and 2-1 right, 0-1 wrong; 1 > 2 = 2 got 0, 0, 1: 0-0, 0-1.
+    # Of five pairs two are right, one ties, margins are 2, 1, -1, 0, -1; the first list's best is
+    # on top. Losses: -log e^2/(e^2 + 1 + e) - log 1/(1 + e) = 0.40761 + 1.31326, and of the
+    # second, whose others tie, -log 1/(1 + 1 + e) = 1.55144.
+    monkeypatch.setattr(
+        score, "score_texts", lambda *_: torch.tensor([2.0, 0.0, 1.0, 0.0, 0.0, 1.0])
+    )
+    assert main(["score", "--model", files["RM"], "--data", files["LISTS"]]) == 0
+    # confidence sigmoid |margin|: .8808 right, .7311 right, .7311 wrong twice, .5 half right; so
+    # (.1192 + |1 - 3 x .7311| + 0) / 5
+    assert capsys.readouterr().err.endswith(
+        "2 lists  accuracy 0.4000  top1 0.5000  ties 0.2000  loss 1.6362  margin 0.2000  "
+        "calibration_error 0.2625\n"
+    )
+
+
+def test_score_tells_of_lists_what_the_recipe_evaluates(files, capsys):
+    assert main(["score", "--model", files["RM"], "--data", files["LISTS"]]) == 0
+    model, tokenizer = load_reward_model(files["RM"]), load_tokenizer(files["RM"])
+    lists, _ = load_preferences(files["LISTS"], tokenizer, 48, "error")
+    metrics = evaluate(model, lists).metrics
+    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN)
+    assert capsys.readouterr().err.endswith(f"2 lists  {shown}\n")
+
+
+def test_score_of_lists_is_read_before_eos_where_the_model_was_trained_so(files, capsys):
+    tokenizer = load_tokenizer(files["BEFORE"])
+    row, _ = lines_of(capsys, "score", "--model", files["BEFORE"], "--data", files["LISTS"])
+    ids = tokenizer.encode("it was ") + tokenizer.encode("good")
+    assert row["scores"][0] == pytest.approx(peer_score(files["BEFORE"], ids), abs=1e-5)
+
+
 def test_score_reads_what_sample_wrote(files, capsys, tmp_path):
     out = tmp_path / "samples.jsonl"
     words = ["sample", "--model", files["LM"], "--data", files["PROMPTS"], "--max-new-tokens", 5]
@@ -274,7 +335,8 @@ def test_score_reads_what_sample_wrote(files, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "match"),
-    [("TEXTS", "texts.jsonl:1: score is nan"), ("PAIRS", "1: chosen_score is nan")],
+    [("TEXTS", "texts.jsonl:1: score is nan"), ("PAIRS", "1: chosen_score is nan"),
+     ("LISTS", "lists.jsonl:1: scores[0] is nan")],
 )
 def test_score_stops_at_a_score_that_is_not_finite(data, match, files, capsys, tmp_path):
     model = load_reward_model(files["RM"])
@@ -286,6 +348,103 @@ def test_score_stops_at_a_score_that_is_not_finite(data, match, files, capsys, t
     assert main(["score", *words]) == 3
     assert match in capsys.readouterr().err
     assert not out.exists()
+
+
+# ---- rows that are not as they should be ---------------------------------------------------------
+
+KINDS = {
+    "sample": {"prompt": "a film"},
+    "score": {"text": "a film"},
+    "pairs": {"prompt": "a ", "chosen": "film", "rejected": "bad"},
+    "lists": {"prompt": "a ", "responses": ["film", "bad"]},
+}
+
+
+def command_of(kind: str, files: dict, path: str) -> list[str]:
+    if kind == "sample":
+        return ["sample", "--model", files["LM"], "--max-new-tokens", "4", "--data", path]
+    return ["score", "--model", files["RM"], "--data", path]
+
+
+def write_text(path, *lines) -> str:
+    lines = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_malformed_rows_are_left_out_and_told_where_asked_for(kind, files, capsys, tmp_path):
+    row = KINDS[kind]
+    path = write_text(tmp_path / "d.jsonl", "{,", row, {"x": 1}, row)  # the second tells the kind
+    command = command_of(kind, files, path)
+    assert main(command) == 2
+    assert "d.jsonl:1: not valid JSON at column 2" in capsys.readouterr().err
+    assert main([*command, "--bad-rows", "skip"]) == 0
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 2
+    assert f"rejected: 2 (first: {path}:1: not valid JSON at column 2" in told.err
+    assert "4 rows · kept 2" in told.err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_not_left_out_beyond_max_drop(kind, files, capsys, tmp_path):
+    path = write_text(tmp_path / "d.jsonl", "{,", KINDS[kind], KINDS[kind], KINDS[kind])
+    command = [*command_of(kind, files, path), "--bad-rows", "skip", "--max-drop"]
+    assert main([*command, "0.25"]) == 0
+    capsys.readouterr()
+    assert main([*command, "0.2"]) == 2
+    told = capsys.readouterr()
+    assert "1 of 4 rows are left out, max_drop is 0.2" in told.err and told.out == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_halves_of_surrogate_pairs_are_mended_where_asked_for(kind, files, capsys, tmp_path):
+    broken = json.dumps(KINDS[kind]).replace("film", r"film\ud800")
+    whole = json.dumps(KINDS[kind]).replace("film", r"film\ufffd")
+    command = command_of(kind, files, write_text(tmp_path / "d.jsonl", broken))
+    assert main(command) == 2
+    assert "half of a surrogate pair" in capsys.readouterr().err
+    mended = lines_of(capsys, *command, "--fix-text")
+    write_text(tmp_path / "d.jsonl", whole)
+    assert lines_of(capsys, *command) == mended
+
+
+@pytest.mark.parametrize("kind", ["pairs", "lists", "score"])
+def test_score_takes_empty_prompts_where_that_is_asked_for(kind, files, capsys, tmp_path):
+    row = {**KINDS[kind], "prompt": ""} if kind != "score" else {"prompt": "", "response": "film"}
+    path = write_text(tmp_path / "d.jsonl", row)
+    assert main(command_of(kind, files, path)) == 2
+    assert "d.jsonl:1: prompt is empty" in capsys.readouterr().err
+    (found,) = lines_of(capsys, *command_of(kind, files, path), "--allow-empty-prompt")
+    score = {"pairs": lambda: found["chosen_score"], "lists": lambda: found["scores"][0],
+             "score": lambda: found["score"]}[kind]()  # fmt: skip
+    ids = [*load_tokenizer(files["RM"]).encode("film"), 0]
+    assert score == pytest.approx(peer_score(files["RM"], ids), abs=1e-5)
+
+
+def test_sample_takes_empty_prompts_where_something_stands_before_them(files, capsys, tmp_path):
+    shutil.copytree(files["LM"], tmp_path / "bos")
+    tokenizer = json.loads((tmp_path / "bos/tokenizer.json").read_text("utf-8"))
+    name = "<|endoftext|>"  # of id 0, which then begins texts too
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {name: {"id": name, "ids": [0], "tokens": [name]}},
+    }  # fmt: skip
+    (tmp_path / "bos/tokenizer.json").write_text(json.dumps(tokenizer))
+    path = write_text(tmp_path / "d.jsonl", {"prompt": ""})
+    for folder, words, told in (
+        (files["LM"], [], "d.jsonl:1: prompt is empty"),
+        (files["LM"], ["--allow-empty-prompt"], "d.jsonl:1: a text without any token: the token"),
+        (tmp_path / "bos", [], "d.jsonl:1: prompt is empty"),
+    ):
+        assert main([*command_of("sample", {"LM": str(folder)}, path), *words]) == 2
+        assert told in capsys.readouterr().err
+    command = command_of("sample", {"LM": str(tmp_path / "bos")}, path)
+    (row,) = lines_of(capsys, *command, "--allow-empty-prompt")
+    assert row["prompt"] == "" and row["tokens"] >= 1
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -314,6 +473,7 @@ def test_score_stops_at_a_score_that_is_not_finite(data, match, files, capsys, t
         ("score --model RM --data PROMPTS",
          "columns of no known format: prompt (a string), id (a number)"),
         ("score --model RM --data none.jsonl", "none.jsonl: no such file"),
+        ("score --model RM --data LISTS --max-length 2", "lists.jsonl:1: "),
     ],
 )  # fmt: skip
 def test_main_refuses(words, match, files, tmp_path, capsys):

@@ -39,6 +39,7 @@ from minirlhf.masking import masked_mean, masked_rescale
 from minirlhf.preferences import collate_pairs, score_metrics
 from minirlhf.recipes.ppo import PPOConfig, assign_credit, measure, policy_pass, ppo_step
 from minirlhf.rollout import Rollout, RolloutBuffer
+from minirlhf.scores import RunningMoments
 from minirlhf.transformer import CausalLM
 
 FILES = Path(__file__).parent / "data"
@@ -73,7 +74,7 @@ def config_of(**changes: object) -> PPOConfig:
     return PPOConfig(**{**values, **changes})
 
 
-def measured() -> RolloutBuffer:
+def measured(full_kl: bool = False) -> RolloutBuffer:
     """TRL's rows in micro-batches of two and one: no split changes a number."""
     sizes = torch.tensor([len(ids) for ids in RESPONSES])
     rollout = Rollout(
@@ -85,7 +86,7 @@ def measured() -> RolloutBuffer:
     )
     buffer = RolloutBuffer(2, 99)
     buffer.add(rollout)
-    measure(policy(OLD), language_model(REF), buffer, 1.0)
+    measure(policy(OLD), language_model(REF), buffer, 1.0, full_kl)
     return buffer
 
 
@@ -212,6 +213,27 @@ def test_kl_penalties_are_trls():
     kinds = {"kl": kl_k1(old, ref), "abs": kl_k1(old, ref).abs(), "mse": kl_k2(old, ref)}
     for kind, ours in kinds.items():
         assert ours.tolist() == pytest.approx(flat(PPO["penalties"][kind]), **NEAR)
+
+
+def test_the_full_kl_and_the_rewards_made_of_it_are_trls():
+    """Both are sum_v p_v (log p_v - log q_v) over the whole vocabulary, p of the policy."""
+    buffer, theirs = measured(full_kl=True), PPO["penalties"]["full"]
+    assert_near(by_row(buffer, "full_kl"), theirs)
+    assign_credit(buffer, config_of(kl_estimator="full"), KL_COEF)
+    rewards = [[-KL_COEF * kl for kl in row] for row in theirs]
+    for row, score in zip(rewards, SCORES, strict=True):
+        row[-1] += score  # as TRL's compute_rewards does with any of its penalties
+    assert_near(by_row(buffer, "rewards"), rewards)
+
+
+def test_running_moments_are_trls():
+    """Its deviation has Bessel's correction, as ours has; TRL rounds it to float32. A single score,
+    of which that correction divides by 0, is not compared: ours is 1 there."""
+    ours, seen = RunningMoments(), []
+    for batch in reference.RUNNING_SCORES:
+        ours.update(torch.tensor(batch))
+        seen.append([ours.mean, ours.std])
+    assert_near(seen, PPO["running_moments"])
 
 
 def test_the_adaptive_coefficient_is_trls():

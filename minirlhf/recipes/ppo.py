@@ -43,7 +43,14 @@ from minirlhf.meters import Step
 from minirlhf.metrics import rename_to_trl09
 from minirlhf.passes import TokenPass, kl_to_ref, measure, policy_pass
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.ppo_start import check_models, load_policy, prompt_room, read_data, run_facts
+from minirlhf.ppo_start import (
+    check_models,
+    check_reencoded,
+    load_policy,
+    prompt_room,
+    read_data,
+    run_facts,
+)
 from minirlhf.reward_sources import load_reward
 from minirlhf.rewards import Completions, RewardSource, Scores, as_scores
 from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, with_scores
@@ -531,6 +538,7 @@ def main(argv: list[str] | None = None) -> int:
     same = [place for place in scorers if not reward_sources.reencoded(place, tokenizer)]
     room = prompt_room(config, (folder, ref_folder, *critic, *same))
     data = read_data(config, tokenizer, room, pretrained.read_config(folder).longest_row)
+    check_reencoded(config, [place for place in scorers if place not in same], data)
     prompts, sets, texts = data.prompts, data.sets, data.texts
     inputs = [*data.files, *(str(place) for place in places if place), str(ref_folder)]
     # Refused here, before anything is loaded; written to only once all is.
@@ -541,9 +549,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(plan)
     fits = memory.verdict(plan, free_memory(device))
-    columns = {name for prompt in prompts for name in prompt.columns}
     reward = load_reward(
-        config, tokenizer, dtype, device, config.micro_batch_tokens, columns,
+        config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,
         r.folder / "rewards.jsonl",
     )  # fmt: skip
     policy = load_policy(config, folder, device, dtype)

@@ -23,7 +23,14 @@ from minirlhf.ppo_start import prompt_room
 from minirlhf.rows import read_json
 from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.data_facts import length_facts, measure_text, measure_tokens, pair_facts
+from minirlhf.tools.data_facts import (
+    length_facts,
+    lengths_of,
+    list_facts,
+    measure_text,
+    measure_tokens,
+    pair_facts,
+)
 from minirlhf.tools.data_report import show, show_model
 from minirlhf.tools.data_rows import RECIPES, Model, Raw, read_raw, recipe_of
 from minirlhf.tools.data_warnings import length_bias, overlap, plain_template, raw_warnings
@@ -133,12 +140,15 @@ def look(
         "dropped_rows": [row._asdict() for row in seen.report.dropped_rows],
         "rejected_rows": [row._asdict() for row in seen.report.rejected_rows],
         "different_prompts": len({key[0] for key in raw.keys if key[0] is not None}),
-        "lengths": length_facts(seen.lengths), "limits": seen.limits, "samples": seen.samples,
+        "lengths": length_facts(lengths_of(raw.sides, seen.sizes)),
+        "limits": seen.limits, "samples": seen.samples,
     }  # fmt: skip
     warnings = raw_warnings(raw, model) + seen.warnings
     if raw.recipe == "reward":
-        facts["pairs"] = pairs = pair_facts(seen.lengths, raw.margins)
-        warnings += length_bias(pairs)
+        facts["pairs"] = pair_facts(seen.sizes, raw.margins)
+        warnings += length_bias(seen.sizes)
+    if raw.lists:
+        facts["lists"] = list_facts(seen.sizes)
     warnings += plain_template(raw, model)
     if first is not None:
         facts["shared"], more = overlap(raw, first)

@@ -3,7 +3,7 @@
 Nothing is printed here: `minirlhf check` shows it, or writes it as JSON.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -13,10 +13,20 @@ import numpy as np
 
 from minirlhf.errors import UserError
 from minirlhf.preferences import without_eos
+from minirlhf.rankings import Ranking, says_nothing
 from minirlhf.recipes.sft import with_target
 from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import Tokenizer
-from minirlhf.tools.data_rows import RECIPES, Model, Raw, ids_of, strings_of
+from minirlhf.tools.data_rows import (
+    RECIPES,
+    Example,
+    Model,
+    Raw,
+    Sizes,
+    ids_of,
+    sizes_of,
+    strings_of,
+)
 from minirlhf.tools.data_warnings import token_warnings
 
 BINS = 8  # of a histogram
@@ -27,7 +37,7 @@ class Measured(NamedTuple):
 
     report: Report
     unit: str  # "tokens" or, without a tokenizer, "characters"
-    lengths: dict[str, np.ndarray]  # side -> (N,), before any row is cut or dropped for its length
+    sizes: list[Sizes]  # before any row is cut or dropped for its length
     limits: dict | None
     samples: list[dict]
     warnings: list[dict]
@@ -37,8 +47,14 @@ class Measured(NamedTuple):
 # ---------------------------------------------------------------------------------- rows as tokens
 
 
-def sample_rows(recipe: str, examples: list, tokenizer: Tokenizer | None) -> list[dict]:
-    """The first, the shortest and the longest row: where faults show."""
+def sample_rows(
+    sides: tuple[str, ...], examples: list[Example], tokenizer: Tokenizer | None
+) -> list[dict]:
+    """The first, the shortest and the longest row: where faults show.
+
+    Args:
+        sides: names of the parts; responses of a ranked list are named by their ranks.
+    """
 
     def text(ids: Sequence[int]) -> str:
         return "" if tokenizer is None else tokenizer.decode(ids, skip_special=False)
@@ -47,25 +63,17 @@ def sample_rows(recipe: str, examples: list, tokenizer: Tokenizer | None) -> lis
     picks = {int(np.argmax(sizes)): "longest", int(np.argmin(sizes)): "shortest", 0: "first"}
     rows = []
     for at in reversed(picks):
-        sides = [
+        names = sides
+        if isinstance(examples[at], Ranking):
+            names = ("prompt", *(f"rank {rank}" for rank in examples[at].ranks))
+        shown = [
             {"side": side, "tokens": len(ids), "text": text(ids),
              "begins": [[id, text([id])] for id in ids[:2]],
              "ends": [[id, text([id])] for id in ids[2:][-3:]]}
-            for side, ids in zip(RECIPES[recipe].sides, ids_of(examples[at]), strict=True) if ids
+            for side, ids in zip(names, ids_of(examples[at]), strict=True) if ids
         ]  # fmt: skip
-        rows.append({"where": examples[at].where, "why": picks[at], "sides": sides})
+        rows.append({"where": examples[at].where, "why": picks[at], "sides": shown})
     return rows
-
-
-def _lengths(recipe: str, sizes: list[list[int]]) -> dict[str, np.ndarray]:
-    """Side -> (N,) lengths; no "prompt" where all are empty."""
-    columns = zip(RECIPES[recipe].sides, np.array(sizes, dtype=np.int64).T, strict=True)
-    return {side: column for side, column in columns if side != "prompt" or column.any()}
-
-
-def _whole(sizes: Iterable[list[int]]) -> np.ndarray:
-    """(N,) tokens of each row's prompt with its longer answer."""
-    return np.array([prompt + max(answers, default=0) for prompt, *answers in sizes])
 
 
 def measure_tokens(
@@ -80,56 +88,72 @@ def measure_tokens(
 
     def load(
         limit: int | None, overlong: str, policy: RowPolicy
-    ) -> tuple[list, Report, list[list[int]]]:
+    ) -> tuple[list[Example], Report, np.ndarray]:
         examples, report = RECIPES[raw.recipe].load(
             raw.path, tokenizer, limit, overlong, policy=policy, finish=finish
         )
-        return examples, report, [list(map(len, ids_of(example))) for example in examples]
+        return examples, report, np.array([sizes_of(example).whole for example in examples])
 
-    examples, report, sizes = load(None, "drop", replace(policy, max_drop=1.0))
-    lengths, whole, problem = _lengths(raw.recipe, sizes), _whole(sizes), None
+    examples, report, whole = load(None, "drop", replace(policy, max_drop=1.0))
+    sizes, kept, problem = list(map(sizes_of, examples)), whole, None
     warnings = [] if model is None else token_warnings(examples, model, not before_eos)
     try:
         if most is not None and whole.max() > most:
-            examples, report, sizes = load(most, overlong, policy)
+            examples, report, kept = load(most, overlong, policy)
         else:
             report.check(policy.max_drop)
     except UserError as error:
         problem = error
     positions = None if model is None else model.config.longest_row
-    if problem is None and positions is not None and (kept := _whole(sizes).max()) > positions:
-        what = f"a row of {kept} tokens, the model reads {positions}"
+    if problem is None and positions is not None and kept.max() > positions:
+        what = f"a row of {kept.max()} tokens, the model reads {positions}"
         problem = UserError(raw.path, what, f"give --max-length {positions}")
     over = {name: {"tokens": limit, "rows_beyond": int((whole > limit).sum())}
             for name, limit in (("max_length", most), ("positions", positions))
             if limit is not None}  # fmt: skip
-    samples = sample_rows(raw.recipe, examples, tokenizer)
+    samples = sample_rows(raw.sides, examples, tokenizer)
     over["overlong"] = overlong
-    return Measured(report, "tokens", lengths, over, samples, warnings, problem)
+    return Measured(report, "tokens", sizes, over, samples, warnings, problem)
 
 
 def measure_text(raw: Raw, policy: RowPolicy) -> Measured:
     """A file of text without a tokenizer."""
-    equal = [len(key) == 3 and key[1] == key[2] for key in raw.keys]
-    sizes = [
-        [sum(map(len, strings_of(part))) for part in parts]
-        for parts, same in zip(raw.parts, equal, strict=True) if not same
-    ]  # fmt: skip
-    report = Report(raw.path, raw.detected, raw.total, len(sizes), rejected_rows=raw.rejected)
-    for where, same in zip(raw.where, equal, strict=True):
-        if same:
-            report.drop(where, "chosen equals rejected")
-    problem = None
+    report, sizes = Report(raw.path, raw.detected, raw.total, rejected_rows=raw.rejected), []
+    for where, parts, key, ranks in zip(raw.where, raw.parts, raw.keys, raw.ranks, strict=True):
+        why = says_nothing(key[1:], ranks) if raw.lists else None
+        if ranks == [1, 2] and key[1] == key[2] and not raw.lists:
+            why = "chosen equals rejected"
+        if why is not None:
+            report.drop(where, why)
+            continue
+        prompt, *responses = (sum(map(len, strings_of(part))) for part in parts)
+        sizes.append(Sizes(prompt, responses, ranks))
+    report.kept, problem = len(sizes), None
     try:
         report.check(policy.max_drop)
     except UserError as error:
         if not sizes:
             raise
         problem = error
-    return Measured(report, "characters", _lengths(raw.recipe, sizes), None, [], [], problem)
+    return Measured(report, "characters", sizes, None, [], [], problem)
 
 
 # -------------------------------------------------------------------------------------- in numbers
+
+
+def lengths_of(sides: tuple[str, ...], rows: list[Sizes]) -> dict[str, np.ndarray]:
+    """Side -> lengths of it in all rows; no "prompt" where all are empty.
+
+    Args:
+        sides: names of the prompt, of responses of rank 1, and of the others.
+    """
+    found: dict[str, list[int]] = {side: [] for side in sides}
+    for row in rows:
+        found["prompt"].append(row.prompt)
+        for length, rank in zip(row.responses, row.ranks, strict=True):
+            found[sides[min(rank, 2)]].append(length)
+    columns = {side: np.array(lengths, dtype=np.int64) for side, lengths in found.items()}
+    return {side: column for side, column in columns.items() if side != "prompt" or column.any()}
 
 
 def length_facts(lengths: dict[str, np.ndarray]) -> dict:
@@ -154,9 +178,13 @@ def length_facts(lengths: dict[str, np.ndarray]) -> dict:
     return {"sides": shape, "bins": labels, "counts": counts}
 
 
-def pair_facts(lengths: dict[str, np.ndarray], margins: list[float | None]) -> dict:
-    """How far length alone tells which answer is preferred, and what the margins are like."""
-    longer_by = lengths["chosen"] - lengths["rejected"]
+def pair_facts(rows: list[Sizes], margins: list[float | None]) -> dict:
+    """How far length alone tells which answer is preferred, and what the margins are like.
+
+    Args:
+        rows: pairs, or ranked lists, of which all pairs of different rank count.
+    """
+    longer_by = np.concatenate([row.longer_by for row in rows])
     decided = int(np.count_nonzero(longer_by))
     given = [m for m in margins if m is not None]
     shape = (
@@ -167,3 +195,12 @@ def pair_facts(lengths: dict[str, np.ndarray], margins: list[float | None]) -> d
         "same_length": len(longer_by) - decided, "chosen_longer_by": float(longer_by.mean()),
         "margins": shape | {"missing": len(margins) - len(given)},
     }  # fmt: skip
+
+
+def list_facts(rows: list[Sizes]) -> dict:
+    """How many responses the ranked lists have, and how many pairs of them tie."""
+    counts = [len(row.ranks) for row in rows]
+    pairs = sum(count * (count - 1) // 2 for count in counts)
+    decided = sum(len(row.longer_by) for row in rows)
+    shape = {"min": min(counts), "median": float(np.median(counts)), "max": max(counts)}
+    return {"responses": shape, "tied_pairs": pairs - decided}

@@ -58,6 +58,12 @@ def _show_lengths(facts: dict) -> list[str]:
     return lines
 
 
+def _show_lists(lists: dict) -> str:
+    count, tied = lists["responses"], lists["tied_pairs"]
+    return (f"  lists:    {count['min']} to {count['max']} responses, median {count['median']:g}; "
+            f"pairs of equal rank: {tied:,}")  # fmt: skip
+
+
 def _show_pairs(pairs: dict) -> list[str]:
     lines, margins = [], pairs["margins"]
     if pairs["of_pairs"]:
@@ -76,6 +82,8 @@ def show(facts: dict, report: Report) -> str:
     lines = [*str(report).splitlines(), f"  for:      {facts['recipe']}"]
     if facts["different_prompts"]:
         lines.append(f"  prompts:  {facts['different_prompts']:,} different ones")
+    if "lists" in facts:
+        lines.append(_show_lists(facts["lists"]))
     if facts["samples"]:
         lines += ["", f"  rows as the model reads them; {BOUNDARY} is where the response begins"]
     for sample in facts["samples"]:

@@ -5,25 +5,29 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from minirlhf.data import (
-    Pair,
-    Prompt,
-    Text,
-    load_pairs,
-    load_prompts,
-    load_texts,
-    pair_labels,
-    split_rows,
-)
+import numpy as np
+
+from minirlhf.data import Pair, Prompt, Text, load_prompts, load_texts, pair_labels, split_rows
 from minirlhf.errors import UserError, printable
 from minirlhf.formats import Part, margin, pair_format, prompt_format, text_format
 from minirlhf.ppo_config import PPOConfig
+from minirlhf.preferences import ordered
+from minirlhf.rankings import (
+    Ranking,
+    best_first,
+    holds_rankings,
+    load_preferences,
+    preference_format,
+    ranking_format,
+)
 from minirlhf.recipes.reward import RewardConfig
 from minirlhf.recipes.sft import SFTConfig
 from minirlhf.rows import Row, kind_of, read_rows
 from minirlhf.sieve import STRICT, LeftOut, Report, RowPolicy, Sieve
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.transformer import ModelConfig
+
+Example = Pair | Ranking | Prompt | Text
 
 
 class Recipe(NamedTuple):
@@ -35,8 +39,9 @@ class Recipe(NamedTuple):
     sides: tuple[str, ...]  # names of a row's parts
 
 
+PAIR_SIDES, LIST_SIDES = ("prompt", "chosen", "rejected"), ("prompt", "best", "others")
 RECIPES = {
-    "reward": Recipe(RewardConfig, pair_format, load_pairs, ("prompt", "chosen", "rejected")),
+    "reward": Recipe(RewardConfig, preference_format, load_preferences, PAIR_SIDES),
     "sft": Recipe(SFTConfig, text_format, load_texts, ("prompt", "response")),
     "ppo": Recipe(PPOConfig, prompt_format, load_prompts, ("prompt",)),
 }
@@ -61,10 +66,17 @@ class Raw(NamedTuple):
     recipe: str
     detected: str
     where: list[str]
-    parts: list[tuple[Part | None, ...]]  # (prompt or None, response, ...)
+    parts: list[tuple[Part | None, ...]]  # (prompt or None, response, ...), best first
+    ranks: list[list[int]]  # of the responses
     keys: list[tuple]  # equal where parts are, and fit for a set
     margins: list[float | None]  # empty unless they are pairs
     rejected: list[LeftOut]  # rows that could not be taken apart
+    lists: bool  # ranked ones
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Names of the prompt, of responses of rank 1, and of the others."""
+        return LIST_SIDES if self.lists else RECIPES[self.recipe].sides
 
     @property
     def is_ids(self) -> bool:
@@ -74,6 +86,25 @@ class Raw(NamedTuple):
     @property
     def total(self) -> int:
         return len(self.parts) + len(self.rejected)
+
+
+class Sizes(NamedTuple):
+    """How long the parts of a row are, in tokens or characters."""
+
+    prompt: int
+    responses: list[int]
+    ranks: list[int]
+
+    @property
+    def whole(self) -> int:
+        """Of the prompt with its longest response."""
+        return self.prompt + max(self.responses, default=0)
+
+    @property
+    def longer_by(self) -> np.ndarray:
+        """(P,) by how much the better one of each pair of responses is longer."""
+        pairs = ordered(self.ranks)
+        return np.array([self.responses[i] - self.responses[j] for i, j in pairs], dtype=np.int64)
 
 
 def recipe_of(path: str, policy: RowPolicy = STRICT) -> str:
@@ -103,8 +134,9 @@ def recipe_of_row(row: Row) -> str:
             continue  # nobody has answered: a prompt
         return name
     keys = ", ".join(f"{printable(k, 40)} ({kind_of(v)})" for k, v in columns.items())
-    legal = "legal: chosen with rejected | prompt with completion or response | prompt | messages"
-    raise UserError(row.where, f"columns of no known format: {keys}", f"{legal} | text | ids")
+    legal = "legal: chosen with rejected | prompt with responses, best first | prompt with "
+    more = "completion or response | prompt | messages | text | ids"
+    raise UserError(row.where, f"columns of no known format: {keys}", legal + more)
 
 
 def _key(part: Part | None) -> object:
@@ -116,13 +148,22 @@ def _key(part: Part | None) -> object:
 
 def read_raw(path: str, recipe: str, policy: RowPolicy = STRICT) -> Raw:
     """All rows of a file, each of the kind that the first one is."""
-    sieve, pairs = Sieve(policy), recipe == "reward"
-    split = split_rows(path, RECIPES[recipe].form, sieve, also=pair_labels if pairs else None)
-    parts = [part for _, part in split.rows]
+    lists = recipe == "reward" and holds_rankings(path, policy=policy)
+    pairs = recipe == "reward" and not lists
+    form = ranking_format if lists else pair_format if pairs else RECIPES[recipe].form
+    sieve = Sieve(policy)
+    split = split_rows(path, form, sieve, also=pair_labels if pairs else None)
+    parts, ranks = [], []
+    for row, (prompt, *responses) in split.rows:
+        order = list(range(1, len(responses) + 1))
+        responses, order = best_first(row, responses) if lists else (responses, order)
+        parts.append((prompt, *responses))
+        ranks.append(order)
     keys = [tuple(map(_key, part)) for part in parts]
     margins = [margin(row) for row, _ in split.rows] if pairs else []
     where = [row.where for row, _ in split.rows]
-    return Raw(path, recipe, split.form.detected, where, parts, keys, margins, sieve.in_order())
+    detected, rejected = split.form.detected, sieve.in_order()
+    return Raw(path, recipe, detected, where, parts, ranks, keys, margins, rejected, lists)
 
 
 def strings_of(part: Part | None) -> list[str]:
@@ -131,11 +172,18 @@ def strings_of(part: Part | None) -> list[str]:
     return [turn["content"] for turn in part or () if isinstance(turn, dict)]
 
 
-def ids_of(example: Pair | Prompt | Text) -> tuple[list[int], ...]:
+def ids_of(example: Example) -> tuple[list[int], ...]:
     """(prompt ids, response ids, ...)."""
     match example:
-        case Pair():
-            return example.prompt_ids, example.chosen_ids, example.rejected_ids
+        case Pair() | Ranking():
+            return example.prompt_ids, *example.responses
         case Text(ids=ids, prompt_length=length):
             return ids[:length], ids[length:]
     return (example.ids,)
+
+
+def sizes_of(example: Example) -> Sizes:
+    """How many tokens they are."""
+    prompt, *responses = map(len, ids_of(example))
+    ranks = example.ranks if isinstance(example, Pair | Ranking) else [1] * len(responses)
+    return Sizes(prompt, responses, ranks)

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from minirlhf.formats import Part
-from minirlhf.tools.data_rows import Model, Raw, ids_of, strings_of
+from minirlhf.preferences import ordered
+from minirlhf.tools.data_rows import Model, Raw, Sizes, ids_of, strings_of
 
 LENGTH_BIAS, ENOUGH = 2 / 3, 30  # share of pairs that the longer answer wins, and of how many
 
@@ -21,6 +24,19 @@ def _touch(prompt: Part | None, *answers: Part) -> bool:
     return any(seam.isascii() and not any(map(str.isspace, seam)) for seam in seams)
 
 
+def _swapped(raw: Raw) -> list[str]:
+    """Rows that prefer one response to another where some row, maybe the same, has it otherwise."""
+    pairs = [
+        {(key[0], key[1 + i], key[1 + j]) for i, j in ordered(ranks)}
+        for key, ranks in zip(raw.keys, raw.ranks, strict=True)
+    ]
+    seen = set().union(*pairs)
+    return [
+        where for where, here in zip(raw.where, pairs, strict=True)
+        if any(a != b and (p, b, a) in seen for p, a, b in here)
+    ]  # fmt: skip
+
+
 def raw_warnings(raw: Raw, model: Model | None) -> list[dict]:
     """What is odd about the rows themselves."""
     rows = list(zip(raw.where, raw.parts, raw.keys, strict=True))
@@ -30,8 +46,11 @@ def raw_warnings(raw: Raw, model: Model | None) -> list[dict]:
         seen.add(key)
     found = _warning("the same row as one before", twice)
     if raw.recipe == "reward":
-        swapped = [where for where, _, (p, a, b) in rows if a != b and (p, b, a) in seen]
-        found += _warning("a pair that stands there both ways round", swapped)
+        found += _warning("a pair that stands there both ways round", _swapped(raw))
+    if raw.lists:
+        again = [where for where, _, (_, *answers) in rows if len(set(answers)) < len(answers)]
+        found += _warning("a list with the same response twice", again)
+    elif raw.recipe == "reward":
         below = [w for w, m in zip(raw.where, raw.margins, strict=True) if m is not None and m < 0]
         found += _warning("a negative margin: the rejected answer should win", below)
     odd = {
@@ -86,13 +105,15 @@ def token_warnings(examples: list, model: Model, ended: bool) -> list[dict]:
     return found + _warning(f"unknown tokens, {lost_tokens / tokens:.2%} of all tokens", lost)
 
 
-def length_bias(pairs: dict) -> list[dict]:
-    """Whether length alone tells which answer is preferred; `pairs`: of `pair_facts`."""
-    wins, decided = pairs["longer_wins"], pairs["of_pairs"]
+def length_bias(rows: list[Sizes]) -> list[dict]:
+    """Whether length alone tells which answer is preferred: the rows in which it mostly does."""
+    signs = [np.sign(row.longer_by) for row in rows]
+    wins = sum(int((sign > 0).sum()) for sign in signs)
+    decided = sum(np.count_nonzero(sign) for sign in signs)
     if decided < ENOUGH or wins <= LENGTH_BIAS * decided:
         return []
     what = "the longer answer wins: a reward model may learn length alone"
-    return [{"what": what, "rows": wins, "first": None}]
+    return [{"what": what, "rows": sum(int(sign.sum()) > 0 for sign in signs), "first": None}]
 
 
 def plain_template(raw: Raw, model: Model | None) -> list[dict]:

@@ -20,6 +20,7 @@ from minirlhf.config import setting
 from minirlhf.data import Prompt, load_prompts
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.generation import Sampling, cut_at_stop, generate
+from minirlhf.sieve import RowPolicy
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
 
@@ -45,6 +46,15 @@ class SampleConfig:
         "error", "what happens to longer prompts",
         choices=("drop", "truncate_prompt_left", "error"),
     )  # fmt: skip
+    bad_rows: str = setting(
+        "error", "malformed rows: refuse the file, or leave them out and tell how many",
+        choices=("error", "skip"),
+    )  # fmt: skip
+    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
+    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
+    max_drop: float = setting(
+        1.0, "share of the rows that may be left out; 1: no limit", at_least=0, at_most=1
+    )
     limit: int | None = setting(None, "only so many prompts, the first", at_least=1)
     dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
@@ -121,7 +131,8 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
         raise UserError("--max-length", what, "lower it or --max-new-tokens")
     if config.data is not None:
         most = room if config.max_length is None else config.max_length
-        prompts, report = load_prompts(config.data, tokenizer, most, config.overlong)
+        policy = RowPolicy.of(config)
+        prompts, report = load_prompts(config.data, tokenizer, most, config.overlong, policy=policy)
         print(report, file=sys.stderr)
         return prompts[: config.limit]
     ids = tokenizer.encode(config.prompt)

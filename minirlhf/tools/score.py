@@ -1,12 +1,13 @@
-"""Scores of texts or of preference pairs: `minirlhf score --model FOLDER --data FILE`.
+"""Scores of texts, preference pairs or ranked lists: `minirlhf score --model FOLDER --data FILE`.
 
-Which of the two a file holds is told by its columns; the output of `minirlhf sample` is texts. One
+Which of them a file holds is told by its columns; the output of `minirlhf sample` is texts. One
 JSON line a row goes to stdout or to --out, a summary and all else to stderr.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -14,21 +15,35 @@ from torch import Tensor
 from minirlhf import config as settings
 from minirlhf import optim, pretrained
 from minirlhf.config import setting
-from minirlhf.data import Pair, Text, load_pairs, load_texts
+from minirlhf.data import Pair, Text, load_texts
 from minirlhf.errors import NON_FINITE, OK, UserError, run
-from minirlhf.formats import pair_format
 from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel
-from minirlhf.preferences import score_metrics, without_eos
-from minirlhf.rows import read_rows
+from minirlhf.preferences import (
+    Example,
+    collate,
+    count_texts,
+    kind_of,
+    ordered_scores,
+    preference_metrics,
+    texts_of,
+    without_eos,
+)
+from minirlhf.rankings import load_preferences
+from minirlhf.recipes.reward import SHOWN
+from minirlhf.reward_eval import calibration_error
+from minirlhf.sieve import RowPolicy
 from minirlhf.tokenizer import load_tokenizer
+from minirlhf.tools.data_rows import recipe_of
 from minirlhf.tools.sample import check_new, json_lines
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
     model: str = setting(help="reward model", metavar="FOLDER")
-    data: str = setting(help="pairs, texts, or prompts with answers, also .gz", metavar="FILE")
+    data: str = setting(
+        help="pairs, ranked lists, texts, or prompts with answers, also .gz", metavar="FILE"
+    )
     out: str | None = setting(None, "new file for the lines; none: stdout", metavar="FILE")
     micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
     max_length: int | None = setting(
@@ -38,20 +53,20 @@ class ScoreConfig:
         "error", "what happens to longer rows",
         choices=("drop", "truncate_prompt_left", "truncate_response", "error"),
     )  # fmt: skip
+    bad_rows: str = setting(
+        "error", "malformed rows: refuse the file, or leave them out and tell how many",
+        choices=("error", "skip"),
+    )  # fmt: skip
+    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
+    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
+    max_drop: float = setting(
+        1.0, "share of the rows that may be left out; 1: no limit", at_least=0, at_most=1
+    )
     dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
     def check(self) -> list[str]:
         return check_new(self.out)
-
-
-def holds_pairs(path: str) -> bool:
-    """Whether a file's first row is a preference pair."""
-    try:
-        pair_format(next(read_rows(path)))
-    except UserError:
-        return False
-    return True
 
 
 @torch.no_grad()
@@ -80,39 +95,56 @@ def text_rows(
         ends = open_end and len(text.ids) > 1 and text.ids[-1] in eos_ids
         rows.append(text.ids[:-1] if ends else text.ids)
     scores = score_texts(model, rows, micro_batch_tokens)
+    found = [{"where": text.where, "score": score}
+             for text, score in zip(texts, scores.tolist(), strict=True)]  # fmt: skip
+    check_finite(found)
     std, mean = torch.std_mean(scores, correction=0)
-    summary = f"{len(texts):,} texts  mean {mean:.4f}  std {std:.4f}"
-    pairs = zip(texts, scores.tolist(), strict=True)
-    return [{"where": text.where, "score": score} for text, score in pairs], summary
+    return found, f"{len(texts):,} texts  mean {mean:.4f}  std {std:.4f}"
 
 
-def pair_rows(
-    model: RewardModel, pairs: list[Pair], eos_ids: Sequence[int], micro_batch_tokens: int
+def preference_rows(
+    model: RewardModel, examples: list[Example], eos_ids: Sequence[int], micro_batch_tokens: int
 ) -> tuple[list[dict], str]:
-    """One {where, chosen_score, rejected_score} a pair, and the summary."""
+    """One {where, chosen_score, rejected_score} a pair, or {where, scores, ranks} a ranked list,
+    and the summary; of lists it is what the reward recipe tells of held-out ones."""
     if model.read_before_eos:
-        pairs = [without_eos(pair, eos_ids) for pair in pairs]
-    sides = [p.prompt_ids + p.chosen_ids for p in pairs]
-    sides += [p.prompt_ids + p.rejected_ids for p in pairs]
-    chosen, rejected = score_texts(model, sides, micro_batch_tokens).chunk(2)
-    metrics = score_metrics(chosen, rejected)
-    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "ties", "margin"))
-    scores = zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)
-    rows = [{"where": p.where, "chosen_score": c, "rejected_score": r} for p, c, r in scores]
-    return rows, f"{len(pairs):,} pairs  {shown}"
+        examples = [without_eos(example, eos_ids) for example in examples]
+    texts = [text for example in examples for text in texts_of(example)]
+    flat = score_texts(model, texts, micro_batch_tokens)
+    scores = list(flat.split(count_texts(examples).tolist()))
+    rows = [_preference_row(example, each) for example, each in zip(examples, scores, strict=True)]
+    check_finite(rows)
+    metrics, names = preference_metrics(examples, scores), ("accuracy", "ties", "margin")
+    if not isinstance(examples[0], Pair):
+        losses = [collate([one]).loss(each) for one, each in zip(examples, scores, strict=True)]
+        metrics["loss"] = float(torch.cat(losses).mean())
+        metrics["calibration_error"] = calibration_error(*ordered_scores(examples, scores))
+        names = SHOWN
+    shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in names)
+    return rows, f"{len(examples):,} {kind_of(examples)}  {shown}"
+
+
+def _preference_row(example: Example, scores: Tensor) -> dict:
+    values = scores.tolist()
+    if isinstance(example, Pair):
+        return {"where": example.where, "chosen_score": values[0], "rejected_score": values[1]}
+    return {"where": example.where, "scores": values, "ranks": example.ranks}
 
 
 def check_finite(rows: list[dict]) -> None:
+    """Refuses the first score that is not."""
     for row in rows:
-        for name, value in row.items():
-            if name != "where" and not -float("inf") < value < float("inf"):
+        found = {name: value for name, value in row.items() if name.endswith("score")}
+        found |= {f"scores[{i}]": value for i, value in enumerate(row.get("scores", ()))}
+        for name, value in found.items():
+            if not isfinite(value):
                 what = f"{name} is {value}"
                 raise UserError(row["where"], what, "the weights of --model diverged", NON_FINITE)
 
 
 def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
-        ScoreConfig, argv, "minirlhf score", "Score texts or preference pairs with a reward model."
+        ScoreConfig, argv, "minirlhf score", "Score texts or preferences with a reward model."
     )
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
     folder = pretrained.resolve(config.model)
@@ -121,12 +153,13 @@ def main(argv: list[str] | None = None) -> int:
     if most > positions:
         legal = f"the model has {positions} positions"
         raise UserError("--max-length", f"is {most}", legal)
-    read, make = (load_pairs, pair_rows) if holds_pairs(config.data) else (load_texts, text_rows)
-    examples, report = read(config.data, tokenizer, most, config.overlong)
+    policy = RowPolicy.of(config)
+    preferences = recipe_of(config.data, policy) == "reward"
+    read, make = (load_preferences, preference_rows) if preferences else (load_texts, text_rows)
+    examples, report = read(config.data, tokenizer, most, config.overlong, policy=policy)
     print(report, file=sys.stderr)
     model = pretrained.load_reward_model(folder, dtype, device)
     rows, summary = make(model, examples, tokenizer.eos_ids, config.micro_batch_tokens)
-    check_finite(rows)
     with json_lines(config.out) as write:
         for row in rows:
             write(row)
