@@ -222,7 +222,10 @@ REFUSED = [  # verb, rows, flags, what is told
     ("sft", [TEXT], {"bad_rows": "Skip"}, "--bad-rows: got 'Skip', must be one of error, skip"),
     ("sft", [TEXT], {"fix_text": "yes"}, "minirlhf sft: unexpected argument 'yes'"),
     ("sft", [TEXT], {"allow_data_change": "1"}, "minirlhf sft: unexpected argument '1'"),
-    ("sample", [PROMPT], SKIP, "--bad-rows: unknown flag: the nearest is "),
+    ("sample", [PROMPT, "{"], {"max_drop": 0.3, **SKIP},
+     "d.jsonl: 1 of 2 rows are left out, max_drop is 0.3: rejected: 1 (first: d.jsonl:2: not "),
+    ("score", ["{", {"x": 1}], SKIP,
+     "d.jsonl: no row left of 2: rejected: 2 (first: d.jsonl:1: not valid JSON"),
 ]  # fmt: skip
 
 
