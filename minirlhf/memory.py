@@ -219,6 +219,7 @@ class PPOSettings(Protocol):
     lora_rank: int
     train_critic: bool
     entropy_coef: float
+    offload_frozen: bool
     gradient_checkpointing: bool
     ptx_batch_size: int
     keep_best: bool
@@ -294,15 +295,19 @@ def ppo_plan(
     fewer = "lower --micro-batch-size" if micro_rows > 1 else "lower --max-new-tokens"
     abreast = "lower --rollout-batch-size"
     reading = ("score", "measure", "loss", "step")
+    away = ("loss", "step") if settings.offload_frozen else ()
+    note = ", not during the update" if away else ""
+    present = tuple(phase for phase in phases if phase not in away)
     parts = [
         *_trained(policy, parameters(policy), learns, dtype, rank, phases,
                   settings.batch_size > settings.mini_batches * micro_rows, unembeds=True),
         _frozen("critic", own - learns, dtype, phases, "leave out --critic"),
         # The critic is a copy of the reward model that is read for it.
         _frozen("critic as read", own, dtype, ("load",), "leave out --critic"),
-        _frozen("reference", parameters(ref) if ref else 0, dtype, phases,
-                "leave out --ref" if rank else "give --lora-rank 16"),
-        *(_frozen("reward model", trunk_parameters(reward), dtype, phases, _smaller(dtype))
+        _frozen("reference", parameters(ref) if ref else 0, dtype, present,
+                "leave out --ref" if rank else "give --lora-rank 16", note),
+        *(_frozen("reward model", trunk_parameters(reward), dtype, present, _smaller(dtype),
+                  note)
           for reward in rewards),
         Part("KV cache", capacity, f"{rows} rows x {longest} tokens x {cache:,} B",
              ("prompts", "sampling"), abreast),
@@ -398,8 +403,11 @@ def _smaller(dtype: torch.dtype) -> str:
     return "give --dtype bfloat16" if dtype == torch.float32 else "take smaller models"
 
 
-def _frozen(name: str, count: int, dtype: torch.dtype, phases: tuple[str, ...], lower: str) -> Part:
-    return Part(name, count * dtype.itemsize, f"{count:,} x {dtype.itemsize} B", phases, lower)
+def _frozen(
+    name: str, count: int, dtype: torch.dtype, phases: tuple[str, ...], lower: str, note: str = ""
+) -> Part:
+    size = dtype.itemsize
+    return Part(name, count * size, f"{count:,} x {size} B{note}", phases, lower)
 
 
 def _trained(

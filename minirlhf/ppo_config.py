@@ -154,6 +154,9 @@ class PPOConfig:
     gradient_checkpointing: bool = setting(
         False, "less memory for a forward pass more in each update"
     )
+    offload_frozen: bool = setting(
+        False, "the update has the memory of reference and reward models, which are read again"
+    )
     # run
     dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
@@ -195,6 +198,8 @@ class PPOConfig:
                 f"kl_in loss with kl_estimator {self.kl_estimator}: the gradient of that estimate "
                 "is not the KL's (k1's is 0 on average); use k2, k3 or full"
             )
+        if self.offload_frozen and self.kl_in == "loss" and self.kl_estimator == "full":
+            yield "offload_frozen: a full KL in the loss reads the reference in each update"
         if self.kl_target is not None and self.kl_coef == 0:
             yield "kl_target: kl_coef is 0, which no factor can move; use one above 0"
         if self.kl_target is not None and self.batch_size >= 5 * self.kl_horizon:

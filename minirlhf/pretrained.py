@@ -8,7 +8,7 @@ pickle is refused whatever it is called, and no link leads out of a model's fold
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -415,6 +415,25 @@ def load_reward_model(
     model, tensors, _ = _described(folder, reward=True)
     _fill(model, tensors, folder, dtype)
     return model.to(device or "cpu")
+
+
+@contextmanager
+def offloaded(models: Sequence[tuple[CausalLM | RewardModel, Path]]) -> Iterator[None]:
+    """Frozen models leave memory for as long as the context lasts; then they are read again.
+
+    Args:
+        models: each with the folder that it was loaded from, whose files must not change.
+    """
+    places = [next(model.parameters()) for model, _ in models]
+    for model, _ in models:
+        model.to("meta")
+    try:
+        yield
+    finally:
+        for (model, folder), was in zip(models, places, strict=True):
+            _, tensors, _ = _described(folder, isinstance(model, RewardModel))
+            _fill(model, tensors, folder, was.dtype)
+            model.to(was.device).requires_grad_(False)
 
 
 def save_pretrained(

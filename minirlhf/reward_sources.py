@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import torch
 
 from minirlhf.errors import UserError, printable
+from minirlhf.heads import RewardModel
 from minirlhf.pretrained import load_reward_model, resolve
 from minirlhf.reward_journal import Journal
 from minirlhf.reward_model import model_reward
@@ -212,6 +213,7 @@ def load_reward(
     micro_batch_tokens: int,
     columns: Mapping[str, set[str]] | None = None,
     journal: Path | None = None,
+    models: list[tuple[RewardModel, Path]] | None = None,
 ) -> RewardSource:
     """The weighted sum of all sources of `--reward`.
 
@@ -219,6 +221,7 @@ def load_reward(
         tokenizer: the policy's. A reward model with another one scores texts, not ids.
         columns: as in `function_reward`.
         journal: file of the replies of services, made when the first comes; None: in memory.
+        models: takes the reward models that are read, with their folders, for `offloaded`.
     """
     specs, kept = [parse(source) for source in config.reward], Journal(journal)
 
@@ -230,9 +233,12 @@ def load_reward(
             return service_reward(
                 _service(config, spec), lambda ids: tokenizer.decode(ids, skip_special=False), kept
             )
+        model = load_reward_model(place, dtype, device)
+        if models is not None:
+            models.append((model, place))
         return model_reward(
-            load_reward_model(place, dtype, device), load_tokenizer(place), micro_batch_tokens,
-            reencoded(place, tokenizer), f"--reward {spec.place}",
+            model, load_tokenizer(place), micro_batch_tokens, reencoded(place, tokenizer),
+            f"--reward {spec.place}",
         )  # fmt: skip
 
     names = part_names(specs)

@@ -101,6 +101,7 @@ PPO_FLAGS = [  # added to a right `minirlhf ppo`, what is told
     ("--kl-in loss", "kl_in loss with kl_estimator k1: the gradient of that estimate"),
     ("--ptx-coef 1", "ptx_data and ptx_coef go together: give both, or neither"),
     ("--mini-batches 8", "batch_size 2 is less than 8 mini_batches of micro_batch_size 2: use bat"),
+    ("--kl-in loss --kl-estimator full --offload-frozen", "offload_frozen: a full KL in the loss"),
     ("--kl-target 6 --kl-coef 0", "kl_target: kl_coef is 0, which no factor can move"),
     ("--kl-target 6 --kl-horizon 0.1", "kl_horizon 0.1 is too short for batch_size 2"),
     ("--gamma 1.1", "--gamma: got 1.1, must be a finite number > 0 and <= 1"),

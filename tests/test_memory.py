@@ -230,6 +230,17 @@ def test_ppo_models_reads_every_folder_of_reward(tmp_path):
     assert models.policy.intermediate_size == 4 and models.critic is None
 
 
+def test_ppo_plan_of_offloaded_models_leaves_them_out_of_the_update():
+    models = PPOModels(TINY, TINY, (TINY,), None)
+    plain, away = (
+        totals(memory.ppo_plan(replace(SETTINGS, offload_frozen=is_away), models, 2, float32, 0))
+        for is_away in (False, True)
+    )
+    less = {phase: plain[phase] - away[phase] for phase in plain}
+    # reference and reward model of 688 bytes each
+    assert less == {phase: 2 * 688 * (phase in ("loss", "step")) for phase in plain}
+
+
 def test_ppo_plan_with_adapters_has_no_reference_and_trains_little():
     settings = replace(SETTINGS, lora_rank=1, batch_size=2)
     parts = sizes(memory.ppo_plan(settings, PPOModels(TINY, None, (), None), 2, float32, 0))

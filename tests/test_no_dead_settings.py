@@ -173,6 +173,7 @@ RECIPES = {
         "allow_empty_prompt": Change(True, {"data": "empty.jsonl"}, refused="no beginning-of-text"),
         "critic_learning_rate": Change(1e-3),
         "critic_warmup_steps": Change(1),
+        "offload_frozen": Change(True, shown=True),
         "metric_names": Change("trl-0.9"),
         "sample_every": Change(1),
         "sample_prompts": Change(1),

@@ -35,6 +35,7 @@ from minirlhf.errors import BAD_INPUT, BUG, NON_FINITE, OK, STOPPED, UserError
 from minirlhf.heads import RewardModel, ValueHeadModel, initialize_score
 from minirlhf.hf_config import config_from_hf
 from minirlhf.lora import add_lora, merge_lora
+from minirlhf.recipes import ppo as recipe
 from minirlhf.recipes.ppo import measure, ppo, prompt_room, sample_table, show_samples
 from minirlhf.run import Run
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
@@ -555,6 +556,28 @@ def test_main_scores_with_a_reward_model_folder(world, tmp_path):
         with torch.no_grad():
             expected = float(model(ids, torch.tensor([ids.shape[1]])))
         assert row["score"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_main_without_frozen_models_in_memory_changes_no_bit(world, tmp_path, monkeypatch):
+    settings = {"steps": 2, "log_every": 1, "reward": world / "reward"}
+    assert main(command(world, tmp_path / "plain", **settings)) == OK
+    seen, read = [], []
+    load, step = pretrained.load_reward_model, recipe.ppo_step
+
+    def loaded(*args):
+        read.append(load(*args))
+        return read[-1]
+
+    def stepped(policy, *args):
+        here = (policy, args[-2], *read)
+        seen.append([next(model.parameters()).is_meta for model in here])
+        return step(policy, *args)
+
+    monkeypatch.setattr("minirlhf.reward_sources.load_reward_model", loaded)
+    monkeypatch.setattr(recipe, "ppo_step", stepped)
+    assert main(command(world, tmp_path / "away", "--offload-frozen", **settings)) == OK
+    assert seen == [[False, True, True]] * 2  # policy, reference, reward model
+    assert timeless(tmp_path / "away") == timeless(tmp_path / "plain")
 
 
 def test_main_exports_a_lora_run_merged(world, tmp_path):

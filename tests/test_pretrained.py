@@ -21,6 +21,7 @@ from minirlhf.pretrained import (
     has_tensor,
     load_pretrained,
     load_reward_model,
+    offloaded,
     save_pretrained,
     tensor_files,
 )
@@ -325,6 +326,27 @@ def test_parameters_are_aligned_whatever_the_file(peer):
     for name in ("qwen2", "gpt2"):
         lm = load_pretrained(peer(name)[1])
         assert all(p.data_ptr() % 64 == 0 and p.is_contiguous() for p in lm.parameters())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_offloaded_models_come_back_as_they_were(peer, tmp_path, fails):
+    _, folder = peer("llama")
+    save_pretrained(make_ensemble(folder), tmp_path / "rm")
+    lm = load_pretrained(folder, torch.float64)
+    reward = load_reward_model(tmp_path / "rm", torch.float32)
+    models = [(lm, folder), (reward, tmp_path / "rm")]
+    before = [{n: t.clone() for n, t in model.state_dict().items()} for model, _ in models]
+    try:
+        with offloaded(models):
+            assert all(t.is_meta for model, _ in models for t in model.state_dict().values())
+            assert not fails or 1 / 0
+    except ZeroDivisionError:
+        pass
+    for (model, _), was in zip(models, before, strict=True):
+        now = model.state_dict()
+        assert all(torch.equal(now[n], t) and now[n].dtype == t.dtype for n, t in was.items())
+        assert not any(p.requires_grad for p in model.parameters())
+    assert (reward.heads, reward.lcb_coef) == (3, 0.5)
 
 
 def test_every_missing_extra_or_misshapen_tensor_is_named(copy):

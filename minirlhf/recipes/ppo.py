@@ -11,7 +11,9 @@ Run it as `minirlhf ppo`, `python -m minirlhf.recipes.ppo`, or loop over `ppo(..
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -33,7 +35,7 @@ from minirlhf.checkpoint import TrainState
 from minirlhf.data import Prompt
 from minirlhf.errors import BUG, OK, STOPPED, NonFinite, UserError, printable, run
 from minirlhf.evaluation import evaluate_policy, evaluate_sets, keep_best
-from minirlhf.heads import ValueHeadModel
+from minirlhf.heads import RewardModel, ValueHeadModel
 from minirlhf.kl import ESTIMATORS, AdaptiveKL, kl_k1, kl_k3
 from minirlhf.lora import merge_lora, merged_copy
 from minirlhf.losses import clipped_value_loss
@@ -330,6 +332,7 @@ def ppo(
     tokenizer: Tokenizer,
     config: PPOConfig,
     mix: TextMix | None = None,
+    offload: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[Step]:
     """Aligns state.model, a ValueHeadModel; yields after each iteration.
 
@@ -341,6 +344,7 @@ def ppo(
         tokenizer: of the policy; decodes what reward sources see.
         config: only its training settings are read.
         mix: texts whose loss is added to each update; config.ptx_data is not read here.
+        offload: a context around each update, in which frozen models may leave memory.
     Raises:
         UserError: an illegal setting; numbers that are not finite (exit code 3); the KL at step 0
             is not 0 although the reference is the policy, or the first ratio is not 1 (code 1).
@@ -389,9 +393,11 @@ def ppo(
 
         # Learn: credit and several epochs of mini-batches.
         kl_coef = state.kl_coef
-        stats = ppo_step(
-            policy, state.optimizer, buffer, config, iteration, kl_coef, state.counters, ref, mix
-        )
+        with offload():
+            stats = ppo_step(
+                policy, state.optimizer, buffer, config, iteration, kl_coef, state.counters, ref,
+                mix,
+            )  # fmt: skip
         check_ratio(iteration, stats.first_ratio_gap)
         sequence_kl = float(kl.sum()) / B
         if config.kl_target is not None:
@@ -549,15 +555,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(plan)
     fits = memory.verdict(plan, free_memory(device))
+    frozen: list[tuple[CausalLM | RewardModel, Path]] = []
     reward = load_reward(
         config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,
-        r.folder / "rewards.jsonl",
+        r.folder / "rewards.jsonl", frozen,
     )  # fmt: skip
     policy = load_policy(config, folder, device, dtype)
     ref = None
     if config.ref is not None or not config.lora_rank:
         ref = pretrained.load_pretrained(ref_folder, dtype, device)
         ref.requires_grad_(False)
+        frozen.append((ref, ref_folder))
+    offload = partial(pretrained.offloaded, frozen if config.offload_frozen else ())
     optimizer = optim.make_optimizer(
         policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon,
         critic=policy.value_parameters(), critic_lr_scale=config.critic_lr_scale,
@@ -595,7 +604,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.sample_every and state.step == 0 and not state.log_bytes["samples.jsonl"]:
             show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
         for step in r.bar(
-            ppo(state, prompts, reward, ref, tokenizer, config, mix), state, config.steps
+            ppo(state, prompts, reward, ref, tokenizer, config, mix, offload), state, config.steps
         ):
             last = step.number == config.steps
             with r.report(state, step):
