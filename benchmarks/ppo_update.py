@@ -7,9 +7,10 @@
 
 16 prompts of 32 tokens, 64 tokens sampled after each, scored by a reward model of the same size,
 penalised against a frozen reference; 2 epochs of 2 mini-batches, all weights trained. Ours is the
-recipe's own generator. `peers/README.md` says how to make the peers' environments; a peer without
-one is left out. Each program runs in a process of its own, in turns, `--rounds` times; the first
-update of each process is not counted.
+recipe's own generator; "lean" passes 2 rows at once and offloads the frozen models.
+`peers/README.md` says how to make the peers' environments; a peer without one is left out. Each
+program runs in a process of its own, in turns, `--rounds` times; the first update of each process
+is not counted.
 """
 
 import argparse
@@ -54,16 +55,16 @@ def ours(args: argparse.Namespace) -> None:
 
     from minirlhf import (
         PPOConfig,
-        RewardModel,
         TrainState,
         ValueHeadModel,
         load_pretrained,
+        load_reward_model,
         load_tokenizer,
         ppo,
     )
     from minirlhf.data import Prompt
-    from minirlhf.heads import initialize_score
     from minirlhf.optim import choose_dtype, make_optimizer
+    from minirlhf.pretrained import offloaded
     from minirlhf.reward_model import model_reward
 
     torch.use_deterministic_algorithms(True)  # as the recipe does
@@ -72,37 +73,47 @@ def ours(args: argparse.Namespace) -> None:
         model=args.model, data=args.prompts, reward=("model",), out="run", steps=args.updates,
         batch_size=ROWS, max_new_tokens=NEW, min_new_tokens=NEW, epochs=EPOCHS,
         mini_batches=MINI_BATCHES, micro_batch_size=args.micro_batch_size, learning_rate=1e-6,
-        gradient_checkpointing=args.gradient_checkpointing, dtype=args.dtype,
+        dtype=args.dtype,
     )  # fmt: skip
-    load = partial(load_pretrained, args.model, choose_dtype(args.dtype))
-    tokenizer = load_tokenizer(args.model)
-    scorer = initialize_score(RewardModel(load()), torch.Generator().manual_seed(0))
+    dtype = choose_dtype(args.dtype)
+    load = partial(load_pretrained, args.model, dtype)
+    tokenizer, scorer = load_tokenizer(args.model), load_reward_model(args.reward, dtype)
     policy, ref = ValueHeadModel(load()), load()
-    policy.lm.model.checkpointing = config.gradient_checkpointing
     for frozen in (scorer, ref):
         frozen.requires_grad_(False)
     ids = json.loads(Path(args.prompts).read_text(encoding="utf-8"))
     prompts = [Prompt(row, tokenizer.decode(row), f"row {i}", {}) for i, row in enumerate(ids)]
     state = TrainState(policy, make_optimizer(policy, config.learning_rate))
     reward = model_reward(scorer, tokenizer, config.micro_batch_tokens)
-    clocks = [step.clock for step in ppo(state, prompts, reward, ref, tokenizer, config)]
+    frozen = [(scorer, Path(args.reward)), (ref, Path(args.model))]
+    offload = partial(offloaded, frozen if args.offload_frozen else ())
+    run = ppo(state, prompts, reward, ref, tokenizer, config, offload=offload)
+    clocks = [step.clock for step in run]
     phases = {name: [clock[name] for clock in clocks] for name in clocks[0] if "time/" in name}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     done = {"seconds": phases.pop("time/step"), "phases": phases, "peak_bytes": peak}
     print(json.dumps(done | {"operations": operations(policy.lm.config)}))
 
 
-def commands(args: argparse.Namespace, prompts: Path) -> tuple[dict, dict]:
+def write_reward_model(model: str, folder: Path) -> Path:
+    """A reward model with a random head, whose scores are as good as any to time."""
+    import torch
+
+    from minirlhf import RewardModel, load_pretrained, load_tokenizer, save_pretrained
+    from minirlhf.heads import initialize_score
+
+    scorer = RewardModel(load_pretrained(model))
+    save_pretrained(initialize_score(scorer, torch.Generator().manual_seed(0)), folder)
+    load_tokenizer(model).save(folder)
+    return folder
+
+
+def commands(args: argparse.Namespace, prompts: Path, reward: Path) -> tuple[dict, dict]:
     """(ours, peers): name -> (command, environment)."""
     shared = ["--model", args.model, "--prompts", str(prompts), "--updates", str(args.updates)]
-    mine = [sys.executable, __file__, "--child", *shared]
-    lean = [*mine, "--micro-batch-size", "2"]
-    ours = {
-        "minirlhf, float32": (mine, None),
-        "minirlhf, float32, 2 rows at once": (lean, None),
-        "minirlhf, float32, 2 rows at once, checkpointed":
-            ([*lean, "--gradient-checkpointing"], None),
-    }  # fmt: skip
+    mine = [sys.executable, __file__, "--child", *shared, "--reward", str(reward)]
+    lean = [*mine, "--micro-batch-size", "2", "--offload-frozen"]
+    ours = {"minirlhf, float32": (mine, None), "minirlhf, float32, lean": (lean, None)}
     if args.bfloat16:
         ours["minirlhf, bfloat16"] = ([*mine, "--dtype", "bfloat16"], None)
     peers = {}
@@ -132,8 +143,9 @@ def main() -> None:
     flags.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     flags.add_argument("--prompts", help=argparse.SUPPRESS)
     flags.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
+    flags.add_argument("--reward", help=argparse.SUPPRESS)
     flags.add_argument("--micro-batch-size", type=int, default=8, help=argparse.SUPPRESS)
-    flags.add_argument("--gradient-checkpointing", action="store_true", help=argparse.SUPPRESS)
+    flags.add_argument("--offload-frozen", action="store_true", help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.child:
         return ours(args)
@@ -143,8 +155,9 @@ def main() -> None:
             args.model, f"{args.data}/movie_sentences.jsonl", PROMPT, ROWS * args.updates,
             Path(folder) / "prompts.json",
         )  # fmt: skip
+        reward = write_reward_model(args.model, Path(folder) / "reward")
         machine = hardware.describe()
-        found = take_turns(*commands(args, prompts), args.rounds)
+        found = take_turns(*commands(args, prompts, reward), args.rounds)
     table = []
     for name, runs in found.items():
         row = {"program": name, **spread([s for run in runs for s in run["seconds"][1:]]),
