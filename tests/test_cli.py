@@ -101,6 +101,22 @@ def test_main_does_not_import_torch_without_a_verb(argv):
     assert python("-c", code + "; import sys; sys.exit('torch' in sys.modules)").returncode == 0
 
 
+def test_a_refusal_does_not_wait_for_the_compiler_that_torch_imports(tmp_path):
+    (tmp_path / "model").mkdir()
+    words = f"--model {tmp_path}/model --data {tmp_path}/none.jsonl --out {tmp_path}/run"
+    lines = [f"sft {words}", f"reward {words}", f"ppo {words} --reward {tmp_path}/none"]
+    code = f"""
+import sys, torch
+from minirlhf import cli
+codes = [cli.main(line.split()) for line in {lines!r}]
+codes.append(cli.main(["serve", "--model", {str(tmp_path / "model")!r}]))
+print(codes, "torch._dynamo" in sys.modules, torch.get_deterministic_debug_mode())
+"""
+    done = python("-c", code)
+    # `serve` alone came so far as to ask for determinism: 2 is "error".
+    assert done.stdout == f"{[BAD_INPUT] * 4} False 2\n", done.stderr
+
+
 def test_python_dash_m_is_the_command_line():
     done = python("-m", "minirlhf", "pop")
     assert done.returncode == BAD_INPUT
