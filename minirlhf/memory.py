@@ -19,7 +19,7 @@ from minirlhf.errors import MACHINE, UserError
 from minirlhf.heads import widened
 from minirlhf.machine import Machine
 from minirlhf.reward_sources import parse
-from minirlhf.transformer import CausalLM, ModelConfig
+from minirlhf.transformer import CausalLM, ModelConfig, shapes_only
 
 CHUNK = 512  # tokens whose logits `heads.token_logprobs` holds at once
 HEAP_BLOCK = 32 << 20  # bytes from which on glibc gives every freed block back to the system
@@ -89,7 +89,7 @@ def gb(size: int) -> str:
 
 def parameters(config: ModelConfig) -> int:
     """Of the language model; tied embeddings count once."""
-    with torch.device("meta"):
+    with shapes_only():
         return sum(p.numel() for p in CausalLM(config).parameters())
 
 
@@ -104,7 +104,7 @@ def embedding_parameters(config: ModelConfig) -> int:
 
 def adapter_parameters(config: ModelConfig, rank: int) -> int:
     """Of `add_lora` with its default targets: rank (in + out) for every linear layer."""
-    with torch.device("meta"):
+    with shapes_only():
         layers = [m for m in CausalLM(config).model.modules() if isinstance(m, nn.Linear)]
     return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 

@@ -17,6 +17,7 @@ from minirlhf.transformer import (
     initialize,
     rotary_frequencies,
     rotate,
+    shapes_only,
 )
 
 f64 = torch.float64
@@ -333,3 +334,18 @@ def test_initialize_is_gpt2s():
     assert (lm.model.norm.weight == 1).all() and (attention.q_proj.bias == 0).all()
     again = initialize(CausalLM(config), torch.Generator().manual_seed(0))
     assert torch.equal(lm.lm_head.weight, again.lm_head.weight)
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "learned", "norm": "layer"}])
+def test_shapes_only_gives_the_models_shapes_without_weights(changes):
+    state = torch.random.get_rng_state()
+    with shapes_only():
+        empty = CausalLM(replace(TINY, **changes))
+        head = torch.nn.Linear(8, 1)
+    assert torch.equal(torch.random.get_rng_state(), state)  # nothing was drawn
+    whole = CausalLM(replace(TINY, **changes))
+    assert {p.device.type for p in (*empty.parameters(), *head.parameters())} == {"meta"}
+    shapes = [{n: p.shape for n, p in lm.named_parameters()} for lm in (empty, whole)]
+    assert shapes[0] == shapes[1]
+    # Outside, weights are drawn as ever.
+    assert whole.model.embed_tokens.weight.std() > 0.5
