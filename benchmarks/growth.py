@@ -2,16 +2,17 @@
 """How time and memory grow with the response length, the batch, the vocabulary and the layers.
 
     python benchmarks/growth.py --threads 1 --out benchmarks/results/growth.json
-    python benchmarks/growth.py --out benchmarks/results/growth.json --plot benchmarks/results/growth
+    python benchmarks/growth.py --plot benchmarks/results --out benchmarks/results/growth.json
 
-The second line draws one SVG an axis from the json (`pip install 'minirlhf[plot]'`).
+The second line draws one SVG an axis from that json (`pip install 'minirlhf[plot]'`).
 
 Operations on a small random model: one PPO update (`ppo_step`, one epoch, one optimizer step) on a
 rollout, one step of a reward model on pairs, and `generate` with rows that all go on to the full
 length, or that end one after another, at random, half-way on average. One quantity grows, the
 others stay at their base. Each point is a process of its own. Memory is the kernel's record of the
 largest resident size (VmHWM), which is reset before the operation, less the size at that moment:
-model, moments and libraries are not in it, gradients are. Time is the median of several calls.
+model, moments and libraries are not in it, gradients are. Time is the CPU time of the process, the
+least of several calls: what other processes take of the machine is not in it.
 
 The exponent p of `cost ~ n^p` is the slope between neighbours in the log-log plot, and the fitted
 one of the upper half of an axis; up to LINEAR growth counts as linear. Attention is known not to
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 AXES = {
@@ -45,94 +47,115 @@ OPERATIONS = ("ppo update", "reward step", "generation", "generation, rows end")
 # --------------------------------------------------------------------------- one point, in a child
 
 
-def ready(operation: str, shape: dict[str, int]) -> tuple[Callable[[], object], ...]:
-    """The operation in its size, and the same in the smallest: to import and allocate what is the
-    same for every size."""
+Act = Callable[[], object]
+Make = Callable[[int, int], Act]  # rows, response tokens -> what is measured
+
+
+def ready(operation: str, shape: dict[str, int]) -> tuple[Act, Act]:
+    """The operation in its size, and in a small one, for what every size imports and allocates."""
     import torch
 
-    from minirlhf import CausalLM, RewardModel, ValueHeadModel, streams
-    from minirlhf.heads import initialize_score
+    from minirlhf import CausalLM
     from minirlhf.hf_config import config_from_hf
-    from minirlhf.optim import make_optimizer
     from minirlhf.transformer import initialize
 
-    V = shape["vocabulary"]
     config = config_from_hf({
-        "model_type": "llama", "vocab_size": V, "hidden_size": 128, "intermediate_size": 384,
-        "num_hidden_layers": shape["layers"], "num_attention_heads": 4, "num_key_value_heads": 4,
-        "max_position_embeddings": 4096, "tie_word_embeddings": True,
+        "model_type": "llama", "vocab_size": shape["vocabulary"], "hidden_size": 128,
+        "intermediate_size": 384, "num_hidden_layers": shape["layers"], "num_attention_heads": 4,
+        "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": True,
     })  # fmt: skip
     lm = initialize(CausalLM(config), torch.Generator().manual_seed(0))
-    ids = torch.Generator().manual_seed(1)
-
-    def tokens(rows: int, length: int) -> torch.Tensor:
-        return torch.randint(V, (rows, length), generator=ids)
-
-    def update(rows: int, length: int) -> Callable[[], object]:
-        return lambda: ppo_update(policy, optimizer, tokens(rows, PROMPT + length))
-
-    def reward(rows: int, length: int) -> Callable[[], object]:
-        texts = tokens(2 * rows, PROMPT + length)
-        return lambda: reward_step(model, optimizer, texts)
-
-    def generation(rows: int, length: int) -> Callable[[], object]:
-        # Of a nearly uniform law: 2 V / length ends of V tokens give length / 2 on average.
-        ends = range(round(2 * V / length)) if operation.endswith("end") else ()
-        prompts = tokens(rows, PROMPT).tolist()
-        keys = streams.key(0, "growth", torch.arange(rows))
-        return lambda: sampled(lm, prompts, length, ends, keys)
-
     if operation == "ppo update":
-        policy, make = ValueHeadModel(lm), update
-        optimizer = make_optimizer(policy, 1e-6)
+        make = ppo_update(lm)
     elif operation == "reward step":
-        model, make = initialize_score(RewardModel(lm), torch.Generator().manual_seed(2)), reward
-        optimizer = make_optimizer(model, 1e-6)
+        make = reward_step(lm)
     else:
-        make = generation
+        make = generation(lm, rows_end=operation.endswith("end"))
     return make(shape["batch"], shape["length"]), make(1, 16)
 
 
-def ppo_update(policy, optimizer, tokens) -> None:
+def tokens_of(lm, rows: int, length: int):
+    """(rows, PROMPT + length) random ids."""
     import torch
 
-    from minirlhf import PPOConfig, Rollout, RolloutBuffer, ppo_step
-
-    B, R = len(tokens), tokens.shape[1] - PROMPT
-    # About what the policy says: the ratios are near 1, as they are in a run.
-    logprobs = torch.full((B, R), -math.log(policy.lm.config.vocab_size))
-    rollout = Rollout(
-        rows=torch.arange(B), tokens=tokens, prompt_lengths=torch.full((B,), PROMPT),
-        response_mask=torch.ones(B, R, dtype=torch.bool), scores=torch.randn(B),
-        truncated=torch.ones(B, dtype=torch.bool), old_logprobs=logprobs, ref_logprobs=logprobs,
-        old_values=torch.zeros(B, R), last_values=torch.zeros(B),
-    )  # fmt: skip
-    config = PPOConfig(
-        model="", data="", reward=("none",), out="", batch_size=B, max_new_tokens=R, epochs=1
-    )
-    buffer = RolloutBuffer(config.micro_batch_size, config.micro_batch_tokens)
-    buffer.add(rollout)
-    ppo_step(policy, optimizer, buffer, config)
+    rng = torch.Generator().manual_seed(1)
+    return torch.randint(lm.config.vocab_size, (rows, PROMPT + length), generator=rng)
 
 
-def reward_step(model, optimizer, texts) -> None:
-    from minirlhf import RewardConfig, TrainState
+def ppo_update(lm) -> Make:
+    """One `ppo_step` on a rollout whose responses are all of one length."""
+    import torch
+
+    from minirlhf import PPOConfig, Rollout, RolloutBuffer, ValueHeadModel, ppo_step
+    from minirlhf.optim import make_optimizer
+
+    policy = ValueHeadModel(lm)
+    optimizer = make_optimizer(policy, 1e-6)
+
+    def make(B: int, R: int) -> Act:
+        # About what the policy says: the ratios are near 1, as they are in a run.
+        logprobs = torch.full((B, R), -math.log(lm.config.vocab_size))
+        rollout = Rollout(
+            rows=torch.arange(B), tokens=tokens_of(lm, B, R),
+            prompt_lengths=torch.full((B,), PROMPT),
+            response_mask=torch.ones(B, R, dtype=torch.bool),
+            scores=torch.arange(B) / B, truncated=torch.ones(B, dtype=torch.bool),
+            old_logprobs=logprobs, ref_logprobs=logprobs,
+            old_values=torch.zeros(B, R), last_values=torch.zeros(B),
+        )  # fmt: skip
+        config = PPOConfig(
+            model="", data="", reward=("none",), out="", batch_size=B, max_new_tokens=R, epochs=1
+        )
+
+        def act() -> None:
+            buffer = RolloutBuffer(config.micro_batch_size, config.micro_batch_tokens)
+            buffer.add(rollout)
+            ppo_step(policy, optimizer, buffer, config)
+
+        return act
+
+    return make
+
+
+def reward_step(lm) -> Make:
+    """One step of `reward` on pairs."""
+    import torch
+
+    from minirlhf import RewardConfig, RewardModel, TrainState
     from minirlhf.data import Pair
+    from minirlhf.heads import initialize_score
+    from minirlhf.optim import make_optimizer
     from minirlhf.recipes.reward import reward
 
-    rows = texts.tolist()
-    pairs = [
-        Pair(chosen, rejected, PROMPT, 0.0, f"row {i}")
-        for i, (chosen, rejected) in enumerate(zip(rows[::2], rows[1::2], strict=True))
-    ]
-    config = RewardConfig(model="", data="", out="", steps=1, batch_size=len(pairs))
-    next(reward(TrainState(model, optimizer), pairs, config))
+    model = initialize_score(RewardModel(lm), torch.Generator().manual_seed(2))
+    optimizer = make_optimizer(model, 1e-6)
+
+    def make(rows: int, length: int) -> Act:
+        texts = tokens_of(lm, 2 * rows, length).tolist()
+        pairs = [
+            Pair(a[:PROMPT], a[PROMPT:], b[PROMPT:], 0.0, f"row {i}", {})
+            for i, (a, b) in enumerate(zip(texts[::2], texts[1::2], strict=True))
+        ]
+        config = RewardConfig(model="", data="", out="", steps=1, batch_size=rows)
+        return lambda: next(reward(TrainState(model, optimizer), pairs, config))
+
+    return make
 
 
-def sampled(lm, prompts, length: int, ends, keys) -> None:
-    from minirlhf import Sampling, generate
+def generation(lm, rows_end: bool) -> Make:
+    """`generate`, to the full length or with rows that end on the way."""
+    import torch
 
-    generate(lm, prompts, Sampling(max_new_tokens=length), tuple(ends), keys)
+    from minirlhf import Sampling, generate, streams
+
+    def make(rows: int, length: int) -> Act:
+        # The law is nearly uniform: 2 V / length ends of V tokens give length / 2 on average.
+        ends = tuple(range(round(2 * lm.config.vocab_size / length))) if rows_end else ()
+        prompts = tokens_of(lm, rows, 0).tolist()
+        keys = streams.key(0, "growth", torch.arange(rows))
+        return lambda: generate(lm, prompts, Sampling(max_new_tokens=length), ends, keys)
+
+    return make
 
 
 def sum_for_attention(q, k, v, *_: object, **__: object):
@@ -146,13 +169,13 @@ def resident(name: str) -> int:
     return next(int(ln.split()[1]) for ln in text.splitlines() if ln.startswith(name)) * 1024
 
 
-def seconds_of(act: Callable[[], object], budget: float) -> list[float]:
+def seconds_of(act: Act, budget: float) -> list[float]:
     """Of calls until the budget is spent; 7 at most."""
     times: list[float] = []
     while not times or (sum(times) < budget and len(times) < 7):
-        started = time.perf_counter()
+        started = time.process_time()
         act()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return times
 
 
@@ -169,10 +192,8 @@ def child(operation: str, shape: dict[str, int], threads: int, budget: float) ->
     act()
     peak = resident("VmHWM") - before
     found = {"peak": peak, "seconds": seconds_of(act, budget)}
-    attention = torch.nn.functional.scaled_dot_product_attention
     torch.nn.functional.scaled_dot_product_attention = sum_for_attention
     found["without"] = seconds_of(act, budget)
-    assert attention is not torch.nn.functional.scaled_dot_product_attention
     print(json.dumps(found))
 
 
@@ -189,16 +210,15 @@ def measure(operation: str, shape: dict[str, int], threads: int, budget: float) 
     if done.returncode:
         raise SystemExit(f"{operation} {shape} left with {done.returncode}: {done.stderr}")
     found = json.loads(done.stdout)
-    times = {name: statistics.median(found[name]) for name in ("seconds", "without")}
+    times = {name: min(found[name]) for name in ("seconds", "without")}
     return times | {"peak": found["peak"], "calls": len(found["seconds"])}
 
 
 def slopes(sizes: list[int], costs: list[float]) -> list[float | None]:
     """d log cost / d log size between neighbours; None for the first, and where a cost is 0."""
-    pairs = list(zip(sizes, costs, strict=True))
     return [None] + [
         math.log(b / a) / math.log(n / m) if a > 0 and b > 0 else None
-        for (m, a), (n, b) in zip(pairs, pairs[1:], strict=False)
+        for (m, a), (n, b) in pairwise(zip(sizes, costs, strict=True))
     ]
 
 
@@ -252,18 +272,13 @@ def show(table: list[dict]) -> None:
             print(f"{size:>9,}{entry['seconds'][i]:>10.4f}{slope(of['seconds'][i])}"
                   f"{entry['without'][i]:>14.4f}{slope(of['without'][i])}"
                   f"{entry['peak'][i] / 1e6:>9.1f}{slope(of['peak'][i])}")  # fmt: skip
-        fitted = (slope(entry["exponents"][name]) for name in ("seconds", "without", "peak"))
-        print("{:>9}{:>10}{}{:>14}{}{:>9}{}".format("upper", "", *_between(fitted)))
-        print(f"{'':>9}  {entry['verdict']}")
-
-
-def _between(fitted) -> list[str]:
-    first, second, third = fitted
-    return [first, "", second, "", third]
+        fitted = entry["exponents"]
+        print(f"{'upper half':>19}{slope(fitted['seconds'])}{slope(fitted['without']):>20}"
+              f"{slope(fitted['peak']):>15}   {entry['verdict']}")  # fmt: skip
 
 
 def draw(table: list[dict], folder: Path) -> None:
-    """growth/AXIS.svg: seconds and MB, log-log, a line an operation, dotted without attention."""
+    """growth_AXIS.svg: seconds and MB, log-log, a line an operation, dotted without attention."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -285,7 +300,7 @@ def draw(table: list[dict], folder: Path) -> None:
             panel.set_xlabel(axis)
             panel.grid(alpha=0.3)
         figure.tight_layout()
-        target = folder / f"{axis}.svg"
+        target = folder / f"growth_{axis}.svg"
         figure.savefig(target, metadata={"Date": None})
         pyplot.close(figure)
         print(f"written to {target}")
@@ -299,22 +314,22 @@ def main() -> None:
     flags.add_argument("--axes", nargs="*", choices=AXES, default=list(AXES))
     flags.add_argument("--operations", nargs="*", choices=OPERATIONS, default=list(OPERATIONS))
     flags.add_argument("--largest", type=float, default=math.inf, help="leave out larger sizes")
-    flags.add_argument("--budget", type=float, default=2.0, help="seconds of calls at each point")
+    flags.add_argument("--budget", type=float, default=2.0, help="seconds at a point, twice")
     args = flags.parse_args()
     out = Path(args.out)
     if args.plot:
         draw(json.loads(out.read_text(encoding="utf-8"))["table"], Path(args.plot))
         return
     rows: list[dict] = []
+    settings = {"threads": args.threads, "base": BASE, "prompt": PROMPT, "linear": LINEAR}
     for axis in args.axes:
         for operation in args.operations:
             for size in (n for n in AXES[axis] if n <= args.largest):
                 found = measure(operation, BASE | {axis: size}, args.threads, args.budget)
                 rows.append({"axis": axis, "operation": operation, "size": size, **found})
-    table = summarise(rows)
-    show(table)
-    settings = {"threads": args.threads, "base": BASE, "prompt": PROMPT, "linear": LINEAR}
-    out.write_text(json.dumps({"settings": settings, "rows": rows, "table": table}, indent=1))
+                text = json.dumps({"settings": settings, "table": summarise(rows)}, indent=1)
+                out.write_text(text + "\n", encoding="utf-8")
+    show(summarise(rows))
 
 
 if __name__ == "__main__":

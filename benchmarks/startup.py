@@ -5,23 +5,26 @@
         --out benchmarks/results/startup.json
 
 Each command is started anew, from files that the system has read before; times are medians, in
-seconds since the process was asked for. Of a run the parts are told too: `torch` is Python and the
-import of torch, `modules` that of the verb, `optimizer` what the first optimizer of a process makes
-torch import (its compiler, torch._dynamo), `set-up` all else that a run reads, checks, loads and
-writes before its loop, `step` the first training step. The demo first writes the files it learns
-from; the recipes train a model of that size, on as many rows. `python, torch,
-AdamW` alone are what no training in PyTorch can start without.
+seconds since the process was asked for, with the CPU time beside, which a busy machine changes
+less. Of a run the parts are told too: `torch` is Python and the import of torch, `modules` that of
+the verb, `optimizer` what the first optimizer of a process makes torch import (its compiler,
+torch._dynamo), `set-up` all else that a run reads, checks, loads and writes before its loop, `step`
+the first training step. The demo first writes the files it learns from; the recipes train a model
+of that size, on as many rows. `python, torch, AdamW` is what no training in PyTorch can start
+without.
 """
 
 import argparse
 import importlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 TARGETS = {"minirlhf --help": 0.3, "demo": 5.0}  # seconds
 PARTS = ("torch", "modules", "optimizer", "set-up", "step")
@@ -59,28 +62,31 @@ def child(verb: str, argv: list[str]) -> None:
     sys.exit(main(argv) or "left without a training step")
 
 
-def wall(words: list[str], code: int = 0) -> float:
-    """Seconds of a whole command."""
-    started = time.time()
+class Done(NamedTuple):
+    stdout: str
+    started: float  # seconds since the epoch
+    seconds: dict[str, float]  # `all` of the clock, `cpu` of the processor
+
+
+def finish(words: list[str], code: int = 0) -> Done:
+    """Runs a command to its end."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     done = subprocess.run(words, capture_output=True, text=True)
-    seconds = time.time() - started
+    seconds, after = time.time() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != code:
         raise SystemExit(f"{' '.join(words)} left with {done.returncode}: {done.stderr}")
-    return seconds
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Done(done.stdout, started, {"all": seconds, "cpu": cpu})
 
 
 def parts_of_start(verb: str, argv: list[str]) -> dict[str, float]:
     """Seconds of each part of a run's start, and of all of it."""
-    words = [sys.executable, __file__, "--child", verb, *argv]
-    started = time.time()
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} left with {done.returncode}: {done.stderr}")
+    done = finish([sys.executable, __file__, "--child", verb, *argv])
     ends = json.loads(done.stdout.splitlines()[-1])
-    found, last = {}, started
+    found, last = {}, done.started
     for part in PARTS:
         found[part], last = ends[part] - last, ends[part]
-    return found | {"all": last - started}
+    return found | {"all": last - done.started, "cpu": done.seconds["cpu"]}
 
 
 def prepare(folder: Path, rows: int) -> dict[str, list[str]]:
@@ -95,11 +101,11 @@ def prepare(folder: Path, rows: int) -> dict[str, list[str]]:
     sft = ["--init-config", f"{data}/tiny-model.json", "--vocab-size", "1024",
            "--data", f"{data}/reviews.jsonl", "--batch-size", "48"]  # fmt: skip
     if not (folder / "sft/model").exists():
-        wall([*minirlhf, "sft", *sft, *steps, "--out", f"{folder}/sft"])
+        finish([*minirlhf, "sft", *sft, *steps, "--out", f"{folder}/sft"])
     model = ["--model", f"{folder}/sft/model"]
     reward = [*model, "--data", f"{data}/pairs.jsonl", "--batch-size", "32"]
     if not (folder / "reward/model").exists():
-        wall([*minirlhf, "reward", *reward, *steps, "--out", f"{folder}/reward"])
+        finish([*minirlhf, "reward", *reward, *steps, "--out", f"{folder}/reward"])
     ppo = [*model, "--data", f"{data}/prompts.jsonl", "--reward", f"{folder}/reward/model",
            "--batch-size", "64", "--max-new-tokens", "48", "--sample-every", "0"]  # fmt: skip
     return {"demo": [], "sft": sft, "reward": reward, "ppo": ppo}
@@ -116,17 +122,19 @@ def main() -> None:
     python = [sys.executable, "-m", "minirlhf"]
     refused = ["ppo", "--out", f"{folder}/refused", *commands["ppo"]]
     refused[refused.index("--data") + 1] = f"{folder}/no-such-file.jsonl"
+    sampling = ["sample", "--model", f"{folder}/sft/model", "--prompt", "The"]
     waits = {
-        "minirlhf --help": lambda: wall([*python, "--help"]),
-        "minirlhf ppo --help": lambda: wall([*python, "ppo", "--help"]),
-        "ppo, refused": lambda: wall([*python, *refused], code=2),
-        "python, torch": lambda: wall([sys.executable, "-c", "import torch"]),
-        "python, torch, AdamW": lambda: wall([sys.executable, "-c", FLOOR]),
+        "minirlhf --help": ([*python, "--help"], 0),
+        "minirlhf ppo --help": ([*python, "ppo", "--help"], 0),
+        "ppo, refused": ([*python, *refused], 2),
+        "sample": ([*python, *sampling], 0),
+        "python, torch": ([sys.executable, "-c", "import torch"], 0),
+        "python, torch, AdamW": ([sys.executable, "-c", FLOOR], 0),
     }
     times: dict[str, list[dict[str, float]]] = {name: [] for name in (*waits, *commands)}
     for _ in range(args.repeats + 1):
-        for name, wait in waits.items():
-            times[name].append({"all": wait()})
+        for name, (words, code) in waits.items():
+            times[name].append(finish(words, code).seconds)
         for verb, argv in commands.items():
             out = f"{folder}/runs/{verb}-{time.time_ns()}"
             times[verb].append(parts_of_start(verb, [*argv, "--out", out]))
@@ -138,11 +146,13 @@ def main() -> None:
             "median": medians, "lowest": min(alls), "highest": max(alls),
             "target": TARGETS.get(name),
         }  # fmt: skip
-    print(f"{'':<22}{'seconds':>9}{'lowest':>9}{'highest':>9}" + "".join(f"{p:>11}" for p in PARTS))
+    print(f"{'':<22}{'seconds':>9}{'lowest':>9}{'highest':>9}{'cpu':>9}"
+          + "".join(f"{part:>11}" for part in PARTS))  # fmt: skip
     for name, row in table.items():
         parts = "".join(f"{row['median'][p]:>11.2f}" for p in PARTS if p in row["median"])
         print(f"{name:<22}{row['median']['all']:>9.2f}{row['lowest']:>9.2f}{row['highest']:>9.2f}"
-              + parts + (f"   target {row['target']}" if row["target"] else ""))  # fmt: skip
+              f"{row['median']['cpu']:>9.2f}" + parts
+              + (f"   target {row['target']}" if row["target"] else ""))  # fmt: skip
     settings = {"repeats": args.repeats, "threads": os.environ.get("OMP_NUM_THREADS")}
     with open(args.out, "w", encoding="utf-8") as file:
         json.dump({"settings": settings, "rows": table}, file, indent=1)
