@@ -304,9 +304,9 @@ def ppo_plan(
           for reward in rewards),
         Part("KV cache", capacity, f"{rows} rows x {longest} tokens x {cache:,} B",
              ("prompts", "sampling"), abreast),
-        # As a row ends, all keys are copied without it before the old ones go; then the values.
-        Part("KV copy", capacity // 2, "half of it, while an ended row leaves", ("sampling",),
-             abreast),
+        # As a row ends, the rows behind it move up: layer by layer, first keys, then values.
+        Part("KV copy", capacity // (2 * policy.num_layers),
+             "keys of a layer, while an ended row leaves", ("sampling",), abreast),
         Part("prompt pass", rows * longest_prompt * passing,
              f"{rows} rows x {longest_prompt} tokens x {passing:,} B", ("prompts",), abreast),
         # The logits, and three of their size in float32: scaled logits, the law of this step and

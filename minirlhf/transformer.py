@@ -149,9 +149,19 @@ class KVCache:
         self.width = 0  # cells that a decoding step looks at, set once a step by the Decoder
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but these, (A,) int64."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        """Drops all rows but these, (A,) int64.
+
+        In place, since rows end one by one: a new cache for each of them costs several decoding
+        steps. The rows behind the first gap move, their cells that hold something; no memory is
+        given back.
+        """
+        A, filled = len(rows), int(self.lengths.max())
+        at_home = rows == torch.arange(A, device=rows.device)
+        stay = int(at_home.int().cumprod(0).sum())
+        for cells in (self.keys, self.values):
+            for layer, cell in enumerate(cells):
+                cell[stay:A, :, :filled] = cell[rows[stay:], :, :filled]
+                cells[layer] = cell[:A]
         self.lengths = self.lengths[rows]
 
 
