@@ -19,7 +19,7 @@ from minirlhf.errors import MACHINE, UserError
 from minirlhf.heads import CHUNK, widened
 from minirlhf.machine import Machine
 from minirlhf.reward_sources import parse
-from minirlhf.transformer import CausalLM, ModelConfig
+from minirlhf.transformer import CausalLM, ModelConfig, shapes_only
 
 HEAP_BLOCK = 32 << 20  # bytes from which on glibc gives every freed block back to the system
 
@@ -88,7 +88,7 @@ def gb(size: int) -> str:
 
 def parameters(config: ModelConfig) -> int:
     """Of the language model; tied embeddings count once."""
-    with torch.device("meta"):
+    with shapes_only():
         return sum(p.numel() for p in CausalLM(config).parameters())
 
 
@@ -103,7 +103,7 @@ def embedding_parameters(config: ModelConfig) -> int:
 
 def adapter_parameters(config: ModelConfig, rank: int) -> int:
     """Of `add_lora` with its default targets: rank (in + out) for every linear layer."""
-    with torch.device("meta"):
+    with shapes_only():
         layers = [m for m in CausalLM(config).model.modules() if isinstance(m, nn.Linear)]
     return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
@@ -311,9 +311,9 @@ def ppo_plan(
           for reward in rewards),
         Part("KV cache", capacity, f"{rows} rows x {longest} tokens x {cache:,} B",
              ("prompts", "sampling"), abreast),
-        # As a row ends, all keys are copied without it before the old ones go; then the values.
-        Part("KV copy", capacity // 2, "half of it, while an ended row leaves", ("sampling",),
-             abreast),
+        # As a row ends, the rows behind it move up: layer by layer, first keys, then values.
+        Part("KV copy", capacity // (2 * policy.num_layers),
+             "keys of a layer, while an ended row leaves", ("sampling",), abreast),
         Part("prompt pass", rows * longest_prompt * passing,
              f"{rows} rows x {longest_prompt} tokens x {passing:,} B", ("prompts",), abreast),
         # The logits, and three of their size in float32: scaled logits, the law of this step and

@@ -22,7 +22,7 @@ from minirlhf.heads import RewardModel, ValueHeadModel
 from minirlhf.hf_config import config_from_hf, config_to_hf
 from minirlhf.lora import has_lora
 from minirlhf.rows import read_json
-from minirlhf.transformer import CausalLM, ModelConfig
+from minirlhf.transformer import CausalLM, ModelConfig, shapes_only
 
 # Tensors that old checkpoints carry and no computation needs.
 HARMLESS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
@@ -332,7 +332,7 @@ def _described(
             "has no 'score.weight': not a reward model",
             "train one with `minirlhf reward`, or give a folder with a score head",
         )
-    with torch.device("meta"):
+    with shapes_only():
         module: CausalLM | RewardModel = CausalLM(config)
         if reward:
             module = _reward_model(module, score, folder)

@@ -8,11 +8,14 @@ Shapes: B rows, T tokens, D hidden size, H query heads, K key-value heads, E hea
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 ACTIVATIONS = {
@@ -146,9 +149,19 @@ class KVCache:
         self.width = 0  # cells that a decoding step looks at, set once a step by the Decoder
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but these, (A,) int64."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        """Drops all rows but these, (A,) int64.
+
+        In place, since rows end one by one: a new cache for each of them costs several decoding
+        steps. The rows behind the first gap move, their cells that hold something; no memory is
+        given back.
+        """
+        A, filled = len(rows), int(self.lengths.max())
+        at_home = rows == torch.arange(A, device=rows.device)
+        stay = int(at_home.int().cumprod(0).sum())
+        for cells in (self.keys, self.values):
+            for layer, cell in enumerate(cells):
+                cell[stay:A, :, :filled] = cell[rows[stay:], :, :filled]
+                cells[layer] = cell[:A]
         self.lengths = self.lengths[rows]
 
 
@@ -372,6 +385,23 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.unembedding)
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Makes every function of `torch.nn.init` return its tensor as it is."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Models that are built in here have shapes and no weights, on torch's meta device. To draw
+    none there is not only for speed: torch imports its compiler for it, 70 MB."""
+    with torch.device("meta"), _NoInitialization():
+        yield
 
 
 def initialize(lm: CausalLM, rng: torch.Generator) -> CausalLM:

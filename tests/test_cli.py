@@ -1,16 +1,21 @@
 """The command line: verbs, exit codes, and that asking for help does not wait for torch."""
 
 import os
+import socket
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import minirlhf
-from minirlhf import cli
+from minirlhf import CausalLM, RewardModel, cli, save_pretrained
 from minirlhf.errors import BAD_INPUT, MACHINE, UserError
+from minirlhf.hf_config import config_from_hf
+from minirlhf.tokenizer import train_tokenizer
+from minirlhf.transformer import initialize
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [verb for verb, (module, _) in cli.VERBS.items() if ".recipes." in module]
@@ -99,6 +104,43 @@ def test_main_turns_an_error_into_one_line_and_its_exit_code(error, code, line, 
 def test_main_does_not_import_torch_without_a_verb(argv):
     code = f"from minirlhf import cli; cli.main({argv!r})"
     assert python("-c", code + "; import sys; sys.exit('torch' in sys.modules)").returncode == 0
+
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 258, "hidden_size": 8, "intermediate_size": 12,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 48,
+}  # fmt: skip
+
+
+def test_what_trains_nothing_does_not_wait_for_the_compiler_that_torch_imports(tmp_path):
+    lm, scorer = tmp_path / "lm", tmp_path / "rm"
+    for folder in (lm, scorer):
+        train_tokenizer([], 258, folder)
+    model = initialize(CausalLM(config_from_hf(SHAPE)), torch.Generator().manual_seed(0))
+    save_pretrained(model, lm)
+    save_pretrained(RewardModel(model), scorer)
+    data = f"--data {tmp_path}/none.jsonl --out {tmp_path}/run"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        lines = [
+            f"sft --model {lm} {data}", f"reward --model {lm} {data}",
+            f"ppo --model {lm} --reward {scorer} {data} --max-new-tokens 8",
+            f"score --model {scorer} {data}",
+            f"serve --model {scorer} --port {taken.getsockname()[1]}",
+            f"sample --model {lm} --prompt The --max-new-tokens 2 --out {tmp_path}/answers.jsonl",
+        ]  # fmt: skip
+        code = f"""
+import sys, torch
+from minirlhf import cli
+codes = [cli.main(line.split()) for line in {lines!r}]
+print(codes, "torch._dynamo" in sys.modules, torch.get_deterministic_debug_mode(), file=sys.stderr)
+"""
+        done = python("-c", code)
+    told = done.stderr.splitlines()
+    assert [line.endswith("none.jsonl: no such file") for line in told[:4]] == [True] * 4, told
+    assert "Address already in use" in told[4]
+    # `serve` alone came so far as to ask for determinism: 2 is "error".
+    assert told[-1] == f"{[BAD_INPUT] * 5 + [0]} False 2"
 
 
 def test_python_dash_m_is_the_command_line():

@@ -201,6 +201,9 @@ def test_ppo_plan_by_hand():
     }  # fmt: skip
     assert plan.peak == "loss"
     assert plan.largest.name == "activations"
+    deep = PPOModels(replace(TINY, num_layers=3), None, (), None)
+    found = sizes(memory.ppo_plan(SETTINGS, deep, 2, float32, held=0))
+    assert (found["KV cache"], found["KV copy"]) == (3 * 320, 160)
 
 
 def test_ppo_plan_holds_all_reward_models_and_scores_with_one_after_the_other():

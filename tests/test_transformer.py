@@ -17,6 +17,7 @@ from minirlhf.transformer import (
     initialize,
     rotary_frequencies,
     rotate,
+    shapes_only,
 )
 
 f64 = torch.float64
@@ -182,14 +183,23 @@ def test_decoding_with_a_cache_is_the_full_forward(family, lengths):
         cache.lengths = cache.lengths + 1
 
 
-def test_cache_keeps_the_rows_asked_for():
-    cache = KVCache(TINY, 3, 2, torch.zeros(1))
-    cache.keys[1][2] = 7.0
-    cache.lengths = torch.tensor([4, 5, 6])
-    cache.keep(torch.tensor([2, 0]))
-    assert cache.lengths.tolist() == [6, 4]
-    assert cache.keys[1][:, 0, 0, 0].tolist() == [7, 0]
-    assert all(kept.shape[0] == 2 for kept in cache.keys + cache.values)
+@pytest.mark.parametrize("rows", [[0, 1, 3], [1, 2, 3], [2, 0], [1, 0, 2], [0, 1, 2, 3], [3]])
+def test_cache_keeps_the_rows_asked_for_and_copies_none_that_may_stay(rows):
+    cache = KVCache(TINY, 4, 9, torch.zeros(1))
+    cells = cache.keys + cache.values
+    for number, cell in enumerate(cells):  # cell (layer, row, column) holds a number of its own
+        cell[:, :, :6] = torch.arange(24.0).view(4, 1, 6, 1) + 100 * number
+    cache.lengths = torch.tensor([4, 5, 6, 3])
+    before, homes = [cell.clone() for cell in cells], [cell.data_ptr() for cell in cells]
+    cache.keep(torch.tensor(rows))
+    assert cache.lengths.tolist() == [[4, 5, 6, 3][row] for row in rows]
+    after = cache.keys + cache.values
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(new, old[rows])  # (rows, heads, columns, …), the empty ones still zeros
+    assert [cell.data_ptr() for cell in after] == homes
+    cache.keep(torch.tensor([len(rows) - 1]))  # once more, of what is left
+    length = int(cache.lengths)
+    assert torch.equal(cache.keys[1][:, :, :length], before[1][rows[-1:], :, :length])
 
 
 def test_cache_refuses_a_second_prompt():
@@ -333,3 +343,18 @@ def test_initialize_is_gpt2s():
     assert (lm.model.norm.weight == 1).all() and (attention.q_proj.bias == 0).all()
     again = initialize(CausalLM(config), torch.Generator().manual_seed(0))
     assert torch.equal(lm.lm_head.weight, again.lm_head.weight)
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "learned", "norm": "layer"}])
+def test_shapes_only_gives_the_models_shapes_without_weights(changes):
+    state = torch.random.get_rng_state()
+    with shapes_only():
+        empty = CausalLM(replace(TINY, **changes))
+        head = torch.nn.Linear(8, 1)
+    assert torch.equal(torch.random.get_rng_state(), state)  # nothing was drawn
+    whole = CausalLM(replace(TINY, **changes))
+    assert {p.device.type for p in (*empty.parameters(), *head.parameters())} == {"meta"}
+    shapes = [{n: p.shape for n, p in lm.named_parameters()} for lm in (empty, whole)]
+    assert shapes[0] == shapes[1]
+    # Outside, weights are drawn as ever.
+    assert whole.model.embed_tokens.weight.std() > 0.5

@@ -530,9 +530,6 @@ def main(argv: list[str] | None = None) -> int:
         presets.PPO,
     )  # fmt: skip
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    # On a GPU torch refuses the cumsum of sampling, and cuBLAS without a workspace setting.
-    torch.use_deterministic_algorithms(device == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False
     folder = pretrained.resolve(config.model)
     ref_folder = folder if config.ref is None else pretrained.resolve(config.ref)
     tokenizer = load_tokenizer(folder)
@@ -549,6 +546,11 @@ def main(argv: list[str] | None = None) -> int:
     inputs = [*data.files, *(str(place) for place in places if place), str(ref_folder)]
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
+    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
+    # it, and the plan counts it. On a GPU torch refuses the cumsum of sampling, and cuBLAS without
+    # a workspace setting.
+    torch.use_deterministic_algorithms(device == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
     models, held = memory.ppo_models(config), process_bytes(device)
     plan = memory.ppo_plan(
         config, models, data.longest_prompt, dtype, held, data.longest_text

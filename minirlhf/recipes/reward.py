@@ -364,8 +364,6 @@ def main(argv: list[str] | None = None) -> int:
         RewardConfig, argv, "minirlhf reward", "Train a reward model on pairs or ranked lists."
     )
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
-    torch.utils.deterministic.fill_uninitialized_memory = False
     files = {"": config.data} | named_files(config.eval_data)
     r = Run(config.out, "reward", settings.as_dict(config), config.resume, files.values())
     folder = pretrained.resolve(config.model)
@@ -382,6 +380,10 @@ def main(argv: list[str] | None = None) -> int:
     texts = max(int(count_texts(rows).max()) for rows in sets.values())
     examples = sets.pop("")
     scored = [*sets.values(), *([examples] if config.normalize == "train" else [])]
+    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
+    # it, and the plan counts it.
+    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
+    torch.utils.deterministic.fill_uninitialized_memory = False
     plan = memory.reward_plan(
         config, model_config, longest, dtype, process_bytes(device),
         max(map(len, scored), default=0), texts,

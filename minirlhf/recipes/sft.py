@@ -312,8 +312,6 @@ def main(argv: list[str] | None = None) -> int:
         SFTConfig, argv, "minirlhf sft", "Fine-tune a language model on demonstrations."
     )
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
-    torch.utils.deterministic.fill_uninitialized_memory = False
     files = {"": config.data} | named_files(config.eval_data)
     inputs = [*files.values(), *([config.init_config] if config.init_config else [])]
     # Refused here, before anything is loaded; written to only once all is.
@@ -325,6 +323,10 @@ def main(argv: list[str] | None = None) -> int:
     sets = {prefix: rows for prefix, (rows, _) in read.items()}
     longest = max(int(count_tokens(rows)[0].max()) for rows in sets.values())
     texts = sets.pop("")
+    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
+    # it, and the plan counts it.
+    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
+    torch.utils.deterministic.fill_uninitialized_memory = False
     plan = memory.sft_plan(
         config, model_config, longest, dtype, process_bytes(device),
         max(map(len, sets.values()), default=0),

@@ -246,7 +246,8 @@ def main(argv: list[str] | None = None) -> int:
         ServeConfig, argv, "minirlhf serve", "Answer requests for scores with a reward model."
     )
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    torch.use_deterministic_algorithms(device == "cpu")
+    # The same flag as `torch.use_deterministic_algorithms`, without the compiler that it imports.
+    torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     token = None if config.token_file is None else read_token(config.token_file)
     folder = pretrained.resolve(config.model)
     tokenizer = load_tokenizer(folder)
