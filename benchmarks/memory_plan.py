@@ -48,6 +48,20 @@ RUNS = {
     ),
     "reward": ("reward", "pairs_train", 16, "--steps 2 --batch-size 8"),
     "reward, wide": ("reward", "pairs_train", 32, "--steps 2 --batch-size 16"),
+    "ppo, offloaded": (
+        "ppo", "prompts", 16,
+        f"{PPO} --batch-size 16 --max-new-tokens 28 --offload-frozen",
+    ),
+    "ppo, checkpointing": (
+        "ppo", "prompts", 8,
+        f"{PPO} --batch-size 8 --max-new-tokens 160 --micro-batch-size 4 --gradient-checkpointing",
+    ),
+    "reward, checkpointing": (
+        "reward", "pairs_train", 32, "--steps 2 --batch-size 16 --gradient-checkpointing",
+    ),
+    "sft, checkpointing": (
+        "sft", "sentences", 64, "--steps 2 --batch-size 32 --gradient-checkpointing",
+    ),
     "sft": ("sft", "sentences", 16, "--steps 2 --batch-size 8"),
     "sft, wide": ("sft", "sentences", 64, "--steps 2 --batch-size 32"),
 }  # fmt: skip
@@ -86,7 +100,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)  # as a run does: it imports 70 MB
     out = Path(args.out)
     results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    print(f"{'run':<18} {'planned':>8} {'measured':>8} {'ratio':>6}  peak")
+    print(f"{'run':<22} {'planned':>8} {'measured':>8} {'ratio':>6}  peak")
     for name in args.only:
         recipe, kind, rows, words = RUNS[name]
         with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +120,7 @@ def main() -> None:
         }  # fmt: skip
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         ratio = planned / measured
-        print(f"{name:<18} {gb(planned):>8} {gb(measured):>8} {ratio:>6.3f}  {plan.peak}")
+        print(f"{name:<22} {gb(planned):>8} {gb(measured):>8} {ratio:>6.3f}  {plan.peak}")
 
 
 if __name__ == "__main__":
