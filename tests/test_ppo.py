@@ -86,7 +86,8 @@ def run_steps(config: PPOConfig, reward=letter_d, tokenizer=None, prompts=PROMPT
     """Steps of a whole run from `tiny_policy`, and its state at the end."""
     policy, tokenizer = policy or tiny_policy(), tokenizer or Letters()
     state = state_of(policy, config)
-    return list(ppo(state, prompts, reward, tiny_lm(), tokenizer, config)), state
+    ref = tiny_lm(next(policy.parameters()).dtype)
+    return list(ppo(state, prompts, reward, ref, tokenizer, config)), state
 
 
 # ---- two rows by hand ----------------------------------------------------------------------------

@@ -105,9 +105,10 @@ def test_ppo_texts_do_not_depend_on_how_many_rows_are_sampled_at_once():
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_ppo_learns_to_write_a_letter():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ppo_learns_to_write_a_letter(dtype):
     config = config_of(steps=15, batch_size=16, micro_batch_size=16, learning_rate=5e-3)
-    steps, _ = run_steps(config)
+    steps, _ = run_steps(config, policy=tiny_policy(dtype))
     scores = [step.metrics["objective/scores"] for step in steps]
     first, last = sum(scores[:3]) / 3, sum(scores[-3:]) / 3
     assert first < 1 and last > first + 2  # of 6 letters
@@ -416,6 +417,31 @@ def test_main_exports_the_policy_as_transformers_reads_it(whole, world):
     # both ends of the model that was aligned, and the rest of its generation_config.json
     assert tokenizer.eos_ids == (0, 67)
     assert peer.generation_config.eos_token_id == [0, 67] and peer.generation_config.top_k == 50
+
+
+def test_main_resumes_in_half_precision_to_the_same_bytes(world, tmp_path, monkeypatch):
+    settings = {"dtype": "bfloat16", "log_every": 1}
+    assert main(command(world, tmp_path / "whole", **settings)) == OK
+    log, argv = Run.log, command(world, tmp_path / "run", **settings)
+
+    def interrupted(self, state, *rest):
+        log(self, state, *rest)
+        if state.step == 3:
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", interrupted)
+        with pytest.raises(RuntimeError, match="power cut"):
+            main(argv)
+    assert main([*argv, "--resume"]) == OK
+    assert json.dumps(timeless(tmp_path / "run")) == json.dumps(timeless(tmp_path / "whole"))
+    masters = "checkpoints/step-00000004/optimizer.safetensors"
+    assert (tmp_path / "run" / masters).read_bytes() == (tmp_path / "whole" / masters).read_bytes()
+    saved = load_file(tmp_path / "run" / masters)
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+    weight = load_file(tmp_path / "run/model/model.safetensors")["model.norm.weight"]
+    master = saved["lm.model.norm.weight.master"]
+    assert torch.equal(weight, master.bfloat16()) and not torch.equal(weight.float(), master)
 
 
 @pytest.mark.parametrize("how", ["raise", "signal"])
