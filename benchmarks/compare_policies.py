@@ -21,7 +21,7 @@ from minirlhf.data import load_prompts
 from minirlhf.evaluation import evaluate_policy
 from minirlhf.generation import Sampling
 from minirlhf.heads import ValueHeadModel
-from minirlhf.recipes.ppo import measure
+from minirlhf.passes import measure
 from minirlhf.reward_model import model_reward
 
 

@@ -31,7 +31,9 @@ _PUBLIC = {
     "checkpoint": ("TrainState", "save_checkpoint", "load_checkpoint"),
     "recipes.sft": ("sft", "SFTConfig"),
     "recipes.reward": ("reward", "RewardConfig"),
-    "recipes.ppo": ("ppo", "ppo_step", "PPOConfig", "PPOStats"),
+    "ppo_config": ("PPOConfig",),
+    "ppo_update": ("ppo_step", "PPOStats"),
+    "recipes.ppo": ("ppo",),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PUBLIC.items() for name in names}
 

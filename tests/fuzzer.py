@@ -27,7 +27,7 @@ from minirlhf.errors import UserError
 from minirlhf.heads import RewardModel, initialize_score
 from minirlhf.hf_config import config_from_hf
 from minirlhf.optim import make_optimizer
-from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.sieve import RowPolicy
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, initialize

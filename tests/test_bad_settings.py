@@ -13,7 +13,7 @@ from bad_inputs import COMMANDS, PAIR, PROMPT, TEXT, json_lines, named, words
 
 from minirlhf.config import as_dict, parse
 from minirlhf.errors import UserError
-from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.recipes.reward import RewardConfig
 from minirlhf.recipes.sft import SFTConfig
 from minirlhf.run import FREE, Run

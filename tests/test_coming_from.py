@@ -9,7 +9,7 @@ import pytest
 
 from minirlhf import cli
 from minirlhf.errors import BAD_INPUT, OK
-from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.recipes.reward import RewardConfig
 from minirlhf.tools.coming_from import TABLES, Section
 

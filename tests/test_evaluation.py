@@ -28,7 +28,7 @@ from minirlhf.evaluation import (
 from minirlhf.generation import Sampling, generate
 from minirlhf.heads import ValueHeadModel
 from minirlhf.lora import add_lora, merge_lora, merged_copy
-from minirlhf.recipes.ppo import measure
+from minirlhf.passes import measure
 from minirlhf.run import Run
 
 world = test_ppo_run.world

@@ -13,7 +13,7 @@ from minirlhf import cli
 from minirlhf.errors import OK
 from minirlhf.health import FIRST, LAST, RULES, Alarm, check
 from minirlhf.metrics import definition
-from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.ppo_config import PPOConfig
 
 WELL = {
     "objective/kl": 0.05, "policy/approxkl_avg": 0.01, "policy/clipfrac_avg": 0.1,

@@ -21,7 +21,7 @@ from test_ppo import (
 )
 from torch import nan
 
-from minirlhf import generation, interrupt, optim
+from minirlhf import generation, interrupt, optim, ppo_update
 from minirlhf import passes as passes_module
 from minirlhf.checkpoint import TrainState
 from minirlhf.data import Pair, Text
@@ -202,7 +202,7 @@ def test_ppo_drops_the_rollout_before_its_first_update_and_finishes_after_it(
     """Two micro-batches are measured, then two epochs of two updates follow; the signal comes in
     the `at`-th pass: 1 and 2 measure, 3 is before the first update, 4 after it."""
     config = config_of(epochs=2, mini_batches=2, micro_batch_size=2, batch_size=4, steps=2)
-    state, passes, real = state_of(tiny_policy(), config), [], ppo_recipe.policy_pass
+    state, passes, real = state_of(tiny_policy(), config), [], passes_module.policy_pass
     before = parameters(state.model)
 
     def counted(*arguments):
@@ -211,7 +211,7 @@ def test_ppo_drops_the_rollout_before_its_first_update_and_finishes_after_it(
             stop()
         return real(*arguments)
 
-    monkeypatch.setattr(ppo_recipe, "policy_pass", counted)
+    monkeypatch.setattr(ppo_update, "policy_pass", counted)
     monkeypatch.setattr(passes_module, "policy_pass", counted)
     loop = ppo_recipe.ppo(state, PROMPTS, letter_d, tiny_lm(), Letters(), config)
     with interrupt.listening():

@@ -13,7 +13,7 @@ from minirlhf.heads import ValueHeadModel, token_logprobs
 from minirlhf.lora import add_lora
 from minirlhf.machine import Machine
 from minirlhf.memory import Part, Plan, PPOModels
-from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.recipes.reward import RewardConfig
 from minirlhf.recipes.sft import SFTConfig
 from minirlhf.transformer import CausalLM, ModelConfig, initialize

@@ -21,8 +21,8 @@ from minirlhf.cli import main
 from minirlhf.errors import BAD_INPUT, NON_FINITE, OK
 from minirlhf.heads import RewardModel, initialize_score
 from minirlhf.hf_config import config_from_hf
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.pretrained import save_pretrained
-from minirlhf.recipes.ppo import PPOConfig
 from minirlhf.recipes.reward import RewardConfig
 from minirlhf.recipes.sft import SFTConfig
 from minirlhf.transformer import CausalLM, initialize

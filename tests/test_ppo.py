@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nan, nn
 
-from minirlhf import streams
+from minirlhf import ppo_update, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.data import Prompt
 from minirlhf.errors import NON_FINITE, UserError
@@ -14,8 +14,8 @@ from minirlhf.heads import ValueHeadModel
 from minirlhf.optim import make_optimizer
 from minirlhf.passes import TokenPass, measure
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.recipes import ppo as recipe
-from minirlhf.recipes.ppo import assign_credit, ppo, ppo_step
+from minirlhf.ppo_update import assign_credit, ppo_step
+from minirlhf.recipes.ppo import ppo
 from minirlhf.rewards import as_scores, function_reward
 from minirlhf.rollout import Rollout, RolloutBuffer, sample, with_scores
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
@@ -176,7 +176,7 @@ def moved_table() -> Table:
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_ppo_step_by_hand(micro_batch_size, monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
+    monkeypatch.setattr(ppo_update, "policy_pass", table_pass)
     policy = moved_table()
     before = policy.logprobs.detach().clone(), policy.values.detach().clone()
     buffer = hand_buffer(micro_batch_size)
@@ -215,7 +215,7 @@ def test_ppo_step_by_hand(micro_batch_size, monkeypatch):
 
 
 def test_ppo_step_weighs_each_optimizer_step_by_its_own_tokens(monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
+    monkeypatch.setattr(ppo_update, "policy_pass", table_pass)
     policy = moved_table()
     before = policy.values.detach().clone()
     config = config_of(**vars(HAND) | {"mini_batches": 2, "micro_batch_size": 1, "batch_size": 2})
@@ -225,7 +225,7 @@ def test_ppo_step_weighs_each_optimizer_step_by_its_own_tokens(monkeypatch):
 
 
 def test_ppo_step_takes_its_kl_coef_from_the_argument_before_the_config(monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
+    monkeypatch.setattr(ppo_update, "policy_pass", table_pass)
     policy, buffer = moved_table(), hand_buffer()
     stats = ppo_step(policy, torch.optim.SGD(policy.parameters(), lr=0.0), buffer, HAND, kl_coef=0)
     assert stats.non_score_reward == 0
@@ -233,7 +233,7 @@ def test_ppo_step_takes_its_kl_coef_from_the_argument_before_the_config(monkeypa
 
 
 def test_ppo_step_makes_epochs_times_mini_batches_steps_and_clears_the_gradient(monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
+    monkeypatch.setattr(ppo_update, "policy_pass", table_pass)
     policy, taken = moved_table(), []
 
     class Counting(torch.optim.SGD):
@@ -250,7 +250,7 @@ def test_ppo_step_makes_epochs_times_mini_batches_steps_and_clears_the_gradient(
 
 
 def test_ppo_step_explains_no_variance_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
+    monkeypatch.setattr(ppo_update, "policy_pass", table_pass)
     buffer, policy = hand_buffer(), moved_table()
     buffer.update(
         lambda m: m._replace(
@@ -264,7 +264,7 @@ def test_ppo_step_explains_no_variance_where_there_is_none(monkeypatch):
 
 
 def test_ppo_step_refuses_a_loss_that_is_not_finite_before_it_is_applied(monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
+    monkeypatch.setattr(ppo_update, "policy_pass", table_pass)
     policy, buffer = moved_table(), hand_buffer()
     before = parameters(policy)
     buffer.update(lambda m: m._replace(scores=torch.tensor([nan, 1.0])))

@@ -35,8 +35,11 @@ from minirlhf.errors import BAD_INPUT, BUG, NON_FINITE, OK, STOPPED, UserError
 from minirlhf.heads import RewardModel, ValueHeadModel, initialize_score
 from minirlhf.hf_config import config_from_hf
 from minirlhf.lora import add_lora, merge_lora
+from minirlhf.passes import measure
+from minirlhf.ppo_report import sample_table, show_samples
+from minirlhf.ppo_start import prompt_room
 from minirlhf.recipes import ppo as recipe
-from minirlhf.recipes.ppo import measure, ppo, prompt_room, sample_table, show_samples
+from minirlhf.recipes.ppo import ppo
 from minirlhf.run import Run
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, initialize

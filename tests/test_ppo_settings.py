@@ -27,7 +27,7 @@ from test_ppo import (
     tiny_policy,
 )
 
-from minirlhf import streams
+from minirlhf import ppo_update, streams
 from minirlhf.advantages import token_rewards
 from minirlhf.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.data import Text
@@ -35,8 +35,8 @@ from minirlhf.generation import generate, sampling_law
 from minirlhf.heads import RewardModel, critic_from_reward_model, initialize_score, response_states
 from minirlhf.optim import make_optimizer
 from minirlhf.passes import measure
-from minirlhf.recipes import ppo as recipe
-from minirlhf.recipes.ppo import assign_credit, ppo, ppo_step
+from minirlhf.ppo_update import assign_credit, ppo_step
+from minirlhf.recipes.ppo import ppo
 from minirlhf.rewards import Scores
 from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, sample
 from minirlhf.scores import RunningMoments, scale_scores
@@ -208,7 +208,7 @@ def test_missing_eos_ramp_grows_before_the_limit():
 
 def hand_step(monkeypatch, policy=None, **settings):
     """One step of rate 1 on the hand-made rollout: (minus the gradient of the log-probs, stats)."""
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
+    monkeypatch.setattr(ppo_update, "policy_pass", table_pass)
     policy = policy or moved_table()
     before = policy.logprobs.detach().clone()
     counters: dict[str, int] = {}
@@ -259,7 +259,7 @@ def test_max_ratio_leaves_an_update_out_and_counts_it(monkeypatch):
 
 @pytest.mark.parametrize(("limit", "epochs"), [(0.1602, 1), (0.1604, 3), (None, 3)])
 def test_early_stop_by_hand(monkeypatch, limit, epochs):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
+    monkeypatch.setattr(ppo_update, "policy_pass", table_pass)
     policy, counters = moved_table(), {}
     # ratio - 1 - log ratio of 1.5, 0.5 and 0.5: 0.0945349 and twice 0.1931472; mean 0.1602764
     config = changed(early_stop_kl=limit, epochs=3)

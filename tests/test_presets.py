@@ -9,8 +9,8 @@ from kill_harness import command, make_world
 from minirlhf import cli
 from minirlhf.config import Preset, parse, setting
 from minirlhf.errors import BAD_INPUT, OK, UserError
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.presets import PPO
-from minirlhf.recipes.ppo import PPOConfig
 
 # ---- the mechanism -------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from minirlhf.data import Prompt
 from minirlhf.errors import UserError
 from minirlhf.heads import RewardModel, initialize_score
 from minirlhf.hf_config import config_from_hf
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_start import Data, check_reencoded
 from minirlhf.pretrained import load_reward_model, save_pretrained
-from minirlhf.recipes.ppo import PPOConfig
 from minirlhf.reward_model import model_reward, reencode
 from minirlhf.reward_sources import facts, load_reward, parse
 from minirlhf.rewards import Completions

@@ -14,10 +14,10 @@ from minirlhf.data import load_pairs
 from minirlhf.errors import STOPPED
 from minirlhf.heads import RewardModel
 from minirlhf.hf_config import config_from_hf
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.preferences import without_eos
 from minirlhf.pretrained import load_pretrained, load_reward_model, save_pretrained
 from minirlhf.recipes import reward as recipe
-from minirlhf.recipes.ppo import PPOConfig
 from minirlhf.recipes.reward import RewardConfig, load_start, write_model
 from minirlhf.reward_eval import evaluate
 from minirlhf.reward_sources import load_reward

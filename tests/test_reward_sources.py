@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minirlhf.errors import UserError
-from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.reward_sources import (
     Spec,
     load_reward,

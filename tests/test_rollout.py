@@ -11,7 +11,9 @@ from minirlhf import streams
 from minirlhf.data import Prompt
 from minirlhf.generation import Sampling
 from minirlhf.heads import ValueHeadModel
-from minirlhf.recipes.ppo import PPOConfig, assign_credit, measure
+from minirlhf.passes import measure
+from minirlhf.ppo_config import PPOConfig
+from minirlhf.ppo_update import assign_credit
 from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, unpack
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 

@@ -19,8 +19,8 @@ from test_reward_model import words as words
 
 from minirlhf.cli import main
 from minirlhf.errors import REWARD_SERVICE, UserError
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.pretrained import load_reward_model
-from minirlhf.recipes.ppo import PPOConfig
 from minirlhf.reward_sources import load_reward
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.serve import BODY_CAP, Server, answer_with

@@ -9,7 +9,7 @@ import pytest
 from minirlhf.data import Pair, load_pairs, load_prompts, load_texts, split_rows
 from minirlhf.errors import UserError
 from minirlhf.formats import text_format
-from minirlhf.recipes.ppo import PPOConfig
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.rows import read_rows
 from minirlhf.sieve import LeftOut, RowPolicy, Sieve
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer

@@ -36,8 +36,10 @@ from minirlhf.hf_config import config_from_hf
 from minirlhf.kl import AdaptiveKL, kl_k1, kl_k2
 from minirlhf.losses import clipped_surrogate
 from minirlhf.masking import masked_mean, masked_rescale
+from minirlhf.passes import measure, policy_pass
+from minirlhf.ppo_config import PPOConfig
+from minirlhf.ppo_update import assign_credit, ppo_step
 from minirlhf.preferences import collate_pairs, score_metrics
-from minirlhf.recipes.ppo import PPOConfig, assign_credit, measure, policy_pass, ppo_step
 from minirlhf.rollout import Rollout, RolloutBuffer
 from minirlhf.scores import RunningMoments
 from minirlhf.transformer import CausalLM
