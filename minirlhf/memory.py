@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, R of a response, D hidden size, H query heads, K key-v
 dim, I width of the MLP, V vocabulary. Sizes are in bytes; a GB is 10^9 of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -203,6 +204,11 @@ def largest_cells(rows: int, longest: int, most: int) -> int:
 # --------------------------------------------------------------------------------------- the plans
 
 
+def heaviest(tokens: Sequence[int], rows: int) -> int:
+    """Most tokens that so many examples of a file hold together."""
+    return sum(sorted(tokens)[-rows:])
+
+
 class PPOSettings(Protocol):
     """Those settings of `minirlhf ppo` that decide what it holds."""
 
@@ -342,7 +348,7 @@ TRAINING = ("load", "loss", "step", "evaluate", "save")
 
 def reward_plan(
     settings: TrainingSettings, model: ModelConfig, longest: int, dtype: torch.dtype, held: int,
-    held_out: int = 0, texts: int = 2,
+    held_out: int = 0, texts: int = 2, heaviest: int | None = None,
 ) -> Plan:  # fmt: skip
     """Of a reward model's training.
 
@@ -351,10 +357,12 @@ def reward_plan(
         held: as in `ppo_plan`.
         held_out: pairs or lists of the largest held-out set.
         texts: of the longest list, which stay in one micro-batch; 2 for pairs.
+        heaviest: as `heaviest` counts them; None: all texts are as long as the longest.
     """
     rank, most = settings.lora_rank, settings.micro_batch_tokens
     one = texts * longest
     cells = largest_cells(settings.batch_size, one, most)
+    tokens = cells if heaviest is None else min(cells, heaviest)  # padding is not computed
     evaluated = largest_cells(held_out, one, most) if held_out else 0
     passing = passing_per_token(model, dtype, rank)
     kept = kept_per_token(model, dtype, rank, settings.gradient_checkpointing)
@@ -363,8 +371,8 @@ def reward_plan(
     parts = [
         *_trained(model, count, 0, dtype, rank, TRAINING,
                   settings.batch_size * one > most, unembeds=False),
-        Part("activations", cells * kept, f"{cells:,} tokens x {kept:,} B", ("loss",), fewer),
-        Part("backward pass", cells * passing, f"{cells:,} tokens x {passing:,} B, of one layer",
+        Part("activations", tokens * kept, f"{tokens:,} tokens x {kept:,} B", ("loss",), fewer),
+        Part("backward pass", tokens * passing, f"{tokens:,} tokens x {passing:,} B, of one layer",
              ("loss",), fewer),
         Part("evaluation pass", evaluated * passing, f"{evaluated:,} tokens x {passing:,} B",
              ("evaluate",), fewer),

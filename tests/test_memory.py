@@ -296,6 +296,16 @@ def test_reward_plan_by_hand():
     assert plan.largest.lower == "lower --micro-batch-tokens"
 
 
+def test_reward_plan_counts_the_tokens_that_are_there():
+    settings = RewardConfig(batch_size=2, micro_batch_tokens=100)
+    heaviest = memory.heaviest([3, 9, 8, 4], 2)  # of the two longest pairs, both sides
+    assert heaviest == 17
+    plan = memory.reward_plan(settings, UNTIED, 5, float32, 0, heaviest=heaviest)
+    assert sizes(plan)["activations"] == 17 * 324 and sizes(plan)["backward pass"] == 17 * 112
+    full = memory.reward_plan(settings, UNTIED, 5, float32, 0, heaviest=99)
+    assert sizes(full)["activations"] == 20 * 324  # no more than a micro-batch has cells
+
+
 def test_reward_plan_of_one_long_pair_can_only_shorten_it():
     settings = RewardConfig(batch_size=3, micro_batch_tokens=100)
     plan = memory.reward_plan(settings, TINY, 60, float32, 0)

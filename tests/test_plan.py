@@ -95,8 +95,13 @@ def test_plan_reward_measures_all_files(model, tmp_path, capsys):
     words = ["--model", str(model), "--data", train, "--eval-data", held_out, "--batch-size", "2"]
     assert plan.main(["reward", *words]) == 0
     told = lines_of(capsys.readouterr().out)
-    longest = len(tokenizer.encode("q")) + len(tokenizer.encode("a b c d e f", bos=False)) + 1
-    assert told["activations"].startswith(f"{2 * 2 * longest} tokens")
+    prompt, end = len(tokenizer.encode("q")), 1
+    chosen, rejected, longest = (
+        prompt + len(tokenizer.encode(text, bos=False)) + end
+        for text in ("a b", "c", "a b c d e f")
+    )
+    assert chosen != rejected
+    assert told["activations"].startswith(f"{2 * (chosen + rejected)} tokens")  # of both pairs
     assert told["evaluation pass"].startswith(f"{2 * 3 * longest} tokens")
 
 

@@ -387,6 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = memory.reward_plan(
         config, model_config, longest, dtype, process_bytes(device),
         max(map(len, scored), default=0), texts,
+        memory.heaviest(list(map(count_tokens, examples)), config.batch_size),
     )  # fmt: skip
     print(plan)
     fits = memory.verdict(plan, free_memory(device))

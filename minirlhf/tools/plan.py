@@ -20,10 +20,11 @@ from minirlhf.machine import free_memory, process_bytes
 from minirlhf.memory import Plan
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_start import prompt_room
-from minirlhf.preferences import count_texts, row_lengths
+from minirlhf.preferences import count_texts, count_tokens, row_lengths
 from minirlhf.rankings import load_preferences
 from minirlhf.recipes.reward import RewardConfig
-from minirlhf.recipes.sft import SFTConfig, count_tokens, with_target
+from minirlhf.recipes.sft import SFTConfig, with_target
+from minirlhf.recipes.sft import count_tokens as count_text_tokens
 from minirlhf.rows import read_json
 from minirlhf.run import named_files
 from minirlhf.sieve import RowPolicy
@@ -78,6 +79,7 @@ def measure(
 def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
     folder = pretrained.resolve(config.model)
     model, texts = pretrained.read_config(folder), [2]
+    tokens: list[list[int]] = []  # of each example, file by file
 
     def lengths(path: str) -> list[int]:
         tokenizer = load_tokenizer(folder)
@@ -86,11 +88,14 @@ def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
         )
         print(report)
         texts.append(int(count_texts(examples).max()))
+        tokens.append(list(map(count_tokens, examples)))
         return row_lengths(examples).tolist()
 
     longest, held_out = measure(config, model.longest_row, lengths)
-    bytes_held = process_bytes(device)
-    return memory.reward_plan(config, model, longest, dtype, bytes_held, held_out, max(texts))
+    heaviest = memory.heaviest(tokens[0], config.batch_size) if tokens else None
+    return memory.reward_plan(
+        config, model, longest, dtype, process_bytes(device), held_out, max(texts), heaviest
+    )
 
 
 def sft_model(config: SFTConfig) -> tuple[ModelConfig, Tokenizer | None]:
@@ -118,7 +123,7 @@ def plan_sft(config: SFTConfig, dtype: torch.dtype, device: str) -> Plan:
             policy=RowPolicy.of(config), finish=with_target,
         )  # fmt: skip
         print(report)
-        return count_tokens(texts)[0].tolist()
+        return count_text_tokens(texts)[0].tolist()
 
     longest, held_out = measure(config, model.longest_row, lengths if tokenizer else None)
     return memory.sft_plan(config, model, longest, dtype, process_bytes(device), held_out)
