@@ -383,22 +383,23 @@ def reward_plan(
 
 def sft_plan(
     settings: TrainingSettings, model: ModelConfig, longest: int, dtype: torch.dtype, held: int,
-    held_out: int = 0,
+    held_out: int = 0, heaviest: int | None = None,
 ) -> Plan:  # fmt: skip
     """Of supervised fine-tuning; arguments as in `reward_plan`, texts instead of pairs."""
     rank, most = settings.lora_rank, settings.micro_batch_tokens
     cells = largest_cells(settings.batch_size, longest, most)
+    tokens = cells if heaviest is None else min(cells, heaviest)
     evaluated = largest_cells(held_out, longest, most) if held_out else 0
     passing = passing_per_token(model, dtype, rank)
     kept = kept_per_token(model, dtype, rank, settings.gradient_checkpointing)
-    logits = chunk_logits(model, dtype, cells, not rank)
+    logits = chunk_logits(model, dtype, tokens, not rank)
     evaluation = chunk_logits(model, dtype, evaluated, False).forward if held_out else 0
     fewer = "lower --micro-batch-tokens" if cells > longest else "lower --max-length"
     count = parameters(model)
     parts = [
         *_trained(model, count, 0, dtype, rank, TRAINING,
                   settings.batch_size * longest > most, unembeds=True),
-        Part("activations", cells * kept, f"{cells:,} tokens x {kept:,} B", ("loss",), fewer),
+        Part("activations", tokens * kept, f"{tokens:,} tokens x {kept:,} B", ("loss",), fewer),
         Part("logits", max(logits[:2]), logits.counted, ("loss",), fewer),
         Part("evaluation pass", evaluated * passing + evaluation,
              f"{evaluated:,} tokens x {passing:,} B, and logits", ("evaluate",), fewer),

@@ -343,6 +343,12 @@ def test_gpt2_is_copied_for_its_file():
     assert plan.total("save") == 4 * sizes(plan)["weights"]
 
 
+def test_sft_plan_counts_the_tokens_that_are_there():
+    settings = SFTConfig(batch_size=4, micro_batch_tokens=100)
+    parts = sizes(memory.sft_plan(settings, TINY, 5, float32, 0, heaviest=11))
+    assert parts["activations"] == 11 * 324 and parts["logits"] == 2 * 11 * 40
+
+
 def test_half_precision_halves_the_weights_and_keeps_float32_masters():
     plan = memory.sft_plan(SFTConfig(), TINY, 5, bfloat16, 0)
     parts = sizes(plan)

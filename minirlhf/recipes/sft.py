@@ -330,6 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = memory.sft_plan(
         config, model_config, longest, dtype, process_bytes(device),
         max(map(len, sets.values()), default=0),
+        memory.heaviest(count_tokens(texts)[0].tolist(), config.batch_size),
     )  # fmt: skip
     print(plan)
     fits = memory.verdict(plan, free_memory(device))

@@ -116,6 +116,7 @@ def sft_model(config: SFTConfig) -> tuple[ModelConfig, Tokenizer | None]:
 
 def plan_sft(config: SFTConfig, dtype: torch.dtype, device: str) -> Plan:
     model, tokenizer = sft_model(config)
+    tokens: list[list[int]] = []  # of each text, file by file
 
     def lengths(path: str) -> list[int]:
         texts, report = load_texts(
@@ -123,10 +124,14 @@ def plan_sft(config: SFTConfig, dtype: torch.dtype, device: str) -> Plan:
             policy=RowPolicy.of(config), finish=with_target,
         )  # fmt: skip
         print(report)
-        return count_text_tokens(texts)[0].tolist()
+        tokens.append(count_text_tokens(texts)[0].tolist())
+        return tokens[-1]
 
     longest, held_out = measure(config, model.longest_row, lengths if tokenizer else None)
-    return memory.sft_plan(config, model, longest, dtype, process_bytes(device), held_out)
+    heaviest = memory.heaviest(tokens[0], config.batch_size) if tokens else None
+    return memory.sft_plan(
+        config, model, longest, dtype, process_bytes(device), held_out, heaviest
+    )
 
 
 RECIPES = {
