@@ -146,7 +146,7 @@ class KVCache:
         self.keys = [like.new_zeros(shape) for _ in range(config.num_layers)]
         self.values = [like.new_zeros(shape) for _ in range(config.num_layers)]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        self.width = 0  # cells that a decoding step looks at, set once a step by the Decoder
+        self.seen = torch.empty(0)  # (B, S) bool: what a step looks at, set once by the Decoder
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these, (A,) int64.
@@ -239,11 +239,9 @@ class Attention(nn.Module):
         rows = torch.arange(B, device=q.device)
         keys[rows, :, cache.lengths] = k[:, :, 0]
         values[rows, :, cache.lengths] = v[:, :, 0]
-        S = cache.width
-        seen = torch.arange(S, device=q.device) <= cache.lengths[:, None]  # (B, S), itself included
+        S, mask = cache.seen.shape[1], cache.seen[:, None, None]
         # The H/K query heads of a group stand where query positions stand: no copy of the keys.
         grouped = q.view(B, K, H // K, E)
-        mask = seen[:, None, None]
         out = F.scaled_dot_product_attention(grouped, keys[:, :, :S], values[:, :, :S], mask)
         return out.view(B, H, 1, E)
 
@@ -319,7 +317,7 @@ class Decoder(nn.Module):
         longest = T if past is None else int(past.max()) + 1
         self.check_length(longest)
         if past is not None:
-            cache.width = longest
+            cache.seen = torch.arange(longest, device=tokens.device) <= past[:, None]  # itself too
         where = torch.arange(T, device=tokens.device) if past is None else past[:, None]
         packing, rope = None, None
         if lengths is not None and int(lengths.sum()) < tokens.numel():
