@@ -8,7 +8,7 @@ pickle is refused whatever it is called, and no link leads out of a model's fold
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -183,6 +183,17 @@ def has_tensor(files: list[Path], name: str) -> bool:
             if name in opened.keys():
                 return True
     return False
+
+
+def rounded(folders: Iterable[Path], dtype: torch.dtype) -> list[str]:
+    """A line for each folder whose weights lose digits in `dtype`: what fine-tuning added to a
+    weight is often less than half a step of bfloat16."""
+    name = str(dtype).removeprefix("torch.")
+    return [
+        f"{folder}: weights are rounded to {name}, which can undo fine-tuning"
+        for folder in dict.fromkeys(folders)
+        if any(t.itemsize > dtype.itemsize for t in read_tensors(tensor_files(folder)).values())
+    ]
 
 
 def _gpt2_names(config: ModelConfig) -> dict[str, str]:

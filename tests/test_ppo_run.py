@@ -422,9 +422,10 @@ def test_main_exports_the_policy_as_transformers_reads_it(whole, world):
     assert peer.generation_config.eos_token_id == [0, 67] and peer.generation_config.top_k == 50
 
 
-def test_main_resumes_in_half_precision_to_the_same_bytes(world, tmp_path, monkeypatch):
+def test_main_resumes_in_half_precision_to_the_same_bytes(world, tmp_path, monkeypatch, capsys):
     settings = {"dtype": "bfloat16", "log_every": 1}
     assert main(command(world, tmp_path / "whole", **settings)) == OK
+    assert f"warning: {world / 'policy'}: weights are rounded to bfl" in capsys.readouterr().out
     log, argv = Run.log, command(world, tmp_path / "run", **settings)
 
     def interrupted(self, state, *rest):

@@ -22,6 +22,7 @@ from minirlhf.pretrained import (
     load_pretrained,
     load_reward_model,
     offloaded,
+    rounded,
     save_pretrained,
     tensor_files,
 )
@@ -326,6 +327,15 @@ def test_parameters_are_aligned_whatever_the_file(peer):
     for name in ("qwen2", "gpt2"):
         lm = load_pretrained(peer(name)[1])
         assert all(p.data_ptr() % 64 == 0 and p.is_contiguous() for p in lm.parameters())
+
+
+def test_rounded_names_each_folder_whose_weights_lose_digits(peer, tmp_path):
+    _, wide = peer("llama")
+    save_pretrained(load_pretrained(wide, torch.bfloat16), tmp_path / "narrow")
+    both = [wide, tmp_path / "narrow", wide]
+    told = f"{wide}: weights are rounded to bfloat16, which can undo fine-tuning"
+    assert rounded(both, torch.bfloat16) == [told]
+    assert rounded(both, torch.float32) == []
 
 
 @pytest.mark.parametrize("fails", [False, True])

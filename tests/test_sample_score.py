@@ -224,6 +224,18 @@ def test_score_does_not_depend_on_the_batch(files):
     torch.testing.assert_close(score_texts(model, rows, 1), whole, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("verb", "model", "data", "more"),
+    [("score", "RM", "TEXTS", []), ("sample", "LM", "PROMPTS", ["--max-new-tokens", "2"])],
+)
+def test_weights_that_are_rounded_are_told(verb, model, data, more, files, capsys):
+    words = [verb, "--model", files[model], "--data", files[data], *more]
+    warning = f"warning: {files[model]}: weights are rounded to bfloat16"
+    for dtype, told in (("bfloat16", True), ("float32", False)):
+        assert main([*words, "--dtype", dtype]) == 0
+        assert (warning in capsys.readouterr().err) == told
+
+
 def test_score_summary_is_mean_and_population_std(files, capsys, monkeypatch):
     from minirlhf.tools import score
 

@@ -217,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         config, models, data.longest_prompt, dtype, held, data.longest_text
     )
     print(plan)
+    for line in pretrained.rounded((folder, ref_folder, *critic, *scorers), dtype):
+        print(f"warning: {line}")
     fits = memory.verdict(plan, free_memory(device))
     frozen: list[tuple[CausalLM | RewardModel, Path]] = []
     reward = load_reward(

@@ -390,6 +390,8 @@ def main(argv: list[str] | None = None) -> int:
         memory.heaviest(list(map(count_tokens, examples)), config.batch_size),
     )  # fmt: skip
     print(plan)
+    for line in pretrained.rounded([folder], dtype):
+        print(f"warning: {line}")
     fits = memory.verdict(plan, free_memory(device))
     model = load_start(config, before_eos, device, dtype)
     optimizer = optim.make_optimizer(

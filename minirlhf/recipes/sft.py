@@ -333,6 +333,9 @@ def main(argv: list[str] | None = None) -> int:
         memory.heaviest(count_tokens(texts)[0].tolist(), config.batch_size),
     )  # fmt: skip
     print(plan)
+    start = [pretrained.resolve(config.model)] if config.model else []
+    for line in pretrained.rounded(start, dtype):
+        print(f"warning: {line}")
     fits = memory.verdict(plan, free_memory(device))
     lm = load_start(config, model_config, tokenizer, dtype).to(device)
     optimizer = optim.make_optimizer(

@@ -157,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.min_p,
         config.repetition_penalty, config.stop,
     )  # fmt: skip
+    for line in pretrained.rounded([folder], dtype):
+        print(f"warning: {line}", file=sys.stderr)
     lm = pretrained.load_pretrained(folder, dtype, device)
     rows = sample(lm, tokenizer, prompts, sampling, config.seed, config.batch_size)
     with json_lines(config.out) as write:

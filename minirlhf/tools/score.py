@@ -158,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     read, make = (load_preferences, preference_rows) if preferences else (load_texts, text_rows)
     examples, report = read(config.data, tokenizer, most, config.overlong, policy=policy)
     print(report, file=sys.stderr)
+    for line in pretrained.rounded([folder], dtype):
+        print(f"warning: {line}", file=sys.stderr)
     model = pretrained.load_reward_model(folder, dtype, device)
     rows, summary = make(model, examples, tokenizer.eos_ids, config.micro_batch_tokens)
     with json_lines(config.out) as write:
