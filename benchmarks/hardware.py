@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -65,5 +66,6 @@ def show(machine: dict) -> str:
 def child(command: list[str], env: dict | None = None) -> list[dict]:
     """Runs a program to its end; the JSON lines that it prints."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=True)
-    lines = done.stdout.splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
+    found = [line for line in done.stdout.splitlines() if line.startswith('{"')]
+    print(*found, sep="\n", file=sys.stderr)  # so that a later failure loses nothing
+    return [json.loads(line) for line in found]
