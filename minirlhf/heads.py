@@ -122,8 +122,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
         d logprob / dz_j = [j = target] - p_j,    dH / dz_j = -p_j (log p_j + H)
 
-    Outside a support p is 0, and so is everything that p multiplies. Most is done in place: at
-    these sizes a pass over memory costs as much as a tenth of the matrix product.
+    Outside a support p is 0, and so is everything that p multiplies. Most is done in place: the
+    logits are so large that each pass over them costs time beside the matrix product.
     """
 
     @staticmethod

@@ -18,7 +18,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 class MasterAdamW(torch.optim.AdamW):
     """AdamW for a model in half precision: masters, moments and gradients are float32.
 
-    A bfloat16 weight has 8 bits, so that an update below 1/256 of it would be lost, as most are.
+    A bfloat16 weight has 8 bits, so that an update below 1/512 of it would be lost, as most are.
     Here the parameters are a working copy for the passes, made once a step from the masters; the
     gradients of micro-batches are added up in float32 (Micikevicius et al. 2017, arXiv:1710.03740,
     sec. 3.1). A master is part of its parameter's state, and so of every checkpoint.
