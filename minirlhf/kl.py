@@ -6,7 +6,7 @@ is ref / policy, so that his log r is -d.
 
 As a reward penalty take kl_k1: its expectation enters the return. As a loss term take kl_k2: its
 gradient is that of the KL in expectation, while kl_k1's is 0 and kl_k3's is that of another
-divergence. No clamp anywhere: an overflow shows as infinity. `heads.token_kl` is no estimate but
+divergence. No clamp anywhere: an overflow shows as infinity. `logprobs.token_kl` is no estimate but
 the sum over the vocabulary.
 """
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from minirlhf import streams
 from minirlhf.errors import UserError
-from minirlhf.heads import RewardModel, ValueHeadModel, widened
+from minirlhf.heads import RewardModel, ValueHeadModel
+from minirlhf.linear import Linear, linear
+from minirlhf.logprobs import widened
 from minirlhf.transformer import CausalLM
 
 Model = TypeVar("Model", CausalLM, ValueHeadModel, RewardModel)
@@ -49,10 +51,10 @@ class LoRALinear(nn.Module):
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight, self.bias)
+        out = linear(x, self.weight, self.bias)
         if not self.enabled:
             return out
-        return out + F.linear(self.scaling * F.linear(x, self.lora_A), self.lora_B)
+        return out + linear(self.scaling * F.linear(x, self.lora_A), self.lora_B)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -61,7 +63,7 @@ class LoRALinear(nn.Module):
         update = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))  # (out, in)
         self.weight.copy_(self.weight.to(wide) + update)
         out_features, in_features = self.weight.shape
-        layer = nn.Linear(in_features, out_features, self.bias is not None, device="meta")
+        layer = Linear(in_features, out_features, self.bias is not None, device="meta")
         layer.weight, layer.bias = self.weight, self.bias
         return layer
 

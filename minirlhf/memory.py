@@ -17,7 +17,7 @@ from torch import nn
 
 from minirlhf import pretrained
 from minirlhf.errors import MACHINE, UserError
-from minirlhf.heads import CHUNK, widened
+from minirlhf.logprobs import TILE, widened
 from minirlhf.machine import Machine
 from minirlhf.reward_sources import parse
 from minirlhf.transformer import CausalLM, ModelConfig, shapes_only
@@ -163,14 +163,15 @@ class Logits(NamedTuple):
     counted: str
 
 
-def chunk_logits(
+def logits_held(
     config: ModelConfig, dtype: torch.dtype, tokens: int, trained: bool, entropy: bool = False
 ) -> Logits:
-    """What `heads.token_logprobs` holds at most beside its arguments.
+    """What `logprobs.token_logprobs` holds at most beside its arguments.
 
-    Forward: logits and log-probs, and beside them the next chunk's logits. Backward: log-probs,
-    which become the gradient, and the next chunk's; with an entropy's gradient, the law too; and
-    the gradient of a trained unembedding. In half precision the unembedding is copied to float32.
+    Forward: a tile of logits and of the law, and the next tile's logits. Backward: log-probs, which
+    become the gradient, and the next tile's; with an entropy's gradient, the law too; and the
+    gradient of a trained unembedding. In half precision a tile's rows of the unembedding are copied
+    to float32.
 
     Args:
         tokens: N of one call.
@@ -178,14 +179,15 @@ def chunk_logits(
         entropy: whether the loss reads it.
     """
     wide = widened(dtype).itemsize
-    one = min(tokens, CHUNK) * config.vocab_size * wide
+    held, words = min(tokens, TILE.tokens), min(config.vocab_size, TILE.words)
+    one = held * words * wide
+    more = 1 if tokens > held or config.vocab_size > words else 0
     matrix = embedding_parameters(config) * wide
-    copied = 0 if dtype.itemsize == wide else matrix
-    count = 3 if tokens > CHUNK else 2
+    copied = 0 if dtype.itemsize == wide else (1 + more) * words * config.hidden_size * wide
     return Logits(
-        count * one + copied,
-        (count - 1) * (1 + entropy) * one + (matrix if trained else 0) + copied,
-        f"{min(tokens, CHUNK)} tokens x {config.vocab_size:,} x {wide} B x {count}"
+        (2 + more) * one + copied,
+        (1 + more) * (1 + entropy) * one + (matrix if trained else 0) + copied,
+        f"{held} tokens x {words:,} words x {wide} B x {2 + more}"
         + (", gradient of the unembedding" if trained else ""),
     )
 
@@ -286,7 +288,7 @@ def ppo_plan(
     mixed = largest_cells(settings.ptx_batch_size, longest_text, settings.micro_batch_tokens)
     trained = max(cells, mixed if longest_text else 0)
     scored = largest_cells(settings.batch_size, longest, settings.micro_batch_tokens)
-    logits = chunk_logits(
+    logits = logits_held(
         policy, dtype, micro_rows * settings.max_new_tokens, not rank, settings.entropy_coef > 0
     )
     passing, again = passing_per_token(policy, dtype, rank), settings.gradient_checkpointing
@@ -392,8 +394,8 @@ def sft_plan(
     evaluated = largest_cells(held_out, longest, most) if held_out else 0
     passing = passing_per_token(model, dtype, rank)
     kept = kept_per_token(model, dtype, rank, settings.gradient_checkpointing)
-    logits = chunk_logits(model, dtype, tokens, not rank)
-    evaluation = chunk_logits(model, dtype, evaluated, False).forward if held_out else 0
+    logits = logits_held(model, dtype, tokens, not rank)
+    evaluation = logits_held(model, dtype, evaluated, False).forward if held_out else 0
     fewer = "lower --micro-batch-tokens" if cells > longest else "lower --max-length"
     count = parameters(model)
     parts = [

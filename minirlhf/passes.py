@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from minirlhf import interrupt
-from minirlhf.heads import ValueHeadModel, response_states, token_kl, token_logprobs
+from minirlhf.heads import ValueHeadModel, response_states
 from minirlhf.kl import ESTIMATORS
+from minirlhf.logprobs import token_kl, token_logprobs
 from minirlhf.lora import adapters_off
 from minirlhf.rollout import Rollout, RolloutBuffer, unpack
 from minirlhf.transformer import CausalLM

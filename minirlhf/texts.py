@@ -11,7 +11,8 @@ from torch import Tensor
 from minirlhf.data import Text
 from minirlhf.errors import UserError
 from minirlhf.generation import pad_right
-from minirlhf.heads import TokenStats, response_states, token_logprobs
+from minirlhf.heads import response_states
+from minirlhf.logprobs import TokenStats, token_logprobs
 from minirlhf.optim import cut_by_tokens
 from minirlhf.rollout import next_rows
 from minirlhf.transformer import CausalLM

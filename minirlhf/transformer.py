@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from minirlhf.linear import Linear, linear
+
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -196,10 +198,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         D, E = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(D, config.num_heads * E, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, config.num_kv_heads * E, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, config.num_kv_heads * E, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_heads * E, D, bias=config.out_bias)
+        self.q_proj = Linear(D, config.num_heads * E, bias=config.qkv_bias)
+        self.k_proj = Linear(D, config.num_kv_heads * E, bias=config.qkv_bias)
+        self.v_proj = Linear(D, config.num_kv_heads * E, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_heads * E, D, bias=config.out_bias)
         if config.qk_norm:  # Qwen3: over each head's channels, before the rotation
             self.q_norm = make_norm(config, E)
             self.k_norm = make_norm(config, E)
@@ -253,9 +255,9 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         D, I = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, I, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(D, I, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(I, D, bias=config.mlp_bias)
+        self.gate_proj = Linear(D, I, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = Linear(D, I, bias=config.mlp_bias)
+        self.down_proj = Linear(I, D, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
@@ -360,7 +362,7 @@ class CausalLM(nn.Module):
     """Decoder with an unembedding: `lm(tokens)` -> hidden (B, T, D); `lm.logits(hidden)` -> (…, V).
 
     The two are apart because the logits of a prompt are never needed and those of a response only
-    as one log-prob each (`heads.token_logprobs`).
+    as one log-prob each (`logprobs.token_logprobs`).
     """
 
     def __init__(self, config: ModelConfig):
@@ -368,7 +370,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tied_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def unembedding(self) -> Tensor:
@@ -382,7 +384,7 @@ class CausalLM(nn.Module):
         return self.model(tokens, cache, lengths)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.unembedding)
+        return linear(hidden, self.unembedding)
 
 
 class _NoInitialization(TorchFunctionMode):

@@ -31,8 +31,8 @@ LAYERS = (
     "minirlhf.sieve minirlhf.rows minirlhf.support",
     "minirlhf.masking",
     "minirlhf.kl minirlhf.losses minirlhf.advantages",
-    "minirlhf.transformer minirlhf.lora minirlhf.heads minirlhf.hf_config minirlhf.pretrained "
-    "minirlhf.generation",
+    "minirlhf.linear minirlhf.transformer minirlhf.logprobs minirlhf.heads minirlhf.lora "
+    "minirlhf.hf_config minirlhf.pretrained minirlhf.generation",
     "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.encoding minirlhf.data "
     "minirlhf.rankings",
     "minirlhf.config minirlhf.presets minirlhf.metrics minirlhf.memory minirlhf.optim "

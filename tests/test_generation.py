@@ -18,7 +18,8 @@ from minirlhf.generation import (
     sampling_law,
     support_of,
 )
-from minirlhf.heads import response_states, token_logprobs
+from minirlhf.heads import response_states
+from minirlhf.logprobs import token_logprobs
 from minirlhf.pretrained import load_pretrained
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 

@@ -8,6 +8,7 @@ from minirlhf.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from minirlhf.errors import UserError
 from minirlhf.heads import RewardModel, ValueHeadModel, critic_from_reward_model
 from minirlhf.hf_config import config_from_hf
+from minirlhf.linear import Linear
 from minirlhf.lora import LoRALinear, adapters_off, add_lora, has_lora, merge_lora
 from minirlhf.optim import make_optimizer
 from minirlhf.pretrained import load_pretrained, load_reward_model, save_pretrained
@@ -92,7 +93,7 @@ def test_lora_linear_merged_by_hand():
     # B A = [[2, -2 + 1], [0.5, -0.5]]; W + 3 B A = [[1 + 6, 2 - 3], [3 + 1.5, 4 - 1.5]]
     layer, x = two_by_two()
     plain = layer.merged()
-    assert type(plain) is nn.Linear
+    assert type(plain) is Linear
     assert plain.weight.tolist() == [[7, -1], [4.5, 2.5]]
     assert plain.bias.tolist() == [10, 20]
     assert plain(x).tolist() == [42, 50]
@@ -304,7 +305,7 @@ def test_merge_lora_keeps_the_function_and_restores_the_model(config, wrap):
     assert merge_lora(model) is model
     torch.testing.assert_close(outputs(model), unmerged, rtol=0, atol=1e-6)
     assert list(model.state_dict()) == names
-    assert {type(m) for n, m in model.named_modules() if n.endswith("_proj")} == {nn.Linear}
+    assert {type(m) for n, m in model.named_modules() if n.endswith("_proj")} == {Linear}
     assert trainable(model) == set(dict(model.named_parameters()))
     assert not has_lora(model)
 

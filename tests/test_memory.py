@@ -9,7 +9,8 @@ from torch import bfloat16, float32
 
 from minirlhf import memory
 from minirlhf.errors import MACHINE, UserError
-from minirlhf.heads import ValueHeadModel, token_logprobs
+from minirlhf.heads import ValueHeadModel
+from minirlhf.logprobs import token_logprobs
 from minirlhf.lora import add_lora
 from minirlhf.machine import Machine
 from minirlhf.memory import Part, Plan, PPOModels
@@ -116,13 +117,13 @@ def test_passing_per_token_is_the_larger_of_attention_and_mlp():
         (float32, 3, False, False, 2 * 120, 120),
         (float32, 3, True, False, 2 * 120, 120 + 160),
         (float32, 3, True, True, 2 * 120, 2 * 120 + 160),
-        (float32, 128, True, False, 2 * 5120, 5120 + 160),
-        (float32, 129, True, False, 3 * 5120, 2 * 5120 + 160),
+        (float32, 512, True, False, 2 * 20480, 20480 + 160),
+        (float32, 513, True, False, 3 * 20480, 2 * 20480 + 160),
         (bfloat16, 3, False, False, 2 * 120 + 160, 120 + 160),
     ],
 )
-def test_chunk_logits_by_hand(dtype, tokens, trained, entropy, forward, backward):
-    planned = memory.chunk_logits(TINY, dtype, tokens, trained, entropy)
+def test_logits_held_by_hand(dtype, tokens, trained, entropy, forward, backward):
+    planned = memory.logits_held(TINY, dtype, tokens, trained, entropy)
     assert planned[:2] == (forward, backward)
 
 
@@ -140,11 +141,11 @@ def peak_of(work) -> int:
 
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("tokens", [40, 1100])
-def test_chunk_logits_is_what_the_allocator_hands_out(tokens, entropy):
+def test_logits_held_is_what_the_allocator_hands_out(tokens, entropy):
     config = replace(TINY, vocab_size=2000)
     lm = initialize(CausalLM(config), torch.Generator().manual_seed(0))
     hidden, ids = torch.zeros(tokens, 4, requires_grad=True), torch.zeros(tokens).long()
-    planned = memory.chunk_logits(config, float32, tokens, True, entropy)
+    planned = memory.logits_held(config, float32, tokens, True, entropy)
     stats = []
     forward = peak_of(lambda: stats.append(token_logprobs(lm, hidden, ids)))
     loss = stats[0].logprobs.sum() + (stats[0].entropy.sum() if entropy else 0)
