@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minirlhf import machine
 from minirlhf.errors import MACHINE, UserError, printable
 from minirlhf.heads import RewardModel, ValueHeadModel
 from minirlhf.hf_config import config_from_hf, config_to_hf
@@ -438,13 +439,20 @@ def offloaded(models: Sequence[tuple[CausalLM | RewardModel, Path]]) -> Iterator
     places = [next(model.parameters()) for model, _ in models]
     for model, _ in models:
         model.to("meta")
+    machine.return_freed()
     try:
         yield
     finally:
+        machine.return_freed()
         for (model, folder), was in zip(models, places, strict=True):
-            _, tensors, _ = _described(folder, isinstance(model, RewardModel))
-            _fill(model, tensors, folder, was.dtype)
-            model.to(was.device).requires_grad_(False)
+            _refill(model, folder, was)
+
+
+def _refill(model: CausalLM | RewardModel, folder: Path, like: Tensor) -> None:
+    # A function of its own, so that no file stays mapped while the next is read.
+    _, tensors, _ = _described(folder, isinstance(model, RewardModel))
+    _fill(model, tensors, folder, like.dtype)
+    model.to(like.device).requires_grad_(False)
 
 
 def save_pretrained(
