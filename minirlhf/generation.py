@@ -129,7 +129,8 @@ def sampling_law(
     if sampling.temperature == 0:
         law = torch.full_like(logits, -torch.inf)
         return law.scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -218,7 +219,7 @@ def decode_steps(
     texts: list[list[int]] = [[] for _ in prompts]  # ids of each response, for stop strings
     for t in range(sampling.max_new_tokens):
         interrupt.check()
-        logits = lm.logits(hidden)
+        logits = lm.logits(hidden[:, None])[:, 0]
         law = sampling_law(logits, sampling, seen, ends if t < sampling.min_new_tokens else None)
         # A greedy law is finite whatever the logits are; another may overflow where they do not.
         if not torch.isfinite(logits.amax(-1) + law.amax(-1)).all():

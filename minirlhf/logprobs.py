@@ -130,7 +130,7 @@ class Piece(NamedTuple):
     logits: Tensor  # (n, v) over temperature; -inf for what could not be drawn
     states: Tensor  # (n, D) over temperature
     rows: Tensor  # (v, D) of the unembedding
-    allowed: Tensor | None  # (n, v) bool
+    excluded: Tensor | tuple[Tensor, Tensor] | None  # where they are -inf
 
     def column(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each of the (N,) ids of these tokens is among these words, (n,) bool, and its
@@ -150,14 +150,13 @@ def _pieces(
     wide = widened(states.dtype)
     for at in _slices(len(states), tile.tokens):
         divided = states[at].to(wide) / temperature
-        allowed = None if support is None else support.allowed(at, len(weight))
         for words in _slices(len(weight), tile.words):
             rows = weight[words].to(wide)
-            logits, legal = F.linear(divided, rows), None
-            if allowed is not None:
-                legal = allowed[:, words]
-                logits.masked_fill_(~legal, -torch.inf)
-            yield Piece(at, words, logits, divided, rows, legal)
+            logits, excluded = F.linear(divided, rows), None
+            if support is not None:
+                excluded = support.excluded(at, words)
+                logits[excluded] = -torch.inf
+            yield Piece(at, words, logits, divided, rows, excluded)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -198,8 +197,8 @@ class _TokenLogprobs(torch.autograd.Function):
             logits -= top[part, at, None]
             law = logits.exp()
             mass[part, at] = law.sum(-1)
-            if piece.allowed is not None:
-                logits.masked_fill_(~piece.allowed, 0)  # 0 x inf is NaN
+            if piece.excluded is not None:
+                logits[piece.excluded] = 0  # 0 x inf is NaN
             moment[part, at] = _expectation(law, logits)
         best = top.amax(0)
         share = (top - best).exp()
@@ -225,8 +224,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 to_logits = log_law.exp_().mul_(-of_logprobs[at, None])
             else:
                 law = log_law.exp()
-                if piece.allowed is not None:
-                    log_law.masked_fill_(~piece.allowed, 0)
+                if piece.excluded is not None:
+                    log_law[piece.excluded] = 0
                 per_law = log_law.add_(entropy[at, None]).mul_(-of_entropy[at, None])
                 if of_logprobs is not None:
                     per_law -= of_logprobs[at, None]
@@ -262,18 +261,20 @@ class _TokenKL(torch.autograd.Function):
     @staticmethod
     def laws(ctx, states, weight, ref_states, ref_weight, at: slice) -> tuple[Tensor, Tensor]:
         """(p, log p - log q), (chunk, V) each; both 0 outside the support."""
-        allowed = None if ctx.support is None else ctx.support.allowed(at, len(weight))
+        excluded = None
+        if ctx.support is not None:
+            excluded = ctx.support.excluded(at, slice(0, len(weight)))
         laws = []
         for h, w in ((states, weight), (ref_states, ref_weight)):
             wide = widened(states.dtype)
             logits = F.linear(h[at].to(wide) / ctx.temperature, w.to(wide))
-            if allowed is not None:
-                logits.masked_fill_(~allowed, -torch.inf)
+            if excluded is not None:
+                logits[excluded] = -torch.inf
             laws.append(logits.log_softmax(-1))
         log_law, ref = laws
         log_ratio = torch.sub(log_law, ref, out=ref)
-        if allowed is not None:
-            log_ratio.masked_fill_(~allowed, 0)
+        if excluded is not None:
+            log_ratio[excluded] = 0
         return log_law.exp_(), log_ratio
 
     @staticmethod
@@ -297,4 +298,4 @@ def _narrowed(gradient: Tensor | None, weight: Tensor) -> Tensor | None:
 
 
 def _slices(count: int, chunk: int) -> list[slice]:
-    return [slice(start, start + chunk) for start in range(0, count, chunk)]
+    return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]

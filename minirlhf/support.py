@@ -22,15 +22,22 @@ class Support(NamedTuple):
     counts: Tensor  # (N,) int64, how many of them belong to each position
     banned: bool = False  # the ids are those that could not be drawn
 
-    def allowed(self, at: slice, vocab_size: int) -> Tensor:
-        """(n, V) bool for a slice of the positions."""
+    def excluded(self, at: slice, words: slice) -> Tensor | tuple[Tensor, Tensor]:
+        """What could not be drawn, as an index into the logits (n, v) of a slice of the positions
+        and of the vocabulary: a mask, or the rows and columns of a few."""
         counts = self.counts[at]
         start = int(self.counts[: at.start].sum())
         ids = self.ids[start : start + int(counts.sum())].long()
         rows = torch.repeat_interleave(torch.arange(len(counts), device=ids.device), counts)
-        listed = torch.zeros(len(counts), vocab_size, dtype=torch.bool, device=ids.device)
-        listed[rows, ids] = True
-        return ~listed if self.banned else listed
+        inside = (ids >= words.start) & (ids < words.stop)
+        cells = rows[inside], ids[inside] - words.start
+        if self.banned:
+            return cells
+        mask = torch.ones(
+            len(counts), words.stop - words.start, dtype=torch.bool, device=ids.device
+        )
+        mask[cells] = False
+        return mask
 
 
 class RowSupport(NamedTuple):

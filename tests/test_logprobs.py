@@ -247,7 +247,18 @@ def test_row_support_selects_and_flattens_by_hand():
     # a hole between two tokens has no ids
     flat = rows.select(torch.tensor([0]), 3).flat(torch.tensor([[True, False, True]]))
     assert flat.ids.tolist() == [1, 2, 3] and flat.counts.tolist() == [1, 2]
-    assert flat.allowed(slice(1, 2), 5).tolist() == [[False, False, True, True, False]]
+    assert flat.excluded(slice(1, 2), slice(0, 5)).tolist() == [[True, True, False, False, True]]
+    assert flat.excluded(slice(0, 2), slice(2, 4)).tolist() == [[True, True], [False, False]]
+
+
+def test_excluded_of_few_banned_ids_by_hand():
+    banned = support_of([3], [0, 3], [], banned=True)
+    by_words = {(0, 4): [(0, 3), (1, 0), (1, 3)], (1, 4): [(0, 2), (1, 2)]}
+    for words, expected in by_words.items():
+        rows, columns = banned.excluded(slice(0, 3), slice(*words))
+        assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
+    rows, _ = banned.excluded(slice(1, 3), slice(0, 2))
+    assert rows.tolist() == [0]
 
 
 def test_stack_supports_by_hand():
@@ -293,7 +304,7 @@ def test_token_kl_and_gradient_are_those_of_full_logits(chunk, temperature, narr
     support, allowed = None, torch.ones(10, 50, dtype=torch.bool)
     if narrowed:
         support = support_of(*[[i, i + 7, 40] for i in range(10)])
-        allowed = support.allowed(slice(0, 10), 50)
+        allowed = ~support.excluded(slice(0, 10), slice(0, 50))
         assert allowed.sum(1).tolist() == [3] * 10
     ours = token_kl(lm, hidden, ref, ref_hidden, temperature, chunk, support)
     weight = torch.linspace(-1, 2, 10, dtype=f64).view(2, 5)
