@@ -1,6 +1,5 @@
 """How much memory this process holds, and how much the machine still has for it."""
 
-import ctypes
 import os
 import re
 import resource
@@ -34,14 +33,6 @@ def peak_bytes(device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def return_freed() -> None:
-    """Gives memory that was freed back to the system, which glibc may keep for its next allocation
-    of the same size. Elsewhere nothing happens."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _kilobytes(text: str, name: str) -> int:

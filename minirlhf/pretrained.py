@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minirlhf import machine
 from minirlhf.errors import MACHINE, UserError, printable
 from minirlhf.heads import RewardModel, ValueHeadModel
 from minirlhf.hf_config import config_from_hf, config_to_hf
@@ -439,11 +438,9 @@ def offloaded(models: Sequence[tuple[CausalLM | RewardModel, Path]]) -> Iterator
     places = [next(model.parameters()) for model, _ in models]
     for model, _ in models:
         model.to("meta")
-    machine.return_freed()
     try:
         yield
     finally:
-        machine.return_freed()
         for (model, folder), was in zip(models, places, strict=True):
             _refill(model, folder, was)
 
