@@ -209,7 +209,7 @@ def decode_steps(
     cache = KVCache(lm.config, len(prompts), capacity, lm.unembedding)
     hidden = lm(tokens, cache)
     hidden = hidden[rows, lengths - 1]  # (A, D)
-    cache.lengths = lengths
+    cache.hold(lengths)
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = torch.zeros(len(prompts), lm.config.vocab_size, dtype=torch.bool, device=device)
@@ -231,9 +231,9 @@ def decode_steps(
             )
         drawn = draw(law, keys, torch.tensor(t, device=device).expand(len(rows)))  # (A,)
         logprobs = law.gather(-1, drawn[:, None])[:, 0]
-        at_eos = torch.isin(drawn, ends).tolist()
+        told = torch.stack((rows, drawn, torch.isin(drawn, ends).long())).tolist()
         reasons: list[str | None] = []
-        for row, token, is_eos in zip(rows.tolist(), drawn.tolist(), at_eos, strict=True):
+        for row, token, is_eos in zip(*told, strict=True):
             reason = "eos" if is_eos else None
             if reason is None and sampling.stop_strings:
                 texts[row].append(token)
@@ -252,7 +252,7 @@ def decode_steps(
         if seen is not None:
             seen[torch.arange(len(rows), device=device), drawn] = True
         hidden = lm(drawn[:, None], cache)[:, 0]
-        cache.lengths = cache.lengths + 1
+        cache.grow()
 
 
 def _check(lm, prompts, sampling, keys, decode) -> None:

@@ -147,8 +147,17 @@ class KVCache:
         shape = (rows, config.num_kv_heads, capacity, config.head_dim)
         self.keys = [like.new_zeros(shape) for _ in range(config.num_layers)]
         self.values = [like.new_zeros(shape) for _ in range(config.num_layers)]
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.seen = torch.empty(0)  # (B, S) bool: what a step looks at, set once by the Decoder
+        self.hold(torch.zeros(rows, dtype=torch.int64, device=like.device))
+
+    def hold(self, lengths: Tensor) -> None:
+        """Row b has lengths[b] tokens, (B,) int64, from now on."""
+        self.lengths, self.rows = lengths, torch.arange(len(lengths), device=lengths.device)
+        self.longest = int(lengths.max())  # here once, since a GPU waits for each number it tells
+
+    def grow(self) -> None:
+        """Each row has one token more."""
+        self.lengths, self.longest = self.lengths + 1, self.longest + 1
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these, (A,) int64.
@@ -157,14 +166,14 @@ class KVCache:
         steps. The rows behind the first gap move, their cells that hold something; no memory is
         given back.
         """
-        A, filled = len(rows), int(self.lengths.max())
-        at_home = rows == torch.arange(A, device=rows.device)
+        A, filled = len(rows), self.longest
+        at_home = rows == self.rows[:A]
         stay = int(at_home.int().cumprod(0).sum())
         for cells in (self.keys, self.values):
             for layer, cell in enumerate(cells):
                 cell[stay:A, :, :filled] = cell[rows[stay:], :, :filled]
                 cells[layer] = cell[:A]
-        self.lengths = self.lengths[rows]
+        self.hold(self.lengths[rows])
 
 
 class Packing:
@@ -238,9 +247,8 @@ class Attention(nn.Module):
         """One new token a row, (B, H, 1, E), against the row's own past."""
         B, H, _, E = q.shape
         K, keys, values = k.shape[1], cache.keys[self.layer], cache.values[self.layer]
-        rows = torch.arange(B, device=q.device)
-        keys[rows, :, cache.lengths] = k[:, :, 0]
-        values[rows, :, cache.lengths] = v[:, :, 0]
+        keys[cache.rows, :, cache.lengths] = k[:, :, 0]
+        values[cache.rows, :, cache.lengths] = v[:, :, 0]
         S, mask = cache.seen.shape[1], cache.seen[:, None, None]
         # The H/K query heads of a group stand where query positions stand: no copy of the keys.
         grouped = q.view(B, K, H // K, E)
@@ -314,9 +322,9 @@ class Decoder(nn.Module):
             )
         T = tokens.shape[1]
         past = None if cache is None or T > 1 else cache.lengths  # decoding: own position a row
-        if cache is not None and T > 1 and int(cache.lengths.max()) > 0:
+        if cache is not None and T > 1 and cache.longest > 0:
             raise ValueError("a prompt goes into an empty cache; after it, one token at a time")
-        longest = T if past is None else int(past.max()) + 1
+        longest = T if past is None else cache.longest + 1
         self.check_length(longest)
         if past is not None:
             cache.seen = torch.arange(longest, device=tokens.device) <= past[:, None]  # itself too

@@ -175,12 +175,12 @@ def test_decoding_with_a_cache_is_the_full_forward(family, lengths):
     hidden = lm(prompts, cache)
     for row, length in enumerate(lengths):
         assert_close(hidden[row, :length], expected[row][:length], atol=1e-12)
-    cache.lengths = torch.tensor(lengths)
+    cache.hold(torch.tensor(lengths))
     for _ in range(10 - width):
         hidden = lm(rows.gather(1, cache.lengths[:, None]), cache)
         for row, at in enumerate(cache.lengths.tolist()):
             assert_close(hidden[row, 0], expected[row][at], atol=1e-12)
-        cache.lengths = cache.lengths + 1
+        cache.grow()
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 3], [1, 2, 3], [2, 0], [1, 0, 2], [0, 1, 2, 3], [3]])
@@ -189,7 +189,7 @@ def test_cache_keeps_the_rows_asked_for_and_copies_none_that_may_stay(rows):
     cells = cache.keys + cache.values
     for number, cell in enumerate(cells):  # cell (layer, row, column) holds a number of its own
         cell[:, :, :6] = torch.arange(24.0).view(4, 1, 6, 1) + 100 * number
-    cache.lengths = torch.tensor([4, 5, 6, 3])
+    cache.hold(torch.tensor([4, 5, 6, 3]))
     before, homes = [cell.clone() for cell in cells], [cell.data_ptr() for cell in cells]
     cache.keep(torch.tensor(rows))
     assert cache.lengths.tolist() == [[4, 5, 6, 3][row] for row in rows]
@@ -205,7 +205,7 @@ def test_cache_keeps_the_rows_asked_for_and_copies_none_that_may_stay(rows):
 def test_cache_refuses_a_second_prompt():
     lm = tiny()
     cache = KVCache(lm.config, 1, 8, lm.unembedding)
-    cache.lengths = torch.tensor([3])
+    cache.hold(torch.tensor([3]))
     with pytest.raises(ValueError, match="empty cache; after it, one token at a time"):
         lm(torch.tensor([[1, 2]]), cache)
 
@@ -239,7 +239,7 @@ def test_positions_the_model_does_not_define_are_refused(changes):
 def test_a_cache_does_not_hide_the_limits():
     lm = tiny(sliding_window=4)
     cache = KVCache(lm.config, 1, 8, lm.unembedding)
-    cache.lengths = torch.tensor([4])
+    cache.hold(torch.tensor([4]))
     with pytest.raises(ValueError, match="5 tokens is longer than the model's sliding window"):
         lm(torch.tensor([[1]]), cache)
 
