@@ -62,6 +62,7 @@ def ours(args: argparse.Namespace) -> None:
         load_tokenizer,
         ppo,
     )
+    from minirlhf.compiling import compile_blocks
     from minirlhf.data import Prompt
     from minirlhf.optim import choose_dtype, make_optimizer
     from minirlhf.pretrained import offloaded
@@ -87,6 +88,8 @@ def ours(args: argparse.Namespace) -> None:
     reward = model_reward(scorer, tokenizer, config.micro_batch_tokens)
     frozen = [(scorer, Path(args.reward)), (ref, Path(args.model))]
     offload = partial(offloaded, frozen if args.offload_frozen else ())
+    if args.compile:
+        compile_blocks(policy, ref, scorer)
     run = ppo(state, prompts, reward, ref, tokenizer, config, offload=offload)
     clocks = [step.clock for step in run]
     phases = {name: [clock[name] for clock in clocks] for name in clocks[0] if "time/" in name}
@@ -116,6 +119,9 @@ def commands(args: argparse.Namespace, prompts: Path, reward: Path) -> tuple[dic
     ours = {"minirlhf, float32": (mine, None), "minirlhf, float32, lean": (lean, None)}
     if args.bfloat16:
         ours["minirlhf, bfloat16"] = ([*mine, "--dtype", "bfloat16"], None)
+    if args.compile:
+        for name in [name for name in ours if "lean" not in name]:
+            ours[f"{name}, compiled"] = ([*ours[name][0], "--compile"], None)
     peers = {}
     for engine, python in (("trl096", args.trl096), ("trl112", args.trl112)):
         if python is None:
@@ -137,6 +143,7 @@ def main() -> None:
     flags.add_argument("--trl112", metavar="PYTHON")
     flags.add_argument("--trl112-path", metavar="DIR")
     flags.add_argument("--bfloat16", action="store_true", help="also in bfloat16")
+    flags.add_argument("--compile", action="store_true", help="also compiled")
     flags.add_argument("--updates", type=int, default=3)
     flags.add_argument("--rounds", type=int, default=2)
     flags.add_argument("--out")

@@ -29,6 +29,7 @@ def ours(args: argparse.Namespace) -> None:
 
     from minirlhf import RewardConfig, RewardModel, TrainState, load_pretrained, load_tokenizer
     from minirlhf import reward as train
+    from minirlhf.compiling import compile_blocks
     from minirlhf.data import load_pairs
     from minirlhf.heads import initialize_score
     from minirlhf.optim import choose_dtype, make_optimizer
@@ -43,6 +44,8 @@ def ours(args: argparse.Namespace) -> None:
         model=args.model, data=args.pairs, out="run", steps=args.steps, batch_size=ROWS,
         learning_rate=1e-6,
     )  # fmt: skip
+    if args.compile:
+        compile_blocks(model)
     state = TrainState(model, make_optimizer(model, config.learning_rate))
     before, seconds, tokens = 0, [], []
     for step in train(state, pairs, config):
@@ -63,6 +66,7 @@ def main() -> None:
     flags.add_argument("--data", help="folder that prepare.py made")
     flags.add_argument("--trl", metavar="PYTHON")
     flags.add_argument("--bfloat16", action="store_true", help="also in bfloat16")
+    flags.add_argument("--compile", action="store_true", help="also compiled")
     flags.add_argument("--steps", type=int, default=6)
     flags.add_argument("--rounds", type=int, default=2)
     flags.add_argument("--out")
@@ -78,6 +82,8 @@ def main() -> None:
     for dtype in ("float32", "bfloat16") if args.bfloat16 else ("float32",):
         command = [sys.executable, __file__, "--child", *shared, "--dtype", dtype]
         mine[f"minirlhf, {dtype}"] = (command, None)
+        if args.compile:
+            mine[f"minirlhf, {dtype}, compiled"] = ([*command, "--compile"], None)
         if args.trl:
             script = [args.trl, str(HERE / "peers/trl_reward.py")]
             peers[f"TRL, {dtype}"] = ([*script, *shared, "--dtype", dtype], None)
@@ -96,13 +102,13 @@ def main() -> None:
         table.append(row)
     best = [row["median"] for row in table if row["program"] in peers]
     print(hardware.show(machine))
-    print(f"{'':<24}{'median s':>10}{'lowest':>9}{'highest':>9}{'peak GB':>9}{'ratio':>8}"
+    print(f"{'':<32}{'median s':>10}{'lowest':>9}{'highest':>9}{'peak GB':>9}{'ratio':>8}"
           f"{'roofline':>10}")  # fmt: skip
     for row in table:
         row["ratio"] = min(best) / row["median"] if best else None
         ratio = f"{row['ratio']:.2f}" if best else ""
         share = f"{row['roofline']:.0%}" if "roofline" in row else ""
-        print(f"{row['program']:<24}{row['median']:>10.2f}{row['lowest']:>9.2f}"
+        print(f"{row['program']:<32}{row['median']:>10.2f}{row['lowest']:>9.2f}"
               f"{row['highest']:>9.2f}{row['peak_gb']:>9.2f}{ratio:>8}{share:>10}")  # fmt: skip
     settings = {"rows": ROWS, "steps": args.steps, "rounds": args.rounds}
     if args.out:

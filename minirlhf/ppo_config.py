@@ -154,6 +154,9 @@ class PPOConfig:
     gradient_checkpointing: bool = setting(
         False, "less memory for a forward pass more in each update"
     )
+    compile: bool = setting(
+        False, "torch.compile for the passes over whole rows; needs a C++ compiler"
+    )
     offload_frozen: bool = setting(
         False, "the update has the memory of reference and reward models, which are read again"
     )

@@ -346,8 +346,10 @@ class Decoder(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, cache, packing, use_reentrant=False,
                                preserve_rng_state=False)  # fmt: skip
-            else:
-                x = block(x, rope, cache, packing)
+            elif cache is None:
+                x = block(x, rope, None, packing)
+            else:  # past what `compiling.compile_blocks` made of it: a cache changes in place
+                x = block.forward(x, rope, cache, packing)
         x = self.norm(x)
         return x if packing is None else packing.unpack(x)
 

@@ -32,7 +32,7 @@ LAYERS = (
     "minirlhf.masking",
     "minirlhf.kl minirlhf.losses minirlhf.advantages",
     "minirlhf.linear minirlhf.transformer minirlhf.logprobs minirlhf.heads minirlhf.lora "
-    "minirlhf.hf_config minirlhf.pretrained minirlhf.generation",
+    "minirlhf.compiling minirlhf.hf_config minirlhf.pretrained minirlhf.generation",
     "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.encoding minirlhf.data "
     "minirlhf.rankings",
     "minirlhf.config minirlhf.presets minirlhf.metrics minirlhf.memory minirlhf.optim "

@@ -30,6 +30,7 @@ from minirlhf import (
     streams,
 )
 from minirlhf.checkpoint import TrainState
+from minirlhf.compiling import compile_blocks
 from minirlhf.data import Prompt
 from minirlhf.errors import BUG, OK, STOPPED, UserError, run
 from minirlhf.evaluation import evaluate_policy, evaluate_sets, keep_best
@@ -232,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         ref.requires_grad_(False)
         frozen.append((ref, ref_folder))
     offload = partial(pretrained.offloaded, frozen if config.offload_frozen else ())
+    if config.compile:
+        compile_blocks(policy, *(model for model, _ in frozen))
     optimizer = optim.make_optimizer(
         policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon,
         critic=policy.value_parameters(), critic_lr_scale=config.critic_lr_scale,

@@ -23,6 +23,7 @@ from torch import Tensor
 from minirlhf import config as settings
 from minirlhf import fsio, interrupt, memory, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
+from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.heads import RewardModel, initialize_score, normalize_scores
@@ -105,6 +106,9 @@ class RewardConfig:
     lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
     gradient_checkpointing: bool = setting(
         False, "less memory for a forward pass more in each update"
+    )
+    compile: bool = setting(
+        False, "torch.compile for the passes over whole rows; needs a C++ compiler"
     )
     max_length: int = setting(1024, "tokens of the longest row", at_least=2)
     overlong: str = setting(
@@ -288,7 +292,10 @@ def load_start(
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
     model.model.checkpointing = config.gradient_checkpointing
-    return model.to(device)
+    model.to(device)
+    if config.compile:
+        compile_blocks(model)
+    return model
 
 
 def write_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from minirlhf import config as settings
 from minirlhf import fsio, interrupt, memory, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
+from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
 from minirlhf.data import Text, load_texts, split_rows
 from minirlhf.errors import OK, STOPPED, UserError, run
@@ -72,6 +73,9 @@ class SFTConfig:
     lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
     gradient_checkpointing: bool = setting(
         False, "less memory for a forward pass more in each update"
+    )
+    compile: bool = setting(
+        False, "torch.compile for the passes over whole rows; needs a C++ compiler"
     )
     max_length: int = setting(1024, "tokens of the longest row", at_least=2)
     overlong: str = setting(
@@ -338,6 +342,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: {line}")
     fits = memory.verdict(plan, free_memory(device))
     lm = load_start(config, model_config, tokenizer, dtype).to(device)
+    if config.compile:
+        compile_blocks(lm)
     optimizer = optim.make_optimizer(
         lm, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )
