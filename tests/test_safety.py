@@ -70,7 +70,9 @@ def runs_what_it_reads(node: ast.AST) -> bool:
         return any(dotted == name or dotted.endswith(f".{name}") for name in CALLS)
     if isinstance(node, ast.keyword):
         return node.arg in ("allow_pickle", "weights_only", "shell", "trust_remote_code")
-    return isinstance(node, ast.Name) and node.id in BUILTINS
+    # read, not set: a setting may be called `compile`
+    reads = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    return reads and node.id in BUILTINS
 
 
 def sends_objects(node: ast.AST) -> bool:
