@@ -16,7 +16,13 @@ from minirlhf.compiling import compile_blocks
 from minirlhf.errors import MACHINE, OK, UserError
 from minirlhf.transformer import CausalLM, KVCache, ModelConfig, initialize
 
-slow = pytest.mark.slow
+COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+
+
+def slow(test):
+    return pytest.mark.slow(pytest.mark.skipif(not COMPILER, reason="no C++ compiler")(test))
+
+
 # While it compiles, torch warns of what it does itself.
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIG = ModelConfig("llama", 60, 32, 48, 3, 4, 2, 8, 64)
