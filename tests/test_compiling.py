@@ -80,19 +80,24 @@ def test_compiled_blocks_compute_the_same(family, checkpointing):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
 
 
-@slow
-def test_decoding_is_left_as_it_was():
-    plain, compiled = make_lm(CONFIG), make_lm(CONFIG)
-    compile_blocks(compiled)
-    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    states = []
-    for lm in (plain, compiled):
+def test_whole_rows_are_compiled_and_decoding_is_not(monkeypatch):
+    class Compiled(Exception):
+        pass
+
+    def compiled(*args, **named):
+        raise Compiled
+
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compiled)
+    lm, ids = make_lm(CONFIG), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    for block in lm.model.layers:
+        block.compile(dynamic=True)
+    with torch.no_grad():
+        with pytest.raises(Compiled):
+            lm(ids)
         cache = KVCache(CONFIG, 2, 8, lm.unembedding)
-        with torch.no_grad():
-            states.append(lm(ids, cache))
-            cache.hold(torch.tensor([3, 3]))
-            states.append(lm(torch.tensor([[7], [8]]), cache))
-    assert torch.equal(states[0], states[2]) and torch.equal(states[1], states[3])
+        lm(ids, cache)
+        cache.hold(torch.tensor([3, 3]))
+        lm(torch.tensor([[7], [8]]), cache)
 
 
 HISTORY = """
