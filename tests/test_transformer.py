@@ -193,6 +193,7 @@ def test_cache_keeps_the_rows_asked_for_and_copies_none_that_may_stay(rows):
     before, homes = [cell.clone() for cell in cells], [cell.data_ptr() for cell in cells]
     cache.keep(torch.tensor(rows))
     assert cache.lengths.tolist() == [[4, 5, 6, 3][row] for row in rows]
+    assert cache.longest == max([4, 5, 6, 3][row] for row in rows)
     after = cache.keys + cache.values
     for old, new in zip(before, after, strict=True):
         assert torch.equal(new, old[rows])  # (rows, heads, columns, …), the empty ones still zeros
