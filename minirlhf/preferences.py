@@ -1,10 +1,10 @@
 """Preferences as a reward model meets them: batches, their losses, and what scores say of them.
 
 An example is a `Pair` or a `Ranking`: a prompt and responses, best first, with their ranks. What
-differs between the two is how a batch of them is laid out and lost on; both batches answer the same
+differs between the two is how a batch of them is laid out and lost on; all batches answer the same
 two questions, `loss` and `split`, so whoever trains or evaluates need not know which one it is.
 
-Shapes: N examples, M texts of all of them, K responses of the longest list, H heads.
+Shapes: N examples, M texts of all of them, K responses of the longest list, P pairs, H heads.
 """
 
 import math
@@ -24,6 +24,8 @@ from minirlhf.rankings import Ranking
 
 Example = Pair | Ranking
 E = TypeVar("E", Pair, Ranking)
+LIST_LOSSES = ("plackett-luce", "pairs", "margins", "probabilities")
+NEED_SCORES = ("margins", "probabilities")
 
 
 # -------------------------------------------------------------------------------- examples as texts
@@ -133,9 +135,46 @@ class RankingBatch(NamedTuple):
         mask = self.mask.to(scores.device)
         table = torch.zeros_like(mask, dtype=scores.dtype).masked_scatter(mask, scores)  # (N, K)
         loss = plackett_luce_loss(table, self.ranks.to(scores.device), mask)
-        if not center:
-            return loss
-        return loss + center * (table.sum(1) * (2 / mask.sum(1))).square()
+        return loss + centering(self.split(scores), center) if center else loss
+
+
+class RankedPairsBatch(NamedTuple):
+    """Lists as all their pairs, each text in the batch once. Ouyang et al. 2022
+    (arXiv:2203.02155), eq. 1: pairs of one list are too alike to be examples of their own.
+    """
+
+    tokens: Tensor  # (M, T) int64, the texts of a list next to each other
+    lengths: Tensor  # (M,)
+    counts: Tensor  # (N,) texts of each list
+    better: Tensor  # (P,) which of the M texts
+    worse: Tensor  # (P,)
+    owner: Tensor  # (P,) which of the N lists
+    margin: Tensor  # (P,) float32
+    chosen_probability: Tensor  # (P,) float32
+
+    def split(self, scores: Tensor) -> list[Tensor]:
+        """(M,) -> a (K,) for each list, without padding."""
+        return list(scores.split(self.counts.tolist()))
+
+    def loss(self, scores: Tensor, label_smoothing: float = 0.0, center: float = 0.0) -> Tensor:
+        """(M,) scores -> (N,) means over a list's pairs; of two responses what a pair's are."""
+        owner = self.owner.to(scores.device)
+        better, worse = scores[self.better.to(owner)], scores[self.worse.to(owner)]
+        probability = self.chosen_probability.to(scores)
+        losses = bradley_terry_loss(
+            better, worse, self.margin.to(scores), probability, label_smoothing
+        )
+        pairs = torch.bincount(owner, minlength=len(self.counts)).clamp(min=1)  # 0: all tie
+        loss = torch.zeros_like(pairs, dtype=losses.dtype).index_add(0, owner, losses) / pairs
+        return loss + centering(self.split(scores), center) if center else loss
+
+
+Batch = PairBatch | RankingBatch | RankedPairsBatch
+
+
+def centering(scores: list[Tensor], coefficient: float) -> Tensor:
+    """(N,) coefficient (2 mean score)^2 of each list, of two texts what a pair's is."""
+    return coefficient * (2 * torch.stack([each.mean() for each in scores])).square()
 
 
 def collate_pairs(pairs: list[Pair]) -> PairBatch:
@@ -148,18 +187,50 @@ def collate_pairs(pairs: list[Pair]) -> PairBatch:
     return PairBatch(pad_right(rows), lengths, margin, probability)
 
 
-def collate_rankings(rankings: list[Ranking]) -> RankingBatch:
-    """All responses in one batch, so that one forward pass scores them alike."""
+def collate_rankings(
+    rankings: list[Ranking], loss: str = "plackett-luce"
+) -> RankingBatch | RankedPairsBatch:
+    """All responses in one batch, so that one forward pass scores them alike.
+
+    Args:
+        loss: what the batch's loss is, one of `LIST_LOSSES`.
+            plackett-luce: the likelihood of the whole order (`plackett_luce_loss`).
+            pairs: Bradley-Terry's of each pair of different rank.
+            margins: the same, with the difference of the list's own scores as margin.
+            probabilities: Bradley-Terry's of each pair, ties too, whose label is the probability
+                sigmoid(difference of the list's own scores).
+    Raises:
+        ValueError: margins or probabilities of a list without scores.
+    """
     rows = [text for ranking in rankings for text in texts_of(ranking)]
-    lengths = torch.tensor([len(row) for row in rows])
-    ranks = pad_right([ranking.ranks for ranking in rankings])
-    mask = torch.arange(ranks.shape[1]) < count_texts(rankings)[:, None]
-    return RankingBatch(pad_right(rows), lengths, ranks, mask)
+    tokens, lengths = pad_right(rows), torch.tensor([len(row) for row in rows])
+    counts = count_texts(rankings)
+    if loss == "plackett-luce":
+        ranks = pad_right([ranking.ranks for ranking in rankings])
+        mask = torch.arange(ranks.shape[1]) < counts[:, None]
+        return RankingBatch(tokens, lengths, ranks, mask)
+    pairs, gaps, start = [], [], 0
+    for owner, ranking in enumerate(rankings):
+        scores, count = ranking.scores, len(ranking.ranks)
+        if loss in NEED_SCORES and scores is None:
+            raise ValueError(f"{ranking.where} has no scores: {loss} needs them")
+        every = [(i, j) for i in range(count) for j in range(i + 1, count)]
+        for i, j in every if loss == "probabilities" else ordered(ranking.ranks):
+            pairs.append((start + i, start + j, owner))
+            gaps.append(scores[i] - scores[j] if loss in NEED_SCORES else 0.0)
+        start += count
+    better, worse, owner = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).T
+    gap = torch.tensor(gaps)
+    margin = gap if loss == "margins" else torch.zeros_like(gap)
+    probability = torch.sigmoid(gap) if loss == "probabilities" else torch.ones_like(gap)
+    return RankedPairsBatch(tokens, lengths, counts, better, worse, owner, margin, probability)
 
 
-def collate(examples: list[E]) -> PairBatch | RankingBatch:
-    """The batch of whichever kind the examples are."""
-    return (collate_pairs if isinstance(examples[0], Pair) else collate_rankings)(examples)
+def collate(examples: list[E], list_loss: str = "plackett-luce") -> Batch:
+    """The batch of whichever kind the examples are; list_loss as in `collate_rankings`."""
+    if isinstance(examples[0], Pair):
+        return collate_pairs(examples)
+    return collate_rankings(examples, list_loss)
 
 
 def bootstrap_weights(seed: int, rows: Tensor, heads: int) -> Tensor:

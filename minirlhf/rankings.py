@@ -57,9 +57,10 @@ class Ranking:
     Args:
         prompt_ids: the shared start.
         responses: ids of each answer, two or more.
-        ranks: of each answer, ascending from 1 without gaps; equal ranks are not compared.
+        ranks: of each answer, ascending from 1 without gaps; equal ranks tie.
         where: "file:line".
         columns: the row's other columns.
+        scores: of each answer, as the file has them; None where it has none.
     """
 
     prompt_ids: list[int]
@@ -67,6 +68,7 @@ class Ranking:
     ranks: list[int]
     where: str
     columns: dict
+    scores: list[float] | None = None
 
 
 E = TypeVar("E", Pair, Ranking)
@@ -166,10 +168,9 @@ def ranks_of(row: Row, count: int) -> list[int]:
         UserError: not one number each, a rank that is no integer from 1, a score that is not
             finite, or an index that is none of the responses'.
     """
-    label, columns = _label(row), row.columns
-    if isinstance(columns.get("completions"), list) and "responses" not in columns:
-        scores = [value["score"] for value in columns["completions"]]
-        return _dense([-score for score in _numbers(row, "completions", scores, count)])
+    scores, label, columns = scores_of(row, count), _label(row), row.columns
+    if scores is not None:
+        return _dense([-score for score in scores])
     if label is None:
         return list(range(1, count + 1))
     value = columns[label]
@@ -181,12 +182,27 @@ def ranks_of(row: Row, count: int) -> list[int]:
     if not isinstance(value, list):
         raise _wrong(row, label, "needs a list of numbers")
     numbers = _numbers(row, label, value, count)
-    if label == "scores":
-        return _dense([-number for number in numbers])
     for at, number in enumerate(numbers):
         if type(number) is not int or number < 1:
             raise UserError(row.where, f"ranks[{at}] is {number}", "needs an integer from 1, best")
     return _dense(numbers)
+
+
+def scores_of(row: Row, count: int) -> list[float] | None:
+    """Score of each of a row's `count` responses, or None where the row has none.
+
+    Raises:
+        UserError: not one finite number each.
+    """
+    columns = row.columns
+    if isinstance(columns.get("completions"), list) and "responses" not in columns:
+        values = [value["score"] for value in columns["completions"]]
+        return _numbers(row, "completions", values, count)
+    if _label(row) != "scores":
+        return None
+    if not isinstance(columns["scores"], list):
+        raise _wrong(row, "scores", "needs a list of numbers")
+    return _numbers(row, "scores", columns["scores"], count)
 
 
 def _numbers(row: Row, key: str, values: list, count: int) -> list[float]:
@@ -230,7 +246,9 @@ def load_rankings(
 
     def make(e: Encoded) -> Ranking:
         responses, ranks = best_first(e.row, e.responses)
-        return Ranking(e.prompt_ids, responses, ranks, e.row.where, e.columns)
+        scores = scores_of(e.row, len(responses))
+        scores = scores and sorted(map(float, scores), reverse=True)
+        return Ranking(e.prompt_ids, responses, ranks, e.row.where, e.columns, scores)
 
     def drop(row: Row, responses: list[list[int]]) -> str | None:
         return says_nothing(list(map(tuple, responses)), ranks_of(row, len(responses)))

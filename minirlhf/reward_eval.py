@@ -11,10 +11,9 @@ from minirlhf.data import Pair
 from minirlhf.errors import UserError, printable
 from minirlhf.heads import RewardModel
 from minirlhf.preferences import (
+    Batch,
     E,
     Example,
-    PairBatch,
-    RankingBatch,
     as_pairs,
     collate,
     micro_batches,
@@ -85,7 +84,7 @@ def evaluate(
     examples: list[E],
     micro_batch_tokens: int = 4096,
     metrics: Callable[[Tensor, Tensor, list[Pair]], dict[str, float]] | None = None,
-    collate: Callable[[list[E]], PairBatch | RankingBatch] = collate,
+    collate: Callable[[list[E]], Batch] = collate,
 ) -> Evaluation:
     """Scores held-out pairs or ranked lists once.
 

@@ -103,6 +103,7 @@ RECIPES = {
         "show_samples": Change(1, {"eval_data": "few.jsonl"}),
         "center_rewards_coefficient": Change(0.5),
         "label_smoothing": Change(0.1),
+        "list_loss": Change("pairs", {"data": "lists.jsonl"}),
         "heads": Change(2),
         "lcb_coef": Change(0.5, {"heads": 2, "center_rewards_coefficient": 0.01}),
         "normalize": Change("train"),
@@ -224,6 +225,8 @@ def world(tmp_path_factory):
         (folder / recipe).mkdir()
         for name, some in files.items():
             (folder / recipe / f"{name}.jsonl").write_text("".join(some))
+    lists = "".join(json.dumps(row) + "\n" for row in ROWS["lists"])
+    (folder / "lists.jsonl").write_text(lists)
     with (folder / "reward.py").open("a") as file:
         file.write("\ndef short(completions):\n    return [-len(t) for t in completions]\n")
     return folder

@@ -1,6 +1,8 @@
 """Batches of pairs and of ranked lists, their losses, and what scores say, by hand."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tiny_reward import LISTS, PAIRS, pair, ranking, scored_by_last_token, tiny_
 
 from minirlhf.errors import UserError
 from minirlhf.preferences import (
+    NEED_SCORES,
     as_pairs,
     bootstrap_weights,
     collate,
@@ -120,10 +123,83 @@ def test_list_of_two_is_lost_on_as_a_pair_is():
     pairs = [pair([1], [2], [3])] * 3
     lists = [ranking([1], [[2], [3]])] * 3
     side_by_side = torch.stack(scores.chunk(2), 1).flatten()
-    for center in (0.0, 0.1):
+    for center, loss in itertools.product((0.0, 0.1), ("plackett-luce", "pairs")):
         of_pairs = collate(pairs).loss(scores, 0.0, center)
-        of_lists = collate(lists).loss(side_by_side, 0.0, center)
+        of_lists = collate(lists, loss).loss(side_by_side, 0.0, center)
         torch.testing.assert_close(of_pairs, of_lists, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss", "margin", "chosen_probability"),
+    [("margins", 1.5, 1.0), ("probabilities", 0.0, 1 / (1 + math.exp(-1.5)))],
+)
+def test_list_of_two_with_scores_is_lost_on_as_its_pair_is(loss, margin, chosen_probability):
+    scores = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    two = [ranking([1], [[2], [3]], scores=[2.5, 1.0])]
+    one = replace(pair([1], [2], [3]), margin=margin, chosen_probability=chosen_probability)
+    of_list = collate(two, loss).loss(scores, 0.1, 0.1)
+    torch.testing.assert_close(of_list, collate([one]).loss(scores, 0.1, 0.1), rtol=0, atol=1e-6)
+
+
+def test_pairs_of_a_list_by_hand():
+    """A list of one best and two that tie, scored 0, log 2, 0, then a list of two, scored log 3, 0.
+
+    -log sigmoid(d) = log(1 + exp(-d)): log 3 and log 2 for d = -log 2 and 0, and those that tie are
+    not compared; log 4/3 for d = log 3.
+    """
+    scores = torch.tensor([0.0, math.log(2), 0.0, math.log(3), 0.0], dtype=torch.float64)
+    batch = collate_rankings(LISTS[1:], "pairs")
+    assert batch.tokens.tolist() == collate_rankings(LISTS[1:]).tokens.tolist()
+    assert [each.tolist() for each in batch.split(scores)] == [
+        scores[:3].tolist(), scores[3:].tolist(),
+    ]  # fmt: skip
+    expected = torch.tensor([math.log(6) / 2, math.log(4 / 3)], dtype=torch.float64)
+    torch.testing.assert_close(batch.loss(scores), expected, rtol=0, atol=1e-12)
+    # (2 mean)^2, as of a whole order
+    extra = [(2 * math.log(2) / 3) ** 2, math.log(3) ** 2]
+    extra = 10 * torch.tensor(extra, dtype=torch.float64)
+    torch.testing.assert_close(batch.loss(scores, 0.0, 10.0), expected + extra, rtol=0, atol=1e-12)
+    # a label wrong with probability 1/4 takes a quarter from the other side: log 3/2, log 2, log 4
+    flipped = torch.tensor([math.log(3) / 2, math.log(4)], dtype=torch.float64)
+    smooth = 0.75 * expected + 0.25 * flipped
+    torch.testing.assert_close(batch.loss(scores, 0.25), smooth, rtol=0, atol=1e-12)
+
+
+def test_scores_of_a_list_as_margins_by_hand():
+    """Scores 3, 1, 1: two pairs of margin 2. The model's 2, 0, log 2 win by 0 and -log 2 of it."""
+    batch = collate([ranking([1], [[2], [3], [4]], [1, 2, 2], scores=[3.0, 1.0, 1.0])], "margins")
+    scores = torch.tensor([2.0, 0.0, math.log(2)], dtype=torch.float64)
+    expected = torch.tensor([(math.log(2) + math.log(3)) / 2], dtype=torch.float64)
+    torch.testing.assert_close(batch.loss(scores), expected, rtol=0, atol=1e-12)
+
+
+def test_scores_of_a_list_as_probabilities_by_hand():
+    """Scores log 3, 0, 0: the first wins with probability 3/4, those that tie with 1/2.
+
+    A model of three equal scores loses log 2 on each pair. One with the list's own scores loses
+    each label's entropy, log 4 - 3/4 log 3 twice and log 2, and can do no better: no gradient.
+    """
+    own = [math.log(3), 0.0, 0.0]
+    batch = collate([ranking([1], [[2], [3], [4]], [1, 2, 2], scores=own)], "probabilities")
+    equal = torch.zeros(3, dtype=torch.float64)
+    torch.testing.assert_close(batch.loss(equal).item(), math.log(2), rtol=0, atol=1e-7)
+    scores = torch.tensor(own, dtype=torch.float64, requires_grad=True)
+    loss = batch.loss(scores)
+    entropies = 2 * (math.log(4) - 0.75 * math.log(3)) + math.log(2)
+    torch.testing.assert_close(loss.item(), entropies / 3, rtol=0, atol=1e-7)
+    loss.backward()
+    torch.testing.assert_close(scores.grad, torch.zeros_like(scores), rtol=0, atol=1e-7)
+
+
+def test_pairs_of_a_list_that_ties_are_none():
+    batch = collate([ranking([1], [[2], [3]], [1, 1])], "pairs")
+    assert batch.loss(torch.tensor([1.0, 2.0])).tolist() == [0.0]
+
+
+def test_lists_without_scores_are_refused_where_the_loss_needs_them():
+    for loss in NEED_SCORES:
+        with pytest.raises(ValueError, match=f"^t:1 has no scores: {loss} needs them"):
+            collate(LISTS, loss)
 
 
 def test_ranking_loss_refuses_smoothing():

@@ -63,6 +63,8 @@ def test_load_rankings_orders_responses(write, tokenizer, columns, order, ranks,
     assert all(ids[-1] == EOS for ids in found.responses)
     assert (found.prompt_ids, found.ranks) == (spell("p"), ranks)
     assert (found.where, found.columns) == (f"{path}:1", {"source": "x"})
+    scores = columns.get("scores")
+    assert found.scores == (scores and sorted(scores, reverse=True))
     assert report.detected == f"ranked lists (prompt, responses, {label})"
 
 
@@ -72,6 +74,7 @@ def test_load_rankings_of_completions(write, tokenizer):
         write({"prompt": "p", "completions": rows}), tokenizer, 8, "drop"
     )
     assert answers(found) == [["b"], ["a"], ["c"]] and found.ranks == [1, 2, 2]
+    assert found.scores == [3.5, 1.0, 1.0]
     assert report.detected == "ranked lists (prompt, completions of response and score)"
 
 

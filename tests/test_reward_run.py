@@ -15,7 +15,7 @@ from minirlhf.errors import STOPPED
 from minirlhf.heads import RewardModel
 from minirlhf.hf_config import config_from_hf
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.preferences import without_eos
+from minirlhf.preferences import LIST_LOSSES, without_eos
 from minirlhf.pretrained import load_pretrained, load_reward_model, save_pretrained
 from minirlhf.recipes import reward as recipe
 from minirlhf.recipes.reward import RewardConfig, load_start, write_model
@@ -345,6 +345,37 @@ def test_a_run_on_ranked_lists_is_evaluated_on_lists_and_on_pairs(base, tmp_path
     words = (*STEPS, "--data", lists, "--label-smoothing", 0.1)
     assert run_reward(base, tmp_path / "smooth", *words) == 2
     assert "only the label of a pair can be smoothed" in capsys.readouterr().err
+
+
+def test_a_run_on_the_pairs_of_ranked_lists(base, tmp_path, capsys):
+    rows = [{"prompt": "the film was", "responses": [f" {w}." for w in WORDS[i:]],
+             "scores": list(range(len(WORDS[i:])))} for i in range(4)]  # fmt: skip
+    scored = write_lines(tmp_path / "scored.jsonl", rows)
+    words, losses = (*STEPS, "--data", scored, "--eval-data", f"lists={scored}", "--seed", 3), {}
+    for loss in LIST_LOSSES:
+        assert run_reward(base, tmp_path / loss, *words, "--list-loss", loss) == 0
+        last = (tmp_path / loss / "metrics.jsonl").read_text("utf-8").splitlines()[-1]
+        losses[loss] = json.loads(last)["eval_lists_loss"]
+        card = json.loads((tmp_path / loss / "card.json").read_text("utf-8"))
+        assert card["sets"]["eval_lists"]["loss"] == losses[loss]
+    # A whole order costs the logarithm of many choices, a margin more than none, a likely label the
+    # entropy that a certain one has not.
+    assert losses["plackett-luce"] > losses["margins"] > losses["pairs"] > 0
+    assert losses["probabilities"] != losses["pairs"]
+    for row in rows:
+        del row["scores"]
+    ordered = write_lines(tmp_path / "ordered.jsonl", rows)
+    capsys.readouterr()
+    for words, told in (
+        (["--data", ordered, "--list-loss", "margins"], "is margins, but {} has no scores"),
+        (["--data", scored, "--eval-data", ordered, "--list-loss", "margins"], "{} has no scores"),
+        (["--list-loss", "pairs"], "--list-loss: is pairs, but "),
+    ):
+        assert run_reward(base, tmp_path / "refused", *STEPS, *words) == 2
+        assert told.format(ordered) in capsys.readouterr().err
+        assert not (tmp_path / "refused").exists()
+    words = ("--data", ordered, "--list-loss", "pairs", "--label-smoothing", 0.1)
+    assert run_reward(base, tmp_path / "smooth pairs", *STEPS, *words) == 0
 
 
 @pytest.mark.parametrize(

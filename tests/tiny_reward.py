@@ -30,8 +30,9 @@ PAIRS = [
 ]
 
 
-def ranking(prompt, responses, ranks=None, where="t:1", **columns) -> Ranking:
-    return Ranking(prompt, responses, ranks or [*range(1, len(responses) + 1)], where, columns)
+def ranking(prompt, responses, ranks=None, where="t:1", scores=None, **columns) -> Ranking:
+    ranks = ranks or [*range(1, len(responses) + 1)]
+    return Ranking(prompt, responses, ranks, where, columns, scores)
 
 
 LISTS = [

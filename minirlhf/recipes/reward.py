@@ -1,7 +1,7 @@
 """Reward model: a scalar score learned from preferences, pairs or ranked lists of them.
 
     pairs  -q log sigmoid(d) - (1 - q) log sigmoid(-d),   d = chosen - rejected - margin
-    lists  sum_i (log sum_{j not before i} exp(s_j) - s_i)
+    lists  sum_i (log sum_{j not before i} exp(s_j) - s_i), or the mean of the first over all pairs
     both   + c (2 mean score)^2
 
 Several heads on the trunk are an ensemble, each trained on a bootstrap of its own. What is left
@@ -31,9 +31,10 @@ from minirlhf.lora import add_lora, merge_lora
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.meters import Step
 from minirlhf.preferences import (
+    LIST_LOSSES,
+    NEED_SCORES,
+    Batch,
     Example,
-    PairBatch,
-    RankingBatch,
     bootstrap_weights,
     collate,
     count_texts,
@@ -87,6 +88,12 @@ class RewardConfig:
     )
     label_smoothing: float = setting(
         0.0, "probability that the label of a pair is wrong", at_least=0, below=0.5
+    )
+    list_loss: str = setting(
+        "plackett-luce",
+        "of a ranked list: of the whole order, or of all its pairs: plain, with the difference of "
+        "their scores as margin, or with its sigmoid as the label's probability",
+        choices=LIST_LOSSES,
     )
     center_rewards_coefficient: float = setting(
         0.0, "weight of (chosen + rejected)^2, which centres the scores; 0.01 is usual", at_least=0
@@ -153,12 +160,17 @@ def total_steps(config: RewardConfig, examples: int) -> int:
     return config.steps or ceil(round(exact, 6))  # 1.1 * 10 is 11.000000000000002
 
 
+def collate_as(config: RewardConfig) -> Callable[[list[Example]], Batch]:
+    """Examples -> the batch whose loss is the run's."""
+    return partial(collate, list_loss=config.list_loss)
+
+
 def accumulate(
     model: RewardModel,
     examples: list[Example],
     weights: Tensor,
     config: RewardConfig,
-    collate: Callable[[list[Example]], PairBatch | RankingBatch],
+    collate: Callable[[list[Example]], Batch],
     where: str,
 ) -> dict[str, float]:
     """Gradient of the mean loss over the examples of a step and the heads, in micro-batches.
@@ -197,7 +209,7 @@ def reward(
     state: TrainState,
     examples: list[Example],
     config: RewardConfig,
-    collate: Callable[[list[Example]], PairBatch | RankingBatch] = collate,
+    collate: Callable[[list[Example]], Batch] | None = None,
 ) -> Iterator[Step]:
     """Trains state.model, a RewardModel; yields after each optimizer step.
 
@@ -205,13 +217,14 @@ def reward(
         state: may come from a checkpoint; training goes on at its step.
         examples: N preference pairs, or N ranked lists.
         config: only its training settings are read.
-        collate: examples -> the batch that knows their loss.
+        collate: examples -> the batch that knows their loss; None: `collate_as`.
     Raises:
         UserError: a number is not finite (exit code 3); the step changed nothing.
     """
     if not examples:
         raise ValueError("examples is empty: give at least one")
     model, N = state.model, len(examples)
+    collate = collate or collate_as(config)
     lengths, per_epoch = row_lengths(examples), ceil(N / config.batch_size)
     steps = total_steps(config, N)
     epoch_of, batches = -1, []
@@ -261,11 +274,25 @@ def load(
     if longest > most:
         what = f"a row of {longest} tokens, the model reads {most}"
         raise UserError(path, what, f"give --max-length {most}")
-    if config.label_smoothing and path == config.data and isinstance(examples[0], Ranking):
-        what = f"is {config.label_smoothing}, but {path} holds ranked lists"
-        raise UserError("--label-smoothing", what, "only the label of a pair can be smoothed")
+    check_loss(config, path, examples)
     print(report)
     return examples, report
+
+
+def check_loss(config: RewardConfig, path: str, examples: list[Example]) -> None:
+    """Raises UserError where a setting of the loss means nothing for a file's examples."""
+    lists, of = isinstance(examples[0], Ranking), f"is {config.list_loss}, but {path}"
+    if lists and config.list_loss in NEED_SCORES and examples[0].scores is None:
+        what = f"{of} has no scores of the responses"
+        raise UserError("--list-loss", what, "give it a column scores, or choose another loss")
+    if path != config.data:
+        return
+    if not lists and config.list_loss != "plackett-luce":
+        raise UserError("--list-loss", f"{of} holds pairs", "leave it out")
+    if lists and config.label_smoothing and config.list_loss == "plackett-luce":
+        what = f"is {config.label_smoothing}, but {path} holds ranked lists"
+        do = "only the label of a pair can be smoothed: leave it out, or give --list-loss pairs"
+        raise UserError("--label-smoothing", what, do)
 
 
 def load_start(
@@ -319,7 +346,9 @@ def evaluate_all(
     """Every held-out set, with its table of pairs; the metrics under their prefixes."""
     metrics = {}
     for prefix, held_out in sets.items():
-        result = evaluate(state.model, held_out, config.micro_batch_tokens)
+        result = evaluate(
+            state.model, held_out, config.micro_batch_tokens, collate=collate_as(config)
+        )
         rows = sample_rows(result, tokenizer, config.show_samples)
         if rows:
             r.say(sample_table(rows))
@@ -352,8 +381,10 @@ def finish(
         normalize_scores(model, mean, std)
         facts["normalized"] = {"over": config.normalize, "mean": mean, "std": std}
         print(f"scores of {config.normalize} had mean {mean:.4f} and std {std:.4f}: normalised")
-    results = {p.rstrip("_"): evaluate(model, rows, config.micro_batch_tokens)
-               for p, rows in sets.items()}  # fmt: skip
+    results = {
+        p.rstrip("_"): evaluate(model, rows, config.micro_batch_tokens, collate=collate_as(config))
+        for p, rows in sets.items()
+    }
     files = card_files(facts, results, tokenizer) if results else {}
 
     def write(target: Path) -> None:
