@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import hardware
-from side_by_side import long_prompts, spread, take_turns, write
+from side_by_side import flags_of, long_prompts, spread, take_turns, write
 
 HERE = Path(__file__).parent
 BATCH_SIZES, PROMPT, NEW = (1, 16, 64), 32, 64
@@ -46,17 +46,10 @@ def ours(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--model", required=True)
-    flags.add_argument("--data", help="folder that prepare.py made")
+    flags = flags_of(__doc__)
     flags.add_argument("--transformers", metavar="PYTHON")
-    flags.add_argument("--bfloat16", action="store_true", help="also in bfloat16")
     flags.add_argument("--repeats", type=int, default=3)
-    flags.add_argument("--rounds", type=int, default=2)
-    flags.add_argument("--out")
-    flags.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     flags.add_argument("--prompts", help=argparse.SUPPRESS)
-    flags.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.child:
         return ours(args)

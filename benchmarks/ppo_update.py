@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import hardware
-from side_by_side import long_prompts, spread, take_turns, write
+from side_by_side import compare, flags_of, long_prompts, show, take_turns, write
 
 HERE = Path(__file__).parent
 ROWS, PROMPT, NEW, EPOCHS, MINI_BATCHES = 16, 32, 64, 2, 2
@@ -91,11 +91,11 @@ def ours(args: argparse.Namespace) -> None:
     if args.compile:
         compile_blocks(policy, ref, scorer)
     run = ppo(state, prompts, reward, ref, tokenizer, config, offload=offload)
-    clocks = [step.clock for step in run]
+    clocks = [step.clock for step in run][1:]
     phases = {name: [clock[name] for clock in clocks] for name in clocks[0] if "time/" in name}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     done = {"seconds": phases.pop("time/step"), "phases": phases, "peak_bytes": peak}
-    print(json.dumps(done | {"operations": operations(policy.lm.config)}))
+    print(json.dumps(done | {"operations": [operations(policy.lm.config)] * len(clocks)}))
 
 
 def write_reward_model(model: str, folder: Path) -> Path:
@@ -136,20 +136,13 @@ def commands(args: argparse.Namespace, prompts: Path, reward: Path) -> tuple[dic
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--model", required=True)
-    flags.add_argument("--data", help="folder that prepare.py made")
+    flags = flags_of(__doc__)
     flags.add_argument("--trl096", metavar="PYTHON")
     flags.add_argument("--trl112", metavar="PYTHON")
     flags.add_argument("--trl112-path", metavar="DIR")
-    flags.add_argument("--bfloat16", action="store_true", help="also in bfloat16")
     flags.add_argument("--compile", action="store_true", help="also compiled")
-    flags.add_argument("--updates", type=int, default=3)
-    flags.add_argument("--rounds", type=int, default=2)
-    flags.add_argument("--out")
-    flags.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    flags.add_argument("--updates", type=int, default=4)
     flags.add_argument("--prompts", help=argparse.SUPPRESS)
-    flags.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     flags.add_argument("--reward", help=argparse.SUPPRESS)
     flags.add_argument("--micro-batch-size", type=int, default=8, help=argparse.SUPPRESS)
     flags.add_argument("--offload-frozen", action="store_true", help=argparse.SUPPRESS)
@@ -164,31 +157,17 @@ def main() -> None:
         )  # fmt: skip
         reward = write_reward_model(args.model, Path(folder) / "reward")
         machine = hardware.describe()
-        found = take_turns(*commands(args, prompts, reward), args.rounds)
-    table = []
-    for name, runs in found.items():
-        row = {"program": name, **spread([s for run in runs for s in run["seconds"][1:]]),
-               "peak_gb": max(run["peak_bytes"] for run in runs) / 1e9}  # fmt: skip
-        if "operations" in runs[0]:
-            peak = machine["bfloat16_gflops" if "bfloat16" in name else "float32_gflops"]
-            row["roofline"] = runs[0]["operations"] / 1e9 / peak / row["median"]
-            row["phases"] = {
-                key.removeprefix("time/"): statistics.median(
-                    [s for run in runs for s in run["phases"][key][1:]]
-                )
-                for key in runs[0]["phases"]
-            }
-        table.append(row)
-    peers = [row["median"] for row in table if "roofline" not in row]
-    print(hardware.show(machine))
-    print(f"{'':<50}{'median s':>10}{'lowest':>9}{'highest':>9}{'peak GB':>9}{'ratio':>8}"
-          f"{'roofline':>10}")  # fmt: skip
+        mine, peers = commands(args, prompts, reward)
+        found = take_turns(mine, peers, args.rounds)
+    table = compare(found, peers, machine)
     for row in table:
-        row["ratio"] = min(peers) / row["median"] if peers else None
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        share = f"{row['roofline']:.0%}" if "roofline" in row else ""
-        print(f"{row['program']:<50}{row['median']:>10.2f}{row['lowest']:>9.2f}"
-              f"{row['highest']:>9.2f}{row['peak_gb']:>9.2f}{ratio:>8}{share:>10}")  # fmt: skip
+        if row["program"] in mine:
+            phases = [run["phases"] for run in found[row["program"]]]
+            row["phases"] = {
+                key.removeprefix("time/"): statistics.median([s for p in phases for s in p[key]])
+                for key in phases[0]
+            }
+    show(table, machine)
     print(f"{time.perf_counter() - started:.0f} s in all")
     settings = {
         "rows": ROWS, "prompt": PROMPT, "new_tokens": NEW, "epochs": EPOCHS,

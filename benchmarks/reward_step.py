@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import hardware
-from side_by_side import spread, take_turns, write
+from side_by_side import compare, flags_of, show, take_turns, write
 
 HERE = Path(__file__).parent
 ROWS = 16
@@ -61,18 +61,11 @@ def ours(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--model", required=True)
-    flags.add_argument("--data", help="folder that prepare.py made")
+    flags = flags_of(__doc__)
     flags.add_argument("--trl", metavar="PYTHON")
-    flags.add_argument("--bfloat16", action="store_true", help="also in bfloat16")
     flags.add_argument("--compile", action="store_true", help="also compiled")
     flags.add_argument("--steps", type=int, default=6)
-    flags.add_argument("--rounds", type=int, default=2)
-    flags.add_argument("--out")
-    flags.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     flags.add_argument("--pairs", help=argparse.SUPPRESS)
-    flags.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.child:
         return ours(args)
@@ -91,25 +84,8 @@ def main() -> None:
         print("TRL: left out, give --trl PYTHON", file=sys.stderr)
     machine = hardware.describe()
     found = take_turns(mine, peers, args.rounds)
-    table = []
-    for name, runs in found.items():
-        row = {"program": name, **spread([s for run in runs for s in run["seconds"]]),
-               "peak_gb": max(run["peak_bytes"] for run in runs) / 1e9}  # fmt: skip
-        if "operations" in runs[0]:
-            peak = machine["bfloat16_gflops" if "bfloat16" in name else "float32_gflops"]
-            work = sum(sum(run["operations"]) for run in runs)
-            row["roofline"] = work / 1e9 / peak / sum(sum(run["seconds"]) for run in runs)
-        table.append(row)
-    best = [row["median"] for row in table if row["program"] in peers]
-    print(hardware.show(machine))
-    print(f"{'':<32}{'median s':>10}{'lowest':>9}{'highest':>9}{'peak GB':>9}{'ratio':>8}"
-          f"{'roofline':>10}")  # fmt: skip
-    for row in table:
-        row["ratio"] = min(best) / row["median"] if best else None
-        ratio = f"{row['ratio']:.2f}" if best else ""
-        share = f"{row['roofline']:.0%}" if "roofline" in row else ""
-        print(f"{row['program']:<32}{row['median']:>10.2f}{row['lowest']:>9.2f}"
-              f"{row['highest']:>9.2f}{row['peak_gb']:>9.2f}{ratio:>8}{share:>10}")  # fmt: skip
+    table = compare(found, peers, machine)
+    show(table, machine)
     settings = {"rows": ROWS, "steps": args.steps, "rounds": args.rounds}
     if args.out:
         write(args.out, machine, settings, table)

@@ -1,4 +1,4 @@
-"""Peer: TRL's RewardTrainer, full fine-tuning; prints one JSON line: seconds of each step."""
+"""Peer: TRL's RewardTrainer, full fine-tuning; prints a JSON line: seconds of each later step."""
 
 import argparse
 import json
