@@ -13,6 +13,7 @@ from minirlhf.errors import NonFinite, UserError, printable
 
 T = TypeVar("T")
 SCHEDULES = ("constant", "linear", "cosine")
+HEADS = ("score", "v_head")  # of a reward model, of a policy's critic
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -34,6 +35,8 @@ class MasterAdamW(torch.optim.AdamW):
     def step(self) -> None:
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:  # a policy whose critic is warming up
+                continue
             for parameter in parameters:
                 if not self.state[parameter]:
                     master = parameter.float()
@@ -65,20 +68,21 @@ def make_optimizer(
     critic: Iterable[nn.Parameter] = (),
     critic_lr_scale: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over all trainable parameters; only matrices decay, and a scalar
-    head is none. A model in half precision gets float32 masters.
+    """AdamW (arXiv:1711.05101) over all trainable parameters; only the trunk's matrices decay. A
+    model in half precision gets float32 masters.
 
     Args:
         critic: parameters that learn at critic_lr_scale times the rate, as a value head that starts
             from zero on a trunk that is trained already.
     """
     trainable, of_critic = [p for p in model.parameters() if p.requires_grad], set(critic)
+    heads = {getattr(model, name).weight for name in HEADS if hasattr(model, name)}
     groups = []
     for part, scale in ((False, 1.0), (True, critic_lr_scale)):
         for matrices, decay in ((True, weight_decay), (False, 0.0)):
             chosen = [
                 p for p in trainable
-                if (p in of_critic) == part and (p.dim() >= 2 and len(p) > 1) == matrices
+                if (p in of_critic) == part and (p.dim() >= 2 and p not in heads) == matrices
             ]  # fmt: skip
             groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
     groups = [group for group in groups if group["params"]]

@@ -66,29 +66,34 @@ def test_learning_rate_refuses_an_unknown_schedule():
 # ---- optimizer -----------------------------------------------------------------------------------
 
 
-def test_make_optimizer_decays_matrices_only_and_leaves_out_what_is_frozen():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
-    model[1].bias.requires_grad_(False)
+@pytest.mark.parametrize("head", ["score", "v_head"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_make_optimizer_decays_matrices_only_and_leaves_out_what_is_frozen(head, rows):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1, bias=False))
+    model.register_module(head, torch.nn.Linear(3, rows))
+    scalars = getattr(model, head)
+    scalars.bias.requires_grad_(False)
     optimizer = make_optimizer(model, 0.5, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-5)
     groups = [([id(p) for p in g["params"]], g["weight_decay"]) for g in optimizer.param_groups]
     assert groups == [
-        ([id(model[0].weight)], 0.1),
-        ([id(model[0].bias), id(model[1].weight)], 0.0),  # a scalar head is no matrix
+        ([id(model[0].weight), id(model[1].weight)], 0.1),  # a matrix of one row is one, too
+        ([id(model[0].bias), id(scalars.weight)], 0.0),  # heads, one or several, are left out
     ]
     assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["eps"] == 1e-5
 
 
 def test_make_optimizer_gives_a_critic_its_own_rate():
     model = torch.nn.Sequential(
-        torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 1)
+        torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 2, bias=False)
     )
-    critic = [*model[1].parameters(), *model[2].parameters()]
+    model.v_head = torch.nn.Linear(2, 1)
+    critic = [*model[1].parameters(), *model.v_head.parameters()]
     optimizer = make_optimizer(model, 0.5, weight_decay=0.1, critic=critic, critic_lr_scale=10.0)
     set_learning_rate(optimizer, 0.25)
     groups = [
         ([id(p) for p in g["params"]], g["lr"], g["weight_decay"]) for g in optimizer.param_groups
     ]
-    head = [id(model[2].weight), id(model[2].bias)]
+    head = [id(model.v_head.weight), id(model.v_head.bias)]
     assert groups == [
         ([id(model[0].weight)], 0.25, 0.1), ([id(model[1].weight)], 2.5, 0.1), (head, 2.5, 0.0)
     ]  # fmt: skip
@@ -147,6 +152,15 @@ def test_half_precision_leaves_alone_what_has_no_gradient():
     optimizer.step()
     assert model[0].weight.item() == 0.5 and model[1].weight.item() == 1.0
     assert list(optimizer.state) == [model[0].weight]
+
+
+def test_half_precision_leaves_alone_a_group_that_has_no_gradient():
+    model = torch.nn.Linear(1, 1).bfloat16()
+    optimizer = make_optimizer(model, 0.5)  # weight and bias are a group each
+    before = model.bias.item()
+    (model.weight * 2).sum().backward()
+    optimizer.step()
+    assert model.bias.item() == before and list(optimizer.state) == [model.weight]
 
 
 def test_make_optimizer_without_vectors_has_one_group():
