@@ -407,17 +407,18 @@ def own_critic(dtype=torch.float32):
     return critic_from_reward_model(tiny_lm(dtype), scorer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [tiny_policy, own_critic])
-def test_only_the_critic_learns_while_it_warms_up(make):
-    policy = make()
+def test_only_the_critic_learns_while_it_warms_up(make, dtype):
+    policy = make(dtype)
     config = config_of(steps=3, critic_warmup_steps=2, epochs=1)
     state = state_of(policy, config)
-    loop, lm, critic = ppo(state, PROMPTS, letter_d, tiny_lm(), Letters(), config), [], []
+    loop, lm, critic = ppo(state, PROMPTS, letter_d, tiny_lm(dtype), Letters(), config), [], []
     for step in loop:
         lm.append(parameters(policy.lm).clone())
         critic.append(torch.cat([p.detach().flatten() for p in policy.value_parameters()]))
         assert (step.metrics["objective/kl"] == 0) == (step.number <= 3)  # of the rollout before it
-    start = parameters(make().lm)
+    start = parameters(make(dtype).lm)
     assert torch.equal(lm[0], start) and torch.equal(lm[1], start) and not torch.equal(lm[2], start)
     assert not torch.equal(critic[0], critic[1])
 
