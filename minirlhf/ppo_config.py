@@ -199,7 +199,7 @@ class PPOConfig:
         if self.kl_in == "loss" and self.kl_estimator in ("k1", "abs"):
             yield (
                 f"kl_in loss with kl_estimator {self.kl_estimator}: the gradient of that estimate "
-                "is not the KL's (k1's is 0 on average); use k2, k3 or full"
+                "is not the KL's (k1's is 0 on average); use k2 or full, or k3 as GRPO does"
             )
         if self.offload_frozen and self.kl_in == "loss" and self.kl_estimator == "full":
             yield "offload_frozen: a full KL in the loss reads the reference in each update"

@@ -51,6 +51,10 @@ def check_models(
                                 "give a model that reads the same ids")  # fmt: skip
     for lm in lms:
         pretrained.describe(lm)
+    words = [pretrained.read_config(lm).vocab_size for lm in lms]
+    if config.kl_estimator == "full" and len(set(words)) > 1:
+        what = f"has {words[1]:,} tokens, the policy {words[0]:,}"
+        raise UserError(f"--ref {config.ref}", what, "use another --kl-estimator than full")
     for reward_model in (*critics, *scorers):
         pretrained.describe(reward_model, reward=True)
 

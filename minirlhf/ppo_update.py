@@ -16,6 +16,7 @@ from minirlhf.advantages import gae, token_rewards
 from minirlhf.errors import NonFinite
 from minirlhf.heads import ValueHeadModel
 from minirlhf.kl import ESTIMATORS, kl_k3
+from minirlhf.lora import has_lora
 from minirlhf.losses import clipped_value_loss
 from minirlhf.masking import masked_rescale, masked_standardize, masked_sum
 from minirlhf.passes import TokenPass, kl_to_ref, policy_pass
@@ -212,9 +213,13 @@ def ppo_step(
         ref: needed where the full KL is a loss, unless the policy has adapters.
         mix: texts whose loss is added to each update.
     Raises:
+        ValueError: there is no ref where one is needed.
         NonFinite: a loss or gradient is not finite, before it is applied: more of them in a row
             than config.skip_nonfinite, or all of the rollout's.
     """
+    if ref is None and config.kl_in == "loss" and config.kl_estimator == "full":
+        if not has_lora(policy):
+            raise ValueError("ref is None: a full KL in the loss needs it, or a policy's adapters")
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
     counters = {} if counters is None else counters
     assign_credit(rollout, config, kl_coef)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
     ("settings", "message"),
     [
         ({"min_new_tokens": 7}, "min_new_tokens 7 is above max_new_tokens 6: lower one or raise"),
-        ({"kl_in": "loss"}, "kl_in loss with kl_estimator k1: the gradient .* use k2, k3 or full"),
+        ({"kl_in": "loss"}, "kl_in loss with kl_estimator k1: the gradient .* use k2 or full"),
         ({"kl_in": "loss", "kl_estimator": "abs"}, "kl_in loss with kl_estimator abs"),
         (
             {"missing_eos": "ramp", "missing_eos_penalty": 1.0},
@@ -666,6 +667,21 @@ def test_main_refuses_a_reference_with_another_tokenizer(world, tmp_path, capsys
     give_other_tokenizer(other)
     assert main(command(world, tmp_path / "run", ref=other)) == BAD_INPUT
     assert "has another tokenizer than the policy" in capsys.readouterr().err
+
+
+def test_main_refuses_a_full_kl_to_a_reference_with_other_tokens(world, tmp_path, capsys):
+    lm = pretrained.load_pretrained(world / "other")
+    rows = lm.config.vocab_size
+    source = lm.config.source | {"vocab_size": rows + 8}
+    wider = CausalLM(replace(lm.config, vocab_size=rows + 8, source=source))
+    initialize(wider, torch.Generator().manual_seed(0))
+    other = shutil.copytree(world / "other", tmp_path / "other")
+    pretrained.save_pretrained(wider, other)
+    argv = command(world, tmp_path / "run", "--kl-estimator", "full", ref=other)
+    assert main(argv) == BAD_INPUT
+    told = f"has {rows + 8} tokens, the policy {rows}: use another --kl-estimator than full"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_main_stops_at_a_score_that_is_not_finite(world, tmp_path, capsys):

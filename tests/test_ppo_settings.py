@@ -307,6 +307,14 @@ def test_entropy_bonus_has_the_gradient_of_the_mean_entropy():
     assert_close(with_it - without, expected, atol=1e-9)
 
 
+def test_full_kl_in_the_loss_needs_a_reference():
+    policy = tiny_policy(f64)
+    config = config_of(kl_in="loss", kl_estimator="full")
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match=r"^ref is None: a full KL in the loss needs it"):
+        ppo_step(policy, optimizer, measured(policy), config)
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_full_kl_in_the_loss_has_its_gradient(rows):
     policy, ref = tiny_policy(f64), other_ref()

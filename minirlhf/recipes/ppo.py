@@ -61,7 +61,9 @@ from minirlhf.texts import TextMix
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
 
-RATIO_TOLERANCE = 1e-4  # both are exactly 0 on a CPU; a GPU's kernels may differ in the last bit
+# Both are exactly 0 on a CPU. A GPU's kernels, and graphs with and without a gradient, may differ
+# in the last bit.
+RATIO_TOLERANCE = 1e-4
 KL_TOLERANCE = 1e-4  # nats a token
 EVENTS = ("skipped_updates", "skipped_ratio", "early_stops")  # counted since the start
 
