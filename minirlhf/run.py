@@ -106,14 +106,17 @@ class Run:
         if not (isinstance(past[0], dict) and isinstance(past[1], list)):
             raise UserError(where, "has no list of its inputs", "give another --out")
         changed = {
-            key: f"{key} was {printable(repr(old.get(key)), 80)}, is {now[key]!r}"
+            key: f"{key} was {printable(repr(old[key]), 80)}, is {now[key]!r}"
             for key in now
-            if old.get(key) != now[key]
+            if key in old and old[key] != now[key]
         }
         if frozen := [text for key, text in changed.items() if key not in FREE]:
             more = f" and {len(frozen) - 5} more" if len(frozen) > 5 else ""
             raise UserError(where, "; ".join(frozen[:5]) + more,
                             "resume with the settings of the first start")  # fmt: skip
+        if newer := [key for key in now if key not in old and key not in FREE]:
+            what = f"has no setting {', '.join(newer[:5])}: an older minirlhf began the run"
+            raise UserError(where, what, "let that one finish it, or give another --out")
         told = ("out", "resume", "allow_data_change")  # by the command itself
         self.changed = [text for key, text in changed.items() if key not in told]
 

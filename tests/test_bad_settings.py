@@ -427,7 +427,7 @@ RUN_JSON = [  # content of run.json in the folder of --out, what is told
     ("{}", NOT_OURS),
     ('{"recipe": "ppo", "settings": {}}', NOT_OURS),
     ('{"recipe": "sft"}', "out/run.json: has no settings: give another --out"),
-    ('{"recipe": "sft", "settings": {"model": "rm"}}', "out/run.json: model was 'rm', is 'lm'; "),
+    ('{"recipe": "sft", "settings": {"model": "rm"}}', "out/run.json: model was 'rm', is 'lm': "),
     ('{"recipe": "sft", "settings": {}, "inputs": []}', "out/run.json: has no list of its inputs"),
     ('{"recipe": "sft", "settings": {}, "data_changes": 1}', "out/run.json: has no list of its in"),
     ('{"recipe": "sft", "settings": 3}', "out/run.json: has no settings: give another --out"),

@@ -163,6 +163,12 @@ def test_resume_refuses_changed_settings_and_names_old_and_new(done):
         start(done, resume=True, seed=1, betas=(0.9, 0.5))
 
 
+def test_resume_refuses_a_run_of_an_older_version_that_had_fewer_settings(done):
+    told = r"run\.json: has no setting newest: an older minirlhf began the run: let that one finish"
+    with pytest.raises(UserError, match=told):
+        start(done, resume=True, newest=1)
+
+
 def test_resume_allows_what_no_number_depends_on(done, tmp_path):
     changes = {"log_every": 5, "save_every": 7, "keep": 9, "show_samples": 2, "device": "cuda"}
     start(done, resume=True, **changes)
