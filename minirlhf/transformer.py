@@ -29,7 +29,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the architecture depends on; `pretrained.config_from_hf` builds it from config.json."""
+    """What the architecture depends on; `hf_config.config_from_hf` builds it from config.json."""
 
     family: str  # llama, mistral, qwen2, qwen3, gpt2: decides the names in files
     vocab_size: int
@@ -174,6 +174,12 @@ class KVCache:
                 cell[stay:A, :, :filled] = cell[rows[stay:], :, :filled]
                 cells[layer] = cell[:A]
         self.hold(self.lengths[rows])
+
+
+def totals(lengths: Tensor) -> tuple[int, int]:
+    """(sum, longest) of (B,) lengths, asked for at once, since a GPU waits for each question."""
+    cells, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
+    return cells, longest
 
 
 class Packing:
@@ -330,7 +336,10 @@ class Decoder(nn.Module):
             cache.seen = torch.arange(longest, device=tokens.device) <= past[:, None]  # itself too
         where = torch.arange(T, device=tokens.device) if past is None else past[:, None]
         packing, rope = None, None
-        if lengths is not None and int(lengths.sum()) < tokens.numel():
+        cells, most = (tokens.numel(), T) if lengths is None else totals(lengths)
+        if most > T:
+            raise ValueError(f"a row's length is {most}, tokens has {T} columns")
+        if cells < tokens.numel():
             packing = Packing(lengths, T)
             tokens, where = packing.pack(tokens), packing.pack(where.expand_as(tokens))
         x = self.embed_tokens(tokens)  # (B, T, D), or (n, D) where it is packed

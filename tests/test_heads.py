@@ -131,6 +131,8 @@ def test_reward_head_trains_and_widens():
 def test_reward_refuses_lengths_of_another_batch():
     with pytest.raises(ValueError, match=r"lengths is \(2,\), tokens is \(3, 4\): give one length"):
         make_reward()(targets(3, 4), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="a row's length is 5, tokens has 3 columns"):
+        make_reward()(targets(2, 3), torch.tensor([5, 1]))
 
 
 def test_initialize_score_has_the_published_spread():
