@@ -8,6 +8,7 @@ Shapes: N examples, M texts of all of them, K responses of the longest list, P p
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -75,17 +76,20 @@ def without_eos(example: E, eos_ids: tuple[int, ...]) -> E:
 
 
 def as_pairs(example: Example) -> list[Pair]:
-    """All its pairs of responses of different rank, the better one chosen."""
+    """All its pairs of responses of different rank, the better one chosen; their margin is the
+    difference of the list's own scores, where it has any."""
     if isinstance(example, Pair):
         return [example]
     prompt, responses = example.prompt_ids, example.responses
+    scores = example.scores or [0.0] * len(responses)
     return [
-        Pair(prompt, responses[i], responses[j], 0.0, example.where, example.columns)
+        Pair(prompt, responses[i], responses[j], scores[i] - scores[j], example.where,
+             example.columns)
         for i, j in ordered(example.ranks)
-    ]
+    ]  # fmt: skip
 
 
-def ordered(ranks: list[int]) -> list[tuple[int, int]]:
+def ordered(ranks: Sequence[int]) -> list[tuple[int, int]]:
     """Indices (better, worse) of all responses of different rank."""
     ranked = list(enumerate(ranks))
     return [(i, j) for i, rank in ranked for j, other in ranked if rank < other]
@@ -145,27 +149,26 @@ class RankedPairsBatch(NamedTuple):
 
     tokens: Tensor  # (M, T) int64, the texts of a list next to each other
     lengths: Tensor  # (M,)
-    counts: Tensor  # (N,) texts of each list
-    better: Tensor  # (P,) which of the M texts
+    counts: list[int]  # N, texts of each list
+    pairs: list[int]  # N, pairs of each list, at least one
+    better: Tensor  # (P,) which of the M texts, the pairs of a list next to each other
     worse: Tensor  # (P,)
-    owner: Tensor  # (P,) which of the N lists
     margin: Tensor  # (P,) float32
     chosen_probability: Tensor  # (P,) float32
 
     def split(self, scores: Tensor) -> list[Tensor]:
         """(M,) -> a (K,) for each list, without padding."""
-        return list(scores.split(self.counts.tolist()))
+        return list(scores.split(self.counts))
 
     def loss(self, scores: Tensor, label_smoothing: float = 0.0, center: float = 0.0) -> Tensor:
         """(M,) scores -> (N,) means over a list's pairs; of two responses what a pair's are."""
-        owner = self.owner.to(scores.device)
-        better, worse = scores[self.better.to(owner)], scores[self.worse.to(owner)]
+        better = scores.gather(0, self.better.to(scores.device))
+        worse = scores.gather(0, self.worse.to(scores.device))
         probability = self.chosen_probability.to(scores)
         losses = bradley_terry_loss(
             better, worse, self.margin.to(scores), probability, label_smoothing
         )
-        pairs = torch.bincount(owner, minlength=len(self.counts)).clamp(min=1)  # 0: all tie
-        loss = torch.zeros_like(pairs, dtype=losses.dtype).index_add(0, owner, losses) / pairs
+        loss = torch.stack([each.mean() for each in losses.split(self.pairs)])
         return loss + centering(self.split(scores), center) if center else loss
 
 
@@ -199,6 +202,7 @@ def collate_rankings(
             margins: the same, with the difference of the list's own scores as margin.
             probabilities: Bradley-Terry's of each pair, ties too, whose label is the probability
                 sigmoid(difference of the list's own scores).
+            Not all responses of a list may tie; such lists are dropped when they are read.
     Raises:
         ValueError: margins or probabilities of a list without scores.
     """
@@ -209,21 +213,26 @@ def collate_rankings(
         ranks = pad_right([ranking.ranks for ranking in rankings])
         mask = torch.arange(ranks.shape[1]) < counts[:, None]
         return RankingBatch(tokens, lengths, ranks, mask)
-    pairs, gaps, start = [], [], 0
-    for owner, ranking in enumerate(rankings):
-        scores, count = ranking.scores, len(ranking.ranks)
-        if loss in NEED_SCORES and scores is None:
+    pairs, better, worse, gaps, start = [], [], [], [], 0
+    for ranking in rankings:
+        if loss in NEED_SCORES and ranking.scores is None:
             raise ValueError(f"{ranking.where} has no scores: {loss} needs them")
-        every = [(i, j) for i in range(count) for j in range(i + 1, count)]
-        for i, j in every if loss == "probabilities" else ordered(ranking.ranks):
-            pairs.append((start + i, start + j, owner))
-            gaps.append(scores[i] - scores[j] if loss in NEED_SCORES else 0.0)
-        start += count
-    better, worse, owner = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).T
+        # Of responses that tie a probability says something too: 1/2.
+        places = range(len(ranking.ranks)) if loss == "probabilities" else ranking.ranks
+        compared = ordered(places)
+        pairs.append(len(compared))
+        better += [start + i for i, _ in compared]
+        worse += [start + j for _, j in compared]
+        own = ranking.scores if loss in NEED_SCORES else [0.0] * len(ranking.ranks)
+        gaps += [own[i] - own[j] for i, j in compared]
+        start += len(ranking.ranks)
     gap = torch.tensor(gaps)
     margin = gap if loss == "margins" else torch.zeros_like(gap)
     probability = torch.sigmoid(gap) if loss == "probabilities" else torch.ones_like(gap)
-    return RankedPairsBatch(tokens, lengths, counts, better, worse, owner, margin, probability)
+    better, worse = torch.tensor(better), torch.tensor(worse)
+    return RankedPairsBatch(
+        tokens, lengths, counts.tolist(), pairs, better, worse, margin, probability
+    )
 
 
 def collate(examples: list[E], list_loss: str = "plackett-luce") -> Batch:

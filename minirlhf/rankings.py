@@ -192,26 +192,31 @@ def scores_of(row: Row, count: int) -> list[float] | None:
     """Score of each of a row's `count` responses, or None where the row has none.
 
     Raises:
-        UserError: not one finite number each.
+        UserError: not one number each, or one whose difference to another could be infinite.
     """
-    columns = row.columns
-    if isinstance(columns.get("completions"), list) and "responses" not in columns:
-        values = [value["score"] for value in columns["completions"]]
-        return _numbers(row, "completions", values, count)
-    if _label(row) != "scores":
+    columns, key = row.columns, "scores"
+    listed = "responses" in columns or "sample0" in columns
+    if isinstance(columns.get("completions"), list) and not listed:
+        key, values = "completions", [value["score"] for value in columns["completions"]]
+    elif _label(row) == "scores":
+        values = columns["scores"]
+        if not isinstance(values, list):
+            raise _wrong(row, key, "needs a list of numbers")
+    else:
         return None
-    if not isinstance(columns["scores"], list):
-        raise _wrong(row, "scores", "needs a list of numbers")
-    return _numbers(row, "scores", columns["scores"], count)
+    return _numbers(row, key, values, count, LARGEST / 2)
 
 
-def _numbers(row: Row, key: str, values: list, count: int) -> list[float]:
+def _numbers(
+    row: Row, key: str, values: list, count: int, largest: float = LARGEST
+) -> list[float]:
     if len(values) != count:
         raise UserError(row.where, f"{len(values)} {key}, {count} responses", "needs as many")
     for at, value in enumerate(values):
-        if type(value) not in (int, float) or not abs(value) <= LARGEST:
+        if type(value) not in (int, float) or not abs(value) <= largest:
             got = printable(json.dumps(value), 40)
-            raise UserError(row.where, f"{key}[{at}] is {got}", "needs a finite number")
+            what = f"{key}[{at}] is {got}"
+            raise UserError(row.where, what, f"needs a finite number of at most {largest:.3g}")
     return values
 
 

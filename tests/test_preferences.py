@@ -191,11 +191,6 @@ def test_scores_of_a_list_as_probabilities_by_hand():
     torch.testing.assert_close(scores.grad, torch.zeros_like(scores), rtol=0, atol=1e-7)
 
 
-def test_pairs_of_a_list_that_ties_are_none():
-    batch = collate([ranking([1], [[2], [3]], [1, 1])], "pairs")
-    assert batch.loss(torch.tensor([1.0, 2.0])).tolist() == [0.0]
-
-
 def test_lists_without_scores_are_refused_where_the_loss_needs_them():
     for loss in NEED_SCORES:
         with pytest.raises(ValueError, match=f"^t:1 has no scores: {loss} needs them"):
@@ -236,6 +231,8 @@ def test_as_pairs_are_all_of_different_rank():
     assert as_pairs(PAIRS[0]) == [PAIRS[0]]
     first = as_pairs(LISTS[1])[0]
     assert (first.prompt_ids, first.margin, first.where) == ([2], 0.0, "t:2")
+    scored = ranking([1], [[2], [3], [4]], [1, 1, 2], scores=[2.5, 2.5, 1.0])
+    assert [pair.margin for pair in as_pairs(scored)] == [1.5, 1.5]
 
 
 SCORES = [torch.tensor(x) for x in ([9.0, 5.0, 5.0, 6.0], [8.0, 9.0, 1.0], [7.0, 7.0])]

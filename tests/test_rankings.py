@@ -88,6 +88,13 @@ def test_load_rankings_of_token_ids_needs_no_tokenizer(write):
     assert report.detected == "tokenised ranked lists (query, sample0 to sample2, best)"
 
 
+def test_load_rankings_of_token_ids_have_a_column_of_another_name(write):
+    path = write(QUERY | {"best": 1, "completions": ["x"]})
+    (found,), _ = load_rankings(path, None, None, "drop")
+    assert (found.ranks, found.scores) == ([1, 2, 2], None)
+    assert found.columns == {"completions": ["x"]}
+
+
 def test_load_rankings_of_messages(write, tokenizer):
     prompt = [{"role": "user", "content": "q"}]
     responses = [[{"role": "assistant", "content": c}] for c in "ab"]
@@ -162,6 +169,7 @@ def test_load_rankings_cuts_responses_that_may_then_be_equal(write, tokenizer):
             {"prompt": "p", "best": 0, "completions": [{"response": c, "score": 1} for c in "ab"]},
             r"has completions and best: keep the one that counts",
         ),
+        (LISTED | {"scores": [1, 3e38, 0]}, r"scores\[1\] is 3e\+38: needs .* at most 1.7e\+38"),
         (QUERY | {"best": 3}, r"best is 3: needs an integer from 0 to 2"),
         (QUERY | {"best": 0, "sample1": [-1]}, r"sample1\[0\] is -1: a token id is an integer"),
     ],

@@ -106,7 +106,8 @@ def preference_rows(
     model: RewardModel, examples: list[Example], eos_ids: Sequence[int], micro_batch_tokens: int
 ) -> tuple[list[dict], str]:
     """One {where, chosen_score, rejected_score} a pair, or {where, scores, ranks} a ranked list,
-    and the summary; of lists it is what the reward recipe tells of held-out ones."""
+    and the summary; of lists it is what the reward recipe tells of held-out ones, with the loss of
+    the whole order."""
     if model.read_before_eos:
         examples = [without_eos(example, eos_ids) for example in examples]
     texts = [text for example in examples for text in texts_of(example)]
