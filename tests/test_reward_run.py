@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -110,6 +111,22 @@ def test_main_writes_what_it_says(base, whole):
     wanted = {prefix + name for prefix in ("eval_", "eval_seen_") for name in held_out}
     assert all((wanted <= line.keys()) == (line["step"] in (3, 6)) for line in lines)
     assert lines[-1]["epoch"] == 2.0
+
+
+def test_main_evaluates_once_after_the_last_step(base, tmp_path, monkeypatch):
+    seen = []
+
+    def counted(model, examples, *rest, **named):
+        seen.append(len(examples))
+        return evaluate(model, examples, *rest, **named)
+
+    monkeypatch.setattr(recipe, "evaluate", counted)
+    out, words = tmp_path / "run", (*STEPS, "--eval-data", base[2])
+    assert run_reward(base, out, *words) == 0 and len(seen) == 2  # after steps 3 and 6
+    card = json.loads((out / "card.json").read_text("utf-8"))
+    shutil.rmtree(out / "model")
+    assert run_reward(base, out, *words, "--resume") == 0 and len(seen) == 3
+    assert json.loads((out / "card.json").read_text("utf-8")) == card
 
 
 def test_main_evaluates_the_model_that_it_writes(base, whole):

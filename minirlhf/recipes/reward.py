@@ -47,7 +47,7 @@ from minirlhf.preferences import (
 )
 from minirlhf.rankings import Ranking, load_preferences
 from minirlhf.reward_card import card_files
-from minirlhf.reward_eval import evaluate, sample_rows, sample_table, score_moments
+from minirlhf.reward_eval import Evaluation, evaluate, sample_rows, sample_table, score_moments
 from minirlhf.run import Run, named_files
 from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
@@ -281,14 +281,15 @@ def load(
 
 def check_loss(config: RewardConfig, path: str, examples: list[Example]) -> None:
     """Raises UserError where a setting of the loss means nothing for a file's examples."""
-    lists, of = isinstance(examples[0], Ranking), f"is {config.list_loss}, but {path}"
+    lists = isinstance(examples[0], Ranking)
     if lists and config.list_loss in NEED_SCORES and examples[0].scores is None:
-        what = f"{of} has no scores of the responses"
+        what = f"is {config.list_loss}, but {path} has no scores of the responses"
         raise UserError("--list-loss", what, "give it a column scores, or choose another loss")
     if path != config.data:
         return
     if not lists and config.list_loss != "plackett-luce":
-        raise UserError("--list-loss", f"{of} holds pairs", "leave it out")
+        what = f"is {config.list_loss}, but {path} holds pairs"
+        raise UserError("--list-loss", what, "leave it out")
     if lists and config.label_smoothing and config.list_loss == "plackett-luce":
         what = f"is {config.label_smoothing}, but {path} holds ranked lists"
         do = "only the label of a pair can be smoothed: leave it out, or give --list-loss pairs"
@@ -342,22 +343,29 @@ def evaluate_all(
     sets: dict[str, list[Example]],
     config: RewardConfig,
     tokenizer: Tokenizer,
-) -> dict[str, float]:
-    """Every held-out set, with its table of pairs; the metrics under their prefixes."""
-    metrics = {}
-    for prefix, held_out in sets.items():
-        result = evaluate(
-            state.model, held_out, config.micro_batch_tokens, collate=collate_as(config)
-        )
+) -> dict[str, Evaluation]:
+    """Every held-out set by its prefix; tells the metrics and a table of pairs."""
+    results = score_sets(state.model, sets, config)
+    for prefix, result in results.items():
+        held_out = sets[prefix]
         rows = sample_rows(result, tokenizer, config.show_samples)
         if rows:
             r.say(sample_table(rows))
             r.write_samples(state, [{"step": state.step, "set": prefix} | row for row in rows])
-        metrics |= {prefix + name: value for name, value in result.metrics.items()}
         shown = [n for n in SHOWN if n in result.metrics]
         numbers = "  ".join(f"{name} {result.metrics[name]:.4f}" for name in shown)
         r.say(f"  {prefix.rstrip('_')}: {len(held_out):,} {kind_of(held_out)}  {numbers}")
-    return metrics
+    return results
+
+
+def score_sets(
+    model: RewardModel, sets: dict[str, list[Example]], config: RewardConfig
+) -> dict[str, Evaluation]:
+    """Every held-out set by its prefix."""
+    return {
+        prefix: evaluate(model, rows, config.micro_batch_tokens, collate=collate_as(config))
+        for prefix, rows in sets.items()
+    }
 
 
 def finish(
@@ -367,10 +375,14 @@ def finish(
     sets: dict[str, list[Example]],
     config: RewardConfig,
     tokenizer: Tokenizer,
+    results: dict[str, Evaluation] | None,
 ) -> None:
     """Normalises the trained model, writes its folder, and the card of what was held out.
 
     All of it is a function of the last checkpoint, so a run that is stopped here does it again.
+
+    Args:
+        results: of the last step, if this process made it.
     """
     if config.lora_rank:
         merge_lora(model)
@@ -381,11 +393,10 @@ def finish(
         normalize_scores(model, mean, std)
         facts["normalized"] = {"over": config.normalize, "mean": mean, "std": std}
         print(f"scores of {config.normalize} had mean {mean:.4f} and std {std:.4f}: normalised")
-    results = {
-        p.rstrip("_"): evaluate(model, rows, config.micro_batch_tokens, collate=collate_as(config))
-        for p, rows in sets.items()
-    }
-    files = card_files(facts, results, tokenizer) if results else {}
+    if results is None or config.lora_rank or config.normalize != "none":  # not this model's
+        results = score_sets(model, sets, config)
+    by_name = {prefix.rstrip("_"): result for prefix, result in results.items()}
+    files = card_files(facts, by_name, tokenizer) if results else {}
 
     def write(target: Path) -> None:
         write_model(model, tokenizer, target)
@@ -436,10 +447,12 @@ def main(argv: list[str] | None = None) -> int:
         model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )
     state, steps = TrainState(model, optimizer), total_steps(config, len(examples))
+    results = None
     with r:
         r.list_left_out(report for _, report in read.values())
         r.facts({
-            "examples": len(examples), "epochs": f"{steps * config.batch_size / len(examples):.2f}",
+            "examples": len(examples),
+            "epochs": f"{steps / ceil(len(examples) / config.batch_size):.2f}",
             f"{kind_of(examples)} a step": config.batch_size, "steps": steps,
             "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "memory": fits, "device": device, "dtype": str(dtype).removeprefix("torch."),
@@ -453,7 +466,9 @@ def main(argv: list[str] | None = None) -> int:
             evaluating = last or (config.eval_every and step.number % config.eval_every == 0)
             with r.report(state, step):
                 if evaluating:
-                    extra |= evaluate_all(r, state, sets, config, tokenizer)
+                    results = evaluate_all(r, state, sets, config, tokenizer)
+                    for prefix, result in results.items():
+                        extra |= {prefix + name: v for name, v in result.metrics.items()}
                 if evaluating or step.number % config.log_every == 0:
                     r.log(state, extra, step.clock, ("loss", "accuracy", "margin", "grad_norm"))
             if last or step.number % config.save_every == 0:
@@ -461,7 +476,7 @@ def main(argv: list[str] | None = None) -> int:
         if r.stopped:
             r.save(state)
             return STOPPED
-        finish(r, model, examples, sets, config, tokenizer)
+        finish(r, model, examples, sets, config, tokenizer, results)
     return OK
 
 

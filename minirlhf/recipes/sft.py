@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         r.list_left_out(report for _, report in read.values())
         r.facts({
             "examples": len(texts), "tokens": int(lengths.sum()), "targets": int(counts.sum()),
-            "epochs": f"{steps * config.batch_size / len(texts):.2f}",
+            "epochs": f"{steps / ceil(len(texts) / config.batch_size):.2f}",
             "texts a step": config.batch_size, "steps": steps,
             "trainable parameters": sum(p.numel() for p in lm.parameters() if p.requires_grad),
             "memory": fits, "device": device, "dtype": str(dtype).removeprefix("torch."),
