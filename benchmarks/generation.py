@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import hardware
-from side_by_side import flags_of, long_prompts, spread, take_turns, write
+from side_by_side import flags_of, long_prompts, read_flags, several, spread, take_turns, write
 
 HERE = Path(__file__).parent
 BATCH_SIZES, PROMPT, NEW = (1, 16, 64), 32, 64
@@ -48,9 +48,9 @@ def ours(args: argparse.Namespace) -> None:
 def main() -> None:
     flags = flags_of(__doc__)
     flags.add_argument("--transformers", metavar="PYTHON")
-    flags.add_argument("--repeats", type=int, default=3)
+    flags.add_argument("--repeats", type=several, default=3)
     flags.add_argument("--prompts", help=argparse.SUPPRESS)
-    args = flags.parse_args()
+    args = read_flags(flags)
     if args.child:
         return ours(args)
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,16 @@ from functools import partial
 from pathlib import Path
 
 import hardware
-from side_by_side import compare, flags_of, long_prompts, show, take_turns, write
+from side_by_side import (
+    compare,
+    flags_of,
+    long_prompts,
+    read_flags,
+    several,
+    show,
+    take_turns,
+    write,
+)
 
 HERE = Path(__file__).parent
 ROWS, PROMPT, NEW, EPOCHS, MINI_BATCHES = 16, 32, 64, 2, 2
@@ -141,12 +150,12 @@ def main() -> None:
     flags.add_argument("--trl112", metavar="PYTHON")
     flags.add_argument("--trl112-path", metavar="DIR")
     flags.add_argument("--compile", action="store_true", help="also compiled")
-    flags.add_argument("--updates", type=int, default=4)
+    flags.add_argument("--updates", type=several, default=4)
     flags.add_argument("--prompts", help=argparse.SUPPRESS)
     flags.add_argument("--reward", help=argparse.SUPPRESS)
     flags.add_argument("--micro-batch-size", type=int, default=8, help=argparse.SUPPRESS)
     flags.add_argument("--offload-frozen", action="store_true", help=argparse.SUPPRESS)
-    args = flags.parse_args()
+    args = read_flags(flags)
     if args.child:
         return ours(args)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,8 +4,9 @@
     python benchmarks/reward_step.py --model real/SmolLM2-135M-Instruct --data real \
         --trl VENV/bin/python --out benchmarks/results/reward_step.json
 
-Film sentences of about 26 tokens a side, all weights trained. Ours is the recipe's own generator;
-both draw their batches from the same file. `peers/README.md` says how to make the peer's
+Film sentences of about 26 tokens a side, all weights trained. Ours is the recipe's own generator.
+Both pass once over the same pairs, ours in batches of like length, as the recipe does; so they are
+compared by tokens a second, padding not counted. `peers/README.md` says how to make the peer's
 environment; without one it is left out. Each program runs in a process of its own, in turns,
 `--rounds` times; the first step of each process is not counted.
 """
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 
 import hardware
-from side_by_side import compare, flags_of, show, take_turns, write
+from side_by_side import compare, flags_of, read_flags, several, show, take_turns, write
 
 HERE = Path(__file__).parent
 ROWS = 16
@@ -40,6 +41,7 @@ def ours(args: argparse.Namespace) -> None:
     lm: CausalLM = load_pretrained(args.model, choose_dtype(args.dtype))
     model = initialize_score(RewardModel(lm), torch.Generator().manual_seed(0))
     pairs, _ = load_pairs(args.pairs, load_tokenizer(args.model), 128, "drop")
+    pairs = pairs[: ROWS * args.steps]
     config = RewardConfig(
         model=args.model, data=args.pairs, out="run", steps=args.steps, batch_size=ROWS,
         learning_rate=1e-6,
@@ -57,16 +59,18 @@ def ours(args: argparse.Namespace) -> None:
     block += 3 * c.hidden_size * c.intermediate_size
     operations = [6 * c.num_layers * block * count for count in tokens[1:]]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds[1:], "operations": operations, "peak_bytes": peak}))
+    print(json.dumps({
+        "seconds": seconds[1:], "tokens": tokens[1:], "operations": operations, "peak_bytes": peak,
+    }))  # fmt: skip
 
 
 def main() -> None:
     flags = flags_of(__doc__)
     flags.add_argument("--trl", metavar="PYTHON")
     flags.add_argument("--compile", action="store_true", help="also compiled")
-    flags.add_argument("--steps", type=int, default=6)
+    flags.add_argument("--steps", type=several, default=6)
     flags.add_argument("--pairs", help=argparse.SUPPRESS)
-    args = flags.parse_args()
+    args = read_flags(flags)
     if args.child:
         return ours(args)
     pairs = f"{args.data}/movie_pairs_train.jsonl"

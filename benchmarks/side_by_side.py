@@ -22,6 +22,20 @@ def flags_of(doc: str) -> argparse.ArgumentParser:
     return flags
 
 
+def read_flags(flags: argparse.ArgumentParser) -> argparse.Namespace:
+    args = flags.parse_args()
+    if not (args.child or args.data):
+        flags.error("--data is needed: python benchmarks/prepare.py DIR makes it")
+    return args
+
+
+def several(text: str) -> int:
+    """A count of things of which the first is not measured."""
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: the first is not counted, so 2 or more")
+    return int(text)
+
+
 def take_turns(ours: dict, peers: dict, rounds: int) -> dict[str, list[dict]]:
     """Name -> the JSON lines of all its rounds.
 
@@ -48,35 +62,44 @@ def compare(found: dict[str, list[dict]], peers: dict, machine: dict) -> list[di
     """A row a program: seconds, peak memory, how many times as fast as the fastest peer.
 
     Args:
-        found: of `take_turns`, lines of {"seconds": [...], "peak_bytes"}; ours also have the
-            floating-point "operations" of each, whose rate over the machine's peak is the roofline.
+        found: of `take_turns`, lines of {"seconds": [...], "peak_bytes"}. Where the work of a step
+            varies there are its "tokens" too, and programs are compared by tokens a second, else by
+            their medians. Ours also have the floating-point "operations" of each step, whose rate
+            over the machine's peak is the roofline.
     """
     rows = []
     for name, runs in found.items():
         seconds = [s for run in runs for s in run["seconds"]]
         row = {"program": name, **spread(seconds),
                "peak_gb": max(run["peak_bytes"] for run in runs) / 1e9}  # fmt: skip
+        row["rate"] = 1 / row["median"]
+        if "tokens" in runs[0]:
+            row["rate"] = sum(sum(run["tokens"]) for run in runs) / sum(seconds)
+            row["tokens_per_s"] = row["rate"]
         if "operations" in runs[0]:
             peak = machine["bfloat16_gflops" if "bfloat16" in name else "float32_gflops"]
             work = sum(sum(run["operations"]) for run in runs)
             row["roofline"] = work / 1e9 / peak / sum(seconds)
         rows.append(row)
-    best = [row["median"] for row in rows if row["program"] in peers]
+    best = [row["rate"] for row in rows if row["program"] in peers]
     for row in rows:
-        row["ratio"] = min(best) / row["median"] if best else None
+        rate = row.pop("rate")
+        row["ratio"] = rate / max(best) if best else None
     return rows
 
 
 def show(rows: list[dict], machine: dict) -> None:
     """Prints the rows of `compare`."""
     print(hardware.show(machine))
-    print(f"{'':<36}{'median s':>10}{'lowest':>9}{'highest':>9}{'peak GB':>9}{'ratio':>8}"
-          f"{'roofline':>10}")  # fmt: skip
+    print(f"{'':<30}{'median s':>10}{'lowest':>9}{'highest':>9}{'peak GB':>9}{'tokens/s':>10}"
+          f"{'ratio':>8}{'roofline':>10}")  # fmt: skip
     for row in rows:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        tokens = f"{row['tokens_per_s']:.1f}" if "tokens_per_s" in row else ""
         share = f"{row['roofline']:.0%}" if "roofline" in row else ""
-        print(f"{row['program']:<36}{row['median']:>10.2f}{row['lowest']:>9.2f}"
-              f"{row['highest']:>9.2f}{row['peak_gb']:>9.2f}{ratio:>8}{share:>10}")  # fmt: skip
+        print(f"{row['program']:<30}{row['median']:>10.2f}{row['lowest']:>9.2f}"
+              f"{row['highest']:>9.2f}{row['peak_gb']:>9.2f}{tokens:>10}{ratio:>8}"
+              f"{share:>10}")  # fmt: skip
 
 
 def long_prompts(model: str, sentences: str, tokens: int, count: int, target: Path) -> Path:

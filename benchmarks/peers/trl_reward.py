@@ -1,4 +1,5 @@
-"""Peer: TRL's RewardTrainer, full fine-tuning; prints a JSON line: seconds of each later step."""
+"""Peer: TRL's RewardTrainer, full fine-tuning. Prints one JSON line: seconds and tokens of each
+step after the first."""
 
 import argparse
 import json
@@ -29,7 +30,7 @@ model = AutoModelForSequenceClassification.from_pretrained(
 model.config.pad_token_id = tokenizer.pad_token_id
 with open(args.pairs, encoding="utf-8") as file:
     rows = [json.loads(line) for line in file]
-seconds = []
+seconds, tokens = [], []
 
 
 class Clock(TrainerCallback):
@@ -40,6 +41,12 @@ class Clock(TrainerCallback):
         seconds.append(time.perf_counter() - self.started)
 
 
+class Counting(RewardTrainer):
+    def training_step(self, model, inputs, *rest, **named):
+        tokens.append(int(inputs["attention_mask"].sum()))
+        return super().training_step(model, inputs, *rest, **named)
+
+
 config = RewardConfig(
     output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.batch_size,
     max_steps=args.steps, report_to=[], save_strategy="no", use_cpu=True,
@@ -47,8 +54,8 @@ config = RewardConfig(
     gradient_checkpointing=False, max_length=128,
 )  # fmt: skip
 data = Dataset.from_list(rows[: args.batch_size * args.steps])
-RewardTrainer(
+Counting(
     model=model, args=config, processing_class=tokenizer, train_dataset=data, callbacks=[Clock()]
 ).train()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": seconds[1:], "peak_bytes": peak}))
+print(json.dumps({"seconds": seconds[1:], "tokens": tokens[1:], "peak_bytes": peak}))
