@@ -125,7 +125,7 @@ def test_a_size_gives_the_same_bits_whatever_sizes_came_before():
 
 
 @slow
-@pytest.mark.parametrize("recipe", ["reward", "ppo"])
+@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
 def test_a_compiled_run_that_goes_on_from_its_first_step_ends_the_same(recipe, tmp_path):
     world, whole, resumed = make_world(tmp_path / "world"), tmp_path / "a", tmp_path / "b"
     assert run_command_line(command(recipe, world, whole, compile=True, keep=3)) == OK
