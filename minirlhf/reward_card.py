@@ -156,7 +156,7 @@ def card_files(
     """The texts of card.json and card.md.
 
     Args:
-        facts: about the model itself.
+        facts: about the model itself: heads, lcb_coef, normalized, and a run's provenance.
         results: name of a held-out set -> what the model that is written scores on it.
     """
     sets = {name: describe(result, tokenizer) for name, result in results.items()}
@@ -184,6 +184,11 @@ def _model_lines(facts: dict) -> str:
             f"- normalised: over {normalized['over']}, whose scores had mean "
             f"{normalized['mean']:.4f} and standard deviation {normalized['std']:.4f}"
         )
+    for data in facts.get("data", ()):
+        lines.append(f"- data: {escaped(data['file'])}, sha256 {data['sha256'][:16]}")
+    if settings := facts.get("settings"):
+        told = ", ".join(f"{name} {value}" for name, value in settings.items())
+        lines.append(f"- settings: {escaped(told, 10_000)}")
     return "\n".join(lines)
 
 

@@ -63,6 +63,7 @@ class Run:
     ):
         self.folder, self.recipe, self.settings = Path(out), recipe, settings
         self.resume, self.inputs = resume, list(inputs)
+        self.hashes: dict[str, str] = {}  # file -> sha256 of each input, once it is entered
         self.state: TrainState | None = None  # once restored
         self.changed: list[str] = []  # free settings that differ from the first start's
         self.started = time.perf_counter()
@@ -154,6 +155,7 @@ class Run:
         """run.json: what would have to be known to do this run again."""
         path = self.folder / "run.json"
         inputs = {str(file): fsio.sha256(file) for name in self.inputs for file in contents(name)}
+        self.hashes = inputs
         past = read_json(path) if path.exists() else {}
         changes = past.get("data_changes", [])
         changes += self._changed_data(past.get("inputs", inputs), inputs)
@@ -170,6 +172,16 @@ class Run:
         }
         facts |= {"data_changes": changes} if changes else {}
         self.write_file("run.json", fsio.json_text(facts))
+
+    def provenance(self) -> dict:
+        """Of what is trained: settings that a number depends on, and the data by their bytes.
+
+        It is written for others to read, so files go by their names, not by this machine's folders.
+        """
+        places = {"model", "data", "eval_data"}
+        kept = {k: v for k, v in self.settings.items() if k not in FREE | places}
+        data = [{"file": Path(name).name, "sha256": sha256} for name, sha256 in self.hashes.items()]
+        return {"data": data, "settings": kept}
 
     def _changed_data(self, before: dict[str, str], now: dict[str, str]) -> list[dict]:
         """What differs in the inputs, told; refused, unless it is data and that may change."""

@@ -173,13 +173,16 @@ def test_escaped_leaves_letters_alone():
 
 
 def test_card_page_says_what_the_numbers_are():
-    facts = {"heads": 3, "lcb_coef": 0.5, "normalized": {"over": "eval", "mean": 2.0, "std": 4.0}}
+    facts = {"heads": 3, "lcb_coef": 0.5, "normalized": {"over": "eval", "mean": 2.0, "std": 4.0},
+             "data": [{"file": "pairs_a.jsonl", "sha256": "0123456789abcdef" * 4}],
+             "settings": {"steps": 3, "schedule": "linear"}}  # fmt: skip
     result = by_last_token(PAIRS)
     files = card_files(facts, {"eval": result, "eval_x": by_last_token(LISTS)}, None)
     page = files["card.md"]
     for line in (
         "- heads: 3", "- score: mean of the heads - 0.5 of their deviations",
         "- normalised: over eval, whose scores had mean 2.0000 and standard deviation 4.0000",
+        r"- data: pairs\_a\.jsonl, sha256 0123456789abcdef", "- settings: steps 3, schedule linear",
         "## eval", r"## eval\_x", "| accuracy (strict) | 0.6000 |", "| top 1 of lists | 0.6667 |",
         "| -6 to -6 | 1 | 1.0000 | 0.2065 to 1.0000 |", "| confidence | pairs | mean confidence |",
     ):  # fmt: skip

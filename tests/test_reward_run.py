@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_peer
 
+from minirlhf import fsio
 from minirlhf.cli import main
 from minirlhf.data import load_pairs
 from minirlhf.errors import STOPPED
@@ -336,6 +337,11 @@ def test_whoever_loads_a_normalised_ensemble_sees_its_scores(base, ensemble, cap
 def test_card_is_of_the_model_that_is_written(base, ensemble):
     card = json.loads((ensemble / "card.json").read_text("utf-8"))
     assert card["model"]["heads"] == 3 and card["model"]["normalized"]["over"] == "eval"
+    sums = {Path(name): fsio.sha256(name) for name in base[1:]}
+    assert {Path(row["file"]): row["sha256"] for row in card["model"]["data"]} == {
+        Path(name.name): digest for name, digest in sums.items()
+    }  # fmt: skip
+    assert card["model"]["settings"]["lcb_coef"] == 0.5 and "out" not in card["model"]["settings"]
     pairs, _ = load_pairs(base[2], load_tokenizer(ensemble / "model"), 64, "error")
     again = evaluate(load_reward_model(ensemble / "model"), pairs).metrics
     assert {name: card["sets"]["eval"][name] for name in again} == again

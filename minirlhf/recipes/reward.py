@@ -386,7 +386,7 @@ def finish(
     """
     if config.lora_rank:
         merge_lora(model)
-    facts: dict[str, object] = {"heads": model.heads, "lcb_coef": model.lcb_coef}
+    facts = {"heads": model.heads, "lcb_coef": model.lcb_coef} | r.provenance()
     if config.normalize != "none":
         over = train if config.normalize == "train" else [e for s in sets.values() for e in s]
         mean, std = score_moments(model, over, config.micro_batch_tokens, "--normalize")
@@ -396,7 +396,7 @@ def finish(
     if results is None or config.lora_rank or config.normalize != "none":  # not this model's
         results = score_sets(model, sets, config)
     by_name = {prefix.rstrip("_"): result for prefix, result in results.items()}
-    files = card_files(facts, by_name, tokenizer) if results else {}
+    files = card_files(facts, by_name, tokenizer)
 
     def write(target: Path) -> None:
         write_model(model, tokenizer, target)
