@@ -30,16 +30,18 @@ def make_model(folder: Path) -> None:
 def test_readme_loop_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert "steps=50" in code
-    code = code.replace("steps=50", "steps=2")  # the one change: it would take a minute
-    make_model(tmp_path / "SmolLM2-135M-Instruct")
+    code = code.replace("steps=50", "steps=2")  # it would take a minute
+    code = code.replace("step.number % 20", "step.number % 2")
+    make_model(tmp_path / "real" / "SmolLM2-135M-Instruct")
     lines = [json.dumps({"prompt": text}) for text in ("a film", "the plot", "a plot that")]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "real" / "movie_prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("1 ") and first.endswith(" 0.0")  # KL at step 0 is exactly 0
     assert second.startswith("2 ")
     assert (tmp_path / "aligned" / "model.safetensors").exists()
+    assert any((tmp_path / "checkpoints").iterdir())
 
 
 def test_readme_names_every_module_once_with_its_lines():
