@@ -332,11 +332,22 @@ def compile_template(source: str, where: str) -> Callable[[list[dict], bool, dic
 
 
 def _strings(value: object) -> Iterator[str]:
+    """Every string of messages, keys too: a template may write those of a tool's arguments."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
-        for child in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield key
             yield from _strings(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _strings(child)
+
+
+def unused_character(messages: list) -> str:
+    """A private-use character that stands nowhere in the messages."""
+    text = "\0".join(_strings(messages))
+    return next(chr(code) for code in range(0x10FFFD, 0xF0000, -1) if chr(code) not in text)
 
 
 def swap_names(messages: list, names: re.Pattern) -> tuple[list, dict[str, str]]:
@@ -361,7 +372,7 @@ def swap_names(messages: list, names: re.Pattern) -> tuple[list, dict[str, str]]
         if isinstance(value, str):
             return names.sub(lambda match: character[match[0]], value)
         if isinstance(value, dict):
-            return {key: swap(child) for key, child in value.items()}
+            return {swap(key): swap(child) for key, child in value.items()}
         return [swap(child) for child in value] if isinstance(value, list) else value
 
     return swap(messages), {mark: name for name, mark in character.items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tokenizers
 
-from minirlhf.chat_template import compile_template, plain_template, swap_names
+from minirlhf.chat_template import compile_template, plain_template, swap_names, unused_character
 from minirlhf.errors import UserError, printable
 from minirlhf.formats import Messages
 from minirlhf.hf_config import CODE_KEYS
@@ -27,6 +27,7 @@ SPARE = (EOS, PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_sp
 FILE_CAP = 256 << 20  # bytes of tokenizer.json; the largest in use have about 35 MB
 NAMES_CAP = 1 << 17  # characters of all special tokens together, which become one pattern
 OBJECT_CAP = 4 << 20  # bytes of the small files beside it
+BATCH = 4096  # texts that the library encodes at once: it keeps much more of them than ids
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -158,8 +159,8 @@ class Tokenizer:
                 what = f"chat_template is {printable(repr(configured), 80)}"
                 raise UserError(where, what, "a string, or a list of named ones")
             self.chat_template = configured
-        else:
-            self.template_origin = "plain fallback"
+        if not self.chat_template:  # an empty one renders nothing
+            self.template_origin, self.chat_template = "plain fallback", None
         self._render: Callable | None = None  # compiled on first use: plain text needs no jinja2
 
     # ---------------------------------------------------------------------------------- plain text
@@ -182,8 +183,10 @@ class Tokenizer:
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         self._backend.encode_special_tokens = True
-        encode = self._backend.encode_batch_fast
-        rows = [e.ids for e in self._guard(encode, list(texts), False, False)]
+        encode, rows = self._backend.encode_batch_fast, []
+        for start in range(0, len(texts), BATCH):
+            batch = self._guard(encode, list(texts[start : start + BATCH]), False, False)
+            rows += [encoding.ids for encoding in batch]
         for row, text in enumerate(texts):
             if not self._control.isdisjoint(rows[row]):
                 rows[row] = self._spelled(text)
@@ -219,14 +222,17 @@ class Tokenizer:
         if self._render is None:
             source = self.chat_template or self._fallback()
             self._render = compile_template(source, f"{self.folder} ({self.template_origin})")
-        resume = add_generation_prompt and messages and messages[-1].get("role") == "assistant"
-        text = self._render(messages, add_generation_prompt and not resume, self.special_tokens)
-        if resume:
-            content = messages[-1]["content"].strip()
-            if content not in text:
-                what = "the chat template changes the assistant turn that is to be continued"
-                raise UserError(self.folder, what)
-            text = text[: text.rindex(content) + len(content)]
+        if not (add_generation_prompt and messages and messages[-1].get("role") == "assistant"):
+            return self._render(messages, add_generation_prompt, self.special_tokens)
+        # What a template writes behind the turn may look like the turn's own text, or the turn be
+        # empty: a character that stands nowhere else shows where it ends.
+        content = messages[-1]["content"].rstrip()
+        mark = unused_character(messages)
+        turns = [*messages[:-1], messages[-1] | {"content": content + mark}]
+        text, found, _ = self._render(turns, False, self.special_tokens).rpartition(mark)
+        if not found or not text.endswith(content.lstrip()):
+            what = "the chat template changes the assistant turn that is to be continued"
+            raise UserError(self.folder, what)
         return text
 
     def _fallback(self) -> str:

@@ -273,9 +273,38 @@ def test_render_chat_continues_a_last_turn_of_the_assistant(chat):
     tokenizer = load_tokenizer(chat)
     text = tokenizer.render_chat(user("q") + assistant("I think "))
     assert text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nI think"
+    # What ends a turn is no part of one that is empty, or that looks like it.
+    for said in ("", "<", "\n", "s"):
+        text = tokenizer.render_chat(user("q") + assistant(said))
+        head = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+        assert text == head + said.rstrip()
     edit(chat / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
     with pytest.raises(UserError, match="changes the assistant turn that is to be continued"):
         load_tokenizer(chat).render_chat(user("q") + assistant("I think"))
+
+
+def test_an_empty_template_is_none(chat):
+    edit(chat / "tokenizer_config.json", chat_template="")
+    tokenizer = load_tokenizer(chat)
+    assert (tokenizer.template_origin, tokenizer.chat_template) == ("plain fallback", None)
+    assert "assistant:" in tokenizer.render_chat(user("q"))
+    assert json.loads(tokenizer.files()["tokenizer_config.json"])["chat_template"]
+
+
+def test_names_of_special_tokens_in_keys_stay_text(chat):
+    template = "{{ messages[0]['calls'] | tojson }}{{ messages[0]['content'] }}<|im_end|>"
+    edit(chat / "tokenizer_config.json", chat_template=template)
+    message = {"role": "user", "content": "c", "calls": {"<|im_end|>": [{"<|im_start|>": 1}]}}
+    ids = load_tokenizer(chat).encode_chat([message])
+    assert ids.count(END) == 1 and ids[-1] == END and START not in ids
+    assert ids[:-1] == spell('{"<|im_end|>": [{"<|im_start|>": 1}]}c')
+
+
+def test_texts_are_encoded_alike_in_one_batch_and_in_several(plain, monkeypatch):
+    tokenizer, texts = load_tokenizer(plain), [f"text {i}" for i in range(7)]
+    whole = tokenizer.encode_batch(texts)
+    monkeypatch.setattr("minirlhf.tokenizer.BATCH", 3)
+    assert tokenizer.encode_batch(texts) == whole == [spell(text) for text in texts]
 
 
 def test_render_chat_without_a_template_writes_plain_lines(plain):
