@@ -141,16 +141,21 @@ def load_pairs(
     pairs, report = load_examples(
         path, split, make, finish, tokenizer, max_length, overlong, sieve, _equal_sides
     )
-    labels, named = [pair_labels(row) for row, _ in split.rows], []
+    tell_labels(report, [pair_labels(row) for row, _ in split.rows])
+    return pairs, report
+
+
+def tell_labels(report: Report, labels: list[tuple[float | None, float | None]]) -> None:
+    """Says in a report which of PAIR_LABELS the rows have, how many lack one, and what is odd."""
+    named = []
     for (name, default), values in zip(PAIR_LABELS.items(), zip(*labels, strict=True), strict=True):
         missing = sum(value is None for value in values)
         named += [name] if missing < len(labels) else []
         if 0 < missing < len(labels):
             report.notes.append(f"{name} missing in {missing:,} rows: they count as {default:g}")
     report.detected = report.detected.replace("rejected)", ", ".join(["rejected", *named]) + ")")
-    if unlikely := sum(pair.chosen_probability < 0.5 for pair in pairs):
+    if unlikely := sum(q is not None and q < 0.5 for _, q in labels):
         report.notes.append(f"chosen_probability below 1/2 in {unlikely:,} rows: rejected leads")
-    return pairs, report
 
 
 def pair_labels(row: Row) -> tuple[float | None, float | None]:
@@ -241,8 +246,9 @@ def split_rows(
         try:
             if also is not None:
                 also(row)
-            form = form or detect(row, sieve.policy.allow_empty_prompt)
-            split.append((row, form.split(row)))
+            found = form or detect(row, sieve.policy.allow_empty_prompt)
+            split.append((row, found.split(row)))
+            form = found
         except UserError as error:
             sieve.reject(error, row.raw)
     if not split:
@@ -318,7 +324,6 @@ def load_examples(
         report.cut += cut
     report.kept = len(examples)
     report.rejected_rows = sieve.in_order()
-    if sieve.mended:
-        report.notes.append(f"{sieve.mended:,} halves of surrogate pairs became U+FFFD")
+    report.notes += sieve.notes
     report.check(sieve.policy.max_drop)
     return examples, report

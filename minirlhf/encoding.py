@@ -3,11 +3,12 @@
 An answer ends with eos, unless it is cut to fit: then its text does not end there.
 """
 
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from minirlhf.errors import UserError
-from minirlhf.formats import Messages, Part
+from minirlhf.formats import Part
 from minirlhf.rows import Row
 from minirlhf.sieve import Sieve
 from minirlhf.tokenizer import Tokenizer
@@ -33,7 +34,10 @@ def encode(
         what = "names no eos token, which every text ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
     limit = None if tokenizer is None else tokenizer.vocab_size
-    batch = [] if ready else _encode_strings(parts, lead, tokenizer)
+    batch = []
+    if isinstance(sample, str):
+        with suppress(UserError):  # one row's fault, which is found below, row by row
+            batch = _encode_strings(parts, lead, tokenizer)
     headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
     encoded: list[tuple[list[int], ...] | None] = []
     for at, (row, part) in enumerate(rows):
@@ -41,7 +45,7 @@ def encode(
             if ready:
                 ids = _checked(row, part, limit)
             else:
-                ids = batch[at] if batch else _dialogue(row, part, tokenizer)
+                ids = batch[at] if batch else _by_itself(row, part, lead, tokenizer)
                 ids = _ended(row, ids, headless, tokenizer)
             encoded.append(ids)
         except UserError as error:
@@ -53,9 +57,7 @@ def encode(
 def _encode_strings(
     parts: list[Parts], lead: list[int], tokenizer: Tokenizer
 ) -> list[tuple[list[int], ...]]:
-    """Ids of all rows at once, which takes the tokenizer least time; [] if they are dialogues."""
-    if not isinstance(parts[0][-1], str):
-        return []
+    """Ids of all rows at once, which takes the tokenizer least time."""
     prompts = [prompt for prompt, *_ in parts]
     heads = [lead] * len(parts) if prompts[0] is None else tokenizer.encode_batch(prompts)
     answers = [text for _, *texts in parts for text in texts]  # lists may differ in length
@@ -63,9 +65,13 @@ def _encode_strings(
     return [(head, *islice(tails, len(part) - 1)) for head, part in zip(heads, parts, strict=True)]
 
 
-def _dialogue(row: Row, part: tuple[Messages, ...], tokenizer: Tokenizer) -> tuple[list[int], ...]:
-    """Ids of a prompt of messages and of the answers to it, if there are any."""
+def _by_itself(
+    row: Row, part: Parts, lead: list[int], tokenizer: Tokenizer
+) -> tuple[list[int], ...]:
+    """Ids of one row: of strings, or of a prompt of messages and the answers to it, if any."""
     try:
+        if isinstance(part[-1], str):
+            return _encode_strings([part], lead, tokenizer)[0]
         return tokenizer.encode_dialogue(*part)
     except UserError as error:
         raise UserError(row.where, str(error)) from None

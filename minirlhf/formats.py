@@ -18,6 +18,7 @@ Part = str | Messages | list[int]
 
 ANSWER = "\n\nAssistant:"  # how Anthropic's HH transcripts (arXiv:2204.05862) begin an answer
 REMOVE = "remove the row or fill it in"
+LOSS_MASKS = ("labels", "completion_mask", "assistant_masks")  # of tokenised texts elsewhere
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which margins are trained with
 # (prompt or None, chosen, its mask, rejected, its mask): TRL's collator, TRL 1.x, LLaMA-Factory
 ID_PAIRS = (
@@ -92,7 +93,8 @@ def _messages(row: Row, key: str, may_be_empty: bool = False) -> Messages:
                 raise UserError(row.where, f"{where}: {name} is {got}", "needs a string")
     if not (value[-1]["content"].strip() or may_be_empty):
         raise UserError(row.where, f"{key}: the last message is empty", REMOVE)
-    return value
+    # Tables write null for what a message lacks; templates ask whether it is there.
+    return [{name: v for name, v in message.items() if v is not None} for message in value]
 
 
 def _ids(row: Row, key: str, mask: str | None = None, may_be_empty: bool = False) -> list[int]:
@@ -285,9 +287,11 @@ def prompt_format(row: Row, empty_prompt: bool = False) -> Format:
 
     Ids are never empty: what goes before a text is among them already.
     """
-    for key in ("prompt_ids", "input_ids"):
-        if key in row.columns:
-            return _column(key, _ids, "tokenised prompts")
+    if "prompt_ids" in row.columns:
+        return _column("prompt_ids", _ids, "tokenised prompts")
+    if "input_ids" in row.columns:
+        keys = ("input_ids", "attention_mask")
+        return Format("tokenised prompts (input_ids)", keys, lambda row: (_ids(row, *keys),))
     for key in ("prompt", "messages", "text"):
         match _kind(row.columns.get(key)):
             case "text":
@@ -311,6 +315,10 @@ def _last_answer(row: Row) -> tuple[Messages, Messages]:
 
 def _tokenised(row: Row) -> tuple[list[int] | None, list[int]]:
     ids = _ids(row, "input_ids", "attention_mask")
+    for name in LOSS_MASKS:
+        if name in row.columns:
+            what = f"has {name}, which is not read here"
+            raise UserError(row.where, what, "give prompt_length: the ids before the loss")
     length = row.columns.get("prompt_length", 0)
     if type(length) is not int or not 0 <= length < len(ids):
         what = f"prompt_length is {printable(json.dumps(length), 40)}"

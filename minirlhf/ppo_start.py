@@ -131,11 +131,11 @@ def check_reencoded(config: PPOConfig, scorers: Sequence[Path], data: Data) -> N
     for folder in scorers:
         tokenizer, most = load_tokenizer(folder), pretrained.read_config(folder).longest_row
         prompts = data.every_prompt
-        strings = iter(tokenizer.encode_batch([p.text for p in prompts if isinstance(p.text, str)]))
         for prompt in prompts:
+            text = prompt.text
+            encode = tokenizer.encode if isinstance(text, str) else tokenizer.encode_chat
             try:
-                text = prompt.text
-                ids = next(strings) if isinstance(text, str) else tokenizer.encode_chat(text)
+                ids = encode(text)
             except UserError as error:
                 raise UserError(prompt.where, str(error)) from None
             if len(ids) + new > most:

@@ -119,6 +119,8 @@ def ranking_format(row: Row, empty_prompt: bool = False) -> Format:
         for name in PAIR_LABELS:
             if name in row.columns:
                 raise UserError(row.where, f"has a column {name}, which only pairs have")
+        if keys[0] == "query" and (more := f"sample{len(keys) - 1}") in row.columns:
+            raise UserError(row.where, f"has {more}, unlike the first row")
         listed = _listed(row, keys)
         if len(listed.columns) < 2:
             raise UserError(row.where, f"{len(listed.columns)} responses", "needs two or more")
@@ -283,7 +285,7 @@ def holds_rankings(
     sieve = Sieve(policy)
     for row in renamed(read_rows(path, sieve), columns or {}, sieve):
         try:
-            preference_format(row, policy.allow_empty_prompt)
+            preference_format(row, policy.allow_empty_prompt).split(row)
         except UserError as error:
             sieve.reject(error, row.raw)
             continue

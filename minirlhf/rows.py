@@ -32,6 +32,8 @@ DISGUISES = (
     (b"\xff\xfe", "it looks like UTF-16: save it as UTF-8"),
     (b"\xfe\xff", "it looks like UTF-16: save it as UTF-8"),
 )
+# Beginnings of lines that a text would not have, unlike "<"
+NO_TEXT = (b"version https://git-lfs", b"<!doctype html", b"<html")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def disguise(data: bytes) -> str:
 def _object(pairs: list[tuple[str, object]]) -> dict:
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"key {printable(twice, 40)!r} stands twice in one object")
     return made
 
@@ -332,6 +334,8 @@ def _table(path: Path, delimiter: str, sieve: Sieve) -> Iterator[Row]:
 def _text_lines(path: Path, sieve: Sieve) -> Iterator[Row]:
     for number, data in _lines(path):
         where = f"{path}:{number}"
+        if number == 1 and data.lower().startswith(NO_TEXT):
+            raise UserError(where, "is no text", disguise(data))
         try:
             line = _text(data, where).rstrip("\r\n")
         except UserError as error:

@@ -79,6 +79,13 @@ class Sieve:
         reason = ": ".join(part for part in (fault.what, fault.do) if part)
         self.rejected.append(LeftOut(fault.where, printable(reason, 300), printable(raw, RAW_CAP)))
 
+    @property
+    def notes(self) -> list[str]:
+        """What was mended, for the report."""
+        if not self.mended:
+            return []
+        return [f"{self.mended:,} halves of surrogate pairs became U+FFFD"]
+
     def in_order(self) -> list[LeftOut]:
         """The rows that were left out, as they stand in the file."""
         return sorted(self.rejected, key=lambda row: int(row.where.rpartition(":")[2]))

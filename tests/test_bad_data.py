@@ -208,6 +208,8 @@ FILES = [  # verb, file name, content, what is told
     ("sft", "d.jsonl", "\n \n\n", "d.jsonl: no rows"),
     ("sft", "d.jsonl", b"\xef\xbb\xbf", "d.jsonl: no rows"),
     ("sft", "d.jsonl", LFS, "d.jsonl:1: not valid JSON at column 1: a git-lfs pointer instead of"),
+    ("sft", "d.txt", LFS, "d.txt:1: is no text: a git-lfs pointer instead of the file: run"),
+    ("sft", "d.txt", "<!doctype html>\n", "d.txt:1: is no text: it looks like a web page"),
     ("sft", "d.jsonl", "<!DOCTYPE html>\n", "d.jsonl:1: not valid JSON at column 1: it looks like a"
      " web page: download the file itself"),
     ("sft", "d.jsonl", b"PK\3\4\x14\0", "d.jsonl:1: not valid JSON at column 1: it looks like a z"),

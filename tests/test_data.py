@@ -1,6 +1,7 @@
 """Rows -> examples. One token a byte, so each expected id list is spelled by hand."""
 
 import json
+import re
 
 import pytest
 
@@ -294,6 +295,9 @@ def test_load_prompts_of_ids_and_text_lines(write, tokenizer, tmp_path):
         assert load_prompts(path, tokenizer, 8, "drop")[0][0].text == "hi"
         (prompt,), _ = load_prompts(path, None, 8, "drop")
         assert (prompt.ids, prompt.text) == (spell("hi"), "")
+    path = write({"input_ids": [9, *spell("hi")], "attention_mask": [0, 1, 1]})
+    (prompt,), _ = load_prompts(path, tokenizer, 8, "drop")
+    assert (prompt.ids, prompt.columns) == (spell("hi"), {})
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     prompts, _ = load_prompts(tmp_path / "a.txt", tokenizer, 8, "drop")
     assert [(p.text, p.where[-2:]) for p in prompts] == [("one", ":1"), ("two", ":3")]
@@ -321,6 +325,29 @@ def test_load_texts_trains_on_the_last_answer_of_a_dialogue(write, tokenizer):
     (text,), report = load_texts(path, tokenizer, None, "drop")
     assert text.ids[text.prompt_length :] == [*spell(" b"), EOS]
     assert report.detected == "dialogues (messages), loss on the last turn of the assistant only"
+
+
+def test_a_message_lacks_what_is_null(write, tokenizer):
+    turn = U | {"tool_calls": None, "name": None}
+    (prompt,), _ = load_prompts(write({"messages": [turn]}), tokenizer, None, "drop")
+    assert prompt.text == [U]
+
+
+def test_a_malformed_first_row_does_not_tell_the_kind(write, tokenizer):
+    path = write({"chosen": [], "rejected": []}, PAIR, PAIR)
+    pairs, report = load_pairs(path, tokenizer, 8, "drop", policy=RowPolicy(bad_rows="skip"))
+    assert (len(pairs), len(report.rejected_rows)) == (2, 1)
+
+
+def test_what_cannot_be_spelled_is_the_fault_of_its_row(write, folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer._control |= {spell("#")[0]}  # an eos that is a plain letter
+    tokenizer._special_text = re.compile("#")
+    path = write({"text": "a"}, {"text": "b#"})
+    with pytest.raises(UserError, match=r"a\.jsonl:2: .*cannot spell '#' as plain text"):
+        load_texts(path, tokenizer, 8, "drop")
+    texts, _ = load_texts(path, tokenizer, 8, "drop", policy=RowPolicy(bad_rows="skip"))
+    assert [text.where[-2:] for text in texts] == [":1"]
 
 
 def test_load_texts_takes_ids_as_they_are(write):
@@ -394,6 +421,8 @@ DIALOGUES = {"chosen": [U, A], "rejected": [U, B]}
         (load_texts, {"text": "t"}, {"text": "\n"}, "text is empty"),
         (load_texts, {"messages": [U, A]}, {"messages": [U]},
          "messages has 1 of them, the last one of role 'user': needs at least two"),
+        (load_texts, {"input_ids": [1]}, {"input_ids": [1], "labels": [-100]},
+         "has labels, which is not read here: give prompt_length: the ids before the loss"),
         (load_texts, {"input_ids": [1]}, {"input_ids": [1], "prompt_length": 1},
          "prompt_length is 1: needs an integer from 0 to 0"),
     ],

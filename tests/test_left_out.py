@@ -286,6 +286,7 @@ def test_check_finds_the_recipe_behind_malformed_rows(run):
 @pytest.mark.parametrize(
     ("rows", "model"),
     [
+        ([{"prompt": ""}], []),
         ([PAIR | {"prompt": ""}], []),
         ([PAIR | {"prompt": ""}], ["--model", "lm"]),
         ([{"prompt_ids": [], "chosen_ids": [5], "rejected_ids": [6]}], []),
@@ -298,6 +299,24 @@ def test_check_reads_empty_prompts_where_they_are_allowed(rows, model, run):
     assert code == 2 and re.search(r"d\.jsonl:1: prompt(_ids)? is empty", err)
     code, out, err = run([*argv, "--allow-empty-prompt"])
     assert (code, err) == (0, "") and "ok: 1 of 1 rows can be used" in out
+
+
+def test_check_tells_without_a_model_what_is_odd_about_rows(run):
+    rows = [
+        PAIR | {"margin": 1.0, "chosen_probability": 0.25},
+        PAIR | {"prompt": "\ud83d", "chosen_probability": 0.5},
+    ]
+    argv = ["check", write("d.jsonl", json_lines(*rows)), "--fix-text"]
+    for model in ([], ["--model", "lm"]):
+        code, out, err = run([*argv, *model])
+        assert code == 0, err
+        for told in (
+            "1 halves of surrogate pairs became U+FFFD",
+            "margin missing in 1 rows: they count as 0",
+            "chosen_probability below 1/2 in 1 rows: rejected leads",
+            "rejected, margin, chosen_probability)",
+        ):
+            assert told in out, told
 
 
 def test_plan_reads_data_by_the_same_policy(run):

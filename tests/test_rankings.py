@@ -198,6 +198,12 @@ def test_load_rankings_refuses_a_row_of_another_kind(write, tokenizer, second, m
         load_rankings(write(LISTED | {"ranks": [1, 2, 3]}, second), tokenizer, 8, "drop")
 
 
+def test_load_rankings_refuses_more_samples_than_the_first_row_has(write):
+    path = write(QUERY | {"best": 0}, QUERY | {"best": 0, "sample3": [7]})
+    with pytest.raises(UserError, match=r"a\.jsonl:2: has sample3, unlike the first row"):
+        load_rankings(path, None, 8, "drop")
+
+
 def test_load_rankings_refuses_ids_without_a_token(write, tokenizer):
     with pytest.raises(UserError, match=r"a.jsonl:1: token id 258: the tokenizer has the ids"):
         load_rankings(write(QUERY | {"sample1": [258], "best": 0}), tokenizer, 8, "drop")

@@ -33,6 +33,7 @@ def test_total_steps():
     assert total_steps(config_of(epochs=2.5, **of), 40) == 25
     assert total_steps(config_of(epochs=1.1, **of), 40) == 11  # 1.1 * 10 is above 11 in binary
     assert total_steps(config_of(epochs=0.01, **of), 40) == 1
+    assert total_steps(config_of(epochs=1e-9, **of), 40) == 1
     assert total_steps(config_of(epochs=3.0, steps=7, **of), 40) == 7
 
 

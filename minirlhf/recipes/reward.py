@@ -73,7 +73,7 @@ class RewardConfig:
     )
     eval_every: int = setting(0, "steps between evaluations; 0: at the end only", at_least=0)
     show_samples: int = setting(4, "held-out pairs shown with their scores; -1: all", at_least=-1)
-    epochs: float = setting(1.0, "passes over the data", above=0)
+    epochs: float = setting(1.0, "passes over the data", above=0, at_most=1e6)
     steps: int | None = setting(None, "optimizer steps, instead of epochs", at_least=1)
     batch_size: int = setting(16, "pairs or lists in an optimizer step", at_least=1)
     micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
@@ -157,7 +157,7 @@ class RewardConfig:
 def total_steps(config: RewardConfig, examples: int) -> int:
     """Optimizer steps of the whole run: the exact horizon of the learning rate."""
     exact = config.epochs * ceil(examples / config.batch_size)
-    return config.steps or ceil(round(exact, 6))  # 1.1 * 10 is 11.000000000000002
+    return config.steps or max(1, ceil(round(exact, 6)))  # 1.1 * 10 is 11.000000000000002
 
 
 def collate_as(config: RewardConfig) -> Callable[[list[Example]], Batch]:

@@ -54,7 +54,7 @@ class SFTConfig:
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
     eval_data: tuple[str, ...] = setting((), "held-out texts, several as NAME=FILE", metavar="FILE")
     eval_every: int = setting(0, "steps between evaluations; 0: at the end only", at_least=0)
-    epochs: float = setting(1.0, "passes over the data", above=0)
+    epochs: float = setting(1.0, "passes over the data", above=0, at_most=1e6)
     steps: int | None = setting(None, "optimizer steps, instead of epochs", at_least=1)
     batch_size: int = setting(16, "texts in an optimizer step", at_least=1)
     micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
@@ -114,7 +114,7 @@ class SFTConfig:
 def total_steps(config: SFTConfig, texts: int) -> int:
     """Optimizer steps of the whole run: the exact horizon of the learning rate."""
     exact = config.epochs * ceil(texts / config.batch_size)
-    return config.steps or ceil(round(exact, 6))  # 1.1 * 10 is 11.000000000000002
+    return config.steps or max(1, ceil(round(exact, 6)))  # 1.1 * 10 is 11.000000000000002
 
 
 def accumulate(lm: CausalLM, batch: list[Text], config: SFTConfig, where: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minirlhf.data import tell_labels
 from minirlhf.errors import UserError
 from minirlhf.preferences import without_eos
 from minirlhf.rankings import Ranking, says_nothing
@@ -129,6 +130,9 @@ def measure_text(raw: Raw, policy: RowPolicy) -> Measured:
         prompt, *responses = (sum(map(len, strings_of(part))) for part in parts)
         sizes.append(Sizes(prompt, responses, ranks))
     report.kept, problem = len(sizes), None
+    report.notes += raw.notes
+    if raw.labels:
+        tell_labels(report, raw.labels)
     try:
         report.check(policy.max_drop)
     except UserError as error:
@@ -142,7 +146,7 @@ def measure_text(raw: Raw, policy: RowPolicy) -> Measured:
 
 
 def lengths_of(sides: tuple[str, ...], rows: list[Sizes]) -> dict[str, np.ndarray]:
-    """Side -> lengths of it in all rows; no "prompt" where all are empty.
+    """Side -> lengths of it in all rows; no "prompt" beside responses where all are empty.
 
     Args:
         sides: names of the prompt, of responses of rank 1, and of the others.
@@ -153,7 +157,8 @@ def lengths_of(sides: tuple[str, ...], rows: list[Sizes]) -> dict[str, np.ndarra
         for length, rank in zip(row.responses, row.ranks, strict=True):
             found[sides[min(rank, 2)]].append(length)
     columns = {side: np.array(lengths, dtype=np.int64) for side, lengths in found.items()}
-    return {side: column for side, column in columns.items() if side != "prompt" or column.any()}
+    alone = len(columns) == 1
+    return {side: v for side, v in columns.items() if side != "prompt" or alone or v.any()}
 
 
 def length_facts(lengths: dict[str, np.ndarray]) -> dict:

@@ -9,7 +9,7 @@ import numpy as np
 
 from minirlhf.data import Pair, Prompt, Text, load_prompts, load_texts, pair_labels, split_rows
 from minirlhf.errors import UserError, printable
-from minirlhf.formats import Part, margin, pair_format, prompt_format, text_format
+from minirlhf.formats import Part, pair_format, prompt_format, text_format
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.preferences import ordered
 from minirlhf.rankings import (
@@ -69,9 +69,14 @@ class Raw(NamedTuple):
     parts: list[tuple[Part | None, ...]]  # (prompt or None, response, ...), best first
     ranks: list[list[int]]  # of the responses
     keys: list[tuple]  # equal where parts are, and fit for a set
-    margins: list[float | None]  # empty unless they are pairs
+    labels: list[tuple[float | None, float | None]]  # PAIR_LABELS; empty unless they are pairs
+    notes: list[str]  # what was mended
     rejected: list[LeftOut]  # rows that could not be taken apart
     lists: bool  # ranked ones
+
+    @property
+    def margins(self) -> list[float | None]:
+        return [margin for margin, _ in self.labels]
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -160,10 +165,12 @@ def read_raw(path: str, recipe: str, policy: RowPolicy = STRICT) -> Raw:
         parts.append((prompt, *responses))
         ranks.append(order)
     keys = [tuple(map(_key, part)) for part in parts]
-    margins = [margin(row) for row, _ in split.rows] if pairs else []
+    labels = [pair_labels(row) for row, _ in split.rows] if pairs else []
     where = [row.where for row, _ in split.rows]
     detected, rejected = split.form.detected, sieve.in_order()
-    return Raw(path, recipe, detected, where, parts, ranks, keys, margins, rejected, lists)
+    return Raw(
+        path, recipe, detected, where, parts, ranks, keys, labels, sieve.notes, rejected, lists
+    )
 
 
 def strings_of(part: Part | None) -> list[str]:
