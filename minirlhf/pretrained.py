@@ -26,7 +26,9 @@ from minirlhf.transformer import CausalLM, ModelConfig, shapes_only
 
 # Tensors that old checkpoints carry and no computation needs.
 HARMLESS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]  # neither pickles nor code
+WEIGHTS = "*.safetensors"
+DOWNLOADED = ["*.json", WEIGHTS, "*.jinja"]  # neither pickles nor code
+NOT_DOWNLOADED = ["consolidated*", "*/*"]  # the same weights once more, in another layout
 JSON_CAP = 4 << 20  # bytes of config.json and of an index: each tensor takes about 100
 HEADER_CAP, TENSOR_CAP = 16 << 20, 200_000  # bytes and tensors of one safetensors header
 PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")  # torch's zip, or a bare one: whatever the name
@@ -38,8 +40,12 @@ LARGEST = 1e30  # of a number there
 VALUE_HEAD = {"weight": "v_head.summary.weight", "bias": "v_head.summary.bias"}  # TRL's names
 
 
-def resolve(name: str | os.PathLike) -> Path:
-    """The local folder, or a download of a hub name; a folder that is there asks no network."""
+def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
+    """The local folder, or a download of a hub name; a folder that is there asks no network.
+
+    Args:
+        weights: whether a download fetches them too.
+    """
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -54,7 +60,10 @@ def resolve(name: str | os.PathLike) -> Path:
             name, "no such folder", "for a hub name: pip install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(str(name), allow_patterns=DOWNLOADED))
+        wanted = [p for p in DOWNLOADED if weights or p != WEIGHTS]
+        return Path(
+            snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=NOT_DOWNLOADED)
+        )
     except Exception as error:  # the hub's own errors, and those of whatever carries its requests
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -68,17 +77,22 @@ def inside(folder: Path, name: str) -> Path:
     """The path of a file of a model's folder, which may be a link within that folder only.
 
     A folder from elsewhere could else show files of this machine as its own, and have them copied
-    into whatever is exported. The hub's cache keeps files in blobs/, beside the folders of links.
+    into whatever is exported. The hub's cache keeps files in blobs/, beside the folders of links,
+    or once for all models in blobs/ of the whole cache, by their hash.
 
     Raises:
         UserError: the name is a link that leads elsewhere.
     """
     home, path = folder.resolve(), folder / name
-    homes = (home, home.parent.parent / "blobs" if home.parent.name == "snapshots" else home)
     try:
         real = path.resolve()
     except (OSError, RuntimeError):  # links in a circle; Python 3.13 leaves them to the reader
         real = path / name
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parents[1] / "blobs")
+        if re.fullmatch(r"[0-9a-f]{64}", real.name):
+            homes.append(home.parents[1].parent / "blobs" / real.name[:2])
     if real.parent not in homes:
         raise UserError(path, "is a link to a file outside its folder", "copy the file to here")
     return path
@@ -192,7 +206,10 @@ def rounded(folders: Iterable[Path], dtype: torch.dtype) -> list[str]:
     return [
         f"{folder}: weights are rounded to {name}, which can undo fine-tuning"
         for folder in dict.fromkeys(folders)
-        if any(t.itemsize > dtype.itemsize for t in read_tensors(tensor_files(folder)).values())
+        if any(
+            t.dtype.is_floating_point and torch.finfo(t.dtype).eps < torch.finfo(dtype).eps
+            for t in read_tensors(tensor_files(folder)).values()
+        )
     ]
 
 
@@ -435,21 +452,24 @@ def offloaded(models: Sequence[tuple[CausalLM | RewardModel, Path]]) -> Iterator
     Args:
         models: each with the folder that it was loaded from, whose files must not change.
     """
-    places = [next(model.parameters()) for model, _ in models]
+    # Not the parameters themselves: who holds one keeps what it holds.
+    places = [(p.device, p.dtype) for p in (next(model.parameters()) for model, _ in models)]
     for model, _ in models:
         model.to("meta")
     try:
         yield
     finally:
-        for (model, folder), was in zip(models, places, strict=True):
-            _refill(model, folder, was)
+        for (model, folder), place in zip(models, places, strict=True):
+            _refill(model, folder, *place)
 
 
-def _refill(model: CausalLM | RewardModel, folder: Path, like: Tensor) -> None:
+def _refill(
+    model: CausalLM | RewardModel, folder: Path, device: torch.device, dtype: torch.dtype
+) -> None:
     # A function of its own, so that no file stays mapped while the next is read.
     _, tensors, _ = _described(folder, isinstance(model, RewardModel))
-    _fill(model, tensors, folder, like.dtype)
-    model.to(like.device).requires_grad_(False)
+    _fill(model, tensors, folder, dtype)
+    model.to(device).requires_grad_(False)
 
 
 def save_pretrained(

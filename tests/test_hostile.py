@@ -272,6 +272,19 @@ def test_links_of_the_hubs_cache_are_followed(copy):
         file.rename(cache / "blobs" / f"{i:040x}")
         (folder / file.name).symlink_to(f"../../blobs/{i:040x}")
     assert load_pretrained(folder).config.hidden_size == 8
+    # Newer: some files are links to a store of the whole cache, by the hash of what they hold.
+    (weights,) = folder.glob("*.safetensors")
+    blob, name = cache / "blobs" / Path(os.readlink(weights)).name, "ab" + "0" * 62
+    store = cache.parent / "blobs" / "ab"
+    store.mkdir(parents=True)
+    blob.rename(store / name)
+    blob.symlink_to(f"../../blobs/ab/{name}")
+    assert load_pretrained(folder).config.hidden_size == 8
+    (store / name).rename(store / "secret")
+    blob.unlink()
+    blob.symlink_to("../../blobs/ab/secret")
+    with pytest.raises(UserError, match="outside its folder"):
+        load_pretrained(folder)
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to("../other")
     with pytest.raises(UserError, match="outside its folder"):

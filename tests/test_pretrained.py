@@ -3,6 +3,7 @@ import re
 import shutil
 import socket
 import sys
+import weakref
 
 import huggingface_hub
 import pytest
@@ -336,6 +337,10 @@ def test_rounded_names_each_folder_whose_weights_lose_digits(peer, tmp_path):
     told = f"{wide}: weights are rounded to bfloat16, which can undo fine-tuning"
     assert rounded(both, torch.bfloat16) == [told]
     assert rounded(both, torch.float32) == []
+    # float16 has as many bytes and more digits
+    save_pretrained(load_pretrained(wide).half(), tmp_path / "half")
+    assert len(rounded([tmp_path / "half"], torch.bfloat16)) == 1
+    assert rounded([tmp_path / "narrow"], torch.float16) == []
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -346,9 +351,11 @@ def test_offloaded_models_come_back_as_they_were(peer, tmp_path, fails):
     reward = load_reward_model(tmp_path / "rm", torch.float32)
     models = [(lm, folder), (reward, tmp_path / "rm")]
     before = [{n: t.clone() for n, t in model.state_dict().items()} for model, _ in models]
+    held = [weakref.ref(p) for model, _ in models for p in model.parameters()]
     try:
         with offloaded(models):
             assert all(t.is_meta for model, _ in models for t in model.state_dict().values())
+            assert not any(there() is not None for there in held)  # nor does anyone else hold them
             assert not fails or 1 / 0
     except ZeroDivisionError:
         pass
@@ -494,6 +501,7 @@ def test_config_defaults_are_those_of_transformers():
         ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, None),
         ({"model_type": "qwen2", "sliding_window": 8}, None),
         ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}, 8),
+        ({"model_type": "qwen2", "use_sliding_window": True}, 4096),
         ({"model_type": "qwen3", "sliding_window": 8, "layer_types": ["full_attention"] * 2}, None),
         (
             {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True,
@@ -658,7 +666,7 @@ def test_a_hub_name_without_the_library_is_one_line(monkeypatch):
 
 
 def test_a_hub_name_without_a_network_is_one_line(monkeypatch):
-    def offline(name, allow_patterns):
+    def offline(name, **patterns):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no cache\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
@@ -671,13 +679,16 @@ def test_a_hub_name_is_its_download(monkeypatch, peer):
     folder = peer("llama")[1]
     asked = []
 
-    def download(name, allow_patterns):
-        asked.append((name, allow_patterns))
+    def download(name, allow_patterns, ignore_patterns):
+        asked.append((name, allow_patterns, ignore_patterns))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert same(load_pretrained("own/model"), load_pretrained(folder))
-    assert asked == [("own/model", ["*.json", "*.safetensors", "*.jinja"])]  # no pickle, no code
+    twice = ["consolidated*", "*/*"]  # the same weights once more
+    assert asked == [("own/model", ["*.json", "*.safetensors", "*.jinja"], twice)]  # no pickle
+    assert pretrained.resolve("own/model", weights=False) == folder
+    assert asked[1:] == [("own/model", ["*.json", "*.jinja"], twice)]
 
 
 def test_config_from_hf_refuses_what_is_no_object():

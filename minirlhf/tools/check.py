@@ -90,7 +90,7 @@ def check_weights(folder: Path) -> tuple[bool, int]:
 
 def check_model(name: str, recipes: Iterable[str]) -> Model:
     """A folder's headers, shapes and tokenizer, or why these recipes would refuse it."""
-    folder = pretrained.resolve(name)
+    folder = pretrained.resolve(name, weights=False)
     config = pretrained.read_config(folder)
     is_reward, parameters = check_weights(folder)
     if is_reward and (others := set(recipes) - {"reward"}):
@@ -123,7 +123,7 @@ def limits(config: CheckConfig, recipe: str, model: Model | None) -> tuple[int |
     if model is None:
         return config.max_length, overlong
     ppo = PPOConfig(max_new_tokens=config.max_new_tokens, max_prompt_length=config.max_length)
-    return prompt_room(ppo, [pretrained.resolve(config.model)]), overlong
+    return prompt_room(ppo, [pretrained.resolve(config.model, weights=False)]), overlong
 
 
 def look(
