@@ -17,7 +17,7 @@ from torch import nn
 
 from minirlhf import pretrained
 from minirlhf.errors import MACHINE, UserError
-from minirlhf.logprobs import TILE, widened
+from minirlhf.logprobs import CHUNK, TILE, widened
 from minirlhf.machine import Machine
 from minirlhf.reward_sources import parse
 from minirlhf.transformer import CausalLM, ModelConfig, shapes_only
@@ -192,6 +192,17 @@ def logits_held(
     )
 
 
+def kl_held(config: ModelConfig, dtype: torch.dtype, tokens: int, trained: bool) -> int:
+    """What `logprobs.token_kl` holds at most beside its arguments: both laws of a chunk and one
+    more of their size; with a gradient that of the unembedding too. In half precision an
+    unembedding is copied to float32 whole; in the backward pass twice.
+    """
+    wide = widened(dtype).itemsize
+    matrix = embedding_parameters(config) * wide
+    copies = 0 if dtype.itemsize == wide else 1 + trained
+    return 3 * min(tokens, CHUNK) * config.vocab_size * wide + (copies + trained) * matrix
+
+
 def largest_cells(rows: int, longest: int, most: int) -> int:
     """Cells of the largest micro-batch that `optim.cut_by_tokens` makes, padding included.
 
@@ -231,6 +242,11 @@ class PPOSettings(Protocol):
     gradient_checkpointing: bool
     ptx_batch_size: int
     keep_best: bool
+    kl_estimator: str
+    kl_in: str
+    top_k: int
+    top_p: float
+    min_p: float
 
 
 class TrainingSettings(Protocol):
@@ -257,7 +273,7 @@ def ppo_models(settings: PPOSettings) -> PPOModels:
     sources = (parse(source) for source in settings.reward)
 
     def read(name: str) -> ModelConfig:
-        return pretrained.read_config(pretrained.resolve(name))
+        return pretrained.read_config(pretrained.resolve(name, weights=False))
 
     return PPOModels(
         read(settings.model), read(ref) if ref else None,
@@ -291,6 +307,14 @@ def ppo_plan(
     logits = logits_held(
         policy, dtype, micro_rows * settings.max_new_tokens, not rank, settings.entropy_coef > 0
     )
+    full = settings.kl_estimator == "full"
+    of_loss = full and settings.kl_in == "loss"
+    full_kl = kl_held(policy, dtype, micro_rows * settings.max_new_tokens, of_loss and not rank)
+    states = settings.batch_size * settings.max_new_tokens * (ref or policy).hidden_size * item
+    # Of top-p: the sorted logits, their places, law, sum and mass before each.
+    law = item + 3 * wide + (3 * wide + 8 if settings.top_p < 1 else 0)
+    drawable = settings.top_k or 0  # ids of a token's support
+    uncounted = not drawable and (settings.top_p < 1 or settings.min_p > 0)
     passing, again = passing_per_token(policy, dtype, rank), settings.gradient_checkpointing
     kept = kept_per_token(policy, dtype, rank, again)
     # Reward models score one after the other; re-encoded texts are taken to be as long.
@@ -326,8 +350,8 @@ def ppo_plan(
              f"{rows} rows x {longest_prompt} tokens x {passing:,} B", ("prompts",), abreast),
         # The logits, and three of their size in float32: scaled logits, the law of this step and
         # of the last; then the law, its exponential and the cumulative sum.
-        Part("sampling law", rows * V * (item + 3 * wide),
-             f"{rows} rows x {V:,} x {item + 3 * wide} B", ("sampling",), abreast),
+        Part("sampling law", rows * V * law, f"{rows} rows x {V:,} x {law} B", ("sampling",),
+             abreast),
         Part("scoring pass", scored * scoring, f"{scored:,} tokens", ("score",),
              "lower --micro-batch-tokens"),
         Part("measuring pass", cells * passing + logits.forward,
@@ -336,7 +360,17 @@ def ppo_plan(
         Part("logits", max(logits[:2]), logits.counted, ("loss",), fewer),
         # Ids twice, and a byte of mask and six float32 for each response token.
         Part("rollout", settings.batch_size * (16 * longest + 25 * settings.max_new_tokens),
-             f"{settings.batch_size} rows x {longest} tokens", reading, "lower --batch-size"),
+             f"{settings.batch_size} rows x {longest} tokens"
+             + (", without the ids that could be drawn" if uncounted else ""),
+             reading, "lower --batch-size"),
+        Part("ids to draw from", 4 * drawable * settings.batch_size * settings.max_new_tokens,
+             f"{settings.batch_size} rows x {settings.max_new_tokens} tokens x {drawable} x 4 B",
+             ("sampling", *reading), "lower --top-k"),
+        Part("full KL", full_kl if full else 0, "laws of policy and reference, a piece at a time",
+             ("loss" if of_loss else "measure",), "use another --kl-estimator"),
+        Part("reference states", states if of_loss else 0,
+             f"{settings.batch_size} rows x {settings.max_new_tokens} tokens", reading[1:],
+             "use another --kl-estimator"),
         # Adapters are folded into a copy, while the policy goes on learning with them.
         _frozen("best policy, merged", parameters(policy) if rank and settings.keep_best else 0,
                 dtype, ("save",), "give --no-keep-best"),

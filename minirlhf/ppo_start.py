@@ -108,14 +108,22 @@ def read_data(config: PPOConfig, tokenizer: Tokenizer, room: int, longest_row: i
         sets[prefix] = held_out(rows, config.eval_prompts, file) if prefix else rows
         reports.append(report)
     if config.ptx_data is not None:
-        texts, report = load_texts(
-            config.ptx_data, tokenizer, longest_row, config.overlong, policy=policy,
-            finish=with_target,
-        )  # fmt: skip
-        print(report)
+        texts, report = read_texts(config, tokenizer, longest_row)
         reports.append(report)
     names = [*files.values(), *([config.ptx_data] if config.ptx_data else [])]
     return Data(sets.pop(""), sets, texts, names, reports)
+
+
+def read_texts(
+    config: PPOConfig, tokenizer: Tokenizer, longest_row: int
+) -> tuple[list[Text], Report]:
+    """Those that are mixed into the updates; the file's report is printed."""
+    texts, report = load_texts(
+        config.ptx_data, tokenizer, longest_row, config.overlong, policy=RowPolicy.of(config),
+        finish=with_target,
+    )  # fmt: skip
+    print(report)
+    return texts, report
 
 
 def check_reencoded(config: PPOConfig, scorers: Sequence[Path], data: Data) -> None:
@@ -154,6 +162,7 @@ def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype
         policy = critic_from_reward_model(lm, critic, config.train_critic)
     if config.lora_rank:
         add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
+        policy.v_head.requires_grad_(config.critic is None or config.train_critic)
     for trunk in filter(None, (policy.lm.model, policy.critic)):
         trunk.checkpointing = config.gradient_checkpointing
     return policy

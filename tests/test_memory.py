@@ -207,6 +207,38 @@ def test_ppo_plan_by_hand():
     assert (found["KV cache"], found["KV copy"]) == (3 * 320, 160)
 
 
+def test_ppo_plan_counts_what_a_truncated_law_takes():
+    # 4 rows of 10 words: 16 B, and of top-p three numbers and a place more: 20 B
+    models = PPOModels(TINY, TINY, (), None)
+    for changes, law, ids in (
+        ({"top_k": 3}, 4 * 10 * 16, 4 * 3 * 4 * 3),  # 3 ids at each of 4 x 3 tokens
+        ({"top_p": 0.9}, 4 * 10 * 36, 0),
+        ({"min_p": 0.1}, 4 * 10 * 16, 0),
+    ):
+        plan = memory.ppo_plan(replace(SETTINGS, **changes), models, 2, float32, held=0)
+        found = sizes(plan)
+        assert (found["sampling law"], found.get("ids to draw from", 0)) == (law, ids)
+        (told,) = (part.counted for part in plan.parts if part.name == "rollout")
+        assert told.endswith("could be drawn") == (not ids)
+
+
+@pytest.mark.parametrize("dtype", [float32, torch.bfloat16])
+@pytest.mark.parametrize(("kl_in", "phase"), [("reward", "measure"), ("loss", "loss")])
+def test_ppo_plan_counts_a_full_kl(kl_in, phase, dtype):
+    # 2 rows of 3 tokens: 3 laws of 6 x 10 float32; the unembedding in float32 has 10 x D numbers
+    settings = replace(SETTINGS, kl_estimator="full", kl_in=kl_in)
+    plan = memory.ppo_plan(settings, PPOModels(TINY, TINY, (), None), 2, dtype, held=0)
+    matrix, trained = 10 * TINY.hidden_size * 4, kl_in == "loss"
+    copies = (0 if dtype == float32 else 1 + trained) + trained
+    assert sizes(plan)["full KL"] == 3 * 6 * 10 * 4 + copies * matrix
+    states = 4 * 3 * TINY.hidden_size * dtype.itemsize if trained else 0
+    assert sizes(plan).get("reference states", 0) == states
+    (part,) = (part for part in plan.parts if part.name == "full KL")
+    assert part.phases == (phase,)
+    plain = memory.ppo_plan(SETTINGS, PPOModels(TINY, TINY, (), None), 2, dtype, held=0)
+    assert "full KL" not in sizes(plain)
+
+
 def test_ppo_plan_holds_all_reward_models_and_scores_with_one_after_the_other():
     # a wider one: 32 numbers of MLP instead of its own; passes are counted by the widest
     wide = replace(TINY, intermediate_size=TINY.intermediate_size + 32)

@@ -69,6 +69,27 @@ def test_plan_ppo_takes_the_longest_prompt_of_the_data(model, tmp_path, capsys):
     assert not told.keys() & {"reference", "reward model"}
 
 
+def test_plan_ppo_counts_texts_that_are_mixed_in(model, tmp_path, capsys):
+    tokenizer = train_tokenizer(["a b c d"], 258, model)
+    text = "x y z " * 5
+    data = rows(tmp_path / "p.jsonl", {"prompt": "a"})
+    texts = rows(tmp_path / "t.jsonl", {"text": text})
+    words = ["ppo", "--model", str(model), "--data", data, "--reward", "f.py:g", "--ptx-coef", "1"]
+    words += ["--ptx-data", texts, "--max-new-tokens", "2", "--micro-batch-size", "1"]
+    assert plan.main([*words, "--ptx-batch-size", "1"]) == 0
+    told = lines_of(capsys.readouterr().out)
+    assert told["activations"].startswith(f"{len(tokenizer.encode(text)) + 1} tokens x ")
+
+
+def test_plan_reward_counts_the_evaluation_that_normalises(model, tmp_path, capsys):
+    train_tokenizer(["a b c d"], 258, model)
+    data = rows(tmp_path / "p.jsonl", {"chosen": "a", "rejected": "b"})
+    words = ["reward", "--model", str(model), "--data", data]
+    for more, counted in (([], False), (["--normalize", "train"], True)):
+        assert plan.main([*words, *more]) == 0
+        assert ("evaluation pass" in lines_of(capsys.readouterr().out)) == counted
+
+
 def test_plan_ppo_without_data_asks_for_the_length(model):
     with pytest.raises(UserError, match=r"^--data: not given, .* give it, or --max-prompt-length$"):
         plan.main(["ppo", "--model", str(model), "--max-new-tokens", "20"])

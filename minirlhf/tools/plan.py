@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 
 from minirlhf import config as settings
-from minirlhf import memory, optim, presets, pretrained
+from minirlhf import memory, optim, presets, pretrained, reward_sources
 from minirlhf.data import load_prompts, load_texts
 from minirlhf.errors import OK, UserError, run
 from minirlhf.hf_config import config_from_hf
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.memory import Plan
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.ppo_start import prompt_room
+from minirlhf.ppo_start import prompt_room, read_texts
 from minirlhf.preferences import count_texts, count_tokens, row_lengths
 from minirlhf.rankings import load_preferences
 from minirlhf.recipes.reward import RewardConfig
@@ -34,11 +34,19 @@ from minirlhf.transformer import ModelConfig
 
 def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
     models = memory.ppo_models(config)
-    folder = pretrained.resolve(config.model)
-    others = [pretrained.resolve(name) for name in (config.ref, config.critic) if name]
-    room = prompt_room(config, (folder, *others))
+    folder = pretrained.resolve(config.model, weights=False)
+    names = filter(None, (config.ref, config.critic))
+    others = [pretrained.resolve(name, weights=False) for name in names]
+    tokenizer = load_tokenizer(folder) if config.data or config.ptx_data else None
+    for spec in map(reward_sources.parse, config.reward):
+        if spec.kind == "model" and tokenizer is not None:
+            place = pretrained.resolve(spec.place, weights=False)
+            others += [] if reward_sources.reencoded(place, tokenizer) else [place]
+    room, longest_text = prompt_room(config, (folder, *others)), 0
+    if config.ptx_data:
+        texts, _ = read_texts(config, tokenizer, pretrained.read_config(folder).longest_row)
+        longest_text = max(len(text.ids) for text in texts)
     if config.data:
-        tokenizer = load_tokenizer(folder)
         files, longest = (config.data, *named_files(config.eval_data, "/").values()), 0
         for file in files:
             prompts, report = load_prompts(
@@ -50,7 +58,8 @@ def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
     elif config.max_prompt_length is None:
         raise UserError("--data", "not given, so prompts may be of any length",
                         "give it, or --max-prompt-length")  # fmt: skip
-    return memory.ppo_plan(config, models, room, dtype, process_bytes(device))
+    held = process_bytes(device)
+    return memory.ppo_plan(config, models, room, dtype, held, longest_text)
 
 
 class Rows(NamedTuple):
@@ -77,7 +86,7 @@ def measure(
 
 
 def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
-    folder = pretrained.resolve(config.model)
+    folder = pretrained.resolve(config.model, weights=False)
     model, texts = pretrained.read_config(folder), [2]
     tokens: list[list[int]] = []  # of each example, file by file
 
@@ -92,6 +101,8 @@ def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
         return row_lengths(examples).tolist()
 
     longest, held_out = measure(config, model.longest_row, lengths)
+    if config.normalize == "train" and tokens:  # which are scored, too
+        held_out = max(held_out, len(tokens[0]))
     heaviest = memory.heaviest(tokens[0], config.batch_size) if tokens else None
     return memory.reward_plan(
         config, model, longest, dtype, process_bytes(device), held_out, max(texts), heaviest
@@ -102,7 +113,7 @@ def sft_model(config: SFTConfig) -> tuple[ModelConfig, Tokenizer | None]:
     """The architecture, and the tokenizer unless one would be trained: it may then be as large as
     --vocab-size allows."""
     if config.model is not None:
-        folder = pretrained.resolve(config.model)
+        folder = pretrained.resolve(config.model, weights=False)
         return pretrained.read_config(folder), load_tokenizer(folder) if config.data else None
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     values = read_json(config.init_config)
