@@ -72,7 +72,8 @@ def _by_itself(
     try:
         if isinstance(part[-1], str):
             return _encode_strings([part], lead, tokenizer)[0]
-        return tokenizer.encode_dialogue(*part)
+        sampled = "finish_reason" in row.columns
+        return tokenizer.encode_dialogue(*part, resume=sampled)
     except UserError as error:
         raise UserError(row.where, str(error)) from None
 
@@ -86,11 +87,12 @@ def _ended(
         headless: whether there may be nothing before the answers.
     """
     prompt, *answers = ids
-    if not all(answers) or not (prompt or headless):
+    sampled = "finish_reason" in row.columns  # and may have ended at once
+    if not (sampled or all(answers)) or not (prompt or headless):
         why = "" if answers else "the tokenizer puts no beginning-of-text there: "
         raise UserError(row.where, "a text without any token", f"{why}remove the row")
     eos = tokenizer.eos_ids
-    return (prompt, *(ids if ids[-1] in eos else [*ids, eos[0]] for ids in answers))
+    return (prompt, *(ids if ids and ids[-1] in eos else [*ids, eos[0]] for ids in answers))
 
 
 def _checked(

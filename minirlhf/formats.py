@@ -214,12 +214,21 @@ def _dialogues(row: Row) -> tuple[Messages, Messages, Messages]:
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
+def _may_be_empty(row: Row, key: str, empty_prompt: bool) -> bool:
+    """What was sampled may have ended at once."""
+    return empty_prompt if key == "prompt" else key == "response" and "finish_reason" in row.columns
+
+
 def _strings(*keys: str, empty_prompt: bool = False) -> Callable[[Row], tuple[str, ...]]:
-    return lambda row: tuple(_string(row, key, empty_prompt and key == "prompt") for key in keys)
+    return lambda row: tuple(
+        _string(row, key, _may_be_empty(row, key, empty_prompt)) for key in keys
+    )
 
 
 def _turns(*keys: str, empty_prompt: bool = False) -> Callable[[Row], tuple[Messages, ...]]:
-    return lambda row: tuple(_messages(row, key, empty_prompt and key == "prompt") for key in keys)
+    return lambda row: tuple(
+        _messages(row, key, _may_be_empty(row, key, empty_prompt)) for key in keys
+    )
 
 
 def _id_pairs(columns: dict, empty_prompt: bool) -> Format | None:

@@ -257,13 +257,18 @@ class Tokenizer:
         """
         return self._encode_rendered(text, {})
 
-    def encode_dialogue(self, prompt: Messages, *responses: Messages) -> tuple[list[int], ...]:
+    def encode_dialogue(
+        self, prompt: Messages, *responses: Messages, resume: bool = False
+    ) -> tuple[list[int], ...]:
         """(prompt ids, response ids, ...) of answers to one prompt, each encoded by itself.
 
         A response is what the template writes after the prompt with its generation prompt. It ends
         with the last of `eos_ids` in it: blanks that a template puts behind its end of turn are
         never generated, so they are no part of it.
 
+        Args:
+            resume: a prompt that ends with a turn of the assistant was continued, so a response is
+                no turn of its own.
         Raises:
             UserError: the rendered prompt is no prefix of the rendered dialogue.
         """
@@ -271,7 +276,11 @@ class Tokenizer:
         head = self.render_chat(turns[0])
         encoded = [self._encode_rendered(head, swapped)]
         for response in turns[1:]:
-            whole = self.render_chat(turns[0] + response, add_generation_prompt=False)
+            dialogue = turns[0] + response
+            if resume and turns[0][-1]["role"] == "assistant":
+                content = turns[0][-1]["content"].rstrip() + response[0]["content"]
+                dialogue = [*turns[0][:-1], turns[0][-1] | {"content": content}]
+            whole = self.render_chat(dialogue, add_generation_prompt=False)
             if not whole.startswith(head):
                 what = "the chat template writes the prompt differently once an answer follows"
                 raise UserError(self.folder, what, "change the template, or give strings")

@@ -345,6 +345,29 @@ def test_score_reads_what_sample_wrote(files, capsys, tmp_path):
         assert line["score"] == pytest.approx(peer_score(files["RM"], ids), abs=1e-5)
 
 
+def test_score_reads_a_response_that_ended_at_once(files, capsys, tmp_path):
+    row = {"prompt": "a film", "response": "", "finish_reason": "eos", "tokens": 1}
+    path = write_lines(tmp_path / "s.jsonl", [row])
+    (line,) = lines_of(capsys, "score", "--model", files["RM"], "--data", path)
+    ids = [*load_tokenizer(files["RM"]).encode("a film"), 0]
+    assert line["score"] == pytest.approx(peer_score(files["RM"], ids), abs=1e-5)
+    del row["finish_reason"]  # then it is a fault
+    path = write_lines(tmp_path / "t.jsonl", [row])
+    assert main(["score", "--model", files["RM"], "--data", str(path)]) == 2
+    assert "response is empty" in capsys.readouterr().err
+
+
+def test_score_reads_a_turn_that_was_continued(files, capsys, tmp_path):
+    prompt = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I say"}]
+    row = {"prompt": prompt, "response": [{"role": "assistant", "content": " no"}],
+           "finish_reason": "eos"}  # fmt: skip
+    path = write_lines(tmp_path / "s.jsonl", [row])
+    (line,) = lines_of(capsys, "score", "--model", files["RM"], "--data", path)
+    tokenizer = load_tokenizer(files["RM"])
+    ids = [*tokenizer.encode_chat(prompt), *tokenizer.encode(" no", bos=False), 0]
+    assert line["score"] == pytest.approx(peer_score(files["RM"], ids), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("data", "match"),
     [("TEXTS", "texts.jsonl:1: score is nan"), ("PAIRS", "1: chosen_score is nan"),
