@@ -73,6 +73,6 @@ def run(program: Callable[[], int | None]) -> int:
 
 def _out_of_memory(error: BaseException) -> int:
     what = printable(str(error).partition("\n")[0]) or "no memory is left"
-    hint = "lower micro_batch_tokens, micro_batch_size or rollout_batch_size; go on with --resume"
+    hint = "give smaller batches (--help names them); a run goes on with --resume"
     print(f"error: out of memory: {what}: {hint}", file=sys.stderr)
     return MACHINE

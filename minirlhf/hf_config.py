@@ -135,7 +135,7 @@ def _sliding_window(read: _Reader, family: str) -> int | None:
         return None
     if family.startswith("qwen") and layers is None and not read.flag("use_sliding_window", False):
         return None
-    window = read.values.get("sliding_window", 4096 if family == "mistral" else None)
+    window = read.values.get("sliding_window", 4096)  # the default of each family that has one
     return None if window is None else read.integer("sliding_window", window, 2**31)
 
 

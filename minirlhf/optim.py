@@ -246,6 +246,9 @@ def choose_device(name: str) -> str:
     """`auto` is the first GPU, or else the CPU."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        what = f"{name!r} cannot be used (it is neither cpu nor cuda)"
+        raise UserError("--device", what, "use auto, cpu, cuda or cuda:N")
     try:
         torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError) as error:

@@ -189,6 +189,8 @@ class PPOConfig:
                 "temperature 0: greedy sampling explores nothing, and its law has no finite "
                 "log-probs to learn from; use one above 0"
             )
+        if not all(self.stop):
+            yield "stop: got an empty string, which every text contains"
         if self.min_new_tokens > self.max_new_tokens:
             yield (
                 f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "

@@ -72,9 +72,9 @@ def sample_table(
     """The same prompts with the same random keys at every call: what changes is the policy."""
     fixed = prompts[: config.sample_prompts]
     keys = streams.key(config.seed, "sample table", torch.arange(len(fixed)))
-    completions, _ = sample(
-        state.model.lm, fixed, keys, config.sampling, tokenizer, config.rollout_batch_size
-    )
+    # no more at once than a training step, so that the memory plan holds
+    abreast = min(config.rollout_batch_size, config.batch_size)
+    completions, _ = sample(state.model.lm, fixed, keys, config.sampling, tokenizer, abreast)
     where = f"samples at step {state.step}"
     scores = as_scores(reward(completions), completions, where).sums.tolist()
     return [

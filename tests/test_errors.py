@@ -35,14 +35,14 @@ def raising(error: BaseException):
          "error: f: No space left on device"),
         (OSError("odd"), MACHINE, "error: the operating system: odd"),
         (KeyboardInterrupt(), INTERRUPTED, "error: interrupted"),
-        (MemoryError(), MACHINE, "error: out of memory: no memory is left: lower micro_batch_tokens"
-         ", micro_batch_size or rollout_batch_size; go on with --resume"),
+        (MemoryError(), MACHINE, "error: out of memory: no memory is left: give smaller"
+         " batches (--help names them); a run goes on with --resume"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nto"),
          MACHINE, "error: out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory:"
-         " you tried: lower micro_batch_tokens, micro_batch_size or rollout_batch_size; go on with "
+         " you tried: give smaller batches (--help names them); a run goes on with "
          "--resume"),
         (torch.OutOfMemoryError("CUDA out of memory"), MACHINE, "error: out of memory: CUDA out of "
-         "memory: lower micro_batch_tokens, micro_batch_size or rollout_batch_size; go on with "
+         "memory: give smaller batches (--help names them); a run goes on with "
          "--resume"),
     ],
 )  # fmt: skip

@@ -318,7 +318,7 @@ def test_choose_device_auto_is_the_gpu_if_there_is_one(monkeypatch):
     assert choose_device("auto") == "cpu" == choose_device("cpu")
 
 
-@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99"])
+@pytest.mark.parametrize("name", ["tpu", "mps", "meta", "cuda:99"])
 def test_choose_device_refuses_what_cannot_compute(name):
     with pytest.raises(UserError, match=f"--device: '{name}' cannot be used"):
         choose_device(name)

@@ -216,6 +216,7 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
     ("settings", "message"),
     [
         ({"min_new_tokens": 7}, "min_new_tokens 7 is above max_new_tokens 6: lower one or raise"),
+        ({"stop": ("", "!")}, "stop: got an empty string, which every text contains"),
         ({"kl_in": "loss"}, "kl_in loss with kl_estimator k1: the gradient .* use k2 or full"),
         ({"kl_in": "loss", "kl_estimator": "abs"}, "kl_in loss with kl_estimator abs"),
         (
@@ -479,6 +480,16 @@ def test_main_resumes_to_the_same_bytes(how, whole, world, tmp_path, monkeypatch
         assert (out / name).read_bytes() == (whole[0] / name).read_bytes()
     assert main([*argv, "--resume"]) == OK  # nothing is left to do
     assert (out / "samples.jsonl").read_bytes() == (whole[0] / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_main_trains_the_head_of_a_critic_beside_adapters_if_asked_to(trains, world, tmp_path):
+    flags = ["--lora-rank", "2", *([] if trains else ["--no-train-critic"])]
+    argv = command(world, tmp_path / "run", *flags, critic=world / "reward", steps=2, save_every=1)
+    assert main(argv) == OK
+    start = load_file(world / "reward" / "model.safetensors")
+    saved = load_file(tmp_path / "run/checkpoints/step-00000002/model.safetensors")
+    assert torch.equal(saved["v_head.weight"], start["score.weight"]) is not trains
 
 
 @pytest.mark.parametrize("trains", [True, False])
