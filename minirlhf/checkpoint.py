@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import minirlhf
 from minirlhf import fsio
 from minirlhf.errors import UserError, printable
 from minirlhf.meters import Meters, Step
@@ -145,6 +146,7 @@ def environment(model: nn.Module) -> dict[str, object]:
     weight = next(model.parameters())
     on_gpu = weight.device.type == "cuda"
     return {
+        "minirlhf": minirlhf.__version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(weight.device) if on_gpu else weight.device.type,

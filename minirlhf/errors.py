@@ -3,8 +3,10 @@
 An error is one line: where (file:line or setting), what was found, what is legal or what to do.
 """
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 OK, BUG, BAD_INPUT, NON_FINITE, MACHINE = 0, 1, 2, 3, 4
 REWARD_SERVICE, DISTRIBUTED, STOPPED = 5, 6, 75
@@ -57,7 +59,8 @@ def run(program: Callable[[], int | None]) -> int:
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output left, as `head` does
-        sys.stderr.close()
+        with suppress(OSError, ValueError):  # else Python would fail at its last flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except MemoryError as error:
         return _out_of_memory(error)

@@ -8,7 +8,7 @@ saved after a signal is always the state of a yield.
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from minirlhf.errors import Stopped
@@ -28,6 +28,11 @@ _flag = _Flag()
 def requested() -> bool:
     """Whether a signal has asked the run to stop."""
     return _flag.requested
+
+
+def request() -> None:
+    """Asks to stop, as a signal does."""
+    _flag.requested = True
 
 
 def check() -> None:
@@ -69,6 +74,7 @@ def _take(number: int, _frame: object) -> None:
         os._exit(128 + number)  # what is committed stands
     _flag.requested = True
     # not print: the signal may have come in the middle of one
-    os.write(2, b"\nstopping at the last whole step; once more to leave at once\n")
+    with suppress(OSError):  # whoever read it may be gone
+        os.write(2, b"\nstopping at the last whole step; once more to leave at once\n")
     if _flag.outside:
         raise Stopped

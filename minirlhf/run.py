@@ -65,7 +65,7 @@ class Run:
         self.resume, self.inputs = resume, list(inputs)
         self.hashes: dict[str, str] = {}  # file -> sha256 of each input, once it is entered
         self.state: TrainState | None = None  # once restored
-        self.changed: list[str] = []  # free settings that differ from the first start's
+        self.changed: list[str] = []  # free settings that differ from the last start's
         self.started = time.perf_counter()
         self.rename: Callable[[dict], dict] = dict  # names of metrics in the log file
         self._check_folder()
@@ -180,15 +180,20 @@ class Run:
         """
         places = {"model", "data", "eval_data"}
         kept = {k: v for k, v in self.settings.items() if k not in FREE | places}
-        data = [{"file": Path(name).name, "sha256": sha256} for name, sha256 in self.hashes.items()]
+        given = self._data()
+        data = [{"file": Path(name).name, "sha256": sha256}
+                for name, sha256 in self.hashes.items() if name in given]  # fmt: skip
         return {"data": data, "settings": kept}
+
+    def _data(self) -> set[str]:
+        """Those of the inputs that are data."""
+        held_out = named_files(self.settings.get("eval_data", ())).values()
+        given = self.settings.get("data"), self.settings.get("ptx_data"), *held_out
+        return {str(Path(name)) for name in given if name}
 
     def _changed_data(self, before: dict[str, str], now: dict[str, str]) -> list[dict]:
         """What differs in the inputs, told; refused, unless it is data and that may change."""
-        held_out = named_files(self.settings.get("eval_data", ())).values()
-        given = self.settings.get("data"), self.settings.get("ptx_data"), *held_out
-        data = {str(Path(name)) for name in given if name}
-        changes = []
+        data, changes = self._data(), []
         for name in now | before:
             if (old := before.get(name)) == (new := now.get(name)):
                 continue
@@ -271,9 +276,13 @@ class Run:
                 fsio.replace_file(temporary, path)
 
     def say(self, text: str) -> None:
-        """Prints above the progress bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        """Prints above the progress bar. A run that nobody reads any more stops as at a signal."""
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # for as long as the process lasts
+            interrupt.request()
 
     def facts(self, facts: dict[str, object]) -> None:
         """Prints what is about to happen, one aligned line each."""

@@ -28,6 +28,8 @@ FILE_CAP = 256 << 20  # bytes of tokenizer.json; the largest in use have about 3
 NAMES_CAP = 1 << 17  # characters of all special tokens together, which become one pattern
 OBJECT_CAP = 4 << 20  # bytes of the small files beside it
 BATCH = 4096  # texts that the library encodes at once: it keeps much more of them than ids
+READ = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json",
+        "generation_config.json", "chat_template.jinja")  # fmt: skip
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -354,6 +356,11 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files(pad_token).items():
             (folder / name).write_bytes(content)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """The files that a folder's tokenizer is made of, its chat template and eos among them."""
+    return [str(folder / name) for name in READ if (folder / name).exists()]
 
 
 def _object(folder: Path, name: str) -> dict:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import minirlhf
 from minirlhf import checkpoint, fsio
 from minirlhf.checkpoint import (
     TrainState,
@@ -349,7 +350,8 @@ def test_manifest_says_what_the_last_bits_depend_on(saved):
     state, folder = saved
     manifest = json.loads((folder / "step-00000003" / "manifest.json").read_text("utf-8"))
     expected = {
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu",
+        "minirlhf": minirlhf.__version__, "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "device": "cpu",
         "cpu": torch.backends.cpu.get_cpu_capability(), "dtype": "float32",
     }  # fmt: skip
     assert manifest["environment"] == environment(state.model) == expected

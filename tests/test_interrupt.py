@@ -59,6 +59,16 @@ def test_check_raises_once_a_signal_has_come(number, capfd):
     assert "once more to leave at once" in capfd.readouterr().err
 
 
+def test_a_signal_is_taken_where_nobody_reads_what_it_says(monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    with interrupt.listening():
+        monkeypatch.setattr(os, "write", gone)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.requested()
+
+
 def test_listening_forgets_an_earlier_signal(capfd):
     with interrupt.listening():
         stop()

@@ -1,5 +1,6 @@
 """The folder of a run: who may write in it, what stands there, and what a signal does."""
 
+import io
 import json
 import os
 import signal
@@ -241,6 +242,20 @@ def test_allow_data_change_is_no_leave_to_change_anything_else(tmp_path):
         start(out, True, [str(reward)], **changes),
     ):
         pass
+
+
+def test_a_run_that_nobody_reads_stops_as_at_a_signal(tmp_path, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with start(tmp_path / "run") as run:
+        monkeypatch.setattr(sys, "stdout", Gone())
+        assert not run.stopped
+        run.say("step 1")
+        assert run.stopped
+        run.say("step 2")  # into nothing
+        sys.stdout.close()
 
 
 def test_resume_refuses_changed_data(tmp_path):

@@ -34,7 +34,7 @@ from minirlhf.rows import read_json
 from minirlhf.run import Run, named_files, write_model
 from minirlhf.sieve import Report, RowPolicy, Sieve
 from minirlhf.texts import collate_texts, count_tokens, target_stats, with_target
-from minirlhf.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from minirlhf.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_tokenizer
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
 
@@ -321,6 +321,8 @@ def main(argv: list[str] | None = None) -> int:
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "sft", settings.as_dict(config), config.resume, inputs)
     tokenizer = choose_tokenizer(config)
+    if source := config.model or config.tokenizer:
+        r.inputs += tokenizer_files(pretrained.resolve(source))
     model_config = choose_config(config, tokenizer)
     most = model_config.longest_row
     read = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
