@@ -301,9 +301,11 @@ def _read_flags(
     words: list[str] = []
     seen: set[str] = set()
     problems: list[Problem] = []
+    several = ""  # the flag of several values that the next word may belong to
     for word in argv:
         name, equals, value = word.partition("=")
         if word.startswith("--"):
+            several = ""
             name = name.replace("_", "-")
             action = flags.get(name)
             if action is None:
@@ -315,7 +317,12 @@ def _read_flags(
                 problems.append((name, f"got {_shown(value)}, takes no value: give {both}"))
             else:
                 seen.add(action.dest)
+                several = name if action.nargs == "+" and not equals else ""
             words.append(name + equals + value)
+        elif several and (word[:1] != "-" or re.match(r"-[0-9.]", word)):
+            # Each under a flag of its own: argparse would take -0.5*SOURCE for one.
+            words += [] if words[-1] == several else [several]
+            words[-1] += "=" + word
         elif word[:1] == "-" and words and words[-1] in flags and flags[words[-1]].nargs != 0:
             words[-1] += "=" + word  # argparse would take -1e-5 for a flag
         else:

@@ -1,6 +1,6 @@
 """Held-out preferences scored once: metrics, tables of samples, and what normalises scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -119,16 +119,17 @@ def evaluate(
 
 
 def score_moments(
-    model: RewardModel, examples: list[Example], micro_batch_tokens: int, where: str
+    model: RewardModel, sets: Iterable[list[Example]], micro_batch_tokens: int, where: str
 ) -> tuple[float, float]:
-    """Mean and population standard deviation of a model's scores of all texts.
+    """Mean and population standard deviation of a model's scores of all texts of all sets.
 
     Args:
+        sets: each of pairs, or of ranked lists.
         where: the setting that asked for it.
     Raises:
         UserError: all scores are alike (exit code 2).
     """
-    scores = evaluate(model, examples, micro_batch_tokens).scores.double()
+    scores = torch.cat([evaluate(model, one, micro_batch_tokens).scores for one in sets]).double()
     std, mean = torch.std_mean(scores, correction=0)
     if not std > 0:
         what = f"all {len(scores):,} scores are {float(mean):.6g}"

@@ -198,7 +198,9 @@ def _exchange(service: Service, body: bytes) -> tuple[int, bytes]:
     parts = urlsplit(service.url)
     kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
     patience = min(service.connect_timeout, service.timeout)
-    connection = kinds[parts.scheme](parts.hostname, parts.port, timeout=patience)
+    kind = kinds[parts.scheme]
+    # Without a port http.client would look for one in the host, which a colon of IPv6 is not.
+    connection = kind(parts.hostname, parts.port or kind.default_port, timeout=patience)
     try:
         connection.connect()
         connection.sock.settimeout(_left(end))

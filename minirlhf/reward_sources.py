@@ -57,7 +57,7 @@ class Spec(NamedTuple):
         """What it may be called in logs, from short to long."""
         if self.kind == "service":
             parts = urlsplit(self.place)
-            return [parts.hostname, parts.netloc, parts.netloc + parts.path]
+            return [parts.hostname, parts.netloc, parts.netloc + parts.path, self.place]
         if self.kind == "function":
             file, _, function = self.place.rpartition(":")
             return [function, f"{Path(file).stem}.{function}", self.place]
@@ -92,6 +92,7 @@ def _check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
         port = parts.port
+        (parts.hostname or "").encode("idna")
     except ValueError as error:
         raise UserError(f"--reward {printable(url)}", f"no URL: {error}") from None
     wrong = {
@@ -129,16 +130,17 @@ def part_names(specs: Sequence[Spec]) -> list[str]:
     Raises:
         UserError: the same source twice.
     """
-    names = [spec.names()[0] for spec in specs]
-    for length in (1, 2):
+    choices = [[printable(name, 100) for name in spec.names()] for spec in specs]
+    names = [choice[0] for choice in choices]
+    for length in range(1, max(map(len, choices), default=0)):
         names = [
-            spec.names()[length] if names.count(name) > 1 else name
-            for spec, name in zip(specs, names, strict=True)
+            choice[min(length, len(choice) - 1)] if names.count(name) > 1 else name
+            for choice, name in zip(choices, names, strict=True)
         ]
     for name in names:
         if names.count(name) > 1:
-            raise UserError("--reward", f"{printable(name)} stands twice", "give each source once")
-    return [printable(name, 100) for name in names]
+            raise UserError("--reward", f"{name} stands twice", "give each source once")
+    return names
 
 
 def problems(config: RewardSettings) -> list[str]:

@@ -4,6 +4,7 @@ A reward source is any function `source(completions) -> (B,) Tensor | Scores`. R
 reward_model.py, services in reward_service.py, and what `--reward` may say in reward_sources.py.
 """
 
+import copy
 import inspect
 import math
 import os
@@ -201,7 +202,7 @@ def function_reward(
         check(offered)
         try:
             with interrupt.outside():
-                items = function(**given)
+                items = function(**copy.deepcopy(given))  # what it changes is its own
         except Exception as error:
             raise UserError(
                 failed_at(error) or name,

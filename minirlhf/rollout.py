@@ -195,8 +195,10 @@ def sample(
     completions = Completions(
         prompts=[p.text for p in prompts],
         prompt_ids=[p.ids for p in prompts],
+        # An eos may be an ordinary token to the tokenizer, and so have a text.
         completions=[
-            cut_at_stop(tokenizer.decode(ids), sampling.stop_strings) for ids in responses
+            cut_at_stop(tokenizer.decode(ids[:-1] if why == "eos" else ids), sampling.stop_strings)
+            for ids, why in zip(responses, reasons, strict=True)
         ],
         response_ids=responses,
         finish_reasons=reasons,

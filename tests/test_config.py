@@ -327,6 +327,24 @@ def test_validate_names_the_field_and_its_source():
         validate(Config(model="m", steps="3", eval_data=["a"]), source="run.json")
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["a", "-0.5*b"], ("a", "-0.5*b")),
+        (["-0.5*b", "a", "-.5*c"], ("-0.5*b", "a", "-.5*c")),
+        (["a", "--eval-data", "-1*b", "c"], ("a", "-1*b", "c")),
+        (["a", "--steps", "-3"], "must be a whole number"),
+        (["a", "-steps"], "unexpected argument '-steps'"),
+    ],
+)
+def test_values_of_a_tuple_may_begin_with_a_minus_and_a_number(words, found):
+    argv = ["--model", "m", "--eval-data", *words]
+    if isinstance(found, tuple):
+        assert read(*argv).eval_data == found
+    else:
+        assert found in refused(*argv)
+
+
 def test_validate_refuses_a_text_for_a_tuple():
     with pytest.raises(UserError, match=r"^eval_data: got 'a', must be a tuple of text$"):
         validate(Config(model="m", eval_data="a"))

@@ -19,6 +19,7 @@ from minirlhf.hf_config import config_from_hf
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.preferences import LIST_LOSSES, without_eos
 from minirlhf.pretrained import load_pretrained, load_reward_model, save_pretrained
+from minirlhf.rankings import load_preferences
 from minirlhf.recipes import reward as recipe
 from minirlhf.recipes.reward import RewardConfig, load_start, write_model
 from minirlhf.reward_eval import evaluate
@@ -99,7 +100,8 @@ def test_main_writes_what_it_says(base, whole):
     ]  # fmt: skip
     facts = json.loads((whole / "run.json").read_text("utf-8"))
     assert facts["recipe"] == "reward" and facts["settings"]["steps"] == 6
-    assert set(facts["inputs"]) == set(base[1:])
+    tokenizer = {str(p) for p in base[0].iterdir() if p.suffix == ".json" and "index" not in p.name}
+    assert set(facts["inputs"]) == {*base[1:], *tokenizer}
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     of_training = {
@@ -347,6 +349,27 @@ def test_card_is_of_the_model_that_is_written(base, ensemble):
     assert {name: card["sets"]["eval"][name] for name in again} == again
     for name in ("card.json", "card.md"):
         assert (ensemble / name).read_bytes() == (ensemble / "model" / name).read_bytes()
+
+
+def test_scores_are_normalised_over_pairs_and_lists_together(base, tmp_path):
+    row = {"prompt": "the film was", "responses": [f" {w}." for w in WORDS], "best": 0}
+    lists, out = write_lines(tmp_path / "lists.jsonl", [row]), tmp_path / "run"
+    sets = ("--eval-data", f"lists={lists}", base[2])
+    assert run_reward(base, out, *STEPS, *sets, "--normalize", "eval") == 0
+    tokenizer, model = load_tokenizer(out / "model"), load_reward_model(out / "model")
+    read = [load_preferences(path, tokenizer, 64, "error")[0] for path in (base[2], lists)]
+    scores = torch.cat([evaluate(model, rows).scores for rows in read]).double()
+    std, mean = torch.std_mean(scores, correction=0)
+    assert (float(mean), float(std)) == pytest.approx((0.0, 1.0), rel=0, abs=1e-5)
+
+
+def test_resume_refuses_a_tokenizer_that_changed(base, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(base[0], model)
+    assert run_reward(base, out, "--steps", 1, model=model) == 0
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    assert run_reward(base, out, "--steps", 1, "--resume", model=model) == 2
+    assert "chat_template.jinja: has changed since the run began" in capsys.readouterr().err
 
 
 def test_heads_of_another_number_are_refused(base, ensemble, tmp_path, capsys):

@@ -57,6 +57,8 @@ def test_parse_refuses_a_weight_that_is_no_number(weight):
         ("http:///p", "names no host"),
         ("http://h:99999/p", "no URL: Port out of range"),
         ("http://h:x/p", "no URL: Port could not be cast"),
+        ("http://rm..local/p", "no URL: "),
+        (f"http://{64 * 'a'}/p", "no URL: "),
         ("http://h:0/p", "port 0"),
         ("http://[::1/p", "no URL: Invalid IPv6 URL"),
         ("http://me:secret@h/p", "a name or password inside"),
@@ -81,10 +83,17 @@ def test_parse_refuses_a_url_of_no_service(url, told):
         (["d/f.py:s", "e/f.py:s"], ["d/f.py:s", "e/f.py:s"]),
         (["http://h:1/p", "http://h:2/p"], ["h:1", "h:2"]),
         (["http://h:1/p", "http://h:1/q", "a"], ["h:1/p", "h:1/q", "a"]),
+        (["http://h/s?m=a", "http://h/s?m=b"], ["http://h/s?m=a", "http://h/s?m=b"]),
     ],
 )
 def test_part_names_are_as_short_as_they_stay_apart(sources, names):
     assert part_names([parse(source) for source in sources]) == names
+
+
+def test_part_names_refuses_what_its_length_makes_equal():
+    long = "x" * 120
+    with pytest.raises(UserError, match=r"stands twice: give each source once"):
+        part_names([parse(f"{long}/a/b"), parse(f"{long}/c/a/b"), parse(f"{long}/d/a/b")])
 
 
 def test_part_names_refuses_the_same_source_twice():

@@ -1,5 +1,6 @@
 """What reward sources are: functions that users write, and weighted sums of several."""
 
+import copy
 import math
 
 import numpy
@@ -56,6 +57,23 @@ def ids(completion_ids, finish_reasons):
     assert scores_of(source, tmp_path, "both") == [3, 3, 1]
     assert scores_of(source, tmp_path, "column") == [14, 0, 18]
     assert scores_of(source, tmp_path, "ids") == [3, 2, 2]
+
+
+def test_what_a_function_changes_is_its_own(tmp_path):
+    source = """
+def f(completions, prompts, completion_ids, answer):
+    for turns, ids in zip(prompts, completion_ids):
+        turns.append("more")
+        ids.pop()
+    answer[0].clear()
+    completions.clear()
+    return [1.0, 2.0, 3.0]
+"""
+    prompts = [["a"], ["b"], ["c"]]
+    batch = BATCH._replace(prompts=prompts, columns={"answer": [[7], None, 9]})
+    before = copy.deepcopy(batch)
+    assert scored(source, tmp_path, batch=batch).total.tolist() == [1.0, 2.0, 3.0]
+    assert batch == before
 
 
 def test_function_with_keywords_gets_every_column(tmp_path):

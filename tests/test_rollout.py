@@ -21,12 +21,12 @@ T, F = True, False
 
 
 class Letters:
-    """Ids 0 to 19 as letters; "a" is eos and has no text."""
+    """Ids 0 to 19 as letters; 0 is eos, which is an ordinary token here and has a text."""
 
     eos_ids, vocab_size = (0,), 20
 
     def decode(self, ids):
-        return "".join("_bcdefghijklmnopqrst"[i] for i in ids if i)
+        return "".join("_bcdefghijklmnopqrst"[i] for i in ids)
 
 
 def tiny_lm(dtype=torch.float64) -> CausalLM:
@@ -238,7 +238,7 @@ def test_sample_gives_texts_and_left_aligned_rows():
         assert set(row[len(prompt) + len(ids) :]) <= {0}
         assert rollout.response_mask[b].tolist() == [t < len(ids) for t in range(12)]
         assert (ids[-1] == 0) == (made.finish_reasons[b] == "eos")
-        assert made.completions[b] == Letters().decode(ids)
+        assert made.completions[b] == Letters().decode(ids).removesuffix("_")  # without eos
     assert rollout.rows.tolist() == [0, 1, 2, 3]
     assert rollout.prompt_lengths.tolist() == [2, 1, 4, 1]
     assert rollout.scores.tolist() == [0, 0, 0, 0]

@@ -29,11 +29,12 @@ ROOT = Path(__file__).parents[1]
 
 
 @contextmanager
-def serving(folder, token: str | None = None, before: bool = False):
-    """The address of a server of the folder."""
+def serving(folder, token: str | None = None, before: bool = False, answer=None):
+    """The address of a server of the folder, or of one that answers in its own way."""
     model = load_reward_model(folder)
     model.read_before_eos = before
-    server = Server(("127.0.0.1", 0), answer_with(model, load_tokenizer(folder), 64), token)
+    answer = answer or answer_with(model, load_tokenizer(folder), 64)
+    server = Server(("127.0.0.1", 0), answer, token)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -198,6 +199,17 @@ def test_a_client_that_leaves_is_one_line(folder, capsys):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # resets
             sock.sendall(b"POST /score HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
         assert ask(address, {"items": [ITEM]})[0] == 200  # others are not held up
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_scoring_that_fails_is_told_to_the_client(folder, capsys):
+    def fails(*_):
+        raise MemoryError("no room\nat all")
+
+    with serving(folder, answer=fails) as address:
+        for _ in range(2):  # it goes on
+            status, reply = ask(address, {"items": [ITEM]})
+    assert status == 500 and reply["error"].startswith("scoring failed: MemoryError: no room")
     assert "Traceback" not in capsys.readouterr().err
 
 

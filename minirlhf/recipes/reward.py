@@ -50,7 +50,7 @@ from minirlhf.reward_card import card_files
 from minirlhf.reward_eval import Evaluation, evaluate, sample_rows, sample_table, score_moments
 from minirlhf.run import Run, named_files
 from minirlhf.sieve import Report, RowPolicy
-from minirlhf.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from minirlhf.transformer import ModelConfig
 
 SHOWN = ("accuracy", "top1", "ties", "loss", "margin", "calibration_error")
@@ -388,7 +388,7 @@ def finish(
         merge_lora(model)
     facts = {"heads": model.heads, "lcb_coef": model.lcb_coef} | r.provenance()
     if config.normalize != "none":
-        over = train if config.normalize == "train" else [e for s in sets.values() for e in s]
+        over = [train] if config.normalize == "train" else sets.values()
         mean, std = score_moments(model, over, config.micro_batch_tokens, "--normalize")
         normalize_scores(model, mean, std)
         facts["normalized"] = {"over": config.normalize, "mean": mean, "std": std}
@@ -417,6 +417,7 @@ def main(argv: list[str] | None = None) -> int:
     r = Run(config.out, "reward", settings.as_dict(config), config.resume, files.values())
     folder = pretrained.resolve(config.model)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
+    r.inputs += tokenizer_files(folder)
     # Without a token to spare other tools pad with eos, and then read the score before it.
     before_eos = bool(model_config.source.get("read_before_eos"))
     before_eos = before_eos or tokenizer.spare_pad_token() is None

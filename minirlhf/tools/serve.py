@@ -203,6 +203,10 @@ class Handler(BaseHTTPRequestHandler):
                     self._send(status, reply)
             except (UserError, UnicodeDecodeError) as error:
                 status, reply = 400, {"error": printable(error, 500)}
+            except (RuntimeError, MemoryError) as error:  # out of memory, most often
+                what = f"scoring failed: {type(error).__name__}: {printable(error, 300)}"
+                status, reply = 500, {"error": what}
+                print(what, file=sys.stderr, flush=True)
         if status != 200:
             self._send(status, reply)
         self.log_message("%d, %d texts, %.3f s", status, texts, time.perf_counter() - started)
