@@ -18,7 +18,7 @@ from minirlhf.tokenizer import Tokenizer
 
 def summarise(
     stats: PPOStats, completions: Completions, given: Scores, scores: Tensor,
-    buffer: RolloutBuffer, sequence_kl: float, tokenizer: Tokenizer,
+    buffer: RolloutBuffer, sequence_kl: float, tokenizer: Tokenizer, config: PPOConfig,
 ) -> dict[str, float]:  # fmt: skip
     """TRL's metric names, with the numbers that the names promise: see `minirlhf.metrics`.
 
@@ -28,8 +28,11 @@ def summarise(
     """
     by_token = given.sums - given.total  # (B,)
     scores = scores + by_token
-    scaled = torch.cat([micro.scores for micro in buffer.micro_batches]).cpu()
-    learned = scaled + by_token[torch.cat([m.rows for m in buffer.micro_batches]).cpu()]
+    micros = buffer.micro_batches
+    scaled = torch.cat([micro.scores for micro in micros]).cpu()
+    if config.bootstrap_truncated:  # the critic's value stands for the score of a cut response
+        scaled = torch.where(torch.cat([micro.truncated for micro in micros]).cpu(), 0, scaled)
+    learned = scaled + by_token[torch.cat([micro.rows for micro in micros]).cpu()]
     responses, tokens = completions.response_ids, len(buffer.tokens("rewards"))
     unknown = sum(i >= tokenizer.vocab_size for ids in responses for i in ids)
     return given.metrics() | {

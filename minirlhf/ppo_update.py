@@ -236,7 +236,8 @@ def ppo_step(
                 optimizer, work, counters, config.skip_nonfinite, partial(near, config)
             )
             tried.append(seen)
-        if moved_too_far(tried[-len(parts) :], config.early_stop_kl):
+        last = epoch + 1 == config.epochs  # none is left to end
+        if not last and moved_too_far(tried[-len(parts) :], config.early_stop_kl):
             counters["early_stops"] = counters.get("early_stops", 0) + 1
             break
     seen = [seen for seen in tried if seen is not None]

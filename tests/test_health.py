@@ -80,6 +80,7 @@ CASES = [
     ("length_drift", lengths_and_scores(0, last=25.0), lengths_and_scores(0, last=25.1), 20),
     ("equal_scores", {STD: [0.0, 0.0, 1e-9, 0.0, 0.0]}, {STD: [1.0, 0.0, 0.0, 0.0]}, 4),
     ("gradient_spike", {NORM: 10 * [1.0] + [10.0]}, {NORM: 10 * [1.0] + [10.01]}, 11),
+    ("gradient_spike", {NORM: 12 * [0.0] + [1.0]}, {NORM: 12 * [0.0] + 13 * [1.0] + [99.0]}, 26),
     ("gradient_spike", {NORM: 9 * [1.0] + [99.0]}, {NORM: 4 * [0.0] + 7 * [1.0] + [99.0]}, 12),
     ("repeated_responses", {DUP: 3 * [0.5]}, {DUP: [0.0, 0.5, 0.5, 0.501]}, 4),
 ]  # fmt: skip

@@ -31,6 +31,7 @@ from minirlhf import ppo_update, streams
 from minirlhf.advantages import token_rewards
 from minirlhf.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.data import Text
+from minirlhf.errors import UserError
 from minirlhf.generation import generate, sampling_law
 from minirlhf.heads import RewardModel, critic_from_reward_model, initialize_score, response_states
 from minirlhf.optim import make_optimizer
@@ -267,6 +268,13 @@ def test_early_stop_by_hand(monkeypatch, limit, epochs):
     stats = ppo_step(policy, optimizer, hand_buffer(), config, counters=counters)
     assert stats.epochs == epochs
     assert counters == ({} if epochs == 3 else {"early_stops": 1})
+    # Where the last epoch goes too far there is none left to end.
+    counters.clear()
+    config = changed(early_stop_kl=limit, epochs=2)
+    monkeypatch.setattr(ppo_update, "moved_too_far", lambda *_: len(moved) or moved.append(1))
+    moved: list[int] = []
+    stats = ppo_step(policy, optimizer, hand_buffer(), config, counters=counters)
+    assert (stats.epochs, counters, len(moved)) == (2, {}, 1)
 
 
 def full_laws(policy, ref, buffer):
@@ -305,6 +313,31 @@ def test_entropy_bonus_has_the_gradient_of_the_mean_entropy():
     policy.load_state_dict(start)
     with_it, _ = plain_step(buffer, policy, entropy_coef=1.0)
     assert_close(with_it - without, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"score_scaling": "scale"}, {"score_clip": 1.0}, {"missing_eos": "replace"}]
+)
+def test_rewards_of_tokens_are_refused_where_they_would_pass_by_a_setting(changes):
+    def each(completions):
+        tokens = [[1.0] * len(ids) for ids in completions.response_ids]
+        total = torch.zeros(len(tokens))
+        return Scores(total, {"each": total}, tokens)
+
+    name = next(iter(changes))
+    with pytest.raises(UserError, match=f"^{name}.* changes the score .*step 1"):
+        run_steps(config_of(steps=1, **changes), each)
+    run_steps(config_of(steps=1), each)
+
+
+def test_learned_scores_of_cut_responses_are_those_of_the_critic():
+    """What PPO learns from: the score of those that ended, 0 for those that the length cut."""
+    config = config_of(steps=1, bootstrap_truncated=True, max_new_tokens=3)
+    steps, _ = run_steps(config, lambda c: torch.full((len(c.completions),), 2.0))
+    metrics = steps[0].metrics
+    assert 0 < metrics["health/eos_rate"] < 1
+    expected = 2 * metrics["health/eos_rate"]
+    assert metrics["objective/learned_scores"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_full_kl_in_the_loss_needs_a_reference():

@@ -53,12 +53,12 @@ from minirlhf.ppo_start import (
 )
 from minirlhf.ppo_update import ppo_step
 from minirlhf.reward_sources import load_reward
-from minirlhf.rewards import RewardSource, as_scores
+from minirlhf.rewards import RewardSource, Scores, as_scores
 from minirlhf.rollout import RolloutBuffer, next_rows, replay_rows, sample, with_scores
 from minirlhf.run import Run, write_model
 from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.texts import TextMix
-from minirlhf.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from minirlhf.transformer import CausalLM
 
 # Both are exactly 0 on a CPU. A GPU's kernels, and graphs with and without a gradient, may differ
@@ -118,6 +118,7 @@ def ppo(
 
         # Score: the rule for cut responses, then the scale of all scores so far.
         given = as_scores(reward(completions), completions, f"step {iteration + 1}")
+        check_token_rewards(given, config, f"step {iteration + 1}")
         cut, lengths = rollout.truncated.cpu(), rollout.response_lengths.cpu()
         scores = config.end_rule(given.total, cut, lengths)
         moments = RunningMoments(*state.score_moments)
@@ -152,7 +153,9 @@ def ppo(
         state.step += 1
         state.samples += B
         state.score_moments = moments.as_list()
-        metrics = summarise(stats, completions, given, scores, buffer, sequence_kl, tokenizer)
+        metrics = summarise(
+            stats, completions, given, scores, buffer, sequence_kl, tokenizer, config
+        )
         state.meters.update(metrics, B)
         steady = {"lr": rate, "episode": state.samples, "objective/kl_coef": kl_coef,
                   "epoch": state.samples / len(prompts)}  # fmt: skip
@@ -164,6 +167,19 @@ def ppo(
         replay = replay_rows(completions, buffer) if config.save_rollouts else []
         replay = [{"step": state.step, "kind": "rollout"} | row for row in replay]
         yield Step(state.step, metrics | steady, clock, replay)
+
+
+def check_token_rewards(given: Scores, config: PPOConfig, where: str) -> None:
+    """Settings that change a response's one score know nothing of rewards of its tokens."""
+    changes = {
+        "score_scaling": config.score_scaling != "none",
+        "score_clip": config.score_clip is not None,
+        "missing_eos replace": config.missing_eos == "replace",
+    }
+    for name, on in changes.items():
+        if on and given.token_rewards is not None:
+            what = f"changes the score of a response, and a source rewards tokens ({where})"
+            raise UserError(name, what, "leave it out, or return one number a response")
 
 
 def check_start(iteration: int, kl: Tensor, config: PPOConfig) -> None:
@@ -208,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     check_reencoded(config, [place for place in scorers if place not in same], data)
     prompts, sets, texts = data.prompts, data.sets, data.texts
     inputs = [*data.files, *(str(place) for place in places if place), str(ref_folder)]
+    inputs += tokenizer_files(folder)
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
     # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
