@@ -69,9 +69,10 @@ def write_preferences(data: Path, answers: Path, pairs: int, seed: int) -> list[
     rated = [film_world.rate(a, b, rng) for a, b in zip(texts[::2], texts[1::2], strict=True)]
     rated += film_world.preferences(pairs - len(rated), seed)
     rng.shuffle(rated)
-    held_out = rated[: pairs // 10]
+    tenth = max(pairs // 10, 1)
+    held_out = rated[:tenth]
     write_rows(data / "pairs-held-out.jsonl", held_out)
-    write_rows(data / "pairs.jsonl", rated[pairs // 10 :])
+    write_rows(data / "pairs.jsonl", rated[tenth:])
     return held_out
 
 
@@ -85,15 +86,17 @@ def command(title: str, main: Callable[[list[str]], int], *argv: object) -> None
 
 
 def progress(folder: Path) -> None:
-    """Learned and gold reward, KL and length of every PPO step."""
+    """Learned and gold reward, KL and length, means of the PPO steps since the line before."""
     gold: dict[int, list[float]] = {}
     for row in read_rows(folder / "samples.jsonl"):
         if row["kind"] == "rollout":
             score = film_world.gold_score(row["prompt"] + row["response"])
             gold.setdefault(row["step"], []).append(score)
     print(f"\n{'step':>6}{'learned reward':>16}{'gold reward':>13}{'KL, nats':>10}{'tokens':>8}")
+    last = 0
     for line in read_rows(folder / "metrics.jsonl"):
-        scores = gold[line["step"]]
+        steps, last = range(last + 1, line["step"] + 1), line["step"]
+        scores = [score for step in steps for score in gold[step]]
         print(
             f"{line['step']:>6}{line['objective/scores']:>16.2f}{sum(scores) / len(scores):>13.2f}"
             f"{line['objective/kl']:>10.2f}{line['response_length']:>8.1f}"
