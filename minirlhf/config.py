@@ -319,7 +319,7 @@ def _read_flags(
                 seen.add(action.dest)
                 several = name if action.nargs == "+" and not equals else ""
             words.append(name + equals + value)
-        elif several and (word[:1] != "-" or re.match(r"-[0-9.]", word)):
+        elif several and re.match(r"[^-]|-$|-[0-9.]|$", word):
             # Each under a flag of its own: argparse would take -0.5*SOURCE for one.
             words += [] if words[-1] == several else [several]
             words[-1] += "=" + word

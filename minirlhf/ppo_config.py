@@ -242,6 +242,8 @@ class PPOConfig:
             yield f"dual_clip {self.dual_clip:g}: must be above 1 + clip_high {self.clip_high:g}"
         if self.early_stop_kl is not None and self.epochs == 1:
             yield "early_stop_kl: there is one epoch, and none after it to leave out"
+        elif self.early_stop_kl is not None and self.epochs == 2 and self.mini_batches == 1:
+            yield "early_stop_kl: one mini-batch moves nothing before the last of two epochs"
         if (self.ptx_data is None) != (self.ptx_coef == 0):
             yield "ptx_data and ptx_coef go together: give both, or neither"
         if self.critic is None and not self.train_critic:

@@ -265,7 +265,7 @@ OWN = {
         "center_rewards_coefficient": 0.01, "normalize": "eval",
     },
     "ppo": {
-        "data": "prompts", "epochs": 2, "mini_batches": 1, "micro_batch_size": 2,
+        "data": "prompts", "epochs": 2, "mini_batches": 2, "micro_batch_size": 2,
         "max_new_tokens": 3, "kl_target": 0.1, "kl_horizon": 50, "sample_every": 2,
         "sample_prompts": 2, "early_stop_kl": 1e-3, "score_scaling": "normalize", "top_p": 0.9,
         "eval_data": "few_prompts", "eval_every": 2, "keep_best": True,

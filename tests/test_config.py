@@ -331,6 +331,7 @@ def test_validate_names_the_field_and_its_source():
     ("words", "found"),
     [
         (["a", "-0.5*b"], ("a", "-0.5*b")),
+        (["a", "-", "b"], ("a", "-", "b")),
         (["-0.5*b", "a", "-.5*c"], ("-0.5*b", "a", "-.5*c")),
         (["a", "--eval-data", "-1*b", "c"], ("a", "-1*b", "c")),
         (["a", "--steps", "-3"], "must be a whole number"),

@@ -162,7 +162,7 @@ RECIPES = {
         "clip_high": Change(0.0),
         "dual_clip": Change(1.21, {"learning_rate": 5e-2, "epochs": 4}),
         "max_ratio": Change(1.0001, {"learning_rate": 5e-2, "epochs": 4}),
-        "early_stop_kl": Change(1e-9),
+        "early_stop_kl": Change(1e-9, {"mini_batches": 2}),
         "entropy_coef": Change(0.1),
         "value_clip": Change(1e-4),
         "vf_coef": Change(1.0),

@@ -236,6 +236,10 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
         ({"bootstrap_truncated": True, "missing_eos": "replace"}, "leave out one of them"),
         ({"dual_clip": 1.2}, r"dual_clip 1.2: must be above 1 \+ clip_high 0.2"),
         ({"early_stop_kl": 0.1, "epochs": 1}, "there is one epoch, and none after it to leave out"),
+        (
+            {"early_stop_kl": 0.1, "epochs": 2, "mini_batches": 1},
+            "early_stop_kl: one mini-batch moves nothing before the last of two epochs",
+        ),
         ({"train_critic": False}, "no-train-critic: goes with --critic, a value head has to learn"),
         (
             {"train_critic": False, "critic": "c", "critic_learning_rate": 1.0},
