@@ -238,6 +238,19 @@ def test_stop_strings_are_found_late_and_over_many_tokens():
     assert out.responses() == [list(range(1, 16))] and out.finish_reason == ["stop"]
 
 
+def test_stop_strings_of_many_tokens_some_of_which_are_nothing():
+    # Three characters of four bytes each, and three tokens without any text among them.
+    text, nothing = "😀😁😂", (3, 7, 11)
+    held = dict(zip((i for i in range(1, 16) if i not in nothing), text.encode(), strict=True))
+
+    def decode(ids: list[int]) -> str:
+        return bytes(held[i] for i in ids if i in held).decode(errors="replace")
+
+    sampling = Sampling(20, stop_strings=(text,))
+    out = generate(counting_lm(), [[0]], sampling, [], keys(1), decode)
+    assert out.responses() == [list(range(1, 16))] and out.finish_reason == ["stop"]
+
+
 def test_eos_beats_a_stop_string():
     sampling = Sampling(6, stop_strings=("c",))
     out = generate(counting_lm(), [[1]], sampling, [2], keys(1), letters)

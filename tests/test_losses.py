@@ -222,10 +222,12 @@ def test_plackett_luce_loss_gradient_by_hand():
 def test_plackett_luce_loss_ignores_what_is_masked():
     scores = f64([[math.log(3), math.log(2), nan], [0, inf, 0]]).requires_grad_()
     mask = torch.tensor([[True, True, False], [True, False, True]])
-    loss = plackett_luce_loss(scores, torch.tensor([[1, 2, 0], [2, 0, 1]]), mask)
-    loss.sum().backward()
-    assert_close(loss, f64([math.log(5 / 3), log2]))  # 3/5, and 1/2
-    assert_close(scores.grad, f64([[-0.4, 0.4, 0], [0.5, 0, -0.5]]))
+    for ranks in ([[1, 2, 0], [2, 0, 1]], [[1, 2, 9], [2, 9, 1]]):  # masked ahead, and behind
+        scores.grad = None
+        loss = plackett_luce_loss(scores, torch.tensor(ranks), mask)
+        loss.sum().backward()
+        assert_close(loss, f64([math.log(5 / 3), log2]))  # 3/5, and 1/2
+        assert_close(scores.grad, f64([[-0.4, 0.4, 0], [0.5, 0, -0.5]]))
 
 
 def test_plackett_luce_loss_of_huge_differences_is_finite():
@@ -670,7 +672,7 @@ def test_clipped_value_loss_refuses():
         (clipped_value_loss, 3, (0.2,)),
     ],
 )
-def test_upsetsleave_their_inputs_unchanged(function, tensors, numbers):
+def test_losses_leave_their_inputs_unchanged(function, tensors, numbers):
     inputs = [f64([1.0, -2.0, 0.5]) * (i + 1) for i in range(tensors)]
     before = [x.clone() for x in inputs]
     function(*inputs, *numbers)

@@ -292,6 +292,16 @@ def measured(policy, rows=2, tokens=99, ref=None, temperature=1.0) -> RolloutBuf
     return buffer
 
 
+def test_measure_reads_the_value_behind_the_last_token():
+    policy = tiny_policy(f64)
+    for micro in measured(policy).micro_batches:
+        for b, length in enumerate(micro.lengths.tolist()):
+            with torch.no_grad():
+                hidden = policy.lm(micro.tokens[b : b + 1, :length])[0]
+            value = policy.v_head(hidden[-1])
+            assert_close(micro.last_values[b], value[0], atol=1e-9)
+
+
 def plain_step(buffer: RolloutBuffer, policy: ValueHeadModel, **settings):
     """One step of gradient descent with rate 1: (minus the gradient, stats)."""
     config = config_of(**{"epochs": 1, "max_grad_norm": None, **settings})

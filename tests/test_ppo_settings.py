@@ -28,7 +28,6 @@ from test_ppo import (
 )
 
 from minirlhf import ppo_update, streams
-from minirlhf.advantages import token_rewards
 from minirlhf.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.data import Text
 from minirlhf.errors import UserError
@@ -172,6 +171,17 @@ def test_scores_are_scaled_by_all_of_the_run_so_far():
     assert state.score_moments == [8, 3.0, 28.0]
 
 
+def test_scores_are_scaled_as_the_rule_for_cut_responses_leaves_them():
+    config = config_of(steps=1, score_scaling="scale", missing_eos_penalty=3.0, max_new_tokens=3)
+    steps, state = run_steps(config, lambda c: torch.full((len(c.completions),), 2.0))
+    ended = steps[0].metrics["health/eos_rate"] * 4
+    assert 0 < ended < 4
+    # scores of 2, and -1 for those that were cut
+    count, mean, squares = state.score_moments
+    assert (count, mean) == (4, pytest.approx((2 * ended - (4 - ended)) / 4))
+    assert squares == pytest.approx(ended * (2 - mean) ** 2 + (4 - ended) * (-1 - mean) ** 2)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -277,7 +287,30 @@ def test_early_stop_by_hand(monkeypatch, limit, epochs):
     assert (stats.epochs, counters, len(moved)) == (2, {}, 1)
 
 
-def full_laws(policy, ref, buffer):
+@pytest.mark.parametrize("far", [0, 1])
+def test_early_stop_looks_at_the_last_epoch_as_a_whole(monkeypatch, far):
+    """Two mini-batches an epoch, one of two tokens and one of one; in the second epoch one of them
+    has moved by 1 nat: k3 is e - 2 = 0.718, whose mean over three tokens is 0.239 or 0.479."""
+    passes = []
+
+    def moved(policy, micro, temperature):
+        new = table_pass(policy, micro, temperature)
+        shift = 1.0 if len(passes) == 2 + far else 0.0
+        passes.append(shift)
+        return new._replace(logprobs=micro.old_logprobs + shift)
+
+    monkeypatch.setattr(ppo_update, "policy_pass", moved)
+    for limit, epochs in ((0.2, 2), (0.5, 3)):
+        passes.clear()
+        policy, counters = moved_table(), {}
+        config = changed(early_stop_kl=limit, epochs=3, mini_batches=2)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+        stats = ppo_step(policy, optimizer, hand_buffer(1), config, counters=counters)
+        assert (stats.epochs, len(passes)) == (epochs, 2 * epochs)
+        assert counters == ({"early_stops": 1} if epochs == 2 else {})
+
+
+def full_laws(policy, ref, buffer, temperature=1.0):
     """(N, V) log-laws of policy and reference at all response tokens, in the buffer's order."""
     laws = []
     for lm in (policy.lm, ref):
@@ -285,7 +318,7 @@ def full_laws(policy, ref, buffer):
         for micro in buffer.micro_batches:
             mask = micro.response_mask
             states = response_states(lm(micro.tokens), micro.prompt_lengths, mask.shape[1])
-            rows.append(lm.logits(states[mask]).log_softmax(-1))
+            rows.append((lm.logits(states[mask]) / temperature).log_softmax(-1))
         laws.append(torch.cat(rows))
     return laws
 
@@ -374,19 +407,38 @@ def test_full_kl_in_the_loss_has_its_gradient(rows):
     assert_close(moved[1] - moved[0], -2 * expected, atol=1e-9)
 
 
-def test_full_kl_in_the_reward_is_that_of_the_whole_law():
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_full_kl_in_the_reward_is_that_of_the_whole_law(temperature):
     policy, ref = tiny_policy(f64), other_ref()
-    buffer = measured(policy, ref=ref)
-    measure(policy, ref, buffer, 1.0, full_kl=True)
-    law, ref_law = full_laws(policy, ref, buffer)
+    buffer = measured(policy, ref=ref, temperature=temperature)
+    measure(policy, ref, buffer, temperature, full_kl=True)
+    law, ref_law = full_laws(policy, ref, buffer, temperature)
     kl = (law.exp() * (law - ref_law)).sum(-1)
     assert kl.min() > 0
     assert_close(buffer.tokens("full_kl"), kl.detach(), atol=1e-9)
     assert all(micro.ref_states is None for micro in buffer.micro_batches)  # not held for nothing
     assign_credit(buffer, config_of(kl_estimator="full"), kl_coef=0.5)
     for micro in buffer.micro_batches:
-        rewards = token_rewards(micro.scores, micro.full_kl, micro.response_mask, 0.5)
-        assert_close(micro.rewards, rewards)
+        for b, length in enumerate(micro.response_lengths.tolist()):
+            expected = -0.5 * micro.full_kl[b, :length]
+            expected[-1] += micro.scores[b]
+            assert_close(micro.rewards[b, :length], expected)
+
+
+def test_full_kl_is_that_of_what_could_be_drawn():
+    """On a support S of the sampled law both laws are renormalised, and the KL runs over S."""
+    policy, ref, config = tiny_policy(f64), other_ref(), config_of(top_k=3)
+    keys = streams.key(0, "test", torch.arange(len(PROMPTS)))
+    _, rollout = sample(policy.lm, PROMPTS, keys, config.sampling, Letters(), len(PROMPTS))
+    buffer = RolloutBuffer(2, 99)
+    buffer.add(rollout)
+    measure(policy, ref, buffer, 1.0, full_kl=True)
+    law, ref_law = full_laws(policy, ref, buffer)
+    least = law.topk(3, dim=-1).values[:, -1:]
+    inside = law >= least
+    p, q = (x.masked_fill(~inside, -torch.inf).log_softmax(-1) for x in (law, ref_law))
+    kl = torch.where(inside, p.exp() * (p - q), 0).sum(-1)
+    assert_close(buffer.tokens("full_kl"), kl.detach(), atol=1e-9)
 
 
 def text(*ids: int) -> Text:
@@ -433,11 +485,28 @@ def test_ppo_step_mixes_texts_into_each_update_but_not_while_the_critic_warms_up
         policy.load_state_dict(start)
         policy.zero_grad()
         loss = TextMix(TEXTS, 0.5, 2, 99, seed=0).backward(policy.lm, 0)
-        assert stats.ptx_loss == pytest.approx(loss if mixed and not warmup else 0.0, abs=1e-9)
+        expected = loss if mixed and not warmup else 0.0
+        assert stats.ptx_loss == pytest.approx(expected, abs=1e-9)
+        parts = stats.policy_loss + config.vf_coef * stats.value_loss + 0.5 * expected
+        assert stats.loss == pytest.approx(parts, abs=1e-9)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
         gradient = torch.cat([g.flatten() for g in grads])
     assert_close(moved[True, 0] - moved[False, 0], -gradient, atol=1e-9)
     assert torch.equal(moved[True, 1], moved[False, 1])
+
+
+def test_each_update_of_a_run_mixes_its_own_texts():
+    class Recorded(TextMix):
+        def backward(self, lm, number):
+            numbers.append(number)
+            return super().backward(lm, number)
+
+    numbers: list[int] = []
+    config = config_of(steps=2, mini_batches=2, ptx_coef=0.5, ptx_data="texts")
+    state = state_of(tiny_policy(), config)
+    mix = Recorded(TEXTS, 0.5, 2, 99, seed=0)
+    list(ppo(state, PROMPTS, letter_d, tiny_lm(), Letters(), config, mix))
+    assert numbers == list(range(8))
 
 
 # ---- the critic ----------------------------------------------------------------------------------

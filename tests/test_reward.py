@@ -295,6 +295,16 @@ def test_generator_rebuilt_at_every_yield_goes_on_bit_for_bit(examples, heads, t
     assert state.counters == whole.counters and state.samples == whole.samples == 2 * len(examples)
 
 
+def test_a_log_window_weighs_steps_by_their_pairs():
+    state = state_of(tiny_model())
+    steps = list(reward(state, PAIRS, config_of(batch_size=2, epochs=1.0)))
+    losses = [step.metrics["loss"] for step in steps]
+    assert len(losses) == 3  # of 2, 2 and 1 pairs
+    assert state.meters.flush()["loss"] == pytest.approx(
+        (2 * losses[0] + 2 * losses[1] + losses[2]) / 5, abs=1e-9
+    )
+
+
 def test_named_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd=name.jsonl").touch()

@@ -12,8 +12,9 @@ from minirlhf.config import validate
 from minirlhf.data import Text
 from minirlhf.errors import UserError
 from minirlhf.hf_config import config_from_hf
+from minirlhf.optim import epoch_batches
 from minirlhf.pretrained import load_pretrained, save_pretrained
-from minirlhf.recipes.sft import SFTConfig, evaluate, sft
+from minirlhf.recipes.sft import SFTConfig, count_tokens, evaluate, sft
 from minirlhf.texts import collate_texts
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, initialize
@@ -141,6 +142,31 @@ def test_sft_step_is_the_same_for_any_micro_batch(tokens):
     whole = one_sgd_step(batch_size=5, micro_batch_tokens=4096)
     split = one_sgd_step(batch_size=5, micro_batch_tokens=tokens)
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("tokens", [1, 12, 4096])
+def test_sft_tells_means_over_tokens_for_any_micro_batch(tokens):
+    lm, losses, entropies = tiny_lm(), [], []
+    for text in TEXTS:
+        law = lm.logits(lm(torch.tensor([text.ids])))[0].log_softmax(-1).detach()
+        for t in range(max(text.prompt_length, 1), len(text.ids)):
+            losses.append(float(-law[t - 1, text.ids[t]]))
+            entropies.append(float(-(law[t - 1].exp() * law[t - 1]).sum()))
+    config = config_of(steps=1, batch_size=5, micro_batch_tokens=tokens)
+    metrics = next(sft(adam_state(lm), TEXTS, config)).metrics
+    assert metrics["loss"] == pytest.approx(sum(losses) / 14, abs=1e-9)
+    assert metrics["entropy"] == pytest.approx(sum(entropies) / 14, abs=1e-9)
+
+
+def test_a_log_window_weighs_steps_by_their_tokens():
+    state, counts, losses = adam_state(tiny_lm()), [], []
+    for step in sft(state, TEXTS, config_of(epochs=1.0, batch_size=2)):
+        losses.append(step.metrics["loss"])
+    rows = epoch_batches(count_tokens(TEXTS)[0], 2, 0, 0)
+    counts = [int(count_tokens(TEXTS)[1][part].sum()) for part in rows]
+    assert sum(counts) == 14 and len(set(counts)) > 1
+    expected = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / 14
+    assert state.meters.flush()["loss"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_sft_gradient_is_that_of_the_mean_over_tokens():
