@@ -68,8 +68,7 @@ def main() -> None:
                 peers[f"transformers, {dtype}"] = ([*script, *shared, "--dtype", dtype], None)
         if not peers:
             print("transformers: left out, give --transformers PYTHON", file=sys.stderr)
-        machine = hardware.describe()
-        found = take_turns(mine, peers, args.rounds)
+        found, machine = take_turns(mine, peers, args.rounds)
     table = []
     for rows in BATCH_SIZES:
         for name, lines in found.items():

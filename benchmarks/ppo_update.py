@@ -16,7 +16,6 @@ is not counted.
 import argparse
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -102,7 +101,7 @@ def ours(args: argparse.Namespace) -> None:
     run = ppo(state, prompts, reward, ref, tokenizer, config, offload=offload)
     clocks = [step.clock for step in run][1:]
     phases = {name: [clock[name] for clock in clocks] for name in clocks[0] if "time/" in name}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = hardware.resident_peak()
     done = {"seconds": phases.pop("time/step"), "phases": phases, "peak_bytes": peak}
     print(json.dumps(done | {"operations": [operations(policy.lm.config)] * len(clocks)}))
 
@@ -165,9 +164,8 @@ def main() -> None:
             Path(folder) / "prompts.json",
         )  # fmt: skip
         reward = write_reward_model(args.model, Path(folder) / "reward")
-        machine = hardware.describe()
         mine, peers = commands(args, prompts, reward)
-        found = take_turns(mine, peers, args.rounds)
+        found, machine = take_turns(mine, peers, args.rounds)
     table = compare(found, peers, machine)
     for row in table:
         if row["program"] in mine:

@@ -5,15 +5,14 @@
         --trl VENV/bin/python --out benchmarks/results/reward_step.json
 
 Film sentences of about 26 tokens a side, all weights trained. Ours is the recipe's own generator.
-Both pass once over the same pairs, ours in batches of like length, as the recipe does; so they are
-compared by tokens a second, padding not counted. `peers/README.md` says how to make the peer's
+Both draw their batches from the same 4,096 pairs, ours of like length, as the recipe does; so they
+are compared by tokens a second, padding not counted. `peers/README.md` says how to make the peer's
 environment; without one it is left out. Each program runs in a process of its own, in turns,
 `--rounds` times; the first step of each process is not counted.
 """
 
 import argparse
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import hardware
 from side_by_side import compare, flags_of, read_flags, several, show, take_turns, write
 
 HERE = Path(__file__).parent
-ROWS = 16
+ROWS, PAIRS = 16, 4096
 
 
 def ours(args: argparse.Namespace) -> None:
@@ -41,7 +40,7 @@ def ours(args: argparse.Namespace) -> None:
     lm: CausalLM = load_pretrained(args.model, choose_dtype(args.dtype))
     model = initialize_score(RewardModel(lm), torch.Generator().manual_seed(0))
     pairs, _ = load_pairs(args.pairs, load_tokenizer(args.model), 128, "drop")
-    pairs = pairs[: ROWS * args.steps]
+    pairs = pairs[:PAIRS]
     config = RewardConfig(
         model=args.model, data=args.pairs, out="run", steps=args.steps, batch_size=ROWS,
         learning_rate=1e-6,
@@ -58,7 +57,7 @@ def ours(args: argparse.Namespace) -> None:
     block = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
     block += 3 * c.hidden_size * c.intermediate_size
     operations = [6 * c.num_layers * block * count for count in tokens[1:]]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = hardware.resident_peak()
     print(json.dumps({
         "seconds": seconds[1:], "tokens": tokens[1:], "operations": operations, "peak_bytes": peak,
     }))  # fmt: skip
@@ -86,8 +85,7 @@ def main() -> None:
             peers[f"TRL, {dtype}"] = ([*script, *shared, "--dtype", dtype], None)
     if not peers:
         print("TRL: left out, give --trl PYTHON", file=sys.stderr)
-    machine = hardware.describe()
-    found = take_turns(mine, peers, args.rounds)
+    found, machine = take_turns(mine, peers, args.rounds)
     table = compare(found, peers, machine)
     show(table, machine)
     settings = {"rows": ROWS, "steps": args.steps, "rounds": args.rounds}

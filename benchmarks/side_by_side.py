@@ -36,19 +36,24 @@ def several(text: str) -> int:
     return int(text)
 
 
-def take_turns(ours: dict, peers: dict, rounds: int) -> dict[str, list[dict]]:
-    """Name -> the JSON lines of all its rounds.
+def take_turns(ours: dict, peers: dict, rounds: int) -> tuple[dict[str, list[dict]], dict]:
+    """(name -> the JSON lines of all its rounds, the machine).
 
     Args:
         ours, peers: name -> (command, environment or None). A machine drifts, so all of them run
-            once a round, and rounds follow each other.
+            once a round, every other round in the opposite order, and its peaks are the highest of
+            those measured before, between and after the rounds.
     """
-    found: dict[str, list[dict]] = {}
+    programs = {**ours, **peers}
+    found: dict[str, list[dict]] = {name: [] for name in programs}
+    machine = hardware.describe()
     for number in range(rounds):
-        for name, (command, env) in {**ours, **peers}.items():
+        for name in list(programs) if number % 2 == 0 else reversed(programs):
+            command, env = programs[name]
             print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
-            found.setdefault(name, []).extend(hardware.child(command, env))
-    return found
+            found[name].extend(hardware.child(command, env))
+        machine = hardware.at_least(machine)
+    return found, machine
 
 
 def spread(seconds: list[float]) -> dict:

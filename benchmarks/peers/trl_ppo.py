@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import tempfile
 import time
 
@@ -60,8 +59,9 @@ def trl112() -> None:
 
     tokenizer.pad_token_id = 0
     config = PPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows // args.mini_batches,
-        gradient_accumulation_steps=args.mini_batches, num_mini_batches=args.mini_batches,
+        # Accumulating would step in every other mini-batch only: TRL steps once in so many passes.
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows,
+        gradient_accumulation_steps=1, num_mini_batches=args.mini_batches,
         num_ppo_epochs=args.epochs, total_episodes=rows * args.updates,
         response_length=args.new_tokens, local_rollout_forward_batch_size=rows, report_to=[],
         save_strategy="no", num_sample_generations=0, use_cpu=True, bf16=bf16, learning_rate=1e-6,
@@ -116,5 +116,6 @@ def trl096() -> None:
 
 
 {"trl112": trl112, "trl096": trl096}[args.engine]()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with open("/proc/self/status", encoding="utf-8") as file:  # ru_maxrss would know the parent's too
+    peak = next(int(ln.split()[1]) for ln in file if ln.startswith("VmHWM")) * 1024
 print(json.dumps({"seconds": times[1:], "peak_bytes": peak}))
