@@ -203,7 +203,8 @@ class PPOConfig:
                 f"kl_in loss with kl_estimator {self.kl_estimator}: the gradient of that estimate "
                 "is not the KL's (k1's is 0 on average); use k2 or full, or k3 as GRPO does"
             )
-        if self.offload_frozen and self.kl_in == "loss" and self.kl_estimator == "full":
+        own = self.lora_rank and self.ref is None  # the policy under its adapters is the reference
+        if self.offload_frozen and self.kl_in == "loss" and self.kl_estimator == "full" and not own:
             yield "offload_frozen: a full KL in the loss reads the reference in each update"
         if self.kl_target is not None and self.kl_coef == 0:
             yield "kl_target: kl_coef is 0, which no factor can move; use one above 0"
@@ -221,6 +222,12 @@ class PPOConfig:
             yield "missing_eos ramp: missing_eos_penalty is 0, a ramp to nothing; use one above 0"
         if self.missing_eos != "ramp" and self.missing_eos_buffer:
             yield "missing_eos_buffer goes with missing_eos ramp"
+        rescaled = self.score_scaling != "none" or self.score_clip is not None
+        if self.bootstrap_truncated and self.critic and (rescaled or self.whiten_rewards):
+            yield (
+                "bootstrap_truncated: a critic from a reward model values cut responses in that "
+                "model's scale; leave out score_scaling, score_clip and whiten_rewards"
+            )
         eos_rule = self.missing_eos_penalty > 0 or self.missing_eos != "subtract"
         if self.bootstrap_truncated and eos_rule:
             yield (
@@ -238,6 +245,11 @@ class PPOConfig:
                 f"batch_size {rows} is less than {minis} mini_batches of micro_batch_size {micro}: "
                 f"use {' or '.join(legal)}"
             )
+        if self.compile and self.dtype == "bfloat16":
+            yield (
+                "compile with bfloat16: graphs with and without a gradient round apart, and the "
+                "first ratio is then not 1; leave out one of them"
+            )
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             yield f"dual_clip {self.dual_clip:g}: must be above 1 + clip_high {self.clip_high:g}"
         if self.early_stop_kl is not None and self.epochs == 1:
@@ -249,7 +261,10 @@ class PPOConfig:
         if self.critic is None and not self.train_critic:
             yield "no-train-critic: goes with --critic, a value head has to learn"
         if not self.train_critic and (self.critic_learning_rate or self.critic_warmup_steps):
-            yield "no-train-critic: leave out critic_learning_rate and critic_warmup_steps"
+            yield (
+                "no-train-critic: leave out critic_learning_rate and critic_warmup_steps (of a "
+                "preset: give --critic-learning-rate none)"
+            )
         if self.critic_warmup_steps >= self.steps:
             yield (
                 f"critic_warmup_steps {self.critic_warmup_steps}: the policy would never learn, "

@@ -176,6 +176,7 @@ def run_facts(
     per_step = ceil(config.batch_size / config.mini_batches)
     accumulated = ceil(per_step / config.micro_batch_size)
     adapting = config.kl_target and f"adapting to {config.kl_target:g} nats a response"
+    adapts = config.lora_rank and config.train_critic
     low, high = 1 - config.clip_low, 1 + config.clip_high
     return {
         "prompts": prompts,
@@ -192,7 +193,9 @@ def run_facts(
         "kl_coef": f"{config.kl_coef:g}, {adapting or 'fixed'}",
         "gamma, lambda": f"{config.gamma:g}, {config.lam:g}",
         "clip": f"ratio {low:g} to {high:g}, value {config.value_clip}",
-        "critic": config.critic or "a value head on the policy's trunk, starting from zero",
+        "critic": config.critic + (", its head alone: adapters leave its trunk" if adapts else "")
+        if config.critic
+        else "a value head on the policy's trunk, starting from zero",
         "reference": config.ref or "the policy at step 0; their KL must be 0 there",
         "memory": fits,
         "device": device,

@@ -144,7 +144,7 @@ def combine(sources: list[tuple[str, float, RewardSource]]) -> RewardSource:
             parts[name] = part
             learns |= ~part.isnan() & (weight != 0)
             total += weight * result.total
-            if result.token_rewards is not None:
+            if weight and result.token_rewards is not None:
                 tokens = tokens or [[0.0] * len(ids) for ids in batch.response_ids]
                 for row, more in zip(tokens, result.token_rewards, strict=True):
                     row[:] = [old + weight * new for old, new in zip(row, more, strict=True)]

@@ -216,6 +216,19 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
     ("settings", "message"),
     [
         ({"min_new_tokens": 7}, "min_new_tokens 7 is above max_new_tokens 6: lower one or raise"),
+        (
+            {"bootstrap_truncated": True, "critic": "c", "score_scaling": "normalize"},
+            "bootstrap_truncated: a critic from a reward model values cut responses in that model",
+        ),
+        (
+            {"bootstrap_truncated": True, "critic": "c", "whiten_rewards": True},
+            "leave out score_scaling, score_clip and whiten_rewards",
+        ),
+        ({"compile": True, "dtype": "bfloat16"}, "compile with bfloat16: graphs with and without"),
+        (
+            {"offload_frozen": True, "kl_in": "loss", "kl_estimator": "full"},
+            "offload_frozen: a full KL in the loss reads the reference",
+        ),
         ({"stop": ("", "!")}, "stop: got an empty string, which every text contains"),
         ({"kl_in": "loss"}, "kl_in loss with kl_estimator k1: the gradient .* use k2 or full"),
         ({"kl_in": "loss", "kl_estimator": "abs"}, "kl_in loss with kl_estimator abs"),

@@ -59,6 +59,20 @@ def ids(completion_ids, finish_reasons):
     assert scores_of(source, tmp_path, "ids") == [3, 2, 2]
 
 
+def test_a_source_of_weight_0_rewards_no_tokens():
+    def dense(batch):
+        tokens = [[1.0] * len(ids) for ids in batch.response_ids]
+        total = torch.zeros(3)
+        return Scores(total, {"dense": total + 1}, tokens)
+
+    def flat(batch):
+        return tensor([1.0, 2.0, 3.0])
+
+    found = combine([("flat", 1.0, flat), ("dense", 0.0, dense)])(BATCH)
+    assert found.token_rewards is None and found.total.tolist() == [1.0, 2.0, 3.0]
+    assert found.parts["dense"].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_what_a_function_changes_is_its_own(tmp_path):
     source = """
 def f(completions, prompts, completion_ids, answer):
