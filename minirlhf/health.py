@@ -169,7 +169,7 @@ RULES = (
          "the reward does not mind texts that are cut: raise missing_eos_penalty"),
     Rule("length_drift", ("response_length", "objective/scores"), length_drift,
          "the reward may pay for length: look at the samples, raise kl_coef, mend the reward"),
-    Rule("equal_scores", ("objective/scores_std",), equal_scores,
+    Rule("equal_scores", ("objective/learned_scores_std",), equal_scores,
          "nothing tells good texts from bad: check --reward, raise batch_size or temperature"),
     Rule("gradient_spike", ("grad_norm",), gradient_spike,
          "one batch pulls much harder than the others: look at its rollout, lower max_grad_norm"),

@@ -60,7 +60,7 @@ def model_reward(
     if not tokenizer.eos_ids:
         what = "names no eos token, which every text that is scored ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
-    most = model.config.longest_row
+    most, words = model.config.longest_row, model.config.vocab_size
 
     def row(batch: Completions, i: int) -> list[int]:
         text, reason = batch.completions[i], batch.finish_reasons[i]
@@ -72,6 +72,9 @@ def model_reward(
                 response = [*tokenizer.encode(text, bos=False), tokenizer.eos_ids[0]]
         if model.read_before_eos and response and response[-1] in tokenizer.eos_ids:
             response = response[:-1]
+        if (largest := max([*prompt, *response], default=0)) >= words:
+            what = f"token {largest} was sampled, the reward model has {words:,}"
+            raise UserError(name, what, "take models of one size of vocabulary")
         return prompt + response
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ WELL = {
 KL, CLIP, VALUE = "objective/kl", "policy/clipfrac_avg", "val/clipfrac_avg"
 EV, ENTROPY, EOS = "health/explained_variance", "policy/entropy_avg", "health/eos_rate"
 APPROX, NORM, DUP = "policy/approxkl_avg", "grad_norm", "health/dup_rate"
-LENGTH, SCORE, STD = "response_length", "objective/scores", "objective/scores_std"
+LENGTH, SCORE, STD = "response_length", "objective/scores", "objective/learned_scores_std"
 
 
 def steps_of(series: dict[str, list[float]]) -> list[dict[str, float]]:

@@ -495,6 +495,22 @@ def test_ppo_step_mixes_texts_into_each_update_but_not_while_the_critic_warms_up
     assert torch.equal(moved[True, 1], moved[False, 1])
 
 
+def test_the_kl_coefficient_waits_for_the_policy_to_learn():
+    config = config_of(steps=4, critic_warmup_steps=2, kl_target=5.0, kl_horizon=100.0)
+    steps, state = run_steps(config)
+    used = [step.metrics["objective/kl_coef"] for step in steps]
+    assert used[:3] == [config.kl_coef] * 3  # in force, not changed before step 3 is done
+    assert used[3] < config.kl_coef and state.kl_coef < used[3]
+
+
+def test_a_token_that_the_reference_lacks_is_named():
+    config, policy = config_of(steps=1), tiny_policy()
+    ref = tiny_lm(vocab_size=4)
+    loop = ppo(state_of(policy, config), PROMPTS, letter_d, ref, Letters(), config)
+    with pytest.raises(UserError, match=r"^vocabulary: token \d+ was sampled, the reference has 4"):
+        next(loop)
+
+
 def test_each_update_of_a_run_mixes_its_own_texts():
     class Recorded(TextMix):
         def backward(self, lm, number):

@@ -114,6 +114,8 @@ def ppo(
         completions, rollout = sample(
             policy.lm, batch, keys, config.sampling, tokenizer, config.rollout_batch_size
         )
+        if ref is not None:
+            check_known(rollout.tokens, ref.config.vocab_size, "the reference")
         clock["time/rollout"] = time.perf_counter() - started
 
         # Score: the rule for cut responses, then the scale of all scores so far.
@@ -145,7 +147,8 @@ def ppo(
             )  # fmt: skip
         check_ratio(iteration, stats.first_ratio_gap)
         sequence_kl = float(kl.sum()) / B
-        if config.kl_target is not None:
+        # A policy that waits for its critic has no KL to steer by.
+        if config.kl_target is not None and iteration >= config.critic_warmup_steps:
             controller = AdaptiveKL(kl_coef, config.kl_target, config.kl_horizon)
             controller.update(sequence_kl, B)
             state.kl_coef = controller.coef
@@ -180,6 +183,13 @@ def check_token_rewards(given: Scores, config: PPOConfig, where: str) -> None:
         if on and given.token_rewards is not None:
             what = f"changes the score of a response, and a source rewards tokens ({where})"
             raise UserError(name, what, "leave it out, or return one number a response")
+
+
+def check_known(tokens: Tensor, words: int, who: str) -> None:
+    """A policy whose vocabulary is padded further than another model's may draw what it lacks."""
+    if int(tokens.max()) >= words:
+        what = f"token {int(tokens.max())} was sampled, {who} has {words:,}"
+        raise UserError("vocabulary", what, "take models of one size of vocabulary")
 
 
 def check_start(iteration: int, kl: Tensor, config: PPOConfig) -> None:
