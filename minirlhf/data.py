@@ -103,6 +103,7 @@ class Encoded(NamedTuple):
     prompt_ids: list[int]
     responses: list[list[int]]
     columns: dict
+    cut: bool = False  # to max_length
 
 
 def load_pairs(
@@ -187,6 +188,8 @@ def load_prompts(
         text = e.prompt
         if isinstance(text, list) and isinstance(text[0], int):
             text = tokenizer.decode(text, skip_special=False) if tokenizer else ""
+        elif isinstance(text, str) and e.cut:  # rewards see what the policy sees
+            text = tokenizer.decode(e.prompt_ids)
         return Prompt(e.prompt_ids, text, e.row.where, e.columns)
 
     return load_examples(path, split, make, finish, tokenizer, max_length, overlong, sieve)
@@ -315,7 +318,7 @@ def load_examples(
             report.drop(row.where, why)
             continue
         others = {k: v for k, v in row.columns.items() if k not in split.form.used}
-        example = make(Encoded(row, prompt, prompt_ids, responses, others))
+        example = make(Encoded(row, prompt, prompt_ids, responses, others, cut))
         try:
             examples.append(example if finish is None else finish(example))
         except UserError as error:

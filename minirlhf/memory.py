@@ -332,7 +332,8 @@ def ppo_plan(
     present = tuple(phase for phase in phases if phase not in away)
     parts = [
         *_trained(policy, parameters(policy), learns, dtype, rank, phases,
-                  settings.batch_size > settings.mini_batches * micro_rows, unembeds=True),
+                  settings.batch_size > settings.mini_batches * micro_rows or longest_text > 0,
+                  unembeds=True),
         _frozen("critic", own - learns, dtype, phases, "leave out --critic"),
         # The critic is a copy of the reward model that is read for it.
         _frozen("critic as read", own, dtype, ("load",), "leave out --critic"),

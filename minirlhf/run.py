@@ -38,7 +38,8 @@ from minirlhf.transformer import CausalLM
 # that does to the last bits is said when a run is resumed.
 FREE = {"out", "resume", "log_every", "save_every", "keep", "show_samples", "device",
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
-        "reward_token_file", "allow_data_change"}  # fmt: skip
+        "reward_token_file", "allow_data_change", "offload_frozen",
+        "gradient_checkpointing"}  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 

@@ -445,11 +445,11 @@ def test_free_settings_are_those_that_no_number_depends_on():
     fields = {verb: {f.name for f in dataclasses.fields(CONFIGS[verb])} for verb in RECIPES}
     assert FREE <= set.union(*fields.values())
     everywhere = {"out", "resume", "log_every", "save_every", "keep", "device",
-                  "allow_data_change"}  # fmt: skip
+                  "allow_data_change", "gradient_checkpointing"}  # fmt: skip
     assert all(FREE & fields[verb] >= everywhere for verb in RECIPES)
     patience = {
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
-        "reward_token_file",
+        "reward_token_file", "offload_frozen",
     }  # fmt: skip
     assert FREE & fields["ppo"] == everywhere | patience
 

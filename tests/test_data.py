@@ -327,6 +327,13 @@ def test_load_texts_trains_on_the_last_answer_of_a_dialogue(write, tokenizer):
     assert report.detected == "dialogues (messages), loss on the last turn of the assistant only"
 
 
+def test_the_text_of_a_prompt_that_was_cut_is_what_is_left(write, tokenizer):
+    path = write({"prompt": "abcdef"}, {"prompt": "xy"})
+    prompts, report = load_prompts(path, tokenizer, 3, "truncate_prompt_left")
+    assert [(p.ids, p.text) for p in prompts] == [(spell("def"), "def"), (spell("xy"), "xy")]
+    assert report.cut == 1
+
+
 def test_a_message_lacks_what_is_null(write, tokenizer):
     turn = U | {"tool_calls": None, "name": None}
     (prompt,), _ = load_prompts(write({"messages": [turn]}), tokenizer, None, "drop")

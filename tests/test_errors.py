@@ -36,14 +36,14 @@ def raising(error: BaseException):
         (OSError("odd"), MACHINE, "error: the operating system: odd"),
         (KeyboardInterrupt(), INTERRUPTED, "error: interrupted"),
         (MemoryError(), MACHINE, "error: out of memory: no memory is left: give smaller"
-         " batches (--help names them); a run goes on with --resume"),
+         " batches; a run goes on with --resume --gradient-checkpointing"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nto"),
          MACHINE, "error: out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory:"
-         " you tried: give smaller batches (--help names them); a run goes on with "
-         "--resume"),
+         " you tried: give smaller batches; a run goes on with "
+         "--resume --gradient-checkpointing"),
         (torch.OutOfMemoryError("CUDA out of memory"), MACHINE, "error: out of memory: CUDA out of "
-         "memory: give smaller batches (--help names them); a run goes on with "
-         "--resume"),
+         "memory: give smaller batches; a run goes on with "
+         "--resume --gradient-checkpointing"),
     ],
 )  # fmt: skip
 def test_run_turns_an_error_into_one_line_and_its_code(error, code, line, capsys):

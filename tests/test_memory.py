@@ -222,6 +222,16 @@ def test_ppo_plan_counts_what_a_truncated_law_takes():
         assert told.endswith("could be drawn") == (not ids)
 
 
+def test_ppo_plan_holds_gradients_while_texts_are_mixed_in():
+    models, one = PPOModels(TINY, None, (), None), replace(SETTINGS, batch_size=2)
+    assert one.batch_size == one.mini_batches * one.micro_batch_size
+    found = [
+        sizes(memory.ppo_plan(one, models, 2, float32, held=0, longest_text=length))
+        for length in (0, 3)
+    ]
+    assert found[1]["embedding gradient"] == 2 * found[0]["embedding gradient"]
+
+
 @pytest.mark.parametrize("dtype", [float32, torch.bfloat16])
 @pytest.mark.parametrize(("kl_in", "phase"), [("reward", "measure"), ("loss", "loss")])
 def test_ppo_plan_counts_a_full_kl(kl_in, phase, dtype):
