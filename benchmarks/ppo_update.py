@@ -128,7 +128,7 @@ def commands(args: argparse.Namespace, prompts: Path, reward: Path) -> tuple[dic
     if args.bfloat16:
         ours["minirlhf, bfloat16"] = ([*mine, "--dtype", "bfloat16"], None)
     if args.compile:
-        for name in [name for name in ours if "lean" not in name]:
+        for name in [name for name in ours if "lean" not in name and "bfloat16" not in name]:
             ours[f"{name}, compiled"] = ([*ours[name][0], "--compile"], None)
     peers = {}
     for engine, python in (("trl096", args.trl096), ("trl112", args.trl112)):

@@ -375,4 +375,10 @@ def swap_names(messages: list, names: re.Pattern) -> tuple[list, dict[str, str]]
             return {swap(key): swap(child) for key, child in value.items()}
         return [swap(child) for child in value] if isinstance(value, list) else value
 
-    return swap(messages), {mark: name for name, mark in character.items()}
+    def swap_messages(value: object) -> object:
+        """A message's own keys, as role and content, are for the template to know."""
+        if isinstance(value, dict):
+            return {key: swap(child) for key, child in value.items()}
+        return [swap_messages(child) for child in value]
+
+    return swap_messages(messages), {mark: name for name, mark in character.items()}

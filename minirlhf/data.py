@@ -187,8 +187,8 @@ def load_prompts(
     def make(e: Encoded) -> Prompt:
         text = e.prompt
         if isinstance(text, list) and isinstance(text[0], int):
-            text = tokenizer.decode(text, skip_special=False) if tokenizer else ""
-        elif isinstance(text, str) and e.cut:  # rewards see what the policy sees
+            text = tokenizer.decode(e.prompt_ids, skip_special=False) if tokenizer else ""
+        elif isinstance(text, str) and e.cut:  # rewards see what the policy sees, but of messages
             text = tokenizer.decode(e.prompt_ids)
         return Prompt(e.prompt_ids, text, e.row.where, e.columns)
 

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from minirlhf.errors import UserError
-from minirlhf.formats import Part
+from minirlhf.formats import Part, was_sampled
 from minirlhf.rows import Row
 from minirlhf.sieve import Sieve
 from minirlhf.tokenizer import Tokenizer
@@ -72,8 +72,7 @@ def _by_itself(
     try:
         if isinstance(part[-1], str):
             return _encode_strings([part], lead, tokenizer)[0]
-        sampled = "finish_reason" in row.columns
-        return tokenizer.encode_dialogue(*part, resume=sampled)
+        return tokenizer.encode_dialogue(*part, resume=was_sampled(row))
     except UserError as error:
         raise UserError(row.where, str(error)) from None
 
@@ -87,8 +86,7 @@ def _ended(
         headless: whether there may be nothing before the answers.
     """
     prompt, *answers = ids
-    sampled = "finish_reason" in row.columns  # and may have ended at once
-    if not (sampled or all(answers)) or not (prompt or headless):
+    if not (was_sampled(row) or all(answers)) or not (prompt or headless):
         why = "" if answers else "the tokenizer puts no beginning-of-text there: "
         raise UserError(row.where, "a text without any token", f"{why}remove the row")
     eos = tokenizer.eos_ids

@@ -76,6 +76,6 @@ def run(program: Callable[[], int | None]) -> int:
 
 def _out_of_memory(error: BaseException) -> int:
     what = printable(str(error).partition("\n")[0]) or "no memory is left"
-    hint = "give smaller batches; a run goes on with --resume --gradient-checkpointing"
+    hint = "give smaller batches; training goes on with --resume --gradient-checkpointing"
     print(f"error: out of memory: {what}: {hint}", file=sys.stderr)
     return MACHINE

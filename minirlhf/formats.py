@@ -214,9 +214,14 @@ def _dialogues(row: Row) -> tuple[Messages, Messages, Messages]:
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
+def was_sampled(row: Row) -> bool:
+    """Whether `minirlhf sample` wrote the row: its response may have ended at once, and goes on in
+    a prompt's last turn where that is the assistant's."""
+    return row.columns.get("finish_reason") in ("eos", "stop", "length")
+
+
 def _may_be_empty(row: Row, key: str, empty_prompt: bool) -> bool:
-    """What was sampled may have ended at once."""
-    return empty_prompt if key == "prompt" else key == "response" and "finish_reason" in row.columns
+    return empty_prompt if key == "prompt" else key == "response" and was_sampled(row)
 
 
 def _strings(*keys: str, empty_prompt: bool = False) -> Callable[[Row], tuple[str, ...]]:
@@ -327,7 +332,8 @@ def _tokenised(row: Row) -> tuple[list[int] | None, list[int]]:
     for name in LOSS_MASKS:
         if name in row.columns:
             what = f"has {name}, which is not read here"
-            raise UserError(row.where, what, "give prompt_length: the ids before the loss")
+            do = "leave it out, and give prompt_length: how many ids stand before the loss"
+            raise UserError(row.where, what, do)
     length = row.columns.get("prompt_length", 0)
     if type(length) is not int or not 0 <= length < len(ids):
         what = f"prompt_length is {printable(json.dumps(length), 40)}"

@@ -128,7 +128,7 @@ def length_drift(length: Seen, scores: Seen) -> str | None:
 
 def equal_scores(std: Seen) -> str | None:
     if std.recent(3) == [0, 0, 0]:
-        return "all responses of a batch have had the same score for 3 steps"
+        return "what is learned from has been the same for all responses of a batch for 3 steps"
     return None
 
 
@@ -170,7 +170,8 @@ RULES = (
     Rule("length_drift", ("response_length", "objective/scores"), length_drift,
          "the reward may pay for length: look at the samples, raise kl_coef, mend the reward"),
     Rule("equal_scores", ("objective/learned_scores_std",), equal_scores,
-         "nothing tells good texts from bad: check --reward, raise batch_size or temperature"),
+         "nothing tells good texts from bad: check --reward (or, with bootstrap_truncated, whether "
+         "any response ends), raise batch_size or temperature"),
     Rule("gradient_spike", ("grad_norm",), gradient_spike,
          "one batch pulls much harder than the others: look at its rollout, lower max_grad_norm"),
     Rule("repeated_responses", ("health/dup_rate",), repeated_responses,

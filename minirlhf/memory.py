@@ -192,14 +192,20 @@ def logits_held(
     )
 
 
-def kl_held(config: ModelConfig, dtype: torch.dtype, tokens: int, trained: bool) -> int:
+def kl_held(
+    config: ModelConfig, dtype: torch.dtype, tokens: int, backward: bool, trained: bool
+) -> int:
     """What `logprobs.token_kl` holds at most beside its arguments: both laws of a chunk and one
-    more of their size; with a gradient that of the unembedding too. In half precision an
-    unembedding is copied to float32 whole; in the backward pass twice.
+    more of their size. In half precision an unembedding is copied to float32 whole; in the backward
+    pass twice.
+
+    Args:
+        backward: whether there is a backward pass.
+        trained: whether the unembedding is, whose gradient is then held.
     """
     wide = widened(dtype).itemsize
     matrix = embedding_parameters(config) * wide
-    copies = 0 if dtype.itemsize == wide else 1 + trained
+    copies = 0 if dtype.itemsize == wide else 1 + backward
     return 3 * min(tokens, CHUNK) * config.vocab_size * wide + (copies + trained) * matrix
 
 
@@ -309,7 +315,8 @@ def ppo_plan(
     )
     full = settings.kl_estimator == "full"
     of_loss = full and settings.kl_in == "loss"
-    full_kl = kl_held(policy, dtype, micro_rows * settings.max_new_tokens, of_loss and not rank)
+    full_kl = kl_held(policy, dtype, micro_rows * settings.max_new_tokens, of_loss,
+                      of_loss and not rank)
     states = settings.batch_size * settings.max_new_tokens * (ref or policy).hidden_size * item
     # Of top-p: the sorted logits, their places, law, sum and mass before each.
     law = item + 3 * wide + (3 * wide + 8 if settings.top_p < 1 else 0)

@@ -123,7 +123,8 @@ _PPO = (
            "of the reward sources, under the rule for cut responses, in the reward's own unit"),
     Metric("objective/scores_std", "reward", ROWS, "population std", "of the same"),
     Metric("objective/learned_scores", "scaled reward", ROWS, "mean",
-           "the same after score_scaling and score_clip: what PPO learns from",
+           "the same after score_scaling and score_clip, and 0 for cut responses under "
+           "bootstrap_truncated: what PPO learns from",
            "ppo/mean_scores"),
     Metric("objective/learned_scores_std", "scaled reward", ROWS, "population std", "of the same",
            "ppo/std_scores"),

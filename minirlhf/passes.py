@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import interrupt
+from minirlhf.errors import UserError
 from minirlhf.heads import ValueHeadModel, response_states
 from minirlhf.kl import ESTIMATORS
 from minirlhf.logprobs import token_kl, token_logprobs
@@ -75,6 +76,13 @@ def kl_to_ref(
     return unpack(kl, mask)
 
 
+def check_known(tokens: Tensor, words: int, who: str) -> None:
+    """A policy whose vocabulary is padded further than another model's may draw what it lacks."""
+    if int(tokens.max()) >= words:
+        what = f"token {int(tokens.max())} was sampled, {who} has {words:,}"
+        raise UserError("vocabulary", what, "take models of one size of vocabulary")
+
+
 @torch.no_grad()
 def measure(
     policy: ValueHeadModel, ref: CausalLM | None, buffer: RolloutBuffer, temperature: float,
@@ -88,6 +96,10 @@ def measure(
 
     def fill(micro: Rollout) -> Rollout:
         interrupt.check()
+        if ref is not None:
+            check_known(micro.tokens, ref.config.vocab_size, "the reference")
+        if policy.critic is not None:
+            check_known(micro.tokens, policy.critic.config.vocab_size, "the critic")
         old = policy_pass(policy, micro, temperature)
         frozen = policy.lm if ref is None else ref
         with adapters_off(policy) if ref is None else nullcontext():

@@ -119,6 +119,8 @@ def ranking_format(row: Row, empty_prompt: bool = False) -> Format:
         for name in PAIR_LABELS:
             if name in row.columns:
                 raise UserError(row.where, f"has a column {name}, which only pairs have")
+        if keys[-1] == "completions" and "responses" in row.columns:
+            raise UserError(row.where, "has responses, unlike the first row")
         if keys[0] == "query" and (more := f"sample{len(keys) - 1}") in row.columns:
             raise UserError(row.where, f"has {more}, unlike the first row")
         listed = _listed(row, keys)

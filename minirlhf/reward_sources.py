@@ -139,7 +139,8 @@ def part_names(specs: Sequence[Spec]) -> list[str]:
         ]
     for name in names:
         if names.count(name) > 1:
-            raise UserError("--reward", f"{name} stands twice", "give each source once")
+            raise UserError("--reward", f"{name} stands twice", "give each source once, and by "
+                            "names that differ in their first 100 characters")  # fmt: skip
     return names
 
 

@@ -65,6 +65,7 @@ class Run:
         self.folder, self.recipe, self.settings = Path(out), recipe, settings
         self.resume, self.inputs = resume, list(inputs)
         self.hashes: dict[str, str] = {}  # file -> sha256 of each input, once it is entered
+        self.data_changes: list[dict] = []  # of all starts
         self.state: TrainState | None = None  # once restored
         self.changed: list[str] = []  # free settings that differ from the last start's
         self.started = time.perf_counter()
@@ -160,6 +161,7 @@ class Run:
         past = read_json(path) if path.exists() else {}
         changes = past.get("data_changes", [])
         changes += self._changed_data(past.get("inputs", inputs), inputs)
+        self.data_changes = changes
         facts = {
             "recipe": self.recipe,
             "settings": self.settings,
@@ -174,16 +176,19 @@ class Run:
         facts |= {"data_changes": changes} if changes else {}
         self.write_file("run.json", fsio.json_text(facts))
 
-    def provenance(self) -> dict:
+    def provenance(self, places: Iterable[str]) -> dict:
         """Of what is trained: settings that a number depends on, and the data by their bytes.
 
         It is written for others to read, so files go by their names, not by this machine's folders.
+
+        Args:
+            places: settings that name files or folders.
         """
-        places = {"model", "data", "eval_data"}
-        kept = {k: v for k, v in self.settings.items() if k not in FREE | places}
+        kept = {k: v for k, v in self.settings.items() if k not in {*FREE, *places}}
         given = self._data()
         data = [{"file": Path(name).name, "sha256": sha256}
                 for name, sha256 in self.hashes.items() if name in given]  # fmt: skip
+        data += [{"file": Path(c["file"]).name, "sha256": c["was"]} for c in self.data_changes]
         return {"data": data, "settings": kept}
 
     def _data(self) -> set[str]:
@@ -195,8 +200,10 @@ class Run:
     def _changed_data(self, before: dict[str, str], now: dict[str, str]) -> list[dict]:
         """What differs in the inputs, told; refused, unless it is data and that may change."""
         data, changes = self._data(), []
+        # Older versions kept no sums of tokenizers.
+        older = all(Path(name).name != "tokenizer.json" for name in before)
         for name in now | before:
-            if (old := before.get(name)) == (new := now.get(name)):
+            if (old := before.get(name)) == (new := now.get(name)) or (older and old is None):
                 continue
             if name not in data or not self.settings.get("allow_data_change"):
                 do = "give another --out" + (", or --allow-data-change" if name in data else "")
@@ -236,10 +243,10 @@ class Run:
         self.state = state
         newest, passed_over = checkpoint.newest_commit(self.folder / "checkpoints")
         for reason in passed_over:
-            print(f"passed over {reason}")
+            self.say(f"passed over {reason}")
         if newest is None:
             if self.resume:
-                print("no checkpoint yet: starting at step 0")
+                self.say("no checkpoint yet: starting at step 0")
             for name in LOGS:
                 fsio.write_text(self.folder / name, "")
             fsio.fsync(self.folder)
@@ -249,13 +256,14 @@ class Run:
         checkpoint.load_checkpoint(state, newest)
         for name, length in state.log_bytes.items():
             fsio.truncate(self.folder / name, length)
-        print(f"resumed from {newest.name}")
+        self.say(f"resumed from {newest.name}")
         for text in self.changed:
-            print(f"changed: {text}")
+            self.say(f"changed: {text}")
         then = read_json(newest / "manifest.json")["environment"]
         for name, now in checkpoint.environment(state.model).items():
             if then.get(name) != now:
-                print(f"not bit for bit from here on: {name} was {then.get(name)}, is {now}")
+                was = then.get(name, "not recorded")
+                self.say(f"not bit for bit from here on: {name} was {was}, is {now}")
 
     def list_left_out(self, reports: Iterable[Report]) -> None:
         """rejected.jsonl and dropped.jsonl: rows of the data that this run does not see, and why.
@@ -290,7 +298,7 @@ class Run:
         width = max(map(len, facts))
         for name, value in facts.items():
             shown = f"{value:,}" if isinstance(value, int) else value
-            print(f"  {name:<{width}}  {shown}", flush=True)
+            self.say(f"  {name:<{width}}  {shown}")
 
     def bar(self, steps: Iterable[Step], state: TrainState, total: int) -> Iterator[Step]:
         """The steps with a progress bar; ends early when a signal asked for it.

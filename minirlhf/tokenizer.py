@@ -281,7 +281,8 @@ class Tokenizer:
             dialogue = turns[0] + response
             if resume and turns[0][-1]["role"] == "assistant":
                 content = turns[0][-1]["content"].rstrip() + response[0]["content"]
-                dialogue = [*turns[0][:-1], turns[0][-1] | {"content": content}]
+                goes_on = turns[0][-1] | {"content": content}
+                dialogue = [*turns[0][:-1], goes_on, *response[1:]]
             whole = self.render_chat(dialogue, add_generation_prompt=False)
             if not whole.startswith(head):
                 what = "the chat template writes the prompt differently once an answer follows"

@@ -429,7 +429,7 @@ DIALOGUES = {"chosen": [U, A], "rejected": [U, B]}
         (load_texts, {"messages": [U, A]}, {"messages": [U]},
          "messages has 1 of them, the last one of role 'user': needs at least two"),
         (load_texts, {"input_ids": [1]}, {"input_ids": [1], "labels": [-100]},
-         "has labels, which is not read here: give prompt_length: the ids before the loss"),
+         "has labels, which is not read here: leave it out, and give prompt_length"),
         (load_texts, {"input_ids": [1]}, {"input_ids": [1], "prompt_length": 1},
          "prompt_length is 1: needs an integer from 0 to 0"),
     ],

@@ -36,13 +36,13 @@ def raising(error: BaseException):
         (OSError("odd"), MACHINE, "error: the operating system: odd"),
         (KeyboardInterrupt(), INTERRUPTED, "error: interrupted"),
         (MemoryError(), MACHINE, "error: out of memory: no memory is left: give smaller"
-         " batches; a run goes on with --resume --gradient-checkpointing"),
+         " batches; training goes on with --resume --gradient-checkpointing"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nto"),
          MACHINE, "error: out of memory: [enforce fail] DefaultCPUAllocator: can't allocate memory:"
-         " you tried: give smaller batches; a run goes on with "
+         " you tried: give smaller batches; training goes on with "
          "--resume --gradient-checkpointing"),
         (torch.OutOfMemoryError("CUDA out of memory"), MACHINE, "error: out of memory: CUDA out of "
-         "memory: give smaller batches; a run goes on with "
+         "memory: give smaller batches; training goes on with "
          "--resume --gradient-checkpointing"),
     ],
 )  # fmt: skip

@@ -147,7 +147,7 @@ def test_a_run_tells_its_alarm_and_so_does_a_resumed_one(tmp_path, capsys):
     argv = command("ppo", world, out, keep=4)
     assert cli.main(argv) == OK
     alarms = [line for line in capsys.readouterr().out.splitlines() if "alarm at" in line]
-    expected = "alarm at step 3: equal_scores: all responses of a batch have had the same score"
+    expected = "alarm at step 3: equal_scores: what is learned from has been the same"
     assert len(alarms) == 1 and alarms[0].startswith(expected)
 
     for step, again in ((3, []), (2, alarms)):  # after it was told, and before

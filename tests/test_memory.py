@@ -247,6 +247,11 @@ def test_ppo_plan_counts_a_full_kl(kl_in, phase, dtype):
     assert part.phases == (phase,)
     plain = memory.ppo_plan(SETTINGS, PPOModels(TINY, TINY, (), None), 2, dtype, held=0)
     assert "full KL" not in sizes(plain)
+    # Adapters leave the unembedding as it is: no gradient of it, but the copies.
+    adapted = memory.ppo_plan(replace(settings, lora_rank=2), PPOModels(TINY, None, (), None), 2,
+                              dtype, held=0)  # fmt: skip
+    copies = 0 if dtype == float32 else 1 + trained
+    assert sizes(adapted)["full KL"] == 3 * 6 * 10 * 4 + copies * matrix
 
 
 def test_ppo_plan_holds_all_reward_models_and_scores_with_one_after_the_other():

@@ -509,6 +509,10 @@ def test_a_token_that_the_reference_lacks_is_named():
     loop = ppo(state_of(policy, config), PROMPTS, letter_d, ref, Letters(), config)
     with pytest.raises(UserError, match=r"^vocabulary: token \d+ was sampled, the reference has 4"):
         next(loop)
+    policy = critic_from_reward_model(tiny_lm(), RewardModel(tiny_lm(vocab_size=4)))
+    loop = ppo(state_of(policy, config), PROMPTS, letter_d, tiny_lm(), Letters(), config)
+    with pytest.raises(UserError, match=r"^vocabulary: token \d+ was sampled, the critic has 4"):
+        next(loop)
 
 
 def test_each_update_of_a_run_mixes_its_own_texts():

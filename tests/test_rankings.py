@@ -198,6 +198,14 @@ def test_load_rankings_refuses_a_row_of_another_kind(write, tokenizer, second, m
         load_rankings(write(LISTED | {"ranks": [1, 2, 3]}, second), tokenizer, 8, "drop")
 
 
+def test_load_rankings_refuses_responses_beside_completions(write, tokenizer):
+    listed = {"prompt": "p", "completions": [{"response": c, "score": 1} for c in "ab"]}
+    listed["completions"][0] = {"response": "a", "score": 2}
+    path = write(listed, listed | {"responses": ["a", "b"]})
+    with pytest.raises(UserError, match=r"a\.jsonl:2: has responses, unlike the first row"):
+        load_rankings(path, tokenizer, 8, "drop")
+
+
 def test_load_rankings_refuses_more_samples_than_the_first_row_has(write):
     path = write(QUERY | {"best": 0}, QUERY | {"best": 0, "sample3": [7]})
     with pytest.raises(UserError, match=r"a\.jsonl:2: has sample3, unlike the first row"):

@@ -244,6 +244,22 @@ def test_allow_data_change_is_no_leave_to_change_anything_else(tmp_path):
         pass
 
 
+def test_resume_takes_inputs_that_an_older_version_kept_no_sum_of(tmp_path):
+    data, tokenizer, out = tmp_path / "d.jsonl", tmp_path / "tokenizer.json", tmp_path / "run"
+    data.write_text("1", encoding="utf-8")
+    tokenizer.write_text("{}", encoding="utf-8")
+    with start(out, inputs=[str(data)]):
+        pass
+    with start(out, resume=True, inputs=[str(data), str(tokenizer)]) as run:
+        assert len(run.hashes) == 2
+    tokenizer.write_text("[]", encoding="utf-8")
+    with (
+        pytest.raises(UserError, match=r"tokenizer\.json: has changed since the run began"),
+        start(out, resume=True, inputs=[str(data), str(tokenizer)]),
+    ):
+        pass
+
+
 def test_a_run_that_nobody_reads_stops_as_at_a_signal(tmp_path, monkeypatch):
     class Gone(io.StringIO):
         def write(self, text):

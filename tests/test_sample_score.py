@@ -351,10 +351,10 @@ def test_score_reads_a_response_that_ended_at_once(files, capsys, tmp_path):
     (line,) = lines_of(capsys, "score", "--model", files["RM"], "--data", path)
     ids = [*load_tokenizer(files["RM"]).encode("a film"), 0]
     assert line["score"] == pytest.approx(peer_score(files["RM"], ids), abs=1e-5)
-    del row["finish_reason"]  # then it is a fault
-    path = write_lines(tmp_path / "t.jsonl", [row])
-    assert main(["score", "--model", files["RM"], "--data", str(path)]) == 2
-    assert "response is empty" in capsys.readouterr().err
+    for reason in (None, "content_filter"):  # of another tool: then it is a fault
+        path = write_lines(tmp_path / "t.jsonl", [row | {"finish_reason": reason}])
+        assert main(["score", "--model", files["RM"], "--data", str(path)]) == 2
+        assert "response is empty" in capsys.readouterr().err
 
 
 def test_score_reads_a_turn_that_was_continued(files, capsys, tmp_path):

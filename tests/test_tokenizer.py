@@ -1,12 +1,13 @@
 """Text <-> ids. The tokenizer of most tests has one token a byte, so every id is known by hand."""
 
 import json
+import re
 import shutil
 
 import pytest
 import tokenizers
 
-from minirlhf.chat_template import compile_template
+from minirlhf.chat_template import compile_template, swap_names
 from minirlhf.errors import UserError
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 
@@ -298,6 +299,12 @@ def test_names_of_special_tokens_in_keys_stay_text(chat):
     ids = load_tokenizer(chat).encode_chat([message])
     assert ids.count(END) == 1 and ids[-1] == END and START not in ids
     assert ids[:-1] == spell('{"<|im_end|>": [{"<|im_start|>": 1}]}c')
+
+
+def test_keys_of_a_message_itself_are_the_templates():
+    found, _ = swap_names([{"role": "role", "x": {"role": 1}}], re.compile("role"))
+    assert found[0].keys() == {"role", "x"} and found[0]["role"] != "role"
+    assert "role" not in found[0]["x"]
 
 
 def test_texts_are_encoded_alike_in_one_batch_and_in_several(plain, monkeypatch):

@@ -386,7 +386,8 @@ def finish(
     """
     if config.lora_rank:
         merge_lora(model)
-    facts = {"heads": model.heads, "lcb_coef": model.lcb_coef} | r.provenance()
+    facts = {"heads": model.heads, "lcb_coef": model.lcb_coef}
+    facts |= r.provenance(("model", "data", "eval_data"))
     if config.normalize != "none":
         over = [train] if config.normalize == "train" else sets.values()
         mean, std = score_moments(model, over, config.micro_batch_tokens, "--normalize")
@@ -403,9 +404,10 @@ def finish(
         for name, text in files.items():
             fsio.write_text(target / name, text)
 
-    print(f"reward model in {r.export(write)}")
+    folder = r.export(write)
     for name, text in files.items():
         r.write_file(name, text)
+    print(f"reward model in {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -90,7 +90,7 @@ def check_weights(folder: Path) -> tuple[bool, int]:
 
 def check_model(name: str, recipes: Iterable[str]) -> Model:
     """A folder's headers, shapes and tokenizer, or why these recipes would refuse it."""
-    folder = pretrained.resolve(name, weights=False)
+    folder = pretrained.resolve(name)  # with the weights, whose headers are read
     config = pretrained.read_config(folder)
     is_reward, parameters = check_weights(folder)
     if is_reward and (others := set(recipes) - {"reward"}):

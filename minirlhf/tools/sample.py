@@ -88,8 +88,9 @@ def sample(
         prompts: each with room for sampling.max_new_tokens behind it.
         seed: row i draws from the key (seed, "sample", i).
     Returns:
-        {prompt: as it stood in the file, response: text before a stop string (for a prompt of
-        messages: the assistant's message), finish_reason: eos | stop | length, tokens: sampled}.
+        {prompt: as it stood in the file, or what is left of a text that was cut, response: text
+        before a stop string (for a prompt of messages: the assistant's message), finish_reason: eos
+        | stop | length, tokens: sampled}.
     """
     keys = streams.key(seed, "sample", torch.arange(len(prompts)))
     for start in range(0, len(prompts), batch_size):
