@@ -90,6 +90,8 @@ def _ended(
         why = "" if answers else "the tokenizer puts no beginning-of-text there: "
         raise UserError(row.where, "a text without any token", f"{why}remove the row")
     eos = tokenizer.eos_ids
+    if was_sampled(row) and row.columns["finish_reason"] == "length":  # that is not its end
+        return (prompt, *(ids[:-1] if ids and ids[-1] in eos else ids for ids in answers))
     return (prompt, *(ids if ids and ids[-1] in eos else [*ids, eos[0]] for ids in answers))
 
 

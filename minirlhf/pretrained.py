@@ -353,7 +353,8 @@ def _described(
     tensors, stored = stored_tensors(folder, config), None
     score = tensors.get("score.weight")
     if score is not None and not reward:
-        raise UserError(folder, "is a reward model, not a language model", "give it as --reward")
+        raise UserError(folder, "is a reward model, not a language model",
+                        "give the language model; ppo takes one as --reward")  # fmt: skip
     if score is None and reward:
         raise UserError(
             folder,

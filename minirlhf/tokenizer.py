@@ -326,6 +326,19 @@ class Tokenizer:
                 return token, id
         return None
 
+    def eos_token(self) -> tuple[str, int] | None:
+        """The first eos as the vocabulary spells it, and its id; None where there is none."""
+        text = self._eos_text()
+        return None if text is None else (text, self.eos_ids[0])
+
+    def check_stops(self, strings: Sequence[str]) -> None:
+        """Raises UserError where a stop string names a token that no text shows."""
+        for string in strings:
+            if self._special_text.search(string):
+                what = f"{printable(string, 80)!r} names a special token, which no text shows"
+                do = "add its id to eos_token_id in the model's generation_config.json"
+                raise UserError("--stop", what, do)
+
     def files(self, pad_token: str | None = None) -> dict[str, bytes]:
         """File name -> content of the folder that `save` writes."""
         config = {name: v for name, v in self._config.items() if name not in CODE_KEYS}
@@ -400,11 +413,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = inside(folder, "tokenizer.json")
     if not path.exists():
         raise UserError(path, "no such file", "give a folder with a tokenizer.json")
-    config = _object(folder, "special_tokens_map.json") | {
-        name: value
-        for name, value in _object(folder, "tokenizer_config.json").items()
-        if value is not None
-    }
+    own = {n: v for n, v in _object(folder, "tokenizer_config.json").items() if v is not None}
+    # Its own first, in their order: what is written of it is then the same after each reading.
+    more = _object(folder, "special_tokens_map.json")
+    config = own | {name: value for name, value in more.items() if name not in own}
     tokenizer = Tokenizer(folder, read_text(path, FILE_CAP), config, _model_eos(folder))
     rows = _object(folder, "config.json").get("vocab_size")
     if type(rows) is int and rows < tokenizer.vocab_size:  # any other type is read_config's to tell

@@ -187,7 +187,7 @@ LINES = [  # a command line, what is told
     ("sft --init-config nowhere.json --data texts.jsonl --out out", "nowhere.json: no such file"),
     ("sft --init-config texts.jsonl --data texts.jsonl --out out", "texts.jsonl:2: not valid JSON"),
     ("sft --init-config shape.json --tokenizer nowhere --data texts.jsonl --out out",
-     "nowhere/tokenizer.json: no such file: give a folder with a tokenizer.json"),
+     "nowhere: no such folder: give a model folder or a hub name"),
     ("sft --init-config shape.json --lora-rank 4 --data texts.jsonl --out out",
      "--lora-rank goes with --model: random weights need training in full"),
     ("sft --init-config lm/config.json --tokenizer other --data texts.jsonl --out out",

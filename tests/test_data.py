@@ -363,6 +363,15 @@ def test_load_texts_takes_ids_as_they_are(write):
     assert [(text.ids, text.prompt_length) for text in texts] == [([5, 6, 7], 2), ([5, 6], 0)]
 
 
+def test_what_sampling_cut_has_no_end(write, tokenizer):
+    row = {"prompt": "p", "response": "a"}
+    rows = [row | {"finish_reason": reason} for reason in ("length", "eos")]
+    dialogues = [row | {"prompt": [U], "response": [A]} for row in rows]
+    for some in (rows, dialogues):
+        cut, whole = load_texts(write(*some), tokenizer, None, "drop")[0]
+        assert cut.ids == whole.ids[:-1] and whole.ids[-1] == EOS and EOS not in cut.ids[-1:]
+
+
 def test_texts_do_not_get_a_second_eos(write, folder, tokenizer):
     # The answer's own end of turn is eos; and "<|endoftext|>" in data is text, not an end.
     (text,), _ = load_texts(write({"messages": [U, A]}), tokenizer, None, "drop")

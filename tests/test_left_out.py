@@ -301,6 +301,14 @@ def test_check_reads_empty_prompts_where_they_are_allowed(rows, model, run):
     assert (code, err) == (0, "") and "ok: 1 of 1 rows can be used" in out
 
 
+def test_check_reads_what_sample_wrote(run):
+    row = {"prompt": "a", "response": "", "finish_reason": "eos", "tokens": 1}
+    argv = ["check", write("s.jsonl", json_lines(row, row | {"response": "b"}))]
+    for more in ([], ["--model", "lm"]):
+        code, out, err = run([*argv, *more])
+        assert (code, err) == (0, "") and "ok: 2 of 2 rows can be used" in out
+
+
 def test_check_tells_without_a_model_what_is_odd_about_rows(run):
     rows = [
         PAIR | {"margin": 1.0, "chosen_probability": 0.25},

@@ -372,6 +372,24 @@ def test_resume_refuses_a_tokenizer_that_changed(base, tmp_path, capsys):
     assert "chat_template.jinja: has changed since the run began" in capsys.readouterr().err
 
 
+def test_a_bound_that_was_stored_is_not_dropped_in_silence(base, ensemble, tmp_path, capsys):
+    words = (*STEPS, "--heads", 3, "--center-rewards-coefficient", 0.01)
+    assert run_reward(base, tmp_path / "run", *words, model=ensemble / "model") == 2
+    assert capsys.readouterr().err.endswith("has 0.5: give --lcb-coef 0.5\n")
+    words = (*words, "--lcb-coef", 0.5)
+    assert run_reward(base, tmp_path / "run", *words, model=ensemble / "model") == 0
+    assert "was normalised: its mean of " in capsys.readouterr().out
+
+
+def test_a_reward_folder_names_every_eos(base, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(base[0], model)
+    first = load_tokenizer(model).eos_ids[0]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [first, 5]}))
+    assert run_reward(base, out, *STEPS, model=model) == 0
+    assert load_tokenizer(out / "model").eos_ids == load_tokenizer(model).eos_ids == (first, 5)
+
+
 def test_heads_of_another_number_are_refused(base, ensemble, tmp_path, capsys):
     assert run_reward(base, tmp_path / "run", *STEPS, model=ensemble / "model") == 2
     assert "--heads: is 1, the reward model" in (told := capsys.readouterr().err)

@@ -141,9 +141,9 @@ def test_sample_counts_the_eos_and_leaves_it_out_of_the_text(files):
     lm = lm_that_says(files, "good film")
     said = len(tokenizer.encode("good film"))
     rows = list(sample(lm, tokenizer, prompts, Sampling(30, temperature=0)))
-    assert rows == [
-        {"prompt": "", "response": "good film", "finish_reason": "eos", "tokens": said + 1}
-    ]
+    row = {"prompt": "", "response": "good film", "finish_reason": "eos", "tokens": said + 1}
+    ids = {"input_ids": [0, *tokenizer.encode("good film"), 0], "prompt_length": 1}
+    assert rows == [row | ids]  # the prompt's ids are not those of its text
 
 
 def test_sample_cuts_before_a_stop_string(files):
@@ -355,6 +355,26 @@ def test_score_reads_a_response_that_ended_at_once(files, capsys, tmp_path):
         path = write_lines(tmp_path / "t.jsonl", [row | {"finish_reason": reason}])
         assert main(["score", "--model", files["RM"], "--data", str(path)]) == 2
         assert "response is empty" in capsys.readouterr().err
+
+
+def test_score_reads_the_ids_of_prompts_that_were_ids(files, capsys, tmp_path):
+    tokenizer = load_tokenizer(files["RM"])
+    ids = [[0, *tokenizer.encode("a film")], tokenizer.encode("it was")]  # eos in front
+    data = write_lines(tmp_path / "p.jsonl", [{"prompt_ids": each} for each in ids])
+    words = ["sample", "--model", files["LM"], "--data", data, "--max-new-tokens", 5]
+    samples = lines_of(capsys, *words)
+    assert [row["input_ids"][: row["prompt_length"]] for row in samples] == ids
+    assert [len(row["input_ids"]) - row["prompt_length"] for row in samples] == [5, 5]
+    scored = lines_of(capsys, "score", "--model", files["RM"],
+                      "--data", write_lines(tmp_path / "s.jsonl", samples))  # fmt: skip
+    for row, line in zip(samples, scored, strict=True):
+        assert line["score"] == pytest.approx(peer_score(files["RM"], row["input_ids"]), abs=1e-5)
+
+
+def test_a_stop_string_that_no_text_shows_is_refused(files, capsys):
+    words = ["sample", "--model", files["LM"], "--prompt", "a", "--stop", "a<|endoftext|>"]
+    assert main(list(map(str, words))) == 2
+    assert "--stop: 'a<|endoftext|>' names a special token" in capsys.readouterr().err
 
 
 def test_score_reads_a_turn_that_was_continued(files, capsys, tmp_path):

@@ -366,7 +366,7 @@ def test_main_with_lora_writes_a_merged_model_that_changed(base, tmp_path):
         (["--init-config", "INIT", "--vocab-size", "257"], "must be a whole number >= 258"),
         (["--init-config", "NONE"], "none.json: no such file"),
         (["--init-config", "LIST"], "list.json: is a list: must be a JSON object"),
-        (["--init-config", "INIT", "--tokenizer", "NONE"], "tokenizer.json: no such file"),
+        (["--init-config", "INIT", "--tokenizer", "NONE"], "no such folder"),
         (["--init-config", "SMALL", "--tokenizer", "BASE"],
          "small.json: vocab_size: is 279: must be at least the tokenizer's 280"),
         (["--init-config", "BARE"], "num_attention_heads: is None"),

@@ -284,6 +284,16 @@ def test_render_chat_continues_a_last_turn_of_the_assistant(chat):
         load_tokenizer(chat).render_chat(user("q") + assistant("I think"))
 
 
+def test_a_tokenizer_is_written_alike_after_each_reading(chat, tmp_path):
+    edit(chat / "special_tokens_map.json", pad_token="<|pad|>", eos_token="<|im_end|>")
+    first = load_tokenizer(chat)
+    first.save(tmp_path / "one")
+    load_tokenizer(tmp_path / "one").save(tmp_path / "two")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        one, two = ((tmp_path / n / name).read_bytes() for n in ("one", "two"))
+        assert one == two, name
+
+
 def test_an_empty_template_is_none(chat):
     edit(chat / "tokenizer_config.json", chat_template="")
     tokenizer = load_tokenizer(chat)

@@ -214,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = pretrained.resolve(config.model)
     ref_folder = folder if config.ref is None else pretrained.resolve(config.ref)
     tokenizer = load_tokenizer(folder)
+    tokenizer.check_stops(config.stop)
     critic = [] if config.critic is None else [pretrained.resolve(config.critic)]
     specs = [reward_sources.parse(source) for source in config.reward]
     places = [reward_sources.locate(spec) for spec in specs]

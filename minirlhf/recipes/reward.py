@@ -301,7 +301,7 @@ def load_start(
 ) -> RewardModel:
     """The reward model of --model, or its language model under new heads.
 
-    A reward model that was normalised is trained on the scores that it had before.
+    Of one that was normalised the weights are kept, which hold the scale, and the mean is left out.
     """
     folder = pretrained.resolve(config.model)
     if pretrained.has_tensor(pretrained.tensor_files(folder), "score.weight"):
@@ -309,6 +309,11 @@ def load_start(
         if model.heads != config.heads:
             what = f"is {config.heads}, the reward model {config.model} has {model.heads}"
             raise UserError("--heads", what, f"give --heads {model.heads}")
+        if model.lcb_coef not in (0.0, config.lcb_coef):
+            what = f"is {config.lcb_coef}, the reward model {config.model} has {model.lcb_coef}"
+            raise UserError("--lcb-coef", what, f"give --lcb-coef {model.lcb_coef}")
+        if model.reward_mean:
+            print(f"{config.model} was normalised: its mean of {model.reward_mean:.4f} is left out")
         model.lcb_coef, model.reward_mean, model.reward_std = config.lcb_coef, 0.0, 1.0
     else:
         lm = pretrained.load_pretrained(folder, dtype)
@@ -329,10 +334,12 @@ def load_start(
 def write_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:
     """A folder that transformers loads to the same scores: all its files name one pad token."""
     pad = None if model.read_before_eos else tokenizer.spare_pad_token()
-    if pad is None and tokenizer.eos_ids:
-        eos = tokenizer.eos_ids[0]
-        pad = tokenizer.decode([eos], skip_special=False), eos
+    if pad is None:
+        pad = tokenizer.eos_token()
     token, pad_id = pad or (None, None)
+    # The folder has no generation_config.json, where others of them may have stood.
+    if eos := tokenizer.eos_ids:
+        model.model.config.source["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
     pretrained.save_pretrained(model, folder, pad_id)
     tokenizer.save(folder, token)
 
@@ -354,7 +361,7 @@ def evaluate_all(
             r.write_samples(state, [{"step": state.step, "set": prefix} | row for row in rows])
         shown = [n for n in SHOWN if n in result.metrics]
         numbers = "  ".join(f"{name} {result.metrics[name]:.4f}" for name in shown)
-        r.say(f"  {prefix.rstrip('_')}: {len(held_out):,} {kind_of(held_out)}  {numbers}")
+        r.say(f"  {prefix.removesuffix('_')}: {len(held_out):,} {kind_of(held_out)}  {numbers}")
     return results
 
 
@@ -396,7 +403,7 @@ def finish(
         print(f"scores of {config.normalize} had mean {mean:.4f} and std {std:.4f}: normalised")
     if results is None or config.lora_rank or config.normalize != "none":  # not this model's
         results = score_sets(model, sets, config)
-    by_name = {prefix.rstrip("_"): result for prefix, result in results.items()}
+    by_name = {prefix.removesuffix("_"): result for prefix, result in results.items()}
     files = card_files(facts, by_name, tokenizer)
 
     def write(target: Path) -> None:

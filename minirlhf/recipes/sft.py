@@ -223,7 +223,7 @@ def choose_tokenizer(config: SFTConfig) -> Tokenizer:
     if config.model is not None:
         return load_tokenizer(pretrained.resolve(config.model))
     if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
+        return load_tokenizer(pretrained.resolve(config.tokenizer, weights=False))
     kept = Path(config.out) / "tokenizer"
     if config.resume and kept.exists():
         return load_tokenizer(kept)
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     r = Run(config.out, "sft", settings.as_dict(config), config.resume, inputs)
     tokenizer = choose_tokenizer(config)
     if source := config.model or config.tokenizer:
-        r.inputs += tokenizer_files(pretrained.resolve(source))
+        r.inputs += tokenizer_files(pretrained.resolve(source, weights=False))
     model_config = choose_config(config, tokenizer)
     most = model_config.longest_row
     read = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}

@@ -69,9 +69,7 @@ class CheckConfig:
 
     def check(self) -> list[str]:
         problems = [] if self.data else ["--data: give at least one file"]
-        if self.json and not Path(self.json).parent.is_dir():
-            problems.append(f"--json: {Path(self.json).parent} is no folder")
-        return problems + check_new(self.json)
+        return problems + check_new(self.json, "--json")
 
 
 # -------------------------------------------------------------------------------------- the inputs

@@ -20,7 +20,7 @@ def _touch(prompt: Part | None, *answers: Part) -> bool:
     """Whether strings grow together: "Why?" and "Because". Not all scripts put blanks there."""
     if not isinstance(prompt, str) or not prompt:
         return False
-    seams = (prompt[-1] + answer[0] for answer in answers)
+    seams = (prompt[-1] + answer[0] for answer in answers if answer)
     return any(seam.isascii() and not any(map(str.isspace, seam)) for seam in seams)
 
 
@@ -92,9 +92,9 @@ def token_warnings(examples: list, model: Model, ended: bool) -> list[dict]:
     for example in examples:
         prompt, *answers = ids_of(example)
         starts = [(prompt + answer)[:2] for answer in answers or [[]]]
-        if [bos, bos] in starts or (prompt and any(answer[0] == bos for answer in answers)):
+        if [bos, bos] in starts or (prompt and any(answer[:1] == [bos] for answer in answers)):
             twice.append(example.where)
-        if ended and not all(answer[-1] in eos_ids for answer in answers):
+        if ended and not all(answer and answer[-1] in eos_ids for answer in answers):
             endless.append(example.where)
         unknowns = sum(ids.count(unknown) for ids in (prompt, *answers))
         lost += [example.where] if unknowns else []

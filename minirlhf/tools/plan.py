@@ -115,7 +115,11 @@ def sft_model(config: SFTConfig) -> tuple[ModelConfig, Tokenizer | None]:
     if config.model is not None:
         folder = pretrained.resolve(config.model, weights=False)
         return pretrained.read_config(folder), load_tokenizer(folder) if config.data else None
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    tokenizer = (
+        load_tokenizer(pretrained.resolve(config.tokenizer, weights=False))
+        if config.tokenizer
+        else None
+    )
     values = read_json(config.init_config)
     if isinstance(values, dict):
         if "num_attention_heads" in values:

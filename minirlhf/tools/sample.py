@@ -69,12 +69,12 @@ class SampleConfig:
         return problems + check_new(self.out)
 
 
-def check_new(out: str | None) -> list[str]:
+def check_new(out: str | None, flag: str = "--out") -> list[str]:
     """The problem with a file that is to be made, told before any work is done for it."""
     if out and Path(out).exists():
-        return [f"--out: {out} is there already: give another"]
+        return [f"{flag}: {out} is there already: give another"]
     if out and not Path(out).parent.is_dir():
-        return [f"--out: {Path(out).parent} is no folder"]
+        return [f"{flag}: {Path(out).parent} is no folder"]
     return []
 
 
@@ -93,6 +93,9 @@ def sample(
         | stop | length, tokens: sampled}.
     """
     keys = streams.key(seed, "sample", torch.arange(len(prompts)))
+    # Ids that came as ids, or were cut, are not those of the prompt's text: then they are written,
+    # too, which is what others then read.
+    exact = all(read_again(tokenizer, prompt) == prompt.ids for prompt in prompts)
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         ids = [prompt.ids for prompt in part]
@@ -102,12 +105,23 @@ def sample(
         for prompt, response, reason in rows:
             kept = response[:-1] if reason == "eos" else response
             text = cut_at_stop(tokenizer.decode(kept), sampling.stop_strings)
+            read = response
+            if reason == "stop":  # what stops it is no part of what it says
+                read = tokenizer.encode(text, bos=False) + list(tokenizer.eos_ids[:1])
             is_chat = not isinstance(prompt.text, str)
             yield {
                 "prompt": prompt.text,
                 "response": [{"role": "assistant", "content": text}] if is_chat else text,
                 "finish_reason": reason, "tokens": len(response),
+                **({} if exact else {"input_ids": prompt.ids + read,
+                                     "prompt_length": len(prompt.ids)}),
             }  # fmt: skip
+
+
+def read_again(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Ids of a prompt as whoever reads its line finds them."""
+    text = prompt.text
+    return tokenizer.encode(text) if isinstance(text, str) else tokenizer.encode_chat(text)
 
 
 @contextmanager
@@ -149,6 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
     folder = pretrained.resolve(config.model)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
+    tokenizer.check_stops(config.stop)
     room = positions - config.max_new_tokens + 1  # the last token is sampled, not read
     if room < 1:
         legal = f"the model has {positions} positions"

@@ -85,14 +85,10 @@ def score_texts(
 def text_rows(
     model: RewardModel, texts: list[Text], eos_ids: Sequence[int], micro_batch_tokens: int
 ) -> tuple[list[dict], str]:
-    """One {where, score} a text, and the summary.
-
-    Texts that sampling cut by length have no end, so they are scored without eos, as in training.
-    """
+    """One {where, score} a text, and the summary."""
     rows = []
     for text in texts:
-        open_end = model.read_before_eos or text.columns.get("finish_reason") == "length"
-        ends = open_end and len(text.ids) > 1 and text.ids[-1] in eos_ids
+        ends = model.read_before_eos and len(text.ids) > 1 and text.ids[-1] in eos_ids
         rows.append(text.ids[:-1] if ends else text.ids)
     scores = score_texts(model, rows, micro_batch_tokens)
     found = [{"where": text.where, "score": score}
