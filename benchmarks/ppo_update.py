@@ -73,7 +73,7 @@ def ours(args: argparse.Namespace) -> None:
     from minirlhf.compiling import compile_blocks
     from minirlhf.data import Prompt
     from minirlhf.optim import choose_dtype, make_optimizer
-    from minirlhf.pretrained import offloaded
+    from minirlhf.pretrained import offload
     from minirlhf.reward_model import model_reward
 
     torch.use_deterministic_algorithms(True)  # as the recipe does
@@ -94,11 +94,12 @@ def ours(args: argparse.Namespace) -> None:
     prompts = [Prompt(row, tokenizer.decode(row), f"row {i}", {}) for i, row in enumerate(ids)]
     state = TrainState(policy, make_optimizer(policy, config.learning_rate))
     reward = model_reward(scorer, tokenizer, config.micro_batch_tokens)
-    frozen = [(scorer, Path(args.reward)), (ref, Path(args.model))]
-    offload = partial(offloaded, frozen if args.offload_frozen else ())
+    if args.offload_frozen:
+        offload(scorer, Path(args.reward))
+        offload(ref, Path(args.model))
     if args.compile:
         compile_blocks(policy, ref, scorer)
-    run = ppo(state, prompts, reward, ref, tokenizer, config, offload=offload)
+    run = ppo(state, prompts, reward, ref, tokenizer, config)
     clocks = [step.clock for step in run][1:]
     phases = {name: [clock[name] for clock in clocks] for name in clocks[0] if "time/" in name}
     peak = hardware.resident_peak()

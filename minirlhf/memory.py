@@ -334,9 +334,9 @@ def ppo_plan(
     fewer = "lower --micro-batch-size" if micro_rows > 1 else "lower --max-new-tokens"
     abreast = "lower --rollout-batch-size"
     reading = ("score", "measure", "loss", "step")
-    away = ("loss", "step") if settings.offload_frozen else ()
-    note = ", not during the update" if away else ""
-    present = tuple(phase for phase in phases if phase not in away)
+    # Offloaded models are read where they are needed, reward models one after the other.
+    away, note = settings.offload_frozen, ", only while needed" if settings.offload_frozen else ""
+    largest = max(rewards, key=trunk_parameters, default=None)
     parts = [
         *_trained(policy, parameters(policy), learns, dtype, rank, phases,
                   settings.batch_size > settings.mini_batches * micro_rows or longest_text > 0,
@@ -344,10 +344,12 @@ def ppo_plan(
         _frozen("critic", own - learns, dtype, phases, "leave out --critic"),
         # The critic is a copy of the reward model that is read for it.
         _frozen("critic as read", own, dtype, ("load",), "leave out --critic"),
-        _frozen("reference", parameters(ref) if ref else 0, dtype, present,
+        _frozen("reference", parameters(ref) if ref else 0, dtype,
+                ("load", "measure") if away else phases,
                 "leave out --ref" if rank else "give --lora-rank 16", note),
-        *(_frozen("reward model", trunk_parameters(reward), dtype, present, _smaller(dtype),
-                  note)
+        *(_frozen("reward model", trunk_parameters(reward), dtype,
+                  phases if not away else ("load", "score") if reward is largest else ("load",),
+                  _smaller(dtype), note)
           for reward in rewards),
         Part("KV cache", capacity, f"{rows} rows x {longest} tokens x {cache:,} B",
              ("prompts", "sampling"), abreast),

@@ -158,7 +158,7 @@ class PPOConfig:
         False, "torch.compile for the passes over whole rows; needs a C++ compiler"
     )
     offload_frozen: bool = setting(
-        False, "the update has the memory of reference and reward models, which are read again"
+        False, "hold reference and reward models only while needed: they are read again each time"
     )
     # run
     dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))

@@ -8,9 +8,10 @@ pickle is refused whatever it is called, and no link leads out of a model's fold
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -446,22 +447,36 @@ def load_reward_model(
     return model.to(device or "cpu")
 
 
-@contextmanager
-def offloaded(models: Sequence[tuple[CausalLM | RewardModel, Path]]) -> Iterator[None]:
-    """Frozen models leave memory for as long as the context lasts; then they are read again.
+class Home(NamedTuple):
+    """Where an offloaded model is read from, and what it is then."""
+
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+
+
+def offload(model: CausalLM | RewardModel, folder: Path) -> None:
+    """A frozen model leaves memory. From then on it is there within `at_hand` only.
 
     Args:
-        models: each with the folder that it was loaded from, whose files must not change.
+        folder: that it was loaded from, whose files must not change.
     """
-    # Not the parameters themselves: who holds one keeps what it holds.
-    places = [(p.device, p.dtype) for p in (next(model.parameters()) for model, _ in models)]
-    for model, _ in models:
-        model.to("meta")
+    first = next(model.parameters())
+    model.home = Home(folder, first.device, first.dtype)
+    model.to("meta")
+
+
+@contextmanager
+def at_hand(*models: CausalLM | RewardModel) -> Iterator[None]:
+    """Those of the models that were offloaded are in memory for as long as the context lasts."""
+    away = [model for model in models if next(model.parameters()).is_meta]
     try:
+        for model in away:
+            _refill(model, *model.home)
         yield
     finally:
-        for (model, folder), place in zip(models, places, strict=True):
-            _refill(model, folder, *place)
+        for model in away:
+            model.to("meta")
 
 
 def _refill(

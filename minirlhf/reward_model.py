@@ -11,6 +11,7 @@ from minirlhf.formats import Messages
 from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel
 from minirlhf.optim import cut_by_tokens
+from minirlhf.pretrained import at_hand
 from minirlhf.rewards import Completions, RewardSource
 from minirlhf.tokenizer import Tokenizer
 
@@ -87,11 +88,13 @@ def model_reward(
             raise UserError(name, what, "lower max_prompt_length or max_new_tokens")
         if not lengths.min():
             raise UserError(name, "a text without any token", "remove the empty prompt")
-        scores, device = torch.zeros(len(ids)), model.score.weight.device
-        for part in cut_by_tokens(lengths, len(ids), micro_batch_tokens):
-            interrupt.check()
-            tokens = pad_right([ids[i] for i in part.tolist()]).to(device)
-            scores[part] = model(tokens, lengths[part].to(device)).float().cpu()
+        scores = torch.zeros(len(ids))
+        with at_hand(model):
+            device = model.score.weight.device
+            for part in cut_by_tokens(lengths, len(ids), micro_batch_tokens):
+                interrupt.check()
+                tokens = pad_right([ids[i] for i in part.tolist()]).to(device)
+                scores[part] = model(tokens, lengths[part].to(device)).float().cpu()
         return scores
 
     return score

@@ -224,7 +224,7 @@ def load_reward(
         tokenizer: the policy's. A reward model with another one scores texts, not ids.
         columns: as in `function_reward`.
         journal: file of the replies of services, made when the first comes; None: in memory.
-        models: takes the reward models that are read, with their folders, for `offloaded`.
+        models: takes the reward models that are read, with their folders, for `offload`.
     """
     specs, kept = [parse(source) for source in config.reward], Journal(journal)
 

@@ -27,7 +27,7 @@ from test_ppo import (
 )
 from torch import nan
 
-from minirlhf import pretrained
+from minirlhf import passes, pretrained
 from minirlhf.checkpoint import load_checkpoint, save_checkpoint, verify
 from minirlhf.cli import main
 from minirlhf.config import validate
@@ -627,15 +627,37 @@ def test_main_without_frozen_models_in_memory_changes_no_bit(world, tmp_path, mo
         read.append(load(*args))
         return read[-1]
 
+    def look(what, *models):
+        seen.append((what, *(next(model.parameters()).is_meta for model in models)))
+
     def stepped(policy, *args):
-        here = (policy, args[-2], *read)
-        seen.append([next(model.parameters()).is_meta for model in here])
+        look("step", policy, args[-2], *read)
         return step(policy, *args)
 
+    def passed(lm, hidden, *rest):
+        look("policy" if lm is models[0] else "reference", *models, *read)
+        return law(lm, hidden, *rest)
+
+    def sampled(lm, *rest):
+        look("sample", lm, *read)
+        return draw(lm, *rest)
+
+    models, law, draw = [], passes.response_law, recipe.sample
+    start = recipe.load_policy
     monkeypatch.setattr("minirlhf.reward_sources.load_reward_model", loaded)
     monkeypatch.setattr(recipe, "ppo_step", stepped)
+    monkeypatch.setattr(recipe, "sample", sampled)
+    monkeypatch.setattr(
+        recipe, "load_policy", lambda *args: models.append((p := start(*args)).lm) or p
+    )
+    monkeypatch.setattr(passes, "response_law", passed)
     assert main(command(world, tmp_path / "away", "--offload-frozen", **settings)) == OK
-    assert seen == [[False, True, True]] * 2  # policy, reference, reward model
+    assert {row for row in seen if row[0] == "step"} == {("step", False, True, True)}
+    assert {row for row in seen if row[0] == "sample"} == {("sample", False, True)}
+    # The policy is measured and trained, the reference measured; then the reward model is away.
+    assert {row for row in seen if len(row) == 3 and row[0] != "sample"} == {
+        ("policy", False, True), ("reference", False, True),
+    }  # fmt: skip
     assert timeless(tmp_path / "away") == timeless(tmp_path / "plain")
 
 

@@ -18,11 +18,12 @@ from minirlhf.errors import MACHINE, UserError
 from minirlhf.heads import RewardModel, ValueHeadModel, normalize_scores
 from minirlhf.hf_config import config_from_hf, config_to_hf
 from minirlhf.pretrained import (
+    at_hand,
     describe,
     has_tensor,
     load_pretrained,
     load_reward_model,
-    offloaded,
+    offload,
     rounded,
     save_pretrained,
     tensor_files,
@@ -349,21 +350,28 @@ def test_offloaded_models_come_back_as_they_were(peer, tmp_path, fails):
     save_pretrained(make_ensemble(folder), tmp_path / "rm")
     lm = load_pretrained(folder, torch.float64)
     reward = load_reward_model(tmp_path / "rm", torch.float32)
-    models = [(lm, folder), (reward, tmp_path / "rm")]
-    before = [{n: t.clone() for n, t in model.state_dict().items()} for model, _ in models]
-    held = [weakref.ref(p) for model, _ in models for p in model.parameters()]
-    try:
-        with offloaded(models):
-            assert all(t.is_meta for model, _ in models for t in model.state_dict().values())
-            assert not any(there() is not None for there in held)  # nor does anyone else hold them
-            assert not fails or 1 / 0
-    except ZeroDivisionError:
-        pass
-    for (model, _), was in zip(models, before, strict=True):
-        now = model.state_dict()
-        assert all(torch.equal(now[n], t) and now[n].dtype == t.dtype for n, t in was.items())
-        assert not any(p.requires_grad for p in model.parameters())
+    models = {lm: folder, reward: tmp_path / "rm"}
+    before = [{n: t.clone() for n, t in model.state_dict().items()} for model in models]
+    held = [weakref.ref(p) for model in models for p in model.parameters()]
+    for model, place in models.items():
+        offload(model, place)
+    assert not any(there() is not None for there in held)  # nor does anyone else hold them
+    for _ in range(2):  # each time
+        assert all(t.is_meta for model in models for t in model.state_dict().values())
+        try:
+            with at_hand(*models), at_hand(reward):
+                for model, was in zip(models, before, strict=True):
+                    now = model.state_dict()
+                    assert all(torch.equal(now[n], t) for n, t in was.items())
+                    assert all(now[n].dtype == t.dtype for n, t in was.items())
+                    assert not any(p.requires_grad for p in model.parameters())
+                assert not fails or 1 / 0
+        except ZeroDivisionError:
+            pass
     assert (reward.heads, reward.lcb_coef) == (3, 0.5)
+    with at_hand(there := load_pretrained(folder)):  # one that never left
+        pass
+    assert not next(there.parameters()).is_meta
 
 
 def test_every_missing_extra_or_misshapen_tensor_is_named(copy):

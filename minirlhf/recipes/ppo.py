@@ -11,8 +11,7 @@ Run it as `minirlhf ppo`, `python -m minirlhf.recipes.ppo`, or loop over `ppo(..
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -76,7 +75,6 @@ def ppo(
     tokenizer: Tokenizer,
     config: PPOConfig,
     mix: TextMix | None = None,
-    offload: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[Step]:
     """Aligns state.model, a ValueHeadModel; yields after each iteration.
 
@@ -88,7 +86,6 @@ def ppo(
         tokenizer: of the policy; decodes what reward sources see.
         config: only its training settings are read.
         mix: texts whose loss is added to each update; config.ptx_data is not read here.
-        offload: a context around each update, in which frozen models may leave memory.
     Raises:
         UserError: an illegal setting; numbers that are not finite (exit code 3); the KL at step 0
             is not 0 although the reference is the policy, or the first ratio is not 1 (code 1).
@@ -138,11 +135,9 @@ def ppo(
 
         # Learn: credit and several epochs of mini-batches.
         kl_coef = state.kl_coef
-        with offload():
-            stats = ppo_step(
-                policy, state.optimizer, buffer, config, iteration, kl_coef, state.counters, ref,
-                mix,
-            )  # fmt: skip
+        stats = ppo_step(
+            policy, state.optimizer, buffer, config, iteration, kl_coef, state.counters, ref, mix
+        )
         check_ratio(iteration, stats.first_ratio_gap)
         sequence_kl = float(kl.sum()) / B
         # A policy that waits for its critic has no KL to steer by.
@@ -242,20 +237,23 @@ def main(argv: list[str] | None = None) -> int:
     for line in pretrained.rounded((folder, ref_folder, *critic, *scorers), dtype):
         print(f"warning: {line}")
     fits = memory.verdict(plan, free_memory(device))
-    frozen: list[tuple[CausalLM | RewardModel, Path]] = []
+    frozen: list[tuple[RewardModel, Path]] = []
     reward = load_reward(
         config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,
         r.folder / "rewards.jsonl", frozen,
     )  # fmt: skip
+    if config.offload_frozen:
+        for model, place in frozen:
+            pretrained.offload(model, place)
     policy = load_policy(config, folder, device, dtype)
     ref = None
     if config.ref is not None or not config.lora_rank:
         ref = pretrained.load_pretrained(ref_folder, dtype, device)
         ref.requires_grad_(False)
-        frozen.append((ref, ref_folder))
-    offload = partial(pretrained.offloaded, frozen if config.offload_frozen else ())
+        if config.offload_frozen:
+            pretrained.offload(ref, ref_folder)
     if config.compile:
-        compile_blocks(policy, *(model for model, _ in frozen))
+        compile_blocks(policy, *filter(None, (ref,)), *(model for model, _ in frozen))
     optimizer = optim.make_optimizer(
         policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon,
         critic=policy.value_parameters(), critic_lr_scale=config.critic_lr_scale,
@@ -293,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.sample_every and state.step == 0 and not state.log_bytes["samples.jsonl"]:
             show_samples(r, state, sample_table(state, prompts, reward, tokenizer, config))
         for step in r.bar(
-            ppo(state, prompts, reward, ref, tokenizer, config, mix, offload), state, config.steps
+            ppo(state, prompts, reward, ref, tokenizer, config, mix), state, config.steps
         ):
             last = step.number == config.steps
             with r.report(state, step):
