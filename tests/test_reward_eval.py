@@ -159,7 +159,7 @@ def test_evaluate_scores_by_the_lower_bound_and_what_normalises_it():
 
 def test_score_moments_by_hand():
     # 5 6 8 1 4 1 1 2 7 5: sum 40, squares 222
-    mean, std = score_moments(scored_by_last_token(tiny_model()), PAIRS, 4096, "--normalize")
+    mean, std = score_moments(scored_by_last_token(tiny_model()), [PAIRS], 4096, "--normalize")
     assert (mean, std) == pytest.approx((4.0, math.sqrt(22.2 - 16)), rel=0, abs=1e-9)
 
 
@@ -168,5 +168,5 @@ def test_score_moments_refuses_scores_that_are_all_alike():
     torch.nn.init.zeros_(model.score.weight)
     match = r"^--normalize: all 10 scores are 0: such a model tells nothing apart"
     with pytest.raises(UserError, match=match) as error:
-        score_moments(model, PAIRS, 4096, "--normalize")
+        score_moments(model, [PAIRS], 4096, "--normalize")
     assert error.value.code == BAD_INPUT
