@@ -215,9 +215,10 @@ def _dialogues(row: Row) -> tuple[Messages, Messages, Messages]:
 
 
 def was_sampled(row: Row) -> bool:
-    """Whether `minirlhf sample` wrote the row: its response may have ended at once, and goes on in
-    a prompt's last turn where that is the assistant's."""
-    return row.columns.get("finish_reason") in ("eos", "stop", "length")
+    """Whether `minirlhf sample` wrote the row: its response may have ended at once, or been cut,
+    and goes on in a prompt's last turn where that is the assistant's."""
+    columns = row.columns
+    return "response" in columns and columns.get("finish_reason") in ("eos", "stop", "length")
 
 
 def _may_be_empty(row: Row, key: str, empty_prompt: bool) -> bool:

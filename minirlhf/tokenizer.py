@@ -336,7 +336,7 @@ class Tokenizer:
         for string in strings:
             if self._special_text.search(string):
                 what = f"{printable(string, 80)!r} names a special token, which no text shows"
-                do = "add its id to eos_token_id in the model's generation_config.json"
+                do = "an eos ends a response by itself: make it one in generation_config.json"
                 raise UserError("--stop", what, do)
 
     def files(self, pad_token: str | None = None) -> dict[str, bytes]:

@@ -363,6 +363,11 @@ def test_load_texts_takes_ids_as_they_are(write):
     assert [(text.ids, text.prompt_length) for text in texts] == [([5, 6, 7], 2), ([5, 6], 0)]
 
 
+def test_a_finish_reason_says_nothing_of_preferences(write, tokenizer):
+    (pair,), _ = load_pairs(write(PAIR | {"finish_reason": "length"}), tokenizer, None, "drop")
+    assert pair.chosen_ids[-1] == pair.rejected_ids[-1] == EOS
+
+
 def test_what_sampling_cut_has_no_end(write, tokenizer):
     row = {"prompt": "p", "response": "a"}
     rows = [row | {"finish_reason": reason} for reason in ("length", "eos")]

@@ -378,7 +378,7 @@ def test_a_stop_string_that_no_text_shows_is_refused(files, capsys):
 
 
 def test_score_reads_a_turn_that_was_continued(files, capsys, tmp_path):
-    prompt = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I say"}]
+    prompt = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I say "}]
     row = {"prompt": prompt, "response": [{"role": "assistant", "content": " no"}],
            "finish_reason": "eos"}  # fmt: skip
     path = write_lines(tmp_path / "s.jsonl", [row])

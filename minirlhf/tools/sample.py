@@ -90,11 +90,11 @@ def sample(
     Returns:
         {prompt: as it stood in the file, or what is left of a text that was cut, response: text
         before a stop string (for a prompt of messages: the assistant's message), finish_reason: eos
-        | stop | length, tokens: sampled}.
+        | stop | length, tokens: sampled}; and input_ids, prompt_length where a prompt's ids are not
+        those of its text.
     """
     keys = streams.key(seed, "sample", torch.arange(len(prompts)))
-    # Ids that came as ids, or were cut, are not those of the prompt's text: then they are written,
-    # too, which is what others then read.
+    # As of prompts that came as ids, or were cut: others then read the ids instead of the text.
     exact = all(read_again(tokenizer, prompt) == prompt.ids for prompt in prompts)
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
