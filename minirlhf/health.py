@@ -134,7 +134,7 @@ def equal_scores(std: Seen) -> str | None:
 
 def gradient_spike(norm: Seen) -> str | None:
     # Ten times the median of 10 steps or more before it: rule of thumb.
-    # No norm is 0 but that of a policy whose critic is warming up.
+    # It is 0 while a critic with a trunk of its own warms up: the policy has no gradient then.
     before = norm.latest[:-1]
     if len(before) >= 10 and norm.latest[-1] > 10 * median(before) > 0:
         return f"grad_norm is {norm.latest[-1]:.3g}, {median(before):.3g} is usual"

@@ -299,7 +299,7 @@ def ppo_plan(
         held: what the process holds now (`process_bytes`); 0 for a GPU.
         longest_text: tokens, of the texts that are mixed in; 0 without.
     """
-    policy, ref, rewards, critic = models
+    policy, rewards, critic = models.policy, models.rewards, models.critic
     phases = ("load", "prompts", "sampling", "score", "measure", "loss", "step", "save")
     rank, item = settings.lora_rank, dtype.itemsize
     V, wide = policy.vocab_size, widened(dtype).itemsize
@@ -313,11 +313,6 @@ def ppo_plan(
     logits = logits_held(
         policy, dtype, micro_rows * settings.max_new_tokens, not rank, settings.entropy_coef > 0
     )
-    full = settings.kl_estimator == "full"
-    of_loss = full and settings.kl_in == "loss"
-    full_kl = kl_held(policy, dtype, micro_rows * settings.max_new_tokens, of_loss,
-                      of_loss and not rank)
-    states = settings.batch_size * settings.max_new_tokens * (ref or policy).hidden_size * item
     # Of top-p: the sorted logits, their places, law, sum and mass before each.
     law = item + 3 * wide + (3 * wide + 8 if settings.top_p < 1 else 0)
     drawable = settings.top_k or 0  # ids of a token's support
@@ -334,9 +329,6 @@ def ppo_plan(
     fewer = "lower --micro-batch-size" if micro_rows > 1 else "lower --max-new-tokens"
     abreast = "lower --rollout-batch-size"
     reading = ("score", "measure", "loss", "step")
-    # Offloaded models are read where they are needed, reward models one after the other.
-    away, note = settings.offload_frozen, ", only while needed" if settings.offload_frozen else ""
-    largest = max(rewards, key=trunk_parameters, default=None)
     parts = [
         *_trained(policy, parameters(policy), learns, dtype, rank, phases,
                   settings.batch_size > settings.mini_batches * micro_rows or longest_text > 0,
@@ -344,13 +336,7 @@ def ppo_plan(
         _frozen("critic", own - learns, dtype, phases, "leave out --critic"),
         # The critic is a copy of the reward model that is read for it.
         _frozen("critic as read", own, dtype, ("load",), "leave out --critic"),
-        _frozen("reference", parameters(ref) if ref else 0, dtype,
-                ("load", "measure") if away else phases,
-                "leave out --ref" if rank else "give --lora-rank 16", note),
-        *(_frozen("reward model", trunk_parameters(reward), dtype,
-                  phases if not away else ("load", "score") if reward is largest else ("load",),
-                  _smaller(dtype), note)
-          for reward in rewards),
+        *_scorers(settings, models, dtype, phases),
         Part("KV cache", capacity, f"{rows} rows x {longest} tokens x {cache:,} B",
              ("prompts", "sampling"), abreast),
         # As a row ends, the rows behind it move up: layer by layer, first keys, then values.
@@ -376,17 +362,49 @@ def ppo_plan(
         Part("ids to draw from", 4 * drawable * settings.batch_size * settings.max_new_tokens,
              f"{settings.batch_size} rows x {settings.max_new_tokens} tokens x {drawable} x 4 B",
              ("sampling", *reading), "lower --top-k"),
-        Part("full KL", full_kl if full else 0, "laws of policy and reference, a piece at a time",
-             ("loss" if of_loss else "measure",), "use another --kl-estimator"),
-        Part("reference states", states if of_loss else 0,
-             f"{settings.batch_size} rows x {settings.max_new_tokens} tokens", reading[1:],
-             "use another --kl-estimator"),
+        *_full_kl(settings, models, dtype, micro_rows * settings.max_new_tokens),
         # Adapters are folded into a copy, while the policy goes on learning with them.
         _frozen("best policy, merged", parameters(policy) if rank and settings.keep_best else 0,
                 dtype, ("save",), "give --no-keep-best"),
         *_exported(policy, parameters(policy), dtype),
     ]  # fmt: skip
     return Plan("ppo", phases, tuple(parts), held)
+
+
+def _scorers(
+    settings: PPOSettings, models: PPOModels, dtype: torch.dtype, phases: tuple[str, ...]
+) -> list[Part]:
+    """Reference and reward models; offloaded they are read where they are needed, reward models one
+    after the other."""
+    ref, rewards, away = models.ref, models.rewards, settings.offload_frozen
+    note = ", only while needed" if away else ""
+    largest = max(map(trunk_parameters, rewards), default=0)
+    measuring = ("load", "measure") if away else phases
+    instead = "leave out --ref" if settings.lora_rank else "give --lora-rank 16"
+    parts = [_frozen("reference", parameters(ref) if ref else 0, dtype, measuring, instead, note)]
+    for count in map(trunk_parameters, rewards):
+        scoring = ("load", "score") if count == largest else ("load",)
+        parts.append(_frozen("reward model", count, dtype, scoring if away else phases,
+                             _smaller(dtype), note))  # fmt: skip
+    return parts
+
+
+def _full_kl(
+    settings: PPOSettings, models: PPOModels, dtype: torch.dtype, tokens: int
+) -> list[Part]:
+    """Of --kl-estimator full: laws of a micro-batch's tokens, and what a loss keeps for them."""
+    if settings.kl_estimator != "full":
+        return []
+    of_loss, advice = settings.kl_in == "loss", "use another --kl-estimator"
+    held = kl_held(models.policy, dtype, tokens, of_loss, of_loss and not settings.lora_rank)
+    rows, new = settings.batch_size, settings.max_new_tokens
+    states = rows * new * (models.ref or models.policy).hidden_size * dtype.itemsize
+    return [
+        Part("full KL", held, "laws of policy and reference, a piece at a time",
+             ("loss" if of_loss else "measure",), advice),
+        Part("reference states", states if of_loss else 0, f"{rows} rows x {new} tokens",
+             ("measure", "loss", "step"), advice),
+    ]  # fmt: skip
 
 
 TRAINING = ("load", "loss", "step", "evaluate", "save")

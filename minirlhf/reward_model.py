@@ -11,6 +11,7 @@ from minirlhf.formats import Messages
 from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel
 from minirlhf.optim import cut_by_tokens
+from minirlhf.passes import check_known
 from minirlhf.pretrained import at_hand
 from minirlhf.rewards import Completions, RewardSource
 from minirlhf.tokenizer import Tokenizer
@@ -61,7 +62,7 @@ def model_reward(
     if not tokenizer.eos_ids:
         what = "names no eos token, which every text that is scored ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
-    most, words = model.config.longest_row, model.config.vocab_size
+    most = model.config.longest_row
 
     def row(batch: Completions, i: int) -> list[int]:
         text, reason = batch.completions[i], batch.finish_reasons[i]
@@ -73,9 +74,6 @@ def model_reward(
                 response = [*tokenizer.encode(text, bos=False), tokenizer.eos_ids[0]]
         if model.read_before_eos and response and response[-1] in tokenizer.eos_ids:
             response = response[:-1]
-        if (largest := max([*prompt, *response], default=0)) >= words:
-            what = f"token {largest} was sampled, the reward model has {words:,}"
-            raise UserError(name, what, "take models of one size of vocabulary")
         return prompt + response
 
     @torch.no_grad()
@@ -93,7 +91,9 @@ def model_reward(
             device = model.score.weight.device
             for part in cut_by_tokens(lengths, len(ids), micro_batch_tokens):
                 interrupt.check()
-                tokens = pad_right([ids[i] for i in part.tolist()]).to(device)
+                tokens = pad_right([ids[i] for i in part.tolist()])
+                check_known(tokens, model.config.vocab_size, "the reward model")
+                tokens = tokens.to(device)
                 scores[part] = model(tokens, lengths[part].to(device)).float().cpu()
         return scores
 

@@ -33,6 +33,12 @@ BATCH = Completions(
 )
 
 
+def test_a_token_that_a_reward_model_lacks_is_named(folder):
+    score = model_reward(load_reward_model(folder), load_tokenizer(folder), 64)
+    with pytest.raises(UserError, match=r"^vocabulary: token 258 was sampled, the .* has 258"):
+        score(BATCH._replace(response_ids=[[90, 0], [91, 258], [0]]))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random reward model whose tokenizer has one token a byte; eos is 0."""
