@@ -1,6 +1,9 @@
 """Exit codes, and one line for each."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +19,15 @@ from minirlhf.errors import (
     printable,
     run,
 )
+
+
+def test_a_reader_that_leaves_is_no_fault():
+    code = "import sys\nfrom minirlhf.errors import run\nsys.exit(run(lambda: print('x' * 10**6)))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def raising(error: BaseException):

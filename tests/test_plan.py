@@ -1,6 +1,7 @@
 """`minirlhf plan`: the recipes' flags, config.json alone, and the refusal of a small machine."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -79,6 +80,18 @@ def test_plan_ppo_counts_texts_that_are_mixed_in(model, tmp_path, capsys):
     assert plan.main([*words, "--ptx-batch-size", "1"]) == 0
     told = lines_of(capsys.readouterr().out)
     assert told["activations"].startswith(f"{len(tokenizer.encode(text)) + 1} tokens x ")
+
+
+def test_plan_ppo_leaves_room_for_the_reward_model(model, tmp_path, capsys):
+    train_tokenizer(["a b c d"], 258, model)
+    short = shutil.copytree(model, tmp_path / "short")
+    (short / "config.json").write_text(json.dumps(SHAPE | {"max_position_embeddings": 30}))
+    data = rows(tmp_path / "p.jsonl", {"prompt": "a" * 20}, {"prompt": "a"})
+    words = ["ppo", "--model", str(model), "--data", data, "--max-new-tokens", "20"]
+    assert plan.main([*words, "--reward", str(model)]) == 0
+    assert "kept 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"p\.jsonl:1: 20 tokens, max_length is 10"):
+        plan.main([*words, "--reward", str(short)])
 
 
 def test_plan_reward_counts_the_evaluation_that_normalises(model, tmp_path, capsys):

@@ -27,7 +27,7 @@ from test_ppo import (
 )
 from torch import nan
 
-from minirlhf import passes, pretrained
+from minirlhf import passes, ppo_report, pretrained
 from minirlhf.checkpoint import load_checkpoint, save_checkpoint, verify
 from minirlhf.cli import main
 from minirlhf.config import validate
@@ -41,6 +41,7 @@ from minirlhf.ppo_report import sample_table, show_samples
 from minirlhf.ppo_start import prompt_room
 from minirlhf.recipes import ppo as recipe
 from minirlhf.recipes.ppo import ppo
+from minirlhf.rollout import sample
 from minirlhf.run import Run
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.transformer import CausalLM, initialize
@@ -181,6 +182,19 @@ def test_ppo_stops_at_a_score_that_is_not_finite_and_changes_nothing(bad):
 def test_score_refuses_another_number_of_scores():
     with pytest.raises(ValueError, match=r"reward gave \(4, 1\): give one score each, 4"):
         run_steps(config_of(), reward=lambda completions: torch.zeros(4, 1))
+
+
+def test_sample_table_draws_no_more_rows_at_once_than_a_step(monkeypatch):
+    def sampled(*args):
+        asked.append(args[-1])
+        return sample(*args)
+
+    asked: list[int] = []
+    monkeypatch.setattr(ppo_report, "sample", sampled)
+    for rollout, abreast in ((64, 4), (3, 3)):
+        config = config_of(sample_prompts=4, rollout_batch_size=rollout)
+        sample_table(state_of(tiny_policy(), config), PROMPTS, letter_d, Letters(), config)
+        assert asked.pop() == abreast
 
 
 def test_sample_table_takes_the_same_prompts_and_keys_at_every_step():

@@ -1,6 +1,7 @@
 """A reward service that misbehaves: right rewards or exit code 5, and never a number made up."""
 
 import hashlib
+import http.client
 import itertools
 import json
 import socket
@@ -14,7 +15,7 @@ import torch
 
 from minirlhf.errors import REWARD_SERVICE, UserError
 from minirlhf.reward_journal import Journal
-from minirlhf.reward_service import EXPECTED, REPLY_CAP, Service, key_of, service_reward
+from minirlhf.reward_service import EXPECTED, REPLY_CAP, Service, key_of, post, service_reward
 from minirlhf.rewards import Completions
 
 BATCH = Completions(
@@ -112,6 +113,20 @@ def stub(*answers: Callable[[Request], None]):
         yield server
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(("url", "port"), [("http://[::1]/p", 80), ("http://[::1]:9/p", 9)])
+def test_an_address_of_ipv6_is_no_port(url, port, monkeypatch):
+    class Recorded(http.client.HTTPConnection):
+        def connect(self):
+            asked.append((self.host, self.port))
+            raise ConnectionRefusedError
+
+    asked: list[tuple] = []
+    monkeypatch.setattr(http.client, "HTTPConnection", Recorded)
+    with pytest.raises(UserError):
+        post(service(url, retries=0), b"{}")
+    assert asked == [("::1", port)]
 
 
 def service(url: str, **changes) -> Service:
