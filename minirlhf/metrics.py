@@ -216,6 +216,9 @@ _PPO = (
     Metric("health/reward_len_corr", "1", ROWS, "Pearson's r",
            "of score and length within the batch; 0 where either is constant"),
     Metric("health/unknown_tokens", "tokens", TOKENS, "count", "ids that the tokenizer has not"),
+    Metric("health/logprobs_diff", "nats a token", TOKENS, "max",
+           "between the log-prob that decoding drew a token with and that of the training pass, "
+           "which PPO uses: rounding"),
     # the run
     Metric("lr", "1", "the step", "value", "learning rate of AdamW", "ppo/learning_rate"),
     Metric("episode", "responses", "the run", "count", "sampled so far"),

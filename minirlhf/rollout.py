@@ -34,8 +34,9 @@ class Rollout(NamedTuple):
     scores: Tensor  # (B,) float32, reward units
     truncated: Tensor | None = None  # (B,) bool: cut by its length, not ended
     support: RowSupport | None = None  # what could be drawn; None: every token
+    sampled_logprobs: Tensor | None = None  # (B, R) nats, as decoding computed them
     given_rewards: Tensor | None = None  # (B, R) float32, of single tokens, beside the score
-    old_logprobs: Tensor | None = None  # (B, R) nats, of the policy that sampled
+    old_logprobs: Tensor | None = None  # (B, R) nats, the same as training computes them
     ref_logprobs: Tensor | None = None  # (B, R) nats, of the frozen reference
     full_kl: Tensor | None = None  # (B, R) nats, KL(policy || ref) over the vocabulary
     ref_states: Tensor | None = None  # (B, R, D) of the reference, where a loss needs its whole law
@@ -183,13 +184,14 @@ def sample(
         keys: (B,) int64, one a prompt; a row's text depends on its prompt and key alone.
         rows_at_once: how many are sampled side by side.
     """
-    responses, reasons, supports = [], [], []
+    responses, reasons, logprobs, supports = [], [], [], []
     for start in range(0, len(prompts), rows_at_once):
         part = slice(start, start + rows_at_once)
         ids = [p.ids for p in prompts[part]]
         made = generate(lm, ids, sampling, tokenizer.eos_ids, keys[part], tokenizer.decode)
         responses += made.responses()
         reasons += made.finish_reason
+        logprobs.append(made.logprobs[made.response_mask])
         supports.append(made.support)
     names = sorted({name for p in prompts for name in p.columns})
     completions = Completions(
@@ -205,14 +207,16 @@ def sample(
         columns={name: [p.columns.get(name) for p in prompts] for name in names},
     )
     sizes = torch.tensor([len(ids) for ids in responses])
+    mask = torch.arange(int(sizes.max())) < sizes[:, None]  # (B, R)
     rollout = Rollout(
         rows=torch.arange(len(prompts)),
         tokens=pad_right([p.ids + ids for p, ids in zip(prompts, responses, strict=True)]),
         prompt_lengths=torch.tensor([len(p.ids) for p in prompts]),
-        response_mask=torch.arange(int(sizes.max())) < sizes[:, None],
+        response_mask=mask,
         scores=torch.zeros(len(prompts)),
         truncated=torch.tensor([reason == "length" for reason in reasons]),
         support=None if supports[0] is None else stack_supports(supports),
+        sampled_logprobs=unpack(torch.cat(logprobs), mask),
     )
     device = lm.unembedding.device
     return completions, Rollout(*(None if x is None else x.to(device) for x in rollout))

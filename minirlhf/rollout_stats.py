@@ -17,10 +17,11 @@ def rollout_statistics(buffer: RolloutBuffer) -> dict[str, float]:
     """KL, log-probs, values, returns and lengths of B rows with N response tokens.
 
     Args:
-        buffer: measured, with its returns.
+        buffer: sampled and measured, with its returns.
     """
     rows = len(buffer)
     old, ref = buffer.tokens("old_logprobs").double(), buffer.tokens("ref_logprobs").double()
+    sampled = buffer.tokens("sampled_logprobs").double()
     values, returns = buffer.tokens("old_values").double(), buffer.tokens("returns").double()
     row_kl = buffer.row_sums("old_logprobs").double() - buffer.row_sums("ref_logprobs").double()
     prompts = torch.cat([micro.prompt_lengths for micro in buffer.micro_batches]).double()
@@ -31,6 +32,7 @@ def rollout_statistics(buffer: RolloutBuffer) -> dict[str, float]:
         "objective/kl_per_token": float(kl_k1(old, ref).mean()),
         "objective/logprobs": float(old.mean()),
         "objective/ref_logprobs": float(ref.mean()),
+        "health/logprobs_diff": float((sampled - old).abs().max()),
         "policy/advantages_mean": float((returns - values).mean()),
         "val/mean": float(values.mean()),
         "val/var": float(values.var(correction=0)),

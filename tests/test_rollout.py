@@ -244,6 +244,22 @@ def test_sample_gives_texts_and_left_aligned_rows():
     assert rollout.scores.tolist() == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+def test_sample_keeps_the_logprobs_that_tokens_were_drawn_with(rows_at_once):
+    lm, temperature = tiny_lm(), 0.7
+    sampling = Sampling(12, temperature, top_k=3)
+    made, rollout = sample(lm, PROMPTS, KEYS, sampling, Letters(), rows_at_once)
+    for b, ids in enumerate(made.response_ids):
+        row, first = made.prompt_ids[b] + ids, len(made.prompt_ids[b])
+        logits = lm.logits(lm(torch.tensor([row])))[0, first - 1 : -1] / temperature
+        best = logits.topk(3).values  # all that could be drawn
+        drawn = logits.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        expected = drawn - best.logsumexp(-1)
+        kept = rollout.sampled_logprobs[b]
+        torch.testing.assert_close(kept[: len(ids)], expected, rtol=0, atol=1e-9)
+        assert not kept[len(ids) :].any()
+
+
 def test_sample_passes_every_column_and_none_where_a_row_lacks_it():
     made, _ = sample(tiny_lm(), PROMPTS, KEYS, Sampling(1), Letters(), 4)
     assert made.columns == {"answer": [7, 8, None, None], "topic": [None, "x", None, "y"]}

@@ -32,6 +32,7 @@ def hand_buffer(rows_at_once: int) -> RolloutBuffer:
         response_mask=torch.tensor([[T, T], [T, F]]),
         scores=torch.tensor([1.0, -1.0], dtype=f64),
         old_logprobs=matrix([-1.0, -2.0], [-0.5, nan]),
+        sampled_logprobs=matrix([-1.001, -1.998], [-0.5, nan]),
         ref_logprobs=matrix([-1.5, -1.0], [-0.7, nan]),
         old_values=matrix([0.2, 0.4], [0.3, nan]),
         returns=matrix([1.0, 2.0], [3.0, nan]),
@@ -49,6 +50,7 @@ EXPECTED = {
     "objective/kl_per_token": (0.5 - 1 + 0.2) / 3,
     "objective/logprobs": -3.5 / 3,
     "objective/ref_logprobs": -3.2 / 3,
+    "health/logprobs_diff": 0.002,
     "policy/advantages_mean": (6 - 0.9) / 3,
     "val/mean": 0.3,
     "val/var": 0.02 / 3,  # deviations -0.1, 0.1 and 0
