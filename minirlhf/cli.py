@@ -15,7 +15,7 @@ VERBS = {  # verb: (module with a main(argv) -> exit code, what it does)
     "plan": ("minirlhf.tools.plan", "count the memory of a run, without running it"),
     "metrics": ("minirlhf.tools.metrics", "tell what each number in the log means"),
     "coming-from": ("minirlhf.tools.coming_from", "tell where another tool's parameters went"),
-    "sample": ("minirlhf.tools.sample", "write one continuation a prompt, as JSON lines"),
+    "sample": ("minirlhf.tools.sample", "write continuations of prompts, as JSON lines"),
     "score": ("minirlhf.tools.score", "score texts or preferences with a reward model"),
     "serve": ("minirlhf.tools.serve", "answer requests for scores with a reward model, over HTTP"),
     "demo": ("minirlhf.tools.demo", "train, align and measure a tiny model from nothing"),

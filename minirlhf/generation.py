@@ -203,13 +203,19 @@ def decode_steps(
     device = lm.unembedding.device
     rows = torch.arange(len(prompts), device=device)
     keys = keys.to(device)
-    tokens, lengths = pad_right(prompts).to(device), torch.tensor([len(p) for p in prompts])
-    lengths = lengths.to(device)
+    # Each prompt is read once, however many rows continue it.
+    distinct = {tuple(prompt): None for prompt in prompts}
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    source = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)  # (B,)
+    tokens = pad_right(list(distinct)).to(device)
+    lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
     capacity = tokens.shape[1] + sampling.max_new_tokens
-    cache = KVCache(lm.config, len(prompts), capacity, lm.unembedding)
+    cache = KVCache(lm.config, len(distinct), capacity, lm.unembedding)
     hidden = lm(tokens, cache)
-    hidden = hidden[rows, lengths - 1]  # (A, D)
+    hidden = hidden[source, lengths[source] - 1]  # (A, D)
     cache.hold(lengths)
+    if len(distinct) < len(prompts):
+        cache.repeat(source)
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = torch.zeros(len(prompts), lm.config.vocab_size, dtype=torch.bool, device=device)

@@ -159,6 +159,13 @@ class KVCache:
         """Each row has one token more."""
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
 
+    def repeat(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was, (A,) int64; for several samples of one prompt."""
+        for cells in (self.keys, self.values):
+            for layer, cell in enumerate(cells):
+                cells[layer] = cell[rows]
+        self.hold(self.lengths[rows])
+
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these, (A,) int64.
 

@@ -149,6 +149,21 @@ def test_a_row_does_not_depend_on_its_batch(sampling):
         assert_close(alone.logprobs[0], together.logprobs[i, :n], atol=1e-12)
 
 
+def test_rows_of_one_prompt_share_its_prefill():
+    lm, prompts = random_lm(), [[5, 9], [3], [5, 9], [5, 9], [3]]
+    shapes = []
+    with lm.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape))):
+        together = generate(lm, prompts, Sampling(9), [0], keys(5))
+    assert shapes[0] == (2, 2)  # [5, 9] and [3, padding]
+    assert shapes[1:] == [(int(active), 1) for active in together.response_mask.sum(0)[1:]]
+    assert len(set(map(tuple, together.responses()))) > 2  # one prompt, several keys
+    for b, prompt in enumerate(prompts):
+        alone = generate(lm, [prompt], Sampling(9), [0], keys(1, b))
+        assert alone.responses()[0] == together.responses()[b]
+        got = together.logprobs[b][together.response_mask[b]]
+        assert_close(got, alone.logprobs[0], 1e-9)
+
+
 def test_the_key_alone_decides_what_is_drawn():
     lm = random_lm()
     texts = generate(lm, [[3]] * 4, Sampling(10), [], keys(4)[[0, 1, 0, 2]]).responses()

@@ -101,6 +101,16 @@ def test_sample_draws_anew_for_each_row_and_seed(files, capsys, tmp_path):
     assert lines_of(capsys, *command, "--prompt", "a film") == rows[:1]
 
 
+def test_sample_draws_several_responses_of_each_prompt(files, capsys, tmp_path):
+    command = ["sample", "--model", files["LM"], "--max-new-tokens", 16]
+    rows = lines_of(capsys, *command, "--data", files["PROMPTS"], "--samples", 3, "--limit", 2)
+    assert [row["prompt"] for row in rows] == 3 * PROMPTS[:1] + 3 * PROMPTS[1:2]
+    assert len({row["response"] for row in rows}) == 6
+    # as if each prompt stood in the file three times, in any batch
+    thrice = write_lines(tmp_path / "thrice.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    assert lines_of(capsys, *command, "--data", thrice, "--batch-size", 2) == rows
+
+
 def test_sample_greedy_equals_transformers(files, capsys):
     import transformers
 
@@ -512,6 +522,9 @@ def test_sample_takes_empty_prompts_where_something_stands_before_them(files, ca
         ("sample --model LM --data PROMPTS --prompt x", "give exactly one of --data and --prompt"),
         ("sample --model LM --prompt x --stop=", "--stop: got an empty string"),
         ("sample --model LM --prompt x --out PROMPTS", "prompts.jsonl is there already"),
+        ("sample --model LM --prompt x --samples 0", "--samples: got 0, must be"),
+        ("sample --model LM --prompt x --samples 2 --temperature 0",
+         "--samples 2 with temperature 0: they would all be one"),
         ("sample --model LM --prompt x --top-p 0", "--top-p: got 0.0, must be"),
         ("sample --model LM --prompt x --max-new-tokens 49",
          "--max-new-tokens: is 49: the model has 48 positions"),

@@ -1,4 +1,4 @@
-"""One continuation of each prompt, as JSON lines: `minirlhf sample --model FOLDER --data FILE`.
+"""Continuations of prompts, as JSON lines: `minirlhf sample --model FOLDER --data FILE`.
 
 Lines go to stdout or to --out, all else to stderr. A row's text depends on its prompt, its number
 and the seed, not on the rows it shares a batch with.
@@ -38,7 +38,8 @@ class SampleConfig:
     min_p: float = setting(0.0, "least fraction of the best's probability", at_least=0, at_most=1)
     repetition_penalty: float = setting(1.0, "of tokens already there; 1: off", above=0)
     stop: tuple[str, ...] = setting((), "strings that end a response, which is cut before them")
-    batch_size: int = setting(16, "prompts sampled at a time", at_least=1)
+    samples: int = setting(1, "continuations of each prompt, one after another", at_least=1)
+    batch_size: int = setting(16, "continuations sampled at a time", at_least=1)
     max_length: int | None = setting(
         None, "tokens of the longest prompt; none: what the model has room for", at_least=1
     )
@@ -64,6 +65,8 @@ class SampleConfig:
         problems = []
         if (self.data is None) == (self.prompt is None):
             problems.append("give exactly one of --data and --prompt")
+        if self.samples > 1 and self.temperature == 0:
+            problems.append(f"--samples {self.samples} with temperature 0: they would all be one")
         if not all(self.stop):
             problems.append("--stop: got an empty string, which every text contains")
         return problems + check_new(self.out)
@@ -80,24 +83,26 @@ def check_new(out: str | None, flag: str = "--out") -> list[str]:
 
 def sample(
     lm: CausalLM, tokenizer: Tokenizer, prompts: list[Prompt], sampling: Sampling,
-    seed: int = 0, batch_size: int = 16,
+    seed: int = 0, batch_size: int = 16, samples: int = 1,
 ) -> Iterator[dict]:  # fmt: skip
-    """One row a prompt, in order.
+    """So many rows a prompt, in order.
 
     Args:
         prompts: each with room for sampling.max_new_tokens behind it.
         seed: row i draws from the key (seed, "sample", i).
+        samples: rows of each prompt; those of a batch read it once.
     Returns:
         {prompt: as it stood in the file, or what is left of a text that was cut, response: text
         before a stop string (for a prompt of messages: the assistant's message), finish_reason: eos
         | stop | length, tokens: sampled}; and input_ids, prompt_length where a prompt's ids are not
         those of its text.
     """
-    keys = streams.key(seed, "sample", torch.arange(len(prompts)))
-    # As of prompts that came as ids, or were cut: others then read the ids instead of the text.
+    # False for prompts that came as ids, or were cut: others then read the ids instead of the text.
     exact = all(read_again(tokenizer, prompt) == prompt.ids for prompt in prompts)
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    keys = streams.key(seed, "sample", torch.arange(len(repeated)))
+    for start in range(0, len(repeated), batch_size):
+        part = repeated[start : start + batch_size]
         ids = [prompt.ids for prompt in part]
         rows_keys = keys[start : start + batch_size]
         made = generate(lm, ids, sampling, tokenizer.eos_ids, rows_keys, tokenizer.decode)
@@ -158,7 +163,7 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
 
 def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
-        SampleConfig, argv, "minirlhf sample", "Write one continuation a prompt, as JSON lines."
+        SampleConfig, argv, "minirlhf sample", "Write continuations of prompts, as JSON lines."
     )
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
     folder = pretrained.resolve(config.model)
@@ -176,16 +181,19 @@ def main(argv: list[str] | None = None) -> int:
     for line in pretrained.rounded([folder], dtype):
         print(f"warning: {line}", file=sys.stderr)
     lm = pretrained.load_pretrained(folder, dtype, device)
-    rows = sample(lm, tokenizer, prompts, sampling, config.seed, config.batch_size)
+    rows = sample(
+        lm, tokenizer, prompts, sampling, config.seed, config.batch_size, config.samples
+    )
+    total = len(prompts) * config.samples
     with json_lines(config.out) as write:
         written = 0
         quiet = not sys.stderr.isatty()
         try:
-            for row in tqdm(rows, "sample", len(prompts), disable=quiet):
+            for row in tqdm(rows, "sample", total, disable=quiet):
                 write(row)
                 written += 1
         except KeyboardInterrupt:
-            print(f"stopped after {written:,} of {len(prompts):,} rows", file=sys.stderr)
+            print(f"stopped after {written:,} of {total:,} rows", file=sys.stderr)
             return STOPPED
     return OK
 
