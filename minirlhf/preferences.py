@@ -22,6 +22,8 @@ from minirlhf.generation import pad_right
 from minirlhf.losses import bradley_terry_loss, plackett_luce_loss, preference_accuracy
 from minirlhf.optim import cut_by_tokens
 from minirlhf.rankings import Ranking
+from minirlhf.tokenizer import Tokenizer
+from minirlhf.transformer import ModelConfig
 
 Example = Pair | Ranking
 E = TypeVar("E", Pair, Ranking)
@@ -63,6 +65,11 @@ def micro_batches(examples: list[E], max_tokens: int) -> list[Tensor]:
     """Index tensors that cut examples into forward passes; the texts of each stay together."""
     counts = count_texts(examples)
     return cut_by_tokens(row_lengths(examples), len(examples), max_tokens, counts)
+
+
+def reads_before_eos(model: ModelConfig, tokenizer: Tokenizer) -> bool:
+    """Whether a score is read before the eos: without a token to spare other tools pad with eos."""
+    return bool(model.source.get("read_before_eos")) or tokenizer.spare_pad_token() is None
 
 
 def without_eos(example: E, eos_ids: tuple[int, ...]) -> E:

@@ -94,6 +94,65 @@ def test_plan_ppo_leaves_room_for_the_reward_model(model, tmp_path, capsys):
         plan.main([*words, "--reward", str(short)])
 
 
+def test_plan_ppo_takes_the_held_out_prompts_of_the_run(model, tmp_path, capsys):
+    train_tokenizer(["a b c d"], 258, model)
+    data = rows(tmp_path / "p.jsonl", {"prompt": "a"})
+    held_out = rows(tmp_path / "e.jsonl", *({"prompt": "a" * n} for n in (3, 5, 20)))
+    words = ["ppo", "--model", str(model), "--data", data, "--eval-data", held_out]
+    words += ["--max-new-tokens", "20"]
+    assert plan.main([*words, "--eval-prompts", "2"]) == 0  # which leaves the long one out
+    assert lines_of(capsys.readouterr().out)["KV cache"] == "64 rows x 25 tokens x 16 B"
+    rows(tmp_path / "e.jsonl", {"prompt": "a"})
+    with pytest.raises(UserError, match=r"e\.jsonl: 1 prompt to evaluate on: give 2 or more"):
+        plan.main(words)
+
+
+def test_plan_ppo_refuses_prompts_without_room_in_a_scorer_of_other_words(model, tmp_path):
+    train_tokenizer(["a b c d"], 258, model)
+    other = shutil.copytree(model, tmp_path / "other")
+    train_tokenizer(["aa bb aa bb"] * 4, 260, other)
+    (other / "config.json").write_text(json.dumps(SHAPE | {"max_position_embeddings": 22}))
+    data = rows(tmp_path / "p.jsonl", {"prompt": "c" * 5})
+    words = ["ppo", "--model", str(model), "--data", data, "--reward", str(other)]
+    with pytest.raises(UserError, match=r"5 tokens once --reward .* re-encodes them, and 20 new"):
+        plan.main([*words, "--max-new-tokens", "20"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "row"),
+    [("reward", {"chosen": "a" * 70, "rejected": "b"}), ("sft", {"text": "a" * 70})],
+)
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_plan_refuses_rows_that_the_model_does_not_read(recipe, row, flag, model, tmp_path):
+    train_tokenizer(["a b c d"], 258, model)
+    short = {key: "cd" for key in row} | {"rejected": "b"}
+    files = {"--data": rows(tmp_path / "t.jsonl", short),
+             flag: rows(tmp_path / "long.jsonl", row)}  # fmt: skip
+    words = [word for item in files.items() for word in item]
+    told = r"long\.jsonl: a row of 71 tokens, the model reads 64: give --max-length 64"
+    with pytest.raises(UserError, match=told):
+        plan.main([recipe, "--model", str(model), *words])
+
+
+def test_plan_reward_leaves_eos_out_for_a_model_that_is_read_before_it(model, tmp_path, capsys):
+    train_tokenizer(["a b c d"], 258, model)
+    data = rows(tmp_path / "p.jsonl", {"chosen": "abc", "rejected": "ab"})
+    for before, tokens in ((False, 4 + 3), (True, 3 + 2)):
+        config = json.dumps(SHAPE | {"read_before_eos": before})
+        (model / "config.json").write_text(config, encoding="utf-8")
+        assert plan.main(["reward", "--model", str(model), "--data", data]) == 0
+        told = lines_of(capsys.readouterr().out)
+        assert told["activations"].startswith(f"{tokens} tokens x ")
+
+
+def test_plan_reward_refuses_a_loss_that_means_nothing_for_the_data(model, tmp_path):
+    train_tokenizer(["a b c d"], 258, model)
+    data = rows(tmp_path / "p.jsonl", {"chosen": "a", "rejected": "b"})
+    words = ["reward", "--model", str(model), "--data", data, "--list-loss", "pairs"]
+    with pytest.raises(UserError, match=r"--list-loss: is pairs, but .*p\.jsonl holds pairs"):
+        plan.main(words)
+
+
 def test_plan_reward_counts_the_evaluation_that_normalises(model, tmp_path, capsys):
     train_tokenizer(["a b c d"], 258, model)
     data = rows(tmp_path / "p.jsonl", {"chosen": "a", "rejected": "b"})
@@ -146,6 +205,30 @@ def test_plan_sft_of_a_model_from_nothing(tmp_path, capsys):
     assert plan.main(["sft", "--init-config", str(path), "--vocab-size", "400"]) == 0
     # 400 x 4, and 16 for each of k and v as for q
     assert lines_of(capsys.readouterr().out)["weights"] == "1,748 x 4 B"
+
+
+def test_plan_sft_of_a_model_from_nothing_reads_its_data(tmp_path, capsys):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps({k: v for k, v in SHAPE.items() if k != "vocab_size"}))
+    data = rows(tmp_path / "t.jsonl", {"text": "a"}, {"text": "b"})
+    words = ["sft", "--init-config", str(path), "--data", data]
+    assert plan.main(words) == 0
+    told = lines_of(capsys.readouterr().out)
+    # nothing to merge in these texts, so 258 tokens, not the 8192 that there may be
+    assert told["weights"] == "1,164 x 4 B"
+    assert told["activations"].startswith("4 tokens x ")  # a letter and its eos in each
+
+
+@pytest.mark.parametrize("given", ["--data", "--tokenizer"])
+def test_plan_sft_refuses_a_config_with_fewer_words_than_the_tokenizer(given, model, tmp_path):
+    train_tokenizer(["a b c d"], 258, model)
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(SHAPE | {"vocab_size": 257}), encoding="utf-8")
+    data = rows(tmp_path / "t.jsonl", {"text": "a"})
+    value = {"--data": data, "--tokenizer": str(model)}[given]
+    told = r"tiny\.json: vocab_size: is 257: must be at least the tokenizer's 258"
+    with pytest.raises(UserError, match=told):
+        plan.main(["sft", "--init-config", str(path), given, value])
 
 
 def test_plan_counts_half_precision(model, capsys):

@@ -42,6 +42,7 @@ from minirlhf.preferences import (
     kind_of,
     micro_batches,
     preference_metrics,
+    reads_before_eos,
     row_lengths,
     without_eos,
 )
@@ -296,6 +297,20 @@ def check_loss(config: RewardConfig, path: str, examples: list[Example]) -> None
         raise UserError("--label-smoothing", what, do)
 
 
+def memory_plan(
+    config: RewardConfig, model: ModelConfig, examples: list[Example],
+    sets: dict[str, list[Example]], dtype: torch.dtype, held: int,
+) -> memory.Plan:  # fmt: skip
+    """What a run over these examples and held-out sets will hold; held: as in `reward_plan`."""
+    every = [examples, *sets.values()]
+    scored = every if config.normalize == "train" else every[1:]
+    return memory.reward_plan(
+        config, model, max(int(row_lengths(rows).max()) for rows in every), dtype, held,
+        max(map(len, scored), default=0), max(int(count_texts(rows).max()) for rows in every),
+        memory.heaviest(list(map(count_tokens, examples)), config.batch_size),
+    )  # fmt: skip
+
+
 def load_start(
     config: RewardConfig, before_eos: bool, device: str, dtype: torch.dtype
 ) -> RewardModel:
@@ -427,27 +442,18 @@ def main(argv: list[str] | None = None) -> int:
     folder = pretrained.resolve(config.model)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
     r.inputs += tokenizer_files(folder)
-    # Without a token to spare other tools pad with eos, and then read the score before it.
-    before_eos = bool(model_config.source.get("read_before_eos"))
-    before_eos = before_eos or tokenizer.spare_pad_token() is None
+    before_eos = reads_before_eos(model_config, tokenizer)
     read = {
         prefix: load(config, file, tokenizer, model_config, before_eos)
         for prefix, file in files.items()
     }
     sets = {prefix: rows for prefix, (rows, _) in read.items()}
-    longest = max(int(row_lengths(rows).max()) for rows in sets.values())
-    texts = max(int(count_texts(rows).max()) for rows in sets.values())
     examples = sets.pop("")
-    scored = [*sets.values(), *([examples] if config.normalize == "train" else [])]
     # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
     # it, and the plan counts it.
     torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
     torch.utils.deterministic.fill_uninitialized_memory = False
-    plan = memory.reward_plan(
-        config, model_config, longest, dtype, process_bytes(device),
-        max(map(len, scored), default=0), texts,
-        memory.heaviest(list(map(count_tokens, examples)), config.batch_size),
-    )  # fmt: skip
+    plan = memory_plan(config, model_config, examples, sets, dtype, process_bytes(device))
     print(plan)
     for line in pretrained.rounded([folder], dtype):
         print(f"warning: {line}")

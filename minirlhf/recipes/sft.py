@@ -221,7 +221,7 @@ def raw_texts(path: str, policy: RowPolicy) -> Iterator[str]:
 def choose_tokenizer(config: SFTConfig) -> Tokenizer:
     """The model's own, or --tokenizer's, or that of the run that is resumed, or a new one."""
     if config.model is not None:
-        return load_tokenizer(pretrained.resolve(config.model))
+        return load_tokenizer(pretrained.resolve(config.model, weights=False))
     if config.tokenizer is not None:
         return load_tokenizer(pretrained.resolve(config.tokenizer, weights=False))
     kept = Path(config.out) / "tokenizer"
@@ -244,21 +244,34 @@ def keep_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
         fsio.commit_folder(temporary, final)
 
 
+def new_config(path: str, vocab_size: int, **ids: int | None) -> ModelConfig:
+    """The config of a model from nothing.
+
+    Args:
+        path: of --init-config.
+        vocab_size: where the file has none.
+        ids: what config.json says of special tokens.
+    """
+    values = read_json(path)
+    if isinstance(values, dict):
+        # Written out, because Hugging Face's defaults for absent keys differ by family.
+        if "num_attention_heads" in values:
+            values = {"num_key_value_heads": values["num_attention_heads"], **values}
+        values = {"vocab_size": vocab_size, **values, **ids}
+    return config_from_hf(values, path)
+
+
 def choose_config(config: SFTConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The model's config, or the one of --init-config with what it may leave to the tokenizer."""
     if config.init_config is None:
-        where = pretrained.resolve(config.model)
+        where = pretrained.resolve(config.model, weights=False)
         model_config = pretrained.read_config(where)
     else:
         where, pad = config.init_config, tokenizer.spare_pad_token()
-        values = read_json(where)
-        if isinstance(values, dict):
-            # Written out, because Hugging Face's defaults for absent keys differ by family.
-            if "num_attention_heads" in values:
-                values = {"num_key_value_heads": values["num_attention_heads"], **values}
-            values = {"vocab_size": tokenizer.vocab_size, **values}
-            values |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": pad and pad[1]}
-        model_config = config_from_hf(values, where)
+        model_config = new_config(
+            where, tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
+            pad_token_id=pad and pad[1],
+        )  # fmt: skip
     if model_config.vocab_size < tokenizer.vocab_size:
         legal = f"must be at least the tokenizer's {tokenizer.vocab_size}"
         raise UserError(f"{where}: vocab_size", f"is {model_config.vocab_size}", legal)
@@ -279,6 +292,18 @@ def load(
         raise UserError(path, what, f"give --max-length {most}")
     print(report)
     return texts, report
+
+
+def memory_plan(
+    config: SFTConfig, model: ModelConfig, texts: list[Text], sets: dict[str, list[Text]],
+    dtype: torch.dtype, held: int,
+) -> memory.Plan:  # fmt: skip
+    """What a run over these texts and held-out sets will hold; held: as in `sft_plan`."""
+    longest = max(int(count_tokens(rows)[0].max()) for rows in (texts, *sets.values()))
+    return memory.sft_plan(
+        config, model, longest, dtype, held, max(map(len, sets.values()), default=0),
+        memory.heaviest(count_tokens(texts)[0].tolist(), config.batch_size),
+    )  # fmt: skip
 
 
 def load_start(
@@ -327,17 +352,12 @@ def main(argv: list[str] | None = None) -> int:
     most = model_config.longest_row
     read = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
     sets = {prefix: rows for prefix, (rows, _) in read.items()}
-    longest = max(int(count_tokens(rows)[0].max()) for rows in sets.values())
     texts = sets.pop("")
     # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
     # it, and the plan counts it.
     torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
     torch.utils.deterministic.fill_uninitialized_memory = False
-    plan = memory.sft_plan(
-        config, model_config, longest, dtype, process_bytes(device),
-        max(map(len, sets.values()), default=0),
-        memory.heaviest(count_tokens(texts)[0].tolist(), config.batch_size),
-    )  # fmt: skip
+    plan = memory_plan(config, model_config, texts, sets, dtype, process_bytes(device))
     print(plan)
     start = [pretrained.resolve(config.model)] if config.model else []
     for line in pretrained.rounded(start, dtype):

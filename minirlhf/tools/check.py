@@ -20,6 +20,7 @@ from minirlhf.data import OVERLONG
 from minirlhf.errors import OK, UserError, run
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_start import prompt_room
+from minirlhf.preferences import reads_before_eos
 from minirlhf.rows import read_json
 from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import load_tokenizer
@@ -104,7 +105,7 @@ def check_model(name: str, recipes: Iterable[str]) -> Model:
     longest_first = sorted(filter(None, names), key=len, reverse=True)
     return Model(
         config, tokenizer, is_reward, parameters,
-        bool(config.source.get("read_before_eos")) or tokenizer.spare_pad_token() is None,
+        reads_before_eos(config, tokenizer),
         re.compile("|".join(map(re.escape, longest_first)) or r"(?!)"),
         None if unknown in tokenizer.eos_ids else unknown,
     )  # fmt: skip

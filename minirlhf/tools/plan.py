@@ -1,34 +1,28 @@
 """What a run would hold in memory, without running it: `minirlhf plan ppo --model FOLDER …`.
 
-The flags are the recipe's own. --model is enough, and of its folder config.json; with --data, which
-needs the tokenizer too, rows are as long as the data's, otherwise as long as they may be.
+The flags are the recipe's own. --model is enough, and of its folder config.json: rows are then as
+long as they may be. With --data, which needs the tokenizer too, the recipe's own functions read
+them, so what a run would refuse of data is refused here.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import field, fields, make_dataclass
-from typing import NamedTuple
 
 import torch
 
 from minirlhf import config as settings
 from minirlhf import memory, optim, presets, pretrained, reward_sources
-from minirlhf.data import load_prompts, load_texts
 from minirlhf.errors import OK, UserError, run
-from minirlhf.hf_config import config_from_hf
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.memory import Plan
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.ppo_start import prompt_room, read_texts
-from minirlhf.preferences import count_texts, count_tokens, row_lengths
-from minirlhf.rankings import load_preferences
+from minirlhf.ppo_start import check_reencoded, prompt_room, read_data, read_texts
+from minirlhf.preferences import reads_before_eos
+from minirlhf.recipes import reward, sft
 from minirlhf.recipes.reward import RewardConfig
-from minirlhf.recipes.sft import SFTConfig, with_target
-from minirlhf.recipes.sft import count_tokens as count_text_tokens
-from minirlhf.rows import read_json
+from minirlhf.recipes.sft import SFTConfig
 from minirlhf.run import named_files
-from minirlhf.sieve import RowPolicy
-from minirlhf.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.tokenizer import load_tokenizer
 from minirlhf.transformer import ModelConfig
 
 
@@ -36,117 +30,71 @@ def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
     models = memory.ppo_models(config)
     folder = pretrained.resolve(config.model, weights=False)
     names = filter(None, (config.ref, config.critic))
-    others = [pretrained.resolve(name, weights=False) for name in names]
+    same, others = [folder, *(pretrained.resolve(name, weights=False) for name in names)], []
     tokenizer = load_tokenizer(folder) if config.data or config.ptx_data else None
     for spec in map(reward_sources.parse, config.reward):
         if spec.kind == "model" and tokenizer is not None:
             place = pretrained.resolve(spec.place, weights=False)
-            others += [] if reward_sources.reencoded(place, tokenizer) else [place]
-    room, longest_text = prompt_room(config, (folder, *others)), 0
-    if config.ptx_data:
-        texts, _ = read_texts(config, tokenizer, pretrained.read_config(folder).longest_row)
-        longest_text = max(len(text.ids) for text in texts)
+            (others if reward_sources.reencoded(place, tokenizer) else same).append(place)
+    room, longest_row = prompt_room(config, same), pretrained.read_config(folder).longest_row
     if config.data:
-        files, longest = (config.data, *named_files(config.eval_data, "/").values()), 0
-        for file in files:
-            prompts, report = load_prompts(
-                file, tokenizer, room, config.overlong, policy=RowPolicy.of(config)
-            )
-            print(report)
-            longest = max(longest, *(len(prompt.ids) for prompt in prompts))
-        room = longest
+        data = read_data(config, tokenizer, room, longest_row)
+        check_reencoded(config, others, data)
+        longest, longest_text = data.longest_prompt, data.longest_text
     elif config.max_prompt_length is None:
         raise UserError("--data", "not given, so prompts may be of any length",
                         "give it, or --max-prompt-length")  # fmt: skip
+    else:
+        texts, _ = read_texts(config, tokenizer, longest_row) if config.ptx_data else ([], None)
+        longest, longest_text = room, max((len(text.ids) for text in texts), default=0)
     held = process_bytes(device)
-    return memory.ppo_plan(config, models, room, dtype, held, longest_text)
-
-
-class Rows(NamedTuple):
-    """Data files in a few numbers."""
-
-    longest: int  # tokens, of all files
-    held_out: int  # rows of the largest file of --eval-data
-
-
-def measure(
-    config: RewardConfig | SFTConfig, most: int, lengths: Callable[[str], list[int]] | None
-) -> Rows:
-    """Lengths of --data and --eval-data; those that max_length allows where none can be told.
-
-    Args:
-        most: tokens that the model reads.
-        lengths: file -> tokens of each of its rows; None without a tokenizer.
-    """
-    if not config.data or lengths is None:
-        return Rows(min(config.max_length, most), 0)
-    train, *held_out = (lengths(f) for f in (config.data, *named_files(config.eval_data).values()))
-    longest = max(max(found) for found in (train, *held_out))
-    return Rows(longest, max(map(len, held_out), default=0))
+    return memory.ppo_plan(config, models, longest, dtype, held, longest_text)
 
 
 def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
     folder = pretrained.resolve(config.model, weights=False)
-    model, texts = pretrained.read_config(folder), [2]
-    tokens: list[list[int]] = []  # of each example, file by file
-
-    def lengths(path: str) -> list[int]:
-        tokenizer = load_tokenizer(folder)
-        examples, report = load_preferences(
-            path, tokenizer, config.max_length, config.overlong, policy=RowPolicy.of(config)
-        )
-        print(report)
-        texts.append(int(count_texts(examples).max()))
-        tokens.append(list(map(count_tokens, examples)))
-        return row_lengths(examples).tolist()
-
-    longest, held_out = measure(config, model.longest_row, lengths)
-    if config.normalize == "train" and tokens:  # which are scored, too
-        held_out = max(held_out, len(tokens[0]))
-    heaviest = memory.heaviest(tokens[0], config.batch_size) if tokens else None
-    return memory.reward_plan(
-        config, model, longest, dtype, process_bytes(device), held_out, max(texts), heaviest
-    )
-
-
-def sft_model(config: SFTConfig) -> tuple[ModelConfig, Tokenizer | None]:
-    """The architecture, and the tokenizer unless one would be trained: it may then be as large as
-    --vocab-size allows."""
-    if config.model is not None:
-        folder = pretrained.resolve(config.model, weights=False)
-        return pretrained.read_config(folder), load_tokenizer(folder) if config.data else None
-    tokenizer = (
-        load_tokenizer(pretrained.resolve(config.tokenizer, weights=False))
-        if config.tokenizer
-        else None
-    )
-    values = read_json(config.init_config)
-    if isinstance(values, dict):
-        if "num_attention_heads" in values:
-            values = {"num_key_value_heads": values["num_attention_heads"], **values}
-        size = tokenizer.vocab_size if tokenizer else config.vocab_size
-        values = {"vocab_size": size, **values}
-    return config_from_hf(values, config.init_config), tokenizer
+    model = pretrained.read_config(folder)
+    if not config.data:
+        longest = min(config.max_length, model.longest_row)
+        return memory.reward_plan(config, model, longest, dtype, process_bytes(device))
+    tokenizer = load_tokenizer(folder)
+    before_eos = reads_before_eos(model, tokenizer)
+    sets = {
+        prefix: reward.load(config, file, tokenizer, model, before_eos)[0]
+        for prefix, file in files_of(config).items()
+    }
+    examples = sets.pop("")
+    return reward.memory_plan(config, model, examples, sets, dtype, process_bytes(device))
 
 
 def plan_sft(config: SFTConfig, dtype: torch.dtype, device: str) -> Plan:
-    model, tokenizer = sft_model(config)
-    tokens: list[list[int]] = []  # of each text, file by file
+    if not config.data:
+        model = sft_model(config)
+        longest = min(config.max_length, model.longest_row)
+        return memory.sft_plan(config, model, longest, dtype, process_bytes(device))
+    tokenizer = sft.choose_tokenizer(config)
+    model = sft.choose_config(config, tokenizer)
+    sets = {
+        prefix: sft.load(config, file, tokenizer, model.longest_row)[0]
+        for prefix, file in files_of(config).items()
+    }
+    texts = sets.pop("")
+    return sft.memory_plan(config, model, texts, sets, dtype, process_bytes(device))
 
-    def lengths(path: str) -> list[int]:
-        texts, report = load_texts(
-            path, tokenizer, config.max_length, config.overlong,
-            policy=RowPolicy.of(config), finish=with_target,
-        )  # fmt: skip
-        print(report)
-        tokens.append(count_text_tokens(texts)[0].tolist())
-        return tokens[-1]
 
-    longest, held_out = measure(config, model.longest_row, lengths if tokenizer else None)
-    heaviest = memory.heaviest(tokens[0], config.batch_size) if tokens else None
-    return memory.sft_plan(
-        config, model, longest, dtype, process_bytes(device), held_out, heaviest
-    )
+def sft_model(config: SFTConfig) -> ModelConfig:
+    """The architecture without data; a tokenizer that a run would train on them is taken to be as
+    large as it may be."""
+    if config.model is not None:
+        return pretrained.read_config(pretrained.resolve(config.model, weights=False))
+    if config.tokenizer is not None:
+        return sft.choose_config(config, sft.choose_tokenizer(config))
+    return sft.new_config(config.init_config, config.vocab_size)
+
+
+def files_of(config: RewardConfig | SFTConfig) -> dict[str, str]:
+    """Metric prefix -> file of data; "" for training."""
+    return {"": config.data, **named_files(config.eval_data)}
 
 
 RECIPES = {
