@@ -19,6 +19,7 @@ from minirlhf import pretrained
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.logprobs import CHUNK, TILE, widened
 from minirlhf.machine import Machine
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.reward_sources import parse
 from minirlhf.transformer import CausalLM, ModelConfig, shapes_only
 
@@ -228,35 +229,8 @@ def heaviest(tokens: Sequence[int], rows: int) -> int:
     return sum(sorted(tokens)[-rows:])
 
 
-class PPOSettings(Protocol):
-    """Those settings of `minirlhf ppo` that decide what it holds."""
-
-    model: str
-    ref: str | None
-    reward: tuple[str, ...]  # each as `reward_sources.parse` takes it
-    critic: str | None
-    batch_size: int
-    max_new_tokens: int
-    rollout_batch_size: int
-    mini_batches: int
-    micro_batch_size: int
-    micro_batch_tokens: int
-    lora_rank: int
-    train_critic: bool
-    entropy_coef: float
-    offload_frozen: bool
-    gradient_checkpointing: bool
-    ptx_batch_size: int
-    keep_best: bool
-    kl_estimator: str
-    kl_in: str
-    top_k: int
-    top_p: float
-    min_p: float
-
-
 class TrainingSettings(Protocol):
-    """Those of `minirlhf reward` and `minirlhf sft`."""
+    """Those of `minirlhf reward` and `minirlhf sft` that decide what they hold."""
 
     batch_size: int
     micro_batch_tokens: int
@@ -273,7 +247,7 @@ class PPOModels(NamedTuple):
     critic: ModelConfig | None
 
 
-def ppo_models(settings: PPOSettings) -> PPOModels:
+def ppo_models(settings: PPOConfig) -> PPOModels:
     """Reads their config.json; a policy with adapters is its own reference."""
     ref = settings.ref or ("" if settings.lora_rank else settings.model)
     sources = (parse(source) for source in settings.reward)
@@ -289,7 +263,7 @@ def ppo_models(settings: PPOSettings) -> PPOModels:
 
 
 def ppo_plan(
-    settings: PPOSettings, models: PPOModels, longest_prompt: int, dtype: torch.dtype, held: int,
+    settings: PPOConfig, models: PPOModels, longest_prompt: int, dtype: torch.dtype, held: int,
     longest_text: int = 0,
 ) -> Plan:  # fmt: skip
     """Of a PPO run.
@@ -315,7 +289,7 @@ def ppo_plan(
     )
     # Of top-p: the sorted logits, their places, law, sum and mass before each.
     law = item + 3 * wide + (3 * wide + 8 if settings.top_p < 1 else 0)
-    drawable = settings.top_k or 0  # ids of a token's support
+    drawable = settings.top_k  # ids of a token's support
     uncounted = not drawable and (settings.top_p < 1 or settings.min_p > 0)
     passing, again = passing_per_token(policy, dtype, rank), settings.gradient_checkpointing
     kept = kept_per_token(policy, dtype, rank, again)
@@ -372,7 +346,7 @@ def ppo_plan(
 
 
 def _scorers(
-    settings: PPOSettings, models: PPOModels, dtype: torch.dtype, phases: tuple[str, ...]
+    settings: PPOConfig, models: PPOModels, dtype: torch.dtype, phases: tuple[str, ...]
 ) -> list[Part]:
     """Reference and reward models; offloaded they are read where they are needed, reward models one
     after the other."""
@@ -389,9 +363,7 @@ def _scorers(
     return parts
 
 
-def _full_kl(
-    settings: PPOSettings, models: PPOModels, dtype: torch.dtype, tokens: int
-) -> list[Part]:
+def _full_kl(settings: PPOConfig, models: PPOModels, dtype: torch.dtype, tokens: int) -> list[Part]:
     """Of --kl-estimator full: laws of a micro-batch's tokens, and what a loss keeps for them."""
     if settings.kl_estimator != "full":
         return []
