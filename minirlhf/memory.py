@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from minirlhf import pretrained
+from minirlhf import model_files, pretrained
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.logprobs import CHUNK, TILE, widened
 from minirlhf.machine import Machine
@@ -253,7 +253,7 @@ def ppo_models(settings: PPOConfig) -> PPOModels:
     sources = (parse(source) for source in settings.reward)
 
     def read(name: str) -> ModelConfig:
-        return pretrained.read_config(pretrained.resolve(name, weights=False))
+        return pretrained.read_config(model_files.resolve(name, weights=False))
 
     return PPOModels(
         read(settings.model), read(ref) if ref else None,

@@ -19,7 +19,8 @@ import torch
 
 from minirlhf.errors import UserError, printable
 from minirlhf.heads import RewardModel
-from minirlhf.pretrained import load_reward_model, resolve
+from minirlhf.model_files import resolve
+from minirlhf.pretrained import load_reward_model
 from minirlhf.reward_journal import Journal
 from minirlhf.reward_model import model_reward
 from minirlhf.reward_service import Service, service_reward

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import minirlhf
-from minirlhf import checkpoint, fsio, interrupt, pretrained
+from minirlhf import checkpoint, fsio, interrupt, model_files, pretrained
 from minirlhf.checkpoint import TrainState
 from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError, printable
 from minirlhf.machine import peak_bytes
@@ -442,7 +442,7 @@ def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(folder)
     names = ("bos_token_id", "pad_token_id")
     ids = {n: lm.config.source[n] for n in names if lm.config.source.get(n) is not None}
-    before = pretrained.inside(tokenizer.folder, "generation_config.json")
+    before = model_files.inside(tokenizer.folder, "generation_config.json")
     others = read_json(before) if before.exists() else {}
     eos = {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
     fsio.write_json(folder / "generation_config.json", ids | others | eos)

@@ -18,7 +18,7 @@ from minirlhf.chat_template import compile_template, plain_template, swap_names,
 from minirlhf.errors import UserError, printable
 from minirlhf.formats import Messages
 from minirlhf.hf_config import CODE_KEYS
-from minirlhf.pretrained import inside
+from minirlhf.model_files import inside
 from minirlhf.rows import read_json, read_text, strict_json
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # of tokenizers that are trained here

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from watched import Finding, run_cases
 
-from minirlhf import checkpoint, pretrained
+from minirlhf import checkpoint, model_files, pretrained
 from minirlhf import config as settings
 from minirlhf.data import load_pairs, load_prompts, load_texts
 from minirlhf.errors import UserError
@@ -348,7 +348,7 @@ def read_model(folder: str, load: Callable = pretrained.load_pretrained) -> Call
         tokens = torch.tensor([[1, 2, 3]])
         with torch.no_grad():
             model(tokens, torch.tensor([3])) if folder == "reward" else model.logits(model(tokens))
-        pretrained.has_tensor(pretrained.tensor_files(root / folder), "score.weight")
+        model_files.has_tensor(model_files.tensor_files(root / folder), "score.weight")
 
     return read
 

@@ -20,7 +20,8 @@ from minirlhf.cli import main
 from minirlhf.data import load_texts
 from minirlhf.errors import MACHINE, Stopped, UserError
 from minirlhf.hf_config import config_from_hf, config_to_hf
-from minirlhf.pretrained import has_tensor, load_pretrained
+from minirlhf.model_files import has_tensor
+from minirlhf.pretrained import load_pretrained
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 
 

@@ -1,11 +1,8 @@
 import json
 import re
 import shutil
-import socket
-import sys
 import weakref
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -17,16 +14,15 @@ from minirlhf import pretrained
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.heads import RewardModel, ValueHeadModel, normalize_scores
 from minirlhf.hf_config import config_from_hf, config_to_hf
+from minirlhf.model_files import has_tensor, tensor_files
 from minirlhf.pretrained import (
     at_hand,
     describe,
-    has_tensor,
     load_pretrained,
     load_reward_model,
     offload,
     rounded,
     save_pretrained,
-    tensor_files,
 )
 from minirlhf.transformer import CausalLM, ModelConfig
 
@@ -413,59 +409,6 @@ def test_tensors_of_integers_are_refused(copy):
         load_pretrained(folder)
 
 
-def test_a_tensor_in_two_shards_is_refused(peer, tmp_path):
-    peer("llama")[0].save_pretrained(tmp_path, max_shard_size="16KB")
-    first, second = tensor_files(tmp_path)[:2]
-    name, tensor = next(iter(load_file(first).items()))
-    save_file({**load_file(second), name: tensor}, second)
-    with pytest.raises(UserError, match=f"'{name}' stands in two shards"):
-        load_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "index, told",
-    [
-        ([], "has no weight_map"),
-        ({}, "has no weight_map"),
-        ({"weight_map": ["model.safetensors"]}, "has no weight_map"),
-        ({"weight_map": {"x": "gone.safetensors"}}, "'x' is in gone.safetensors, which is missing"),
-        ({"weight_map": {"x": "../up.safetensors"}}, r"'x' is in '../up.safetensors': shards are"),
-        ({"weight_map": {"x": "/up.safetensors"}}, "shards are plain file names"),
-        ({"weight_map": {"x": "a\\b.safetensors"}}, "shards are plain file names"),
-        ({"weight_map": {"x": "up.safetensors\n"}}, "shards are plain file names"),
-        ({"weight_map": {"x": "model.bin"}}, "shards are plain file names"),
-        ({"weight_map": {"x": 5}}, "shards are plain file names"),
-    ],
-)
-def test_a_bad_index_is_refused(index, told, copy):
-    folder = copy()
-    (folder / "model.safetensors").rename(folder.parent / "up.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=told) as caught:
-        load_pretrained(folder)
-    assert "model.safetensors.index.json" in caught.value.where
-
-
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 500, -1])
-def test_a_truncated_file_is_refused_by_name(size, copy):
-    path = copy() / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UserError, match=r"model.safetensors: not a whole safetensors file"):
-        load_pretrained(path.parent)
-    with pytest.raises(UserError, match=r"model.safetensors: not a whole safetensors file"):
-        has_tensor([path], "score.weight")
-
-
-def test_pickles_are_not_read(copy):
-    folder = copy()
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model.bin: pickle files are not read"):
-        load_pretrained(folder)
-    (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(UserError, match=r"has no model.safetensors: incomplete download"):
-        load_pretrained(folder)
-
-
 # ---- config.json ---------------------------------------------------------------------------------
 
 
@@ -640,63 +583,6 @@ def test_config_json_must_be_there_and_an_object(copy):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no config.json: give a Hugging Face model folder"):
         load_pretrained(folder)
-
-
-# ---- names: folder or hub ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("the network was asked")
-
-    for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-
-
-def test_a_local_folder_never_asks_the_network(no_network, peer, monkeypatch):
-    folder = peer("llama")[1]
-    load_pretrained(folder)
-    monkeypatch.chdir(folder.parent.parent)
-    load_pretrained(f"{folder.parent.name}/{folder.name}")  # looks like a hub name
-    for missing in ("nowhere", "/no/such/folder", "a/b/c"):
-        with pytest.raises(UserError, match=r"no such folder: give a model folder or a hub name"):
-            load_pretrained(missing)
-    with pytest.raises(UserError, match=r"is a file: give the folder that holds config.json"):
-        load_pretrained(folder / "config.json")
-
-
-def test_a_hub_name_without_the_library_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"^own/model: no such folder: .*pip install hugging"):
-        load_pretrained("own/model")
-
-
-def test_a_hub_name_without_a_network_is_one_line(monkeypatch):
-    def offline(name, **patterns):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no cache\nand more")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match=r"^own/model: .*\(no cache\): check the path") as caught:
-        load_pretrained("own/model")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_hub_name_is_its_download(monkeypatch, peer):
-    folder = peer("llama")[1]
-    asked = []
-
-    def download(name, allow_patterns, ignore_patterns):
-        asked.append((name, allow_patterns, ignore_patterns))
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert same(load_pretrained("own/model"), load_pretrained(folder))
-    twice = ["consolidated*", "*/*"]  # the same weights once more
-    assert asked == [("own/model", ["*.json", "*.safetensors", "*.jinja"], twice)]  # no pickle
-    assert pretrained.resolve("own/model", weights=False) == folder
-    assert asked[1:] == [("own/model", ["*.json", "*.jinja"], twice)]
 
 
 def test_config_from_hf_refuses_what_is_no_object():

@@ -22,6 +22,7 @@ from minirlhf import config as settings
 from minirlhf import (
     health,
     memory,
+    model_files,
     optim,
     presets,
     pretrained,
@@ -206,11 +207,11 @@ def main(argv: list[str] | None = None) -> int:
         presets.PPO,
     )  # fmt: skip
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    folder = pretrained.resolve(config.model)
-    ref_folder = folder if config.ref is None else pretrained.resolve(config.ref)
+    folder = model_files.resolve(config.model)
+    ref_folder = folder if config.ref is None else model_files.resolve(config.ref)
     tokenizer = load_tokenizer(folder)
     tokenizer.check_stops(config.stop)
-    critic = [] if config.critic is None else [pretrained.resolve(config.critic)]
+    critic = [] if config.critic is None else [model_files.resolve(config.critic)]
     specs = [reward_sources.parse(source) for source in config.reward]
     places = [reward_sources.locate(spec) for spec in specs]
     scorers = [place for place in places if place is not None and place.is_dir()]

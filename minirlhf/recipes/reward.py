@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import fsio, interrupt, memory, optim, pretrained, streams
+from minirlhf import fsio, interrupt, memory, model_files, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
@@ -318,8 +318,8 @@ def load_start(
 
     Of one that was normalised the weights are kept, which hold the scale, and the mean is left out.
     """
-    folder = pretrained.resolve(config.model)
-    if pretrained.has_tensor(pretrained.tensor_files(folder), "score.weight"):
+    folder = model_files.resolve(config.model)
+    if model_files.has_tensor(model_files.tensor_files(folder), "score.weight"):
         model = pretrained.load_reward_model(folder, dtype)
         if model.heads != config.heads:
             what = f"is {config.heads}, the reward model {config.model} has {model.heads}"
@@ -439,7 +439,7 @@ def main(argv: list[str] | None = None) -> int:
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
     files = {"": config.data} | named_files(config.eval_data)
     r = Run(config.out, "reward", settings.as_dict(config), config.resume, files.values())
-    folder = pretrained.resolve(config.model)
+    folder = model_files.resolve(config.model)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
     r.inputs += tokenizer_files(folder)
     before_eos = reads_before_eos(model_config, tokenizer)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from minirlhf import config as settings
-from minirlhf import fsio, interrupt, memory, optim, pretrained, streams
+from minirlhf import fsio, interrupt, memory, model_files, optim, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
@@ -221,9 +221,9 @@ def raw_texts(path: str, policy: RowPolicy) -> Iterator[str]:
 def choose_tokenizer(config: SFTConfig) -> Tokenizer:
     """The model's own, or --tokenizer's, or that of the run that is resumed, or a new one."""
     if config.model is not None:
-        return load_tokenizer(pretrained.resolve(config.model, weights=False))
+        return load_tokenizer(model_files.resolve(config.model, weights=False))
     if config.tokenizer is not None:
-        return load_tokenizer(pretrained.resolve(config.tokenizer, weights=False))
+        return load_tokenizer(model_files.resolve(config.tokenizer, weights=False))
     kept = Path(config.out) / "tokenizer"
     if config.resume and kept.exists():
         return load_tokenizer(kept)
@@ -264,7 +264,7 @@ def new_config(path: str, vocab_size: int, **ids: int | None) -> ModelConfig:
 def choose_config(config: SFTConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The model's config, or the one of --init-config with what it may leave to the tokenizer."""
     if config.init_config is None:
-        where = pretrained.resolve(config.model, weights=False)
+        where = model_files.resolve(config.model, weights=False)
         model_config = pretrained.read_config(where)
     else:
         where, pad = config.init_config, tokenizer.spare_pad_token()
@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     r = Run(config.out, "sft", settings.as_dict(config), config.resume, inputs)
     tokenizer = choose_tokenizer(config)
     if source := config.model or config.tokenizer:
-        r.inputs += tokenizer_files(pretrained.resolve(source, weights=False))
+        r.inputs += tokenizer_files(model_files.resolve(source, weights=False))
     model_config = choose_config(config, tokenizer)
     most = model_config.longest_row
     read = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.utils.deterministic.fill_uninitialized_memory = False
     plan = memory_plan(config, model_config, texts, sets, dtype, process_bytes(device))
     print(plan)
-    start = [pretrained.resolve(config.model)] if config.model else []
+    start = [model_files.resolve(config.model)] if config.model else []
     for line in pretrained.rounded(start, dtype):
         print(f"warning: {line}")
     fits = memory.verdict(plan, free_memory(device))

@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from minirlhf import config as settings
-from minirlhf import pretrained
+from minirlhf import model_files, pretrained
 from minirlhf.config import setting
 from minirlhf.data import OVERLONG
 from minirlhf.errors import OK, UserError, run
@@ -82,14 +82,14 @@ def check_weights(folder: Path) -> tuple[bool, int]:
     Raises:
         UserError: a file that is not whole; a tensor that is missing, unknown or mis-shaped.
     """
-    is_reward = pretrained.has_tensor(pretrained.tensor_files(folder), "score.weight")
+    is_reward = model_files.has_tensor(model_files.tensor_files(folder), "score.weight")
     module = pretrained.describe(folder, is_reward)
     return is_reward, sum(parameter.numel() for parameter in module.parameters())
 
 
 def check_model(name: str, recipes: Iterable[str]) -> Model:
     """A folder's headers, shapes and tokenizer, or why these recipes would refuse it."""
-    folder = pretrained.resolve(name)  # with the weights, whose headers are read
+    folder = model_files.resolve(name)  # with the weights, whose headers are read
     config = pretrained.read_config(folder)
     is_reward, parameters = check_weights(folder)
     if is_reward and (others := set(recipes) - {"reward"}):
@@ -122,7 +122,7 @@ def limits(config: CheckConfig, recipe: str, model: Model | None) -> tuple[int |
     if model is None:
         return config.max_length, overlong
     ppo = PPOConfig(max_new_tokens=config.max_new_tokens, max_prompt_length=config.max_length)
-    return prompt_room(ppo, [pretrained.resolve(config.model, weights=False)]), overlong
+    return prompt_room(ppo, [model_files.resolve(config.model, weights=False)]), overlong
 
 
 def look(

@@ -11,7 +11,7 @@ from dataclasses import field, fields, make_dataclass
 import torch
 
 from minirlhf import config as settings
-from minirlhf import memory, optim, presets, pretrained, reward_sources
+from minirlhf import memory, model_files, optim, presets, pretrained, reward_sources
 from minirlhf.errors import OK, UserError, run
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.memory import Plan
@@ -28,13 +28,13 @@ from minirlhf.transformer import ModelConfig
 
 def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
     models = memory.ppo_models(config)
-    folder = pretrained.resolve(config.model, weights=False)
+    folder = model_files.resolve(config.model, weights=False)
     names = filter(None, (config.ref, config.critic))
-    same, others = [folder, *(pretrained.resolve(name, weights=False) for name in names)], []
+    same, others = [folder, *(model_files.resolve(name, weights=False) for name in names)], []
     tokenizer = load_tokenizer(folder) if config.data or config.ptx_data else None
     for spec in map(reward_sources.parse, config.reward):
         if spec.kind == "model" and tokenizer is not None:
-            place = pretrained.resolve(spec.place, weights=False)
+            place = model_files.resolve(spec.place, weights=False)
             (others if reward_sources.reencoded(place, tokenizer) else same).append(place)
     room, longest_row = prompt_room(config, same), pretrained.read_config(folder).longest_row
     if config.data:
@@ -52,7 +52,7 @@ def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
 
 
 def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
-    folder = pretrained.resolve(config.model, weights=False)
+    folder = model_files.resolve(config.model, weights=False)
     model = pretrained.read_config(folder)
     if not config.data:
         longest = min(config.max_length, model.longest_row)
@@ -86,7 +86,7 @@ def sft_model(config: SFTConfig) -> ModelConfig:
     """The architecture without data; a tokenizer that a run would train on them is taken to be as
     large as it may be."""
     if config.model is not None:
-        return pretrained.read_config(pretrained.resolve(config.model, weights=False))
+        return pretrained.read_config(model_files.resolve(config.model, weights=False))
     if config.tokenizer is not None:
         return sft.choose_config(config, sft.choose_tokenizer(config))
     return sft.new_config(config.init_config, config.vocab_size)

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from minirlhf import config as settings
-from minirlhf import optim, pretrained, streams
+from minirlhf import model_files, optim, pretrained, streams
 from minirlhf.config import setting
 from minirlhf.data import Prompt, load_prompts
 from minirlhf.errors import OK, STOPPED, UserError, run
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         SampleConfig, argv, "minirlhf sample", "Write continuations of prompts, as JSON lines."
     )
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    folder = pretrained.resolve(config.model)
+    folder = model_files.resolve(config.model)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
     tokenizer.check_stops(config.stop)
     room = positions - config.max_new_tokens + 1  # the last token is sampled, not read

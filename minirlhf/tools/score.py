@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import optim, pretrained
+from minirlhf import model_files, optim, pretrained
 from minirlhf.config import setting
 from minirlhf.data import Pair, Text, load_texts
 from minirlhf.errors import NON_FINITE, OK, UserError, run
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         ScoreConfig, argv, "minirlhf score", "Score texts or preferences with a reward model."
     )
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    folder = pretrained.resolve(config.model)
+    folder = model_files.resolve(config.model)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
     most = positions if config.max_length is None else config.max_length
     if most > positions:

@@ -24,7 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 
 from minirlhf import config as settings
-from minirlhf import optim, pretrained
+from minirlhf import model_files, optim, pretrained
 from minirlhf.config import setting
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.heads import RewardModel
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     # The same flag as `torch.use_deterministic_algorithms`, without the compiler that it imports.
     torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     token = None if config.token_file is None else read_token(config.token_file)
-    folder = pretrained.resolve(config.model)
+    folder = model_files.resolve(config.model)
     tokenizer = load_tokenizer(folder)
     for line in pretrained.rounded([folder], dtype):
         print(f"warning: {line}", file=sys.stderr)
