@@ -35,8 +35,8 @@ LAYERS = (
     "minirlhf.compiling minirlhf.hf_config minirlhf.pretrained minirlhf.generation",
     "minirlhf.chat_template minirlhf.formats minirlhf.tokenizer minirlhf.encoding minirlhf.data "
     "minirlhf.rankings",
-    "minirlhf.config minirlhf.presets minirlhf.metrics minirlhf.memory minirlhf.optim "
-    "minirlhf.meters minirlhf.rollout minirlhf.rollout_stats minirlhf.health "
+    "minirlhf.config minirlhf.presets minirlhf.metrics minirlhf.memory minirlhf.plans "
+    "minirlhf.optim minirlhf.meters minirlhf.rollout minirlhf.rollout_stats minirlhf.health "
     "minirlhf.rewards minirlhf.passes minirlhf.scores minirlhf.texts minirlhf.ppo_config "
     "minirlhf.ppo_start minirlhf.ppo_update minirlhf.ppo_report "
     "minirlhf.checkpoint minirlhf.distributed minirlhf.run minirlhf.evaluation "

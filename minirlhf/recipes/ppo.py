@@ -24,6 +24,7 @@ from minirlhf import (
     memory,
     model_files,
     optim,
+    plans,
     presets,
     pretrained,
     reward_sources,
@@ -230,10 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     # a workspace setting.
     torch.use_deterministic_algorithms(device == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
-    models, held = memory.ppo_models(config), process_bytes(device)
-    plan = memory.ppo_plan(
-        config, models, data.longest_prompt, dtype, held, data.longest_text
-    )
+    models, held = plans.ppo_models(config), process_bytes(device)
+    plan = plans.ppo_plan(config, models, data.longest_prompt, dtype, held, data.longest_text)
     print(plan)
     for line in pretrained.rounded((folder, ref_folder, *critic, *scorers), dtype):
         print(f"warning: {line}")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import fsio, interrupt, memory, model_files, optim, pretrained, streams
+from minirlhf import fsio, interrupt, memory, model_files, optim, plans, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
@@ -304,10 +304,10 @@ def memory_plan(
     """What a run over these examples and held-out sets will hold; held: as in `reward_plan`."""
     every = [examples, *sets.values()]
     scored = every if config.normalize == "train" else every[1:]
-    return memory.reward_plan(
+    return plans.reward_plan(
         config, model, max(int(row_lengths(rows).max()) for rows in every), dtype, held,
         max(map(len, scored), default=0), max(int(count_texts(rows).max()) for rows in every),
-        memory.heaviest(list(map(count_tokens, examples)), config.batch_size),
+        plans.heaviest(list(map(count_tokens, examples)), config.batch_size),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from minirlhf import config as settings
-from minirlhf import fsio, interrupt, memory, model_files, optim, pretrained, streams
+from minirlhf import fsio, interrupt, memory, model_files, optim, plans, pretrained, streams
 from minirlhf.checkpoint import TrainState
 from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
@@ -300,9 +300,9 @@ def memory_plan(
 ) -> memory.Plan:  # fmt: skip
     """What a run over these texts and held-out sets will hold; held: as in `sft_plan`."""
     longest = max(int(count_tokens(rows)[0].max()) for rows in (texts, *sets.values()))
-    return memory.sft_plan(
+    return plans.sft_plan(
         config, model, longest, dtype, held, max(map(len, sets.values()), default=0),
-        memory.heaviest(count_tokens(texts)[0].tolist(), config.batch_size),
+        plans.heaviest(count_tokens(texts)[0].tolist(), config.batch_size),
     )  # fmt: skip
 
 

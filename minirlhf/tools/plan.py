@@ -11,7 +11,7 @@ from dataclasses import field, fields, make_dataclass
 import torch
 
 from minirlhf import config as settings
-from minirlhf import memory, model_files, optim, presets, pretrained, reward_sources
+from minirlhf import memory, model_files, optim, plans, presets, pretrained, reward_sources
 from minirlhf.errors import OK, UserError, run
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.memory import Plan
@@ -27,7 +27,7 @@ from minirlhf.transformer import ModelConfig
 
 
 def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
-    models = memory.ppo_models(config)
+    models = plans.ppo_models(config)
     folder = model_files.resolve(config.model, weights=False)
     names = filter(None, (config.ref, config.critic))
     same, others = [folder, *(model_files.resolve(name, weights=False) for name in names)], []
@@ -48,7 +48,7 @@ def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
         texts, _ = read_texts(config, tokenizer, longest_row) if config.ptx_data else ([], None)
         longest, longest_text = room, max((len(text.ids) for text in texts), default=0)
     held = process_bytes(device)
-    return memory.ppo_plan(config, models, longest, dtype, held, longest_text)
+    return plans.ppo_plan(config, models, longest, dtype, held, longest_text)
 
 
 def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
@@ -56,7 +56,7 @@ def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
     model = pretrained.read_config(folder)
     if not config.data:
         longest = min(config.max_length, model.longest_row)
-        return memory.reward_plan(config, model, longest, dtype, process_bytes(device))
+        return plans.reward_plan(config, model, longest, dtype, process_bytes(device))
     tokenizer = load_tokenizer(folder)
     before_eos = reads_before_eos(model, tokenizer)
     sets = {
@@ -71,7 +71,7 @@ def plan_sft(config: SFTConfig, dtype: torch.dtype, device: str) -> Plan:
     if not config.data:
         model = sft_model(config)
         longest = min(config.max_length, model.longest_row)
-        return memory.sft_plan(config, model, longest, dtype, process_bytes(device))
+        return plans.sft_plan(config, model, longest, dtype, process_bytes(device))
     tokenizer = sft.choose_tokenizer(config)
     model = sft.choose_config(config, tokenizer)
     sets = {
