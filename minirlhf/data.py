@@ -5,13 +5,13 @@ Texts end alike everywhere: with eos, unless they were cut. What is dropped or c
 Report; every fault of a row is an error with file:line.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from minirlhf.encoding import Parts, encode, fit
-from minirlhf.errors import UserError, printable
+from minirlhf.errors import UserError
 from minirlhf.formats import (
     Format,
     Messages,
@@ -111,7 +111,6 @@ def load_pairs(
     tokenizer: Tokenizer | None,
     max_length: int | None,
     overlong: str,
-    columns: dict[str, str] | None = None,
     policy: RowPolicy = STRICT,
     finish: Callable[[Pair], Pair] | None = None,
 ) -> tuple[list[Pair], Report]:
@@ -123,15 +122,15 @@ def load_pairs(
         max_length: tokens of prompt + answer, eos included; None: no limit.
         overlong: "drop", "truncate_prompt_left", "truncate_response" or "error". A cut answer has
             no eos, since its text did not end there.
-        columns: legal column name -> name in this file.
-        policy: what becomes of malformed rows, and how much may be left out.
+        policy: what becomes of malformed rows, how much may be left out, and how the file calls its
+            columns.
         finish: a last change of each pair; a UserError that it raises is a fault of the row.
     Raises:
         UserError: a fault in a row (file:line), no row left, more left out than the policy
             allows, or an illegal setting.
     """
     sieve = Sieve(policy)
-    split = split_rows(path, pair_format, sieve, columns, also=pair_labels)
+    split = split_rows(path, pair_format, sieve, also=pair_labels)
 
     def make(e: Encoded) -> Pair:
         by, probability = pair_labels(e.row)
@@ -173,7 +172,6 @@ def load_prompts(
     tokenizer: Tokenizer | None,
     max_length: int | None,
     overlong: str,
-    columns: dict[str, str] | None = None,
     policy: RowPolicy = STRICT,
     finish: Callable[[Prompt], Prompt] | None = None,
 ) -> tuple[list[Prompt], Report]:
@@ -182,7 +180,7 @@ def load_prompts(
         legal = "drop, truncate_prompt_left or error: prompts have no response"
         raise UserError("overlong", f"is {overlong!r}", legal)
     sieve = Sieve(policy)
-    split = split_rows(path, prompt_format, sieve, columns)
+    split = split_rows(path, prompt_format, sieve)
 
     def make(e: Encoded) -> Prompt:
         text = e.prompt
@@ -200,13 +198,12 @@ def load_texts(
     tokenizer: Tokenizer | None,
     max_length: int | None,
     overlong: str,
-    columns: dict[str, str] | None = None,
     policy: RowPolicy = STRICT,
     finish: Callable[[Text], Text] | None = None,
 ) -> tuple[list[Text], Report]:
     """Texts of a file for supervised training, arguments as in `load_pairs`."""
     sieve = Sieve(policy)
-    split = split_rows(path, text_format, sieve, columns)
+    split = split_rows(path, text_format, sieve)
 
     def make(e: Encoded) -> Text:
         length = 0 if e.prompt is None else len(e.prompt_ids)
@@ -230,7 +227,6 @@ def split_rows(
     path: str | Path,
     detect: Callable[[Row, bool], Format],
     sieve: Sieve,
-    columns: dict[str, str] | None = None,
     also: Callable[[Row], object] | None = None,
 ) -> Split:
     """Reads a whole file and takes its rows apart; its first well-formed row tells its kind.
@@ -238,12 +234,11 @@ def split_rows(
     Args:
         detect: pair_format, prompt_format or text_format.
         sieve: takes malformed rows.
-        columns: legal column name -> name in this file.
         also: what else a row must stand: raises a UserError where it does not.
     Raises:
         UserError: a fault in a row that the sieve does not take, or no row left.
     """
-    rows = list(renamed(read_rows(path, sieve), columns or {}, sieve))
+    rows = list(read_rows(path, sieve))
     total, form, split = len(rows) + len(sieve.rejected), None, []
     for row in rows:
         try:
@@ -257,20 +252,6 @@ def split_rows(
     if not split:
         raise Report(str(path), "", total, rejected_rows=sieve.in_order()).nothing_left()
     return Split(form, split, total)
-
-
-def renamed(rows: Iterator[Row], columns: dict[str, str], sieve: Sieve) -> Iterator[Row]:
-    """Rows under the legal names of their columns; the sieve takes those that lack one."""
-    for row in rows:
-        values = {k: v for k, v in row.columns.items() if k not in columns.values()}
-        lacking = [name for name, source in columns.items() if source not in row.columns]
-        if lacking:
-            keys = ", ".join(printable(key, 40) for key in row.columns)
-            what = f"no column {columns[lacking[0]]!r} to take as {lacking[0]}"
-            sieve.reject(UserError(row.where, what, f"has {keys}"), row.raw)
-            continue
-        values |= {name: row.columns[source] for name, source in columns.items()}
-        yield replace(row, columns=values)
 
 
 # -------------------------------------------------------------------------------- parts, in tokens

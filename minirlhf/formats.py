@@ -175,7 +175,7 @@ def _unknown(row: Row, legal: str) -> UserError:
     keys = ", ".join(
         f"{printable(name, 40)} ({kind_of(value)})" for name, value in row.columns.items()
     )
-    do = f"legal: {legal}; rename the file's columns"
+    do = f"legal: {legal}; other names: --columns prompt=question"
     return UserError(row.where, f"columns of no known format: {keys}", do)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from minirlhf import optim, reward_sources
+from minirlhf.columns import column_problems
 from minirlhf.config import setting
 from minirlhf.generation import Sampling
 from minirlhf.losses import Surrogate, clipped_surrogate
@@ -55,6 +56,10 @@ class PPOConfig:
     overlong: str = setting(
         "error", "what happens to longer prompts", choices=("error", "drop", "truncate_prompt_left")
     )
+    columns: tuple[str, ...] = setting(
+        (), "names of columns that the files call otherwise, as in prompt=question",
+        metavar="NAME=COLUMN",
+    )  # fmt: skip
     bad_rows: str = setting(
         "error", "malformed rows: refuse the file, or list them in rejected.jsonl and go on",
         choices=("error", "skip"),
@@ -181,6 +186,7 @@ class PPOConfig:
         return [
             *self._sampling_problems(), *self._reward_problems(), *self._update_problems(),
             *self._evaluation_problems(), *reward_sources.problems(self),
+            *column_problems(self.columns),
         ]  # fmt: skip
 
     def _sampling_problems(self) -> Iterator[str]:

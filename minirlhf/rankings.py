@@ -23,7 +23,6 @@ from minirlhf.data import (
     Pair,
     load_examples,
     load_pairs,
-    renamed,
     split_rows,
 )
 from minirlhf.errors import UserError, printable
@@ -211,9 +210,7 @@ def scores_of(row: Row, count: int) -> list[float] | None:
     return _numbers(row, key, values, count, LARGEST / 2)
 
 
-def _numbers(
-    row: Row, key: str, values: list, count: int, largest: float = LARGEST
-) -> list[float]:
+def _numbers(row: Row, key: str, values: list, count: int, largest: float = LARGEST) -> list[float]:
     if len(values) != count:
         raise UserError(row.where, f"{len(values)} {key}, {count} responses", "needs as many")
     for at, value in enumerate(values):
@@ -241,7 +238,6 @@ def load_rankings(
     tokenizer: Tokenizer | None,
     max_length: int | None,
     overlong: str,
-    columns: dict[str, str] | None = None,
     policy: RowPolicy = STRICT,
     finish: Callable[[Ranking], Ranking] | None = None,
 ) -> tuple[list[Ranking], Report]:
@@ -251,7 +247,7 @@ def load_rankings(
     different ranks.
     """
     sieve = Sieve(policy)
-    split = split_rows(path, ranking_format, sieve, columns)
+    split = split_rows(path, ranking_format, sieve)
 
     def make(e: Encoded) -> Ranking:
         responses, ranks = best_first(e.row, e.responses)
@@ -276,16 +272,14 @@ def says_nothing(responses: Sequence[Hashable], ranks: list[int]) -> str | None:
     return None
 
 
-def holds_rankings(
-    path: str | Path, columns: dict[str, str] | None = None, policy: RowPolicy = STRICT
-) -> bool:
+def holds_rankings(path: str | Path, policy: RowPolicy = STRICT) -> bool:
     """Whether the first well-formed row of a file is a ranked list rather than a pair.
 
     Raises:
         UserError: a fault in a row before it that the policy does not skip, or no such row.
     """
     sieve = Sieve(policy)
-    for row in renamed(read_rows(path, sieve), columns or {}, sieve):
+    for row in read_rows(path, sieve):
         try:
             preference_format(row, policy.allow_empty_prompt).split(row)
         except UserError as error:
@@ -301,10 +295,9 @@ def load_preferences(
     tokenizer: Tokenizer | None,
     max_length: int | None,
     overlong: str,
-    columns: dict[str, str] | None = None,
     policy: RowPolicy = STRICT,
     finish: Callable[[E], E] | None = None,
 ) -> tuple[list[Pair] | list[Ranking], Report]:
     """Pairs or ranked lists, as the first well-formed row is; arguments as in `load_pairs`."""
-    load = load_rankings if holds_rankings(path, columns, policy) else load_pairs
-    return load(path, tokenizer, max_length, overlong, columns, policy, finish)
+    load = load_rankings if holds_rankings(path, policy) else load_pairs
+    return load(path, tokenizer, max_length, overlong, policy, finish)

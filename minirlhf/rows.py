@@ -12,9 +12,10 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from minirlhf.columns import column_names
 from minirlhf.errors import UserError, printable
 from minirlhf.sieve import RAW_CAP, Sieve
 
@@ -350,6 +351,18 @@ def _shown(data: bytes) -> str:
     return data[: 4 * RAW_CAP + 4].decode(errors="backslashreplace").rstrip("\r\n")
 
 
+def _renamed(row: Row, names: dict[str, str]) -> Row:
+    """The row under our names for its columns; another one that has such a name gives way."""
+    for name, column in names.items():
+        if column not in row.columns:
+            keys = ", ".join(printable(key, 40) for key in row.columns) or "none"
+            what = f"no column {printable(column, 40)!r} to take as {name}"
+            raise UserError(row.where, what, f"keys present: {keys}")
+    values = {key: v for key, v in row.columns.items() if key not in names.values()}
+    values |= {name: row.columns[column] for name, column in names.items()}
+    return replace(row, columns=values)
+
+
 def read_rows(path: str | Path, sieve: Sieve | None = None) -> Iterator[Row]:
     """Rows of a .jsonl, .json, .csv, .tsv or .txt file, or of one of these with .gz behind.
 
@@ -357,7 +370,8 @@ def read_rows(path: str | Path, sieve: Sieve | None = None) -> Iterator[Row]:
     file gives one row {"text": line} a line.
 
     Args:
-        sieve: takes the rows that are broken; None: the first of them is an error.
+        sieve: takes the rows that are broken; None: the first of them is an error. Its policy
+            renames columns; a row that lacks one of them is broken, too.
     Raises:
         UserError: not a regular file of a known kind; a row that is broken (file:line), unless the
             sieve took it; no rows.
@@ -378,9 +392,14 @@ def read_rows(path: str | Path, sieve: Sieve | None = None) -> Iterator[Row]:
         ending = f"ends in {path.suffix!r}" if path.suffix else "its name has no ending"
         what = "a folder" if path.is_dir() else f"not a data file: {ending}"
         raise UserError(path, what, f"legal: {' '.join(SUFFIXES)}, each also with .gz behind")
-    rows = 0
+    rows, names = 0, column_names(sieve.policy.columns)
     for row in readers[suffix]:
         rows += 1
-        yield row
+        try:
+            found = _renamed(row, names) if names else row
+        except UserError as error:
+            sieve.reject(error, row.raw)
+            continue
+        yield found
     if not rows and not sieve.rejected:
         raise UserError(path, "no rows", "one row a line")

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
+from minirlhf.columns import column_problems
 from minirlhf.errors import UserError, printable
 
 RAW_CAP = 200  # characters of a row that is left out, as they are shown
@@ -33,12 +34,20 @@ class RowPolicy:
             token that is sampled, so a prompt to answer then needs a tokenizer that puts
             beginning-of-text in front.
         max_drop: largest share of a file's rows that may be left out, for whatever reason; 0 to 1.
+        columns: words such as prompt=question, the file's name of a column behind ours.
+    Raises:
+        UserError: words that cannot be meant.
     """
 
     bad_rows: str = "error"
     fix_text: bool = False
     allow_empty_prompt: bool = False
     max_drop: float = 1.0
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if problems := column_problems(self.columns):
+            raise UserError("RowPolicy", "; ".join(problems))
 
     @classmethod
     def of(cls, config: object) -> "RowPolicy":

@@ -170,7 +170,7 @@ def test_a_row_unlike_the_first_is_refused_by_its_line(verb, first, second, told
 # ---- a file for something else -------------------------------------------------------------------
 
 UNKNOWN = "d.jsonl:1: columns of no known format: "
-TEXTS = "legal: text | prompt with completion or response | messages | input_ids; rename the file's"
+TEXTS = "legal: text | prompt with completion or response | messages | input_ids; other names: -"
 FIRST_ROWS = [  # verb, only row, what is told
     ("sft", {"instruction": "a", "output": "b"},
      UNKNOWN + f"instruction (a string), output (a string): {TEXTS}"),

@@ -195,15 +195,6 @@ def test_load_pairs_drops_equal_answers_and_counts_them(write, tokenizer):
     assert report.dropped == {"chosen equals rejected": 2}
 
 
-def test_load_pairs_renames_columns(write, tokenizer):
-    path = write({"good": "c", "bad": "r", "chosen": "old"})
-    names = {"chosen": "good", "rejected": "bad"}
-    (pair,), _ = load_pairs(path, tokenizer, 8, "drop", names)
-    assert (pair.chosen_ids, pair.columns) == ([*spell("c"), EOS], {})
-    with pytest.raises(UserError, match=r"a\.jsonl:1: no column 'x' to take as chosen: has good"):
-        load_pairs(path, tokenizer, 8, "drop", {"chosen": "x"})
-
-
 # ----------------------------------------------------------------------------------------- overlong
 
 
@@ -455,7 +446,7 @@ def test_load_refuses_a_row_by_file_and_line(write, tokenizer, load, first, seco
 
 @pytest.mark.parametrize("load", [load_pairs, load_prompts, load_texts])
 def test_load_refuses_columns_of_no_known_format(write, tokenizer, load):
-    what = r"a\.jsonl:1: columns of no known format: question \(a string\): legal: .*; rename"
+    what = r"a\.jsonl:1: columns of no known format: question \(a string\): legal: .*; other"
     with pytest.raises(UserError, match=what):
         load(write({"question": "x"}), tokenizer, 8, "drop")
 

@@ -76,6 +76,9 @@ RECIPES = {
         "log_every": Change(2),
         "save_every": Change(2),
         "keep": Change(3, {"steps": 3}),
+        "columns": Change(
+            ["prompt=question"], {"data": "renamed.jsonl"}, needed="columns of no known format"
+        ),
         "bad_rows": Change("skip", {"data": "broken.jsonl"}, needed="not valid JSON"),
         "fix_text": Change(True, {"data": "surrogate.jsonl"}, needed="surrogate"),
         "allow_empty_prompt": Change(True, {"data": "empty.jsonl"}, needed="empty"),
@@ -107,6 +110,7 @@ RECIPES = {
         "heads": Change(2),
         "lcb_coef": Change(0.5, {"heads": 2, "center_rewards_coefficient": 0.01}),
         "normalize": Change("train"),
+        "columns": Change(["prompt=question"], {"data": "renamed.jsonl"}),  # pairs without prompt
         "max_length": Change(9, {"overlong": "truncate_response"}),
         "overlong": Change("truncate_response", {"max_length": 13}, first="drop"),
     },
@@ -221,6 +225,7 @@ def world(tmp_path_factory):
             "all": lines, "few": lines[:3], "broken": [*lines, "{"],
             "surrogate": [lines[0].replace("It was", "It was \\ud83d"), *lines],
             "empty": [lines[0].replace("It was", ""), *lines],
+            "renamed": [line.replace('"prompt"', '"question"') for line in lines],
         }  # fmt: skip
         (folder / recipe).mkdir()
         for name, some in files.items():

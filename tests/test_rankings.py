@@ -223,8 +223,8 @@ def test_load_preferences_tells_pairs_from_lists(write, tokenizer):
         (found,), _ = load_preferences(write(row), tokenizer, 8, "drop")
         assert type(found) is kind
     renamed = {"prompt": "p", "answers": ["a", "b"]}
-    columns = {"responses": "answers"}
-    (found,), _ = load_preferences(write(renamed), tokenizer, 8, "drop", columns)
+    names = RowPolicy(columns=("responses=answers",))
+    (found,), _ = load_preferences(write(renamed), tokenizer, 8, "drop", names)
     assert answers(found) == [["a"], ["b"]]
     with pytest.raises(UserError, match=r"no known format: .* prompt with responses, best first"):
         load_preferences(write({"x": 1}), tokenizer, 8, "drop")

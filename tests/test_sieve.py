@@ -224,13 +224,6 @@ def test_skip_is_no_leave_to_drop_rows_that_are_too_long(tmp_path, tokenizer):
         load_texts(path, tokenizer, 3, "error", policy=SKIP)
 
 
-def test_skip_renames_columns_and_rejects_rows_that_lack_them(tmp_path, tokenizer):
-    path = lines(tmp_path, {"body": "a"}, {"text": "b"})
-    texts, report = load_texts(path, tokenizer, None, "drop", {"text": "body"}, SKIP)
-    assert (len(texts), where(report.rejected_rows)) == (1, [2])
-    assert report.rejected_rows[0].reason == "no column 'body' to take as text: has text"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "kept", "rejected"),
     [

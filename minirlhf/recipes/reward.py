@@ -23,6 +23,7 @@ from torch import Tensor
 from minirlhf import config as settings
 from minirlhf import fsio, interrupt, memory, model_files, optim, plans, pretrained, streams
 from minirlhf.checkpoint import TrainState
+from minirlhf.columns import column_problems
 from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
 from minirlhf.errors import OK, STOPPED, UserError, run
@@ -123,6 +124,10 @@ class RewardConfig:
         "drop", "what happens to longer rows",
         choices=("drop", "truncate_prompt_left", "truncate_response", "error"),
     )  # fmt: skip
+    columns: tuple[str, ...] = setting(
+        (), "names of columns that the files call otherwise, as in prompt=question",
+        metavar="NAME=COLUMN",
+    )  # fmt: skip
     bad_rows: str = setting(
         "error", "malformed rows: refuse the file, or list them in rejected.jsonl and go on",
         choices=("error", "skip"),
@@ -142,7 +147,7 @@ class RewardConfig:
     allow_data_change: bool = setting(False, "resume although data files have changed")
 
     def check(self) -> list[str]:
-        problems = []
+        problems = column_problems(self.columns)
         if self.lcb_coef and self.heads == 1:
             problems.append(f"lcb_coef: got {self.lcb_coef}, must be 0 for a single head")
         elif self.lcb_coef and not self.center_rewards_coefficient:

@@ -21,6 +21,7 @@ import torch
 from minirlhf import config as settings
 from minirlhf import fsio, interrupt, memory, model_files, optim, plans, pretrained, streams
 from minirlhf.checkpoint import TrainState
+from minirlhf.columns import column_problems
 from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
 from minirlhf.data import Text, load_texts, split_rows
@@ -82,6 +83,10 @@ class SFTConfig:
         "drop", "what happens to longer rows",
         choices=("drop", "truncate_prompt_left", "truncate_response", "error"),
     )  # fmt: skip
+    columns: tuple[str, ...] = setting(
+        (), "names of columns that the files call otherwise, as in prompt=question",
+        metavar="NAME=COLUMN",
+    )  # fmt: skip
     bad_rows: str = setting(
         "error", "malformed rows: refuse the file, or list them in rejected.jsonl and go on",
         choices=("error", "skip"),
@@ -101,7 +106,7 @@ class SFTConfig:
     allow_data_change: bool = setting(False, "resume although data files have changed")
 
     def check(self) -> list[str]:
-        problems = []
+        problems = column_problems(self.columns)
         if (self.model is None) == (self.init_config is None):
             problems.append("give exactly one of --model and --init-config")
         if self.model is not None and self.tokenizer is not None:

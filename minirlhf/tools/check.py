@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minirlhf import config as settings
 from minirlhf import model_files, pretrained
+from minirlhf.columns import column_problems
 from minirlhf.config import setting
 from minirlhf.data import OVERLONG
 from minirlhf.errors import OK, UserError, run
@@ -56,6 +57,10 @@ class CheckConfig:
     overlong: str | None = setting(
         None, "what happens to longer rows; none: the recipe's default", choices=OVERLONG
     )
+    columns: tuple[str, ...] = setting(
+        (), "names of columns that the files call otherwise, as in prompt=question",
+        metavar="NAME=COLUMN",
+    )  # fmt: skip
     bad_rows: str = setting(
         "error", "malformed rows: refuse the file, or show them and go on",
         choices=("error", "skip"),
@@ -70,7 +75,7 @@ class CheckConfig:
 
     def check(self) -> list[str]:
         problems = [] if self.data else ["--data: give at least one file"]
-        return problems + check_new(self.json, "--json")
+        return problems + column_problems(self.columns) + check_new(self.json, "--json")
 
 
 # -------------------------------------------------------------------------------------- the inputs

@@ -143,7 +143,7 @@ _TRL_REWARD = _rows(
 )  # fmt: skip
 _LF_PPO = _rows(
     ("model_name_or_path, adapter_name_or_path", "--model", "a folder of whole weights"),
-    ("dataset, dataset_dir", "--data", "a file; no dataset_info.json"),
+    ("dataset, dataset_dir", "--data, --columns", "a file; no dataset_info.json"),
     ("template", "minirlhf.chat_template", "the model's own chat template"),
     ("cutoff_len", "--max-prompt-length, --overlong", "longer prompts are an error unless told"),
     ("reward_model", "--reward", "a folder or file.py:function"),

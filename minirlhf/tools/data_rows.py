@@ -140,8 +140,9 @@ def recipe_of_row(row: Row) -> str:
         return name
     keys = ", ".join(f"{printable(k, 40)} ({kind_of(v)})" for k, v in columns.items())
     legal = "legal: chosen with rejected | prompt with responses, best first | prompt with "
-    more = "completion or response | prompt | messages | text | ids"
-    raise UserError(row.where, f"columns of no known format: {keys}", legal + more)
+    legal += "completion or response | prompt | messages | text | ids"
+    do = f"{legal}; other names: --columns prompt=question"
+    raise UserError(row.where, f"columns of no known format: {keys}", do)
 
 
 def _key(part: Part | None) -> object:
@@ -153,7 +154,7 @@ def _key(part: Part | None) -> object:
 
 def read_raw(path: str, recipe: str, policy: RowPolicy = STRICT) -> Raw:
     """All rows of a file, each of the kind that the first one is."""
-    lists = recipe == "reward" and holds_rankings(path, policy=policy)
+    lists = recipe == "reward" and holds_rankings(path, policy)
     pairs = recipe == "reward" and not lists
     form = ranking_format if lists else pair_format if pairs else RECIPES[recipe].form
     sieve = Sieve(policy)

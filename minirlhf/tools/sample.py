@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from minirlhf import config as settings
 from minirlhf import model_files, optim, pretrained, streams
+from minirlhf.columns import column_problems
 from minirlhf.config import setting
 from minirlhf.data import Prompt, load_prompts
 from minirlhf.errors import OK, STOPPED, UserError, run
@@ -47,6 +48,10 @@ class SampleConfig:
         "error", "what happens to longer prompts",
         choices=("drop", "truncate_prompt_left", "error"),
     )  # fmt: skip
+    columns: tuple[str, ...] = setting(
+        (), "names of columns that the files call otherwise, as in prompt=question",
+        metavar="NAME=COLUMN",
+    )  # fmt: skip
     bad_rows: str = setting(
         "error", "malformed rows: refuse the file, or leave them out and tell how many",
         choices=("error", "skip"),
@@ -62,7 +67,7 @@ class SampleConfig:
     seed: int = setting(0, "of the draws")
 
     def check(self) -> list[str]:
-        problems = []
+        problems = column_problems(self.columns)
         if (self.data is None) == (self.prompt is None):
             problems.append("give exactly one of --data and --prompt")
         if self.samples > 1 and self.temperature == 0:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minirlhf import config as settings
 from minirlhf import model_files, optim, pretrained
+from minirlhf.columns import column_problems
 from minirlhf.config import setting
 from minirlhf.data import Pair, Text, load_texts
 from minirlhf.errors import NON_FINITE, OK, UserError, run
@@ -53,6 +54,10 @@ class ScoreConfig:
         "error", "what happens to longer rows",
         choices=("drop", "truncate_prompt_left", "truncate_response", "error"),
     )  # fmt: skip
+    columns: tuple[str, ...] = setting(
+        (), "names of columns that the files call otherwise, as in prompt=question",
+        metavar="NAME=COLUMN",
+    )  # fmt: skip
     bad_rows: str = setting(
         "error", "malformed rows: refuse the file, or leave them out and tell how many",
         choices=("error", "skip"),
@@ -66,7 +71,7 @@ class ScoreConfig:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
     def check(self) -> list[str]:
-        return check_new(self.out)
+        return column_problems(self.columns) + check_new(self.out)
 
 
 @torch.no_grad()
