@@ -232,7 +232,7 @@ def _shown_value(value: object) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def validate(config: object, source: str = "") -> None:
+def validate(config: object) -> None:
     """Checks every field against its type and range, then what the config's own check() finds.
 
     A config class may have `check(self) -> list[str]` for what concerns several fields: each
@@ -240,17 +240,15 @@ def validate(config: object, source: str = "") -> None:
 
     Args:
         config: an instance of a config class.
-        source: where the config came from, to stand before a field's name.
-
     Raises:
         UserError: all problems, in one line.
     """
     problems = []
     for name, item in _settings(type(config)).items():
         if problem := item.problem(getattr(config, name)):
-            problems.append((f"{source}: {name}" if source else name, problem))
+            problems.append((name, problem))
     if not problems and hasattr(config, "check"):
-        problems = [(source, problem) for problem in config.check()]
+        problems = [("", problem) for problem in config.check()]
     _refuse(problems)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 OK, BUG, BAD_INPUT, NON_FINITE, MACHINE = 0, 1, 2, 3, 4
-REWARD_SERVICE, DISTRIBUTED, STOPPED = 5, 6, 75
+REWARD_SERVICE, STOPPED = 5, 75
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 

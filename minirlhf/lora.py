@@ -6,7 +6,7 @@ model computes what it computed before `add_lora`, without a second copy. There 
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirlhf import streams
-from minirlhf.errors import UserError
 from minirlhf.heads import RewardModel, ValueHeadModel
 from minirlhf.linear import Linear, linear
 from minirlhf.logprobs import widened
@@ -67,10 +66,6 @@ class LoRALinear(nn.Module):
         layer.weight, layer.bias = self.weight, self.bias
         return layer
 
-    def extra_repr(self) -> str:
-        (out_features, in_features), rank = self.weight.shape, len(self.lora_A)
-        return f"{in_features} -> {out_features}, rank={rank}, scaling={self.scaling:g}"
-
 
 def _adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """All adapted layers by name; a model without any is refused."""
@@ -80,26 +75,9 @@ def _adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return adapters
 
 
-def _choose(layers: dict[str, nn.Linear], targets: Sequence[str] | None) -> list[str]:
-    """Names of the layers that get an adapter, in the model's order."""
-    if targets is None:
-        return list(layers)
-    exist = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    if isinstance(targets, str) or not targets:
-        raise UserError("LoRA targets", f"got {targets!r}", f"give a list of some of: {exist}")
-    chosen = set()
-    for target in targets:
-        matching = {name for name in layers if f".{name}".endswith(f".{target}")}
-        if not matching:
-            raise UserError("LoRA targets", f"no layer is named {target!r}", f"legal: {exist}")
-        chosen |= matching
-    return [name for name in layers if name in chosen]
-
-
-def add_lora(
-    model: Model, rank: int, alpha: float, seed: int = 0, targets: Sequence[str] | None = None
-) -> Model:
-    """Puts adapters into the trunk, in place: they and a scalar head are trained, nothing else.
+def add_lora(model: Model, rank: int, alpha: float, seed: int = 0) -> Model:
+    """Puts an adapter on every linear layer of the trunk, in place: they and a scalar head are
+    trained, nothing else.
 
     Frozen are all weights of the language model, its embeddings and `lm_head` included. `score` and
     `v_head` are trained in full: a head starts at 0 or at random, and frozen it would stay so. Make
@@ -109,14 +87,10 @@ def add_lora(
         model: policy, policy with critic, or reward model, in any dtype and on any device.
         rank: >= 1, rows of A and columns of B.
         alpha: > 0; an adapter's output is scaled by alpha / rank.
-        seed: of A; each layer draws from its own stream, whichever other layers are targets.
-        targets: last parts of layer names (`q_proj`, `mlp.up_proj`), each of which must exist; None
-            is every linear layer of the trunk: q_proj, k_proj, v_proj, o_proj, gate_proj (where the
-            MLP is gated), up_proj, down_proj.
+        seed: of A; each layer draws from its own stream.
     Returns:
         The same model; its outputs are those before, exactly, until the first update.
     Raises:
-        UserError: a target that this model lacks; the message lists what there is.
         ValueError: rank or alpha out of range, or the model has adapters already.
     """
     if rank < 1:
@@ -127,15 +101,14 @@ def add_lora(
         raise ValueError("the model has adapters already: call merge_lora before adding new ones")
     trunk = model.lm.model if isinstance(model, ValueHeadModel) else model.model
     layers = {n: m for n, m in trunk.named_modules() if isinstance(m, nn.Linear)}
-    chosen = _choose(layers, targets)
     model.requires_grad_(False)
     if isinstance(model, ValueHeadModel):
         model.v_head.requires_grad_(True)
     elif isinstance(model, RewardModel):
         model.score.requires_grad_(True)
-    for name in chosen:
+    for name, layer in layers.items():
         rng = streams.generator(seed, f"lora {name}")
-        trunk.set_submodule(name, LoRALinear(layers[name], rank, alpha, rng))
+        trunk.set_submodule(name, LoRALinear(layer, rank, alpha, rng))
     return model
 
 

@@ -116,7 +116,7 @@ def embedding_parameters(config: ModelConfig) -> int:
 
 
 def adapter_parameters(config: ModelConfig, rank: int) -> int:
-    """Of `add_lora` with its default targets: rank (in + out) for every linear layer."""
+    """Of `add_lora`: rank (in + out) for every linear layer."""
     with shapes_only():
         layers = [m for m in CausalLM(config).model.modules() if isinstance(m, nn.Linear)]
     return sum(rank * (layer.in_features + layer.out_features) for layer in layers)

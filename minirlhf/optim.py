@@ -25,8 +25,8 @@ class MasterAdamW(torch.optim.AdamW):
     sec. 3.1). A master is part of its parameter's state, and so of every checkpoint.
     """
 
-    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float):
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    def __init__(self, groups: list[dict], lr: float, eps: float):
+        super().__init__(groups, lr=lr, eps=eps, fused=True)
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad_dtype = torch.float32
@@ -63,13 +63,12 @@ def make_optimizer(
     model: nn.Module,
     learning_rate: float,
     weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     critic: Iterable[nn.Parameter] = (),
     critic_lr_scale: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over all trainable parameters; only the trunk's matrices decay. A
-    model in half precision gets float32 masters.
+    """AdamW (arXiv:1711.05101) over all trainable parameters; only the trunk's matrices decay, and
+    the betas are torch's, 0.9 and 0.999. A model in half precision gets float32 masters.
 
     Args:
         critic: parameters that learn at critic_lr_scale times the rate, as a value head that starts
@@ -87,8 +86,8 @@ def make_optimizer(
             groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
     groups = [group for group in groups if group["params"]]
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in trainable):
-        return MasterAdamW(groups, learning_rate, betas, eps)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+        return MasterAdamW(groups, learning_rate, eps)
+    return torch.optim.AdamW(groups, lr=learning_rate, eps=eps, fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:

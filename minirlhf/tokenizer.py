@@ -244,13 +244,13 @@ class Tokenizer:
     def _eos_text(self) -> str | None:
         return self._backend.id_to_token(self.eos_ids[0]) if self.eos_ids else None
 
-    def encode_chat(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(self, messages: Messages) -> list[int]:
         """Ids of `render_chat`. The template's own special tokens control, the messages' do not.
 
         The template writes the beginning-of-text token itself where there is one: none is added.
         """
         messages, swapped = swap_names(messages, self._special_text)
-        return self._encode_rendered(self.render_chat(messages, add_generation_prompt), swapped)
+        return self._encode_rendered(self.render_chat(messages), swapped)
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text that was rendered elsewhere: its names of special tokens are these tokens.

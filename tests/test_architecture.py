@@ -39,7 +39,7 @@ LAYERS = (
     "minirlhf.optim minirlhf.meters minirlhf.rollout minirlhf.rollout_stats minirlhf.health "
     "minirlhf.rewards minirlhf.passes minirlhf.scores minirlhf.texts minirlhf.ppo_config "
     "minirlhf.ppo_start minirlhf.ppo_update minirlhf.ppo_report "
-    "minirlhf.checkpoint minirlhf.distributed minirlhf.run minirlhf.evaluation "
+    "minirlhf.checkpoint minirlhf.run minirlhf.evaluation "
     "minirlhf.reward_model minirlhf.reward_journal minirlhf.reward_service "
     "minirlhf.reward_sources minirlhf.preferences minirlhf.reward_eval minirlhf.reward_card",
     "minirlhf.recipes.*",

@@ -73,13 +73,13 @@ def test_make_optimizer_decays_matrices_only_and_leaves_out_what_is_frozen(head,
     model.register_module(head, torch.nn.Linear(3, rows))
     scalars = getattr(model, head)
     scalars.bias.requires_grad_(False)
-    optimizer = make_optimizer(model, 0.5, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-5)
+    optimizer = make_optimizer(model, 0.5, weight_decay=0.1, eps=1e-5)
     groups = [([id(p) for p in g["params"]], g["weight_decay"]) for g in optimizer.param_groups]
     assert groups == [
         ([id(model[0].weight), id(model[1].weight)], 0.1),  # a matrix of one row is one, too
         ([id(model[0].bias), id(scalars.weight)], 0.0),  # heads, one or several, are left out
     ]
-    assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["eps"] == 1e-5
+    assert optimizer.defaults["betas"] == (0.9, 0.999) and optimizer.defaults["eps"] == 1e-5
 
 
 def test_make_optimizer_gives_a_critic_its_own_rate():

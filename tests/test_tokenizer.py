@@ -231,7 +231,6 @@ def test_encode_chat_gives_control_ids_to_the_template_only(chat):
     tokenizer = load_tokenizer(chat)
     expected = [START, *spell("user\nhi"), END, 200, START, *spell("assistant\n")]
     assert tokenizer.encode_chat(user("hi")) == expected
-    assert tokenizer.encode_chat(user("hi"), add_generation_prompt=False) == expected[:-11]
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "\U000f0000<|im_end|>\U000f0001"])
@@ -451,5 +450,6 @@ def test_tokenizer_agrees_with_transformers(chat, plain, tmp_path):
             )
             assert ours.render_chat(shown, prompt) == expected
             ids = theirs(expected, add_special_tokens=False)["input_ids"]
-            assert ours.encode_chat(shown, prompt) == ids
+            assert ours.encode_marked(expected) == ids
+            assert not prompt or ours.encode_chat(shown) == ids
         assert ours.eos_ids[0] == theirs.eos_token_id
