@@ -7,17 +7,19 @@ from typing import NamedTuple
 
 import torch
 
-from minirlhf import pretrained
+from minirlhf import pretrained, reward_sources
 from minirlhf.data import Prompt, Text, load_prompts, load_texts
 from minirlhf.errors import UserError
 from minirlhf.evaluation import held_out
 from minirlhf.heads import ValueHeadModel, critic_from_reward_model
 from minirlhf.lora import add_lora
+from minirlhf.model_files import resolve
 from minirlhf.ppo_config import PPOConfig
+from minirlhf.reward_sources import Spec
 from minirlhf.run import named_files
 from minirlhf.sieve import Report, RowPolicy
 from minirlhf.texts import with_target
-from minirlhf.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 
 
 def prompt_room(config: PPOConfig, folders: Sequence[Path]) -> int:
@@ -33,13 +35,14 @@ def prompt_room(config: PPOConfig, folders: Sequence[Path]) -> int:
 
 def check_models(
     config: PPOConfig, lms: Sequence[Path], critics: Sequence[Path], scorers: Sequence[Path],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer, weights: bool,
 ) -> None:  # fmt: skip
     """What can be known of the models before any weight is read.
 
     Args:
         lms: policy and reference.
-        critics, scorers: reward models, none or one of each.
+        critics, scorers: reward models, none or one of the first.
+        weights: as in `look`.
     """
     for flag, name, folders in (
         ("--ref", config.ref, lms[1:]),
@@ -49,13 +52,13 @@ def check_models(
             if name and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
                 raise UserError(f"{flag} {name}", "has another tokenizer than the policy",
                                 "give a model that reads the same ids")  # fmt: skip
-    for lm in lms:
+    for lm in lms if weights else ():
         pretrained.describe(lm)
     words = [pretrained.read_config(lm).vocab_size for lm in lms]
     if config.kl_estimator == "full" and len(set(words)) > 1:
         what = f"has {words[1]:,} tokens, the policy {words[0]:,}"
         raise UserError(f"--ref {config.ref}", what, "use another --kl-estimator than full")
-    for reward_model in (*critics, *scorers):
+    for reward_model in (*critics, *scorers) if weights else ():
         pretrained.describe(reward_model, reward=True)
 
 
@@ -150,6 +153,44 @@ def check_reencoded(config: PPOConfig, scorers: Sequence[Path], data: Data) -> N
                 what = f"{len(ids)} tokens once --reward {folder} re-encodes them, and {new} new"
                 do = f"it reads {most}: lower max_prompt_length or max_new_tokens"
                 raise UserError(prompt.where, what, do)
+
+
+class Start(NamedTuple):
+    """All that a run starts from: found, checked and, of its data, read. No weight is loaded."""
+
+    folder: Path  # of the policy
+    ref_folder: Path
+    critic: list[Path]  # none or one
+    scorers: list[Path]  # the reward models of --reward
+    specs: list[Spec]  # of --reward
+    tokenizer: Tokenizer
+    data: Data
+    inputs: list[str]  # files and folders of which the run is made
+
+
+def look(config: PPOConfig, weights: bool = True) -> Start:
+    """Refuses all that can be refused before anything is loaded, the cheapest first.
+
+    Args:
+        weights: False for a plan, which asks for no weights, so that their headers are not read.
+    """
+    folder = resolve(config.model, weights)
+    ref_folder = folder if config.ref is None else resolve(config.ref, weights)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.check_stops(config.stop)
+    critic = [] if config.critic is None else [resolve(config.critic, weights)]
+    specs = [reward_sources.parse(source) for source in config.reward]
+    places = [reward_sources.locate(spec, weights) for spec in specs]
+    scorers = [place for place in places if place is not None and place.is_dir()]
+    check_models(config, (folder, ref_folder), critic, scorers, tokenizer, weights)
+    others = [place for place in scorers if reward_sources.reencoded(place, tokenizer)]
+    same = [place for place in scorers if place not in others]
+    room = prompt_room(config, (folder, ref_folder, *critic, *same))
+    data = read_data(config, tokenizer, room, pretrained.read_config(folder).longest_row)
+    check_reencoded(config, others, data)
+    inputs = [*data.files, *(str(place) for place in places if place), str(ref_folder)]
+    inputs += tokenizer_files(folder)
+    return Start(folder, ref_folder, critic, scorers, specs, tokenizer, data, inputs)
 
 
 def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype) -> ValueHeadModel:

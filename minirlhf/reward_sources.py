@@ -110,12 +110,12 @@ def _check_url(url: str) -> None:
             raise UserError(f"--reward {printable(url)}", what, "http://host:port/path, or https")
 
 
-def locate(spec: Spec) -> Path | None:
-    """The folder or file that has to be there; None for a service."""
+def locate(spec: Spec, weights: bool = True) -> Path | None:
+    """The folder, as `resolve` finds it, or file that has to be there; None for a service."""
     if spec.kind == "service":
         return None
     if spec.kind == "model":
-        return resolve(spec.place)
+        return resolve(spec.place, weights)
     if spec.place.endswith(".py"):
         do = f"give {spec.place}:function"
         raise UserError("--reward", f"{spec.place} names no function", do)

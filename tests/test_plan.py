@@ -39,6 +39,12 @@ def rows(path, *values):
     return str(path)
 
 
+def function(folder) -> str:
+    """A reward function, which no plan calls."""
+    (folder / "f.py").write_text("1 / 0", encoding="utf-8")
+    return f"{folder / 'f.py'}:g"
+
+
 def lines_of(out: str) -> dict[str, str]:
     """Part -> how it is counted, with one space between words."""
     table = out[out.index("memory of ") :].splitlines()
@@ -59,9 +65,9 @@ def test_plan_ppo_needs_config_json_alone(model, capsys):
 
 def test_plan_ppo_takes_the_longest_prompt_of_the_data(model, tmp_path, capsys):
     tokenizer = train_tokenizer(["a b c d"], 258, model)
-    long = "x y z " * 3
+    long, source = "x y z " * 3, function(tmp_path)
     data = rows(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": long})
-    words = ["ppo", "--model", str(model), "--data", data, "--reward", "f.py:g"]
+    words = ["ppo", "--model", str(model), "--data", data, "--reward", source]
     assert plan.main([*words, "--max-new-tokens", "20", "--lora-rank", "2"]) == 0
     told = lines_of(capsys.readouterr().out)
     longest = len(tokenizer.encode(long))
@@ -72,14 +78,15 @@ def test_plan_ppo_takes_the_longest_prompt_of_the_data(model, tmp_path, capsys):
 
 def test_plan_ppo_counts_texts_that_are_mixed_in(model, tmp_path, capsys):
     tokenizer = train_tokenizer(["a b c d"], 258, model)
-    text = "x y z " * 5
+    text, source = "x y z " * 5, function(tmp_path)
     data = rows(tmp_path / "p.jsonl", {"prompt": "a"})
     texts = rows(tmp_path / "t.jsonl", {"text": text})
-    words = ["ppo", "--model", str(model), "--data", data, "--reward", "f.py:g", "--ptx-coef", "1"]
-    words += ["--ptx-data", texts, "--max-new-tokens", "2", "--micro-batch-size", "1"]
-    assert plan.main([*words, "--ptx-batch-size", "1"]) == 0
-    told = lines_of(capsys.readouterr().out)
-    assert told["activations"].startswith(f"{len(tokenizer.encode(text)) + 1} tokens x ")
+    words = ["ppo", "--model", str(model), "--ptx-data", texts, "--ptx-coef", "1"]
+    words += ["--max-new-tokens", "2", "--micro-batch-size", "1", "--ptx-batch-size", "1"]
+    for more in (["--data", data, "--reward", source], ["--max-prompt-length", "1"]):
+        assert plan.main([*words, *more]) == 0
+        told = lines_of(capsys.readouterr().out)
+        assert told["activations"].startswith(f"{len(tokenizer.encode(text)) + 1} tokens x ")
 
 
 def test_plan_ppo_leaves_room_for_the_reward_model(model, tmp_path, capsys):
@@ -116,6 +123,27 @@ def test_plan_ppo_refuses_prompts_without_room_in_a_scorer_of_other_words(model,
     words = ["ppo", "--model", str(model), "--data", data, "--reward", str(other)]
     with pytest.raises(UserError, match=r"5 tokens once --reward .* re-encodes them, and 20 new"):
         plan.main([*words, "--max-new-tokens", "20"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--reward", "gone.py:g"], "--reward: gone.py does not exist: give file.py:function"),
+        (["--stop", "<|endoftext|>"], "--stop: '<|endoftext|>' names a special token"),
+        (["--ref", "other"], "--ref other: has another tokenizer than the policy"),
+        (["--critic", "other"], "--critic other: has another tokenizer than the policy"),
+    ],
+)
+def test_plan_ppo_refuses_what_a_run_would_before_it_loads(
+    flags, told, model, tmp_path, monkeypatch
+):
+    train_tokenizer(["a b c d"], 258, model)
+    train_tokenizer(["aa bb aa bb"] * 4, 260, shutil.copytree(model, tmp_path / "other"))
+    data = rows(tmp_path / "p.jsonl", {"prompt": "a"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        plan.main(["ppo", "--model", "model", "--data", data, *flags])
+    assert str(refused.value).startswith(told)
 
 
 @pytest.mark.parametrize(

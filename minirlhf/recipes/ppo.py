@@ -22,7 +22,6 @@ from minirlhf import config as settings
 from minirlhf import (
     health,
     memory,
-    model_files,
     optim,
     plans,
     presets,
@@ -44,14 +43,7 @@ from minirlhf.metrics import rename_to_trl09
 from minirlhf.passes import measure
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_report import sample_table, show_samples, summarise
-from minirlhf.ppo_start import (
-    check_models,
-    check_reencoded,
-    load_policy,
-    prompt_room,
-    read_data,
-    run_facts,
-)
+from minirlhf.ppo_start import load_policy, look, run_facts
 from minirlhf.ppo_update import ppo_step
 from minirlhf.reward_sources import load_reward
 from minirlhf.rewards import RewardSource, Scores, as_scores
@@ -59,7 +51,7 @@ from minirlhf.rollout import RolloutBuffer, next_rows, replay_rows, sample, with
 from minirlhf.run import Run, write_model
 from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.texts import TextMix
-from minirlhf.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from minirlhf.tokenizer import Tokenizer
 from minirlhf.transformer import CausalLM
 
 # Both are exactly 0 on a CPU without --compile. A GPU's kernels, and graphs with and without a
@@ -208,22 +200,8 @@ def main(argv: list[str] | None = None) -> int:
         presets.PPO,
     )  # fmt: skip
     device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    folder = model_files.resolve(config.model)
-    ref_folder = folder if config.ref is None else model_files.resolve(config.ref)
-    tokenizer = load_tokenizer(folder)
-    tokenizer.check_stops(config.stop)
-    critic = [] if config.critic is None else [model_files.resolve(config.critic)]
-    specs = [reward_sources.parse(source) for source in config.reward]
-    places = [reward_sources.locate(spec) for spec in specs]
-    scorers = [place for place in places if place is not None and place.is_dir()]
-    check_models(config, (folder, ref_folder), critic, scorers, tokenizer)
-    same = [place for place in scorers if not reward_sources.reencoded(place, tokenizer)]
-    room = prompt_room(config, (folder, ref_folder, *critic, *same))
-    data = read_data(config, tokenizer, room, pretrained.read_config(folder).longest_row)
-    check_reencoded(config, [place for place in scorers if place not in same], data)
+    folder, ref_folder, critic, scorers, specs, tokenizer, data, inputs = look(config)
     prompts, sets, texts = data.prompts, data.sets, data.texts
-    inputs = [*data.files, *(str(place) for place in places if place), str(ref_folder)]
-    inputs += tokenizer_files(folder)
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
     # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for

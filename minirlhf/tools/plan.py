@@ -11,12 +11,12 @@ from dataclasses import field, fields, make_dataclass
 import torch
 
 from minirlhf import config as settings
-from minirlhf import memory, model_files, optim, plans, presets, pretrained, reward_sources
+from minirlhf import memory, model_files, optim, plans, presets, pretrained
 from minirlhf.errors import OK, UserError, run
 from minirlhf.machine import free_memory, process_bytes
 from minirlhf.memory import Plan
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.ppo_start import check_reencoded, prompt_room, read_data, read_texts
+from minirlhf.ppo_start import look, prompt_room, read_texts
 from minirlhf.preferences import reads_before_eos
 from minirlhf.recipes import reward, sft
 from minirlhf.recipes.reward import RewardConfig
@@ -27,28 +27,28 @@ from minirlhf.transformer import ModelConfig
 
 
 def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
-    models = plans.ppo_models(config)
-    folder = model_files.resolve(config.model, weights=False)
-    names = filter(None, (config.ref, config.critic))
-    same, others = [folder, *(model_files.resolve(name, weights=False) for name in names)], []
-    tokenizer = load_tokenizer(folder) if config.data or config.ptx_data else None
-    for spec in map(reward_sources.parse, config.reward):
-        if spec.kind == "model" and tokenizer is not None:
-            place = model_files.resolve(spec.place, weights=False)
-            (others if reward_sources.reencoded(place, tokenizer) else same).append(place)
-    room, longest_row = prompt_room(config, same), pretrained.read_config(folder).longest_row
     if config.data:
-        data = read_data(config, tokenizer, room, longest_row)
-        check_reencoded(config, others, data)
+        data = look(config, weights=False).data
         longest, longest_text = data.longest_prompt, data.longest_text
-    elif config.max_prompt_length is None:
+    else:
+        longest, longest_text = lengths_without_data(config)
+    models, held = plans.ppo_models(config), process_bytes(device)
+    return plans.ppo_plan(config, models, longest, dtype, held, longest_text)
+
+
+def lengths_without_data(config: PPOConfig) -> tuple[int, int]:
+    """Tokens of the longest prompt that may be, and of the longest text that is mixed in."""
+    names = filter(None, (config.model, config.ref, config.critic))
+    folders = [model_files.resolve(name, weights=False) for name in names]
+    room = prompt_room(config, folders)
+    if config.max_prompt_length is None:
         raise UserError("--data", "not given, so prompts may be of any length",
                         "give it, or --max-prompt-length")  # fmt: skip
-    else:
-        texts, _ = read_texts(config, tokenizer, longest_row) if config.ptx_data else ([], None)
-        longest, longest_text = room, max((len(text.ids) for text in texts), default=0)
-    held = process_bytes(device)
-    return plans.ppo_plan(config, models, longest, dtype, held, longest_text)
+    if config.ptx_data is None:
+        return room, 0
+    most = pretrained.read_config(folders[0]).longest_row
+    texts, _ = read_texts(config, load_tokenizer(folders[0]), most)
+    return room, max(len(text.ids) for text in texts)
 
 
 def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
