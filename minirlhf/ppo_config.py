@@ -176,6 +176,9 @@ class PPOConfig:
     keep: int = setting(2, "checkpoints kept", at_least=2)
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
     allow_data_change: bool = setting(False, "resume although data files have changed")
+    allow_setting_change: bool = setting(
+        False, "resume although settings or reward functions have changed"
+    )
 
     def check(self) -> list[str]:
         return [
@@ -285,6 +288,16 @@ class PPOConfig:
             self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p,
             stop_strings=self.stop, min_new_tokens=self.min_new_tokens,
         )  # fmt: skip
+
+    @property
+    def of_the_start(self) -> set[str]:
+        """Settings that belong to what a run's state remembers, so that no resume may change them:
+        evaluations compare with scores of the start, and a target moves its KL coefficient."""
+        names = {"eval_data", "eval_prompts"}
+        if self.eval_data:
+            names |= {"reward", "seed", "stop", "temperature", "top_k", "top_p", "min_p",
+                      "max_new_tokens", "min_new_tokens"}  # fmt: skip
+        return names if self.kl_target is None else names | {"kl_coef"}
 
     @property
     def policy_loss(self) -> Callable[[Tensor, Tensor, Tensor], Surrogate]:

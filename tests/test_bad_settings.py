@@ -16,7 +16,7 @@ from minirlhf.errors import UserError
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.recipes.reward import RewardConfig
 from minirlhf.recipes.sft import SFTConfig
-from minirlhf.run import FREE, Run
+from minirlhf.run import FIXED, FREE, Run
 from minirlhf.tools.sample import SampleConfig
 from minirlhf.tools.score import ScoreConfig
 
@@ -416,7 +416,12 @@ def test_every_setting_is_frozen_or_free_on_resume(verb, tmp_path):
             Run(str(tmp_path), verb, now, True)
         old = facts["settings"][field.name]
         assert caught.value.what == f"{field.name} was {old!r}, is {now[field.name]!r}"
-        assert caught.value.do == "resume with the settings of the first start"
+        do = "resume with the settings of the first start"
+        if field.name in FIXED:
+            assert caught.value.do == do
+        else:
+            assert caught.value.do == f"{do}, or --allow-setting-change"
+            Run(str(tmp_path), verb, now | {"allow_setting_change": True}, True)
 
 
 NOT_OURS = "out/run.json: is not of a sft run: give another --out"
@@ -445,8 +450,10 @@ def test_free_settings_are_those_that_no_number_depends_on():
     fields = {verb: {f.name for f in dataclasses.fields(CONFIGS[verb])} for verb in RECIPES}
     assert FREE <= set.union(*fields.values())
     everywhere = {"out", "resume", "log_every", "save_every", "keep", "device",
-                  "allow_data_change", "gradient_checkpointing"}  # fmt: skip
+                  "allow_data_change", "allow_setting_change",
+                  "gradient_checkpointing"}  # fmt: skip
     assert all(FREE & fields[verb] >= everywhere for verb in RECIPES)
+    assert FIXED <= set.union(*fields.values())
     patience = {
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
         "reward_token_file", "offload_frozen",

@@ -675,6 +675,48 @@ def test_main_without_frozen_models_in_memory_changes_no_bit(world, tmp_path, mo
     assert timeless(tmp_path / "away") == timeless(tmp_path / "plain")
 
 
+def test_main_goes_on_with_other_settings_where_that_is_allowed(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    start = {"log_every": 1, "save_every": 1, "kl_coef": 0.1, "kl_target": "none"}
+    start |= {"learning_rate": 1e-3, "schedule": "constant"}
+    assert main(command(world, out, steps=2, **start)) == OK
+    before = (out / "metrics.jsonl").read_bytes()
+    other = start | {"steps": 4, "kl_coef": 0.7, "learning_rate": 1e-4}
+    again = command(world, out, "--resume", **other)
+    assert main(again) == BAD_INPUT
+    assert "or --allow-setting-change" in capsys.readouterr().err
+    assert main([*again, "--allow-setting-change"]) == OK
+    printed = capsys.readouterr().out
+    assert "changed: kl_coef was 0.1, is 0.7" in printed and "steps was 2, is 4" in printed
+    text = (out / "metrics.jsonl").read_bytes()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert text.startswith(before)
+    assert [line["objective/kl_coef"] for line in lines] == [0.1, 0.1, 0.7, 0.7]
+    assert [line["lr"] for line in lines] == [1e-3, 1e-3, 1e-4, 1e-4]
+
+
+@pytest.mark.parametrize(
+    ("beside", "change"),
+    [
+        ({"kl_target": 5}, {"kl_coef": 0.7}),  # the run's own has moved since
+        ({"eval_data": "held_out"}, {"temperature": 0.5}),  # later answers are compared
+        ({}, {"eval_data": "held_out"}),
+    ],
+    ids=["kl_coef", "temperature", "eval_data"],
+)
+def test_main_never_changes_what_a_run_remembers(beside, change, world, tmp_path, capsys):
+    held_out = shutil.copy(world / "prompts.jsonl", tmp_path / "held_out.jsonl")
+    start, other = (
+        {name: held_out if name == "eval_data" else value for name, value in given.items()}
+        for given in ({"steps": 2, **beside}, {"steps": 2, **beside, **change})
+    )
+    assert main(command(world, tmp_path / "run", **start)) == OK
+    again = command(world, tmp_path / "run", "--resume", "--allow-setting-change", **other)
+    assert main(again) == BAD_INPUT
+    told = capsys.readouterr().err
+    assert f"{next(iter(change))} was" in told and "--allow-setting-change" not in told
+
+
 def test_main_exports_a_lora_run_merged(world, tmp_path):
     out = tmp_path / "run"
     assert main(command(world, out, steps=2, lora_rank=2, log_every=1)) == OK

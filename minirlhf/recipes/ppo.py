@@ -92,7 +92,7 @@ def ppo(
     """
     settings.validate(config)
     policy, B = state.model, config.batch_size
-    if state.kl_coef is None:
+    if state.kl_coef is None or config.kl_target is None:
         state.kl_coef = config.kl_coef
     full_kl = config.kl_estimator == "full"
     while state.step < config.steps:
@@ -223,7 +223,9 @@ def main(argv: list[str] | None = None) -> int:
     inputs = [*data.files, *(str(place) for place in places if place), str(ref_folder)]
     inputs += tokenizer_files(folder)
     # Refused here, before anything is loaded; written to only once all is.
-    r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
+    r = Run(
+        config.out, "ppo", settings.as_dict(config), config.resume, inputs, config.of_the_start
+    )
     # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
     # it, and the plan counts it. On a GPU torch refuses the cumsum of sampling, and cuBLAS without
     # a workspace setting.

@@ -139,6 +139,9 @@ class RewardConfig:
     keep: int = setting(2, "checkpoints kept", at_least=2)
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
     allow_data_change: bool = setting(False, "resume although data files have changed")
+    allow_setting_change: bool = setting(
+        False, "resume although settings or reward functions have changed"
+    )
 
     def check(self) -> list[str]:
         problems = []
