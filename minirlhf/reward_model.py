@@ -48,8 +48,9 @@ def model_reward(
 ) -> RewardSource:  # fmt: skip
     """Scores of a reward model.
 
-    Texts end here as in its training: with eos where the policy ended the text, without where the
-    length cut it. A response that a stop string ended is scored as the text before it, with eos.
+    Texts end here as in its training: with its own eos where the policy ended the text, without
+    where the length cut it. A response that a stop string ended is scored as the text before it,
+    with eos.
 
     Args:
         tokenizer: the reward model's.
@@ -70,8 +71,9 @@ def model_reward(
             prompt, response = reencode(tokenizer, batch.prompts[i], text, reason)
         else:
             prompt, response = batch.prompt_ids[i], batch.response_ids[i]
-            if reason == "stop":
-                response = [*tokenizer.encode(text, bos=False), tokenizer.eos_ids[0]]
+            if reason != "length":  # of several eos the policy may have drawn another
+                own = response[:-1] if reason == "eos" else tokenizer.encode(text, bos=False)
+                response = [*own, reencode(tokenizer, batch.prompts[i], "a", reason)[1][-1]]
         if model.read_before_eos and response and response[-1] in tokenizer.eos_ids:
             response = response[:-1]
         return prompt + response
