@@ -33,8 +33,9 @@ from minirlhf.data import Text
 from minirlhf.errors import UserError
 from minirlhf.generation import generate, sampling_law
 from minirlhf.heads import RewardModel, critic_from_reward_model, initialize_score, response_states
+from minirlhf.lora import add_lora
 from minirlhf.optim import make_optimizer
-from minirlhf.passes import measure
+from minirlhf.passes import TokenPass, measure, policy_pass
 from minirlhf.ppo_update import assign_credit, ppo_step
 from minirlhf.recipes.ppo import ppo
 from minirlhf.rewards import Scores
@@ -477,10 +478,10 @@ def test_ppo_step_mixes_texts_into_each_update_but_not_while_the_critic_warms_up
         policy.load_state_dict(start)
         mix = TextMix(TEXTS, 0.5, 2, 99, seed=0) if mixed else None
         config = config_of(
-            epochs=1, max_grad_norm=None, ptx_coef=0.5 * mixed, critic_warmup_steps=warmup
+            epochs=1, max_grad_norm=None, critic_warmup_steps=warmup
         )
         before, optimizer = parameters(policy), torch.optim.SGD(policy.parameters(), lr=1.0)
-        stats = ppo_step(policy, optimizer, measured(policy), config, mix=mix)
+        stats = ppo_step(policy, optimizer, measured(policy), config, 0, mix=mix)
         moved[mixed, warmup] = parameters(policy) - before
         policy.load_state_dict(start)
         policy.zero_grad()
@@ -551,6 +552,32 @@ def test_only_the_critic_learns_while_it_warms_up(make, dtype):
     start = parameters(make(dtype).lm)
     assert torch.equal(lm[0], start) and torch.equal(lm[1], start) and not torch.equal(lm[2], start)
     assert not torch.equal(critic[0], critic[1])
+
+
+def own_critic_with_adapters():
+    return add_lora(own_critic(), 2, 8.0, 0)
+
+
+@pytest.mark.parametrize("make", [tiny_policy, own_critic, own_critic_with_adapters])
+def test_a_policy_that_waits_for_its_critic_keeps_no_graph(make, monkeypatch):
+    policy, config = make(), config_of(critic_warmup_steps=1)
+    trained = [p for p in policy.lm.parameters() if p.requires_grad]
+
+    def passed(*args):
+        made.append(policy_pass(*args))
+        return made[-1]
+
+    made: list[TokenPass] = []
+    monkeypatch.setattr(ppo_update, "policy_pass", passed)
+    buffer, optimizer = measured(policy), torch.optim.SGD(policy.parameters(), lr=0.1)
+    ppo_step(policy, optimizer, buffer, config, iteration=0)
+    assert made and all(x.values.requires_grad and not x.logprobs.requires_grad for x in made)
+    made.clear()
+    with pytest.raises(ValueError, match="iteration is None: critic_warmup_steps needs it"):
+        ppo_step(policy, optimizer, buffer, config)
+    ppo_step(policy, optimizer, buffer, config, iteration=1)
+    assert all(x.logprobs.requires_grad for x in made)
+    assert trained == [p for p in policy.lm.parameters() if p.requires_grad]
 
 
 def test_a_critic_of_its_own_is_clipped_by_itself():
