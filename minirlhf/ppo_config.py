@@ -192,6 +192,12 @@ class PPOConfig:
                 "temperature 0: greedy sampling explores nothing, and its law has no finite "
                 "log-probs to learn from; use one above 0"
             )
+        if self.top_k == 1 or self.min_p == 1:
+            name, use = ("top_k", "0, or 2 or more") if self.top_k == 1 else ("min_p", "less")
+            yield (
+                f"{name} 1: one token is left to draw, whose log-prob is 0 whatever the policy; "
+                f"use {use}"
+            )
         if not all(self.stop):
             yield "stop: got an empty string, which every text contains"
         if self.min_new_tokens > self.max_new_tokens:
@@ -231,6 +237,12 @@ class PPOConfig:
                 "bootstrap_truncated: a critic from a reward model values cut responses in that "
                 "model's scale; leave out score_scaling, score_clip and whiten_rewards"
             )
+        weighed = len(self.reward) == 1 and reward_sources.parse(self.reward[0]).weight != 1
+        if not self.train_critic and (rescaled or weighed or self.whiten_rewards):
+            yield (
+                "no-train-critic: its values stay in the reward model's scale; leave out "
+                "score_scaling, score_clip, whiten_rewards and the reward's weight"
+            )
         eos_rule = self.missing_eos_penalty > 0 or self.missing_eos != "subtract"
         if self.bootstrap_truncated and eos_rule:
             yield (
@@ -255,6 +267,10 @@ class PPOConfig:
             )
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             yield f"dual_clip {self.dual_clip:g}: must be above 1 + clip_high {self.clip_high:g}"
+        if self.epochs == self.mini_batches == 1:
+            acts = {"max_ratio": self.max_ratio, "dual_clip": self.dual_clip}
+            for name in (name for name, value in acts.items() if value is not None):
+                yield f"{name}: the ratio of the only update is 1; raise epochs or mini_batches"
         if self.early_stop_kl is not None and self.epochs == 1:
             yield "early_stop_kl: there is one epoch, and none after it to leave out"
         elif self.early_stop_kl is not None and self.epochs == 2 and self.mini_batches == 1:

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens of the longest, R tokens of the longest response, N tokens in all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -170,6 +170,11 @@ def next_rows(
     return torch.stack(rows)
 
 
+def columns_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Names of the columns that any of them has."""
+    return sorted({name for prompt in prompts for name in prompt.columns})
+
+
 def sample(
     lm: CausalLM,
     prompts: list[Prompt],
@@ -177,12 +182,15 @@ def sample(
     sampling: Sampling,
     tokenizer: Tokenizer,
     rows_at_once: int,
+    columns: Sequence[str] | None = None,
 ) -> tuple[Completions, Rollout]:
     """Responses to the prompts: as text for reward sources, as tensors (scores 0) for learning.
 
     Args:
         keys: (B,) int64, one a prompt; a row's text depends on its prompt and key alone.
         rows_at_once: how many are sampled side by side.
+        columns: that reward sources see, None in a row that lacks one: of all prompts, so that what
+            is said of a row does not depend on its batch. None: those of these prompts.
     """
     responses, reasons, logprobs, supports = [], [], [], []
     for start in range(0, len(prompts), rows_at_once):
@@ -193,7 +201,7 @@ def sample(
         reasons += made.finish_reason
         logprobs.append(made.logprobs[made.response_mask])
         supports.append(made.support)
-    names = sorted({name for p in prompts for name in p.columns})
+    names = columns_of(prompts) if columns is None else columns
     completions = Completions(
         prompts=[p.text for p in prompts],
         prompt_ids=[p.ids for p in prompts],

@@ -186,7 +186,7 @@ def test_score_refuses_another_number_of_scores():
 
 def test_sample_table_draws_no_more_rows_at_once_than_a_step(monkeypatch):
     def sampled(*args):
-        asked.append(args[-1])
+        asked.append(args[5])
         return sample(*args)
 
     asked: list[int] = []
@@ -262,6 +262,13 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
         ),
         ({"bootstrap_truncated": True, "missing_eos": "replace"}, "leave out one of them"),
         ({"dual_clip": 1.2}, r"dual_clip 1.2: must be above 1 \+ clip_high 0.2"),
+        (
+            {"dual_clip": 3.0, "epochs": 1, "mini_batches": 1},
+            "dual_clip: the ratio of the only update is 1; raise epochs or mini_batches",
+        ),
+        ({"max_ratio": 3.0, "epochs": 1, "mini_batches": 1}, "max_ratio: the ratio of the only"),
+        ({"top_k": 1}, "top_k 1: one token is left to draw, .*; use 0, or 2 or more$"),
+        ({"min_p": 1.0}, "min_p 1: one token is left to draw, .*; use less$"),
         ({"early_stop_kl": 0.1, "epochs": 1}, "there is one epoch, and none after it to leave out"),
         (
             {"early_stop_kl": 0.1, "epochs": 2, "mini_batches": 1},
@@ -275,6 +282,13 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
         (
             {"train_critic": False, "critic": "c", "critic_warmup_steps": 1},
             "leave out critic_learning_rate and critic_warmup_steps",
+        ),
+        *(
+            ({"train_critic": False, "critic": "c"} | rescaled, "no-train-critic: its values stay")
+            for rescaled in (
+                {"score_scaling": "scale"}, {"score_clip": 1.0}, {"whiten_rewards": True},
+                {"reward": ("0.1*c",)},
+            )
         ),
         ({"ptx_data": "texts.jsonl"}, "ptx_data and ptx_coef go together: give both, or neither"),
         ({"ptx_coef": 1.0}, "ptx_data and ptx_coef go together"),
@@ -312,6 +326,9 @@ def test_config_takes_the_values_that_its_errors_name():
         config = config_of(batch_size=rows, mini_batches=minis, micro_batch_size=micro)
         assert config.check() == []
     assert config_of(kl_target=6.0, kl_horizon=0.81).check() == []
+    assert config_of(critic="c", train_critic=False, reward=("c",)).check() == []
+    for several in ({"epochs": 1, "mini_batches": 2}, {"epochs": 2, "mini_batches": 1}):
+        assert config_of(dual_clip=3.0, max_ratio=3.0, **several).check() == []
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -14,7 +14,15 @@ from minirlhf.heads import ValueHeadModel
 from minirlhf.passes import measure
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_update import assign_credit
-from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, unpack
+from minirlhf.rollout import (
+    Rollout,
+    RolloutBuffer,
+    columns_of,
+    next_rows,
+    replay_rows,
+    sample,
+    unpack,
+)
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
 T, F = True, False
@@ -263,6 +271,13 @@ def test_sample_keeps_the_logprobs_that_tokens_were_drawn_with(rows_at_once):
 def test_sample_passes_every_column_and_none_where_a_row_lacks_it():
     made, _ = sample(tiny_lm(), PROMPTS, KEYS, Sampling(1), Letters(), 4)
     assert made.columns == {"answer": [7, 8, None, None], "topic": [None, "x", None, "y"]}
+
+
+def test_sample_offers_the_columns_of_all_prompts_whatever_stands_in_the_batch():
+    names = columns_of(PROMPTS)
+    assert names == ["answer", "topic"]
+    made, _ = sample(tiny_lm(), PROMPTS[2:3], KEYS[:1], Sampling(1), Letters(), 4, names)
+    assert made.columns == {"answer": [None], "topic": [None]}
 
 
 def test_sample_cuts_a_stop_string_from_the_text_and_keeps_it_in_the_ids():

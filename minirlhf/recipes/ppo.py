@@ -53,7 +53,14 @@ from minirlhf.ppo_start import (
 from minirlhf.ppo_update import ppo_step
 from minirlhf.reward_sources import load_reward
 from minirlhf.rewards import RewardSource, Scores, as_scores
-from minirlhf.rollout import RolloutBuffer, next_rows, replay_rows, sample, with_scores
+from minirlhf.rollout import (
+    RolloutBuffer,
+    columns_of,
+    next_rows,
+    replay_rows,
+    sample,
+    with_scores,
+)
 from minirlhf.run import Run, write_model
 from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.texts import TextMix
@@ -95,6 +102,7 @@ def ppo(
     if state.kl_coef is None or config.kl_target is None:
         state.kl_coef = config.kl_coef
     full_kl = config.kl_estimator == "full"
+    columns = columns_of(prompts)
     while state.step < config.steps:
         iteration, clock = state.step, {}
         started = time.perf_counter()
@@ -109,7 +117,7 @@ def ppo(
         keys = streams.key(config.seed, "rollout", iteration, rows, torch.arange(B))
         batch = [prompts[i] for i in rows.tolist()]
         completions, rollout = sample(
-            policy.lm, batch, keys, config.sampling, tokenizer, config.rollout_batch_size
+            policy.lm, batch, keys, config.sampling, tokenizer, config.rollout_batch_size, columns
         )
         clock["time/rollout"] = time.perf_counter() - started
 
@@ -162,6 +170,7 @@ def ppo(
         clock |= {"time/step": seconds, "eps": B / seconds, "tok_per_s": sampled / seconds}
         replay = replay_rows(completions, buffer) if config.save_rollouts else []
         replay = [{"step": state.step, "kind": "rollout"} | row for row in replay]
+        del buffer, rollout, kl  # or they would lie beside the next step's
         yield Step(state.step, metrics | steady, clock, replay)
 
 
