@@ -7,6 +7,7 @@ import shutil
 import pytest
 import tokenizers
 
+from minirlhf import chat_template
 from minirlhf.chat_template import compile_template, swap_names
 from minirlhf.errors import UserError
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
@@ -360,6 +361,13 @@ def test_compile_template_has_what_transformers_offers(monkeypatch):
     assert render("  {% if tools is none %}\nx\n  {% endif %}\n") == "x\n"  # blocks are trimmed
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400000")  # 1000 days after 1970-01-01
     assert render("{{ strftime_now('%Y-%m') }}") == "1972-09"
+
+
+def test_a_template_that_writes_todays_date_is_told_once(monkeypatch, capsys):
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    chat_template._tell_of_today.cache_clear()
+    assert [len(render("{{ strftime_now('%Y') }}")) for _ in range(2)] == [4, 4]
+    assert capsys.readouterr().err.count("note: the chat template writes today's date: give") == 1
 
 
 @pytest.mark.parametrize(
