@@ -94,6 +94,17 @@ def test_readme_loss_is_the_one_that_is_learned_from(in_a_small_world):
     assert validate(names["config"]) is None  # its settings are checked as PPOConfig's are
 
 
+@pytest.mark.parametrize("file", ["README.md", "benchmarks/README.md"])
+def test_shell_commands_can_be_pasted_into_zsh(file):
+    """There a # begins no comment, and a * that is not quoted must match a file."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for bare in (re.sub(r"'[^']*'|\"[^\"]*\"", "", block) for block in blocks):
+        assert "#" not in bare and "*" not in bare and "[" not in bare
+    assert not re.search(r"`[^`\n]* [0-9.]+\*[^`\n]*`", text)  # within a line
+
+
 def test_readme_names_every_module_once_with_its_lines():
     told = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.MULTILINE))
     package = ROOT / "minirlhf"
