@@ -159,7 +159,7 @@ _TRL1_PPO_CONFIG = _rows(
     ("world_size, local_batch_size", "", "one process"),
     ("ds3_gather_for_generation", "", "there is no DeepSpeed"),
     ("push_to_hub", "", "nothing is uploaded"),
-    ("exp_name, run_name", "--out", "a run's name is its folder's; there up to 0.28"),
+    ("exp_name, run_name", "--out", "a run's name is its folder's; there up to 0.26"),
 )  # fmt: skip
 _TRL1_PPO_TRAINING = _rows(
     ("per_device_train_batch_size", "--batch-size, --micro-batch-size",
