@@ -19,11 +19,12 @@ from minirlhf.scores import MISSING_EOS, SCALINGS, EndRule, end_rule
 class PPOConfig:
     model: str = setting("", "language model to align", metavar="FOLDER", required=True)
     data: str = setting(
-        "", "prompts: JSON lines, JSON or CSV, also .gz", metavar="FILE", required=True
+        "", "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz", metavar="FILE", required=True
     )
     reward: tuple[str, ...] = setting(
         (), "reward-model folder, file.py:function or http://host:port/path; of several, also "
-        "0.5*SOURCE, the weighted sum", metavar="SOURCE", required=True,
+        "'0.5*SOURCE' (in quotes: some shells expand the *), the weighted sum",
+        metavar="SOURCE", required=True,
     )  # fmt: skip
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
     eval_data: tuple[str, ...] = setting((), "held-out prompts, more as NAME=FILE", metavar="FILE")
@@ -40,7 +41,9 @@ class PPOConfig:
     steps: int = setting(100, "iterations of sampling and optimising", at_least=1)
     batch_size: int = setting(64, "prompts sampled in an iteration", at_least=1)
     max_new_tokens: int = setting(64, "tokens of the longest response", at_least=1)
-    temperature: float = setting(1.0, "of sampling, and of every log-prob; above 0", at_least=0)
+    temperature: float = setting(
+        1.0, "of sampling, and of every log-prob; 0, greedy, would explore nothing", above=0
+    )
     top_k: int = setting(0, "draw from the k most probable tokens; 0: all", at_least=0)
     top_p: float = setting(
         1.0, "draw from the fewest tokens whose mass reaches this", above=0, at_most=1
@@ -51,7 +54,9 @@ class PPOConfig:
     min_new_tokens: int = setting(0, "no eos is drawn before so many tokens", at_least=0)
     stop: tuple[str, ...] = setting((), "strings that end a response", metavar="TEXT")
     rollout_batch_size: int = setting(256, "rows sampled side by side", at_least=1)
-    max_prompt_length: int | None = setting(None, "tokens of the longest prompt", at_least=1)
+    max_prompt_length: int | None = setting(
+        None, "tokens of the longest prompt; none: what the models have room for", at_least=1
+    )
     overlong: str = setting(
         "error", "what happens to longer prompts", choices=("error", "drop", "truncate_prompt_left")
     )
@@ -161,8 +166,10 @@ class PPOConfig:
         False, "hold reference and reward models only while needed: they are read again each time"
     )
     # run
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
     seed: int = setting(0, "of prompt order, sampling and mini-batches")
     sample_every: int = setting(10, "steps between tables of samples; 0: none", at_least=0)
     sample_prompts: int = setting(4, "fixed prompts in the table", at_least=1)
@@ -187,11 +194,6 @@ class PPOConfig:
         ]  # fmt: skip
 
     def _sampling_problems(self) -> Iterator[str]:
-        if self.temperature == 0:
-            yield (
-                "temperature 0: greedy sampling explores nothing, and its law has no finite "
-                "log-probs to learn from; use one above 0"
-            )
         if self.top_k == 1 or self.min_p == 1:
             name, use = ("top_k", "0, or 2 or more") if self.top_k == 1 else ("min_p", "less")
             yield (

@@ -23,8 +23,8 @@ class Rollout(NamedTuple):
     """B rows, left-aligned, with one cell for each of at most R response tokens.
 
     Column t of a (B, R) tensor belongs to response token a_t and to the state before it. The
-    fields that may be None are filled on the way: `passes.measure` and `ppo.assign_credit`. False
-    cells between True ones are legal: tokens that another wrote, such as a tool's output.
+    fields that may be None are filled on the way: `passes.measure` and `ppo_update.assign_credit`.
+    False cells between True ones are legal: tokens that another wrote, such as a tool's output.
     """
 
     rows: Tensor  # (B,) int64: which row of the iteration's batch this is

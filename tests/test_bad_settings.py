@@ -96,7 +96,7 @@ FLAGS = [  # added to a right `minirlhf sft`, what is told
 PPO_FLAGS = [  # added to a right `minirlhf ppo`, what is told
     ("--no-train-critic", "no-train-critic: goes with --critic, a value head has to learn"),
     ("--train-critic=false", "--train-critic: got 'false', takes no value: give --train-critic or"),
-    ("--temperature 0", "temperature 0: greedy sampling explores nothing"),
+    ("--temperature 0", "--temperature: got 0.0, must be a finite number > 0"),
     ("--min-new-tokens 99", "min_new_tokens 99 is above max_new_tokens"),
     ("--kl-in loss", "kl_in loss with kl_estimator k1: the gradient of that estimate"),
     ("--ptx-coef 1", "ptx_data and ptx_coef go together: give both, or neither"),

@@ -293,7 +293,7 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
         ({"ptx_data": "texts.jsonl"}, "ptx_data and ptx_coef go together: give both, or neither"),
         ({"ptx_coef": 1.0}, "ptx_data and ptx_coef go together"),
         ({"critic_warmup_steps": 4}, "the policy would never learn, there are 4 steps"),
-        ({"temperature": 0.0}, "temperature 0: greedy sampling explores nothing"),
+        ({"temperature": 0.0}, "temperature: got 0.0, must be a finite number > 0"),
         (
             {"batch_size": 10, "mini_batches": 3, "micro_batch_size": 4},
             "batch_size 10 is less than 3 mini_batches of micro_batch_size 4: use batch_size 12 "
@@ -825,7 +825,7 @@ def test_main_stops_at_a_score_that_is_not_finite(world, tmp_path, capsys):
         ({"reward": "absent.py:f"}, "absent.py does not exist"),
         ({"reward": "absent"}, "no such folder"),
         ({"dual_clip": 1.1}, "dual_clip 1.1: must be above 1 + clip_high 0.2"),
-        ({"temperature": 0}, "greedy sampling explores nothing"),
+        ({"temperature": 0}, "--temperature: got 0.0, must be a finite number > 0"),
         ({"batch_size": 3}, "use batch_size 4 or micro_batch_size 1 or mini_batches 1"),
         ({"max_new_tokens": 64}, "64 fill the model's context: use less than 64"),
         ({"max_new_tokens": 55}, "10 tokens, max_length is 9"),

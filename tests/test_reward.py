@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tiny_reward import (
     tiny_model,
     weights,
 )
+from torch import Tensor
 
 from minirlhf.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from minirlhf.config import validate
@@ -87,6 +89,31 @@ def test_a_step_is_the_same_for_any_micro_batch(center):
     for metrics, parameters in made[:-1]:
         assert metrics == pytest.approx(made[-1][0], rel=0, abs=1e-9)
         torch.testing.assert_close(parameters, made[-1][1], rtol=0, atol=1e-6)
+
+
+class HingeBatch(NamedTuple):
+    """Nothing but what the README says that a batch needs."""
+
+    tokens: Tensor
+    lengths: Tensor
+
+    def loss(self, scores, label_smoothing=0.0, center=0.0):
+        chosen, rejected = scores.chunk(2)
+        return (1 - chosen + rejected).clamp(min=0)
+
+    def split(self, scores):
+        return list(torch.stack(scores.chunk(2), 1))
+
+
+def test_a_batch_of_four_members_is_enough_to_train_and_to_evaluate():
+    def hinge(pairs):
+        return HingeBatch(*collate_pairs(pairs)[:2])
+
+    model = tiny_model()
+    torch.nn.init.zeros_(model.score.weight)
+    assert evaluate(model, PAIRS, collate=hinge).metrics["loss"] == 1  # all scores are 0
+    step = next(reward(state_of(model), PAIRS, config_of(batch_size=5), collate=hinge))
+    assert step.metrics["loss"] == 1 and step.metrics["grad_norm"] > 0
 
 
 def test_centre_term_enters_the_training_loss():

@@ -58,13 +58,14 @@ SHOWN = ("accuracy", "top1", "ties", "loss", "margin", "calibration_error")
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Settings of a run; `reward` reads those from `epochs` to `center_rewards_coefficient`."""
+    """Settings of a run; `reward` reads those from `epochs` to `center_rewards_coefficient`, but
+    not the optimizer's `weight_decay` and `adam_epsilon`; and `seed`."""
 
     model: str = setting(
         "", "language model (or reward model) to start from", metavar="FOLDER", required=True
     )
     data: str = setting(
-        "", "preference pairs or ranked lists: JSON lines, JSON or CSV, also .gz",
+        "", "preference pairs or ranked lists: JSON lines, JSON, CSV or TSV, also .gz",
         metavar="FILE", required=True,
     )  # fmt: skip
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
@@ -131,8 +132,10 @@ class RewardConfig:
     max_drop: float = setting(
         1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
     )
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
     seed: int = setting(0, "of data order and the new head")
     log_every: int = setting(10, "steps between lines of the log", at_least=1)
     save_every: int = setting(100, "steps between checkpoints", at_least=1)

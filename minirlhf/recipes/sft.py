@@ -49,8 +49,9 @@ class SFTConfig:
     )
     vocab_size: int = setting(8192, "most tokens of a tokenizer that is trained", at_least=258)
     data: str = setting(
-        "", "texts, or prompts with answers, also .gz", metavar="FILE", required=True
-    )
+        "", "texts, or prompts with answers: JSON lines, JSON, CSV, TSV or .txt, also .gz",
+        metavar="FILE", required=True,
+    )  # fmt: skip
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
     eval_data: tuple[str, ...] = setting((), "held-out texts, several as NAME=FILE", metavar="FILE")
     eval_every: int = setting(0, "steps between evaluations; 0: at the end only", at_least=0)
@@ -91,8 +92,10 @@ class SFTConfig:
     max_drop: float = setting(
         1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
     )
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
     seed: int = setting(0, "of data order and new weights")
     log_every: int = setting(10, "steps between lines of the log", at_least=1)
     save_every: int = setting(100, "steps between checkpoints", at_least=1)

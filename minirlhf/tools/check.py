@@ -1,8 +1,9 @@
 """A look at data before anything is spent on it: `minirlhf check FILE [FILE …] --model FOLDER`.
 
-What a recipe refuses before it loads weights is refused here: settings, files, the model's headers
-and shapes, its tokenizer, every row. The rest is for the eye: how rows are read, how long they are,
-what stands there twice. Lines that begin with "warning:" are worth a thought.
+What a recipe refuses before it loads weights is refused here: files, the model's headers and
+shapes, its tokenizer, every row; of a run's settings only those of the data are known. The rest is
+for the eye: how rows are read, how long they are, what stands there twice. Lines that begin with
+"warning:" are worth a thought.
 """
 
 import json

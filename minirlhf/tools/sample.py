@@ -28,7 +28,9 @@ from minirlhf.transformer import CausalLM
 @dataclass(frozen=True)
 class SampleConfig:
     model: str = setting(help="language model", metavar="FOLDER")
-    data: str | None = setting(None, "prompts: JSON lines, JSON or CSV, also .gz", metavar="FILE")
+    data: str | None = setting(
+        None, "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz", metavar="FILE"
+    )
     prompt: str | None = setting(None, "one prompt, instead of --data")
     out: str | None = setting(None, "new file for the lines; none: stdout", metavar="FILE")
     max_new_tokens: int = setting(64, "tokens of the longest response", at_least=1)
@@ -57,8 +59,10 @@ class SampleConfig:
         1.0, "share of the rows that may be left out; 1: no limit", at_least=0, at_most=1
     )
     limit: int | None = setting(None, "only so many prompts, the first", at_least=1)
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
     seed: int = setting(0, "of the draws")
 
     def check(self) -> list[str]:

@@ -42,8 +42,9 @@ from minirlhf.tools.sample import check_new, json_lines
 class ScoreConfig:
     model: str = setting(help="reward model", metavar="FOLDER")
     data: str = setting(
-        help="pairs, ranked lists, texts, or prompts with answers, also .gz", metavar="FILE"
-    )
+        help="pairs, ranked lists, texts, or prompts with answers, also .gz; the output of "
+        "minirlhf sample is such a file", metavar="FILE",
+    )  # fmt: skip
     out: str | None = setting(None, "new file for the lines; none: stdout", metavar="FILE")
     micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
     max_length: int | None = setting(
@@ -62,8 +63,10 @@ class ScoreConfig:
     max_drop: float = setting(
         1.0, "share of the rows that may be left out; 1: no limit", at_least=0, at_most=1
     )
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
 
     def check(self) -> list[str]:
         return check_new(self.out)

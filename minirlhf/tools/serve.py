@@ -54,8 +54,10 @@ class ServeConfig:
         metavar="FILE",
     )  # fmt: skip
     micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
 
 
 # ----------------------------------------------------------------------------------------- scoring
