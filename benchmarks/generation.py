@@ -29,7 +29,7 @@ def ours(args: argparse.Namespace) -> None:
     import torch
 
     from minirlhf import Sampling, generate, load_pretrained
-    from minirlhf.optim import choose_dtype
+    from minirlhf.machine import choose_dtype
 
     torch.use_deterministic_algorithms(True)  # as the recipe does
     torch.utils.deterministic.fill_uninitialized_memory = False

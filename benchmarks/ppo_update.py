@@ -72,7 +72,8 @@ def ours(args: argparse.Namespace) -> None:
     )
     from minirlhf.compiling import compile_blocks
     from minirlhf.data import Prompt
-    from minirlhf.optim import choose_dtype, make_optimizer
+    from minirlhf.machine import choose_dtype
+    from minirlhf.optim import make_optimizer
     from minirlhf.pretrained import offload
     from minirlhf.reward_model import model_reward
 

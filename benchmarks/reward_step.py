@@ -32,7 +32,8 @@ def ours(args: argparse.Namespace) -> None:
     from minirlhf.compiling import compile_blocks
     from minirlhf.data import load_pairs
     from minirlhf.heads import initialize_score
-    from minirlhf.optim import choose_dtype, make_optimizer
+    from minirlhf.machine import choose_dtype
+    from minirlhf.optim import make_optimizer
     from minirlhf.transformer import CausalLM
 
     torch.use_deterministic_algorithms(True)  # as the recipe does

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from minirlhf import streams
+from minirlhf.batching import cut_by_tokens, pad_right
 from minirlhf.data import Pair
 from minirlhf.errors import UserError
-from minirlhf.generation import pad_right
 from minirlhf.losses import bradley_terry_loss, plackett_luce_loss, preference_accuracy
-from minirlhf.optim import cut_by_tokens
 from minirlhf.rankings import Ranking
 
 Example = Pair | Ranking

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from minirlhf import interrupt
+from minirlhf.batching import cut_by_tokens, pad_right
 from minirlhf.errors import UserError
 from minirlhf.formats import Messages
-from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel
-from minirlhf.optim import cut_by_tokens
 from minirlhf.passes import check_known
 from minirlhf.pretrained import at_hand
 from minirlhf.rewards import Completions, RewardSource

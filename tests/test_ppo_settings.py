@@ -28,6 +28,7 @@ from test_ppo import (
 )
 
 from minirlhf import ppo_update, streams
+from minirlhf.batching import next_rows
 from minirlhf.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.data import Text
 from minirlhf.errors import UserError
@@ -38,7 +39,7 @@ from minirlhf.passes import measure
 from minirlhf.ppo_update import assign_credit, ppo_step
 from minirlhf.recipes.ppo import ppo
 from minirlhf.rewards import Scores
-from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, sample
+from minirlhf.rollout import Rollout, RolloutBuffer, sample
 from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.support import RowSupport
 from minirlhf.texts import TextMix

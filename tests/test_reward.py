@@ -21,21 +21,9 @@ from minirlhf.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from minirlhf.config import validate
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.preferences import bootstrap_weights, collate_pairs
-from minirlhf.recipes.reward import RewardConfig, reward, total_steps
+from minirlhf.recipes.reward import RewardConfig, reward
 from minirlhf.reward_eval import evaluate
 from minirlhf.run import named_files
-
-
-def test_total_steps():
-    of = {"batch_size": 4}
-    assert total_steps(config_of(**of), 40) == 10
-    assert total_steps(config_of(**of), 41) == 11
-    assert total_steps(config_of(epochs=2.5, **of), 40) == 25
-    assert total_steps(config_of(epochs=1.1, **of), 40) == 11  # 1.1 * 10 is above 11 in binary
-    assert total_steps(config_of(epochs=0.01, **of), 40) == 1
-    assert total_steps(config_of(epochs=1e-9, **of), 40) == 1
-    assert total_steps(config_of(epochs=3.0, steps=7, **of), 40) == 7
-
 
 # ---- training ------------------------------------------------------------------------------------
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import optim, pretrained
+from minirlhf import pretrained
+from minirlhf.batching import cut_by_tokens, pad_right
 from minirlhf.config import setting
 from minirlhf.data import Pair, Text, load_texts
 from minirlhf.errors import NON_FINITE, OK, UserError, run
-from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel
+from minirlhf.machine import choose_device, choose_dtype
 from minirlhf.preferences import (
     Example,
     collate,
@@ -76,7 +77,7 @@ def score_texts(
     """(N,) float32 scores of N texts, in their order, on the CPU."""
     device, lengths = model.score.weight.device, torch.tensor([len(row) for row in rows])
     scores = torch.zeros(len(rows))
-    for part in optim.cut_by_tokens(lengths, len(rows), micro_batch_tokens):
+    for part in cut_by_tokens(lengths, len(rows), micro_batch_tokens):
         tokens = pad_right([rows[i] for i in part.tolist()])
         scores[part] = model(tokens.to(device), lengths[part].to(device)).cpu().float()
     return scores
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         ScoreConfig, argv, "minirlhf score", "Score texts or preferences with a reward model."
     )
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     folder = pretrained.resolve(config.model)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
     most = positions if config.max_length is None else config.max_length

@@ -24,10 +24,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 
 from minirlhf import config as settings
-from minirlhf import optim, pretrained
+from minirlhf import pretrained
 from minirlhf.config import setting
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.heads import RewardModel
+from minirlhf.machine import choose_device, choose_dtype
 from minirlhf.reward_model import model_reward
 from minirlhf.reward_sources import read_token
 from minirlhf.rewards import Completions
@@ -249,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         ServeConfig, argv, "minirlhf serve", "Answer requests for scores with a reward model."
     )
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     # The same flag as `torch.use_deterministic_algorithms`, without the compiler that it imports.
     torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     token = None if config.token_file is None else read_token(config.token_file)
