@@ -39,6 +39,17 @@ def choose_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
+def make_deterministic(device: str) -> None:
+    """Makes every run on a CPU give the same bits. On a GPU torch would refuse the cumsum of
+    sampling, and cuBLAS wants a workspace setting.
+
+    It imports 70 MB, which the optimizer would import anyway: called late, so that a refusal need
+    not wait for it, and before `process_bytes`, so that the plan counts it.
+    """
+    torch.use_deterministic_algorithms(device == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def process_bytes(device: str = "cpu", proc: Path = PROC) -> int:
     """Resident bytes of this process; 0 for a GPU, whose free memory has it taken off already."""
     if device != "cpu":

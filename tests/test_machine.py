@@ -56,6 +56,17 @@ def test_choose_dtype():
     assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
 
 
+@pytest.mark.parametrize("device, wanted", [("cpu", True), ("cuda", False)])
+def test_make_deterministic_is_for_a_cpu(device, wanted):
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        machine.make_deterministic(device)
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def test_process_bytes_is_the_resident_size(proc):
     assert process_bytes("cpu", proc) == 700 * 1024
     assert process_bytes("cuda", proc) == 0

@@ -37,7 +37,7 @@ from minirlhf.evaluation import evaluate_policy, evaluate_sets, keep_best
 from minirlhf.heads import RewardModel
 from minirlhf.kl import AdaptiveKL, kl_k1
 from minirlhf.lora import merge_lora, merged_copy
-from minirlhf.machine import choose_device, choose_dtype, free_memory, process_bytes
+from minirlhf.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.meters import Step
 from minirlhf.metrics import rename_to_trl09
 from minirlhf.passes import measure
@@ -225,19 +225,10 @@ def main(argv: list[str] | None = None) -> int:
     inputs += tokenizer_files(folder)
     # Refused here, before anything is loaded; written to only once all is.
     r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
-    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
-    # it, and the plan counts it. On a GPU torch refuses the cumsum of sampling, and cuBLAS without
-    # a workspace setting.
-    torch.use_deterministic_algorithms(device == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic(device)
     models, held = memory.ppo_models(config), process_bytes(device)
-    plan = memory.ppo_plan(
-        config, models, data.longest_prompt, dtype, held, data.longest_text
-    )
-    print(plan)
-    for line in pretrained.rounded((folder, ref_folder, *critic, *scorers), dtype):
-        print(f"warning: {line}")
-    fits = memory.verdict(plan, free_memory(device))
+    plan = memory.ppo_plan(config, models, data.longest_prompt, dtype, held, data.longest_text)
+    fits = memory.announce(plan, (folder, ref_folder, *critic, *scorers), dtype, device)
     frozen: list[tuple[RewardModel, Path]] = []
     reward = load_reward(
         config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,

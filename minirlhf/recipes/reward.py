@@ -29,7 +29,7 @@ from minirlhf.config import setting
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.heads import RewardModel, initialize_score, normalize_scores
 from minirlhf.lora import add_lora, merge_lora
-from minirlhf.machine import choose_device, choose_dtype, free_memory, process_bytes
+from minirlhf.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.meters import Step
 from minirlhf.preferences import (
     LIST_LOSSES,
@@ -434,19 +434,13 @@ def main(argv: list[str] | None = None) -> int:
     texts = max(int(count_texts(rows).max()) for rows in sets.values())
     examples = sets.pop("")
     scored = [*sets.values(), *([examples] if config.normalize == "train" else [])]
-    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
-    # it, and the plan counts it.
-    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic(device)
     plan = memory.reward_plan(
         config, model_config, longest, dtype, process_bytes(device),
         max(map(len, scored), default=0), texts,
         memory.heaviest(list(map(count_tokens, examples)), config.batch_size),
     )  # fmt: skip
-    print(plan)
-    for line in pretrained.rounded([folder], dtype):
-        print(f"warning: {line}")
-    fits = memory.verdict(plan, free_memory(device))
+    fits = memory.announce(plan, [folder], dtype, device)
     model = load_start(config, before_eos, device, dtype)
     optimizer = optim.make_optimizer(
         model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon

@@ -29,7 +29,7 @@ from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.formats import text_format
 from minirlhf.hf_config import config_from_hf
 from minirlhf.lora import add_lora, merge_lora
-from minirlhf.machine import choose_device, choose_dtype, free_memory, process_bytes
+from minirlhf.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.meters import Step
 from minirlhf.rows import read_json
 from minirlhf.run import Run, named_files, write_model
@@ -325,20 +325,14 @@ def main(argv: list[str] | None = None) -> int:
     sets = {prefix: rows for prefix, (rows, _) in read.items()}
     longest = max(int(count_tokens(rows)[0].max()) for rows in sets.values())
     texts = sets.pop("")
-    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
-    # it, and the plan counts it.
-    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic(device)
     plan = memory.sft_plan(
         config, model_config, longest, dtype, process_bytes(device),
         max(map(len, sets.values()), default=0),
         memory.heaviest(count_tokens(texts)[0].tolist(), config.batch_size),
     )  # fmt: skip
-    print(plan)
     start = [pretrained.resolve(config.model)] if config.model else []
-    for line in pretrained.rounded(start, dtype):
-        print(f"warning: {line}")
-    fits = memory.verdict(plan, free_memory(device))
+    fits = memory.announce(plan, start, dtype, device)
     lm = load_start(config, model_config, tokenizer, dtype).to(device)
     if config.compile:
         compile_blocks(lm)

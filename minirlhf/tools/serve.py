@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         ServeConfig, argv, "minirlhf serve", "Answer requests for scores with a reward model."
     )
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
-    # The same flag as `torch.use_deterministic_algorithms`, without the compiler that it imports.
+    # The same flag as `make_deterministic` sets, without the compiler that it imports.
     torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     token = None if config.token_file is None else read_token(config.token_file)
     folder = pretrained.resolve(config.model)
