@@ -28,6 +28,7 @@ from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.heads import RewardModel, initialize_score, normalize_scores
+from minirlhf.hf_config import name_eos
 from minirlhf.lora import add_lora, merge_lora
 from minirlhf.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.meters import Step
@@ -333,8 +334,7 @@ def write_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:
         pad = tokenizer.eos_token()
     token, pad_id = pad or (None, None)
     # The folder has no generation_config.json, where others of them may have stood.
-    if eos := tokenizer.eos_ids:
-        model.model.config.source["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    name_eos(model.config, tokenizer.eos_ids)
     pretrained.save_pretrained(model, folder, pad_id)
     tokenizer.save(folder, token)
 

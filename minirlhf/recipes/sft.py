@@ -27,7 +27,7 @@ from minirlhf.config import setting
 from minirlhf.data import Text, load_texts, split_rows
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.formats import text_format
-from minirlhf.hf_config import config_from_hf
+from minirlhf.hf_config import config_from_hf, name_eos
 from minirlhf.lora import add_lora, merge_lora
 from minirlhf.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.meters import Step
@@ -286,8 +286,7 @@ def load_start(
     else:
         rng = streams.generator(config.seed, "initial weights")
         lm = initialize(CausalLM(model_config), rng).to(dtype)
-    if eos := tokenizer.eos_ids:
-        lm.config.source["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    name_eos(lm.config, tokenizer.eos_ids)
     if config.lora_rank:
         add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
     lm.model.checkpointing = config.gradient_checkpointing
