@@ -1,7 +1,6 @@
 """The rows of a data file as `minirlhf check` sees them: who reads them, and their parts."""
 
 import json
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,8 +63,6 @@ class Model(NamedTuple):
     is_reward: bool
     parameters: int
     before_eos: bool  # a reward would be read before eos, so pairs lose theirs
-    control_text: re.Pattern  # any control token's name
-    unknown_id: int | None
 
 
 class Raw(NamedTuple):
