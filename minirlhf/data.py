@@ -259,6 +259,29 @@ def split_rows(
     return Split(form, split, total)
 
 
+def first_row(
+    path: str | Path,
+    tell: Callable[[Row], T],
+    policy: RowPolicy = STRICT,
+    columns: dict[str, str] | None = None,
+) -> T:
+    """What `tell` says of the first row that it does not refuse; it refuses malformed ones.
+
+    Args:
+        columns: legal column name -> name in this file.
+    Raises:
+        UserError: a fault in a row before it that the policy does not skip, or no such row.
+    """
+    sieve = Sieve(policy)
+    for row in renamed(read_rows(path, sieve), columns or {}, sieve):
+        try:
+            return tell(row)
+        except UserError as error:
+            sieve.reject(error, row.raw)
+    rejected = sieve.in_order()
+    raise Report(str(path), "", len(rejected), rejected_rows=rejected).nothing_left()
+
+
 def renamed(rows: Iterator[Row], columns: dict[str, str], sieve: Sieve) -> Iterator[Row]:
     """Rows under the legal names of their columns; the sieve takes those that lack one."""
     for row in rows:

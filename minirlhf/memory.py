@@ -8,8 +8,9 @@ Shapes: B rows, T tokens, R of a response, D hidden size, H query heads, K key-v
 dim, I width of the MLP, V vocabulary. Sizes are in bytes; a GB is 10^9 of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from minirlhf import pretrained
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.logprobs import CHUNK, TILE, widened
-from minirlhf.machine import Machine
+from minirlhf.machine import Machine, free_memory
 from minirlhf.reward_sources import parse
 from minirlhf.transformer import CausalLM, ModelConfig, shapes_only
 
@@ -210,7 +211,7 @@ def kl_held(
 
 
 def largest_cells(rows: int, longest: int, most: int) -> int:
-    """Cells of the largest micro-batch that `optim.cut_by_tokens` makes, padding included.
+    """Cells of the largest micro-batch that `batching.cut_by_tokens` makes, padding included.
 
     Args:
         rows: most rows of one.
@@ -540,3 +541,12 @@ def verdict(plan: Plan, here: Machine) -> str:
             f"largest are the {part.name}, {gb(part.bytes)} GB: {part.lower}", MACHINE,
         )  # fmt: skip
     return f"needs {gb(needed)} GB more, {gb(here.free)} GB are free ({here.limit})"
+
+
+def announce(plan: Plan, folders: Iterable[Path], dtype: torch.dtype, device: str) -> str:
+    """What a run tells before it loads its models: the plan, and which folders' weights `dtype`
+    rounds. Returns the verdict on what is free, errors as there."""
+    print(plan)
+    for line in pretrained.rounded(folders, dtype):
+        print(f"warning: {line}")
+    return verdict(plan, free_memory(device))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from minirlhf import streams
+from minirlhf.batching import cut_by_tokens, pad_right
 from minirlhf.data import Prompt
-from minirlhf.generation import Sampling, cut_at_stop, generate, pad_right
-from minirlhf.optim import cut_by_tokens
+from minirlhf.generation import Sampling, cut_at_stop, generate
 from minirlhf.rewards import Completions, Scores
 from minirlhf.support import RowSupport, stack_supports
 from minirlhf.tokenizer import Tokenizer
@@ -155,19 +155,6 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
     cells = mask.view(*mask.shape, *[1] * (values.dim() - 1))
     shape = mask.shape + values.shape[1:]
     return values.new_zeros(shape).masked_scatter(cells.expand(shape), values)
-
-
-def next_rows(
-    consumed: int, count: int, total: int, seed: int, stream: str = "prompt order"
-) -> Tensor:
-    """(count,) numbers of the next rows; each epoch holds all of them in an order of its own."""
-    rows: list[Tensor] = []
-    for position in range(consumed, consumed + count):
-        epoch, offset = divmod(position, total)
-        if not rows or offset == 0:
-            order = streams.permutation(seed, stream, epoch, total)
-        rows.append(order[offset])
-    return torch.stack(rows)
 
 
 def columns_of(prompts: Sequence[Prompt]) -> list[str]:

@@ -449,3 +449,17 @@ def test_verdict_refuses_naming_the_largest_part_and_what_lowers_it():
         "memory: ppo needs 7.00 GB, 7.00 GB are free (ulimit -v): largest are the activations, "
         "4.00 GB: lower --rows"
     )
+
+
+@pytest.mark.parametrize("free", [0, 7_000_000_000])
+def test_announce_tells_the_plan_and_the_warnings_before_the_verdict(monkeypatch, capsys, free):
+    rounded = "a: weights are rounded", "b: weights are rounded"
+    monkeypatch.setattr(memory.pretrained, "rounded", lambda folders, dtype: rounded)
+    monkeypatch.setattr(memory, "free_memory", lambda device: Machine(free, device))
+    if free:
+        told = memory.announce(PLAN, [], torch.bfloat16, "cpu")
+        assert told == "needs 7.00 GB more, 7.00 GB are free (cpu)"
+    else:
+        with pytest.raises(UserError, match=r"0\.00 GB are free \(cpu\)"):
+            memory.announce(PLAN, [], torch.bfloat16, "cpu")
+    assert capsys.readouterr().out == f"{PLAN}\nwarning: {rounded[0]}\nwarning: {rounded[1]}\n"

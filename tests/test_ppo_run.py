@@ -603,10 +603,13 @@ def test_main_learns_from_a_weighted_sum_and_logs_each_part(world, tmp_path, cap
     total += 0.1 * line["rewards/reward/mean"]
     assert line["objective/scores"] == pytest.approx(total, abs=1e-5)
     # what PPO learned from: at step 0 the KL is 0, so a row's rewards are all of its score
+    model = pretrained.load_reward_model(world / "reward")
     for row, length, sum_of_tokens in zip(rows, lengths, dense, strict=True):
         assert len(row["rewards"]) == 1 or row["rewards"][0] == 0.5
         assert sum(row["rewards"]) == pytest.approx(row["score"] + sum_of_tokens, abs=1e-5)
-        assert row["score"] == pytest.approx(2 * length, abs=1)  # and 0.1 x the model's
+        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+        alone = model(ids, torch.tensor([ids.shape[1]])).item()
+        assert row["score"] == pytest.approx(2 * length + 0.1 * alone, abs=1e-5)
 
 
 def test_main_reencodes_for_a_reward_model_with_another_tokenizer(world, tmp_path, capsys):

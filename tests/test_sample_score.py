@@ -15,9 +15,9 @@ from minirlhf.pretrained import load_reward_model, save_pretrained
 from minirlhf.rankings import load_preferences
 from minirlhf.recipes.reward import SHOWN
 from minirlhf.reward_eval import evaluate
+from minirlhf.reward_model import score_texts
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.tools.sample import sample
-from minirlhf.tools.score import score_texts
 from minirlhf.transformer import CausalLM, initialize
 
 TINY = {

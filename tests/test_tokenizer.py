@@ -171,6 +171,24 @@ def test_tokenizer_knows_its_size_and_names(chat):
     assert len(tokenizer.fingerprint) == 64
 
 
+def test_unknown_id_is_that_of_the_piece_for_what_has_no_other(plain, tmp_path):
+    assert load_tokenizer(plain).unknown_id is None  # any text has bytes
+    assert word_level(tmp_path / "words", {"#": 0, "<u>": 1, "hi": 2}, "#").unknown_id == 1
+    pieces = [("<e>", 0.0), ("hi", -1.0), ("<u>", -2.0)]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    made.save(str(plain / "tokenizer.json"))
+    edit(plain / "tokenizer_config.json", eos_token="<e>", pad_token=None)
+    tokenizer = load_tokenizer(plain)
+    assert tokenizer.unknown_id == 2
+    assert tokenizer.encode("hi?") == [1, 2]
+
+
+def test_special_text_finds_special_names_and_what_an_eos_spells(chat):
+    edit(chat / "generation_config.json", eos_token_id=spell("#"))
+    found = load_tokenizer(chat).special_text.findall("a<|im_end|>b #<|pad|> <|other|>")
+    assert found == ["<|im_end|>", "#", "<|pad|>"]
+
+
 @pytest.mark.parametrize(
     "named, generation, model, expected",
     [

@@ -28,6 +28,7 @@ from minirlhf import (
     reward_sources,
     streams,
 )
+from minirlhf.batching import next_rows
 from minirlhf.checkpoint import TrainState
 from minirlhf.compiling import compile_blocks
 from minirlhf.data import Prompt
@@ -36,7 +37,7 @@ from minirlhf.evaluation import evaluate_policy, evaluate_sets, keep_best
 from minirlhf.heads import RewardModel
 from minirlhf.kl import AdaptiveKL, kl_k1
 from minirlhf.lora import merge_lora, merged_copy
-from minirlhf.machine import free_memory, process_bytes
+from minirlhf.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.meters import Step
 from minirlhf.metrics import rename_to_trl09
 from minirlhf.passes import measure
@@ -53,14 +54,7 @@ from minirlhf.ppo_start import (
 from minirlhf.ppo_update import ppo_step
 from minirlhf.reward_sources import load_reward
 from minirlhf.rewards import RewardSource, Scores, as_scores
-from minirlhf.rollout import (
-    RolloutBuffer,
-    columns_of,
-    next_rows,
-    replay_rows,
-    sample,
-    with_scores,
-)
+from minirlhf.rollout import RolloutBuffer, columns_of, replay_rows, sample, with_scores
 from minirlhf.run import Run, write_model
 from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.texts import TextMix
@@ -214,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         PPOConfig, argv, "minirlhf ppo", "Align a language model with PPO against a reward.",
         presets.PPO,
     )  # fmt: skip
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     folder = pretrained.resolve(config.model)
     ref_folder = folder if config.ref is None else pretrained.resolve(config.ref)
     tokenizer = load_tokenizer(folder)
@@ -235,19 +229,10 @@ def main(argv: list[str] | None = None) -> int:
     r = Run(
         config.out, "ppo", settings.as_dict(config), config.resume, inputs, config.of_the_start
     )
-    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
-    # it, and the plan counts it. On a GPU torch refuses the cumsum of sampling, and cuBLAS without
-    # a workspace setting.
-    torch.use_deterministic_algorithms(device == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic(device)
     models, held = memory.ppo_models(config), process_bytes(device)
-    plan = memory.ppo_plan(
-        config, models, data.longest_prompt, dtype, held, data.longest_text
-    )
-    print(plan)
-    for line in pretrained.rounded((folder, ref_folder, *critic, *scorers), dtype):
-        print(f"warning: {line}")
-    fits = memory.verdict(plan, free_memory(device))
+    plan = memory.ppo_plan(config, models, data.longest_prompt, dtype, held, data.longest_text)
+    fits = memory.announce(plan, (folder, ref_folder, *critic, *scorers), dtype, device)
     frozen: list[tuple[RewardModel, Path]] = []
     reward = load_reward(
         config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,

@@ -22,13 +22,15 @@ from torch import Tensor
 
 from minirlhf import config as settings
 from minirlhf import fsio, interrupt, memory, optim, pretrained, streams
+from minirlhf.batching import epoch_batches, total_steps
 from minirlhf.checkpoint import TrainState
 from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.heads import RewardModel, initialize_score, normalize_scores
+from minirlhf.hf_config import name_eos
 from minirlhf.lora import add_lora, merge_lora
-from minirlhf.machine import free_memory, process_bytes
+from minirlhf.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.meters import Step
 from minirlhf.preferences import (
     LIST_LOSSES,
@@ -160,12 +162,6 @@ class RewardConfig:
         return problems
 
 
-def total_steps(config: RewardConfig, examples: int) -> int:
-    """Optimizer steps of the whole run: the exact horizon of the learning rate."""
-    exact = config.epochs * ceil(examples / config.batch_size)
-    return config.steps or max(1, ceil(round(exact, 6)))  # 1.1 * 10 is 11.000000000000002
-
-
 def collate_as(config: RewardConfig) -> Callable[[list[Example]], Batch]:
     """Examples -> the batch whose loss is the run's."""
     return partial(collate, list_loss=config.list_loss)
@@ -232,13 +228,13 @@ def reward(
     model, N = state.model, len(examples)
     collate = collate or collate_as(config)
     lengths, per_epoch = row_lengths(examples), ceil(N / config.batch_size)
-    steps = total_steps(config, N)
+    steps = total_steps(N, config.batch_size, config.epochs, config.steps)
     epoch_of, batches = -1, []
     while state.step < steps:
         started = time.perf_counter()
         epoch, position = divmod(state.step, per_epoch)
         if epoch != epoch_of:
-            batches = optim.epoch_batches(lengths, config.batch_size, config.seed, epoch)
+            batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
             epoch_of = epoch
         rows = batches[position]
         rate = optim.learning_rate(
@@ -344,8 +340,7 @@ def write_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:
         pad = tokenizer.eos_token()
     token, pad_id = pad or (None, None)
     # The folder has no generation_config.json, where others of them may have stood.
-    if eos := tokenizer.eos_ids:
-        model.model.config.source["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    name_eos(model.config, tokenizer.eos_ids)
     pretrained.save_pretrained(model, folder, pad_id)
     tokenizer.save(folder, token)
 
@@ -427,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         RewardConfig, argv, "minirlhf reward", "Train a reward model on pairs or ranked lists."
     )
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     files = {"": config.data} | named_files(config.eval_data)
     r = Run(config.out, "reward", settings.as_dict(config), config.resume, files.values())
     folder = pretrained.resolve(config.model)
@@ -445,24 +440,19 @@ def main(argv: list[str] | None = None) -> int:
     texts = max(int(count_texts(rows).max()) for rows in sets.values())
     examples = sets.pop("")
     scored = [*sets.values(), *([examples] if config.normalize == "train" else [])]
-    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
-    # it, and the plan counts it.
-    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic(device)
     plan = memory.reward_plan(
         config, model_config, longest, dtype, process_bytes(device),
         max(map(len, scored), default=0), texts,
         memory.heaviest(list(map(count_tokens, examples)), config.batch_size),
     )  # fmt: skip
-    print(plan)
-    for line in pretrained.rounded([folder], dtype):
-        print(f"warning: {line}")
-    fits = memory.verdict(plan, free_memory(device))
+    fits = memory.announce(plan, [folder], dtype, device)
     model = load_start(config, before_eos, device, dtype)
     optimizer = optim.make_optimizer(
         model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )
-    state, steps = TrainState(model, optimizer), total_steps(config, len(examples))
+    state = TrainState(model, optimizer)
+    steps = total_steps(len(examples), config.batch_size, config.epochs, config.steps)
     results = None
     with r:
         r.list_left_out(report for _, report in read.values())

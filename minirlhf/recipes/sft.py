@@ -20,15 +20,16 @@ import torch
 
 from minirlhf import config as settings
 from minirlhf import fsio, interrupt, memory, optim, pretrained, streams
+from minirlhf.batching import cut_by_tokens, epoch_batches, total_steps
 from minirlhf.checkpoint import TrainState
 from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
 from minirlhf.data import Text, load_texts, split_rows
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.formats import text_format
-from minirlhf.hf_config import config_from_hf
+from minirlhf.hf_config import config_from_hf, name_eos
 from minirlhf.lora import add_lora, merge_lora
-from minirlhf.machine import free_memory, process_bytes
+from minirlhf.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.meters import Step
 from minirlhf.rows import read_json
 from minirlhf.run import Run, named_files, write_model
@@ -117,12 +118,6 @@ class SFTConfig:
         return problems
 
 
-def total_steps(config: SFTConfig, texts: int) -> int:
-    """Optimizer steps of the whole run: the exact horizon of the learning rate."""
-    exact = config.epochs * ceil(texts / config.batch_size)
-    return config.steps or max(1, ceil(round(exact, 6)))  # 1.1 * 10 is 11.000000000000002
-
-
 def accumulate(lm: CausalLM, batch: list[Text], config: SFTConfig, where: str) -> dict[str, float]:
     """Gradient of the mean loss over the targets of the whole batch, in micro-batches.
 
@@ -131,7 +126,7 @@ def accumulate(lm: CausalLM, batch: list[Text], config: SFTConfig, where: str) -
     """
     lengths, counts = count_tokens(batch)
     sums, count = {"loss": 0.0, "entropy": 0.0}, int(counts.sum())  # no cut changes the count
-    for part in optim.cut_by_tokens(lengths, len(batch), config.micro_batch_tokens):
+    for part in cut_by_tokens(lengths, len(batch), config.micro_batch_tokens):
         here = [batch[i] for i in part.tolist()]
         stats = target_stats(lm, collate_texts(here))
         loss = -stats.logprobs.sum() / count
@@ -159,13 +154,14 @@ def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Ste
         raise ValueError("texts is empty: give at least one")
     lm, N = state.model, len(texts)
     lengths, counts = count_tokens(texts)
-    steps, per_epoch = total_steps(config, N), ceil(N / config.batch_size)
+    per_epoch = ceil(N / config.batch_size)
+    steps = total_steps(N, config.batch_size, config.epochs, config.steps)
     epoch_of, batches = -1, []
     while state.step < steps:
         started = time.perf_counter()
         epoch, position = divmod(state.step, per_epoch)
         if epoch != epoch_of:
-            batches = optim.epoch_batches(lengths, config.batch_size, config.seed, epoch)
+            batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
             epoch_of = epoch
         rows = batches[position]
         rate = optim.learning_rate(
@@ -200,7 +196,7 @@ def evaluate(lm: CausalLM, texts: list[Text], micro_batch_tokens: int = 4096) ->
     """loss and entropy, nats a target token over all texts, and perplexity = exp(loss)."""
     lengths, counts = count_tokens(texts)
     sums = torch.zeros(2, dtype=torch.float64)
-    for part in optim.cut_by_tokens(lengths, len(texts), micro_batch_tokens):
+    for part in cut_by_tokens(lengths, len(texts), micro_batch_tokens):
         interrupt.check()
         stats = target_stats(lm, collate_texts([texts[i] for i in part.tolist()]))
         sums += torch.stack((-stats.logprobs.sum(), stats.entropy.sum())).cpu()
@@ -296,8 +292,7 @@ def load_start(
     else:
         rng = streams.generator(config.seed, "initial weights")
         lm = initialize(CausalLM(model_config), rng).to(dtype)
-    if eos := tokenizer.eos_ids:
-        lm.config.source["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    name_eos(lm.config, tokenizer.eos_ids)
     if config.lora_rank:
         add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
     lm.model.checkpointing = config.gradient_checkpointing
@@ -321,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         SFTConfig, argv, "minirlhf sft", "Fine-tune a language model on demonstrations."
     )
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     files = {"": config.data} | named_files(config.eval_data)
     inputs = [*files.values(), *([config.init_config] if config.init_config else [])]
     # Refused here, before anything is loaded; written to only once all is.
@@ -335,27 +330,22 @@ def main(argv: list[str] | None = None) -> int:
     sets = {prefix: rows for prefix, (rows, _) in read.items()}
     longest = max(int(count_tokens(rows)[0].max()) for rows in sets.values())
     texts = sets.pop("")
-    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
-    # it, and the plan counts it.
-    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic(device)
     plan = memory.sft_plan(
         config, model_config, longest, dtype, process_bytes(device),
         max(map(len, sets.values()), default=0),
         memory.heaviest(count_tokens(texts)[0].tolist(), config.batch_size),
     )  # fmt: skip
-    print(plan)
     start = [pretrained.resolve(config.model)] if config.model else []
-    for line in pretrained.rounded(start, dtype):
-        print(f"warning: {line}")
-    fits = memory.verdict(plan, free_memory(device))
+    fits = memory.announce(plan, start, dtype, device)
     lm = load_start(config, model_config, tokenizer, dtype).to(device)
     if config.compile:
         compile_blocks(lm)
     optimizer = optim.make_optimizer(
         lm, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )
-    state, steps = TrainState(lm, optimizer), total_steps(config, len(texts))
+    state = TrainState(lm, optimizer)
+    steps = total_steps(len(texts), config.batch_size, config.epochs, config.steps)
     lengths, counts = count_tokens(texts)
     with r:
         if config.model is None and config.tokenizer is None:

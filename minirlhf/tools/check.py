@@ -7,7 +7,6 @@ for the eye: how rows are read, how long they are, what stands there twice. Line
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -21,7 +20,6 @@ from minirlhf.data import OVERLONG
 from minirlhf.errors import OK, UserError, run
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_start import prompt_room
-from minirlhf.rows import read_json
 from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.data_facts import (
@@ -95,20 +93,9 @@ def check_model(name: str, recipes: Iterable[str]) -> Model:
     if is_reward and (others := set(recipes) - {"reward"}):
         what = f"is a reward model, but {min(others)} trains a language model"
         raise UserError(folder, what, "give the language model as --model")
-    tokenizer, parsed = load_tokenizer(folder), read_json(folder / "tokenizer.json")
-    vocabulary = parsed["model"].get("vocab")
-    unknown = parsed["model"].get("unk_id")  # of Unigram; the others name it
-    if isinstance(vocabulary, dict):
-        unknown = vocabulary.get(parsed["model"].get("unk_token"))
-    names = {token["content"] for token in parsed.get("added_tokens") or () if token.get("special")}
-    names |= {tokenizer.decode([id], skip_special=False) for id in tokenizer.eos_ids}
-    longest_first = sorted(filter(None, names), key=len, reverse=True)
-    return Model(
-        config, tokenizer, is_reward, parameters,
-        bool(config.source.get("read_before_eos")) or tokenizer.spare_pad_token() is None,
-        re.compile("|".join(map(re.escape, longest_first)) or r"(?!)"),
-        None if unknown in tokenizer.eos_ids else unknown,
-    )  # fmt: skip
+    tokenizer = load_tokenizer(folder)
+    before_eos = bool(config.source.get("read_before_eos")) or tokenizer.spare_pad_token() is None
+    return Model(config, tokenizer, is_reward, parameters, before_eos)
 
 
 def limits(config: CheckConfig, recipe: str, model: Model | None) -> tuple[int | None, str]:

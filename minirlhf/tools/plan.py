@@ -12,11 +12,17 @@ from typing import NamedTuple
 import torch
 
 from minirlhf import config as settings
-from minirlhf import memory, optim, presets, pretrained, reward_sources
+from minirlhf import memory, presets, pretrained, reward_sources
 from minirlhf.data import load_prompts, load_texts
 from minirlhf.errors import OK, UserError, run
 from minirlhf.hf_config import config_from_hf
-from minirlhf.machine import free_memory, process_bytes
+from minirlhf.machine import (
+    choose_device,
+    choose_dtype,
+    free_memory,
+    make_deterministic,
+    process_bytes,
+)
 from minirlhf.memory import Plan
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_start import prompt_room, read_texts
@@ -186,8 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         without_files(config_class), words[1:], f"minirlhf plan {recipe}",
         "Print what a run would hold in memory.", presets.PPO if recipe == "ppo" else {},
     )  # fmt: skip
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    torch.use_deterministic_algorithms(device == "cpu")  # as a run does: it imports 70 MB
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    make_deterministic(device)  # as a run does: it imports 70 MB
     plan = plan_of(config, dtype, device)
     print(plan)
     print(memory.verdict(plan, free_memory(device)))

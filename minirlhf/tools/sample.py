@@ -15,11 +15,12 @@ import torch
 from tqdm import tqdm
 
 from minirlhf import config as settings
-from minirlhf import optim, pretrained, streams
+from minirlhf import pretrained, streams
 from minirlhf.config import setting
 from minirlhf.data import Prompt, load_prompts
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.generation import Sampling, cut_at_stop, generate
+from minirlhf.machine import choose_device, choose_dtype
 from minirlhf.sieve import RowPolicy
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         SampleConfig, argv, "minirlhf sample", "Write continuations of prompts, as JSON lines."
     )
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     folder = pretrained.resolve(config.model)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
     tokenizer.check_stops(config.stop)

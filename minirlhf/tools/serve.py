@@ -24,16 +24,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 
 from minirlhf import config as settings
-from minirlhf import optim, pretrained
+from minirlhf import pretrained
 from minirlhf.config import setting
+from minirlhf.encoding import cut_eos
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.heads import RewardModel
-from minirlhf.reward_model import model_reward
+from minirlhf.machine import choose_device, choose_dtype
+from minirlhf.reward_model import model_reward, score_texts
 from minirlhf.reward_sources import read_token
 from minirlhf.rewards import Completions
 from minirlhf.rows import kind_of, strict_json
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
-from minirlhf.tools.score import score_texts
 
 PATHS = ("/", "/score", "/v1/score/evaluation")  # the last is LLaMA-Factory's
 BODY_CAP = 16 << 20  # bytes
@@ -118,8 +119,8 @@ def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: in
         if not isinstance(text, str):
             raise UserError(f"messages[{i}]", f"is {kind_of(text)}", "text")
         ids = tokenizer.encode_marked(text)
-        if model.read_before_eos and ids and ids[-1] in tokenizer.eos_ids:
-            ids = ids[:-1]
+        if model.read_before_eos:
+            ids = cut_eos(ids, tokenizer.eos_ids)
         if not 0 < len(ids) <= model.config.longest_row:
             legal = f"the model reads 1 to {model.config.longest_row}"
             raise UserError(f"messages[{i}]", f"has {len(ids)} tokens", legal)
@@ -251,8 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         ServeConfig, argv, "minirlhf serve", "Answer requests for scores with a reward model."
     )
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    # The same flag as `torch.use_deterministic_algorithms`, without the compiler that it imports.
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    # The same flag as `make_deterministic` sets, without the compiler that it imports.
     torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     token = None if config.token_file is None else read_token(config.token_file)
     folder = pretrained.resolve(config.model)
