@@ -88,6 +88,7 @@ FLAGS = [  # added to a right `minirlhf sft`, what is told
     ("-- 3", "--: unknown flag: "),
     ("extra", "minirlhf sft: unexpected argument 'extra'"),
     ("--init-config shape.json", "give exactly one of --model and --init-config"),
+    ("--eval-every 5", "eval_every: goes with --eval-data"),
     ("--tokenizer lm", "--tokenizer goes with --init-config: a --model has its own"),
     ("--config", "--config: expected one value"),
     ("--config nowhere.toml", "nowhere.toml: no such file"),

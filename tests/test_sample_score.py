@@ -111,6 +111,13 @@ def test_sample_draws_several_responses_of_each_prompt(files, capsys, tmp_path):
     assert lines_of(capsys, *command, "--data", thrice, "--batch-size", 2) == rows
 
 
+def test_sample_takes_every_text_for_a_prompt(files, capsys):
+    (row,) = lines_of(
+        capsys, "sample", "--model", files["LM"], "--prompt", "none", "--max-new-tokens", 1
+    )
+    assert row["prompt"] == "none"
+
+
 def test_sample_greedy_equals_transformers(files, capsys):
     import transformers
 

@@ -32,7 +32,7 @@ class SampleConfig:
     data: str | None = setting(
         None, "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz", metavar="FILE"
     )
-    prompt: str | None = setting(None, "one prompt, instead of --data")
+    prompt: str | None = setting(None, "one prompt, instead of --data", verbatim=True)
     out: str | None = setting(None, "new file for the lines; none: stdout", metavar="FILE")
     max_new_tokens: int = setting(64, "tokens of the longest response", at_least=1)
     temperature: float = setting(1.0, "of the softmax; 0: greedy", at_least=0)

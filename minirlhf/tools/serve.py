@@ -72,7 +72,7 @@ def completions_of(items: object) -> tuple[list, Completions]:
     """
     if not isinstance(items, list) or not items:
         raise UserError("items", f"is {kind_of(items)}", "a list of at least one object")
-    ids, prompts, texts, reasons = [], [], [], []
+    ids, prompts, texts, reasons = {}, [], [], []
     for i, item in enumerate(items):
         where = f"items[{i}]"
         if not isinstance(item, dict):
@@ -90,12 +90,12 @@ def completions_of(items: object) -> tuple[list, Completions]:
         if reason not in REASONS:
             raise UserError(f"{where}: finish_reason", f"is {printable(repr(reason), 80)}",
                             ", ".join(REASONS))  # fmt: skip
-        ids.append(id)
+        ids[id] = None  # in their order, and found at once
         prompts.append(prompt)
         texts.append(text)
         reasons.append(reason)
     nothing: list[list[int]] = [[] for _ in ids]
-    return ids, Completions(prompts, nothing, texts, nothing, reasons, {})
+    return list(ids), Completions(prompts, nothing, texts, nothing, reasons, {})
 
 
 def _is_prompt(prompt: object) -> bool:
