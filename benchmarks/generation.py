@@ -29,10 +29,9 @@ def ours(args: argparse.Namespace) -> None:
     import torch
 
     from minirlhf import Sampling, generate, load_pretrained
-    from minirlhf.optim import choose_dtype
+    from minirlhf.machine import choose_dtype, make_deterministic
 
-    torch.use_deterministic_algorithms(True)  # as the recipe does
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic("cpu")  # as the recipe does
     lm = load_pretrained(args.model, choose_dtype(args.dtype))
     ids = json.loads(Path(args.prompts).read_text(encoding="utf-8"))
     for rows in BATCH_SIZES:

@@ -4,7 +4,7 @@
     python benchmarks/growth.py --threads 1 --out benchmarks/results/growth.json
     python benchmarks/growth.py --plot benchmarks/results --out benchmarks/results/growth.json
 
-The second line draws one SVG an axis from that json (`pip install 'minirlhf[plot]'`).
+The second line draws one SVG an axis from that json (`pip install -e '.[plot]'`).
 
 Operations on a small random model: one PPO update (`ppo_step`, one epoch, one optimizer step) on a
 rollout, one step of a reward model on pairs, and `generate` with rows that all go on to the full

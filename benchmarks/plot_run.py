@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Curves of runs' metrics.jsonl as one SVG: `pip install 'minirlhf[plot]'`, then
+"""Curves of runs' metrics.jsonl as one SVG: `pip install -e '.[plot]'`, then
 
 python benchmarks/plot_run.py RUN/metrics.jsonl OUT.svg objective/scores objective/kl
 python benchmarks/plot_run.py NAME=RUN/metrics.jsonl OTHER=RUN2/metrics.jsonl OUT.svg loss

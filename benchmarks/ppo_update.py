@@ -59,7 +59,6 @@ def operations(config) -> float:
 
 def ours(args: argparse.Namespace) -> None:
     """The recipe's generator, one JSON line."""
-    import torch
 
     from minirlhf import (
         PPOConfig,
@@ -72,12 +71,12 @@ def ours(args: argparse.Namespace) -> None:
     )
     from minirlhf.compiling import compile_blocks
     from minirlhf.data import Prompt
-    from minirlhf.optim import choose_dtype, make_optimizer
+    from minirlhf.machine import choose_dtype, make_deterministic
+    from minirlhf.optim import make_optimizer
     from minirlhf.pretrained import offload
     from minirlhf.reward_model import model_reward
 
-    torch.use_deterministic_algorithms(True)  # as the recipe does
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic("cpu")  # as the recipe does
     config = PPOConfig(
         model=args.model, data=args.prompts, reward=("model",), out="run", steps=args.updates,
         batch_size=ROWS, max_new_tokens=NEW, min_new_tokens=NEW, epochs=EPOCHS,

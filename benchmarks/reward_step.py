@@ -32,11 +32,11 @@ def ours(args: argparse.Namespace) -> None:
     from minirlhf.compiling import compile_blocks
     from minirlhf.data import load_pairs
     from minirlhf.heads import initialize_score
-    from minirlhf.optim import choose_dtype, make_optimizer
+    from minirlhf.machine import choose_dtype, make_deterministic
+    from minirlhf.optim import make_optimizer
     from minirlhf.transformer import CausalLM
 
-    torch.use_deterministic_algorithms(True)  # as the recipe does
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic("cpu")  # as the recipe does
     lm: CausalLM = load_pretrained(args.model, choose_dtype(args.dtype))
     model = initialize_score(RewardModel(lm), torch.Generator().manual_seed(0))
     pairs, _ = load_pairs(args.pairs, load_tokenizer(args.model), 128, "drop")

@@ -8,10 +8,11 @@ each call and each character that an operation reads or makes costs steps, and t
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
-from functools import wraps
+from functools import cache, wraps
 
 from minirlhf.errors import UserError, printable
 
@@ -227,6 +228,12 @@ def _metered_nodes(tree, environment):
     return Price().visit(tree).set_environment(environment)
 
 
+@cache
+def _tell_of_today() -> None:
+    print("note: the chat template writes today's date: give the first day's as SOURCE_DATE_EPOCH, "
+          "in seconds since 1970, to resume on another", file=sys.stderr)  # fmt: skip
+
+
 def _environment(meter: _Meter):
     """transformers' environment: same filters, globals and tags, so the same text comes out."""
     from jinja2 import nodes
@@ -251,11 +258,11 @@ def _environment(meter: _Meter):
                           sort_keys=sort_keys)  # fmt: skip
 
     def strftime_now(form):
-        # https://reproducible-builds.org/specs/source-date-epoch: a run that is resumed on another
-        # day can be given the first day's date.
-        return datetime.fromtimestamp(
-            int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
-        ).strftime(form)
+        # https://reproducible-builds.org/specs/source-date-epoch
+        at = os.environ.get("SOURCE_DATE_EPOCH")
+        if at is None:
+            _tell_of_today()
+        return datetime.fromtimestamp(int(time.time() if at is None else at)).strftime(form)
 
     def read(value):
         meter.weigh(value)

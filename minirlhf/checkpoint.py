@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -42,8 +43,8 @@ class TrainState:
 
     What is a function of (seed, step, sample) is derived, not stored: data order, sampling noise,
     mini-batch order, learning rate. So a recipe's generator can be dropped at any yield, rebuilt
-    from this state, and goes on bit for bit. Every field below the optimizer is saved by its name
-    and must be what JSON can hold.
+    from this state, and goes on bit for bit. Every field below the optimizer is saved by its name,
+    must be what JSON can hold, and has its kind in `KINDS`.
     """
 
     model: nn.Module  # what is trained, its heads included
@@ -64,45 +65,42 @@ class TrainState:
         self.counters[event] = self.counters.get(event, 0) + n
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0  # and no bool, which is an int, too
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(part) in (int, float) for part in value)
+
+
+def _each(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+# What fits each field of state.json, so that restoring cannot stop half-way.
+KINDS: dict[str, Callable[[object], bool]] = {
+    "step": _is_count,
+    "samples": _is_count,
+    "kl_coef": lambda value: value is None or _are_numbers([value]),
+    "score_moments": lambda value: _are_numbers(value) and len(value) in (0, 3),
+    "best": lambda value: value is None or _are_numbers([value]),
+    "baselines": _each(_are_numbers),
+    "counters": _each(lambda value: type(value) is int),
+    "health": _each(_are_numbers),
+    "meters": _each(lambda value: _are_numbers(value) and len(value) == 3),
+    "log_bytes": _each(_is_count),
+    "unreported": lambda value: (
+        value is None or (isinstance(value, dict) and value.keys() == set(Step._fields))
+    ),
+}
+
+
 def _numbers(state: TrainState) -> dict[str, object]:
     """The fields that are no tensors, as JSON."""
     names = [f.name for f in fields(state) if f.name not in ("model", "optimizer")]
+    if unknown := [name for name in names if name not in KINDS]:
+        raise ValueError(f"{unknown[0]} is no field of `checkpoint.KINDS`: say there what fits it")
     return {n: getattr(state, n) for n in names} | {"meters": state.meters.as_dict()}
-
-
-def _fits(name: str, value: object) -> bool:
-    """Whether a field of state.json is of its kind, so that restoring cannot stop half-way."""
-    number = int | float
-    match name:
-        case "step" | "samples":
-            return type(value) is int and value >= 0
-        case "kl_coef" | "best":
-            return value is None or type(value) in (int, float)
-        case "score_moments":
-            return isinstance(value, list) and len(value) in (0, 3) and all(
-                type(part) in (int, float) for part in value
-            )  # fmt: skip
-        case "baselines":
-            return isinstance(value, dict) and all(
-                isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
-                for scores in value.values()
-            )
-        case "counters" | "log_bytes":
-            return isinstance(value, dict) and all(type(n) is int for n in value.values())
-        case "health":
-            return isinstance(value, dict) and all(
-                isinstance(series, list) and all(type(n) in (int, float) for n in series)
-                for series in value.values()
-            )
-        case "meters":
-            return isinstance(value, dict) and all(
-                isinstance(meter, list) and len(meter) == 3
-                and all(isinstance(part, number) for part in meter)
-                for meter in value.values()
-            )  # fmt: skip
-        case "unreported":
-            return value is None or (isinstance(value, dict) and value.keys() == set(Step._fields))
-    return True
 
 
 def _moments(state: TrainState) -> dict[str, Tensor]:
@@ -360,7 +358,7 @@ def load_checkpoint(state: TrainState, commit: str | Path) -> None:
     if found != known:
         other = ", ".join(sorted(found ^ known))
         raise UserError(commit / NUMBERS, f"was saved by another version ({other})", "use that one")
-    if wrong := [name for name, value in numbers.items() if not _fits(name, value)]:
+    if wrong := [name for name, value in numbers.items() if not KINDS[name](value)]:
         raise UserError(commit / NUMBERS, f"has a {wrong[0]} of another kind", "use another one")
     _restore_moments(state, moments)
     state.model.load_state_dict(weights)

@@ -9,7 +9,7 @@ from minirlhf.errors import OK, UserError, run
 
 VERBS = {  # verb: (module with a main(argv) -> exit code, what it does)
     "sft": ("minirlhf.recipes.sft", "fine-tune a language model on demonstrations"),
-    "reward": ("minirlhf.recipes.reward", "train a reward model on preference pairs"),
+    "reward": ("minirlhf.recipes.reward", "train a reward model on pairs or ranked lists"),
     "ppo": ("minirlhf.recipes.ppo", "align a policy with a reward by PPO"),
     "check": ("minirlhf.tools.check", "look at data as a recipe will read it, before training"),
     "plan": ("minirlhf.tools.plan", "count the memory of a run, without running it"),

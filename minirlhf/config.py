@@ -55,16 +55,18 @@ def setting(
     below: float | None = None,
     metavar: str | None = None,
     required: bool = False,
+    verbatim: bool = False,
 ) -> Any:
     """A dataclass field with its help and its legal range; required if it has no default.
 
     `required` asks a command line for it all the same: such a default serves those who build the
-    config in their own code, where the setting may not matter. Keyword-only, so that required
-    settings may stand anywhere among the others.
+    config in their own code, where the setting may not matter. `verbatim` takes a flag's "none" for
+    that text. Keyword-only, so that required settings may stand anywhere among the others.
     """
     limits = {">=": at_least, ">": above, "<=": at_most, "<": below}
     limits = {sign: limit for sign, limit in limits.items() if limit is not None}
-    rule = {"help": help, "choices": choices, "limits": limits, "metavar": metavar}
+    rule = {"help": help, "choices": choices, "limits": limits, "metavar": metavar,
+            "verbatim": verbatim}  # fmt: skip
     rule["required"] = required or default is MISSING
     return dataclasses.field(default=default, kw_only=True, metadata=rule)
 
@@ -83,6 +85,7 @@ class _Setting:
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)  # sign -> limit
     metavar: str | None = None
     required: bool = False
+    verbatim: bool = False
 
     @property
     def flag(self) -> str:
@@ -132,7 +135,7 @@ class _Setting:
             return tuple(given)
         if self.type is bool:
             return given
-        if self.optional and given.lower() == "none":
+        if self.optional and not self.verbatim and given.lower() == "none":
             return None
         try:
             if self.type is float:

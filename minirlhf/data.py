@@ -254,6 +254,22 @@ def split_rows(
     return Split(form, split, total)
 
 
+def first_row(path: str | Path, tell: Callable[[Row], T], policy: RowPolicy = STRICT) -> T:
+    """What `tell` says of the first row that it does not refuse; it refuses malformed ones.
+
+    Raises:
+        UserError: a fault in a row before it that the policy does not skip, or no such row.
+    """
+    sieve = Sieve(policy)
+    for row in read_rows(path, sieve):
+        try:
+            return tell(row)
+        except UserError as error:
+            sieve.reject(error, row.raw)
+    rejected = sieve.in_order()
+    raise Report(str(path), "", len(rejected), rejected_rows=rejected).nothing_left()
+
+
 # -------------------------------------------------------------------------------- parts, in tokens
 
 

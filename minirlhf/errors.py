@@ -48,6 +48,9 @@ def printable(text: object, limit: int = 200) -> str:
 
 def run(program: Callable[[], int | None]) -> int:
     """Runs a command; what a user can mend becomes one line on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # of a terminal that cannot show every character
+            stream.reconfigure(errors="backslashreplace")
     try:
         return program() or OK
     except UserError as error:

@@ -20,7 +20,7 @@ from minirlhf.generation import Sampling
 from minirlhf.kl import kl_k1
 from minirlhf.optim import check_finite
 from minirlhf.rewards import Completions, RewardSource, as_scores
-from minirlhf.rollout import RolloutBuffer, sample
+from minirlhf.rollout import RolloutBuffer, columns_of, sample
 from minirlhf.run import Run
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.transformer import CausalLM
@@ -147,7 +147,9 @@ def evaluate_policy(
     for start in range(0, N, rows_at_once):
         part = slice(start, start + rows_at_once)
         batch = prompts[part]
-        completions, rollout = sample(lm, batch, keys[part], sampling, tokenizer, rows_at_once)
+        completions, rollout = sample(
+            lm, batch, keys[part], sampling, tokenizer, rows_at_once, columns_of(prompts)
+        )
         given = as_scores(reward(completions), completions, "evaluation")
         parts.append(completions)
         scores += given.sums.tolist()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import interrupt, streams
+from minirlhf.batching import pad_right
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.support import RowSupport, Support
 from minirlhf.transformer import CausalLM, KVCache
@@ -94,12 +95,6 @@ class Generation(NamedTuple):
         """The sampled ids of each row."""
         starts, ends = self.prompt_lengths.tolist(), self.lengths.tolist()
         return [r[s:e].tolist() for r, s, e in zip(self.tokens, starts, ends, strict=True)]
-
-
-def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Ragged ids -> (B, longest) int64, zeros on the right; only lengths say where a row ends."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])
 
 
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:

@@ -123,7 +123,13 @@ class RewardModel(nn.Module):
 
 def initialize_score(model: RewardModel, *rngs: torch.Generator) -> RewardModel:
     """Heads drawn from N(0, 1/(D + 1)), as Stiennon et al. 2020 (arXiv:2009.01325), each from a
-    generator of its own; same model."""
+    generator of its own; same model.
+
+    Raises:
+        ValueError: not as many generators as heads.
+    """
+    if len(rngs) != model.heads:
+        raise ValueError(f"rngs are {len(rngs)}, heads are {model.heads}: give one generator each")
     std = (model.config.hidden_size + 1) ** -0.5
     with torch.no_grad():
         for head, rng in zip(model.score.weight, rngs, strict=True):

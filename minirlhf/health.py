@@ -153,8 +153,8 @@ RULES = (
     Rule("kl_at_start", ("objective/kl",), kl_at_start,
          "the reference is another model than the policy: leave out --ref, unless that is meant"),
     Rule("negative_kl", ("objective/kl",), negative_kl,
-         "texts are not drawn from the law that is scored, or updates are too large: "
-         "set top_k 0 and top_p 1, lower learning_rate"),
+         "updates are too large, or texts are drawn from another law than is scored: lower "
+         "learning_rate; look at health/logprobs_diff, which dtype float32 keeps at rounding"),
     Rule("large_update", ("policy/approxkl_avg",), large_update,
          "an iteration moves the policy too far: lower learning_rate or epochs"),
     Rule("clipped_policy", ("policy/clipfrac_avg",), clipped_policy,

@@ -5,6 +5,7 @@ computation in a way it does not implement are refused by name. Keys that name c
 to run are neither acted on nor carried on.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,9 @@ def config_to_hf(config: ModelConfig) -> dict:
         raise ValueError("a ModelConfig made by hand has no config.json: use config_from_hf")
     kept = {key: value for key, value in config.source.items() if key not in CODE_KEYS}
     return {**kept, "architectures": [FAMILIES[config.family]]}
+
+
+def name_eos(config: ModelConfig, eos_ids: Sequence[int]) -> None:
+    """Makes config.json name these: one as a number, several as a list; none change nothing."""
+    if eos_ids:
+        config.source["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)

@@ -1,4 +1,4 @@
-"""How much memory this process holds, and how much the machine still has for it."""
+"""Where a run computes, how much memory its process holds, and how much the machine still has."""
 
 import os
 import re
@@ -9,12 +9,45 @@ from typing import NamedTuple
 
 import torch
 
+from minirlhf.errors import UserError, printable
+
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 class Machine(NamedTuple):
     free: int  # bytes
     limit: str  # what sets the limit
+
+
+def choose_device(name: str) -> str:
+    """`auto` is the first GPU, or else the CPU."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        what = f"{name!r} cannot be used (it is neither cpu nor cuda)"
+        raise UserError("--device", what, "use auto, cpu, cuda or cuda:N")
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = printable(str(error).splitlines()[0], 100)
+        raise UserError("--device", f"{name!r} cannot be used ({reason})", "use cpu") from error
+    return name
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """Dtype of weights and passes; `auto` is float32, which is exact everywhere."""
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def make_deterministic(device: str) -> None:
+    """Makes every run on a CPU give the same bits. On a GPU torch would refuse the cumsum of
+    sampling, and cuBLAS wants a workspace setting.
+
+    It imports 70 MB, which the optimizer would import anyway: called late, so that a refusal need
+    not wait for it, and before `process_bytes`, so that the plan counts it.
+    """
+    torch.use_deterministic_algorithms(device == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def process_bytes(device: str = "cpu", proc: Path = PROC) -> int:

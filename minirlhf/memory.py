@@ -223,7 +223,7 @@ def kl_held(
 
 
 def largest_cells(rows: int, longest: int, most: int) -> int:
-    """Cells of the largest micro-batch that `optim.cut_by_tokens` makes, padding included.
+    """Cells of the largest micro-batch that `batching.cut_by_tokens` makes, padding included.
 
     Args:
         rows: most rows of one.

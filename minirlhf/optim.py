@@ -1,15 +1,14 @@
-"""The optimizer, the learning rate as a function of the step, gradient clipping, and batching."""
+"""The optimizer, the learning rate as a function of the step, and gradient clipping."""
 
 import math
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.adamw import adamw
 
-from minirlhf import streams
-from minirlhf.errors import NonFinite, UserError, printable
+from minirlhf.errors import NonFinite
 
 T = TypeVar("T")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -190,72 +189,3 @@ def update_or_skip(
         optimizer.zero_grad()  # gradients need not be held while others use the memory
     counters.pop("skipped_in_a_row", None)
     return seen
-
-
-def cut_by_tokens(
-    lengths: Tensor, max_rows: int, max_tokens: int, texts: Tensor | None = None
-) -> list[Tensor]:
-    """Sorts rows by length and cuts them so that little of a micro-batch is padding.
-
-    Args:
-        lengths: (B,) tokens of each row, of its longest text where it has several.
-        max_rows: most rows of a micro-batch.
-        max_tokens: most cells, texts times longest text; a larger single row stands alone.
-        texts: (B,) texts of each row, which stay together; None: one each.
-    Returns:
-        Index tensors (b,), which together hold every row once, shortest first.
-    """
-    longest, order = torch.sort(lengths, stable=True)
-    counts = [1] * len(order) if texts is None else texts[order].tolist()
-    sizes: list[int] = []  # rows of each micro-batch
-    held = 0  # texts of the last one
-    for length, count in zip(longest.tolist(), counts, strict=True):
-        if sizes and sizes[-1] < max_rows and (held + count) * length <= max_tokens:
-            sizes[-1] += 1
-            held += count
-        else:
-            sizes.append(1)
-            held = count
-    return list(order.split(sizes))
-
-
-def epoch_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """Batches of one epoch: shuffled, yet each of rows of like length.
-
-    The order is cut into pools of 32 batches (fewer where the data is small, or each epoch would
-    have the same batches), each pool sorted by length and cut into batches, and the batches are
-    shuffled. A pure function of its arguments.
-
-    Args:
-        lengths: (N,) tokens of each row.
-    Returns:
-        ceil(N / batch_size) index tensors; only the last may be shorter than batch_size.
-    """
-    order = streams.permutation(seed, "data order", epoch, len(lengths))
-    batches, pooled = [], min(32, max(1, len(lengths) // batch_size // 4))
-    for pool in order.split(pooled * batch_size):
-        batches += pool[torch.argsort(lengths[pool], stable=True)].split(batch_size)
-    short = [b for b in batches if len(b) < batch_size]
-    whole = [b for b in batches if len(b) == batch_size]
-    shuffled = streams.permutation(seed, "batch order", epoch, len(whole)).tolist()
-    return [whole[i] for i in shuffled] + short
-
-
-def choose_device(name: str) -> str:
-    """`auto` is the first GPU, or else the CPU."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        what = f"{name!r} cannot be used (it is neither cpu nor cuda)"
-        raise UserError("--device", what, "use auto, cpu, cuda or cuda:N")
-    try:
-        torch.ones(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = printable(str(error).splitlines()[0], 100)
-        raise UserError("--device", f"{name!r} cannot be used ({reason})", "use cpu") from error
-    return name
-
-
-def choose_dtype(name: str) -> torch.dtype:
-    """Dtype of weights and passes; `auto` is float32, which is exact everywhere."""
-    return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -3,13 +3,15 @@
 What a single tensor takes is counted in memory.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 
 from minirlhf import model_files, pretrained
 from minirlhf.logprobs import widened
+from minirlhf.machine import free_memory
 from minirlhf.memory import (
     Part,
     Plan,
@@ -22,6 +24,7 @@ from minirlhf.memory import (
     parameters,
     passing_per_token,
     trunk_parameters,
+    verdict,
 )
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.reward_sources import parse
@@ -299,3 +302,12 @@ def _exported(config: ModelConfig, count: int, dtype: torch.dtype) -> list[Part]
     """GPT-2's matrices are transposed for its file; other models are written as they are."""
     copied = count if config.family == "gpt2" else 0
     return [_frozen("file", copied, dtype, ("save",), _smaller(dtype))]
+
+
+def announce(plan: Plan, folders: Iterable[Path], dtype: torch.dtype, device: str) -> str:
+    """What a run tells before it loads its models: the plan, and which folders' weights `dtype`
+    rounds. Returns the verdict on what is free, errors as there."""
+    print(plan)
+    for line in pretrained.rounded(folders, dtype):
+        print(f"warning: {line}")
+    return verdict(plan, free_memory(device))

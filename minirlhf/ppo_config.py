@@ -20,11 +20,12 @@ from minirlhf.scores import MISSING_EOS, SCALINGS, EndRule, end_rule
 class PPOConfig:
     model: str = setting("", "language model to align", metavar="FOLDER", required=True)
     data: str = setting(
-        "", "prompts: JSON lines, JSON or CSV, also .gz", metavar="FILE", required=True
+        "", "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz", metavar="FILE", required=True
     )
     reward: tuple[str, ...] = setting(
         (), "reward-model folder, file.py:function or http://host:port/path; of several, also "
-        "0.5*SOURCE, the weighted sum", metavar="SOURCE", required=True,
+        "'0.5*SOURCE' (in quotes: some shells expand the *), the weighted sum",
+        metavar="SOURCE", required=True,
     )  # fmt: skip
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
     eval_data: tuple[str, ...] = setting((), "held-out prompts, more as NAME=FILE", metavar="FILE")
@@ -41,7 +42,9 @@ class PPOConfig:
     steps: int = setting(100, "iterations of sampling and optimising", at_least=1)
     batch_size: int = setting(64, "prompts sampled in an iteration", at_least=1)
     max_new_tokens: int = setting(64, "tokens of the longest response", at_least=1)
-    temperature: float = setting(1.0, "of sampling, and of every log-prob; above 0", at_least=0)
+    temperature: float = setting(
+        1.0, "of sampling, and of every log-prob; 0, greedy, would explore nothing", above=0
+    )
     top_k: int = setting(0, "draw from the k most probable tokens; 0: all", at_least=0)
     top_p: float = setting(
         1.0, "draw from the fewest tokens whose mass reaches this", above=0, at_most=1
@@ -52,7 +55,9 @@ class PPOConfig:
     min_new_tokens: int = setting(0, "no eos is drawn before so many tokens", at_least=0)
     stop: tuple[str, ...] = setting((), "strings that end a response", metavar="TEXT")
     rollout_batch_size: int = setting(256, "rows sampled side by side", at_least=1)
-    max_prompt_length: int | None = setting(None, "tokens of the longest prompt", at_least=1)
+    max_prompt_length: int | None = setting(
+        None, "tokens of the longest prompt; none: what the models have room for", at_least=1
+    )
     overlong: str = setting(
         "error", "what happens to longer prompts", choices=("error", "drop", "truncate_prompt_left")
     )
@@ -166,8 +171,10 @@ class PPOConfig:
         False, "hold reference and reward models only while needed: they are read again each time"
     )
     # run
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
     seed: int = setting(0, "of prompt order, sampling and mini-batches")
     sample_every: int = setting(10, "steps between tables of samples; 0: none", at_least=0)
     sample_prompts: int = setting(4, "fixed prompts in the table", at_least=1)
@@ -181,6 +188,9 @@ class PPOConfig:
     keep: int = setting(2, "checkpoints kept", at_least=2)
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
     allow_data_change: bool = setting(False, "resume although data files have changed")
+    allow_setting_change: bool = setting(
+        False, "resume although settings or reward functions have changed"
+    )
 
     def check(self) -> list[str]:
         return [
@@ -190,10 +200,11 @@ class PPOConfig:
         ]  # fmt: skip
 
     def _sampling_problems(self) -> Iterator[str]:
-        if self.temperature == 0:
+        if self.top_k == 1 or self.min_p == 1:
+            name, use = ("top_k", "0, or 2 or more") if self.top_k == 1 else ("min_p", "less")
             yield (
-                "temperature 0: greedy sampling explores nothing, and its law has no finite "
-                "log-probs to learn from; use one above 0"
+                f"{name} 1: one token is left to draw, whose log-prob is 0 whatever the policy; "
+                f"use {use}"
             )
         if not all(self.stop):
             yield "stop: got an empty string, which every text contains"
@@ -234,6 +245,12 @@ class PPOConfig:
                 "bootstrap_truncated: a critic from a reward model values cut responses in that "
                 "model's scale; leave out score_scaling, score_clip and whiten_rewards"
             )
+        weighed = len(self.reward) == 1 and reward_sources.parse(self.reward[0]).weight != 1
+        if not self.train_critic and (rescaled or weighed or self.whiten_rewards):
+            yield (
+                "no-train-critic: its values stay in the reward model's scale; leave out "
+                "score_scaling, score_clip, whiten_rewards and the reward's weight"
+            )
         eos_rule = self.missing_eos_penalty > 0 or self.missing_eos != "subtract"
         if self.bootstrap_truncated and eos_rule:
             yield (
@@ -258,6 +275,10 @@ class PPOConfig:
             )
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             yield f"dual_clip {self.dual_clip:g}: must be above 1 + clip_high {self.clip_high:g}"
+        if self.epochs == self.mini_batches == 1:
+            acts = {"max_ratio": self.max_ratio, "dual_clip": self.dual_clip}
+            for name in (name for name, value in acts.items() if value is not None):
+                yield f"{name}: the ratio of the only update is 1; raise epochs or mini_batches"
         if self.early_stop_kl is not None and self.epochs == 1:
             yield "early_stop_kl: there is one epoch, and none after it to leave out"
         elif self.early_stop_kl is not None and self.epochs == 2 and self.mini_batches == 1:
@@ -291,6 +312,16 @@ class PPOConfig:
             self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p,
             stop_strings=self.stop, min_new_tokens=self.min_new_tokens,
         )  # fmt: skip
+
+    @property
+    def of_the_start(self) -> set[str]:
+        """Settings that belong to what a run's state remembers, so that no resume may change them:
+        evaluations compare with scores of the start, and a target moves its KL coefficient."""
+        names = {"eval_data", "eval_prompts"}
+        if self.eval_data:
+            names |= {"reward", "seed", "stop", "temperature", "top_k", "top_p", "min_p",
+                      "max_new_tokens", "min_new_tokens", "columns"}  # fmt: skip
+        return names if self.kl_target is None else names | {"kl_coef"}
 
     @property
     def policy_loss(self) -> Callable[[Tensor, Tensor, Tensor], Surrogate]:

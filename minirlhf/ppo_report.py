@@ -10,7 +10,7 @@ from minirlhf.errors import printable
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_update import PPOStats
 from minirlhf.rewards import Completions, RewardSource, Scores, as_scores
-from minirlhf.rollout import RolloutBuffer, sample
+from minirlhf.rollout import RolloutBuffer, columns_of, sample
 from minirlhf.rollout_stats import rollout_statistics, score_statistics, text_statistics
 from minirlhf.run import Run
 from minirlhf.tokenizer import Tokenizer
@@ -77,7 +77,9 @@ def sample_table(
     keys = streams.key(config.seed, "sample table", torch.arange(len(fixed)))
     # no more at once than a training step, so that the memory plan holds
     abreast = min(config.rollout_batch_size, config.batch_size)
-    completions, _ = sample(state.model.lm, fixed, keys, config.sampling, tokenizer, abreast)
+    completions, _ = sample(
+        state.model.lm, fixed, keys, config.sampling, tokenizer, abreast, columns_of(prompts)
+    )
     where = f"samples at step {state.step}"
     scores = as_scores(reward(completions), completions, where).sums.tolist()
     return [

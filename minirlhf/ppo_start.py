@@ -52,6 +52,10 @@ def check_models(
             if name and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
                 raise UserError(f"{flag} {name}", "has another tokenizer than the policy",
                                 "give a model that reads the same ids")  # fmt: skip
+    if not tokenizer.eos_ids and not config.stop:
+        what = "names no eos token, so that no response could end"
+        do = "set eos_token in tokenizer_config.json, or give --stop"
+        raise UserError(tokenizer.folder, what, do)
     for lm in lms if weights else ():
         pretrained.describe(lm)
     words = [pretrained.read_config(lm).vocab_size for lm in lms]

@@ -4,7 +4,8 @@ Schulman et al. 2017 (arXiv:1707.06347), eq. 7 and 9, with advantages by GAE (ar
 Read `ppo_step` first, then `accumulate`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ class Update(NamedTuple):
     config: PPOConfig
     kl_coef: float
     mix: TextMix | None
-    learns_policy: bool  # False while the critic warms up
+    learns_policy: bool  # False while the critic warms up: then the policy is frozen
     where: str  # for messages
 
 
@@ -143,8 +144,7 @@ def accumulate(update: Update, mini_batch: list[Rollout], number: int, begun: bo
         of_policy = surrogate.loss + kl_loss
         if config.entropy_coef:  # its gradient costs as much as that of the log-probs
             of_policy = of_policy - config.entropy_coef * new.entropy
-        total = config.vf_coef * value.loss
-        total = total + (of_policy if update.learns_policy else of_policy.detach())
+        total = config.vf_coef * value.loss + of_policy
         loss = masked_sum(total, mask) / tokens
         loss.backward()
         if not begun:
@@ -184,8 +184,6 @@ def loss_of_kl(update: Update, new: TokenPass, micro: Rollout) -> Tensor:
 def clip_gradients(update: Update) -> tuple[float, float]:
     """Norms before clipping; a critic with a trunk of its own is another model, with its own."""
     policy, most = update.policy, update.config.max_grad_norm
-    if not update.learns_policy:
-        policy.lm.zero_grad()  # what a value head sent into the trunk
     if policy.critic is None:
         return optim.clip_gradients(policy, most, update.where), 0.0
     critic = nn.ModuleList([policy.critic, policy.v_head])
@@ -197,7 +195,7 @@ def ppo_step(
     optimizer: torch.optim.Optimizer,
     rollout: RolloutBuffer,
     config: PPOConfig,
-    iteration: int = 0,
+    iteration: int | None = None,
     kl_coef: float | None = None,
     counters: dict[str, int] | None = None,
     ref: CausalLM | None = None,
@@ -207,44 +205,63 @@ def ppo_step(
 
     Args:
         rollout: measured (see `measure`); rewards, advantages and returns are filled here.
-        iteration: decides, with config.seed, the order of the mini-batches.
+        iteration: 0, 1, … of the run. Decides, with config.seed, the order of the mini-batches and
+            which texts of `mix` come, and whether the critic still warms up. None is 0.
         kl_coef: None is config.kl_coef.
         counters: where updates that were not made and early stops are counted.
         ref: needed where the full KL is a loss, unless the policy has adapters.
         mix: texts whose loss is added to each update.
     Raises:
-        ValueError: there is no ref where one is needed.
+        ValueError: there is no ref, or no iteration, where one is needed.
         NonFinite: a loss or gradient is not finite, before it is applied: more of them in a row
             than config.skip_nonfinite, or all of the rollout's.
     """
     if ref is None and config.kl_in == "loss" and config.kl_estimator == "full":
         if not has_lora(policy):
             raise ValueError("ref is None: a full KL in the loss needs it, or a policy's adapters")
+    if iteration is None and config.critic_warmup_steps:
+        raise ValueError("iteration is None: critic_warmup_steps needs it, give 0, 1, …")
+    iteration = iteration or 0
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
     counters = {} if counters is None else counters
     assign_credit(rollout, config, kl_coef)
     learns_policy = iteration >= config.critic_warmup_steps
     update = Update(policy, ref, config, kl_coef, mix, learns_policy, f"step {iteration + 1}")
     tried: list[Seen | None] = []
-    for epoch in range(config.epochs):
-        parts = rollout.minibatches(config.mini_batches, config.seed, iteration, epoch)
-        for i, mini_batch in enumerate(parts):
-            number = (iteration * config.epochs + epoch) * config.mini_batches + i
-            # From the first update on, a signal waits until the iteration is finished.
-            work = partial(accumulate, update, mini_batch, number, begun=bool(tried))
-            seen = optim.update_or_skip(
-                optimizer, work, counters, config.skip_nonfinite, partial(near, config)
-            )
-            tried.append(seen)
-        last = epoch + 1 == config.epochs  # none is left to end
-        if not last and moved_too_far(tried[-len(parts) :], config.early_stop_kl):
-            counters["early_stops"] = counters.get("early_stops", 0) + 1
-            break
+    with nullcontext() if learns_policy else frozen(policy.lm):
+        for epoch in range(config.epochs):
+            parts = rollout.minibatches(config.mini_batches, config.seed, iteration, epoch)
+            for i, mini_batch in enumerate(parts):
+                number = (iteration * config.epochs + epoch) * config.mini_batches + i
+                # From the first update on, a signal waits until the iteration is finished.
+                work = partial(accumulate, update, mini_batch, number, begun=bool(tried))
+                seen = optim.update_or_skip(
+                    optimizer, work, counters, config.skip_nonfinite, partial(near, config)
+                )
+                tried.append(seen)
+            last = epoch + 1 == config.epochs  # none is left to end
+            if not last and moved_too_far(tried[-len(parts) :], config.early_stop_kl):
+                counters["early_stops"] = counters.get("early_stops", 0) + 1
+                break
     seen = [seen for seen in tried if seen is not None]
     if not seen:
         what = f"all {len(tried)} updates were skipped"
         raise NonFinite(update.where, what, "lower learning_rate")
-    return summarise_updates(seen, rollout, config, kl_coef, epoch + 1)
+    ptx_coef = 0.0 if mix is None else mix.coef
+    return summarise_updates(seen, rollout, config, kl_coef, epoch + 1, ptx_coef)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradient is computed for its weights, and no pass keeps what one would need."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def near(config: PPOConfig, seen: Seen) -> bool:
@@ -261,15 +278,16 @@ def moved_too_far(epoch: list[Seen | None], limit: float | None) -> bool:
 
 
 def summarise_updates(
-    updates: list[Seen], rollout: RolloutBuffer, config: PPOConfig, kl_coef: float, epochs: int
-) -> PPOStats:
+    updates: list[Seen], rollout: RolloutBuffer, config: PPOConfig, kl_coef: float, epochs: int,
+    ptx_coef: float,
+) -> PPOStats:  # fmt: skip
     """Token means over all updates, and what the rollout itself says."""
     total = sum(seen.tokens for seen in updates)
     mean = {k: float(sum(seen.sums[k] for seen in updates)) / total for k in updates[0].sums}
     gap, gap_sq = mean.pop("gap"), mean.pop("gap_sq")  # squares around 1 keep small variances
     mean.pop("moved")
     ptx_loss = sum(seen.ptx_loss for seen in updates) / len(updates)
-    mean["loss"] += config.ptx_coef * ptx_loss
+    mean["loss"] += ptx_coef * ptx_loss
     returns, old_values = rollout.tokens("returns"), rollout.tokens("old_values")
     spread = float(returns.var(correction=0))
     unexplained = float((returns - old_values).var(correction=0))

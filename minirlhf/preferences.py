@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from minirlhf import streams
+from minirlhf.batching import cut_by_tokens, pad_right
 from minirlhf.data import Pair
+from minirlhf.encoding import cut_eos
 from minirlhf.errors import UserError
-from minirlhf.generation import pad_right
 from minirlhf.losses import bradley_terry_loss, plackett_luce_loss, preference_accuracy
-from minirlhf.optim import cut_by_tokens
 from minirlhf.rankings import Ranking
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.transformer import ModelConfig
@@ -74,7 +74,7 @@ def reads_before_eos(model: ModelConfig, tokenizer: Tokenizer) -> bool:
 
 def without_eos(example: E, eos_ids: tuple[int, ...]) -> E:
     """The example without the eos at the end of its texts, for a model that is read before it."""
-    cut = [ids[:-1] if ids[-1] in eos_ids else ids for ids in example.responses]
+    cut = [cut_eos(ids, eos_ids) for ids in example.responses]
     if not (example.prompt_ids or all(cut)):
         raise UserError(example.where, "a text of nothing but eos", "remove the row")
     if isinstance(example, Pair):

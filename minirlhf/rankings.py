@@ -21,6 +21,7 @@ from minirlhf.data import (
     PAIR_LABELS,
     Encoded,
     Pair,
+    first_row,
     load_examples,
     load_pairs,
     split_rows,
@@ -38,7 +39,7 @@ from minirlhf.formats import (
     _wrong,
     pair_format,
 )
-from minirlhf.rows import Row, kind_of, read_rows
+from minirlhf.rows import Row, kind_of
 from minirlhf.sieve import STRICT, Report, RowPolicy, Sieve
 from minirlhf.tokenizer import Tokenizer
 
@@ -273,21 +274,14 @@ def says_nothing(responses: Sequence[Hashable], ranks: list[int]) -> str | None:
 
 
 def holds_rankings(path: str | Path, policy: RowPolicy = STRICT) -> bool:
-    """Whether the first well-formed row of a file is a ranked list rather than a pair.
+    """Whether the first well-formed row of a file is a ranked list rather than a pair; arguments
+    and errors as in `first_row`."""
 
-    Raises:
-        UserError: a fault in a row before it that the policy does not skip, or no such row.
-    """
-    sieve = Sieve(policy)
-    for row in read_rows(path, sieve):
-        try:
-            preference_format(row, policy.allow_empty_prompt).split(row)
-        except UserError as error:
-            sieve.reject(error, row.raw)
-            continue
+    def tell(row: Row) -> bool:
+        preference_format(row, policy.allow_empty_prompt).split(row)  # refuses a malformed one
         return is_ranking(row)
-    rejected = sieve.in_order()
-    raise Report(str(path), "", len(rejected), rejected_rows=rejected).nothing_left()
+
+    return first_row(path, tell, policy)
 
 
 def load_preferences(

@@ -189,6 +189,9 @@ def _model_lines(facts: dict) -> str:
     if settings := facts.get("settings"):
         told = ", ".join(f"{name} {value}" for name, value in settings.items())
         lines.append(f"- settings: {escaped(told, 10_000)}")
+    for change in facts.get("changes", ()):
+        told = f"{change['setting']} was {change['was']} before it was {change['is']}"
+        lines.append(f"- changed on the way: {escaped(told)}")
     return "\n".join(lines)
 
 

@@ -1,20 +1,36 @@
-"""A reward model as a reward source, by the policy's token ids or, where it has a tokenizer of its
-own, by the texts.
+"""Scores of a reward model. As a reward source it reads the policy's token ids or, where it has a
+tokenizer of its own, the texts.
 """
 
 import torch
 from torch import Tensor
 
 from minirlhf import interrupt
+from minirlhf.batching import cut_by_tokens, pad_right
+from minirlhf.encoding import cut_eos
 from minirlhf.errors import UserError
 from minirlhf.formats import Messages
-from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel
-from minirlhf.optim import cut_by_tokens
 from minirlhf.passes import check_known
 from minirlhf.pretrained import at_hand
 from minirlhf.rewards import Completions, RewardSource
 from minirlhf.tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def score_texts(
+    model: RewardModel, rows: list[list[int]], micro_batch_tokens: int = 4096
+) -> Tensor:
+    """(N,) float32 scores of the ids of N texts, in their order, on the CPU."""
+    lengths, scores = torch.tensor([len(row) for row in rows]), torch.zeros(len(rows))
+    with at_hand(model):
+        device = model.score.weight.device
+        for part in cut_by_tokens(lengths, len(rows), micro_batch_tokens):
+            interrupt.check()
+            tokens = pad_right([rows[i] for i in part.tolist()])
+            check_known(tokens, model.config.vocab_size, "the reward model")
+            scores[part] = model(tokens.to(device), lengths[part].to(device)).float().cpu()
+    return scores
 
 
 def reencode(
@@ -48,8 +64,9 @@ def model_reward(
 ) -> RewardSource:  # fmt: skip
     """Scores of a reward model.
 
-    Texts end here as in its training: with eos where the policy ended the text, without where the
-    length cut it. A response that a stop string ended is scored as the text before it, with eos.
+    Texts end here as in its training: with its own eos where the policy ended the text, without
+    where the length cut it. A response that a stop string ended is scored as the text before it,
+    with eos.
 
     Args:
         tokenizer: the reward model's.
@@ -70,31 +87,22 @@ def model_reward(
             prompt, response = reencode(tokenizer, batch.prompts[i], text, reason)
         else:
             prompt, response = batch.prompt_ids[i], batch.response_ids[i]
-            if reason == "stop":
-                response = [*tokenizer.encode(text, bos=False), tokenizer.eos_ids[0]]
-        if model.read_before_eos and response and response[-1] in tokenizer.eos_ids:
-            response = response[:-1]
+            if reason != "length":  # of several eos the policy may have drawn another
+                own = response[:-1] if reason == "eos" else tokenizer.encode(text, bos=False)
+                response = [*own, reencode(tokenizer, batch.prompts[i], "a", reason)[1][-1]]
+        if model.read_before_eos:
+            response = cut_eos(response, tokenizer.eos_ids)
         return prompt + response
 
-    @torch.no_grad()
     def score(batch: Completions) -> Tensor:
         ids = [row(batch, i) for i in range(len(batch.completions))]
-        lengths = torch.tensor([len(r) for r in ids])
-        if lengths.max() > most:
+        longest = max(map(len, ids))
+        if longest > most:
             again = " once it is re-encoded" if own_tokenizer else ""
-            what = f"a text of {lengths.max()} tokens{again}, the reward model reads {most}"
+            what = f"a text of {longest} tokens{again}, the reward model reads {most}"
             raise UserError(name, what, "lower max_prompt_length or max_new_tokens")
-        if not lengths.min():
+        if not all(ids):
             raise UserError(name, "a text without any token", "remove the empty prompt")
-        scores = torch.zeros(len(ids))
-        with at_hand(model):
-            device = model.score.weight.device
-            for part in cut_by_tokens(lengths, len(ids), micro_batch_tokens):
-                interrupt.check()
-                tokens = pad_right([ids[i] for i in part.tolist()])
-                check_known(tokens, model.config.vocab_size, "the reward model")
-                tokens = tokens.to(device)
-                scores[part] = model(tokens, lengths[part].to(device)).float().cpu()
-        return scores
+        return score_texts(model, ids, micro_batch_tokens)
 
     return score

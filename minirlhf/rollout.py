@@ -3,16 +3,16 @@
 Shapes: B rows, T tokens of the longest, R tokens of the longest response, N tokens in all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minirlhf import streams
+from minirlhf.batching import cut_by_tokens, pad_right
 from minirlhf.data import Prompt
-from minirlhf.generation import Sampling, cut_at_stop, generate, pad_right
-from minirlhf.optim import cut_by_tokens
+from minirlhf.generation import Sampling, cut_at_stop, generate
 from minirlhf.rewards import Completions, Scores
 from minirlhf.support import RowSupport, stack_supports
 from minirlhf.tokenizer import Tokenizer
@@ -23,8 +23,8 @@ class Rollout(NamedTuple):
     """B rows, left-aligned, with one cell for each of at most R response tokens.
 
     Column t of a (B, R) tensor belongs to response token a_t and to the state before it. The
-    fields that may be None are filled on the way: `passes.measure` and `ppo.assign_credit`. False
-    cells between True ones are legal: tokens that another wrote, such as a tool's output.
+    fields that may be None are filled on the way: `passes.measure` and `ppo_update.assign_credit`.
+    False cells between True ones are legal: tokens that another wrote, such as a tool's output.
     """
 
     rows: Tensor  # (B,) int64: which row of the iteration's batch this is
@@ -157,17 +157,9 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(shape).masked_scatter(cells.expand(shape), values)
 
 
-def next_rows(
-    consumed: int, count: int, total: int, seed: int, stream: str = "prompt order"
-) -> Tensor:
-    """(count,) numbers of the next rows; each epoch holds all of them in an order of its own."""
-    rows: list[Tensor] = []
-    for position in range(consumed, consumed + count):
-        epoch, offset = divmod(position, total)
-        if not rows or offset == 0:
-            order = streams.permutation(seed, stream, epoch, total)
-        rows.append(order[offset])
-    return torch.stack(rows)
+def columns_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Names of the columns that any of them has."""
+    return sorted({name for prompt in prompts for name in prompt.columns})
 
 
 def sample(
@@ -177,12 +169,15 @@ def sample(
     sampling: Sampling,
     tokenizer: Tokenizer,
     rows_at_once: int,
+    columns: Sequence[str] | None = None,
 ) -> tuple[Completions, Rollout]:
     """Responses to the prompts: as text for reward sources, as tensors (scores 0) for learning.
 
     Args:
         keys: (B,) int64, one a prompt; a row's text depends on its prompt and key alone.
         rows_at_once: how many are sampled side by side.
+        columns: that reward sources see, None in a row that lacks one: of all prompts, so that what
+            is said of a row does not depend on its batch. None: those of these prompts.
     """
     responses, reasons, logprobs, supports = [], [], [], []
     for start in range(0, len(prompts), rows_at_once):
@@ -193,7 +188,7 @@ def sample(
         reasons += made.finish_reason
         logprobs.append(made.logprobs[made.response_mask])
         supports.append(made.support)
-    names = sorted({name for p in prompts for name in p.columns})
+    names = columns_of(prompts) if columns is None else columns
     completions = Completions(
         prompts=[p.text for p in prompts],
         prompt_ids=[p.ids for p in prompts],

@@ -280,13 +280,15 @@ def _json_array(path: Path, sieve: Sieve) -> Iterator[Row]:
         return
     text = sieve.mend(text)
     at = _skip_space(text, text.index("[") + 1)
-    line, counted, more = 1, 0, text[at : at + 1] != "]"
+    line, counted, more, number = 1, 0, text[at : at + 1] != "]", 0
     while more:
+        before, number = line if number else 0, number + 1
         line, counted = line + text.count("\n", counted, at), at
+        where = f"{path}:{line}" + (f" (row {number})" if line == before else "")
         value, end = _decode(text, at, path, 1)
         raw = text[at : min(end, at + RAW_CAP + 1)]
         try:
-            row = _row(value, f"{path}:{line}", raw)
+            row = _row(value, where, raw)
         except UserError as error:
             sieve.reject(error, raw)
         else:

@@ -38,8 +38,11 @@ from minirlhf.transformer import CausalLM
 # that does to the last bits is said when a run is resumed.
 FREE = {"out", "resume", "log_every", "save_every", "keep", "show_samples", "device",
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
-        "reward_token_file", "allow_data_change", "offload_frozen",
+        "reward_token_file", "allow_data_change", "allow_setting_change", "offload_frozen",
         "gradient_checkpointing"}  # fmt: skip
+# And those that it never may, whatever is allowed: a checkpoint's weights are of them.
+FIXED = {"model", "init_config", "tokenizer", "ref", "critic", "train_critic", "heads",
+         "lora_rank", "lora_alpha", "dtype"}  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -55,19 +58,23 @@ class Run:
         resume: go on from the newest whole checkpoint.
         inputs: data files and folders of frozen models; a run is only resumed with the same bytes
             in them.
+        fixed: settings beside FIXED that no resume may change.
     Raises:
         UserError: the folder is in use, not empty, or of a run with other settings or data.
     """
 
     def __init__(
-        self, out: str, recipe: str, settings: dict, resume: bool, inputs: Iterable[str] = ()
-    ):
+        self, out: str, recipe: str, settings: dict, resume: bool, inputs: Iterable[str] = (),
+        fixed: Iterable[str] = (),
+    ):  # fmt: skip
         self.folder, self.recipe, self.settings = Path(out), recipe, settings
-        self.resume, self.inputs = resume, list(inputs)
+        self.resume, self.inputs, self.fixed = resume, list(inputs), FIXED.union(fixed)
         self.hashes: dict[str, str] = {}  # file -> sha256 of each input, once it is entered
         self.data_changes: list[dict] = []  # of all starts
+        self.setting_changes: list[dict] = []  # likewise
+        self.before: dict = {}  # settings of the last start
         self.state: TrainState | None = None  # once restored
-        self.changed: list[str] = []  # free settings that differ from the last start's
+        self.changed: dict[str, str] = {}  # setting -> how it differs from the last start's
         self.started = time.perf_counter()
         self.rename: Callable[[dict], dict] = dict  # names of metrics in the log file
         self._check_folder()
@@ -105,23 +112,32 @@ class Run:
         old, now = before.get("settings"), json.loads(json.dumps(self.settings))
         if not isinstance(old, dict):
             raise UserError(where, "has no settings", "give another --out")
-        past = before.get("inputs", {}), before.get("data_changes", [])
-        if not (isinstance(past[0], dict) and isinstance(past[1], list)):
+        past = [before.get(f"{name}_changes", []) for name in ("data", "setting")]
+        if not (isinstance(before.get("inputs", {}), dict) and all(type(p) is list for p in past)):
             raise UserError(where, "has no list of its inputs", "give another --out")
         changed = {
             key: f"{key} was {printable(repr(old[key]), 80)}, is {now[key]!r}"
             for key in now
             if key in old and old[key] != now[key]
         }
-        if frozen := [text for key, text in changed.items() if key not in FREE]:
+        allowed = now.get("allow_setting_change")
+        never = self.fixed if allowed else now.keys() - FREE
+        if frozen := [text for key, text in changed.items() if key in never]:
             more = f" and {len(frozen) - 5} more" if len(frozen) > 5 else ""
-            raise UserError(where, "; ".join(frozen[:5]) + more,
-                            "resume with the settings of the first start")  # fmt: skip
-        if newer := [key for key in now if key not in old and key not in FREE]:
+            do = "resume with the settings of the first start"
+            if changed.keys().isdisjoint(self.fixed):
+                do += ", or --allow-setting-change"
+            raise UserError(where, "; ".join(frozen[:5]) + more, do)
+        newer = [key for key in now if key not in old and key not in FREE]
+        if newer and not allowed:
             what = f"has no setting {', '.join(newer[:5])}: an older minirlhf began the run"
-            raise UserError(where, what, "let that one finish it, or give another --out")
-        told = ("out", "resume", "allow_data_change")  # by the command itself
-        self.changed = [text for key, text in changed.items() if key not in told]
+            do = "let that one finish it, give another --out, or --allow-setting-change"
+            raise UserError(where, what, do)
+        changed |= {key: f"{key} did not exist, is {now[key]!r}" for key in newer}
+        # What is told by the command itself is not told again.
+        told = ("out", "resume", "allow_data_change", "allow_setting_change")
+        self.before = old
+        self.changed = {key: text for key, text in changed.items() if key not in told}
 
     def __enter__(self) -> "Run":
         fsio.make_folder(self.folder)
@@ -159,9 +175,12 @@ class Run:
         inputs = {str(file): fsio.sha256(file) for name in self.inputs for file in contents(name)}
         self.hashes = inputs
         past = read_json(path) if path.exists() else {}
-        changes = past.get("data_changes", [])
-        changes += self._changed_data(past.get("inputs", inputs), inputs)
-        self.data_changes = changes
+        changes = self._changed_inputs(past.get("inputs", inputs), inputs)
+        self.data_changes = past.get("data_changes", []) + changes
+        self.setting_changes = past.get("setting_changes", []) + [
+            {"setting": name, "was": self.before.get(name), "is": self.settings[name]}
+            for name in self.changed if name not in FREE
+        ]  # fmt: skip
         facts = {
             "recipe": self.recipe,
             "settings": self.settings,
@@ -173,7 +192,8 @@ class Run:
                 "python": platform.python_version(),
             },
         }
-        facts |= {"data_changes": changes} if changes else {}
+        changes = {"data_changes": self.data_changes, "setting_changes": self.setting_changes}
+        facts |= {name: made for name, made in changes.items() if made}
         self.write_file("run.json", fsio.json_text(facts))
 
     def provenance(self, places: Iterable[str]) -> dict:
@@ -189,25 +209,43 @@ class Run:
         data = [{"file": Path(name).name, "sha256": sha256}
                 for name, sha256 in self.hashes.items() if name in given]  # fmt: skip
         data += [{"file": Path(c["file"]).name, "sha256": c["was"]} for c in self.data_changes]
-        return {"data": data, "settings": kept}
+        changes = [c for c in self.setting_changes if c["setting"] in kept]
+        return {"data": data, "settings": kept} | ({"changes": changes} if changes else {})
 
     def _data(self) -> set[str]:
-        """Those of the inputs that are data."""
-        held_out = named_files(self.settings.get("eval_data", ())).values()
-        given = self.settings.get("data"), self.settings.get("ptx_data"), *held_out
-        return {str(Path(name)) for name in given if name}
+        """Those of the inputs that are data and may change, or were at the last start."""
+        names = []
+        for settings in (self.settings, self.before):
+            names += [settings.get("data"), settings.get("ptx_data")]
+            if "eval_data" not in self.fixed:
+                names += named_files(settings.get("eval_data", ())).values()
+        return {str(Path(name)) for name in names if name}
 
-    def _changed_data(self, before: dict[str, str], now: dict[str, str]) -> list[dict]:
-        """What differs in the inputs, told; refused, unless it is data and that may change."""
+    def _is_reward(self, file: str) -> bool:
+        """Whether an input is of a reward source that may change, or was at the last start."""
+        if "reward" in self.fixed:
+            return False
+        sources = [*self.settings.get("reward", ()), *self.before.get("reward", ())]
+        places = [parse(source).place.partition(".py:") for source in sources]
+        return any(Path(file).is_relative_to(p + ".py" * bool(py)) for p, py, _ in places)
+
+    def _changed_inputs(self, before: dict[str, str], now: dict[str, str]) -> list[dict]:
+        """What differs in the inputs, told; refused, unless it is what may change."""
         data, changes = self._data(), []
         # Older versions kept no sums of tokenizers.
         older = all(Path(name).name != "tokenizer.json" for name in before)
         for name in now | before:
-            if (old := before.get(name)) == (new := now.get(name)) or (older and old is None):
+            if (old := before.get(name)) == (new := now.get(name)):
                 continue
-            if name not in data or not self.settings.get("allow_data_change"):
-                do = "give another --out" + (", or --allow-data-change" if name in data else "")
-                raise UserError(name, "has changed since the run began", do)
+            flags = [("allow_data_change", name in data)]
+            flags += [("allow_setting_change", self._is_reward(name))]
+            would = [flag for flag, fits in flags if fits]
+            if older and old is None and not would:
+                continue
+            if not any(self.settings.get(flag) for flag in would):
+                do = "".join(f", or --{flag.replace('_', '-')}" for flag in would)
+                what = "has changed since the run began"
+                raise UserError(name, what, f"give another --out{do}")
             was, now_is = (str(sha256)[:12] for sha256 in (old, new))
             print(f"changed: {printable(name)}: sha256 was {was}, is {now_is}")
             changes.append({"file": name, "was": old, "is": new})
@@ -257,7 +295,7 @@ class Run:
         for name, length in state.log_bytes.items():
             fsio.truncate(self.folder / name, length)
         self.say(f"resumed from {newest.name}")
-        for text in self.changed:
+        for text in self.changed.values():
             self.say(f"changed: {text}")
         then = read_json(newest / "manifest.json")["environment"]
         for name, now in checkpoint.environment(state.model).items():

@@ -97,7 +97,11 @@ class Sieve:
 
     def in_order(self) -> list[LeftOut]:
         """The rows that were left out, as they stand in the file."""
-        return sorted(self.rejected, key=lambda row: int(row.where.rpartition(":")[2]))
+        # file:line, or file:line (row number) where a line has several
+        return sorted(
+            self.rejected,
+            key=lambda row: [int(n) for n in re.findall(r"\d+", row.where.rpartition(":")[2])],
+        )
 
     def mend(self, text: str) -> str:
         """A JSON text with each half of a surrogate pair replaced, where the policy says so.

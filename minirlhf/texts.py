@@ -8,13 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minirlhf.batching import cut_by_tokens, next_rows, pad_right
 from minirlhf.data import Text
 from minirlhf.errors import UserError
-from minirlhf.generation import pad_right
 from minirlhf.heads import response_states
 from minirlhf.logprobs import TokenStats, token_logprobs
-from minirlhf.optim import cut_by_tokens
-from minirlhf.rollout import next_rows
 from minirlhf.transformer import CausalLM
 
 

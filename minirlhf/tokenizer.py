@@ -58,6 +58,8 @@ class Tokenizer:
         vocab_size: largest id + 1, added tokens included.
         eos_ids: ids that end a text; the first is the one that is appended to texts. May be empty.
         bos_id: id of the beginning-of-text token, or None.
+        unknown_id: id of the piece that stands for what has no other, or None.
+        special_text: finds the names of all special tokens, eos among them, in a text.
         chat_template: Jinja source, or None where `template_origin` is "plain fallback".
         template_origin: "chat_template.jinja", "tokenizer_config.json" or "plain fallback".
         fingerprint: sha256 of tokenizer.json, hex.
@@ -125,12 +127,15 @@ class Tokenizer:
         if (length := sum(map(len, texts))) > NAMES_CAP:
             path, legal = self.folder / "tokenizer.json", f"at most {NAMES_CAP:,}"
             raise UserError(path, f"special tokens of {length:,} characters", legal)
-        self._special_text = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+        self.special_text = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         # The model's own "unknown" piece comes out of ordinary text, so it controls nothing.
         model = parsed["model"]
         unknown, vocab = model.get("unk_token"), model.get("vocab")
-        if isinstance(vocab, list) and model.get("unk_id") is not None:  # Unigram, by its place
-            unknown = vocab[model["unk_id"]][0]
+        self.unknown_id: int | None = model.get("unk_id")  # of Unigram, by its place
+        if isinstance(vocab, dict):
+            self.unknown_id = vocab.get(unknown)
+        elif self.unknown_id is not None:
+            unknown = vocab[self.unknown_id][0]
         self._control = {id for id, text in special.items() if text != unknown}
         self._spare = {text: id for id, text in special.items() if text}
         self._prefix: list[int] = []
@@ -196,7 +201,7 @@ class Tokenizer:
 
     def _spelled(self, text: str) -> list[int]:
         """For vocabularies with special names as ordinary pieces: cuts each after one letter."""
-        cuts = [match.start() + 1 for match in self._special_text.finditer(text)]
+        cuts = [match.start() + 1 for match in self.special_text.finditer(text)]
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         parts = self._guard(self._backend.encode_batch_fast, pieces, False, False)
         ids = [id for part in parts for id in part.ids]
@@ -249,7 +254,7 @@ class Tokenizer:
 
         The template writes the beginning-of-text token itself where there is one: none is added.
         """
-        messages, swapped = swap_names(messages, self._special_text)
+        messages, swapped = swap_names(messages, self.special_text)
         return self._encode_rendered(self.render_chat(messages), swapped)
 
     def encode_marked(self, text: str) -> list[int]:
@@ -274,7 +279,7 @@ class Tokenizer:
         Raises:
             UserError: the rendered prompt is no prefix of the rendered dialogue.
         """
-        turns, swapped = swap_names([prompt, *responses], self._special_text)
+        turns, swapped = swap_names([prompt, *responses], self.special_text)
         head = self.render_chat(turns[0])
         encoded = [self._encode_rendered(head, swapped)]
         for response in turns[1:]:
@@ -334,7 +339,7 @@ class Tokenizer:
     def check_stops(self, strings: Sequence[str]) -> None:
         """Raises UserError where a stop string names a token that no text shows."""
         for string in strings:
-            if self._special_text.search(string):
+            if self.special_text.search(string):
                 what = f"{printable(string, 80)!r} names a special token, which no text shows"
                 do = "an eos ends a response by itself: make it one in generation_config.json"
                 raise UserError("--stop", what, do)

@@ -28,7 +28,8 @@ LAZY_DEPENDENCIES = {"jinja2", "huggingface_hub", "matplotlib"}  # inside functi
 # From the ground up: a module imports from its own layer and from those before it.
 LAYERS = (
     "minirlhf minirlhf.errors minirlhf.machine minirlhf.interrupt minirlhf.streams minirlhf.fsio "
-    "minirlhf.columns minirlhf.sieve minirlhf.rows minirlhf.model_files minirlhf.support",
+    "minirlhf.columns minirlhf.sieve minirlhf.rows minirlhf.model_files minirlhf.support "
+    "minirlhf.batching",
     "minirlhf.masking",
     "minirlhf.kl minirlhf.losses minirlhf.advantages",
     "minirlhf.linear minirlhf.transformer minirlhf.logprobs minirlhf.heads minirlhf.lora "

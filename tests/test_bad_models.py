@@ -448,6 +448,11 @@ def test_a_spoiled_tokenizer_is_refused_by_its_file(spoil, told, refuses):
     assert refuses("sft", "model", "lm", spoil).startswith(told)
 
 
+def test_ppo_refuses_a_policy_none_of_whose_responses_could_end(refuses):
+    told = "m: names no eos token, so that no response could end: set eos_token in tokenizer_config"
+    assert refuses("ppo", "model", "lm", no_eos).startswith(told)
+
+
 # ---- the chat template ---------------------------------------------------------------------------
 
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

@@ -16,7 +16,7 @@ from minirlhf.errors import UserError
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.recipes.reward import RewardConfig
 from minirlhf.recipes.sft import SFTConfig
-from minirlhf.run import FREE, Run
+from minirlhf.run import FIXED, FREE, Run
 from minirlhf.tools.sample import SampleConfig
 from minirlhf.tools.score import ScoreConfig
 
@@ -98,6 +98,7 @@ FLAGS = [  # added to a right `minirlhf sft`, what is told
     ("-- 3", "--: unknown flag: "),
     ("extra", "minirlhf sft: unexpected argument 'extra'"),
     ("--init-config shape.json", "give exactly one of --model and --init-config"),
+    ("--eval-every 5", "eval_every: goes with --eval-data"),
     ("--tokenizer lm", "--tokenizer goes with --init-config: a --model has its own"),
     ("--config", "--config: expected one value"),
     ("--config nowhere.toml", "nowhere.toml: no such file"),
@@ -106,7 +107,7 @@ FLAGS = [  # added to a right `minirlhf sft`, what is told
 PPO_FLAGS = [  # added to a right `minirlhf ppo`, what is told
     ("--no-train-critic", "no-train-critic: goes with --critic, a value head has to learn"),
     ("--train-critic=false", "--train-critic: got 'false', takes no value: give --train-critic or"),
-    ("--temperature 0", "temperature 0: greedy sampling explores nothing"),
+    ("--temperature 0", "--temperature: got 0.0, must be a finite number > 0"),
     ("--min-new-tokens 99", "min_new_tokens 99 is above max_new_tokens"),
     ("--kl-in loss", "kl_in loss with kl_estimator k1: the gradient of that estimate"),
     ("--ptx-coef 1", "ptx_data and ptx_coef go together: give both, or neither"),
@@ -426,7 +427,12 @@ def test_every_setting_is_frozen_or_free_on_resume(verb, tmp_path):
             Run(str(tmp_path), verb, now, True)
         old = facts["settings"][field.name]
         assert caught.value.what == f"{field.name} was {old!r}, is {now[field.name]!r}"
-        assert caught.value.do == "resume with the settings of the first start"
+        do = "resume with the settings of the first start"
+        if field.name in FIXED:
+            assert caught.value.do == do
+        else:
+            assert caught.value.do == f"{do}, or --allow-setting-change"
+            Run(str(tmp_path), verb, now | {"allow_setting_change": True}, True)
 
 
 NOT_OURS = "out/run.json: is not of a sft run: give another --out"
@@ -455,8 +461,10 @@ def test_free_settings_are_those_that_no_number_depends_on():
     fields = {verb: {f.name for f in dataclasses.fields(CONFIGS[verb])} for verb in RECIPES}
     assert FREE <= set.union(*fields.values())
     everywhere = {"out", "resume", "log_every", "save_every", "keep", "device",
-                  "allow_data_change", "gradient_checkpointing"}  # fmt: skip
+                  "allow_data_change", "allow_setting_change",
+                  "gradient_checkpointing"}  # fmt: skip
     assert all(FREE & fields[verb] >= everywhere for verb in RECIPES)
+    assert FIXED <= set.union(*fields.values())
     patience = {
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
         "reward_token_file", "offload_frozen",

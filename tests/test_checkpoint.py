@@ -177,7 +177,7 @@ def test_every_field_of_the_state_survives_a_round_trip(tmp_path):
     assert fresh.meters.as_dict() == {"loss": [0.3, 0.3 * 3, 3]}
 
 
-def test_a_field_of_a_wider_state_is_saved_by_its_name(tmp_path):
+def test_a_field_of_a_wider_state_is_saved_by_its_name(tmp_path, monkeypatch):
     @dataclasses.dataclass
     class Wider(TrainState):
         reward_mean: float = 0.0
@@ -185,6 +185,10 @@ def test_a_field_of_a_wider_state_is_saved_by_its_name(tmp_path):
     model = make_state().model
     state, fresh = (Wider(model, make_optimizer(model, 0.1)) for _ in range(2))
     state.reward_mean = 0.7
+    with pytest.raises(ValueError, match=r"reward_mean is no field of `checkpoint\.KINDS`"):
+        save_checkpoint(state, tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(checkpoint.KINDS, "reward_mean", lambda value: type(value) is float)
     commit = save_checkpoint(state, tmp_path)
     load_checkpoint(fresh, commit)
     assert fresh.reward_mean == 0.7
@@ -200,17 +204,21 @@ def test_a_field_of_a_wider_state_is_saved_by_its_name(tmp_path):
 
 OF_ANOTHER_KIND = {
     "step": [-1, 1.0, True, None, "7"],
-    "samples": [-1, "8"],
+    "samples": [-1, 8.0, True, None, "8"],
     "kl_coef": ["0.1", True, []],
-    "best": ["0.1", {}],
-    "score_moments": [None, [1, 2], [1, 2, "3"], {}],
+    "best": ["0.1", True, {}],
+    "score_moments": [None, [1, 2], [1, 2, "3"], [1, 2, True], {}],
     "baselines": [None, [0.5], {"eval/": 0.5}, {"eval/": ["0.5"]}, {"eval/": [True]}],
-    "counters": [None, {"a": 1.5}, []],
+    "counters": [None, {"a": 1.5}, {"a": True}, []],
     "health": [None, [], {"told": 3}, {"told": ["3"]}, {"told": [True]}],
-    "log_bytes": [None, {"metrics.jsonl": "10"}],
-    "meters": [None, {"loss": [1, 2]}, {"loss": [1, 2, "3"]}, {"loss": 3}],
-    "unreported": [[], {}, {"number": 7}],
+    "log_bytes": [None, [], *({"metrics.jsonl": n} for n in ("10", 1.5, True, -1))],
+    "meters": [None, [], *({"loss": m} for m in (3, [1, 2], [1, 2, "3"], [1, 2, True]))],
+    "unreported": [7, [], {}, {"number": 7}],
 }
+
+
+def test_every_field_has_values_of_another_kind():
+    assert OF_ANOTHER_KIND.keys() == checkpoint.KINDS.keys()
 
 
 @pytest.mark.parametrize(

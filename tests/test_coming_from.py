@@ -18,7 +18,8 @@ FLAGS = {
     for recipe, config in (("ppo", PPOConfig), ("reward", RewardConfig))
 }
 
-# Fields of trl 0.9.6's PPOConfig, of trl 0.11's RewardTrainer, of LLaMA-Factory's for ppo.
+# Fields of trl 0.9.6's PPOConfig and of that of 0.12 to 1.12 (with the two that went in between),
+# of trl 0.11's RewardTrainer, of LLaMA-Factory's for ppo.
 TRL_PPO = """
 exp_name seed log_with task_name model_name query_dataset reward_model remove_unused_columns
 tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name push_to_hub_if_best_kwargs
@@ -33,6 +34,18 @@ TRL_PPO_TRAINER = """
 config model ref_model tokenizer dataset optimizer data_collator num_shared_layers lr_scheduler
 training_data_collator generate step log_stats save_pretrained
 """.split()
+TRL1_PPO = """
+learning_rate dataset_num_proc num_mini_batches total_episodes local_rollout_forward_batch_size
+num_sample_generations response_length stop_token stop_token_id temperature missing_eos_penalty
+sft_model_path world_size num_total_batches micro_batch_size local_batch_size batch_size
+local_mini_batch_size mini_batch_size push_to_hub reward_model_path model_adapter_name
+ref_adapter_name num_ppo_epochs whiten_rewards kl_coef kl_estimator cliprange vf_coef
+cliprange_value gamma lam ds3_gather_for_generation exp_name run_name
+""".split()
+TRL1_PPO_TRAINER = """
+args processing_class model ref_model reward_model train_dataset value_model data_collator
+eval_dataset optimizers callbacks peft_config train save_model generate_completions
+""".split()
 TRL_REWARD = """
 model data_collator train_dataset eval_dataset tokenizer model_init compute_metrics callbacks
 optimizers preprocess_logits_for_metrics peft_config remove_unused_columns dataset_num_proc
@@ -46,6 +59,7 @@ max_new_tokens max_steps template cutoff_len dataset plot_loss resume_from_check
 logging_steps save_steps learning_rate lr_scheduler_type max_grad_norm
 """.split()
 SECTIONS = [section for sections in TABLES.values() for section in sections]
+OF = {section.title: section for section in SECTIONS}
 
 
 def names(*sections: Section) -> set[str]:
@@ -55,22 +69,26 @@ def names(*sections: Section) -> set[str]:
 @pytest.mark.parametrize(
     ("theirs", "sections"),
     [
-        (TRL_PPO, TABLES["trl"][:1]),
-        (TRL_PPO_TRAINER, TABLES["trl"][1:2]),
-        (TRL_REWARD, TABLES["trl"][2:3]),
-        (LLAMA_FACTORY, TABLES["llama-factory"][:2]),
+        (TRL_PPO, ["PPOConfig of TRL 0.9.6"]),
+        (TRL_PPO_TRAINER, ["PPOTrainer of TRL 0.9.6"]),
+        (TRL1_PPO, ["PPOConfig of TRL 0.12 to 1.12"]),
+        (TRL1_PPO_TRAINER, ["PPOTrainer of TRL 0.12 to 1.12"]),
+        (TRL_REWARD, ["RewardTrainer and RewardConfig of TRL 0.11"]),
+        (LLAMA_FACTORY, ["stage ppo", "stage ppo: TrainingArguments"]),
     ],
-    ids=["PPOConfig", "PPOTrainer", "RewardTrainer", "LLaMA-Factory"],
+    ids=["PPOConfig", "PPOTrainer", "PPOConfig 1", "PPOTrainer 1", "RewardTrainer", "LF"],
 )
 def test_tables_are_complete(theirs, sections):
-    assert set(theirs) - names(*sections) == set()
+    assert set(theirs) - names(*(OF[title] for title in sections)) == set()
 
 
-def test_table_of_ppo_config_has_nothing_else():
-    assert names(TABLES["trl"][0]) == set(TRL_PPO)
+def test_tables_of_ppo_config_have_nothing_else():
+    assert names(OF["PPOConfig of TRL 0.9.6"]) == set(TRL_PPO)
+    assert names(OF["PPOConfig of TRL 0.12 to 1.12"]) == set(TRL1_PPO)
 
 
 def exists(name: str, recipe: str) -> bool:
+    """Whether there is such a flag, verb or module, or such a name where its module defines it."""
     if name.startswith("--"):
         return name in FLAGS[recipe]
     if name.startswith("minirlhf "):
@@ -78,7 +96,8 @@ def exists(name: str, recipe: str) -> bool:
     module, _, attribute = name.rpartition(".")
     if module == "minirlhf":
         return find_spec(name) is not None
-    return hasattr(importlib.import_module(module), attribute)
+    found = getattr(importlib.import_module(module), attribute, None)
+    return getattr(found, "__module__", None) == module
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.title)
@@ -94,6 +113,7 @@ def test_exists_can_fail():
     assert not exists("--show-samples", "ppo") and exists("--show-samples", "reward")
     assert not exists("minirlhf dance", "ppo")
     assert not exists("minirlhf.losses.no_loss", "ppo")
+    assert not exists("minirlhf.recipes.ppo.ppo_step", "ppo")  # imported there
     assert not exists("minirlhf.no_module", "ppo")
 
 

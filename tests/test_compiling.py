@@ -6,11 +6,12 @@ A first graph takes a minute to make, so all but the refusal is behind the marke
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
-from kill_harness import command, make_world, remains, run_command_line, wrong_with
+from kill_harness import command, log_of, make_world, remains, run_command_line, wrong_with
 
 from minirlhf.compiling import compile_blocks
 from minirlhf.errors import MACHINE, OK, UserError
@@ -131,16 +132,26 @@ def test_a_size_gives_the_same_bits_whatever_sizes_came_before():
 
 @slow
 @pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
-def test_a_compiled_run_that_goes_on_from_its_first_step_ends_the_same(recipe, tmp_path):
+def test_a_compiled_run_goes_on_to_the_same_bytes_from_any_instant(recipe, tmp_path):
     world, whole, resumed = make_world(tmp_path / "world"), tmp_path / "a", tmp_path / "b"
+    started = time.perf_counter()
     assert run_command_line(command(recipe, world, whole, compile=True, keep=3)) == OK
-    # What a run that was killed in its second step leaves
+    took, expected = time.perf_counter() - started, remains(whole)
+    for number, share in enumerate((0.6, 0.95)):  # while it compiles, and later
+        argv, delay = command(recipe, world, tmp_path / f"{number}", compile=True), share * took
+        while (code := run_command_line(argv, delay)) == OK:  # the clock ran slower than this run
+            shutil.rmtree(tmp_path / f"{number}")
+            delay *= 0.9
+        assert code == -9, log_of(argv).read_text("utf-8")
+        assert run_command_line([*argv, "--resume"]) == OK, log_of(argv).read_text("utf-8")
+        assert wrong_with(tmp_path / f"{number}", expected) == [], f"after {delay} s"
+    # From its first step, whatever the clock did
     shutil.copytree(whole, resumed)
     for path in (*sorted((resumed / "checkpoints").iterdir())[1:], resumed / "model"):
         shutil.rmtree(path)
     again = command(recipe, world, resumed, compile=True, keep=3)
     assert run_command_line([*again, "--resume"]) == OK
-    assert wrong_with(resumed, remains(whole)) == []
+    assert wrong_with(resumed, expected) == []
     plain = tmp_path / "c"
     assert run_command_line(command(recipe, world, plain, keep=3)) == OK
-    assert remains(plain) != remains(whole)  # it was compiled
+    assert remains(plain) != expected  # it was compiled

@@ -340,7 +340,7 @@ def test_a_malformed_first_row_does_not_tell_the_kind(write, tokenizer):
 def test_what_cannot_be_spelled_is_the_fault_of_its_row(write, folder):
     tokenizer = load_tokenizer(folder)
     tokenizer._control |= {spell("#")[0]}  # an eos that is a plain letter
-    tokenizer._special_text = re.compile("#")
+    tokenizer.special_text = re.compile("#")
     path = write({"text": "a"}, {"text": "b#"})
     with pytest.raises(UserError, match=r"a\.jsonl:2: .*cannot spell '#' as plain text"):
         load_texts(path, tokenizer, 8, "drop")

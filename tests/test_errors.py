@@ -63,6 +63,13 @@ def test_run_turns_an_error_into_one_line_and_its_code(error, code, line, capsys
     assert capsys.readouterr() == ("", line + "\n")
 
 
+def test_run_prints_what_a_terminal_cannot_show():
+    code = "import sys; from minirlhf.errors import run; sys.exit(run(lambda: print('5 € …')))"
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ascii_only)
+    assert (done.returncode, done.stdout, done.stderr) == (OK, b"5 \\u20ac \\u2026\n", b"")
+
+
 def test_run_is_told_of_a_memory_that_is_really_out(capsys):
     assert run(lambda: torch.empty(1 << 60)) == MACHINE
     assert capsys.readouterr().err.startswith("error: out of memory: ")

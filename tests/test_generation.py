@@ -14,7 +14,6 @@ from minirlhf.generation import (
     decode_steps,
     draw,
     generate,
-    pad_right,
     sampling_law,
     support_of,
 )
@@ -283,10 +282,6 @@ def test_eos_beats_a_stop_string():
 )
 def test_cut_at_stop_by_hand(text, stops, expected):
     assert cut_at_stop(text, stops) == expected
-
-
-def test_pad_right_by_hand():
-    assert pad_right([[1], [2, 3, 4], [5, 6]]).tolist() == [[1, 0, 0], [2, 3, 4], [5, 6, 0]]
 
 
 def test_generate_needs_no_pad_id_and_sees_no_padding():

@@ -184,9 +184,13 @@ def test_ensemble_refuses(heads, lcb_coef):
         RewardModel(make_lm(), heads=heads, lcb_coef=lcb_coef)
 
 
-def test_initialize_score_refuses_too_few_generators():
-    with pytest.raises(ValueError, match="zip"):
-        initialize_score(RewardModel(make_lm(), heads=2), torch.Generator())
+@pytest.mark.parametrize("count", [1, 3])
+def test_initialize_score_refuses_another_number_of_generators(count):
+    model = RewardModel(make_lm(), heads=2)
+    before = model.score.weight.clone()
+    with pytest.raises(ValueError, match=f"rngs are {count}, heads are 2: give one generator each"):
+        initialize_score(model, *[torch.Generator()] * count)
+    assert torch.equal(model.score.weight, before)
 
 
 @pytest.mark.parametrize(("heads", "lcb_coef"), [(1, 0.0), (3, 0.75)])

@@ -118,7 +118,9 @@ def test_rules_look_at_metrics_that_ppo_logs():
 @pytest.mark.parametrize("rule", RULES, ids=[rule.name for rule in RULES])
 def test_advice_names_settings_that_there_are(rule):
     settings = {field.name for field in fields(PPOConfig)}
-    words = set(re.findall(r"[a-z_]+", rule.advice.replace("--", "")))
+    metric = r"[a-z]+/[a-z_]+"
+    assert all(definition("ppo", name) for name in re.findall(metric, rule.advice))
+    words = set(re.findall(r"[a-z_]+", re.sub(metric, "", rule.advice).replace("--", "")))
     assert words & settings
     assert {word for word in words if "_" in word} <= settings
 

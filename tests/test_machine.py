@@ -1,11 +1,21 @@
-"""What the process holds and what is free, read from files as the kernel writes them."""
+"""Devices and dtypes; what the process holds and what is free, as the kernel writes it."""
 
 import resource
 
 import pytest
+import torch
 
 from minirlhf import machine
-from minirlhf.machine import Machine, cgroup_free, free_memory, peak_bytes, process_bytes
+from minirlhf.errors import UserError
+from minirlhf.machine import (
+    Machine,
+    cgroup_free,
+    choose_device,
+    choose_dtype,
+    free_memory,
+    peak_bytes,
+    process_bytes,
+)
 
 MEMINFO = "MemTotal:       24682416 kB\nMemFree:  5 kB\nMemAvailable:   3000 kB\n"
 STATUS = "Name:\tpython\nVmPeak:\t  900 kB\nVmSize:\t     800 kB\nVmRSS:\t     700 kB\n"
@@ -26,6 +36,35 @@ def put(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
+def test_choose_device_auto_is_the_gpu_if_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == "cpu" == choose_device("cpu")
+
+
+@pytest.mark.parametrize("name", ["tpu", "mps", "meta", "cuda:99"])
+def test_choose_device_refuses_what_cannot_compute(name):
+    with pytest.raises(UserError, match=f"--device: '{name}' cannot be used"):
+        choose_device(name)
+
+
+def test_choose_dtype():
+    dtypes = [choose_dtype(name) for name in ("auto", "float32", "bfloat16")]
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("device, wanted", [("cpu", True), ("cuda", False)])
+def test_make_deterministic_is_for_a_cpu(device, wanted):
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        machine.make_deterministic(device)
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def test_process_bytes_is_the_resident_size(proc):

@@ -186,7 +186,7 @@ RECIPES = {
         "save_rollouts": Change(True),
     },
 }
-OTHERWISE = {"out", "resume", "allow_data_change"}  # see the last test
+OTHERWISE = {"out", "resume", "allow_data_change", "allow_setting_change"}  # see the last test
 CASES = [
     (recipe, name, ({**RECIPES["all"], **RECIPES[recipe]})[name])
     for recipe in CONFIGS

@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from test_memory import GPT2, TINY, UNTIED
+from test_memory import GPT2, PLAN, TINY, UNTIED
 from torch import bfloat16, float32
 
 from minirlhf import plans
+from minirlhf.errors import UserError
+from minirlhf.machine import Machine
 from minirlhf.memory import Plan
 from minirlhf.plans import PPOModels
 from minirlhf.ppo_config import PPOConfig
@@ -264,3 +266,17 @@ def test_half_precision_halves_the_weights_and_keeps_float32_masters():
     ]  # fmt: skip
     assert "masters" not in sizes(plans.sft_plan(SFTConfig(), TINY, 5, float32, 0))
     assert {p.lower for p in plan.parts if p.name == "weights"} == {"take smaller models"}
+
+
+@pytest.mark.parametrize("free", [0, 7_000_000_000])
+def test_announce_tells_the_plan_and_the_warnings_before_the_verdict(monkeypatch, capsys, free):
+    rounded = "a: weights are rounded", "b: weights are rounded"
+    monkeypatch.setattr(plans.pretrained, "rounded", lambda folders, dtype: rounded)
+    monkeypatch.setattr(plans, "free_memory", lambda device: Machine(free, device))
+    if free:
+        told = plans.announce(PLAN, [], bfloat16, "cpu")
+        assert told == "needs 7.00 GB more, 7.00 GB are free (cpu)"
+    else:
+        with pytest.raises(UserError, match=r"0\.00 GB are free \(cpu\)"):
+            plans.announce(PLAN, [], bfloat16, "cpu")
+    assert capsys.readouterr().out == f"{PLAN}\nwarning: {rounded[0]}\nwarning: {rounded[1]}\n"

@@ -186,7 +186,7 @@ def test_score_refuses_another_number_of_scores():
 
 def test_sample_table_draws_no_more_rows_at_once_than_a_step(monkeypatch):
     def sampled(*args):
-        asked.append(args[-1])
+        asked.append(args[5])
         return sample(*args)
 
     asked: list[int] = []
@@ -262,6 +262,13 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
         ),
         ({"bootstrap_truncated": True, "missing_eos": "replace"}, "leave out one of them"),
         ({"dual_clip": 1.2}, r"dual_clip 1.2: must be above 1 \+ clip_high 0.2"),
+        (
+            {"dual_clip": 3.0, "epochs": 1, "mini_batches": 1},
+            "dual_clip: the ratio of the only update is 1; raise epochs or mini_batches",
+        ),
+        ({"max_ratio": 3.0, "epochs": 1, "mini_batches": 1}, "max_ratio: the ratio of the only"),
+        ({"top_k": 1}, "top_k 1: one token is left to draw, .*; use 0, or 2 or more$"),
+        ({"min_p": 1.0}, "min_p 1: one token is left to draw, .*; use less$"),
         ({"early_stop_kl": 0.1, "epochs": 1}, "there is one epoch, and none after it to leave out"),
         (
             {"early_stop_kl": 0.1, "epochs": 2, "mini_batches": 1},
@@ -276,10 +283,17 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
             {"train_critic": False, "critic": "c", "critic_warmup_steps": 1},
             "leave out critic_learning_rate and critic_warmup_steps",
         ),
+        *(
+            ({"train_critic": False, "critic": "c"} | rescaled, "no-train-critic: its values stay")
+            for rescaled in (
+                {"score_scaling": "scale"}, {"score_clip": 1.0}, {"whiten_rewards": True},
+                {"reward": ("0.1*c",)},
+            )
+        ),
         ({"ptx_data": "texts.jsonl"}, "ptx_data and ptx_coef go together: give both, or neither"),
         ({"ptx_coef": 1.0}, "ptx_data and ptx_coef go together"),
         ({"critic_warmup_steps": 4}, "the policy would never learn, there are 4 steps"),
-        ({"temperature": 0.0}, "temperature 0: greedy sampling explores nothing"),
+        ({"temperature": 0.0}, "temperature: got 0.0, must be a finite number > 0"),
         (
             {"batch_size": 10, "mini_batches": 3, "micro_batch_size": 4},
             "batch_size 10 is less than 3 mini_batches of micro_batch_size 4: use batch_size 12 "
@@ -312,6 +326,9 @@ def test_config_takes_the_values_that_its_errors_name():
         config = config_of(batch_size=rows, mini_batches=minis, micro_batch_size=micro)
         assert config.check() == []
     assert config_of(kl_target=6.0, kl_horizon=0.81).check() == []
+    assert config_of(critic="c", train_critic=False, reward=("c",)).check() == []
+    for several in ({"epochs": 1, "mini_batches": 2}, {"epochs": 2, "mini_batches": 1}):
+        assert config_of(dual_clip=3.0, max_ratio=3.0, **several).check() == []
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -586,10 +603,13 @@ def test_main_learns_from_a_weighted_sum_and_logs_each_part(world, tmp_path, cap
     total += 0.1 * line["rewards/reward/mean"]
     assert line["objective/scores"] == pytest.approx(total, abs=1e-5)
     # what PPO learned from: at step 0 the KL is 0, so a row's rewards are all of its score
+    model = pretrained.load_reward_model(world / "reward")
     for row, length, sum_of_tokens in zip(rows, lengths, dense, strict=True):
         assert len(row["rewards"]) == 1 or row["rewards"][0] == 0.5
         assert sum(row["rewards"]) == pytest.approx(row["score"] + sum_of_tokens, abs=1e-5)
-        assert row["score"] == pytest.approx(2 * length, abs=1)  # and 0.1 x the model's
+        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+        alone = model(ids, torch.tensor([ids.shape[1]])).item()
+        assert row["score"] == pytest.approx(2 * length + 0.1 * alone, abs=1e-5)
 
 
 def test_main_reencodes_for_a_reward_model_with_another_tokenizer(world, tmp_path, capsys):
@@ -673,6 +693,49 @@ def test_main_without_frozen_models_in_memory_changes_no_bit(world, tmp_path, mo
         ("policy", False, True), ("reference", False, True),
     }  # fmt: skip
     assert timeless(tmp_path / "away") == timeless(tmp_path / "plain")
+
+
+def test_main_goes_on_with_other_settings_where_that_is_allowed(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    start = {"log_every": 1, "save_every": 1, "kl_coef": 0.1, "kl_target": "none"}
+    start |= {"learning_rate": 1e-3, "schedule": "constant"}
+    assert main(command(world, out, steps=2, **start)) == OK
+    before = (out / "metrics.jsonl").read_bytes()
+    other = start | {"steps": 4, "kl_coef": 0.7, "learning_rate": 1e-4}
+    again = command(world, out, "--resume", **other)
+    assert main(again) == BAD_INPUT
+    assert "or --allow-setting-change" in capsys.readouterr().err
+    assert main([*again, "--allow-setting-change"]) == OK
+    printed = capsys.readouterr().out
+    assert "changed: kl_coef was 0.1, is 0.7" in printed and "steps was 2, is 4" in printed
+    text = (out / "metrics.jsonl").read_bytes()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert text.startswith(before)
+    assert [line["objective/kl_coef"] for line in lines] == [0.1, 0.1, 0.7, 0.7]
+    assert [line["lr"] for line in lines] == [1e-3, 1e-3, 1e-4, 1e-4]
+
+
+@pytest.mark.parametrize(
+    ("beside", "change"),
+    [
+        ({"kl_target": 5}, {"kl_coef": 0.7}),  # the run's own has moved since
+        ({"eval_data": "held_out"}, {"temperature": 0.5}),  # later answers are compared
+        ({"eval_data": "held_out"}, {"columns": "prompt=prompt"}),  # nor may other prompts be read
+        ({}, {"eval_data": "held_out"}),
+    ],
+    ids=["kl_coef", "temperature", "columns", "eval_data"],
+)
+def test_main_never_changes_what_a_run_remembers(beside, change, world, tmp_path, capsys):
+    held_out = shutil.copy(world / "prompts.jsonl", tmp_path / "held_out.jsonl")
+    start, other = (
+        {name: held_out if name == "eval_data" else value for name, value in given.items()}
+        for given in ({"steps": 2, **beside}, {"steps": 2, **beside, **change})
+    )
+    assert main(command(world, tmp_path / "run", **start)) == OK
+    again = command(world, tmp_path / "run", "--resume", "--allow-setting-change", **other)
+    assert main(again) == BAD_INPUT
+    told = capsys.readouterr().err
+    assert f"{next(iter(change))} was" in told and "--allow-setting-change" not in told
 
 
 def test_main_exports_a_lora_run_merged(world, tmp_path):
@@ -766,7 +829,7 @@ def test_main_stops_at_a_score_that_is_not_finite(world, tmp_path, capsys):
         ({"reward": "absent.py:f"}, "absent.py does not exist"),
         ({"reward": "absent"}, "no such folder"),
         ({"dual_clip": 1.1}, "dual_clip 1.1: must be above 1 + clip_high 0.2"),
-        ({"temperature": 0}, "greedy sampling explores nothing"),
+        ({"temperature": 0}, "--temperature: got 0.0, must be a finite number > 0"),
         ({"batch_size": 3}, "use batch_size 4 or micro_batch_size 1 or mini_batches 1"),
         ({"max_new_tokens": 64}, "64 fill the model's context: use less than 64"),
         ({"max_new_tokens": 55}, "10 tokens, max_length is 9"),

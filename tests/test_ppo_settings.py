@@ -28,17 +28,19 @@ from test_ppo import (
 )
 
 from minirlhf import ppo_update, streams
+from minirlhf.batching import next_rows
 from minirlhf.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.data import Text
 from minirlhf.errors import UserError
 from minirlhf.generation import generate, sampling_law
 from minirlhf.heads import RewardModel, critic_from_reward_model, initialize_score, response_states
+from minirlhf.lora import add_lora
 from minirlhf.optim import make_optimizer
-from minirlhf.passes import measure
+from minirlhf.passes import TokenPass, measure, policy_pass
 from minirlhf.ppo_update import assign_credit, ppo_step
 from minirlhf.recipes.ppo import ppo
 from minirlhf.rewards import Scores
-from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, sample
+from minirlhf.rollout import Rollout, RolloutBuffer, sample
 from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.support import RowSupport
 from minirlhf.texts import TextMix
@@ -191,16 +193,10 @@ def test_scores_are_scaled_as_the_rule_for_cut_responses_leaves_them():
     ],
 )
 def test_missing_eos_rule_meets_cut_responses_alone(settings, expected):
-    class Endless(Letters):
-        eos_ids = ()
-
-    for tokenizer, score in ((Endless(), expected), (Letters(), None)):
-        config = config_of(steps=1, save_rollouts=True, **settings)
-        steps, _ = run_steps(config, lambda c: torch.full((4,), 2.0), tokenizer)
-        for row in steps[0].samples:
-            cut = row["finish_reason"] == "length"
-            assert row["score"] == (expected if cut else 2.0)
-            assert score is None or cut
+    config = config_of(steps=1, save_rollouts=True, **settings)
+    steps, _ = run_steps(config, lambda c: torch.full((4,), 2.0))
+    seen = {(row["finish_reason"], row["score"]) for row in steps[0].samples}
+    assert seen == {("eos", 2.0), ("length", expected)}
 
 
 def test_missing_eos_ramp_grows_before_the_limit():
@@ -477,10 +473,10 @@ def test_ppo_step_mixes_texts_into_each_update_but_not_while_the_critic_warms_up
         policy.load_state_dict(start)
         mix = TextMix(TEXTS, 0.5, 2, 99, seed=0) if mixed else None
         config = config_of(
-            epochs=1, max_grad_norm=None, ptx_coef=0.5 * mixed, critic_warmup_steps=warmup
+            epochs=1, max_grad_norm=None, critic_warmup_steps=warmup
         )
         before, optimizer = parameters(policy), torch.optim.SGD(policy.parameters(), lr=1.0)
-        stats = ppo_step(policy, optimizer, measured(policy), config, mix=mix)
+        stats = ppo_step(policy, optimizer, measured(policy), config, 0, mix=mix)
         moved[mixed, warmup] = parameters(policy) - before
         policy.load_state_dict(start)
         policy.zero_grad()
@@ -551,6 +547,32 @@ def test_only_the_critic_learns_while_it_warms_up(make, dtype):
     start = parameters(make(dtype).lm)
     assert torch.equal(lm[0], start) and torch.equal(lm[1], start) and not torch.equal(lm[2], start)
     assert not torch.equal(critic[0], critic[1])
+
+
+def own_critic_with_adapters():
+    return add_lora(own_critic(), 2, 8.0, 0)
+
+
+@pytest.mark.parametrize("make", [tiny_policy, own_critic, own_critic_with_adapters])
+def test_a_policy_that_waits_for_its_critic_keeps_no_graph(make, monkeypatch):
+    policy, config = make(), config_of(critic_warmup_steps=1)
+    trained = [p for p in policy.lm.parameters() if p.requires_grad]
+
+    def passed(*args):
+        made.append(policy_pass(*args))
+        return made[-1]
+
+    made: list[TokenPass] = []
+    monkeypatch.setattr(ppo_update, "policy_pass", passed)
+    buffer, optimizer = measured(policy), torch.optim.SGD(policy.parameters(), lr=0.1)
+    ppo_step(policy, optimizer, buffer, config, iteration=0)
+    assert made and all(x.values.requires_grad and not x.logprobs.requires_grad for x in made)
+    made.clear()
+    with pytest.raises(ValueError, match="iteration is None: critic_warmup_steps needs it"):
+        ppo_step(policy, optimizer, buffer, config)
+    ppo_step(policy, optimizer, buffer, config, iteration=1)
+    assert all(x.logprobs.requires_grad for x in made)
+    assert trained == [p for p in policy.lm.parameters() if p.requires_grad]
 
 
 def test_a_critic_of_its_own_is_clipped_by_itself():
@@ -695,31 +717,37 @@ EVERYTHING = [
 ]  # fmt: skip
 
 
+def fresh_state(config):
+    policy = tiny_policy()
+    state, critic = state_of(policy, config), policy.value_parameters()
+    state.optimizer = make_optimizer(policy, 1e-2, critic=critic, critic_lr_scale=5.0)
+    return state
+
+
+def steps_from(state, config):
+    return ppo(state, PROMPTS, letter_d, tiny_lm(), Letters(), config)
+
+
 @pytest.mark.parametrize("settings", EVERYTHING)
 def test_dropping_and_rebuilding_the_generator_changes_no_bit_of_any_setting(settings, tmp_path):
     config = config_of(save_rollouts=True, **settings)
-
-    def fresh():
-        policy = tiny_policy()
-        critic = policy.value_parameters()
-        optimizer = make_optimizer(policy, 1e-2, critic=critic, critic_lr_scale=5.0)
-        state = state_of(policy, config)
-        state.optimizer = optimizer
-        return state
-
-    def steps_from(state):
-        return ppo(state, PROMPTS, letter_d, tiny_lm(), Letters(), config)
-
-    whole = fresh()
-    expected = [(step.metrics, step.samples) for step in steps_from(whole)]
-    state, got = fresh(), []
+    whole = fresh_state(config)
+    expected = [(step.metrics, step.samples) for step in steps_from(whole, config)]
+    state, got = fresh_state(config), []
     for _ in range(4):
-        step = next(steps_from(state))
+        step = next(steps_from(state, config))
         got.append((step.metrics, step.samples))
         commit = save_checkpoint(state, tmp_path)
-        state = fresh()
+        state = fresh_state(config)
         load_checkpoint(state, commit)
     assert json.dumps(got) == json.dumps(expected)
     assert torch.equal(parameters(state.model), parameters(whole.model))
     assert (state.counters, state.score_moments) == (whole.counters, whole.score_moments)
-    assert any(whole.counters.values()) or "early_stop_kl" not in settings
+
+
+def test_the_first_of_these_settings_count_early_stops():
+    """Else the test above would compare counters in which nothing was counted."""
+    config = config_of(**EVERYTHING[0])
+    state = fresh_state(config)
+    assert len(list(steps_from(state, config))) == 4
+    assert state.counters["early_stops"] > 0

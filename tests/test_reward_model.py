@@ -86,6 +86,27 @@ def test_model_reward_reads_before_eos_where_the_model_was_trained_so(folder):
 
 
 @pytest.mark.parametrize("before", [False, True])
+def test_model_reward_ends_a_text_with_the_eos_of_its_training(folder, before):
+    # The policy's configuration names other eos ids beside those of the same tokenizer.json.
+    batch = BATCH._replace(response_ids=[[90, 1], [91, 92], [2]])
+    assert reward_of(folder, batch, before) == pytest.approx(reward_of(folder, BATCH, before))
+
+
+def test_model_reward_ends_messages_as_its_template_does(folder, tmp_path):
+    two = shutil.copytree(folder, tmp_path / "two")
+    config = json.loads((two / "tokenizer_config.json").read_text("utf-8"))
+    config["chat_template"] = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}"
+    (two / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (two / "generation_config.json").write_text('{"eos_token_id": [0, 1]}', encoding="utf-8")
+    tokenizer = load_tokenizer(two)
+    assert tokenizer.eos_ids == (0, 1)
+    messages = [{"role": "user", "content": "a"}]
+    batch = Completions([messages], [[67, 1]], ["x"], [[90, 0]], ["eos"], {})
+    found = model_reward(load_reward_model(two), tokenizer, 64)(batch)
+    assert found.tolist() == pytest.approx([alone(two, [67, 1, 90, 1])], abs=1e-6)
+
+
+@pytest.mark.parametrize("before", [False, True])
 def test_model_reward_scores_a_stopped_text_as_one_that_ended_there(folder, before):
     encode = load_tokenizer(folder).encode
     batch = Completions(

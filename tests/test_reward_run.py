@@ -76,8 +76,9 @@ def test_columns_of_the_file_pass_through(base):
     assert [p.margin for p in pairs] == [i / 4 for i in range(6)]
 
 
-STEPS = ("--steps", 6, "--save-every", 2, "--log-every", 1, "--batch-size", 2, "--eval-every", 3,
+STEPS = ("--steps", 6, "--save-every", 2, "--log-every", 1, "--batch-size", 2,
          "--learning-rate", 0.01)  # fmt: skip
+EVALUATED = (*STEPS, "--eval-every", 3)  # goes with --eval-data
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def whole(base, tmp_path_factory):
     """The folder of an uninterrupted run of 6 steps."""
     out = tmp_path_factory.mktemp("whole") / "run"
     sets = ("--eval-data", f"seen={base[1]}", base[2])
-    assert run_reward(base, out, *STEPS, *sets, "--show-samples", -1) == 0
+    assert run_reward(base, out, *EVALUATED, *sets, "--show-samples", -1) == 0
     return out
 
 
@@ -124,7 +125,7 @@ def test_main_evaluates_once_after_the_last_step(base, tmp_path, monkeypatch):
         return evaluate(model, examples, *rest, **named)
 
     monkeypatch.setattr(recipe, "evaluate", counted)
-    out, words = tmp_path / "run", (*STEPS, "--eval-data", base[2])
+    out, words = tmp_path / "run", (*EVALUATED, "--eval-data", base[2])
     assert run_reward(base, out, *words) == 0 and len(seen) == 2  # after steps 3 and 6
     card = json.loads((out / "card.json").read_text("utf-8"))
     shutil.rmtree(out / "model")
@@ -151,7 +152,7 @@ def test_main_shows_all_samples(whole):
 
 @pytest.mark.parametrize("lora", [(), ("--lora-rank", 2)], ids=["full", "lora"])
 def test_killed_run_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch, lora):
-    words = (*STEPS, *lora, "--eval-data", base[2])
+    words = (*EVALUATED, *lora, "--eval-data", base[2])
     assert run_reward(base, tmp_path / "whole", *words) == 0
     log, out = Run.log, tmp_path / "killed"
 
@@ -177,7 +178,7 @@ def test_resume_of_a_finished_run_changes_nothing(base, whole, capsys):
     before = {p: p.read_bytes() for p in (whole / "model").iterdir()}
     logs = (whole / "metrics.jsonl").read_bytes()
     sets = ("--eval-data", f"seen={base[1]}", base[2])
-    assert run_reward(base, whole, *STEPS, *sets, "--show-samples", -1, "--resume") == 0
+    assert run_reward(base, whole, *EVALUATED, *sets, "--show-samples", -1, "--resume") == 0
     assert "no steps left to do" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in (whole / "model").iterdir()} == before
     assert (whole / "metrics.jsonl").read_bytes() == logs
@@ -266,7 +267,7 @@ def test_model_without_a_spare_pad_token_is_read_before_eos_as_transformers_does
         path.write_text(json.dumps(values), encoding="utf-8")
     assert load_tokenizer(folder).spare_pad_token() is None
     out = tmp_path / "run"
-    assert run_reward(base, out, *STEPS, "--eval-data", base[2], model=folder) == 0
+    assert run_reward(base, out, *EVALUATED, "--eval-data", base[2], model=folder) == 0
     assert load_reward_model(out / "model").read_before_eos
     theirs = transformers_scores(out / "model", whole_texts(base, "<|endoftext|>"))
     ours = our_scores(base, out / "model")
@@ -311,7 +312,7 @@ ENSEMBLE = ("--heads", 3, "--lcb-coef", 0.5, "--center-rewards-coefficient", 0.0
 def ensemble(base, tmp_path_factory):
     """The folder of a run of three heads, normalised over what is held out."""
     out = tmp_path_factory.mktemp("ensemble") / "run"
-    words = (*STEPS, *ENSEMBLE, "--normalize", "eval", "--eval-data", base[2])
+    words = (*EVALUATED, *ENSEMBLE, "--normalize", "eval", "--eval-data", base[2])
     assert run_reward(base, out, *words) == 0
     return out
 
@@ -355,7 +356,7 @@ def test_scores_are_normalised_over_pairs_and_lists_together(base, tmp_path):
     row = {"prompt": "the film was", "responses": [f" {w}." for w in WORDS], "best": 0}
     lists, out = write_lines(tmp_path / "lists.jsonl", [row]), tmp_path / "run"
     sets = ("--eval-data", f"lists={lists}", base[2])
-    assert run_reward(base, out, *STEPS, *sets, "--normalize", "eval") == 0
+    assert run_reward(base, out, *EVALUATED, *sets, "--normalize", "eval") == 0
     tokenizer, model = load_tokenizer(out / "model"), load_reward_model(out / "model")
     read = [load_preferences(path, tokenizer, 64, "error")[0] for path in (base[2], lists)]
     scores = torch.cat([evaluate(model, rows).scores for rows in read]).double()
@@ -400,7 +401,7 @@ def test_a_run_on_ranked_lists_is_evaluated_on_lists_and_on_pairs(base, tmp_path
     rows = [{"prompt": "the film was", "responses": [f" {w}." for w in WORDS[i:]], "best": 0}
             for i in range(4)]  # fmt: skip
     lists, out = write_lines(tmp_path / "lists.jsonl", rows), tmp_path / "run"
-    words = (*STEPS, "--data", lists, "--eval-data", f"lists={lists}", base[2])
+    words = (*EVALUATED, "--data", lists, "--eval-data", f"lists={lists}", base[2])
     assert run_reward(base, out, *words) == 0
     told = capsys.readouterr().out
     assert "lists a step" in told and "eval_lists: 4 lists  accuracy" in told
@@ -415,7 +416,8 @@ def test_a_run_on_the_pairs_of_ranked_lists(base, tmp_path, capsys):
     rows = [{"prompt": "the film was", "responses": [f" {w}." for w in WORDS[i:]],
              "scores": list(range(len(WORDS[i:])))} for i in range(4)]  # fmt: skip
     scored = write_lines(tmp_path / "scored.jsonl", rows)
-    words, losses = (*STEPS, "--data", scored, "--eval-data", f"lists={scored}", "--seed", 3), {}
+    words = (*EVALUATED, "--data", scored, "--eval-data", f"lists={scored}", "--seed", 3)
+    losses = {}
     for loss in LIST_LOSSES:
         assert run_reward(base, tmp_path / loss, *words, "--list-loss", loss) == 0
         last = (tmp_path / loss / "metrics.jsonl").read_text("utf-8").splitlines()[-1]

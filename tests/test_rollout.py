@@ -1,4 +1,4 @@
-"""What PPO learns from: how rows are cut, split, ordered, sampled and written down."""
+"""What PPO learns from: how rows are cut, split, sampled and written down."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from minirlhf.heads import ValueHeadModel
 from minirlhf.passes import measure
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_update import assign_credit
-from minirlhf.rollout import Rollout, RolloutBuffer, next_rows, replay_rows, sample, unpack
+from minirlhf.rollout import Rollout, RolloutBuffer, columns_of, replay_rows, sample, unpack
 from minirlhf.transformer import CausalLM, ModelConfig, initialize
 
 T, F = True, False
@@ -183,29 +183,6 @@ def test_minibatches_refuse_more_than_there_are_micro_batches():
         many_rows().minibatches(13, 0, 0, 0)
 
 
-# ---- prompts -------------------------------------------------------------------------------------
-
-
-def test_next_rows_hold_each_prompt_once_an_epoch_in_an_order_of_its_own():
-    rows = next_rows(0, 21, total=7, seed=0).tolist()
-    epochs = [rows[i : i + 7] for i in (0, 7, 14)]
-    assert [sorted(epoch) for epoch in epochs] == 3 * [list(range(7))]
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_next_rows_are_a_pure_function_of_what_was_consumed():
-    whole = next_rows(0, 21, total=7, seed=0)
-    for start, count in ((0, 3), (3, 4), (5, 16), (13, 2), (20, 1)):
-        assert torch.equal(next_rows(start, count, 7, 0), whole[start : start + count])
-    assert not torch.equal(next_rows(0, 21, 7, seed=1), whole)
-
-
-def test_next_rows_cycle_where_there_are_fewer_prompts_than_rows():
-    assert next_rows(0, 5, total=1, seed=0).tolist() == [0, 0, 0, 0, 0]
-    rows = next_rows(4, 8, total=2, seed=0).tolist()
-    assert [sorted(rows[i : i + 2]) for i in (0, 2, 4, 6)] == 4 * [[0, 1]]
-
-
 # ---- sampling ------------------------------------------------------------------------------------
 
 PROMPTS = [
@@ -263,6 +240,13 @@ def test_sample_keeps_the_logprobs_that_tokens_were_drawn_with(rows_at_once):
 def test_sample_passes_every_column_and_none_where_a_row_lacks_it():
     made, _ = sample(tiny_lm(), PROMPTS, KEYS, Sampling(1), Letters(), 4)
     assert made.columns == {"answer": [7, 8, None, None], "topic": [None, "x", None, "y"]}
+
+
+def test_sample_offers_the_columns_of_all_prompts_whatever_stands_in_the_batch():
+    names = columns_of(PROMPTS)
+    assert names == ["answer", "topic"]
+    made, _ = sample(tiny_lm(), PROMPTS[2:3], KEYS[:1], Sampling(1), Letters(), 4, names)
+    assert made.columns == {"answer": [None], "topic": [None]}
 
 
 def test_sample_cuts_a_stop_string_from_the_text_and_keeps_it_in_the_ids():

@@ -158,6 +158,13 @@ def test_read_rows_of_a_json_array_names_the_line_of_each_object(tmp_path):
     assert rows == [(f"{path}:2", 1), (f"{path}:4", 2), (f"{path}:5", 3)]
 
 
+def test_read_rows_of_a_json_array_on_one_line_tells_its_rows_apart(tmp_path):
+    path = write(tmp_path, "a.json", '[{"a": 1}, {"a": 2},\n{"a": 3}, {"a": 4}]')
+    assert [row.where for row in read_rows(path)] == [
+        f"{path}:1", f"{path}:1 (row 2)", f"{path}:2", f"{path}:2 (row 4)",
+    ]  # fmt: skip
+
+
 def test_read_rows_of_json_takes_one_object_a_line_too(tmp_path):
     assert columns(write(tmp_path, "a.json", '{"a": 1}\n{"a": 2}\n')) == [{"a": 1}, {"a": 2}]
 

@@ -16,14 +16,16 @@ from minirlhf.checkpoint import TrainState, commits
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.meters import Step
 from minirlhf.optim import make_optimizer
-from minirlhf.run import Run
+from minirlhf.run import FIXED, Run
 
 SETTINGS = {"seed": 0, "betas": (0.9, 0.99), "keep": 3, "log_every": 1, "resume": False}
 
 
-def start(out, resume: bool = False, inputs=(), recipe: str = "toy", **changes) -> Run:
+def start(
+    out, resume: bool = False, inputs=(), recipe: str = "toy", fixed=(), **changes
+) -> Run:  # fmt: skip
     settings = SETTINGS | {"out": str(out), "resume": resume} | changes
-    return Run(str(out), recipe, settings, resume, inputs)
+    return Run(str(out), recipe, settings, resume, inputs, fixed)
 
 
 def make_state() -> TrainState:
@@ -170,6 +172,36 @@ def test_resume_refuses_a_run_of_an_older_version_that_had_fewer_settings(done):
         start(done, resume=True, newest=1)
 
 
+def test_resume_goes_on_with_changed_settings_where_that_is_allowed_and_says_so(done, capsys):
+    with start(done, resume=True, seed=1, newest=2, allow_setting_change=True) as run:
+        run.restore(make_state())
+    printed = capsys.readouterr().out
+    assert "changed: seed was 0, is 1\nchanged: newest did not exist, is 2\n" in printed
+    facts = json.loads((done / "run.json").read_text("utf-8"))
+    changes = [{"setting": "seed", "was": 0, "is": 1}, {"setting": "newest", "was": None, "is": 2}]
+    assert facts["setting_changes"] == changes and facts["settings"]["seed"] == 1
+    assert run.provenance(())["changes"] == changes
+    with start(done, resume=True, seed=1, newest=2):  # from now on those are the run's settings
+        pass
+    with pytest.raises(UserError, match="seed was 1, is 0"):
+        start(done, resume=True, newest=2)
+    with start(done, resume=True, newest=2, allow_setting_change=True):
+        pass
+    facts = json.loads((done / "run.json").read_text("utf-8"))
+    assert facts["setting_changes"] == [*changes, {"setting": "seed", "was": 1, "is": 0}]
+
+
+@pytest.mark.parametrize(("name", "fixed"), [*((name, ()) for name in sorted(FIXED)), ("k", ["k"])])
+def test_what_a_checkpoint_is_of_never_changes(name, fixed, tmp_path):
+    with start(tmp_path / "run", **{name: "a"}):
+        pass
+    changes = {name: "b", "seed": 1, "allow_setting_change": True}
+    with pytest.raises(UserError) as caught:
+        start(tmp_path / "run", resume=True, fixed=fixed, **changes)
+    assert caught.value.what == f"{name} was 'a', is 'b'"
+    assert caught.value.do == "resume with the settings of the first start"
+
+
 def test_resume_allows_what_no_number_depends_on(done, tmp_path):
     changes = {"log_every": 5, "save_every": 7, "keep": 9, "show_samples": 2, "device": "cuda"}
     start(done, resume=True, **changes)
@@ -240,6 +272,51 @@ def test_allow_data_change_is_no_leave_to_change_anything_else(tmp_path):
     with (
         pytest.raises(UserError, match=r"reward\.py: has changed since the run.*--out$"),
         start(out, True, [str(reward)], **changes),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("source", ["reward.py:f", "0.5*reward.py:f", "model"])
+def test_allow_setting_change_is_leave_to_mend_a_reward_source(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    file = tmp_path / ("model/config.json" if source == "model" else "reward.py")
+    file.write_text("1", encoding="utf-8")
+    inputs, named = ["model" if source == "model" else "reward.py"], {"reward": (source,)}
+    with start("run", inputs=inputs, **named):
+        pass
+    file.write_text("2", encoding="utf-8")
+    told = "has changed since the run began: give another --out, or --allow-setting-change"
+    with pytest.raises(UserError, match=told), start("run", True, inputs, **named):
+        pass
+    allowed = named | {"allow_setting_change": True}
+    with (
+        pytest.raises(UserError, match=r"has changed since the run began: give another --out$"),
+        start("run", True, inputs, fixed=["reward"], **allowed),
+    ):
+        pass
+    with start("run", True, inputs, **allowed):
+        pass
+    other = tmp_path / "other.py"
+    other.write_text("3", encoding="utf-8")
+    with start("run", True, ["other.py"], **allowed | {"reward": ("other.py:g",)}):
+        pass
+    facts = json.loads((tmp_path / "run/run.json").read_text("utf-8"))
+    changed = [change["file"] for change in facts["data_changes"]]
+    assert changed == [str(file.relative_to(tmp_path)), "other.py", changed[0]]
+
+
+def test_held_out_data_that_a_state_remembers_may_not_change(tmp_path):
+    data, out = tmp_path / "e.jsonl", tmp_path / "run"
+    data.write_text("1", encoding="utf-8")
+    files = {"eval_data": (str(data),), "allow_data_change": True}
+    with start(out, inputs=[str(data)], fixed=["eval_data"], **files):
+        pass
+    data.write_text("2", encoding="utf-8")
+    told = r"has changed since the run began: give another --out$"
+    with (
+        pytest.raises(UserError, match=told),
+        start(out, True, [str(data)], fixed=["eval_data"], **files),
     ):
         pass
 

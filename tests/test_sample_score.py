@@ -15,9 +15,9 @@ from minirlhf.pretrained import load_reward_model, save_pretrained
 from minirlhf.rankings import load_preferences
 from minirlhf.recipes.reward import SHOWN
 from minirlhf.reward_eval import evaluate
+from minirlhf.reward_model import score_texts
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.tools.sample import sample
-from minirlhf.tools.score import score_texts
 from minirlhf.transformer import CausalLM, initialize
 
 TINY = {
@@ -109,6 +109,13 @@ def test_sample_draws_several_responses_of_each_prompt(files, capsys, tmp_path):
     # as if each prompt stood in the file three times, in any batch
     thrice = write_lines(tmp_path / "thrice.jsonl", [{"prompt": row["prompt"]} for row in rows])
     assert lines_of(capsys, *command, "--data", thrice, "--batch-size", 2) == rows
+
+
+def test_sample_takes_every_text_for_a_prompt(files, capsys):
+    (row,) = lines_of(
+        capsys, "sample", "--model", files["LM"], "--prompt", "none", "--max-new-tokens", 1
+    )
+    assert row["prompt"] == "none"
 
 
 def test_sample_greedy_equals_transformers(files, capsys):

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
+from minirlhf.batching import epoch_batches
 from minirlhf.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from minirlhf.cli import main
 from minirlhf.config import validate
 from minirlhf.data import Text
 from minirlhf.errors import UserError
 from minirlhf.hf_config import config_from_hf
-from minirlhf.optim import epoch_batches
 from minirlhf.pretrained import load_pretrained, save_pretrained
 from minirlhf.recipes.sft import SFTConfig, count_tokens, evaluate, sft
 from minirlhf.texts import collate_texts

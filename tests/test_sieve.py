@@ -74,6 +74,9 @@ def test_reject_keeps_where_why_and_the_text_escaped_and_capped():
     assert first.raw == "\\x1b[31m\\n" + "x" * (200 - 4 - 2 - 4 - 1) + "…"
     assert second == LeftOut("b.jsonl:9", "is worse", "{")
     assert sieve.in_order() == [second, first]  # by number: as text 12 is before 9
+    sieve.reject(UserError("b.jsonl:9 (row 20)", "is bad"), "{")
+    sieve.reject(UserError("b.jsonl:9 (row 3)", "is bad"), "{")
+    assert [row.where[8:] for row in sieve.in_order()] == ["9", "9 (row 3)", "9 (row 20)", "12"]
 
 
 # ---- mending -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import tokenizers
 
+from minirlhf import chat_template
 from minirlhf.chat_template import compile_template, swap_names
 from minirlhf.errors import UserError
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
@@ -168,6 +169,24 @@ def test_tokenizer_knows_its_size_and_names(chat):
     assert tokenizer.vocab_size == 260
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (START, (END,))
     assert len(tokenizer.fingerprint) == 64
+
+
+def test_unknown_id_is_that_of_the_piece_for_what_has_no_other(plain, tmp_path):
+    assert load_tokenizer(plain).unknown_id is None  # any text has bytes
+    assert word_level(tmp_path / "words", {"#": 0, "<u>": 1, "hi": 2}, "#").unknown_id == 1
+    pieces = [("<e>", 0.0), ("hi", -1.0), ("<u>", -2.0)]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    made.save(str(plain / "tokenizer.json"))
+    edit(plain / "tokenizer_config.json", eos_token="<e>", pad_token=None)
+    tokenizer = load_tokenizer(plain)
+    assert tokenizer.unknown_id == 2
+    assert tokenizer.encode("hi?") == [1, 2]
+
+
+def test_special_text_finds_special_names_and_what_an_eos_spells(chat):
+    edit(chat / "generation_config.json", eos_token_id=spell("#"))
+    found = load_tokenizer(chat).special_text.findall("a<|im_end|>b #<|pad|> <|other|>")
+    assert found == ["<|im_end|>", "#", "<|pad|>"]
 
 
 @pytest.mark.parametrize(
@@ -359,6 +378,13 @@ def test_compile_template_has_what_transformers_offers(monkeypatch):
     assert render("  {% if tools is none %}\nx\n  {% endif %}\n") == "x\n"  # blocks are trimmed
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400000")  # 1000 days after 1970-01-01
     assert render("{{ strftime_now('%Y-%m') }}") == "1972-09"
+
+
+def test_a_template_that_writes_todays_date_is_told_once(monkeypatch, capsys):
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    chat_template._tell_of_today.cache_clear()
+    assert [len(render("{{ strftime_now('%Y') }}")) for _ in range(2)] == [4, 4]
+    assert capsys.readouterr().err.count("note: the chat template writes today's date: give") == 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import PEERS
 
-from minirlhf.generation import pad_right
+from minirlhf.batching import pad_right
 from minirlhf.hf_config import config_from_hf
 from minirlhf.pretrained import load_pretrained
 from minirlhf.transformer import (

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from trl_reference import KL_COEF, NEW, OLD, PAIRS, QUERIES, REF, RESPONSES, SCORES, SETTINGS, fill
 
 from minirlhf.advantages import gae
+from minirlhf.batching import pad_right
 from minirlhf.data import Pair
-from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel, ValueHeadModel
 from minirlhf.hf_config import config_from_hf
 from minirlhf.kl import AdaptiveKL, kl_k1, kl_k2

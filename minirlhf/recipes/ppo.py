@@ -21,7 +21,6 @@ from torch import Tensor
 from minirlhf import config as settings
 from minirlhf import (
     health,
-    memory,
     optim,
     plans,
     presets,
@@ -29,6 +28,7 @@ from minirlhf import (
     reward_sources,
     streams,
 )
+from minirlhf.batching import next_rows
 from minirlhf.checkpoint import TrainState
 from minirlhf.compiling import compile_blocks
 from minirlhf.data import Prompt
@@ -37,7 +37,7 @@ from minirlhf.evaluation import evaluate_policy, evaluate_sets, keep_best
 from minirlhf.heads import RewardModel
 from minirlhf.kl import AdaptiveKL, kl_k1
 from minirlhf.lora import merge_lora, merged_copy
-from minirlhf.machine import free_memory, process_bytes
+from minirlhf.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.meters import Step
 from minirlhf.metrics import rename_to_trl09
 from minirlhf.passes import measure
@@ -47,7 +47,7 @@ from minirlhf.ppo_start import load_policy, look, run_facts
 from minirlhf.ppo_update import ppo_step
 from minirlhf.reward_sources import load_reward
 from minirlhf.rewards import RewardSource, Scores, as_scores
-from minirlhf.rollout import RolloutBuffer, next_rows, replay_rows, sample, with_scores
+from minirlhf.rollout import RolloutBuffer, columns_of, replay_rows, sample, with_scores
 from minirlhf.run import Run, write_model
 from minirlhf.scores import RunningMoments, scale_scores
 from minirlhf.texts import TextMix
@@ -86,9 +86,10 @@ def ppo(
     """
     settings.validate(config)
     policy, B = state.model, config.batch_size
-    if state.kl_coef is None:
+    if state.kl_coef is None or config.kl_target is None:
         state.kl_coef = config.kl_coef
     full_kl = config.kl_estimator == "full"
+    columns = columns_of(prompts)
     while state.step < config.steps:
         iteration, clock = state.step, {}
         started = time.perf_counter()
@@ -103,7 +104,7 @@ def ppo(
         keys = streams.key(config.seed, "rollout", iteration, rows, torch.arange(B))
         batch = [prompts[i] for i in rows.tolist()]
         completions, rollout = sample(
-            policy.lm, batch, keys, config.sampling, tokenizer, config.rollout_batch_size
+            policy.lm, batch, keys, config.sampling, tokenizer, config.rollout_batch_size, columns
         )
         clock["time/rollout"] = time.perf_counter() - started
 
@@ -156,6 +157,7 @@ def ppo(
         clock |= {"time/step": seconds, "eps": B / seconds, "tok_per_s": sampled / seconds}
         replay = replay_rows(completions, buffer) if config.save_rollouts else []
         replay = [{"step": state.step, "kind": "rollout"} | row for row in replay]
+        del buffer, rollout, kl  # or they would lie beside the next step's
         yield Step(state.step, metrics | steady, clock, replay)
 
 
@@ -199,22 +201,17 @@ def main(argv: list[str] | None = None) -> int:
         PPOConfig, argv, "minirlhf ppo", "Align a language model with PPO against a reward.",
         presets.PPO,
     )  # fmt: skip
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     folder, ref_folder, critic, scorers, specs, tokenizer, data, inputs = look(config)
     prompts, sets, texts = data.prompts, data.sets, data.texts
     # Refused here, before anything is loaded; written to only once all is.
-    r = Run(config.out, "ppo", settings.as_dict(config), config.resume, inputs)
-    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
-    # it, and the plan counts it. On a GPU torch refuses the cumsum of sampling, and cuBLAS without
-    # a workspace setting.
-    torch.use_deterministic_algorithms(device == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    r = Run(
+        config.out, "ppo", settings.as_dict(config), config.resume, inputs, config.of_the_start
+    )
+    make_deterministic(device)
     models, held = plans.ppo_models(config), process_bytes(device)
     plan = plans.ppo_plan(config, models, data.longest_prompt, dtype, held, data.longest_text)
-    print(plan)
-    for line in pretrained.rounded((folder, ref_folder, *critic, *scorers), dtype):
-        print(f"warning: {line}")
-    fits = memory.verdict(plan, free_memory(device))
+    fits = plans.announce(plan, (folder, ref_folder, *critic, *scorers), dtype, device)
     frozen: list[tuple[RewardModel, Path]] = []
     reward = load_reward(
         config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,

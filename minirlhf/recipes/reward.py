@@ -21,15 +21,18 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import fsio, interrupt, memory, model_files, optim, plans, pretrained, streams
+from minirlhf import fsio, interrupt, model_files, optim, plans, pretrained, streams
+from minirlhf.batching import epoch_batches, total_steps
 from minirlhf.checkpoint import TrainState
 from minirlhf.columns import column_problems
 from minirlhf.compiling import compile_blocks
 from minirlhf.config import setting
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.heads import RewardModel, initialize_score, normalize_scores
+from minirlhf.hf_config import name_eos
 from minirlhf.lora import add_lora, merge_lora
-from minirlhf.machine import free_memory, process_bytes
+from minirlhf.machine import choose_device, choose_dtype, make_deterministic, process_bytes
+from minirlhf.memory import Plan
 from minirlhf.meters import Step
 from minirlhf.preferences import (
     LIST_LOSSES,
@@ -60,13 +63,14 @@ SHOWN = ("accuracy", "top1", "ties", "loss", "margin", "calibration_error")
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Settings of a run; `reward` reads those from `epochs` to `center_rewards_coefficient`."""
+    """Settings of a run; `reward` reads those from `epochs` to `center_rewards_coefficient`, but
+    not the optimizer's `weight_decay` and `adam_epsilon`; and `seed`."""
 
     model: str = setting(
         "", "language model (or reward model) to start from", metavar="FOLDER", required=True
     )
     data: str = setting(
-        "", "preference pairs or ranked lists: JSON lines, JSON or CSV, also .gz",
+        "", "preference pairs or ranked lists: JSON lines, JSON, CSV or TSV, also .gz",
         metavar="FILE", required=True,
     )  # fmt: skip
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
@@ -137,14 +141,19 @@ class RewardConfig:
     max_drop: float = setting(
         1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
     )
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
     seed: int = setting(0, "of data order and the new head")
     log_every: int = setting(10, "steps between lines of the log", at_least=1)
     save_every: int = setting(100, "steps between checkpoints", at_least=1)
     keep: int = setting(2, "checkpoints kept", at_least=2)
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
     allow_data_change: bool = setting(False, "resume although data files have changed")
+    allow_setting_change: bool = setting(
+        False, "resume although settings or reward functions have changed"
+    )
 
     def check(self) -> list[str]:
         problems = column_problems(self.columns)
@@ -157,13 +166,9 @@ class RewardConfig:
             problems.append(f"lcb_coef: got {self.lcb_coef}, {do} 0.01")
         if self.normalize == "eval" and not self.eval_data:
             problems.append("normalize: got 'eval', there is no eval_data: give it, or train")
+        if self.eval_every and not self.eval_data:
+            problems.append("eval_every: goes with --eval-data")
         return problems
-
-
-def total_steps(config: RewardConfig, examples: int) -> int:
-    """Optimizer steps of the whole run: the exact horizon of the learning rate."""
-    exact = config.epochs * ceil(examples / config.batch_size)
-    return config.steps or max(1, ceil(round(exact, 6)))  # 1.1 * 10 is 11.000000000000002
 
 
 def collate_as(config: RewardConfig) -> Callable[[list[Example]], Batch]:
@@ -232,13 +237,13 @@ def reward(
     model, N = state.model, len(examples)
     collate = collate or collate_as(config)
     lengths, per_epoch = row_lengths(examples), ceil(N / config.batch_size)
-    steps = total_steps(config, N)
+    steps = total_steps(N, config.batch_size, config.epochs, config.steps)
     epoch_of, batches = -1, []
     while state.step < steps:
         started = time.perf_counter()
         epoch, position = divmod(state.step, per_epoch)
         if epoch != epoch_of:
-            batches = optim.epoch_batches(lengths, config.batch_size, config.seed, epoch)
+            batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
             epoch_of = epoch
         rows = batches[position]
         rate = optim.learning_rate(
@@ -305,7 +310,7 @@ def check_loss(config: RewardConfig, path: str, examples: list[Example]) -> None
 def memory_plan(
     config: RewardConfig, model: ModelConfig, examples: list[Example],
     sets: dict[str, list[Example]], dtype: torch.dtype, held: int,
-) -> memory.Plan:  # fmt: skip
+) -> Plan:  # fmt: skip
     """What a run over these examples and held-out sets will hold; held: as in `reward_plan`."""
     every = [examples, *sets.values()]
     scored = every if config.normalize == "train" else every[1:]
@@ -358,8 +363,7 @@ def write_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:
         pad = tokenizer.eos_token()
     token, pad_id = pad or (None, None)
     # The folder has no generation_config.json, where others of them may have stood.
-    if eos := tokenizer.eos_ids:
-        model.model.config.source["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    name_eos(model.config, tokenizer.eos_ids)
     pretrained.save_pretrained(model, folder, pad_id)
     tokenizer.save(folder, token)
 
@@ -441,7 +445,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         RewardConfig, argv, "minirlhf reward", "Train a reward model on pairs or ranked lists."
     )
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     files = {"": config.data} | named_files(config.eval_data)
     r = Run(config.out, "reward", settings.as_dict(config), config.resume, files.values())
     folder = model_files.resolve(config.model)
@@ -454,20 +458,15 @@ def main(argv: list[str] | None = None) -> int:
     }
     sets = {prefix: rows for prefix, (rows, _) in read.items()}
     examples = sets.pop("")
-    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
-    # it, and the plan counts it.
-    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic(device)
     plan = memory_plan(config, model_config, examples, sets, dtype, process_bytes(device))
-    print(plan)
-    for line in pretrained.rounded([folder], dtype):
-        print(f"warning: {line}")
-    fits = memory.verdict(plan, free_memory(device))
+    fits = plans.announce(plan, [folder], dtype, device)
     model = load_start(config, before_eos, device, dtype)
     optimizer = optim.make_optimizer(
         model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )
-    state, steps = TrainState(model, optimizer), total_steps(config, len(examples))
+    state = TrainState(model, optimizer)
+    steps = total_steps(len(examples), config.batch_size, config.epochs, config.steps)
     results = None
     with r:
         r.list_left_out(report for _, report in read.values())

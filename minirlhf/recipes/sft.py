@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from minirlhf import config as settings
-from minirlhf import fsio, interrupt, memory, model_files, optim, plans, pretrained, streams
+from minirlhf import fsio, interrupt, model_files, optim, plans, pretrained, streams
+from minirlhf.batching import cut_by_tokens, epoch_batches, total_steps
 from minirlhf.checkpoint import TrainState
 from minirlhf.columns import column_problems
 from minirlhf.compiling import compile_blocks
@@ -27,9 +28,10 @@ from minirlhf.config import setting
 from minirlhf.data import Text, load_texts, split_rows
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.formats import text_format
-from minirlhf.hf_config import config_from_hf
+from minirlhf.hf_config import config_from_hf, name_eos
 from minirlhf.lora import add_lora, merge_lora
-from minirlhf.machine import free_memory, process_bytes
+from minirlhf.machine import choose_device, choose_dtype, make_deterministic, process_bytes
+from minirlhf.memory import Plan
 from minirlhf.meters import Step
 from minirlhf.rows import read_json
 from minirlhf.run import Run, named_files, write_model
@@ -50,8 +52,9 @@ class SFTConfig:
     )
     vocab_size: int = setting(8192, "most tokens of a tokenizer that is trained", at_least=258)
     data: str = setting(
-        "", "texts, or prompts with answers, also .gz", metavar="FILE", required=True
-    )
+        "", "texts, or prompts with answers: JSON lines, JSON, CSV, TSV or .txt, also .gz",
+        metavar="FILE", required=True,
+    )  # fmt: skip
     out: str = setting("", "folder of the run", metavar="DIR", required=True)
     eval_data: tuple[str, ...] = setting((), "held-out texts, several as NAME=FILE", metavar="FILE")
     eval_every: int = setting(0, "steps between evaluations; 0: at the end only", at_least=0)
@@ -96,14 +99,19 @@ class SFTConfig:
     max_drop: float = setting(
         1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
     )
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
     seed: int = setting(0, "of data order and new weights")
     log_every: int = setting(10, "steps between lines of the log", at_least=1)
     save_every: int = setting(100, "steps between checkpoints", at_least=1)
     keep: int = setting(2, "checkpoints kept", at_least=2)
     resume: bool = setting(False, "go on from the newest checkpoint of --out")
     allow_data_change: bool = setting(False, "resume although data files have changed")
+    allow_setting_change: bool = setting(
+        False, "resume although settings or reward functions have changed"
+    )
 
     def check(self) -> list[str]:
         problems = column_problems(self.columns)
@@ -113,13 +121,9 @@ class SFTConfig:
             problems.append("--tokenizer goes with --init-config: a --model has its own")
         if self.init_config is not None and self.lora_rank:
             problems.append("--lora-rank goes with --model: random weights need training in full")
+        if self.eval_every and not self.eval_data:
+            problems.append("eval_every: goes with --eval-data")
         return problems
-
-
-def total_steps(config: SFTConfig, texts: int) -> int:
-    """Optimizer steps of the whole run: the exact horizon of the learning rate."""
-    exact = config.epochs * ceil(texts / config.batch_size)
-    return config.steps or max(1, ceil(round(exact, 6)))  # 1.1 * 10 is 11.000000000000002
 
 
 def accumulate(lm: CausalLM, batch: list[Text], config: SFTConfig, where: str) -> dict[str, float]:
@@ -130,7 +134,7 @@ def accumulate(lm: CausalLM, batch: list[Text], config: SFTConfig, where: str) -
     """
     lengths, counts = count_tokens(batch)
     sums, count = {"loss": 0.0, "entropy": 0.0}, int(counts.sum())  # no cut changes the count
-    for part in optim.cut_by_tokens(lengths, len(batch), config.micro_batch_tokens):
+    for part in cut_by_tokens(lengths, len(batch), config.micro_batch_tokens):
         here = [batch[i] for i in part.tolist()]
         stats = target_stats(lm, collate_texts(here))
         loss = -stats.logprobs.sum() / count
@@ -158,13 +162,14 @@ def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Ste
         raise ValueError("texts is empty: give at least one")
     lm, N = state.model, len(texts)
     lengths, counts = count_tokens(texts)
-    steps, per_epoch = total_steps(config, N), ceil(N / config.batch_size)
+    per_epoch = ceil(N / config.batch_size)
+    steps = total_steps(N, config.batch_size, config.epochs, config.steps)
     epoch_of, batches = -1, []
     while state.step < steps:
         started = time.perf_counter()
         epoch, position = divmod(state.step, per_epoch)
         if epoch != epoch_of:
-            batches = optim.epoch_batches(lengths, config.batch_size, config.seed, epoch)
+            batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
             epoch_of = epoch
         rows = batches[position]
         rate = optim.learning_rate(
@@ -199,7 +204,7 @@ def evaluate(lm: CausalLM, texts: list[Text], micro_batch_tokens: int = 4096) ->
     """loss and entropy, nats a target token over all texts, and perplexity = exp(loss)."""
     lengths, counts = count_tokens(texts)
     sums = torch.zeros(2, dtype=torch.float64)
-    for part in optim.cut_by_tokens(lengths, len(texts), micro_batch_tokens):
+    for part in cut_by_tokens(lengths, len(texts), micro_batch_tokens):
         interrupt.check()
         stats = target_stats(lm, collate_texts([texts[i] for i in part.tolist()]))
         sums += torch.stack((-stats.logprobs.sum(), stats.entropy.sum())).cpu()
@@ -302,7 +307,7 @@ def load(
 def memory_plan(
     config: SFTConfig, model: ModelConfig, texts: list[Text], sets: dict[str, list[Text]],
     dtype: torch.dtype, held: int,
-) -> memory.Plan:  # fmt: skip
+) -> Plan:  # fmt: skip
     """What a run over these texts and held-out sets will hold; held: as in `sft_plan`."""
     longest = max(int(count_tokens(rows)[0].max()) for rows in (texts, *sets.values()))
     return plans.sft_plan(
@@ -320,8 +325,7 @@ def load_start(
     else:
         rng = streams.generator(config.seed, "initial weights")
         lm = initialize(CausalLM(model_config), rng).to(dtype)
-    if eos := tokenizer.eos_ids:
-        lm.config.source["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    name_eos(lm.config, tokenizer.eos_ids)
     if config.lora_rank:
         add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
     lm.model.checkpointing = config.gradient_checkpointing
@@ -345,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         SFTConfig, argv, "minirlhf sft", "Fine-tune a language model on demonstrations."
     )
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     files = {"": config.data} | named_files(config.eval_data)
     inputs = [*files.values(), *([config.init_config] if config.init_config else [])]
     # Refused here, before anything is loaded; written to only once all is.
@@ -358,23 +362,18 @@ def main(argv: list[str] | None = None) -> int:
     read = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
     sets = {prefix: rows for prefix, (rows, _) in read.items()}
     texts = sets.pop("")
-    # Late: it imports 70 MB, which the optimizer would import anyway. A refusal need not wait for
-    # it, and the plan counts it.
-    torch.use_deterministic_algorithms(device == "cpu")  # cuBLAS refuses it without a setting
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    make_deterministic(device)
     plan = memory_plan(config, model_config, texts, sets, dtype, process_bytes(device))
-    print(plan)
     start = [model_files.resolve(config.model)] if config.model else []
-    for line in pretrained.rounded(start, dtype):
-        print(f"warning: {line}")
-    fits = memory.verdict(plan, free_memory(device))
+    fits = plans.announce(plan, start, dtype, device)
     lm = load_start(config, model_config, tokenizer, dtype).to(device)
     if config.compile:
         compile_blocks(lm)
     optimizer = optim.make_optimizer(
         lm, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )
-    state, steps = TrainState(lm, optimizer), total_steps(config, len(texts))
+    state = TrainState(lm, optimizer)
+    steps = total_steps(len(texts), config.batch_size, config.epochs, config.steps)
     lengths, counts = count_tokens(texts)
     with r:
         if config.model is None and config.tokenizer is None:

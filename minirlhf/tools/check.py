@@ -1,12 +1,12 @@
 """A look at data before anything is spent on it: `minirlhf check FILE [FILE …] --model FOLDER`.
 
-What a recipe refuses before it loads weights is refused here: settings, files, the model's headers
-and shapes, its tokenizer, every row. The rest is for the eye: how rows are read, how long they are,
-what stands there twice. Lines that begin with "warning:" are worth a thought.
+What a recipe refuses before it loads weights is refused here: files, the model's headers and
+shapes, its tokenizer, every row; of a run's settings only those of the data are known. The rest is
+for the eye: how rows are read, how long they are, what stands there twice. Lines that begin with
+"warning:" are worth a thought.
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -22,7 +22,6 @@ from minirlhf.errors import OK, UserError, run
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_start import prompt_room
 from minirlhf.preferences import reads_before_eos
-from minirlhf.rows import read_json
 from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.data_facts import (
@@ -100,20 +99,9 @@ def check_model(name: str, recipes: Iterable[str]) -> Model:
     if is_reward and (others := set(recipes) - {"reward"}):
         what = f"is a reward model, but {min(others)} trains a language model"
         raise UserError(folder, what, "give the language model as --model")
-    tokenizer, parsed = load_tokenizer(folder), read_json(folder / "tokenizer.json")
-    vocabulary = parsed["model"].get("vocab")
-    unknown = parsed["model"].get("unk_id")  # of Unigram; the others name it
-    if isinstance(vocabulary, dict):
-        unknown = vocabulary.get(parsed["model"].get("unk_token"))
-    names = {token["content"] for token in parsed.get("added_tokens") or () if token.get("special")}
-    names |= {tokenizer.decode([id], skip_special=False) for id in tokenizer.eos_ids}
-    longest_first = sorted(filter(None, names), key=len, reverse=True)
-    return Model(
-        config, tokenizer, is_reward, parameters,
-        reads_before_eos(config, tokenizer),
-        re.compile("|".join(map(re.escape, longest_first)) or r"(?!)"),
-        None if unknown in tokenizer.eos_ids else unknown,
-    )  # fmt: skip
+    tokenizer = load_tokenizer(folder)
+    before_eos = reads_before_eos(config, tokenizer)
+    return Model(config, tokenizer, is_reward, parameters, before_eos)
 
 
 def limits(config: CheckConfig, recipe: str, model: Model | None) -> tuple[int | None, str]:

@@ -97,7 +97,7 @@ def measure_tokens(
 
     examples, report, whole = load(None, "drop", replace(policy, max_drop=1.0))
     sizes, kept, problem = list(map(sizes_of, examples)), whole, None
-    warnings = [] if model is None else token_warnings(examples, model, not before_eos)
+    warnings = [] if model is None else token_warnings(examples, tokenizer, not before_eos)
     try:
         if most is not None and whole.max() > most:
             examples, report, kept = load(most, overlong, policy)

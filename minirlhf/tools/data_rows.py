@@ -1,13 +1,21 @@
 """The rows of a data file as `minirlhf check` sees them: who reads them, and their parts."""
 
 import json
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.data import Pair, Prompt, Text, load_prompts, load_texts, pair_labels, split_rows
+from minirlhf.data import (
+    Pair,
+    Prompt,
+    Text,
+    first_row,
+    load_prompts,
+    load_texts,
+    pair_labels,
+    split_rows,
+)
 from minirlhf.errors import UserError, printable
 from minirlhf.formats import Part, pair_format, prompt_format, text_format
 from minirlhf.ppo_config import PPOConfig
@@ -22,8 +30,8 @@ from minirlhf.rankings import (
 )
 from minirlhf.recipes.reward import RewardConfig
 from minirlhf.recipes.sft import SFTConfig
-from minirlhf.rows import Row, kind_of, read_rows
-from minirlhf.sieve import STRICT, LeftOut, Report, RowPolicy, Sieve
+from minirlhf.rows import Row, kind_of
+from minirlhf.sieve import STRICT, LeftOut, RowPolicy, Sieve
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.transformer import ModelConfig
 
@@ -55,8 +63,6 @@ class Model(NamedTuple):
     is_reward: bool
     parameters: int
     before_eos: bool  # a reward would be read before eos, so pairs lose theirs
-    control_text: re.Pattern  # any control token's name
-    unknown_id: int | None
 
 
 class Raw(NamedTuple):
@@ -114,14 +120,7 @@ class Sizes(NamedTuple):
 
 def recipe_of(path: str, policy: RowPolicy = STRICT) -> str:
     """The recipe that reads rows like the first well-formed one of a file."""
-    sieve = Sieve(policy)
-    for row in read_rows(path, sieve):
-        try:
-            return recipe_of_row(row)
-        except UserError as error:
-            sieve.reject(error, row.raw)
-    rejected = sieve.in_order()
-    raise Report(path, "", len(rejected), rejected_rows=rejected).nothing_left()
+    return first_row(path, recipe_of_row, policy)
 
 
 def recipe_of_row(row: Row) -> str:

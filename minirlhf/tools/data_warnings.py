@@ -6,6 +6,7 @@ import numpy as np
 
 from minirlhf.formats import Part
 from minirlhf.preferences import ordered
+from minirlhf.tokenizer import Tokenizer
 from minirlhf.tools.data_rows import Model, Raw, Sizes, ids_of, strings_of
 
 LENGTH_BIAS, ENOUGH = 2 / 3, 30  # share of pairs that the longer answer wins, and of how many
@@ -58,7 +59,7 @@ def raw_warnings(raw: Raw, model: Model | None) -> list[dict]:
         "a turn without text": lambda text: not text.strip(),
     }
     if model is not None:
-        odd["a control token's name, read as ordinary text"] = model.control_text.search
+        odd["a control token's name, read as ordinary text"] = model.tokenizer.special_text.search
     for what, test in odd.items():
         hits = [w for w, parts, _ in rows if any(test(s) for p in parts for s in strings_of(p))]
         found += _warning(what, hits)
@@ -85,9 +86,10 @@ def overlap(raw: Raw, first: Raw) -> tuple[dict, list[dict]]:
     return {"with": first.path, "rows": len(same), "prompts_or_answers": len(shared)}, warnings
 
 
-def token_warnings(examples: list, model: Model, ended: bool) -> list[dict]:
+def token_warnings(examples: list, tokenizer: Tokenizer, ended: bool) -> list[dict]:
     """What is odd about rows once they are ids; `ended`: answers should end with eos."""
-    unknown, bos, eos_ids = model.unknown_id, model.tokenizer.bos_id, model.tokenizer.eos_ids
+    bos, eos_ids = tokenizer.bos_id, tokenizer.eos_ids
+    unknown = None if tokenizer.unknown_id in eos_ids else tokenizer.unknown_id
     twice, endless, lost, tokens, lost_tokens = [], [], [], 0, 0
     for example in examples:
         prompt, *answers = ids_of(example)

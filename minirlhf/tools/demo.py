@@ -82,7 +82,8 @@ def command(title: str, main: Callable[[list[str]], int], *argv: object) -> None
     print(f"\n{title}\n$ minirlhf {shlex.join(words)}", flush=True)
     code = main(words[1:])
     if code != OK:
-        raise UserError(f"minirlhf {words[0]}", "was stopped", "start the demo again", code)
+        do = "the demo starts anew in another --out, or once its folder is removed"
+        raise UserError(f"minirlhf {words[0]}", "was stopped", do, code)
 
 
 def progress(folder: Path) -> None:

@@ -11,9 +11,15 @@ from dataclasses import field, fields, make_dataclass
 import torch
 
 from minirlhf import config as settings
-from minirlhf import memory, model_files, optim, plans, presets, pretrained
+from minirlhf import memory, model_files, plans, presets, pretrained
 from minirlhf.errors import OK, UserError, run
-from minirlhf.machine import free_memory, process_bytes
+from minirlhf.machine import (
+    choose_device,
+    choose_dtype,
+    free_memory,
+    make_deterministic,
+    process_bytes,
+)
 from minirlhf.memory import Plan
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_start import look, prompt_room, read_texts
@@ -134,8 +140,8 @@ def main(argv: list[str] | None = None) -> int:
         without_files(config_class), words[1:], f"minirlhf plan {recipe}",
         "Print what a run would hold in memory.", presets.PPO if recipe == "ppo" else {},
     )  # fmt: skip
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    torch.use_deterministic_algorithms(device == "cpu")  # as a run does: it imports 70 MB
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    make_deterministic(device)  # as a run does: it imports 70 MB
     plan = plan_of(config, dtype, device)
     print(plan)
     print(memory.verdict(plan, free_memory(device)))

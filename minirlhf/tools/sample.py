@@ -15,12 +15,13 @@ import torch
 from tqdm import tqdm
 
 from minirlhf import config as settings
-from minirlhf import model_files, optim, pretrained, streams
+from minirlhf import model_files, pretrained, streams
 from minirlhf.columns import column_problems
 from minirlhf.config import setting
 from minirlhf.data import Prompt, load_prompts
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.generation import Sampling, cut_at_stop, generate
+from minirlhf.machine import choose_device, choose_dtype
 from minirlhf.sieve import RowPolicy
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.transformer import CausalLM
@@ -29,8 +30,10 @@ from minirlhf.transformer import CausalLM
 @dataclass(frozen=True)
 class SampleConfig:
     model: str = setting(help="language model", metavar="FOLDER")
-    data: str | None = setting(None, "prompts: JSON lines, JSON or CSV, also .gz", metavar="FILE")
-    prompt: str | None = setting(None, "one prompt, instead of --data")
+    data: str | None = setting(
+        None, "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz", metavar="FILE"
+    )
+    prompt: str | None = setting(None, "one prompt, instead of --data", verbatim=True)
     out: str | None = setting(None, "new file for the lines; none: stdout", metavar="FILE")
     max_new_tokens: int = setting(64, "tokens of the longest response", at_least=1)
     temperature: float = setting(1.0, "of the softmax; 0: greedy", at_least=0)
@@ -62,8 +65,10 @@ class SampleConfig:
         1.0, "share of the rows that may be left out; 1: no limit", at_least=0, at_most=1
     )
     limit: int | None = setting(None, "only so many prompts, the first", at_least=1)
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
     seed: int = setting(0, "of the draws")
 
     def check(self) -> list[str]:
@@ -170,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         SampleConfig, argv, "minirlhf sample", "Write continuations of prompts, as JSON lines."
     )
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     folder = model_files.resolve(config.model)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
     tokenizer.check_stops(config.stop)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from minirlhf import config as settings
-from minirlhf import model_files, optim, pretrained
+from minirlhf import model_files, pretrained
 from minirlhf.columns import column_problems
 from minirlhf.config import setting
 from minirlhf.data import Pair, Text, load_texts
+from minirlhf.encoding import cut_eos
 from minirlhf.errors import NON_FINITE, OK, UserError, run
-from minirlhf.generation import pad_right
 from minirlhf.heads import RewardModel
+from minirlhf.machine import choose_device, choose_dtype
 from minirlhf.preferences import (
     Example,
     collate,
@@ -33,6 +34,7 @@ from minirlhf.preferences import (
 from minirlhf.rankings import load_preferences
 from minirlhf.recipes.reward import SHOWN
 from minirlhf.reward_eval import calibration_error
+from minirlhf.reward_model import score_texts
 from minirlhf.sieve import RowPolicy
 from minirlhf.tokenizer import load_tokenizer
 from minirlhf.tools.data_rows import recipe_of
@@ -43,8 +45,9 @@ from minirlhf.tools.sample import check_new, json_lines
 class ScoreConfig:
     model: str = setting(help="reward model", metavar="FOLDER")
     data: str = setting(
-        help="pairs, ranked lists, texts, or prompts with answers, also .gz", metavar="FILE"
-    )
+        help="pairs, ranked lists, texts, or prompts with answers, also .gz; the output of "
+        "minirlhf sample is such a file", metavar="FILE",
+    )  # fmt: skip
     out: str | None = setting(None, "new file for the lines; none: stdout", metavar="FILE")
     micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
     max_length: int | None = setting(
@@ -67,34 +70,22 @@ class ScoreConfig:
     max_drop: float = setting(
         1.0, "share of the rows that may be left out; 1: no limit", at_least=0, at_most=1
     )
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
 
     def check(self) -> list[str]:
         return column_problems(self.columns) + check_new(self.out)
-
-
-@torch.no_grad()
-def score_texts(
-    model: RewardModel, rows: list[list[int]], micro_batch_tokens: int = 4096
-) -> Tensor:
-    """(N,) float32 scores of N texts, in their order, on the CPU."""
-    device, lengths = model.score.weight.device, torch.tensor([len(row) for row in rows])
-    scores = torch.zeros(len(rows))
-    for part in optim.cut_by_tokens(lengths, len(rows), micro_batch_tokens):
-        tokens = pad_right([rows[i] for i in part.tolist()])
-        scores[part] = model(tokens.to(device), lengths[part].to(device)).cpu().float()
-    return scores
 
 
 def text_rows(
     model: RewardModel, texts: list[Text], eos_ids: Sequence[int], micro_batch_tokens: int
 ) -> tuple[list[dict], str]:
     """One {where, score} a text, and the summary."""
-    rows = []
-    for text in texts:
-        ends = model.read_before_eos and len(text.ids) > 1 and text.ids[-1] in eos_ids
-        rows.append(text.ids[:-1] if ends else text.ids)
+    rows = [text.ids for text in texts]
+    if model.read_before_eos:
+        rows = [cut_eos(ids, eos_ids) or ids for ids in rows]
     scores = score_texts(model, rows, micro_batch_tokens)
     found = [{"where": text.where, "score": score}
              for text, score in zip(texts, scores.tolist(), strict=True)]  # fmt: skip
@@ -148,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         ScoreConfig, argv, "minirlhf score", "Score texts or preferences with a reward model."
     )
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     folder = model_files.resolve(config.model)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
     most = positions if config.max_length is None else config.max_length

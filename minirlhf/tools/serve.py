@@ -24,16 +24,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 
 from minirlhf import config as settings
-from minirlhf import model_files, optim, pretrained
+from minirlhf import model_files, pretrained
 from minirlhf.config import setting
+from minirlhf.encoding import cut_eos
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.heads import RewardModel
-from minirlhf.reward_model import model_reward
+from minirlhf.machine import choose_device, choose_dtype
+from minirlhf.reward_model import model_reward, score_texts
 from minirlhf.reward_sources import read_token
 from minirlhf.rewards import Completions
 from minirlhf.rows import kind_of, strict_json
 from minirlhf.tokenizer import Tokenizer, load_tokenizer
-from minirlhf.tools.score import score_texts
 
 PATHS = ("/", "/score", "/v1/score/evaluation")  # the last is LLaMA-Factory's
 BODY_CAP = 16 << 20  # bytes
@@ -54,8 +55,10 @@ class ServeConfig:
         metavar="FILE",
     )  # fmt: skip
     micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
-    dtype: str = setting("auto", "of weights and compute", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting(
+        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
 
 
 # ----------------------------------------------------------------------------------------- scoring
@@ -69,7 +72,7 @@ def completions_of(items: object) -> tuple[list, Completions]:
     """
     if not isinstance(items, list) or not items:
         raise UserError("items", f"is {kind_of(items)}", "a list of at least one object")
-    ids, prompts, texts, reasons = [], [], [], []
+    ids, prompts, texts, reasons = {}, [], [], []
     for i, item in enumerate(items):
         where = f"items[{i}]"
         if not isinstance(item, dict):
@@ -87,12 +90,12 @@ def completions_of(items: object) -> tuple[list, Completions]:
         if reason not in REASONS:
             raise UserError(f"{where}: finish_reason", f"is {printable(repr(reason), 80)}",
                             ", ".join(REASONS))  # fmt: skip
-        ids.append(id)
+        ids[id] = None  # in their order, and found at once
         prompts.append(prompt)
         texts.append(text)
         reasons.append(reason)
     nothing: list[list[int]] = [[] for _ in ids]
-    return ids, Completions(prompts, nothing, texts, nothing, reasons, {})
+    return list(ids), Completions(prompts, nothing, texts, nothing, reasons, {})
 
 
 def _is_prompt(prompt: object) -> bool:
@@ -116,8 +119,8 @@ def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: in
         if not isinstance(text, str):
             raise UserError(f"messages[{i}]", f"is {kind_of(text)}", "text")
         ids = tokenizer.encode_marked(text)
-        if model.read_before_eos and ids and ids[-1] in tokenizer.eos_ids:
-            ids = ids[:-1]
+        if model.read_before_eos:
+            ids = cut_eos(ids, tokenizer.eos_ids)
         if not 0 < len(ids) <= model.config.longest_row:
             legal = f"the model reads 1 to {model.config.longest_row}"
             raise UserError(f"messages[{i}]", f"has {len(ids)} tokens", legal)
@@ -249,8 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         ServeConfig, argv, "minirlhf serve", "Answer requests for scores with a reward model."
     )
-    device, dtype = optim.choose_device(config.device), optim.choose_dtype(config.dtype)
-    # The same flag as `torch.use_deterministic_algorithms`, without the compiler that it imports.
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    # The same flag as `make_deterministic` sets, without the compiler that it imports.
     torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     token = None if config.token_file is None else read_token(config.token_file)
     folder = model_files.resolve(config.model)
