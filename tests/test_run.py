@@ -173,10 +173,12 @@ def test_resume_refuses_a_run_of_an_older_version_that_had_fewer_settings(done):
 
 
 def test_resume_goes_on_with_changed_settings_where_that_is_allowed_and_says_so(done, capsys):
-    with start(done, resume=True, seed=1, newest=2, allow_setting_change=True) as run:
+    changes = {"seed": 1, "newest": 2, "log_every": 7, "allow_setting_change": True}
+    with start(done, resume=True, **changes) as run:
         run.restore(make_state())
     printed = capsys.readouterr().out
-    assert "changed: seed was 0, is 1\nchanged: newest did not exist, is 2\n" in printed
+    for told in ("seed was 0, is 1", "log_every was 1, is 7", "newest did not exist, is 2"):
+        assert f"changed: {told}\n" in printed
     facts = json.loads((done / "run.json").read_text("utf-8"))
     changes = [{"setting": "seed", "was": 0, "is": 1}, {"setting": "newest", "was": None, "is": 2}]
     assert facts["setting_changes"] == changes and facts["settings"]["seed"] == 1
