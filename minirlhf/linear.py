@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCKS = 8  # of the weight's rows: fixed, so that no result depends on the number of threads
-FEW = 128  # tokens; with more there is work enough for a plain product
-A_HANDFUL = 4  # tokens; so few stand better as columns on the right
+MOST_ROWS = 128  # tokens; with more there is work enough for a plain product
+MOST_COLUMNS = 4  # tokens; up to so many, W x^T is faster than x W^T
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,11 +21,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     differ in rounding, and whole rows must be computed alike whether they are measured or trained.
     """
     decoding = x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled()
-    if not decoding or not x.is_cpu or len(x) > FEW or len(weight) % BLOCKS:
+    if not decoding or not x.is_cpu or len(x) > MOST_ROWS or len(weight) % BLOCKS:
         return F.linear(x, weight, bias)
     tokens = x[:, 0]
     blocks = weight.unflatten(0, (BLOCKS, -1))  # (BLOCKS, out / BLOCKS, in)
-    if len(x) <= A_HANDFUL:
+    if len(x) <= MOST_COLUMNS:
         out = torch.bmm(blocks, tokens.T.expand(BLOCKS, -1, -1)).flatten(0, 1).T
     else:
         out = torch.bmm(tokens.expand(BLOCKS, -1, -1), blocks.mT).transpose(0, 1).flatten(1)

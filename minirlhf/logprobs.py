@@ -20,8 +20,8 @@ LOWEST = -1e30  # nats; below any logit, and finite
 
 
 class Tile(NamedTuple):
-    """How many logits are held at once: 8 MB in float32, which a CPU's cache keeps at hand from one
-    of the passes over them to the next."""
+    """How many logits are held at once: 8 MB in float32, which stay in a CPU's cache between the
+    passes over them."""
 
     tokens: int = 512
     words: int = 4096
@@ -212,31 +212,31 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_logprobs: Tensor | None, of_entropy: Tensor | None):
+    def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None):
         states, weight, ids, normalizer, entropy = ctx.saved_tensors
         wide = widened(states.dtype)
-        to_states = torch.zeros_like(states, dtype=wide)
-        to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_states = torch.zeros_like(states, dtype=wide)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for piece in _pieces(states, weight, ctx.temperature, ctx.support, ctx.tile):
             at, log_law = piece.at, piece.logits
             log_law -= normalizer[at, None]
-            if of_entropy is None:
-                to_logits = log_law.exp_().mul_(-of_logprobs[at, None])
+            if grad_entropy is None:
+                grad_logits = log_law.exp_().mul_(-grad_logprobs[at, None])
             else:
                 law = log_law.exp()
                 if piece.excluded is not None:
                     log_law[piece.excluded] = 0
-                per_law = log_law.add_(entropy[at, None]).mul_(-of_entropy[at, None])
-                if of_logprobs is not None:
-                    per_law -= of_logprobs[at, None]
-                to_logits = law.mul_(per_law)
-            if of_logprobs is not None:
+                per_law = log_law.add_(entropy[at, None]).mul_(-grad_entropy[at, None])
+                if grad_logprobs is not None:
+                    per_law -= grad_logprobs[at, None]
+                grad_logits = law.mul_(per_law)
+            if grad_logprobs is not None:
                 here, column = piece.column(ids)
-                to_logits.scatter_add_(-1, column, (of_logprobs[at] * here)[:, None])
-            to_states[at].addmm_(to_logits, piece.rows, alpha=1 / ctx.temperature)
-            if to_weight is not None:
-                to_weight[piece.words].addmm_(to_logits.T, piece.states)
-        return to_states.to(states.dtype), _narrowed(to_weight, weight), *[None] * 4
+                grad_logits.scatter_add_(-1, column, (grad_logprobs[at] * here)[:, None])
+            grad_states[at].addmm_(grad_logits, piece.rows, alpha=1 / ctx.temperature)
+            if grad_weight is not None:
+                grad_weight[piece.words].addmm_(grad_logits.T, piece.states)
+        return grad_states.to(states.dtype), _narrowed(grad_weight, weight), *[None] * 4
 
 
 class _TokenKL(torch.autograd.Function):
@@ -279,18 +279,18 @@ class _TokenKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_kl: Tensor):
+    def backward(ctx, grad_kl: Tensor):
         states, weight, ref_states, ref_weight, kl = ctx.saved_tensors
         rows = weight.to(widened(states.dtype))
-        to_states = torch.zeros_like(states)
-        to_weight = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
+        grad_states = torch.zeros_like(states)
+        grad_weight = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
         for at in _slices(len(states), ctx.chunk):
             law, log_ratio = _TokenKL.laws(ctx, states, weight, ref_states, ref_weight, at)
-            to_logits = log_ratio.sub_(kl[at, None]).mul_(of_kl[at, None]).mul_(law)
-            to_states[at] = (to_logits @ rows / ctx.temperature).to(states.dtype)
-            if to_weight is not None:
-                to_weight.addmm_(to_logits.T, states[at].to(rows.dtype) / ctx.temperature)
-        return to_states, _narrowed(to_weight, weight), *[None] * 5
+            grad_logits = log_ratio.sub_(kl[at, None]).mul_(grad_kl[at, None]).mul_(law)
+            grad_states[at] = (grad_logits @ rows / ctx.temperature).to(states.dtype)
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, states[at].to(rows.dtype) / ctx.temperature)
+        return grad_states, _narrowed(grad_weight, weight), *[None] * 5
 
 
 def _narrowed(gradient: Tensor | None, weight: Tensor) -> Tensor | None:

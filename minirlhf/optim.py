@@ -164,8 +164,8 @@ def update_or_skip(
         accumulate: leaves the gradient in the parameters, clipped and checked.
         counters: where skips are counted, as `skipped_updates` and `skipped_in_a_row`.
         patience: how many updates in a row may be skipped.
-        wanted: told what `accumulate` returned, whether to make the step; those that it does not
-            want are counted as `skipped_ratio`. None: always.
+        wanted: what `accumulate` returned -> whether to make the step; steps that are left out are
+            counted as `skipped_ratio`. None: always.
     Returns:
         What `accumulate` returned; None where its numbers were not finite.
     Raises:

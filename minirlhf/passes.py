@@ -16,7 +16,7 @@ from minirlhf.heads import ValueHeadModel, response_states
 from minirlhf.kl import ESTIMATORS
 from minirlhf.logprobs import token_kl, token_logprobs
 from minirlhf.lora import adapters_off
-from minirlhf.pretrained import at_hand
+from minirlhf.pretrained import in_memory
 from minirlhf.rollout import Rollout, RolloutBuffer, unpack
 from minirlhf.transformer import CausalLM
 
@@ -117,5 +117,5 @@ def measure(
             micro = micro._replace(full_kl=kl)
         return micro if keep_ref_states else micro._replace(ref_states=None)
 
-    with nullcontext() if ref is None else at_hand(ref):
+    with nullcontext() if ref is None else in_memory(ref):
         buffer.update(fill)

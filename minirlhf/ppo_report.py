@@ -76,9 +76,9 @@ def sample_table(
     fixed = prompts[: config.sample_prompts]
     keys = streams.key(config.seed, "sample table", torch.arange(len(fixed)))
     # no more at once than a training step, so that the memory plan holds
-    abreast = min(config.rollout_batch_size, config.batch_size)
+    rows_at_once = min(config.rollout_batch_size, config.batch_size)
     completions, _ = sample(
-        state.model.lm, fixed, keys, config.sampling, tokenizer, abreast, columns_of(prompts)
+        state.model.lm, fixed, keys, config.sampling, tokenizer, rows_at_once, columns_of(prompts)
     )
     where = f"samples at step {state.step}"
     scores = as_scores(reward(completions), completions, where).sums.tolist()

@@ -28,7 +28,7 @@ from minirlhf.transformer import CausalLM
 
 
 class PPOStats(NamedTuple):
-    """Of one `ppo_step`; token means over the rollout's response tokens, all epochs alike."""
+    """Statistics of one `ppo_step`; means over the response tokens, those of all epochs alike."""
 
     policy_loss: float
     value_loss: float
@@ -72,7 +72,7 @@ def assign_credit(buffer: RolloutBuffer, config: PPOConfig, kl_coef: float) -> N
 
     bootstraps = config.bootstrap_truncated
     buffer.update(pay)
-    # Both once over the whole rollout: no mini-batch split can change them.
+    # Each is whitened over the whole rollout, so that no mini-batch split can change it.
     if config.whiten_rewards:
         rescale(buffer, "rewards", masked_rescale)
     buffer.update(credit)
@@ -96,7 +96,7 @@ def rescale(
     buffer.set_tokens(name, function(flat, torch.ones_like(flat, dtype=torch.bool)))
 
 
-class Seen(NamedTuple):
+class MiniBatchStats(NamedTuple):
     """What one mini-batch showed on its way to an optimizer step."""
 
     sums: dict[str, Tensor]  # over its response tokens
@@ -123,7 +123,9 @@ class Update(NamedTuple):
     where: str  # for messages
 
 
-def accumulate(update: Update, mini_batch: list[Rollout], number: int, begun: bool) -> Seen:
+def accumulate(
+    update: Update, mini_batch: list[Rollout], number: int, begun: bool
+) -> MiniBatchStats:
     """Gradient of one mini-batch's loss, in its micro-batches.
 
     Args:
@@ -168,7 +170,7 @@ def accumulate(update: Update, mini_batch: list[Rollout], number: int, begun: bo
     mixes = update.mix is not None and update.learns_policy
     ptx_loss = update.mix.backward(policy.lm, number) if mixes else 0.0
     optim.check_finite(update.where, {"ptx_loss": ptx_loss})
-    return Seen(sums, tokens, torch.stack(gaps).max(), ptx_loss, *clip_gradients(update))
+    return MiniBatchStats(sums, tokens, torch.stack(gaps).max(), ptx_loss, *clip_gradients(update))
 
 
 def loss_of_kl(update: Update, new: TokenPass, micro: Rollout) -> Tensor:
@@ -227,7 +229,7 @@ def ppo_step(
     assign_credit(rollout, config, kl_coef)
     learns_policy = iteration >= config.critic_warmup_steps
     update = Update(policy, ref, config, kl_coef, mix, learns_policy, f"step {iteration + 1}")
-    tried: list[Seen | None] = []
+    tried: list[MiniBatchStats | None] = []
     with nullcontext() if learns_policy else frozen(policy.lm):
         for epoch in range(config.epochs):
             parts = rollout.minibatches(config.mini_batches, config.seed, iteration, epoch)
@@ -235,8 +237,9 @@ def ppo_step(
                 number = (iteration * config.epochs + epoch) * config.mini_batches + i
                 # From the first update on, a signal waits until the iteration is finished.
                 work = partial(accumulate, update, mini_batch, number, begun=bool(tried))
+                wanted = partial(within_max_ratio, config)
                 seen = optim.update_or_skip(
-                    optimizer, work, counters, config.skip_nonfinite, partial(near, config)
+                    optimizer, work, counters, config.skip_nonfinite, wanted
                 )
                 tried.append(seen)
             last = epoch + 1 == config.epochs  # none is left to end
@@ -264,12 +267,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def near(config: PPOConfig, seen: Seen) -> bool:
+def within_max_ratio(config: PPOConfig, seen: MiniBatchStats) -> bool:
     """Whether a mini-batch's policy is near enough to the one that sampled to learn from it."""
     return config.max_ratio is None or seen.ratio <= config.max_ratio
 
 
-def moved_too_far(epoch: list[Seen | None], limit: float | None) -> bool:
+def moved_too_far(epoch: list[MiniBatchStats | None], limit: float | None) -> bool:
     """Whether an epoch's mean KL (k3) from the policy that sampled to the new one is above it."""
     seen = [seen for seen in epoch if seen is not None]
     if limit is None or not seen:
@@ -278,8 +281,8 @@ def moved_too_far(epoch: list[Seen | None], limit: float | None) -> bool:
 
 
 def summarise_updates(
-    updates: list[Seen], rollout: RolloutBuffer, config: PPOConfig, kl_coef: float, epochs: int,
-    ptx_coef: float,
+    updates: list[MiniBatchStats], rollout: RolloutBuffer, config: PPOConfig, kl_coef: float,
+    epochs: int, ptx_coef: float,
 ) -> PPOStats:  # fmt: skip
     """Token means over all updates, and what the rollout itself says."""
     total = sum(seen.tokens for seen in updates)

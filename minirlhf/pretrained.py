@@ -294,7 +294,7 @@ class Home(NamedTuple):
 
 
 def offload(model: CausalLM | RewardModel, folder: Path) -> None:
-    """A frozen model leaves memory. From then on it is there within `at_hand` only.
+    """A frozen model leaves memory. From then on it is there within `in_memory` only.
 
     Args:
         folder: that it was loaded from, whose files must not change.
@@ -305,7 +305,7 @@ def offload(model: CausalLM | RewardModel, folder: Path) -> None:
 
 
 @contextmanager
-def at_hand(*models: CausalLM | RewardModel) -> Iterator[None]:
+def in_memory(*models: CausalLM | RewardModel) -> Iterator[None]:
     """Those of the models that were offloaded are in memory for as long as the context lasts."""
     away = [model for model in models if next(model.parameters()).is_meta]
     try:

@@ -12,7 +12,7 @@ from minirlhf.errors import UserError
 from minirlhf.formats import Messages
 from minirlhf.heads import RewardModel
 from minirlhf.passes import check_known
-from minirlhf.pretrained import at_hand
+from minirlhf.pretrained import in_memory
 from minirlhf.rewards import Completions, RewardSource
 from minirlhf.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ def score_texts(
 ) -> Tensor:
     """(N,) float32 scores of the ids of N texts, in their order, on the CPU."""
     lengths, scores = torch.tensor([len(row) for row in rows]), torch.zeros(len(rows))
-    with at_hand(model):
+    with in_memory(model):
         device = model.score.weight.device
         for part in cut_by_tokens(lengths, len(rows), micro_batch_tokens):
             interrupt.check()

@@ -36,7 +36,7 @@ class Rollout(NamedTuple):
     support: RowSupport | None = None  # what could be drawn; None: every token
     sampled_logprobs: Tensor | None = None  # (B, R) nats, as decoding computed them
     given_rewards: Tensor | None = None  # (B, R) float32, of single tokens, beside the score
-    old_logprobs: Tensor | None = None  # (B, R) nats, the same as training computes them
+    old_logprobs: Tensor | None = None  # (B, R) nats, likewise, by the training pass
     ref_logprobs: Tensor | None = None  # (B, R) nats, of the frozen reference
     full_kl: Tensor | None = None  # (B, R) nats, KL(policy || ref) over the vocabulary
     ref_states: Tensor | None = None  # (B, R, D) of the reference, where a loss needs its whole law

@@ -197,7 +197,7 @@ class Run:
         self.write_file("run.json", fsio.json_text(facts))
 
     def provenance(self, places: Iterable[str]) -> dict:
-        """Of what is trained: settings that a number depends on, and the data by their bytes.
+        """What the model was trained on: the data's sha256, and the settings that change numbers.
 
         It is written for others to read, so files go by their names, not by this machine's folders.
 

@@ -147,13 +147,13 @@ class KVCache:
         shape = (rows, config.num_kv_heads, capacity, config.head_dim)
         self.keys = [like.new_zeros(shape) for _ in range(config.num_layers)]
         self.values = [like.new_zeros(shape) for _ in range(config.num_layers)]
-        self.seen = torch.empty(0)  # (B, S) bool: what a step looks at, set once by the Decoder
+        self.key_mask = torch.empty(0)  # (B, S) bool: what a decoding step attends to
         self.hold(torch.zeros(rows, dtype=torch.int64, device=like.device))
 
     def hold(self, lengths: Tensor) -> None:
         """Row b has lengths[b] tokens, (B,) int64, from now on."""
         self.lengths, self.rows = lengths, torch.arange(len(lengths), device=lengths.device)
-        self.longest = int(lengths.max())  # here once, since a GPU waits for each number it tells
+        self.longest = int(lengths.max())  # once, since reading a number off a GPU waits for it
 
     def grow(self) -> None:
         """Each row has one token more."""
@@ -184,7 +184,7 @@ class KVCache:
 
 
 def totals(lengths: Tensor) -> tuple[int, int]:
-    """(sum, longest) of (B,) lengths, asked for at once, since a GPU waits for each question."""
+    """(sum, longest) of (B,) lengths, in one transfer, since each one waits for a GPU."""
     cells, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
     return cells, longest
 
@@ -262,7 +262,7 @@ class Attention(nn.Module):
         K, keys, values = k.shape[1], cache.keys[self.layer], cache.values[self.layer]
         keys[cache.rows, :, cache.lengths] = k[:, :, 0]
         values[cache.rows, :, cache.lengths] = v[:, :, 0]
-        S, mask = cache.seen.shape[1], cache.seen[:, None, None]
+        S, mask = cache.key_mask.shape[1], cache.key_mask[:, None, None]
         # The H/K query heads of a group stand where query positions stand: no copy of the keys.
         grouped = q.view(B, K, H // K, E)
         out = F.scaled_dot_product_attention(grouped, keys[:, :, :S], values[:, :, :S], mask)
@@ -340,7 +340,8 @@ class Decoder(nn.Module):
         longest = T if past is None else cache.longest + 1
         self.check_length(longest)
         if past is not None:
-            cache.seen = torch.arange(longest, device=tokens.device) <= past[:, None]  # itself too
+            # for all layers, the new token included
+            cache.key_mask = torch.arange(longest, device=tokens.device) <= past[:, None]
         where = torch.arange(T, device=tokens.device) if past is None else past[:, None]
         packing, rope = None, None
         cells, most = (tokens.numel(), T) if lengths is None else totals(lengths)

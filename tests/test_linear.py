@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minirlhf.linear import A_HANDFUL, BLOCKS, FEW, Linear, linear
+from minirlhf.linear import BLOCKS, MOST_COLUMNS, MOST_ROWS, Linear, linear
 
 f64 = torch.float64
 
@@ -15,7 +15,7 @@ def assert_close(got, expected):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("tokens", [1, A_HANDFUL + 1])
+@pytest.mark.parametrize("tokens", [1, MOST_COLUMNS + 1])
 def test_linear_by_hand(tokens):
     # Output j is row j of W times x, plus j: 1 · 10 + 0 · 1 + 0, 0 · 10 + 1 · 1 + 1, …
     rows = [[1, 0], [0, 1], [1, 1], [2, 0], [0, 2], [2, 2], [3, 0], [0, 3]]
@@ -26,7 +26,10 @@ def test_linear_by_hand(tokens):
     assert got.tolist() == [[[10, 2, 13, 23, 6, 27, 36, 10]]] * tokens
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, A_HANDFUL, A_HANDFUL + 1, FEW, FEW + 1])
+TOKENS = [0, 1, 2, MOST_COLUMNS, MOST_COLUMNS + 1, MOST_ROWS, MOST_ROWS + 1]
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("out", [BLOCKS, 5 * BLOCKS, BLOCKS + 1, 3])
 def test_linear_is_the_plain_product_for_any_number_of_tokens(tokens, out):
     x, weight, bias = numbers(tokens, 1, 6), numbers(out, 6), numbers(out)

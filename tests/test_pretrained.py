@@ -16,8 +16,8 @@ from minirlhf.heads import RewardModel, ValueHeadModel, normalize_scores
 from minirlhf.hf_config import config_from_hf, config_to_hf
 from minirlhf.model_files import has_tensor, tensor_files
 from minirlhf.pretrained import (
-    at_hand,
     describe,
+    in_memory,
     load_pretrained,
     load_reward_model,
     offload,
@@ -355,7 +355,7 @@ def test_offloaded_models_come_back_as_they_were(peer, tmp_path, fails):
     for _ in range(2):  # each time
         assert all(t.is_meta for model in models for t in model.state_dict().values())
         try:
-            with at_hand(*models), at_hand(reward):
+            with in_memory(*models), in_memory(reward):
                 for model, was in zip(models, before, strict=True):
                     now = model.state_dict()
                     assert all(torch.equal(now[n], t) for n, t in was.items())
@@ -365,7 +365,7 @@ def test_offloaded_models_come_back_as_they_were(peer, tmp_path, fails):
         except ZeroDivisionError:
             pass
     assert (reward.heads, reward.lcb_coef) == (3, 0.5)
-    with at_hand(there := load_pretrained(folder)):  # one that never left
+    with in_memory(there := load_pretrained(folder)):  # one that never left
         pass
     assert not next(there.parameters()).is_meta
 

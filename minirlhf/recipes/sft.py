@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a language model learns to write demonstrations, or a tiny one to write.
+"""Supervised fine-tuning of a model on demonstrations, or the training of a tiny one from nothing.
 
     loss = -(sum over target tokens of log pi(token | those before it)) / (number of target tokens)
 
