@@ -7,7 +7,7 @@
 
 16 prompts of 32 tokens, 64 tokens sampled after each, scored by a reward model of the same size,
 penalised against a frozen reference; 2 epochs of 2 mini-batches, all weights trained. Ours is the
-recipe's own generator; "lean" passes few rows at once and offloads the frozen models.
+recipe's own generator; "lean" passes one row at once and offloads the frozen models.
 `peers/README.md` says how to make the peers' environments; a peer without one is left out. Each
 program runs in a process of its own, in turns, `--rounds` times; the first update of each process
 is not counted.
@@ -150,7 +150,7 @@ def main() -> None:
     flags.add_argument("--trl112-path", metavar="DIR")
     flags.add_argument("--compile", action="store_true", help="also compiled")
     flags.add_argument("--updates", type=several, default=4)
-    flags.add_argument("--lean-rows", type=int, default=2, help="rows that lean passes at once")
+    flags.add_argument("--lean-rows", type=int, default=1, help="rows that lean passes at once")
     flags.add_argument("--prompts", help=argparse.SUPPRESS)
     flags.add_argument("--reward", help=argparse.SUPPRESS)
     flags.add_argument("--micro-batch-size", type=int, default=8, help=argparse.SUPPRESS)

@@ -254,6 +254,18 @@ def split_rows(
     return Split(form, split, total)
 
 
+PROMPTS = ("instruction", "question", "query", "input", "context", "system")  # elsewhere
+
+
+def unread_prompt(split: Split) -> list[str]:
+    """A note where whole texts stand beside what other tools call a prompt."""
+    row, (prompt, *_) = split.rows[0]
+    there = [name for name in PROMPTS if name in row.columns]
+    if prompt is not None or "prompt" not in split.form.absent or not there:
+        return []
+    return [f"{', '.join(there)} not read: if answers need it, --columns prompt={there[0]}"]
+
+
 def first_row(path: str | Path, tell: Callable[[Row], T], policy: RowPolicy = STRICT) -> T:
     """What `tell` says of the first row that it does not refuse; it refuses malformed ones.
 
@@ -297,6 +309,7 @@ def load_examples(
         raise UserError("max_length", f"is {max_length}", "needs at least 1")
     encoded, lead = encode(path, split.rows, tokenizer, sieve)
     report = Report(str(path), split.form.detected, split.total)
+    report.notes += unread_prompt(split)
     examples = []
     for (row, (prompt, *_)), ids in zip(split.rows, encoded, strict=True):
         if ids is None:

@@ -34,7 +34,6 @@ def encode(
     if not ready and len(parts[0]) > 1 and not tokenizer.eos_ids:
         what = "names no eos token, which every text ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
-    limit = None if tokenizer is None else tokenizer.vocab_size
     batch = []
     if isinstance(sample, str):
         with suppress(UserError):  # one row's fault, which is found below, row by row
@@ -44,7 +43,7 @@ def encode(
     for at, (row, part) in enumerate(rows):
         try:
             if ready:
-                ids = _checked(row, part, limit)
+                ids = _checked(row, part, tokenizer)
             else:
                 ids = batch[at] if batch else _by_itself(row, part, lead, tokenizer)
                 ids = _ended(row, ids, headless, tokenizer)
@@ -106,13 +105,18 @@ def cut_eos(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
 
 
 def _checked(
-    row: Row, part: tuple[list[int] | None, ...], limit: int | None
+    row: Row, part: tuple[list[int] | None, ...], tokenizer: Tokenizer | None
 ) -> tuple[list[int], ...]:
-    """Ids that came as ids: each must have a token."""
-    for ids in part:
-        if limit is not None and ids and max(ids) >= limit:
-            legal = f"the tokenizer has the ids 0 to {limit - 1}"
-            raise UserError(row.where, f"token id {max(ids)}", legal)
+    """Ids that came as ids: of this tokenizer, where a row tells, and each with a token."""
+    if tokenizer is not None:
+        made_by = row.columns.get("tokenizer") if was_sampled(row) else None
+        if made_by not in (None, tokenizer.fingerprint):
+            do = "leave out its input_ids and prompt_length, and its texts are read"
+            raise UserError(row.where, "holds ids of another tokenizer", do)
+        for ids in part:
+            if ids and max(ids) >= tokenizer.vocab_size:
+                legal = f"the tokenizer has the ids 0 to {tokenizer.vocab_size - 1}"
+                raise UserError(row.where, f"token id {max(ids)}", legal)
     return tuple(ids or [] for ids in part)
 
 

@@ -305,8 +305,8 @@ def prompt_format(row: Row, empty_prompt: bool = False) -> Format:
     if "prompt_ids" in row.columns:
         return _column("prompt_ids", _ids, "tokenised prompts")
     if "input_ids" in row.columns:
-        keys = ("input_ids", "attention_mask")
-        return Format("tokenised prompts (input_ids)", keys, lambda row: (_ids(row, *keys),))
+        used = ("input_ids", "attention_mask", "prompt_length")
+        return Format("tokenised prompts (input_ids)", used, _prompt_of_ids)
     for key in ("prompt", "messages", "text"):
         match _kind(row.columns.get(key)):
             case "text":
@@ -317,6 +317,16 @@ def prompt_format(row: Row, empty_prompt: bool = False) -> Format:
                 messages = partial(_messages, may_be_empty=empty_prompt)
                 return _column(key, messages, detected)
     raise _unknown(row, "prompt (a string or messages) | messages | text | prompt_ids | input_ids")
+
+
+def _prompt_of_ids(row: Row) -> tuple[list[int]]:
+    """All ids, or those before the answer in a row that `minirlhf sample` wrote."""
+    ids = _ids(row, "input_ids", "attention_mask")
+    length = row.columns.get("prompt_length", len(ids))
+    if type(length) is not int or not 1 <= length <= len(ids):
+        what = f"prompt_length is {printable(json.dumps(length), 40)}"
+        raise UserError(row.where, what, f"needs an integer from 1 to {len(ids)}")
+    return (ids[:length],)
 
 
 def _last_answer(row: Row) -> tuple[Messages, Messages]:

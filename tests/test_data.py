@@ -188,6 +188,20 @@ def test_load_pairs_reads_numbers_out_of_a_text_table(tmp_path, tokenizer):
         load_pairs(path, tokenizer, 8, "drop")
 
 
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"question": "why", "system": "be kind"}, ["question, system not read: if answers need"]),
+        ({"id": 7}, []),
+        ({"prompt": "why", "question": "why"}, []),
+    ],
+)
+def test_load_pairs_tells_of_a_prompt_under_another_name(write, tokenizer, row, told):
+    pair = {"chosen": "good", "rejected": "bad"}
+    _, report = load_pairs(write(pair | row), tokenizer, 64, "error")
+    assert [note[: len(told[0])] for note in report.notes] == told
+
+
 def test_load_pairs_drops_equal_answers_and_counts_them(write, tokenizer):
     same, other = {"chosen": "c", "rejected": "c"}, {"chosen": "c", "rejected": "r"}
     pairs, report = load_pairs(write(same, other, same), tokenizer, 8, "drop")

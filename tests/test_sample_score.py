@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minirlhf.cli import main
-from minirlhf.data import Prompt
+from minirlhf.data import Prompt, load_prompts
+from minirlhf.errors import UserError
 from minirlhf.generation import Sampling
 from minirlhf.heads import RewardModel, initialize_score
 from minirlhf.hf_config import config_from_hf
@@ -159,7 +160,8 @@ def test_sample_counts_the_eos_and_leaves_it_out_of_the_text(files):
     said = len(tokenizer.encode("good film"))
     rows = list(sample(lm, tokenizer, prompts, Sampling(30, temperature=0)))
     row = {"prompt": "", "response": "good film", "finish_reason": "eos", "tokens": said + 1}
-    ids = {"input_ids": [0, *tokenizer.encode("good film"), 0], "prompt_length": 1}
+    ids = {"input_ids": [0, *tokenizer.encode("good film"), 0], "prompt_length": 1,
+           "tokenizer": tokenizer.fingerprint}  # fmt: skip
     assert rows == [row | ids]  # the prompt's ids are not those of its text
 
 
@@ -386,6 +388,28 @@ def test_score_reads_the_ids_of_prompts_that_were_ids(files, capsys, tmp_path):
                       "--data", write_lines(tmp_path / "s.jsonl", samples))  # fmt: skip
     for row, line in zip(samples, scored, strict=True):
         assert line["score"] == pytest.approx(peer_score(files["RM"], row["input_ids"]), abs=1e-5)
+
+
+def test_ids_that_sample_wrote_are_read_by_their_own_tokenizer_only(files, capsys, tmp_path):
+    row = {"prompt": "a film", "response": "so", "finish_reason": "eos", "input_ids": [300, 5],
+           "prompt_length": 1, "tokenizer": "another"}  # fmt: skip
+    path = write_lines(tmp_path / "s.jsonl", [row])
+    sample = ("sample", "--model", files["LM"], "--max-new-tokens", "4")
+    for words in (("score", "--model", files["RM"]), sample):
+        assert main([*words, "--data", str(path)]) == 2
+        told = "s.jsonl:1: holds ids of another tokenizer: leave out its input_ids and prompt_leng"
+        assert told in capsys.readouterr().err
+
+
+def test_a_prompt_of_ids_ends_where_its_answer_begins(files, tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "prompt_length": 2}, {"input_ids": [8, 9]}]
+    tokenizer = load_tokenizer(files["LM"])
+    prompts, _ = load_prompts(write_lines(tmp_path / "p.jsonl", rows), tokenizer, 9, "error")
+    assert [prompt.ids for prompt in prompts] == [[5, 6], [8, 9]]
+    for wrong in (0, 4, "2"):
+        path = write_lines(tmp_path / "q.jsonl", [rows[0] | {"prompt_length": wrong}])
+        with pytest.raises(UserError, match=r"prompt_length is .*: needs an integer from 1 to 3"):
+            load_prompts(path, tokenizer, 9, "error")
 
 
 def test_a_stop_string_that_no_text_shows_is_refused(files, capsys):

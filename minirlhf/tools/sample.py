@@ -104,8 +104,8 @@ def sample(
     Returns:
         {prompt: as it stood in the file, or what is left of a text that was cut, response: text
         before a stop string (for a prompt of messages: the assistant's message), finish_reason: eos
-        | stop | length, tokens: sampled}; and input_ids, prompt_length where a prompt's ids are not
-        those of its text.
+        | stop | length, tokens: sampled}; and input_ids, prompt_length, tokenizer where a prompt's
+        ids are not those of its text.
     """
     # False for prompts that came as ids, or were cut: others then read the ids instead of the text.
     exact = all(read_again(tokenizer, prompt) == prompt.ids for prompt in prompts)
@@ -129,7 +129,8 @@ def sample(
                 "response": [{"role": "assistant", "content": text}] if is_chat else text,
                 "finish_reason": reason, "tokens": len(response),
                 **({} if exact else {"input_ids": prompt.ids + read,
-                                     "prompt_length": len(prompt.ids)}),
+                                     "prompt_length": len(prompt.ids),
+                                     "tokenizer": tokenizer.fingerprint}),
             }  # fmt: skip
 
 
