@@ -51,6 +51,7 @@ def epoch_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> li
 
     Args:
         lengths: (N,) tokens of each row.
+        seed, epoch: decide the order.
     Returns:
         ceil(N / batch_size) index tensors; only the last may be shorter than batch_size.
     """
@@ -67,7 +68,13 @@ def epoch_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> li
 def next_rows(
     consumed: int, count: int, total: int, seed: int, stream: str = "prompt order"
 ) -> Tensor:
-    """(count,) numbers of the next rows; each epoch holds all of them in an order of its own."""
+    """(count,) numbers of the next rows; each epoch holds all of them in an order of its own.
+
+    Args:
+        consumed: rows that were taken since the start.
+        total: rows that there are.
+        stream: names the order: another one is another order.
+    """
     rows: list[Tensor] = []
     for position in range(consumed, consumed + count):
         epoch, offset = divmod(position, total)

@@ -5,8 +5,8 @@ from difflib import get_close_matches
 
 from minirlhf.errors import printable
 
-# What formats.py and rankings.py read. Of token ids one spelling is enough: the others are those of
-# tools that write no other names.
+# What formats.py and rankings.py read; of token ids TRL's spelling, since files that have another
+# tool's spelling are that tool's, with its names.
 COLUMNS = (
     "text", "messages", "prompt", "completion", "response", "chosen", "rejected", "margin",
     "chosen_probability", "responses", "ranks", "scores", "best", "choice", "completions",
@@ -32,12 +32,13 @@ def column_problems(words: Iterable[str]) -> list[str]:
             found.append(f"columns: got {got}, must be NAME=COLUMN, as in prompt=question")
         elif name not in COLUMNS:
             nearest = get_close_matches(name[:80], COLUMNS, n=1, cutoff=0)[0]
-            found.append(f"columns: no {shown!r} is read: the nearest is {nearest}")
+            swapped = "; our name comes first" if column in COLUMNS else ""
+            found.append(f"columns: no {shown!r} is read: the nearest is {nearest}{swapped}")
         elif name in columns:
             two = printable(f"{columns[name]} and {column}", 80)
             found.append(f"columns: two for {shown}: {two}")
         elif column in columns.values():
-            found.append(f"columns: {printable(column, 40)!r} is given for two")
+            found.append(f"columns: {printable(column, 40)!r} is given for two names")
         else:
             columns[name] = column
     return found

@@ -1,8 +1,8 @@
 """The files of a model's folder: where they are, which of them count, and their tensors.
 
-A file counts for what it is, not for its name: a header is checked before the library allocates by
-it, a pickle is refused whatever it is called, and no link leads out of a model's folder. What the
-tensors mean is not known here.
+A file is believed for what it holds, not for its name: a header is checked before the library
+allocates by it, a pickle is refused whatever it is called, and no link leads out of a model's
+folder. What the tensors mean is not known here; only those that no computation needs are left out.
 """
 
 import os
@@ -159,7 +159,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def read_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of these files; a name that stands twice is an error."""
+    """All tensors of these files but the HARMLESS; a name that stands twice is an error."""
     tensors: dict[str, Tensor] = {}
     for path in files:
         with _opened(path) as opened:

@@ -76,7 +76,7 @@ def ppo_plan(
     settings: PPOConfig, models: PPOModels, longest_prompt: int, dtype: torch.dtype, held: int,
     longest_text: int = 0,
 ) -> Plan:  # fmt: skip
-    """Of a PPO run.
+    """The plan of a PPO run.
 
     Args:
         longest_prompt: tokens.
@@ -138,8 +138,8 @@ def ppo_plan(
              f"{cells:,} tokens x {passing:,} B, and logits", ("measure",), fewer),
         Part("activations", trained * kept, f"{trained:,} tokens x {kept:,} B", ("loss",), fewer),
         Part("logits", max(logits[:2]), logits.counted, ("loss",), fewer),
-        # Ids twice, and a byte of mask and six float32 for each response token.
-        Part("rollout", settings.batch_size * (16 * longest + 25 * settings.max_new_tokens),
+        # Ids twice, and a byte of mask and seven float32 for each response token.
+        Part("rollout", settings.batch_size * (16 * longest + 29 * settings.max_new_tokens),
              f"{settings.batch_size} rows x {longest} tokens"
              + (", without the ids that could be drawn" if uncounted else ""),
              reading, "lower --batch-size"),
@@ -193,7 +193,7 @@ def reward_plan(
     settings: TrainingSettings, model: ModelConfig, longest: int, dtype: torch.dtype, held: int,
     held_out: int = 0, texts: int = 2, heaviest: int | None = None,
 ) -> Plan:  # fmt: skip
-    """Of a reward model's training.
+    """The plan of a reward model's training.
 
     Args:
         longest: tokens of the longest text, a prompt with one of its answers.
@@ -228,7 +228,7 @@ def sft_plan(
     settings: TrainingSettings, model: ModelConfig, longest: int, dtype: torch.dtype, held: int,
     held_out: int = 0, heaviest: int | None = None,
 ) -> Plan:  # fmt: skip
-    """Of supervised fine-tuning; arguments as in `reward_plan`, texts instead of pairs."""
+    """The plan of supervised fine-tuning; arguments as in `reward_plan`, texts instead of pairs."""
     rank, most = settings.lora_rank, settings.micro_batch_tokens
     cells = largest_cells(settings.batch_size, longest, most)
     tokens = cells if heaviest is None else min(cells, heaviest)

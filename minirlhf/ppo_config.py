@@ -278,7 +278,11 @@ class PPOConfig:
         if self.epochs == self.mini_batches == 1:
             acts = {"max_ratio": self.max_ratio, "dual_clip": self.dual_clip}
             for name in (name for name, value in acts.items() if value is not None):
-                yield f"{name}: the ratio of the only update is 1; raise epochs or mini_batches"
+                flag = f"--{name.replace('_', '-')}"
+                yield (
+                    f"{name}: the ratio of the only update is 1; raise epochs or mini_batches (of "
+                    f"a preset: give {flag} none)"
+                )
         if self.early_stop_kl is not None and self.epochs == 1:
             yield "early_stop_kl: there is one epoch, and none after it to leave out"
         elif self.early_stop_kl is not None and self.epochs == 2 and self.mini_batches == 1:
@@ -319,8 +323,10 @@ class PPOConfig:
         evaluations compare with scores of the start, and a target moves its KL coefficient."""
         names = {"eval_data", "eval_prompts"}
         if self.eval_data:
-            names |= {"reward", "seed", "stop", "temperature", "top_k", "top_p", "min_p",
-                      "max_new_tokens", "min_new_tokens", "columns"}  # fmt: skip
+            names |= {"reward", "reward_format", "seed", "stop", "temperature", "top_k", "top_p",
+                      "min_p", "max_new_tokens", "min_new_tokens", "keep_best", "columns",
+                      "max_prompt_length", "overlong", "bad_rows", "fix_text",
+                      "allow_empty_prompt"}  # fmt: skip
         return names if self.kl_target is None else names | {"kl_coef"}
 
     @property

@@ -1,4 +1,4 @@
-"""What a PPO run looks at, refuses and tells before it costs anything."""
+"""What a PPO run looks at, refuses and tells before it costs anything, and the policy it loads."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -136,8 +136,8 @@ def read_texts(
 def check_reencoded(config: PPOConfig, scorers: Sequence[Path], data: Data) -> None:
     """Whether reward models that re-encode texts have room for every prompt and its response.
 
-    What tokens a response will be there is known once it is sampled; until then room is asked for
-    as many as the policy may sample.
+    How many tokens a response has in such a model's vocabulary is not known before it is sampled:
+    room is asked for as many as the policy may sample.
 
     Args:
         scorers: reward models with another tokenizer than the policy's.
@@ -163,7 +163,7 @@ class Start(NamedTuple):
     """All that a run starts from: found, checked and, of its data, read. No weight is loaded."""
 
     folder: Path  # of the policy
-    ref_folder: Path
+    ref_folder: Path  # the policy's where no --ref is given
     critic: list[Path]  # none or one
     scorers: list[Path]  # the reward models of --reward
     specs: list[Spec]  # of --reward
@@ -173,7 +173,8 @@ class Start(NamedTuple):
 
 
 def look(config: PPOConfig, weights: bool = True) -> Start:
-    """Refuses all that can be refused before anything is loaded, the cheapest first.
+    """What a run starts from; refuses all that can be refused before anything is loaded, the
+    cheapest first.
 
     Args:
         weights: False for a plan, which asks for no weights, so that their headers are not read.

@@ -58,6 +58,21 @@ def reencode(
     return head, tail if ended else [*tail, tokenizer.eos_ids[0]]
 
 
+def end_of(tokenizer: Tokenizer, prompt: str | Messages, drawn: int) -> int:
+    """The eos that ends a response in a reward model's training.
+
+    Args:
+        drawn: the policy's; it counts where the template refuses the prompt.
+    """
+    first, *others = tokenizer.eos_ids
+    if not others:
+        return first
+    try:
+        return reencode(tokenizer, prompt, "a", "eos")[1][-1]
+    except UserError:
+        return drawn if drawn in others else first
+
+
 def model_reward(
     model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: int, own_tokenizer: bool = False,
     name: str = "--reward",
@@ -89,7 +104,7 @@ def model_reward(
             prompt, response = batch.prompt_ids[i], batch.response_ids[i]
             if reason != "length":  # of several eos the policy may have drawn another
                 own = response[:-1] if reason == "eos" else tokenizer.encode(text, bos=False)
-                response = [*own, reencode(tokenizer, batch.prompts[i], "a", reason)[1][-1]]
+                response = [*own, end_of(tokenizer, batch.prompts[i], response[-1])]
         if model.read_before_eos:
             response = cut_eos(response, tokenizer.eos_ids)
         return prompt + response

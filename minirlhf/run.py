@@ -41,8 +41,11 @@ FREE = {"out", "resume", "log_every", "save_every", "keep", "show_samples", "dev
         "reward_token_file", "allow_data_change", "allow_setting_change", "offload_frozen",
         "gradient_checkpointing"}  # fmt: skip
 # And those that it never may, whatever is allowed: a checkpoint's weights are of them.
-FIXED = {"model", "init_config", "tokenizer", "ref", "critic", "train_critic", "heads",
-         "lora_rank", "lora_alpha", "dtype"}  # fmt: skip
+FIXED = {"model", "init_config", "tokenizer", "vocab_size", "ref", "critic", "train_critic",
+         "heads", "lora_rank", "lora_alpha", "dtype"}  # fmt: skip
+# Settings that decide which rows a step takes, for recipes that count their place by steps.
+PLACE = {"batch_size", "seed", "max_length", "overlong", "columns", "bad_rows", "fix_text",
+         "allow_empty_prompt"}  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -208,7 +211,8 @@ class Run:
         given = self._data()
         data = [{"file": Path(name).name, "sha256": sha256}
                 for name, sha256 in self.hashes.items() if name in given]  # fmt: skip
-        data += [{"file": Path(c["file"]).name, "sha256": c["was"]} for c in self.data_changes]
+        data += [{"file": Path(c["file"]).name, "sha256": c["was"]}
+                 for c in self.data_changes if c["was"] is not None]  # fmt: skip
         changes = [c for c in self.setting_changes if c["setting"] in kept]
         return {"data": data, "settings": kept} | ({"changes": changes} if changes else {})
 

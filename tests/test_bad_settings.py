@@ -72,7 +72,7 @@ FLAGS = [  # added to a right `minirlhf sft`, what is told
     ("--columns question=prompt", "columns: no 'question' is read: the nearest is "),
     ("--columns text=a text=b", "columns: two for text: a and b"),
     ("--columns text=a --columns text=a", "columns: two for text: a and a"),
-    ("--columns prompt=a completion=a", "columns: 'a' is given for two"),
+    ("--columns prompt=a completion=a", "columns: 'a' is given for two names"),
     ("--columns text=a=b", "texts.jsonl:1: no column 'a=b' to take as text: keys present: text"),
     ("--schedule cosin", "--schedule: got 'cosin', must be one of constant, linear, cosine"),
     ("--overlong cut", "--overlong: got 'cut', must be one of drop, truncate_prompt_left, trunc"),

@@ -68,6 +68,11 @@ def test_every_name_that_may_be_given_is_read():
     assert set(COLUMNS) == {name for _, row in ROWS for name in row}
 
 
+def test_a_word_the_wrong_way_round_is_told():
+    (told,) = column_problems(["question=prompt"])
+    assert told.endswith("; our name comes first")
+
+
 def test_two_columns_may_change_places(write, tokenizer):
     policy = RowPolicy(columns=("chosen=rejected", "rejected=chosen"))
     path = write({"chosen": "c", "rejected": "r", "margin": 1})

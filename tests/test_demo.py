@@ -43,7 +43,8 @@ def test_demo_refuses_a_folder_that_is_there(tmp_path, capsys):
 
 
 def test_demo_ends_with_the_command_that_was_stopped(capsys):
-    with pytest.raises(UserError, match=r"was stopped: the demo starts anew in") as told:
+    message = r"^minirlhf test_demo: was stopped: the demo starts anew in"
+    with pytest.raises(UserError, match=message) as told:
         demo.command("1 of 2", stopped, "--steps", 3)
     assert told.value.code == STOPPED
     assert capsys.readouterr().out == "\n1 of 2\n$ minirlhf test_demo --steps 3\n"

@@ -57,8 +57,10 @@ def test_choose_dtype():
 
 
 @pytest.mark.parametrize("device, wanted", [("cpu", True), ("cuda", False)])
-def test_make_deterministic_is_for_a_cpu(device, wanted):
+def test_make_deterministic_is_for_a_cpu(device, wanted, monkeypatch):
     before = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(not wanted)
     try:
         machine.make_deterministic(device)
         assert torch.are_deterministic_algorithms_enabled() == wanted

@@ -47,7 +47,7 @@ def test_ppo_plan_by_hand():
         "scoring pass": 20 * 112,
         "measuring pass": 10 * 112 + 2 * 240,
         "activations": 10 * 324, "logits": 2 * 240,
-        "rollout": 4 * (5 * 16 + 3 * 25),
+        "rollout": 4 * (5 * 16 + 3 * 29),
     }  # fmt: skip
     assert totals(plan) == {
         "load": 3064, "prompts": 5656, "sampling": 5560, "score": 7300, "measure": 6660,

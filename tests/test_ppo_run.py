@@ -722,8 +722,9 @@ def test_main_goes_on_with_other_settings_where_that_is_allowed(world, tmp_path,
         ({"eval_data": "held_out"}, {"temperature": 0.5}),  # later answers are compared
         ({"eval_data": "held_out"}, {"columns": "prompt=prompt"}),  # nor may other prompts be read
         ({}, {"eval_data": "held_out"}),
+        ({"eval_data": "held_out"}, {"max_prompt_length": 40}),
     ],
-    ids=["kl_coef", "temperature", "columns", "eval_data"],
+    ids=["kl_coef", "temperature", "columns", "eval_data", "max_prompt_length"],
 )
 def test_main_never_changes_what_a_run_remembers(beside, change, world, tmp_path, capsys):
     held_out = shutil.copy(world / "prompts.jsonl", tmp_path / "held_out.jsonl")

@@ -41,7 +41,10 @@ def in_a_small_world(tmp_path, monkeypatch):
     lines = [json.dumps({"prompt": text}) for text in ("a film", "the plot", "a plot that")]
     (tmp_path / "real" / "movie_prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    yield tmp_path
+    torch.use_deterministic_algorithms(before)
 
 
 def run_code(code: str, names: dict) -> dict:
@@ -91,6 +94,17 @@ def test_readme_loss_is_the_one_that_is_learned_from(in_a_small_world):
     names["config"] = names["Reinforce"](**settings)
     free = names["update"](*rollout, iteration=1)
     assert clipped.clipfrac > 0 and free.clipfrac == 0
+    # At ratio 1 both losses have one gradient, that of -A log pi: one step from the same weights
+    policy, ends = names["policy"], []
+    start = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    for config in (PPOConfig, names["Reinforce"]):
+        policy.load_state_dict(start)
+        names["config"] = config(epochs=1)
+        names["optimizer"] = torch.optim.SGD(policy.parameters(), lr=0.1)
+        names["update"](*rollout, iteration=0)
+        ends.append(policy.lm.model.embed_tokens.weight.clone())
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)
+    assert not torch.equal(ends[0], start["lm.model.embed_tokens.weight"])
     assert validate(names["config"]) is None  # its settings are checked as PPOConfig's are
 
 
@@ -106,7 +120,9 @@ def test_shell_commands_can_be_pasted_into_zsh(file):
 
 
 def test_readme_names_every_module_once_with_its_lines():
-    told = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.MULTILINE))
+    pairs = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.MULTILINE)
+    told = dict(pairs)
+    assert len(pairs) == len(told)
     package = ROOT / "minirlhf"
     there = {
         str(p.relative_to(package)): str(len(p.read_text(encoding="utf-8").splitlines()))

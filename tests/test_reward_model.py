@@ -13,7 +13,7 @@ from minirlhf.hf_config import config_from_hf
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.ppo_start import Data, check_reencoded
 from minirlhf.pretrained import load_reward_model, save_pretrained
-from minirlhf.reward_model import model_reward, reencode
+from minirlhf.reward_model import end_of, model_reward, reencode
 from minirlhf.reward_sources import facts, load_reward, parse
 from minirlhf.rewards import Completions
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
@@ -104,6 +104,11 @@ def test_model_reward_ends_messages_as_its_template_does(folder, tmp_path):
     batch = Completions([messages], [[67, 1]], ["x"], [[90, 0]], ["eos"], {})
     found = model_reward(load_reward_model(two), tokenizer, 64)(batch)
     assert found.tolist() == pytest.approx([alone(two, [67, 1, 90, 1])], abs=1e-6)
+    # A template that refuses the prompt has no end to say: what was drawn counts, if it is one.
+    config["chat_template"] = "{{ raise_exception('no') }}"
+    (two / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    refusing = load_tokenizer(two)
+    assert [end_of(refusing, messages, drawn) for drawn in (0, 1, 7)] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -278,6 +278,19 @@ def test_allow_data_change_is_no_leave_to_change_anything_else(tmp_path):
         pass
 
 
+def test_provenance_names_data_by_what_it_was_and_is(tmp_path):
+    old, new, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "run"
+    for path, text in ((old, "1"), (new, "2")):
+        path.write_text(text, encoding="utf-8")
+    with start(out, inputs=[str(old)], data=str(old)):
+        pass
+    leave = {"allow_data_change": True, "allow_setting_change": True}
+    with start(out, True, [str(new)], data=str(new), **leave) as run:
+        pass
+    sums = [{"file": "b.jsonl", "sha256": B}, {"file": "a.jsonl", "sha256": A}]
+    assert run.provenance(("data",))["data"] == sums
+
+
 @pytest.mark.parametrize("source", ["reward.py:f", "0.5*reward.py:f", "model"])
 def test_allow_setting_change_is_leave_to_mend_a_reward_source(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,9 @@
 """`minirlhf sample` and `minirlhf score`: JSON lines, the same however they were batched."""
 
+import io
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from minirlhf.recipes.reward import SHOWN
 from minirlhf.reward_eval import evaluate
 from minirlhf.reward_model import score_texts
 from minirlhf.tokenizer import load_tokenizer, train_tokenizer
-from minirlhf.tools.sample import sample
+from minirlhf.tools.sample import json_lines, sample
 from minirlhf.transformer import CausalLM, initialize
 
 TINY = {
@@ -110,6 +112,15 @@ def test_sample_draws_several_responses_of_each_prompt(files, capsys, tmp_path):
     # as if each prompt stood in the file three times, in any batch
     thrice = write_lines(tmp_path / "thrice.jsonl", [{"prompt": row["prompt"]} for row in rows])
     assert lines_of(capsys, *command, "--data", thrice, "--batch-size", 2) == rows
+
+
+def test_rows_are_json_whatever_the_terminal_can_show(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with json_lines(None) as write:
+        write({"prompt": "caf\u00e9 \U0001f600"})
+    stream.seek(0)
+    assert json.loads(stream.read()) == {"prompt": "caf\u00e9 \U0001f600"}
 
 
 def test_sample_takes_every_text_for_a_prompt(files, capsys):

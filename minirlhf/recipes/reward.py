@@ -53,7 +53,7 @@ from minirlhf.preferences import (
 from minirlhf.rankings import Ranking, load_preferences
 from minirlhf.reward_card import card_files
 from minirlhf.reward_eval import Evaluation, evaluate, sample_rows, sample_table, score_moments
-from minirlhf.run import Run, named_files
+from minirlhf.run import PLACE, Run, named_files
 from minirlhf.sieve import Report, RowPolicy
 from minirlhf.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from minirlhf.transformer import ModelConfig
@@ -447,7 +447,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     files = {"": config.data} | named_files(config.eval_data)
-    r = Run(config.out, "reward", settings.as_dict(config), config.resume, files.values())
+    told = settings.as_dict(config)
+    r = Run(config.out, "reward", told, config.resume, files.values(), PLACE)
     folder = model_files.resolve(config.model)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
     r.inputs += tokenizer_files(folder)

@@ -34,7 +34,7 @@ from minirlhf.machine import choose_device, choose_dtype, make_deterministic, pr
 from minirlhf.memory import Plan
 from minirlhf.meters import Step
 from minirlhf.rows import read_json
-from minirlhf.run import Run, named_files, write_model
+from minirlhf.run import PLACE, Run, named_files, write_model
 from minirlhf.sieve import Report, RowPolicy, Sieve
 from minirlhf.texts import collate_texts, count_tokens, target_stats, with_target
 from minirlhf.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_tokenizer
@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     files = {"": config.data} | named_files(config.eval_data)
     inputs = [*files.values(), *([config.init_config] if config.init_config else [])]
     # Refused here, before anything is loaded; written to only once all is.
-    r = Run(config.out, "sft", settings.as_dict(config), config.resume, inputs)
+    r = Run(config.out, "sft", settings.as_dict(config), config.resume, inputs, PLACE)
     tokenizer = choose_tokenizer(config)
     if source := config.model or config.tokenizer:
         r.inputs += tokenizer_files(model_files.resolve(source, weights=False))

@@ -144,9 +144,10 @@ def read_again(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 def json_lines(out: str | None) -> Iterator[Callable[[dict], None]]:
     """A function that writes one JSON line at once, to a new file or, without one, to stdout."""
     file = sys.stdout if out is None else open(out, "x", encoding="utf-8")
+    ascii_only = (getattr(file, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
 
     def write(row: dict) -> None:
-        print(json.dumps(row, ensure_ascii=False, allow_nan=False), file=file, flush=True)
+        print(json.dumps(row, ensure_ascii=ascii_only, allow_nan=False), file=file, flush=True)
 
     try:
         yield write
