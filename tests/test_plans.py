@@ -50,8 +50,8 @@ def test_ppo_plan_by_hand():
         "rollout": 4 * (5 * 16 + 3 * 29),
     }  # fmt: skip
     assert totals(plan) == {
-        "load": 3064, "prompts": 5656, "sampling": 5560, "score": 7300, "measure": 6660,
-        "loss": 9468, "step": 6068, "save": 4440,
+        "load": 3064, "prompts": 5656, "sampling": 5560, "score": 7348, "measure": 6708,
+        "loss": 9516, "step": 6116, "save": 4440,
     }  # fmt: skip
     assert plan.peak == "loss"
     assert plan.largest.name == "activations"
