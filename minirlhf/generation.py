@@ -15,6 +15,7 @@ from torch import Tensor
 from minirlhf import interrupt, streams
 from minirlhf.batching import pad_right
 from minirlhf.errors import NON_FINITE, UserError
+from minirlhf.logprobs import widened
 from minirlhf.support import RowSupport, Support
 from minirlhf.transformer import CausalLM, KVCache
 
@@ -293,38 +294,45 @@ def generate(
     keys: Tensor,
     decode: Callable[[list[int]], str] | None = None,
 ) -> Generation:
-    """Collects `decode_steps` (same arguments, same errors) into left-aligned rows."""
-    steps = list(decode_steps(lm, prompts, sampling, eos_ids, keys, decode))
-    B, R, width = len(prompts), len(steps), max(len(p) for p in prompts)
-    device = keys.device
+    """Collects `decode_steps` (same arguments, same errors) into left-aligned rows.
+
+    No step is kept but written down: small tensors that stay, between the temporary ones that grow
+    with the length, would leave holes in the heap that nothing fits into.
+    """
+    _check(lm, prompts, sampling, keys, decode)  # before tokens of such a size are made
+    B, most, width = len(prompts), sampling.max_new_tokens, max(map(len, prompts))
+    device, R = keys.device, 0
     prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
-    mask = torch.zeros(B, R, dtype=torch.bool, device=device)
-    logprobs = torch.zeros(B, R, dtype=steps[0].logprobs.dtype, device=device)
-    tokens = torch.zeros(B, width + R, dtype=torch.int64, device=device)
+    mask = torch.zeros(B, most, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(B, most, dtype=widened(lm.unembedding.dtype), device=device)
+    tokens = torch.zeros(B, width + most, dtype=torch.int64, device=device)
     tokens[:, :width] = pad_right(prompts).to(device)
     reasons = ["length"] * B
-    for t, step in enumerate(steps):
-        rows = step.rows.to(device)
+    supports: list[tuple[Tensor, Support]] = []  # (rows, of their tokens), a step each
+    for t, step in enumerate(decode_steps(lm, prompts, sampling, eos_ids, keys, decode)):
+        R, rows = t + 1, step.rows.to(device)
         mask[rows, t] = True
         logprobs[rows, t] = step.logprobs.to(device)
         tokens[rows, prompt_lengths[rows] + t] = step.tokens.to(device)
         for row, reason in zip(rows.tolist(), step.finish_reasons, strict=True):
             reasons[row] = reason or reasons[row]
+        if step.support is not None:
+            supports.append((rows, step.support))
+    mask, logprobs = mask[:, :R].contiguous(), logprobs[:, :R].contiguous()
     longest = int((prompt_lengths + mask.sum(1)).max())
-    tokens, support = tokens[:, :longest].contiguous(), _collect_support(steps, mask)
+    tokens, support = tokens[:, :longest].contiguous(), _collect_support(supports, mask)
     return Generation(tokens, prompt_lengths, mask, logprobs, reasons, support)
 
 
-def _collect_support(steps: list[DecodeStep], mask: Tensor) -> RowSupport | None:
-    """The supports of all steps, row by row."""
-    if steps[0].support is None:
+def _collect_support(supports: list[tuple[Tensor, Support]], mask: Tensor) -> RowSupport | None:
+    """The supports of all steps, row by row; None where every token could be drawn."""
+    if not supports:
         return None
     ids: list[list[Tensor]] = [[] for _ in mask]
     counts = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
-    for t, step in enumerate(steps):
-        sizes = step.support.counts
-        counts[step.rows.to(mask.device), t] = sizes.to(mask.device)
-        parts = step.support.ids.split(sizes.tolist())
-        for row, part in zip(step.rows.tolist(), parts, strict=True):
+    for t, (rows, support) in enumerate(supports):
+        counts[rows, t] = support.counts.to(mask.device)
+        parts = support.ids.split(support.counts.tolist())
+        for row, part in zip(rows.tolist(), parts, strict=True):
             ids[row].append(part)
-    return RowSupport([torch.cat(row) for row in ids], counts, steps[0].support.banned)
+    return RowSupport([torch.cat(row) for row in ids], counts, supports[0][1].banned)

@@ -1,4 +1,5 @@
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 import transformers
 from conftest import PEERS
 
-from minirlhf import streams
+from minirlhf import generation, streams
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.generation import (
     Sampling,
@@ -581,6 +582,20 @@ def test_logits_that_are_not_finite_stop_the_run(sampling, bad):
 def test_a_temperature_that_overflows_stops_the_run():
     with pytest.raises(UserError, match="not finite"):
         generate(counting_lm(), [[1]], Sampling(3, temperature=1e-40), [], keys(1))
+
+
+def test_generate_keeps_no_step(monkeypatch):
+    made: list[weakref.ref] = []
+
+    def watched(*args):
+        for step in decode_steps(*args):
+            assert not any(old() is not None for old in made[:-1])
+            made.append(weakref.ref(step.logprobs))
+            yield step
+
+    monkeypatch.setattr(generation, "decode_steps", watched)
+    out = generate(random_lm(), [[5, 9], [3]], Sampling(9, top_k=3), [0], keys(2))
+    assert len(made) == out.response_mask.shape[1] > 3
 
 
 def test_generate_leaves_no_gradient():
