@@ -312,6 +312,18 @@ def test_resuming_a_finished_run_has_nothing_to_do_and_changes_nothing(
         assert wrong_with(out_of(argv), remains(out)) == []
 
 
+@pytest.mark.parametrize("recipe", ["sft", "reward"])
+def test_a_place_that_is_counted_by_steps_keeps_its_batches(recipe, server, folder, whole, world):
+    out = folder / f"{recipe}-rebatched"
+    shutil.copytree(whole(recipe, NEVER)[0], out)
+    for name, value in (("batch_size", 2), ("seed", 9), ("max_length", 41)):
+        argv = command(recipe, world, out, save_every=NEVER, **{name: value})
+        assert server.run([*argv, "--resume", "--allow-setting-change"]).code == 2
+        told = log_of(argv).read_text("utf-8").splitlines()[-1]
+        assert f"{name} was" in told
+        assert told.endswith("resume with the settings of the first start")
+
+
 # ---- two threads ---------------------------------------------------------------------------------
 
 
