@@ -203,6 +203,13 @@ def test_load_pairs_tells_of_a_prompt_under_another_name(write, tokenizer, row, 
     assert all(map(str.startswith, report.notes, told))
 
 
+def test_load_pairs_tells_of_no_other_prompt_where_dialogues_hold_it(write, tokenizer):
+    ask = {"role": "user", "content": "why"}
+    sides = {side: [ask, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    pairs, report = load_pairs(write(sides | {"question": "why"}), tokenizer, 64, "error")
+    assert pairs[0].prompt_ids and report.notes == []
+
+
 def test_load_pairs_drops_equal_answers_and_counts_them(write, tokenizer):
     same, other = {"chosen": "c", "rejected": "c"}, {"chosen": "c", "rejected": "r"}
     pairs, report = load_pairs(write(same, other, same), tokenizer, 8, "drop")
