@@ -88,4 +88,4 @@ def total_steps(rows: int, batch_size: int, epochs: float, steps: int | None = N
     """Optimizer steps of a whole run, the exact horizon of the learning rate: `steps`, or else
     what `epochs` take."""
     exact = epochs * ceil(rows / batch_size)
-    return steps or max(1, ceil(round(exact, 6)))  # 1.1 * 70 is 77.00000000000001
+    return steps or max(1, ceil(round(exact, 6)))  # 0.07 * 100 is 7.000000000000001

@@ -117,7 +117,7 @@ def test_total_steps():
     assert total_steps(41, 4, 1.0) == 11
     assert total_steps(40, 4, 2.5) == 25
     assert total_steps(40, 4, 1.1) == 11
-    assert total_steps(280, 4, 1.1) == 77  # 1.1 * 70 is 77.00000000000001 in binary
+    assert total_steps(400, 4, 0.07) == 7  # 0.07 * 100 is 7.000000000000001 in binary
     assert total_steps(40, 4, 0.01) == 1
     assert total_steps(40, 4, 1e-9) == 1
     assert total_steps(40, 4, 3.0, 7) == 7
