@@ -17,12 +17,12 @@ from statistics import stdev
 import torch
 
 from minirlhf import load_pretrained, load_reward_model, load_tokenizer
-from minirlhf.data import load_prompts
-from minirlhf.evaluation import evaluate_policy
-from minirlhf.generation import Sampling
-from minirlhf.heads import ValueHeadModel
-from minirlhf.passes import measure
-from minirlhf.reward_model import model_reward
+from minirlhf.batches.rollouts import measure
+from minirlhf.data.examples import load_prompts
+from minirlhf.evaluation.policy import evaluate_policy
+from minirlhf.models.generation import Sampling
+from minirlhf.models.heads import ValueHeadModel
+from minirlhf.rewards.model import model_reward
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
             lm, prompts, source, partial(measure, ValueHeadModel(lm), start,
             temperature=args.temperature), tokenizer, sampling, args.seed, micro_batch_size=16,
             baseline=found["start"].scores if found else None,
-        )  # fmt: skip
+        )
     results = {name: evaluated.metrics for name, evaluated in found.items()}
     before, after = results["start"], results["aligned"]
     gain = after["objective/scores"] - before["objective/scores"]
@@ -66,7 +66,7 @@ def main() -> None:
         {"prompt": p.text, **{n: r.texts[i] for n, r in found.items()},
          **{f"{n}_score": r.scores[i] for n, r in found.items()}}
         for i, p in enumerate(prompts)
-    ]  # fmt: skip
+    ]
     names = ("limit", "max_new_tokens", "temperature", "stop", "seed")
     settings = {name: getattr(args, name) for name in names}
     with open(args.out, "w", encoding="utf-8") as file:

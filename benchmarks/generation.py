@@ -29,7 +29,7 @@ def ours(args: argparse.Namespace) -> None:
     import torch
 
     from minirlhf import Sampling, generate, load_pretrained
-    from minirlhf.machine import choose_dtype, make_deterministic
+    from minirlhf.run.machine import choose_dtype, make_deterministic
 
     make_deterministic("cpu")  # as the recipe does
     lm = load_pretrained(args.model, choose_dtype(args.dtype))
@@ -56,7 +56,7 @@ def main() -> None:
         prompts = long_prompts(
             args.model, f"{args.data}/movie_sentences.jsonl", PROMPT, max(BATCH_SIZES),
             Path(folder) / "prompts.json",
-        )  # fmt: skip
+        )
         shared = ["--model", args.model, "--prompts", str(prompts), "--repeats", str(args.repeats)]
         mine, peers = {}, {}
         for dtype in ("float32", "bfloat16") if args.bfloat16 else ("float32",):
@@ -76,10 +76,10 @@ def main() -> None:
             table.append({"program": name, "rows": rows, "tokens_per_s": rate, **spread(seconds)})
     print(hardware.show(machine))
     print(f"{'':<28}{'rows':>6}{'tokens/s':>10}{'median s':>10}{'lowest':>9}{'highest':>9}"
-          f"{'ratio':>8}")  # fmt: skip
+          f"{'ratio':>8}")
     for row in table:
         rates = [other["tokens_per_s"] for other in table
-                 if other["rows"] == row["rows"] and other["program"] in peers]  # fmt: skip
+                 if other["rows"] == row["rows"] and other["program"] in peers]
         row["ratio"] = row["tokens_per_s"] / max(rates) if rates else None
         ratio = f"{row['ratio']:.2f}" if rates else ""
         print(f"{row['program']:<28}{row['rows']:>6}{row['tokens_per_s']:>10.1f}"

@@ -56,14 +56,14 @@ def ready(operation: str, shape: dict[str, int]) -> tuple[Act, Act]:
     import torch
 
     from minirlhf import CausalLM
-    from minirlhf.hf_config import config_from_hf
-    from minirlhf.transformer import initialize
+    from minirlhf.models.families import config_from_hf
+    from minirlhf.models.transformer import initialize
 
     config = config_from_hf({
         "model_type": "llama", "vocab_size": shape["vocabulary"], "hidden_size": 128,
         "intermediate_size": 384, "num_hidden_layers": shape["layers"], "num_attention_heads": 4,
         "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": True,
-    })  # fmt: skip
+    })
     lm = initialize(CausalLM(config), torch.Generator().manual_seed(0))
     if operation == "ppo update":
         make = ppo_update(lm)
@@ -87,7 +87,7 @@ def ppo_update(lm) -> Make:
     import torch
 
     from minirlhf import PPOConfig, Rollout, RolloutBuffer, ValueHeadModel, ppo_step
-    from minirlhf.optim import make_optimizer
+    from minirlhf.run.optim import make_optimizer
 
     policy = ValueHeadModel(lm)
     optimizer = make_optimizer(policy, 1e-6)
@@ -102,7 +102,7 @@ def ppo_update(lm) -> Make:
             scores=torch.arange(B) / B, truncated=torch.ones(B, dtype=torch.bool),
             old_logprobs=logprobs, ref_logprobs=logprobs,
             old_values=torch.zeros(B, R), last_values=torch.zeros(B),
-        )  # fmt: skip
+        )
         config = PPOConfig(
             model="", data="", reward=("none",), out="", batch_size=B, max_new_tokens=R, epochs=1
         )
@@ -122,10 +122,10 @@ def reward_step(lm) -> Make:
     import torch
 
     from minirlhf import RewardConfig, RewardModel, TrainState
-    from minirlhf.data import Pair
-    from minirlhf.heads import initialize_score
-    from minirlhf.optim import make_optimizer
+    from minirlhf.data.examples import Pair
+    from minirlhf.models.heads import initialize_score
     from minirlhf.recipes.reward import reward
+    from minirlhf.run.optim import make_optimizer
 
     model = initialize_score(RewardModel(lm), torch.Generator().manual_seed(2))
     optimizer = make_optimizer(model, 1e-6)
@@ -206,7 +206,7 @@ def measure(operation: str, shape: dict[str, int], threads: int, budget: float) 
     done = subprocess.run(
         [sys.executable, __file__, "--child", operation, *words],
         env=env, capture_output=True, text=True,
-    )  # fmt: skip
+    )
     if done.returncode:
         raise SystemExit(f"{operation} {shape} left with {done.returncode}: {done.stderr}")
     found = json.loads(done.stdout)
@@ -258,7 +258,7 @@ def summarise(rows: list[dict]) -> list[dict]:
                 "axis": axis, "operation": operation, "sizes": sizes, **costs,
                 "slopes": {name: slopes(sizes, values) for name, values in costs.items()},
                 "exponents": fitted, "verdict": verdict(fitted, costs),
-            })  # fmt: skip
+            })
     return table
 
 
@@ -269,15 +269,15 @@ def show(table: list[dict]) -> None:
     for entry in table:
         print(f"\n{entry['axis']}: {entry['operation']}")
         print(f"{'size':>9}{'seconds':>10}{'slope':>6}{'no attention':>14}{'slope':>6}"
-              f"{'MB':>9}{'slope':>6}")  # fmt: skip
+              f"{'MB':>9}{'slope':>6}")
         for i, size in enumerate(entry["sizes"]):
             of = entry["slopes"]
             print(f"{size:>9,}{entry['seconds'][i]:>10.4f}{slope(of['seconds'][i])}"
                   f"{entry['without'][i]:>14.4f}{slope(of['without'][i])}"
-                  f"{entry['peak'][i] / 1e6:>9.1f}{slope(of['peak'][i])}")  # fmt: skip
+                  f"{entry['peak'][i] / 1e6:>9.1f}{slope(of['peak'][i])}")
         fitted = entry["exponents"]
         print(f"{'upper half':>19}{slope(fitted['seconds'])}{slope(fitted['without']):>20}"
-              f"{slope(fitted['peak']):>15}   {entry['verdict']}")  # fmt: skip
+              f"{slope(fitted['peak']):>15}   {entry['verdict']}")
 
 
 def draw(table: list[dict], folder: Path) -> None:

@@ -52,7 +52,7 @@ def describe() -> dict:
         "float32_gflops": round(matmul_peak(torch.float32), 1),
         "bfloat16_gflops": round(matmul_peak(torch.bfloat16), 1),
         "read_gb_per_s": round(read_bandwidth(), 1),
-    }  # fmt: skip
+    }
 
 
 def at_least(machine: dict) -> dict:

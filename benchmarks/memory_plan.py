@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from minirlhf import config as settings
-from minirlhf.memory import gb
+from minirlhf.run import settings
+from minirlhf.setup.memory import gb
 from minirlhf.tools.plan import RECIPES, without_files
 
 PPO = "--steps 1 --epochs 1 --mini-batches 2 --sample-every 0 --reward {reward}"
@@ -64,7 +64,7 @@ RUNS = {
     ),
     "sft": ("sft", "sentences", 16, "--steps 2 --batch-size 8"),
     "sft, wide": ("sft", "sentences", 64, "--steps 2 --batch-size 32"),
-}  # fmt: skip
+}
 
 
 def status(pid: int) -> dict[str, int]:
@@ -117,7 +117,7 @@ def main() -> None:
         results[name] = {
             "flags": words, "rows": rows, "planned": planned, "measured": measured,
             "ratio": round(planned / measured, 4), "peak": plan.peak, **seen,
-        }  # fmt: skip
+        }
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         ratio = planned / measured
         print(f"{name:<22} {gb(planned):>8} {gb(measured):>8} {ratio:>6.3f}  {plan.peak}")

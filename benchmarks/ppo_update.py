@@ -69,12 +69,12 @@ def ours(args: argparse.Namespace) -> None:
         load_tokenizer,
         ppo,
     )
-    from minirlhf.compiling import compile_blocks
-    from minirlhf.data import Prompt
-    from minirlhf.machine import choose_dtype, make_deterministic
-    from minirlhf.optim import make_optimizer
-    from minirlhf.pretrained import offload
-    from minirlhf.reward_model import model_reward
+    from minirlhf.data.examples import Prompt
+    from minirlhf.models.compiling import compile_blocks
+    from minirlhf.models.pretrained import offload
+    from minirlhf.rewards.model import model_reward
+    from minirlhf.run.machine import choose_dtype, make_deterministic
+    from minirlhf.run.optim import make_optimizer
 
     make_deterministic("cpu")  # as the recipe does
     config = PPOConfig(
@@ -82,7 +82,7 @@ def ours(args: argparse.Namespace) -> None:
         batch_size=ROWS, max_new_tokens=NEW, min_new_tokens=NEW, epochs=EPOCHS,
         mini_batches=MINI_BATCHES, micro_batch_size=args.micro_batch_size, learning_rate=1e-6,
         dtype=args.dtype,
-    )  # fmt: skip
+    )
     dtype = choose_dtype(args.dtype)
     load = partial(load_pretrained, args.model, dtype)
     tokenizer, scorer = load_tokenizer(args.model), load_reward_model(args.reward, dtype)
@@ -111,7 +111,7 @@ def write_reward_model(model: str, folder: Path) -> Path:
     import torch
 
     from minirlhf import RewardModel, load_pretrained, load_tokenizer, save_pretrained
-    from minirlhf.heads import initialize_score
+    from minirlhf.models.heads import initialize_score
 
     scorer = RewardModel(load_pretrained(model))
     save_pretrained(initialize_score(scorer, torch.Generator().manual_seed(0)), folder)
@@ -163,7 +163,7 @@ def main() -> None:
         prompts = long_prompts(
             args.model, f"{args.data}/movie_sentences.jsonl", PROMPT, ROWS * args.updates,
             Path(folder) / "prompts.json",
-        )  # fmt: skip
+        )
         reward = write_reward_model(args.model, Path(folder) / "reward")
         mine, peers = commands(args, prompts, reward)
         found, machine = take_turns(mine, peers, args.rounds)
@@ -180,7 +180,7 @@ def main() -> None:
     settings = {
         "rows": ROWS, "prompt": PROMPT, "new_tokens": NEW, "epochs": EPOCHS,
         "mini_batches": MINI_BATCHES, "updates": args.updates, "rounds": args.rounds,
-    }  # fmt: skip
+    }
     if args.out:
         write(args.out, machine, settings, table)
 

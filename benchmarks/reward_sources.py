@@ -78,7 +78,7 @@ def main() -> None:
                 "--batch-size", str(args.batch_size), "--max-new-tokens", "28",
                 "--stop", ".", "!", "?", "--learning-rate", "6e-5", "--epochs", "1",
                 "--mini-batches", "2", "--sample-every", "0", "--save-every", "1000",
-            ]  # fmt: skip
+            ]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             lines = (folder / name / "metrics.jsonl").read_text("utf-8").splitlines()
             runs[name] = [json.loads(line) for line in lines]
@@ -92,11 +92,11 @@ def main() -> None:
                 "source": name, "step": row["step"], "scores": row["objective/scores"],
                 "kl": row["objective/kl"], "seconds": row["clock"]["time/score"],
                 "gap": abs(row["objective/scores"] - first["objective/scores"]),
-            })  # fmt: skip
+            })
     print(f"{'source':<10}{'step':>5}{'scores':>12}{'kl':>12}{'gap':>10}{'seconds':>9}")
     for row in table:
         print(f"{row['source']:<10}{row['step']:>5}{row['scores']:>12.6f}{row['kl']:>12.6f}"
-              f"{row['gap']:>10.1e}{row['seconds']:>9.2f}")  # fmt: skip
+              f"{row['gap']:>10.1e}{row['seconds']:>9.2f}")
     settings = {"steps": args.steps, "batch_size": args.batch_size}
     with open(args.out, "w", encoding="utf-8") as file:
         json.dump({"settings": settings, "rows": table}, file, indent=1)

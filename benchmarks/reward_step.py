@@ -29,12 +29,12 @@ def ours(args: argparse.Namespace) -> None:
 
     from minirlhf import RewardConfig, RewardModel, TrainState, load_pretrained, load_tokenizer
     from minirlhf import reward as train
-    from minirlhf.compiling import compile_blocks
-    from minirlhf.data import load_pairs
-    from minirlhf.heads import initialize_score
-    from minirlhf.machine import choose_dtype, make_deterministic
-    from minirlhf.optim import make_optimizer
-    from minirlhf.transformer import CausalLM
+    from minirlhf.data.examples import load_pairs
+    from minirlhf.models.compiling import compile_blocks
+    from minirlhf.models.heads import initialize_score
+    from minirlhf.models.transformer import CausalLM
+    from minirlhf.run.machine import choose_dtype, make_deterministic
+    from minirlhf.run.optim import make_optimizer
 
     make_deterministic("cpu")  # as the recipe does
     lm: CausalLM = load_pretrained(args.model, choose_dtype(args.dtype))
@@ -44,7 +44,7 @@ def ours(args: argparse.Namespace) -> None:
     config = RewardConfig(
         model=args.model, data=args.pairs, out="run", steps=args.steps, batch_size=ROWS,
         learning_rate=1e-6,
-    )  # fmt: skip
+    )
     if args.compile:
         compile_blocks(model)
     state = TrainState(model, make_optimizer(model, config.learning_rate))
@@ -60,7 +60,7 @@ def ours(args: argparse.Namespace) -> None:
     peak = hardware.resident_peak()
     print(json.dumps({
         "seconds": seconds[1:], "tokens": tokens[1:], "operations": operations, "peak_bytes": peak,
-    }))  # fmt: skip
+    }))
 
 
 def main() -> None:

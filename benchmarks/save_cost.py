@@ -24,8 +24,9 @@ from types import SimpleNamespace
 
 import torch
 
-from minirlhf import TrainState, fsio, save_checkpoint
-from minirlhf.checkpoint import verify
+from minirlhf import TrainState, save_checkpoint
+from minirlhf.files import atomic
+from minirlhf.run.checkpoint import verify
 
 
 def make_state(megabytes: int) -> TrainState:
@@ -44,11 +45,11 @@ def make_state(megabytes: int) -> TrainState:
 def without_hashing():
     """sha256 that does nothing; the manifest then lies, which only a reader would notice."""
     nothing = SimpleNamespace(update=lambda data: None, hexdigest=lambda: "0" * 64)
-    fsio.hashlib = SimpleNamespace(sha256=lambda: nothing)
+    atomic.hashlib = SimpleNamespace(sha256=lambda: nothing)
     try:
         yield
     finally:
-        fsio.hashlib = hashlib
+        atomic.hashlib = hashlib
 
 
 def seconds(act: Callable[[], object]) -> float:

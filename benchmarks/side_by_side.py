@@ -60,7 +60,7 @@ def spread(seconds: list[float]) -> dict:
     return {
         "median": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds),
         "count": len(seconds),
-    }  # fmt: skip
+    }
 
 
 def compare(found: dict[str, list[dict]], peers: dict, machine: dict) -> list[dict]:
@@ -76,7 +76,7 @@ def compare(found: dict[str, list[dict]], peers: dict, machine: dict) -> list[di
     for name, runs in found.items():
         seconds = [s for run in runs for s in run["seconds"]]
         row = {"program": name, **spread(seconds),
-               "peak_gb": max(run["peak_bytes"] for run in runs) / 1e9}  # fmt: skip
+               "peak_gb": max(run["peak_bytes"] for run in runs) / 1e9}
         row["rate"] = 1 / row["median"]
         if "tokens" in runs[0]:
             row["rate"] = sum(sum(run["tokens"]) for run in runs) / sum(seconds)
@@ -97,14 +97,14 @@ def show(rows: list[dict], machine: dict) -> None:
     """Prints the rows of `compare`."""
     print(hardware.show(machine))
     print(f"{'':<30}{'median s':>10}{'lowest':>9}{'highest':>9}{'peak GB':>9}{'tokens/s':>10}"
-          f"{'ratio':>8}{'roofline':>10}")  # fmt: skip
+          f"{'ratio':>8}{'roofline':>10}")
     for row in rows:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         tokens = f"{row['tokens_per_s']:.1f}" if "tokens_per_s" in row else ""
         share = f"{row['roofline']:.0%}" if "roofline" in row else ""
         print(f"{row['program']:<30}{row['median']:>10.2f}{row['lowest']:>9.2f}"
               f"{row['highest']:>9.2f}{row['peak_gb']:>9.2f}{tokens:>10}{ratio:>8}"
-              f"{share:>10}")  # fmt: skip
+              f"{share:>10}")
 
 
 def long_prompts(model: str, sentences: str, tokens: int, count: int, target: Path) -> Path:

@@ -37,7 +37,7 @@ def child(verb: str, argv: list[str]) -> None:
 
     ends = {"torch": time.time()}
     from minirlhf.cli import VERBS
-    from minirlhf.run import Run
+    from minirlhf.run.folder import Run
 
     main = importlib.import_module(VERBS[verb][0]).main
     ends["modules"] = time.time()
@@ -91,15 +91,15 @@ def parts_of_start(verb: str, argv: list[str]) -> dict[str, float]:
 
 def prepare(folder: Path, rows: int) -> dict[str, list[str]]:
     """The demo's files and two models of two steps; verb -> its flags, without --out."""
-    from minirlhf.tools import demo, film_world
+    from minirlhf.tools.demo import command, film_world
 
     data = folder / "data"
     if not data.exists():
-        demo.write_world(data, 2, seed=0)
-        demo.write_rows(data / "pairs.jsonl", film_world.preferences(rows, 0))
+        command.write_world(data, 2, seed=0)
+        command.write_rows(data / "pairs.jsonl", film_world.preferences(rows, 0))
     minirlhf, steps = [sys.executable, "-m", "minirlhf"], ["--steps", "2"]
     sft = ["--init-config", f"{data}/tiny-model.json", "--vocab-size", "1024",
-           "--data", f"{data}/reviews.jsonl", "--batch-size", "48"]  # fmt: skip
+           "--data", f"{data}/reviews.jsonl", "--batch-size", "48"]
     if not (folder / "sft/model").exists():
         finish([*minirlhf, "sft", *sft, *steps, "--out", f"{folder}/sft"])
     model = ["--model", f"{folder}/sft/model"]
@@ -107,7 +107,7 @@ def prepare(folder: Path, rows: int) -> dict[str, list[str]]:
     if not (folder / "reward/model").exists():
         finish([*minirlhf, "reward", *reward, *steps, "--out", f"{folder}/reward"])
     ppo = [*model, "--data", f"{data}/prompts.jsonl", "--reward", f"{folder}/reward/model",
-           "--batch-size", "64", "--max-new-tokens", "48", "--sample-every", "0"]  # fmt: skip
+           "--batch-size", "64", "--max-new-tokens", "48", "--sample-every", "0"]
     return {"demo": [], "sft": sft, "reward": reward, "ppo": ppo}
 
 
@@ -145,14 +145,14 @@ def main() -> None:
         table[name] = {
             "median": medians, "lowest": min(alls), "highest": max(alls),
             "target": TARGETS.get(name),
-        }  # fmt: skip
+        }
     print(f"{'':<22}{'seconds':>9}{'lowest':>9}{'highest':>9}{'cpu':>9}"
-          + "".join(f"{part:>11}" for part in PARTS))  # fmt: skip
+          + "".join(f"{part:>11}" for part in PARTS))
     for name, row in table.items():
         parts = "".join(f"{row['median'][p]:>11.2f}" for p in PARTS if p in row["median"])
         print(f"{name:<22}{row['median']['all']:>9.2f}{row['lowest']:>9.2f}{row['highest']:>9.2f}"
               f"{row['median']['cpu']:>9.2f}" + parts
-              + (f"   target {row['target']}" if row["target"] else ""))  # fmt: skip
+              + (f"   target {row['target']}" if row["target"] else ""))
     settings = {"repeats": args.repeats, "threads": os.environ.get("OMP_NUM_THREADS")}
     with open(args.out, "w", encoding="utf-8") as file:
         json.dump({"settings": settings, "rows": table}, file, indent=1)

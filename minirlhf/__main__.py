@@ -1,3 +1,5 @@
+"""__main__."""
+
 import sys
 
 from minirlhf.cli import main

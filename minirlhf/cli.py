@@ -4,21 +4,21 @@ import importlib
 import sys
 
 from minirlhf import __version__
-from minirlhf.config import nearest
 from minirlhf.errors import OK, UserError, run
+from minirlhf.run.settings import nearest
 
 VERBS = {  # verb: (module with a main(argv) -> exit code, what it does)
     "sft": ("minirlhf.recipes.sft", "fine-tune a language model on demonstrations"),
     "reward": ("minirlhf.recipes.reward", "train a reward model on pairs or ranked lists"),
     "ppo": ("minirlhf.recipes.ppo", "align a policy with a reward by PPO"),
-    "check": ("minirlhf.tools.check", "look at data as a recipe will read it, before training"),
+    "check": ("minirlhf.tools.check.command", "look at data as a recipe reads it, before training"),
     "plan": ("minirlhf.tools.plan", "count the memory of a run, without running it"),
     "metrics": ("minirlhf.tools.metrics", "tell what each number in the log means"),
     "coming-from": ("minirlhf.tools.coming_from", "tell where another tool's parameters went"),
     "sample": ("minirlhf.tools.sample", "write continuations of prompts, as JSON lines"),
     "score": ("minirlhf.tools.score", "score texts or preferences with a reward model"),
     "serve": ("minirlhf.tools.serve", "answer requests for scores with a reward model, over HTTP"),
-    "demo": ("minirlhf.tools.demo", "train, align and measure a tiny model from nothing"),
+    "demo": ("minirlhf.tools.demo.command", "train, align and measure a tiny model from nothing"),
 }
 
 USAGE = "\n".join(

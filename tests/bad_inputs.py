@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from minirlhf import cli, pretrained
+from minirlhf import cli
+from minirlhf.data.tokenizer import train_tokenizer
 from minirlhf.errors import BAD_INPUT
-from minirlhf.heads import RewardModel, initialize_score
-from minirlhf.hf_config import config_from_hf
-from minirlhf.tokenizer import train_tokenizer
-from minirlhf.transformer import CausalLM, initialize
+from minirlhf.models import pretrained
+from minirlhf.models.families import config_from_hf
+from minirlhf.models.heads import RewardModel, initialize_score
+from minirlhf.models.transformer import CausalLM, initialize
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 258, "hidden_size": 8, "intermediate_size": 12,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
     "max_position_embeddings": 48, "eos_token_id": 0,
-}  # fmt: skip
+}
 TEXT = {"text": "The film was good."}
 PAIR = {"prompt": "The film", "chosen": " was good.", "rejected": " was bad."}
 PROMPT = {"prompt": "The film"}
@@ -85,7 +86,7 @@ def make_world(folder: Path) -> Path:
         "texts.jsonl": json_lines(TEXT, TEXT), "pairs.jsonl": json_lines(PAIR, PAIR),
         "prompts.jsonl": json_lines(PROMPT, PROMPT), "reward.py": REWARD,
         "shape.json": json.dumps({k: v for k, v in SHAPE.items() if k != "vocab_size"}),
-    }  # fmt: skip
+    }
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
     return folder

@@ -12,7 +12,7 @@ SHAPE = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
     "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
+}
 ROPE = {
     "llama3": {
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -21,7 +21,7 @@ ROPE = {
     "linear": {"factor": 4.0},
     "dynamic": {"factor": 4.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 48},
-}  # fmt: skip
+}
 
 
 def rope(kind: str, theta: float = 10000.0, **more: float) -> dict:
@@ -60,7 +60,7 @@ def make_peer(name: str, head: str, **changes: object) -> torch.nn.Module:
         renamed = {
             "hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer",
             "num_attention_heads": "n_head", "max_position_embeddings": "n_positions",
-        }  # fmt: skip
+        }
         values = {renamed.get(k, k): v for k, v in values.items() if k != "num_key_value_heads"}
         values |= {"tie_word_embeddings": True, "resid_pdrop": 0.1}
     config = transformers.AutoConfig.for_model(family, **values)

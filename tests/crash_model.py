@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf import fsio
+from minirlhf.files import atomic
 
 PAGE = 4096
 Tree = bytes | tuple[tuple[str, "Tree"], ...]  # a file's data, or a folder's names in order
@@ -90,11 +90,11 @@ class Watched:
 @contextmanager
 def watching(before: Callable[[Operation], None]) -> Iterator[None]:
     """Inside, each change that fsio makes is told to `before` first, which may raise or die."""
-    fsio.os = Watched(before)
+    atomic.os = Watched(before)
     try:
         yield
     finally:
-        fsio.os = os
+        atomic.os = os
 
 
 def record(act: Callable[[], object]) -> list[Operation]:

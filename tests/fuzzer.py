@@ -18,19 +18,19 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from watched import Finding, run_cases
 
-from minirlhf import checkpoint, model_files, pretrained
-from minirlhf import config as settings
-from minirlhf.data import load_pairs, load_prompts, load_texts
+from minirlhf.data.examples import load_pairs, load_prompts, load_texts
+from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
-from minirlhf.heads import RewardModel, initialize_score
-from minirlhf.hf_config import config_from_hf
-from minirlhf.optim import make_optimizer
-from minirlhf.ppo_config import PPOConfig
-from minirlhf.sieve import RowPolicy
-from minirlhf.tokenizer import load_tokenizer, train_tokenizer
-from minirlhf.transformer import CausalLM, initialize
+from minirlhf.files.sieve import RowPolicy
+from minirlhf.models import pretrained, stored
+from minirlhf.models.families import config_from_hf
+from minirlhf.models.heads import RewardModel, initialize_score
+from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.run import checkpoint, settings
+from minirlhf.run.optim import make_optimizer
+from minirlhf.setup.ppo_settings import PPOConfig
+from tests.watched import Finding, run_cases
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 270, "hidden_size": 8, "intermediate_size": 12,
@@ -41,11 +41,11 @@ LLAMA = {
         "rope_theta": 500.0, "rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0,
         "original_max_position_embeddings": 8,
     },
-}  # fmt: skip
+}
 GPT2 = {
     "model_type": "gpt2", "vocab_size": 270, "n_embd": 8, "n_head": 2, "n_layer": 1,
     "n_positions": 16, "activation_function": "gelu_new", "eos_token_id": [0, 1],
-}  # fmt: skip
+}
 CHATML = (
     "{%- set ns = namespace(found=false) -%}{% for m in messages %}{% if m['role'] == 'system' and "
     "loop.index0 == 0 %}{% set ns.found = true %}{% endif %}<|im_start|>{{ m['role'] }}\n"
@@ -61,21 +61,21 @@ CODE = (  # pieces that a template is mutated with
     "{{ '{:9999999}'.format(1) }}", "{{ raise_exception(messages) }}", "| center(10**9)", "| join",
     "| replace('a', 'b' * 9999)", "{% for x in messages recursive %}{{ loop(messages) }}",
     "{{ 9**9**9 }}", "{% set x %}", "{% block a %}{{ self.a() }}{% endblock %}", "~ messages", "{#",
-)  # fmt: skip
+)
 NUMBERS = (
     0, -1, 1, 2, 255, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, -(2**63) - 1, 2**64,
     10**12, 10**30, 0.5, -0.0, 1e-300, 5e-324, 1e308, -1e308,
-)  # fmt: skip
+)
 TEXTS = (
     "", "\0", "\n", "../../etc/passwd", "/etc/passwd", "~/.ssh/id_rsa", "C:\\con", "%s%n%99999d",
     "{0.__class__}", "${HOME}", "\x1b[2J\x1b]0;x\a", "\u202egnp", "\ufeff", "\ud7ff", "😀" * 9,
     "<|im_end|>", "<|endoftext|>", "nan", "Infinity", "(a+)+$", "[", "null", "a" * 5000,
-)  # fmt: skip
+)
 RAW = (  # JSON that json.dumps would not write
     b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"1e-400", b"[" * 100_000, b'{"a":' * 3000, b"01",
     b'"\\ud800"', b'"\\u0000"', b"\xff\xfe", b"\x80", b"{}", b"[]", b"null", b'{"a":1,"a":2}', b",",
     b"-", b'"', b"\\", b"\x00", b"\n", b"0x10", b"1_000", b"inf", b"0x" + b"f" * 9000,
-)  # fmt: skip
+)
 
 
 class Target(NamedTuple):
@@ -200,7 +200,7 @@ def mutate_toml(data: bytes, rng: random.Random) -> bytes:
     at = rng.randrange(len(lines))
     name = lines[at].partition("=")[0]
     value = rng.choice((*map(repr, NUMBERS), *map(json.dumps, TEXTS), *map(repr, RAW), "nan", "inf",
-                        "1979-05-27", "[1, 2]", "{a = 1}", "0x" + "f" * 5000))  # fmt: skip
+                        "1979-05-27", "[1, 2]", "{a = 1}", "0x" + "f" * 5000))
     lines[at] = rng.choice((f"{name}={value}", f"{name}={value}\n{lines[at]}", f"[{name}]", value))
     text = "\n".join(lines).encode("utf-8", "surrogatepass")
     return mutate_bytes(text, rng) if rng.random() < 0.3 else text
@@ -226,7 +226,7 @@ def tokenizer_json(model: dict, **parts: object) -> str:
         {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
          "normalized": False, "special": True}
         for i, text in enumerate(("<|endoftext|>", "<|pad|>"))
-    ]  # fmt: skip
+    ]
     values = {"version": "1.0", "added_tokens": added, **dict.fromkeys(names), **parts}
     return json.dumps(values | {"model": model})
 
@@ -269,7 +269,7 @@ TOKENIZERS = {  # a small one of each kind, beside the byte-level BPE
         padding={"strategy": {"Fixed": 8}, "direction": "Left", "pad_to_multiple_of": None,
                  "pad_id": 1, "pad_type_id": 0, "pad_token": "<|pad|>"},
     ),
-}  # fmt: skip
+}
 TURNS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the <|pad|> film"}]
 ANSWER, BAD = ([{"role": "assistant", "content": text}] for text in (" good\n", "bad"))
 ROWS = {
@@ -285,7 +285,7 @@ SETTINGS = {
     "model": "policy", "data": "prompts.jsonl", "out": "out", "reward": ["reward"], "steps": 3,
     "learning_rate": 3e-6, "kl_target": 6.0, "lora_rank": 0, "whiten_advantages": False, "seed": 1,
     "stop": ["a", "b"], "dtype": "float32", "temperature": 0.7,
-}  # fmt: skip
+}
 
 
 def tiny(values: dict) -> CausalLM:
@@ -319,7 +319,7 @@ def make_world(root: Path) -> None:
         (root / name / "tokenizer_config.json").write_text(json.dumps({
             "eos_token": "<|endoftext|>", "pad_token": {"content": "<|pad|>"}, "auto_map": {},
             "chat_template": [{"name": "default", "template": CHATML}], "bos_token": None,
-        }))  # fmt: skip
+        }))
         for other in ("special_tokens_map", "generation_config", "config"):
             (root / name / f"{other}.json").write_text('{"eos_token_id": [0], "vocab_size": 270}')
     (root / "chat").mkdir()
@@ -348,7 +348,7 @@ def read_model(folder: str, load: Callable = pretrained.load_pretrained) -> Call
         tokens = torch.tensor([[1, 2, 3]])
         with torch.no_grad():
             model(tokens, torch.tensor([3])) if folder == "reward" else model.logits(model(tokens))
-        model_files.has_tensor(model_files.tensor_files(root / folder), "score.weight")
+        stored.has_tensor(stored.tensor_files(root / folder), "score.weight")
 
     return read
 
@@ -411,7 +411,7 @@ TARGETS = (
     Target((f"{COMMIT}/state.json", f"{COMMIT}/model.safetensors"), mutate_bytes, read_checkpoint),
     Target(("run.json",), mutate_json, read_settings("run.json")),
     Target(("run.toml",), mutate_toml, read_settings("run.toml")),
-)  # fmt: skip
+)
 
 
 def fuzz_case(root: Path, index: int) -> tuple[str, Callable[[], object]]:

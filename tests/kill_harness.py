@@ -25,7 +25,7 @@ TESTS = Path(__file__).parent
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "RAYON_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
-}  # fmt: skip
+}
 RECIPES = ("sft", "reward", "ppo")
 EVENTS = ("file", "forward", "update")
 OF_FILES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}
@@ -124,7 +124,7 @@ def child(request: dict, report: int) -> NoReturn:
             "counts": counts, "files": files,
             "threads": len(list(tasks.iterdir())) if tasks.exists() else 0,
             "imported": sorted(n for n in set(sys.modules) - loaded if n.startswith("torch.")),
-        }  # fmt: skip
+        }
         with os.fdopen(report, "w") as pipe:
             json.dump(told, pipe)
     except BaseException:
@@ -176,7 +176,7 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
-        )  # fmt: skip
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -222,7 +222,7 @@ def log_of(argv: list[str]) -> Path:
 SHAPE = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 2, "max_position_embeddings": 48, "eos_token_id": 0,
-}  # fmt: skip
+}
 REWARD = """
 def letters(completions, bonus):
     return [sum(ord(c) % 7 for c in t) + b for t, b in zip(completions, bonus, strict=True)]
@@ -250,7 +250,7 @@ ROWS = {
 LEFT_OUT = {"texts": "{\n" + json.dumps({"prompt": "It was", "completion": "!" * 40}) + "\n"}
 ALL = {
     "steps": 3, "batch_size": 4, "learning_rate": 1e-2, "log_every": 2, "save_every": 1, "keep": 2,
-}  # fmt: skip
+}
 # What can be lost is on: accumulation, evaluation, tables of samples, an adapting kl_coef, running
 # score moments, early stops, lines of the log over two steps, whose open windows are then part of a
 # save. An epoch has 2 steps. A reward model is an ensemble that is normalised, and writes a card.
@@ -271,17 +271,17 @@ OWN = {
         "eval_data": "few_prompts", "eval_every": 2, "keep_best": True,
         "seed": 2,
     },
-}  # fmt: skip
+}
 
 
 def make_world(folder: Path, vocabulary: int = 258) -> Path:
     """Fills a folder with a tiny model, its tokenizer, data for each recipe, a reward."""
     import torch
 
-    from minirlhf.hf_config import config_from_hf
-    from minirlhf.pretrained import save_pretrained
-    from minirlhf.tokenizer import train_tokenizer
-    from minirlhf.transformer import CausalLM, initialize
+    from minirlhf.data.tokenizer import train_tokenizer
+    from minirlhf.models.families import config_from_hf
+    from minirlhf.models.pretrained import save_pretrained
+    from minirlhf.models.transformer import CausalLM, initialize
 
     train_tokenizer([], 258, folder / "model")
     lm = CausalLM(config_from_hf({**SHAPE, "vocab_size": vocabulary}))

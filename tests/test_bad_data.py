@@ -4,9 +4,10 @@ import gzip
 import os
 from pathlib import Path
 
-import bad_inputs
 import pytest
-from bad_inputs import COMMANDS, PAIR, PROMPT, TEXT, json_lines, named, words
+
+from tests import bad_inputs
+from tests.bad_inputs import COMMANDS, PAIR, PROMPT, TEXT, json_lines, named, words
 
 world, refused = bad_inputs.world, bad_inputs.refused
 
@@ -158,7 +159,7 @@ ROWS = [  # verb, first row, second row, what is told of the second
     ("score", TEXT, {"text": "a" * 48}, "49 tokens, max_length is 48: shorten the row, or"),
     ("score", PAIR, PROMPT, "chosen is missing: needs a string; keys present: prompt"),
     ("score", COMPLETION, PROMPT, "completion is missing: needs a string"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("verb", "first", "second", "told"), named(ROWS))
@@ -192,7 +193,7 @@ FIRST_ROWS = [  # verb, only row, what is told
     ("ppo", {"prompt": ["a"]}, UNKNOWN + "prompt (a list)"),
     ("sample", {"prompt": 1}, UNKNOWN + "prompt (a number)"),
     ("score", PROMPT, UNKNOWN + f"prompt (a string): {TEXTS}"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("verb", "row", "told"), named(FIRST_ROWS))
@@ -264,7 +265,7 @@ FILES = [  # verb, file name, content, what is told
     ("sft", "d", "{}", f"d: not a data file: its name has no ending: {KINDS}"),
     *(("sft", f"d{ending}", b"", f"d{ending}: not a data file: ends in '{ending}'")
       for ending in (".py", ".parquet", ".arrow", ".xlsx", ".zip", ".yaml", ".pkl", ".pt", ".bz2")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("verb", "name", "content", "told"), named(FILES))

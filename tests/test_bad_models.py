@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import bad_inputs
 import pytest
 import torch
-from bad_inputs import json_lines, named, words
 from safetensors.torch import load_file, save_file
+
+from tests import bad_inputs
+from tests.bad_inputs import json_lines, named, words
 
 world, refused = bad_inputs.world, bad_inputs.refused
 
@@ -182,7 +183,7 @@ CONFIGS = [  # what is changed in config.json, key that is named, what is told o
     ({"head_dim": "4"}, "head_dim", f"is '4': {SIZE}"),
     ({"model_type": "mistral", "sliding_window": -1}, "sliding_window", f"is -1: {MANY}"),
     ({"model_type": "qwen2", "layer_types": "full"}, "layer_types", "is 'full': must be a list"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "key", "told"), named(CONFIGS))
@@ -279,7 +280,7 @@ WEIGHTS = [  # how the folder of a language model is spoiled, what is told of it
     (config(model_type="qwen2"), "m: lacks 'model.layers.0.self_attn.q_proj.bias'"),
     (config(tie_word_embeddings=True), f"m: '{HEAD}' differs from the embedding it is tied to: se"),
     (config(max_position_embeddings=4), "texts.jsonl: a row of 19 tokens, the model reads 4"),
-]  # fmt: skip
+]
 INDEXES = [  # model.safetensors.index.json or its weight_map, what is told of it
     ("", ":1: not valid JSON at column 1: Expecting value"),
     (LFS, ":1: not valid JSON at column 1: a git-lfs pointer"),
@@ -340,7 +341,7 @@ def test_a_model_in_the_wrong_place_is_refused(verb, flag, source, told, refuses
 
 
 ROLES = [("reward", "model", "rm"), ("ppo", "model", "lm"), ("ppo", "ref", "lm"),
-         ("ppo", "reward", "rm"), ("ppo", "critic", "rm")]  # fmt: skip
+         ("ppo", "reward", "rm"), ("ppo", "critic", "rm")]
 
 
 @pytest.mark.parametrize(("verb", "flag", "source"), ROLES)
@@ -382,7 +383,7 @@ CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 START, FIRST, SECOND = (
     {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
     {"Sequence": {"id": "B", "type_id": 1}},
-)  # fmt: skip
+)
 PREFIX = {"type": "TemplateProcessing", "single": [START, FIRST], "pair": [FIRST, SECOND]}
 UNNAMED = PREFIX | {"single": [START], "pair": [], "special_tokens": {}}
 NAMELESS = PREFIX | {"special_tokens": {"<s>": {"id": "<s>", "ids": [999], "tokens": ["<s>"]}}}
@@ -437,7 +438,7 @@ TOKENIZERS = [  # how the folder is spoiled, what is told of it
     (names(chat_template=5), "m/tokenizer_config.json: chat_template is 5: a string, or a list of"),
     (names(chat_template=[{"name": "default", "template": 3}]), "m/tokenizer_config.json: chat_te"),
     (no_eos, "m: names no eos token, which every text ends with: set eos_token in tokenizer_confi"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -483,7 +484,7 @@ TEMPLATES = [  # chat_template.jinja, what is told of it, behind the row
     ("{% for m in messages %}{{ m.text }}{% endfor %}", "a text without any token: remove the row"),
     ("{% if add_generation_prompt %}A{% else %}B{% endif %}" + TURNS,
      "m: the chat template writes the prompt differently once an answer follows: change the tem"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("template", "told"), named(TEMPLATES))

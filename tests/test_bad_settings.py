@@ -6,24 +6,24 @@ import shlex
 import shutil
 from pathlib import Path
 
-import bad_inputs
 import pytest
 import torch
-from bad_inputs import COMMANDS, PAIR, PROMPT, TEXT, json_lines, named, words
 
-from minirlhf.config import as_dict, parse
 from minirlhf.errors import UserError
-from minirlhf.ppo_config import PPOConfig
-from minirlhf.recipes.reward import RewardConfig
-from minirlhf.recipes.sft import SFTConfig
-from minirlhf.run import FIXED, FREE, Run
+from minirlhf.run.folder import FIXED, FREE, Run
+from minirlhf.run.settings import as_dict, parse
+from minirlhf.setup.ppo_settings import PPOConfig
+from minirlhf.setup.reward import RewardConfig
+from minirlhf.setup.sft import SFTConfig
 from minirlhf.tools.sample import SampleConfig
 from minirlhf.tools.score import ScoreConfig
+from tests import bad_inputs
+from tests.bad_inputs import COMMANDS, PAIR, PROMPT, TEXT, json_lines, named, words
 
 world, refused = bad_inputs.world, bad_inputs.refused
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "sample": SampleConfig,
-           "score": ScoreConfig}  # fmt: skip
+           "score": ScoreConfig}
 RECIPES = ("sft", "reward", "ppo")
 
 # ---- one flag ------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_a_bad_flag_of_ppo_is_refused_by_its_name(flags, told, refused):
 
 SFT = "sft --model lm --data texts.jsonl"
 PPO = "ppo --model lm --data prompts.jsonl --out out --batch-size 2 --micro-batch-size 2 " \
-    "--max-new-tokens 4 --reward"  # fmt: skip
+    "--max-new-tokens 4 --reward"
 NO_FOLDER = "no such folder: give a model folder or a hub name (owner/name)"
 LINES = [  # a command line, what is told
     ("train", "minirlhf train: no such verb: the nearest is "),
@@ -223,7 +223,7 @@ LINES = [  # a command line, what is told
     (f"{PPO} http://localhost:1 --reward-token-file no", "no: no such file"),
     (f"{PPO} http://localhost:1 --reward-format xml", "--reward-format: got 'xml', must be one of"),
     (f"{PPO} http://localhost:1 --reward-timeout 0", "--reward-timeout: got 0.0, must be a finite"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -329,11 +329,11 @@ SHOWN = 20  # problems that one line tells
 NOT_TEXT = ("\udcff", "a\0b")
 BAD_WORDS = {
     int: ("1.5", "1e3", "ten", "−1"), float: ("nan", "-inf", "1,5", "1e-5x"), str: NOT_TEXT
-}  # fmt: skip
+}
 BAD_VALUES = {
     int: (1.5, "1", True, [1], 2**63), float: ("0.1", True, [0.1], "nan"),
     str: (3, True, ["a"], "a\0b"), bool: (1, "yes", None, "true"), tuple: ("a\0b", [1], [None], 3),
-}  # fmt: skip
+}
 BEYOND = {">=": -1, ">": 0, "<=": 1, "<": 0}  # from a limit to the nearest whole step outside it
 
 
@@ -408,7 +408,7 @@ def another(field: dataclasses.Field, value: object) -> object:
     if field.metadata["choices"]:
         return next(choice for choice in field.metadata["choices"] if choice != value)
     changed = {bool: lambda: not value, int: lambda: (value or 1) + 1, str: lambda: f"{value}x",
-               float: lambda: (value or 1.0) / 2, tuple: lambda: (*value, "x")}  # fmt: skip
+               float: lambda: (value or 1.0) / 2, tuple: lambda: (*value, "x")}
     return changed[kind(field)]()
 
 
@@ -447,7 +447,7 @@ RUN_JSON = [  # content of run.json in the folder of --out, what is told
     ('{"recipe": "sft", "settings": {}, "inputs": []}', "out/run.json: has no list of its inputs"),
     ('{"recipe": "sft", "settings": {}, "data_changes": 1}', "out/run.json: has no list of its in"),
     ('{"recipe": "sft", "settings": 3}', "out/run.json: has no settings: give another --out"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("content", "told"), named(RUN_JSON))
@@ -462,13 +462,13 @@ def test_free_settings_are_those_that_no_number_depends_on():
     assert FREE <= set.union(*fields.values())
     everywhere = {"out", "resume", "log_every", "save_every", "keep", "device",
                   "allow_data_change", "allow_setting_change",
-                  "gradient_checkpointing"}  # fmt: skip
+                  "gradient_checkpointing"}
     assert all(FREE & fields[verb] >= everywhere for verb in RECIPES)
     assert FIXED <= set.union(*fields.values())
     patience = {
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
         "reward_token_file", "offload_frozen",
-    }  # fmt: skip
+    }
     assert FREE & fields["ppo"] == everywhere | patience
 
 

@@ -12,10 +12,10 @@ import torch
 
 import minirlhf
 from minirlhf import CausalLM, RewardModel, cli, save_pretrained
+from minirlhf.data.tokenizer import train_tokenizer
 from minirlhf.errors import BAD_INPUT, MACHINE, UserError
-from minirlhf.hf_config import config_from_hf
-from minirlhf.tokenizer import train_tokenizer
-from minirlhf.transformer import initialize
+from minirlhf.models.families import config_from_hf
+from minirlhf.models.transformer import initialize
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [verb for verb, (module, _) in cli.VERBS.items() if ".recipes." in module]
@@ -109,7 +109,7 @@ def test_main_does_not_import_torch_without_a_verb(argv):
 SHAPE = {
     "model_type": "llama", "vocab_size": 258, "hidden_size": 8, "intermediate_size": 12,
     "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 48,
-}  # fmt: skip
+}
 
 
 def test_what_trains_nothing_does_not_wait_for_the_compiler_that_torch_imports(tmp_path):
@@ -128,7 +128,7 @@ def test_what_trains_nothing_does_not_wait_for_the_compiler_that_torch_imports(t
             f"score --model {scorer} {data}",
             f"serve --model {scorer} --port {taken.getsockname()[1]}",
             f"sample --model {lm} --prompt The --max-new-tokens 2 --out {tmp_path}/answers.jsonl",
-        ]  # fmt: skip
+        ]
         code = f"""
 import sys, torch
 from minirlhf import cli

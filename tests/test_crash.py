@@ -17,7 +17,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from crash_model import (
+from torch import nn
+
+from minirlhf import errors
+from minirlhf.files import atomic
+from minirlhf.run.checkpoint import TrainState, load_checkpoint, newest_commit, save_checkpoint
+from minirlhf.run.folder import Run
+from minirlhf.run.optim import make_optimizer
+from tests.crash_model import (
     PAGE,
     Disk,
     Operation,
@@ -28,13 +35,7 @@ from crash_model import (
     watching,
     write_tree,
 )
-from test_checkpoint import contents
-from torch import nn
-
-from minirlhf import errors, fsio
-from minirlhf.checkpoint import TrainState, load_checkpoint, newest_commit, save_checkpoint
-from minirlhf.optim import make_optimizer
-from minirlhf.run import Run
+from tests.run.test_checkpoint import contents
 
 DISKS_WANTED = 2000  # different ones after a power loss, over all scenes
 
@@ -124,13 +125,13 @@ def export_again(root: Path) -> Scene:
     write_tree(root / "model", old)
 
     def act():
-        fsio.sweep(root)
-        fsio.make_folder(root / ".tmp-model")
-        fsio.write_text(root / ".tmp-model" / "a", "new" * 2000)
-        fsio.commit_folder(root / ".tmp-model", root / "model")
+        atomic.sweep(root)
+        atomic.make_folder(root / ".tmp-model")
+        atomic.write_text(root / ".tmp-model" / "a", "new" * 2000)
+        atomic.commit_folder(root / ".tmp-model", root / "model")
 
     def read(where: Path):
-        fsio.sweep(where)  # as every run does first
+        atomic.sweep(where)  # as every run does first
         return read_tree(where / "model")
 
     return Scene(act, read, [old, new], act)
@@ -140,14 +141,14 @@ def replace_a_file(root: Path) -> Scene:
     (root / "run.json").write_bytes(b'"old"\n')
 
     def act():
-        fsio.write_json(root / ".tmp-run.json", "new" * 2000)
-        fsio.replace_file(root / ".tmp-run.json", root / "run.json")
+        atomic.write_json(root / ".tmp-run.json", "new" * 2000)
+        atomic.replace_file(root / ".tmp-run.json", root / "run.json")
 
     def read(where: Path):
         return (where / "run.json").read_bytes()
 
     def again():
-        fsio.sweep(root)
+        atomic.sweep(root)
         act()
 
     return Scene(act, read, [b'"old"\n', b'"' + b"new" * 2000 + b'"\n'], again)
@@ -166,10 +167,10 @@ def resume_and_export(root: Path) -> Scene:
                 run.write_samples(state, [{"text": "x" * PAGE}])
                 run.save(state)
                 saved.append(copy.deepcopy(contents(state)))
-            run.export(lambda folder: fsio.write_text(folder / "a", f"model of {steps[-1]}"))
+            run.export(lambda folder: atomic.write_text(folder / "a", f"model of {steps[-1]}"))
 
     def read(where: Path):
-        fsio.sweep(where)
+        atomic.sweep(where)
         assert (where / "model" / "a").read_bytes() in (b"model of 1", b"model of 3")
         found = read_newest(where)
         for name, length in found["log_bytes"].items():  # to the byte, as far as the commit knows
@@ -361,8 +362,8 @@ def test_a_disk_error_in_a_replacement_leaves_the_old_or_the_new(make, root, cap
 @pytest.mark.parametrize("moment", range(2))  # opening it, writing
 def test_a_disk_error_in_a_log_is_told_and_leaves_its_lines(root, capsys, number, moment):
     log = root / "metrics.jsonl"
-    fsio.append_line(log, "a")
+    atomic.append_line(log, "a")
     with watching(failing(moment, number, for_good=True)):
-        assert errors.run(lambda: fsio.append_line(log, "b")) == errors.MACHINE
+        assert errors.run(lambda: atomic.append_line(log, "b")) == errors.MACHINE
     assert capsys.readouterr().err == f"error: {log}: {os.strerror(number)}\n"
     assert log.read_bytes() == b"a\n"

@@ -57,7 +57,7 @@ def raising(error: BaseException):
          "memory: give smaller batches; training goes on with "
          "--resume --gradient-checkpointing"),
     ],
-)  # fmt: skip
+)
 def test_run_turns_an_error_into_one_line_and_its_code(error, code, line, capsys):
     assert run(raising(error)) == code
     assert capsys.readouterr() == ("", line + "\n")

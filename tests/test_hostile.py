@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzer import LLAMA, fuzz, make_world, read_model
 from safetensors.torch import load_file, save_file
-from watched import run_cases
 
-from minirlhf.chat_template import SOURCE_CAP, compile_template
 from minirlhf.cli import main
-from minirlhf.data import load_texts
+from minirlhf.data.chat_template import SOURCE_CAP, compile_template
+from minirlhf.data.examples import load_texts
+from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import MACHINE, Stopped, UserError
-from minirlhf.hf_config import config_from_hf, config_to_hf
-from minirlhf.model_files import has_tensor
-from minirlhf.pretrained import load_pretrained
-from minirlhf.tokenizer import load_tokenizer, train_tokenizer
+from minirlhf.models.families import config_from_hf, config_to_hf
+from minirlhf.models.pretrained import load_pretrained
+from minirlhf.models.stored import has_tensor
+from tests.fuzzer import LLAMA, fuzz, make_world, read_model
+from tests.watched import run_cases
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ MISDEEDS = [
 
 
 def test_run_cases_sees_each_misdeed(tmp_path, monkeypatch):
-    monkeypatch.setattr("watched.SECONDS", 1)
-    monkeypatch.setattr("watched.MEMORY", 64 << 20)
+    monkeypatch.setattr("tests.watched.SECONDS", 1)
+    monkeypatch.setattr("tests.watched.MEMORY", 64 << 20)
     deeds = [*(deed for deed, _ in MISDEEDS), lambda: None]
     found = run_cases(range(len(deeds)), lambda i: (f"deed {i}", deeds[i]), tmp_path)
     for i, (_, told) in enumerate(MISDEEDS):
@@ -148,7 +148,7 @@ def test_a_header_bomb_is_refused_before_it_is_read(data, told, copy):
     with pytest.raises(UserError, match=told):
         load_pretrained(path.parent)
     assert run_cases([0], lambda _: ("bomb", lambda: read_model("llama")(path.parents[1])),
-                     path.parents[1]) == []  # fmt: skip
+                     path.parents[1]) == []
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -166,7 +166,7 @@ def test_each_tensor_that_is_missing_renamed_or_reshaped_is_named(name, copy):
             (rest | {f"{key}.x": tensor}, f"has '{key}.x', which this architecture lacks"),
             (rest | {key: wider}, rf"'{key}' is \({len(wider)}.*asks for \({len(tensor)}"),
             (rest | {key: tensor.to(torch.float8_e4m3fn)}, f"'{key}' is torch.float8_e4m3fn"),
-        ):  # fmt: skip
+        ):
             save_file(changed, path)
             with pytest.raises(UserError, match=told) as caught:
                 load_pretrained(folder)
@@ -231,7 +231,7 @@ OUTSIDE = [
     "file:///m.safetensors", "https://x.org/m.safetensors", "m.bin", "m.pt", "m.safetensors.bin",
     "", ".", "..", "m.safetensors\u2028", "\u202em.safetensors", "%2e%2e.safetensor",
     "m*.safetensors", "m?.safetensors", "\t.safetensors", 5, None, True, ["a.safetensors"], {},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=ascii)
@@ -245,7 +245,7 @@ def test_an_index_names_plain_files_only(name, copy):
 
 
 LINKED = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
-          "chat_template.jinja", "generation_config.json", "m-00.safetensors")  # fmt: skip
+          "chat_template.jinja", "generation_config.json", "m-00.safetensors")
 
 
 @pytest.mark.parametrize("name", LINKED)
@@ -295,7 +295,7 @@ def test_links_of_the_hubs_cache_are_followed(copy):
 # ---- config.json ---------------------------------------------------------------------------------
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 ABSURD = (10**12, 2**63, 2**20, 1024, -1, 0, 1.5, 1e308, "8", [8], {"a": 8}, True, "x" * 10**6)
 
 
@@ -304,7 +304,7 @@ def test_a_hostile_config_takes_neither_time_nor_memory(world, tmp_path):
     values = json.loads((tmp_path / "llama" / "config.json").read_text())
     configs = [values | {key: value} for key in SIZES for value in ABSURD]
     rope = [{"factor": 1e-300}, {"rope_theta": 1.0}, {"beta_fast": 1e-29}, {"factor": 10**29},
-            {"original_max_position_embeddings": 2**31}, {"beta_slow": 1e29}]  # fmt: skip
+            {"original_max_position_embeddings": 2**31}, {"beta_slow": 1e29}]
     configs += [values | {"rope_parameters": values["rope_parameters"] | more} for more in rope]
     assert len(configs) == 110
 
@@ -342,7 +342,7 @@ def test_keys_that_name_code_are_neither_followed_nor_kept(copy, tmp_path):
     code = {
         "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
         "_attn_implementation_internal": "owner/kernel", "trust_remote_code": True,
-    }  # fmt: skip
+    }
     edit(folder / "config.json", **code)
     train_tokenizer([], 262, tmp_path / "t")
     edit(tmp_path / "t" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]})
@@ -392,7 +392,7 @@ def test_every_command_refuses_ids_without_an_embedding(verb, rows, small, capsy
 
 def test_added_tokens_need_embeddings_as_well(small):
     added = {"content": "<x>", "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": True}  # fmt: skip
+             "normalized": False, "special": True}
     source = json.loads((small / "tokenizer.json").read_text())
     edit(small / "tokenizer.json", added_tokens=[*source["added_tokens"], added | {"id": 258}])
     edit(small / "config.json", vocab_size=258)
@@ -417,7 +417,7 @@ def test_a_prefix_without_a_token_is_refused(small):
         "single": [{"SpecialToken": {"id": "<b>", "type_id": 0}},
                    {"Sequence": {"id": "A", "type_id": 0}}],
         "special_tokens": {"<b>": {"id": "<b>", "ids": [99999], "tokens": ["<b>"]}},
-    }  # fmt: skip
+    }
     edit(small / "tokenizer.json", post_processor=template)
     with pytest.raises(UserError, match=r"tokenizer.json: puts the id 99999 before a text"):
         load_tokenizer(small)
@@ -529,11 +529,11 @@ PAYLOADS = [
     "{{ " + "(" * 20000 + ")" * 20000, "{% if 1 %}" * 3000 + "{% endif %}" * 3000, "{" * 60000,
     "{{ " + "[" * 500 + "]" * 500 + " }}", "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
     "{{ " + "9" * 5000 + " }}", "{% if %}", "{{ missing.field }}",
-]  # fmt: skip
+]
 
 
 def test_a_hostile_template_is_rendered_or_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("watched.MEMORY", 128 << 20)
+    monkeypatch.setattr("tests.watched.MEMORY", 128 << 20)
     messages = [{"role": "user", "content": "hello"}]
     compile_template("{{ 1 }}", "t")(messages, True, {})  # the imports are not the payload's
 
@@ -619,7 +619,7 @@ def test_a_long_dialogue_has_steps_enough():
         "messages | length > 1 %}{{ messages[-1]['content'][:3] }}{% endif %}{% endfor %}"
     )
     text = compile_template(template, "t")([asked, {"role": "assistant", "content": "yes"}] * 500,
-                                           True, {})  # fmt: skip
+                                           True, {})
     assert len(text) == 500 * (8 + 38 + 499 + 7 + 13 + 3 + 7) + 3
 
 

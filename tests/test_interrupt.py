@@ -8,8 +8,29 @@ import time
 
 import pytest
 import torch
-from test_evaluation import evaluated
-from test_ppo import (
+from torch import nan
+
+from minirlhf import interrupt
+from minirlhf.batches import rollouts as passes_module
+from minirlhf.data.examples import Pair, Text
+from minirlhf.errors import STOPPED, NonFinite, Stopped, run
+from minirlhf.evaluation.reward import evaluate
+from minirlhf.models import generation
+from minirlhf.models.generation import Sampling, generate
+from minirlhf.models.heads import RewardModel
+from minirlhf.recipes import ppo
+from minirlhf.recipes import ppo as ppo_recipe
+from minirlhf.recipes import reward as reward_recipe
+from minirlhf.recipes import sft as sft_recipe
+from minirlhf.rewards.model import model_reward
+from minirlhf.rewards.source import Completions, function_reward
+from minirlhf.run import optim
+from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.folder import Run
+from minirlhf.run.meters import Step
+from minirlhf.setup import reward, sft
+from tests.evaluation.test_policy import evaluated
+from tests.recipes.test_ppo import (
     PROMPTS,
     Letters,
     config_of,
@@ -19,22 +40,6 @@ from test_ppo import (
     tiny_lm,
     tiny_policy,
 )
-from torch import nan
-
-from minirlhf import generation, interrupt, optim, ppo_update
-from minirlhf import passes as passes_module
-from minirlhf.checkpoint import TrainState
-from minirlhf.data import Pair, Text
-from minirlhf.errors import STOPPED, NonFinite, Stopped, run
-from minirlhf.generation import Sampling, generate
-from minirlhf.heads import RewardModel
-from minirlhf.meters import Step
-from minirlhf.recipes import ppo as ppo_recipe
-from minirlhf.recipes import reward as reward_recipe
-from minirlhf.recipes import sft as sft_recipe
-from minirlhf.reward_model import model_reward
-from minirlhf.rewards import Completions, function_reward
-from minirlhf.run import Run
 
 
 def stop() -> None:
@@ -133,7 +138,7 @@ def scorer() -> RewardModel:
         lambda: generate(tiny_lm(), [[1]], Sampling(3), [], torch.tensor([7])),
         lambda: model_reward(scorer(), Letters(), 64)(completions()),
         lambda: function_reward(lambda completions: [1.0], "f")(completions()),
-        lambda: reward_recipe.evaluate(scorer(), PAIRS),
+        lambda: evaluate(scorer(), PAIRS),
         lambda: sft_recipe.evaluate(tiny_lm(), TEXTS),
         lambda: evaluated(),
     ],
@@ -176,11 +181,11 @@ def test_a_reward_function_that_sleeps_is_left_at_once(capfd):
 def test_a_signal_before_the_update_drops_the_step(recipe, capfd, monkeypatch):
     if recipe == "sft":
         model, rows, module = tiny_lm(), TEXTS, sft_recipe
-        config = sft_recipe.SFTConfig(batch_size=4, micro_batch_tokens=3)
+        config = sft.SFTConfig(batch_size=4, micro_batch_tokens=3)
         steps, name = sft_recipe.sft, "target_stats"
     else:
         model, rows, module = scorer(), PAIRS, RewardModel
-        config = reward_recipe.RewardConfig(batch_size=4, micro_batch_tokens=4)
+        config = reward.RewardConfig(batch_size=4, micro_batch_tokens=4)
         steps, name = reward_recipe.reward, "head_scores"
     state = TrainState(model, optim.make_optimizer(model, 0.1))
     before, passes, real = parameters(model), [], getattr(module, name)
@@ -221,7 +226,7 @@ def test_ppo_drops_the_rollout_before_its_first_update_and_finishes_after_it(
             stop()
         return real(*arguments)
 
-    monkeypatch.setattr(ppo_update, "policy_pass", counted)
+    monkeypatch.setattr(ppo, "policy_pass", counted)
     monkeypatch.setattr(passes_module, "policy_pass", counted)
     loop = ppo_recipe.ppo(state, PROMPTS, letter_d, tiny_lm(), Letters(), config)
     with interrupt.listening():
@@ -300,7 +305,7 @@ def test_a_report_that_a_signal_cuts_short_is_written_by_the_resumed_run(tmp_pat
         assert state.unreported == {
             "number": 2, "metrics": {"loss": 0.25}, "clock": {"step_time": 0.5},
             "samples": [{"a": 2}],
-        }  # fmt: skip
+        }
     state = toy_state()
     with toy_run(out, resume=True) as r:
         r.restore(state)
@@ -370,11 +375,11 @@ def test_update_or_skip_starts_from_no_gradient():
 def test_a_step_without_finite_numbers_is_skipped_and_told(recipe, monkeypatch):
     if recipe == "sft":
         model, rows, module, name = tiny_lm(), TEXTS, sft_recipe, "target_stats"
-        config = sft_recipe.SFTConfig(batch_size=2, epochs=1.0, skip_nonfinite=1)
+        config = sft.SFTConfig(batch_size=2, epochs=1.0, skip_nonfinite=1)
         steps = sft_recipe.sft
     else:
         model, rows, module, name = scorer(), PAIRS, RewardModel, "head_scores"
-        config = reward_recipe.RewardConfig(batch_size=2, epochs=1.0, skip_nonfinite=1)
+        config = reward.RewardConfig(batch_size=2, epochs=1.0, skip_nonfinite=1)
         steps = reward_recipe.reward
     state, real, calls = TrainState(model, optim.make_optimizer(model, 0.1)), None, []
     real = getattr(module, name)

@@ -5,14 +5,15 @@ import re
 import shutil
 from pathlib import Path
 
-import bad_inputs
 import pytest
-from bad_inputs import PAIR, PROMPT, TEXT, json_lines, named, words
-from test_bad_data import LINES, ROWS
 
-from minirlhf import cli, fsio
-from minirlhf.recipes.sft import SFTConfig, raw_texts
-from minirlhf.sieve import RowPolicy
+from minirlhf import cli
+from minirlhf.files import atomic
+from minirlhf.files.sieve import RowPolicy
+from minirlhf.setup.sft import SFTConfig, raw_texts
+from tests import bad_inputs
+from tests.bad_inputs import PAIR, PROMPT, TEXT, json_lines, named, words
+from tests.test_bad_data import LINES, ROWS
 
 world, refused = bad_inputs.world, bad_inputs.refused
 RECIPES = {"sft": TEXT, "new": TEXT, "reward": PAIR, "ppo": PROMPT}
@@ -69,7 +70,7 @@ def test_a_malformed_row_is_left_out_where_that_is_asked_for(recipe, first, seco
     code, out, err = run(
         ["check", data, "--model", "lm", "--recipe", recipe, "--bad-rows", "skip",
          "--max-new-tokens", "4"]
-    )  # fmt: skip
+    )
     assert (code, err) == (0, "")
     (counted,) = (line for line in out.splitlines() if line.startswith("  rejected: "))
     assert counted.startswith(f"  rejected: 1 (first: d.jsonl:2: {told}"[:200])
@@ -96,7 +97,7 @@ def test_a_run_lists_what_it_leaves_out_once_and_the_same_after_resume(verb, run
     rejected, dropped = listed("out/rejected.jsonl"), listed("out/dropped.jsonl")
     assert [(row["where"], row["raw"]) for row in rejected] == [
         ("d.jsonl:2", "{\\x1b"), ("d.jsonl:4", '{"x": 1}'),
-    ]  # fmt: skip
+    ]
     assert rejected[0]["reason"].startswith("not valid JSON at column 2")
     assert "is missing: needs a string; keys present: x" in rejected[1]["reason"]
     assert dropped == [{"where": "d.jsonl:6", "reason": "longer than max_length"}]
@@ -116,12 +117,12 @@ def test_held_out_rows_are_listed_too(run):
     assert run(words("sft", data=dirty(TEXT), eval_data=held_out, max_length=40, **SKIP))[0] == 0
     assert [row["where"] for row in listed("out/rejected.jsonl")] == [
         "d.jsonl:2", "d.jsonl:4", "e.jsonl:2",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_start_cut_short_before_its_lists_is_made_good_by_resume(run, monkeypatch):
     argv = words("sft", data=dirty(TEXT), max_length=40, **SKIP)
-    replace = fsio.replace_file
+    replace = atomic.replace_file
 
     def dies(temporary: Path, final: Path) -> None:
         if final.name == "rejected.jsonl":
@@ -129,7 +130,7 @@ def test_a_start_cut_short_before_its_lists_is_made_good_by_resume(run, monkeypa
         replace(temporary, final)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fsio, "replace_file", dies)
+        patch.setattr(atomic, "replace_file", dies)
         assert run(argv)[0] == 130
     assert not Path("out/rejected.jsonl").exists()
     assert Path("out/.tmp-rejected.jsonl").exists()
@@ -226,7 +227,7 @@ REFUSED = [  # verb, rows, flags, what is told
      "d.jsonl: 1 of 2 rows are left out, max_drop is 0.3: rejected: 1 (first: d.jsonl:2: not "),
     ("score", ["{", {"x": 1}], SKIP,
      "d.jsonl: no row left of 2: rejected: 2 (first: d.jsonl:1: not valid JSON"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("verb", "rows", "flags", "told"), named(REFUSED))
@@ -256,7 +257,7 @@ def test_check_shows_rejected_rows_and_writes_nothing(model, run):
 def test_check_lists_all_rows_that_are_left_out_as_json(run):
     data = dirty(PAIR)
     argv = ["check", data, "--model", "lm", "--bad-rows", "skip", "--max-length", "40",
-            "--json", "facts.json"]  # fmt: skip
+            "--json", "facts.json"]
     assert run(argv)[0] == 0
     (facts,) = json.loads(Path("facts.json").read_text("utf-8"))["files"]
     assert [row["where"] for row in facts["rejected_rows"]] == ["d.jsonl:2", "d.jsonl:4"]

@@ -15,17 +15,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from kill_harness import ROWS, SHAPE, make_world
 
 from minirlhf.cli import main
 from minirlhf.errors import BAD_INPUT, MACHINE, NON_FINITE, OK
-from minirlhf.heads import RewardModel, initialize_score
-from minirlhf.hf_config import config_from_hf
-from minirlhf.ppo_config import PPOConfig
-from minirlhf.pretrained import save_pretrained
-from minirlhf.recipes.reward import RewardConfig
-from minirlhf.recipes.sft import SFTConfig
-from minirlhf.transformer import CausalLM, initialize
+from minirlhf.models.families import config_from_hf
+from minirlhf.models.heads import RewardModel, initialize_score
+from minirlhf.models.pretrained import save_pretrained
+from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.setup.ppo_settings import PPOConfig
+from minirlhf.setup.reward import RewardConfig
+from minirlhf.setup.sft import SFTConfig
+from tests.kill_harness import ROWS, SHAPE, make_world
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 BASE = {
@@ -35,9 +35,9 @@ BASE = {
         "model": "model", "data": "all.jsonl", "reward": "reward.py:letters", "batch_size": 4,
         "micro_batch_size": 2, "epochs": 2, "max_new_tokens": 3,
     },
-}  # fmt: skip
+}
 PLACES = {"model", "data", "eval_data", "ref", "critic", "tokenizer", "init_config", "reward",
-          "ptx_data"}  # fmt: skip
+          "ptx_data"}
 
 
 class Change(NamedTuple):
@@ -226,7 +226,7 @@ def world(tmp_path_factory):
             "surrogate": [lines[0].replace("It was", "It was \\ud83d"), *lines],
             "empty": [lines[0].replace("It was", ""), *lines],
             "renamed": [line.replace('"prompt"', '"question"') for line in lines],
-        }  # fmt: skip
+        }
         (folder / recipe).mkdir()
         for name, some in files.items():
             (folder / recipe / f"{name}.jsonl").write_text("".join(some))

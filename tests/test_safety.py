@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from watched import run_cases
 
-from minirlhf import cli, pretrained
-from minirlhf.heads import RewardModel, initialize_score
-from minirlhf.hf_config import config_from_hf
-from minirlhf.tokenizer import train_tokenizer
-from minirlhf.transformer import CausalLM, initialize
+from minirlhf import cli
+from minirlhf.data.tokenizer import train_tokenizer
+from minirlhf.models import pretrained
+from minirlhf.models.families import config_from_hf
+from minirlhf.models.heads import RewardModel, initialize_score
+from minirlhf.models.transformer import CausalLM, initialize
+from tests.watched import run_cases
 
 ROOT = Path(__file__).parents[1]
 TREES = {
@@ -30,23 +31,23 @@ TREES = {
 MODULES = {
     "pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml",
     "subprocess", "multiprocessing", "ctypes", "pty", "code", "codeop", "runpy", "imp",
-}  # fmt: skip
+}
 # Calls that do, by the end of their dotted name.
 CALLS = {
     "torch.load", "torch.save", "torch.jit.load", "torch.hub", "numpy.load", "np.load",
     "serialization.load", "checkpoint.load", "os.system", "os.popen", "os.startfile", "os.fork",
     "os.execv", "os.execve", "os.execvp", "os.execl", "os.execlp", "os.spawnv", "os.spawnl",
     "os.posix_spawn", "os.posix_spawnp", "builtins.eval", "builtins.exec",
-}  # fmt: skip
+}
 OBJECTS = {
     "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list",
     "send_object_list", "recv_object_list",
-}  # fmt: skip
+}
 BUILTINS = {"eval", "exec", "compile", "__import__", "breakpoint"}
 IMPORTLIB = {  # why it may import by name
     "minirlhf/__init__.py": "public names are imported when they are asked for",
     "minirlhf/cli.py": "a verb's module, by the table of verbs",
-    "minirlhf/reward_sources.py": "the user's own file of --reward file.py:f, which is trusted",
+    "minirlhf/rewards/parse.py": "the user's own file of --reward file.py:f, which is trusted",
 }
 
 
@@ -157,7 +158,7 @@ RULES = {  # rule -> what it must see
         "raw.get('pad_token_id') or 0", "pad_token_id or 5",
     ),
     asserts: ("assert x > 0, 'steps must be positive'", "assert isinstance(path, str)"),
-}  # fmt: skip
+}
 LEGAL = """
 import json, torch.nn as nn
 from torch.distributed import all_reduce
@@ -211,7 +212,7 @@ SHAPE = {
     "model_type": "llama", "vocab_size": 258, "hidden_size": 8, "intermediate_size": 12,
     "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 48,
     "eos_token_id": 0,
-}  # fmt: skip
+}
 ROW = {"prompt": "The film", "chosen": " was good.", "rejected": " was bad.", "response": " was."}
 COMMANDS = {
     "sft": "sft --model lm --data rows.jsonl --eval-data rows.jsonl --out sft --steps 1",
@@ -259,14 +260,14 @@ def run(words: str) -> None:
 
 
 def test_no_command_reaches_out(world, monkeypatch):
-    monkeypatch.setattr("watched.SECONDS", 60)  # it is not their speed that is looked at
-    monkeypatch.setattr("watched.MEMORY", 1 << 40)
+    monkeypatch.setattr("tests.watched.SECONDS", 60)  # it is not their speed that is looked at
+    monkeypatch.setattr("tests.watched.MEMORY", 1 << 40)
     commands = list(COMMANDS.items())
     found = run_cases(
         range(len(commands)),
         lambda i: (commands[i][0], lambda: run(commands[i][1])),
         world.parent, may_write=True,
-    )  # fmt: skip
+    )
     # The file of --reward is the user's own, and trusted: nothing else is run that is no library's.
     own = {f.what for f in found if f.name == "ppo, own reward"}
     assert own == {f"{event} '{world / 'reward.py'}'" for event in ("compile", "exec")}

@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kill_harness import LISTS, RECIPES, command, make_world, remains, wrong_with
 from torch import Tensor, nn
 
-from minirlhf.checkpoint import TrainState
-from minirlhf.meters import Step
-from minirlhf.run import Run
+from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.folder import Run
+from minirlhf.run.meters import Step
+from tests.kill_harness import LISTS, RECIPES, command, make_world, remains, wrong_with
 
 # Paths of numbers that may differ, and why.
 OUTSIDE = "|".join(
@@ -39,7 +39,7 @@ OUTSIDE = "|".join(
         r"^main: (fits|held|plan\.held)\b",  # memory of the process and the machine, measured
         r"^main: r\.before\b",  # settings of the last start, to tell what has changed
         r"^main: results\b",  # of the last evaluation, which a resumed run makes anew
-        r"^minirlhf\.checkpoint\['_known_whole'\]",  # what was verified, which resuming does anew
+        r"^minirlhf\.run\.checkpoint\['_known_whole'\]",  # what was verified
     )
 )
 DERIVED = "|".join(
@@ -103,7 +103,7 @@ def parts_of(thing: object) -> Iterator[tuple[str, object]]:
             yield from ((f" {name}", part) for name, part in closed.items())
             yield ".__defaults__", thing.__defaults__
             used = {n: thing.__globals__[n] for n in thing.__code__.co_names
-                    if n in thing.__globals__}  # fmt: skip
+                    if n in thing.__globals__}
             yield from ((f" {name}", used[name]) for name in sorted(used))
     elif isinstance(thing, types.MethodType):
         yield ".__self__", thing.__self__
@@ -253,8 +253,8 @@ def test_recipe_hides_no_number_from_its_checkpoint(recipe, changes, world, tmp_
     _, seen = audit.saved[1]
     for path in (
         "main: state.step", "main: state.meters.meters['loss", "main: r.folder", "main: config.",
-        "main: optimizer.state[0]['exp_avg']", "recipe ", "minirlhf.run['LOGS']",
-    ):  # fmt: skip
+        "main: optimizer.state[0]['exp_avg']", "recipe ", "minirlhf.run.folder['LOGS']",
+    ):
         assert any(name.startswith(path) for name in seen), path
 
 

@@ -23,26 +23,37 @@ from statistics import fmean, pvariance, stdev, variance
 
 import pytest
 import torch
-import trl_reference as reference
-from test_ppo import by_row
 from torch import Tensor, nn
-from trl_reference import KL_COEF, NEW, OLD, PAIRS, QUERIES, REF, RESPONSES, SCORES, SETTINGS, fill
 
-from minirlhf.advantages import gae
-from minirlhf.batching import pad_right
-from minirlhf.data import Pair
-from minirlhf.heads import RewardModel, ValueHeadModel
-from minirlhf.hf_config import config_from_hf
-from minirlhf.kl import AdaptiveKL, kl_k1, kl_k2
-from minirlhf.losses import clipped_surrogate
-from minirlhf.masking import masked_mean, masked_rescale
-from minirlhf.passes import measure, policy_pass
-from minirlhf.ppo_config import PPOConfig
-from minirlhf.ppo_update import assign_credit, ppo_step
-from minirlhf.preferences import collate_pairs, score_metrics
-from minirlhf.rollout import Rollout, RolloutBuffer
-from minirlhf.scores import RunningMoments
-from minirlhf.transformer import CausalLM
+from minirlhf.batches.preferences import collate_pairs
+from minirlhf.batches.rollouts import Rollout, RolloutBuffer, measure, policy_pass
+from minirlhf.data.examples import Pair
+from minirlhf.equations.advantages import gae
+from minirlhf.equations.kl import AdaptiveKL, kl_k1, kl_k2
+from minirlhf.equations.masking import masked_mean, masked_rescale
+from minirlhf.equations.policy import clipped_surrogate
+from minirlhf.equations.scores import RunningMoments
+from minirlhf.evaluation.reward import score_metrics
+from minirlhf.models.alignment import pad_right
+from minirlhf.models.families import config_from_hf
+from minirlhf.models.heads import RewardModel, ValueHeadModel
+from minirlhf.models.transformer import CausalLM
+from minirlhf.recipes.ppo import assign_credit, ppo_step
+from minirlhf.setup.ppo_settings import PPOConfig
+from tests import trl_reference as reference
+from tests.recipes.test_ppo import by_row
+from tests.trl_reference import (
+    KL_COEF,
+    NEW,
+    OLD,
+    PAIRS,
+    QUERIES,
+    REF,
+    RESPONSES,
+    SCORES,
+    SETTINGS,
+    fill,
+)
 
 FILES = Path(__file__).parent / "data"
 PPO, REWARD = (
@@ -72,7 +83,7 @@ def config_of(**changes: object) -> PPOConfig:
         "gamma": SETTINGS["gamma"], "lam": SETTINGS["lam"], "kl_coef": KL_COEF,
         "clip_low": SETTINGS["cliprange"], "clip_high": SETTINGS["cliprange"],
         "value_clip": SETTINGS["cliprange_value"], "vf_coef": SETTINGS["vf_coef"],
-    }  # fmt: skip
+    }
     return PPOConfig(**{**values, **changes})
 
 
@@ -122,7 +133,7 @@ def stepped(**changes: object):
     """One ppo_step of the policy NEW on the rollout of OLD; its stats and its optimizer."""
     model, buffer = policy(NEW), measured()
     names = {name.replace("lm.", "pretrained_model.").replace("v_head.", "v_head.summary."): p
-             for name, p in model.named_parameters()}  # fmt: skip
+             for name, p in model.named_parameters()}
     optimizer = Ascent([names[name] for name in sorted(names)], lr=1.0)
     return ppo_step(model, optimizer, buffer, config_of(**changes)), optimizer, buffer
 
@@ -155,7 +166,7 @@ def test_rewards_and_returns_are_trls():
 
 def test_advantages_are_trls_before_and_after_whitening():
     raw = [[r - v for r, v in zip(*rows, strict=True)]
-           for rows in zip(PPO["returns"], PPO["old_values"], strict=True)]  # fmt: skip
+           for rows in zip(PPO["returns"], PPO["old_values"], strict=True)]
     assert_near(by_row(filled(whiten=False), "advantages"), raw)
     white = [[BESSEL * a for a in row] for row in PPO["advantages"]]
     assert_near(by_row(filled(whiten=True), "advantages"), white)
@@ -185,7 +196,7 @@ def test_gradients_are_trls():
         ("approxkl", "policy/approxkl"), ("clipfrac", "policy/clipfrac"),
         ("value_clipfrac", "val/clipfrac"), ("entropy", "policy/entropy"),
     ],
-)  # fmt: skip
+)
 def test_statistics_of_the_step_are_trls(ours, theirs):
     stats, _, _ = stepped()
     assert getattr(stats, ours) == pytest.approx(PPO["stats"][theirs], **NEAR)
@@ -405,7 +416,7 @@ def test_reward_loss_metrics_and_gradient_are_trls(name, margin, center):
     assert {n: metrics[n] for n in theirs["metrics"]} == pytest.approx(theirs["metrics"], **NEAR)
     assert theirs["metrics"].keys() == {
         "min_reward", "mean_reward", "max_reward", "accuracy", "margin"
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(("name", "margin", "center"), CASES)

@@ -2,18 +2,18 @@
 
 import torch
 
-from minirlhf.checkpoint import TrainState
-from minirlhf.data import Pair
-from minirlhf.heads import RewardModel, initialize_score
-from minirlhf.hf_config import config_from_hf
-from minirlhf.rankings import Ranking
-from minirlhf.recipes.reward import RewardConfig
-from minirlhf.transformer import CausalLM, initialize
+from minirlhf.data.examples import Pair
+from minirlhf.data.rankings import Ranking
+from minirlhf.models.families import config_from_hf
+from minirlhf.models.heads import RewardModel, initialize_score
+from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.run.checkpoint import TrainState
+from minirlhf.setup.reward import RewardConfig
 
 TINY = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
     "num_attention_heads": 2, "max_position_embeddings": 48,
-}  # fmt: skip
+}
 V = 11
 
 

@@ -28,7 +28,7 @@ SHAPE = {
     "vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
     "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+}
 
 # Rows of unequal lengths, padded on the right; id 0 is padding and in no row.
 QUERIES = [[3, 4, 5], [1, 2], [9, 8, 7, 6]]
@@ -157,9 +157,9 @@ def ppo_reference() -> dict:
         kl_coef=KL_COEF, masks=mask, kls=kls, logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         non_score_reward=non_score, scores=scores, queries=QUERIES, responses=RESPONSES,
         train_stats={name: value[None] for name, value in stats.items()},
-    )  # fmt: skip
+    )
     names = ("objective/kl", "objective/entropy", "ppo/mean_non_score_reward", "ppo/mean_scores",
-             "ppo/std_scores", "ppo/val/var_explained", "tokens/responses_len_mean")  # fmt: skip
+             "ppo/std_scores", "ppo/val/var_explained", "tokens/responses_len_mean")
 
     penalties = {}
     for kind in ("kl", "abs", "mse", "full"):
@@ -178,7 +178,7 @@ def ppo_reference() -> dict:
         "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "old_values": values,
         "rewards": rewards, "returns": returns, "advantages": advantages, "logprobs": logprobs,
         "values": vpreds,
-    }  # fmt: skip
+    }
     return {
         **{name: by_row(x, mask) for name, x in cells.items()},
         "ratio": ratio, "penalties": penalties, "kl_coefs": coefs,
@@ -187,7 +187,7 @@ def ppo_reference() -> dict:
         "gradients": gradients,
         **ppo_defects(rewards, values, mask, arguments),
         "running_moments": moments(RUNNING_SCORES),
-    }  # fmt: skip
+    }
 
 
 RUNNING_SCORES = [[1.0, 2.0, 4.0], [0.5, -3.0], [10.0, 10.0, 9.0, 2.5]]
@@ -209,7 +209,7 @@ def ppo_defects(rewards: Tensor, values: Tensor, mask: Tensor, arguments: tuple)
         "returns_of_whitened": by_row(clean, mask),
         "returns_of_whitened_unmasked": by_row(leaked, mask),
         "guarded_policy_loss": guarded_loss, "unguarded_policy_loss": free_loss,
-    }  # fmt: skip
+    }
 
 
 # ---- TRL 1.16: RewardTrainer ---------------------------------------------------------------------
@@ -236,14 +236,14 @@ def reward_reference() -> dict:
     out = {}
     for name, center, margin in (
         ("plain", None, False), ("margin", None, True), ("centred", CENTER, True),
-    ):  # fmt: skip
+    ):
         rows = [{k: v for k, v in pair.items() if margin or k != "margin"} for pair in PAIRS]
         batch = DataCollatorForPreference(pad_token_id=0)(rows)
         trainer = reward_trainer(center)
         loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
         gradient = projected(model, loss)
         metrics = {n: values[0] for n, values in trainer._metrics["train"].items()
-                   if n != "num_tokens"}  # fmt: skip
+                   if n != "num_tokens"}
         scores = outputs.logits.squeeze(-1)
         out[name] = {"loss": loss, "scores": scores, "metrics": metrics, "gradient": gradient}
     return out

@@ -35,16 +35,16 @@ REACHING_OUT = (
     "pickle.", "subprocess.", "socket.", "os.system", "os.exec", "os.fork", "os.posix_spawn",
     "os.spawn", "os.startfile", "os.kill", "pty.", "ctypes.", "urllib.", "http.", "ftplib.",
     "smtplib.", "webbrowser.",
-)  # fmt: skip
+)
 CHANGING = (
     "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate",
     "os.chmod", "os.chown", "os.putenv", "shutil.",
-)  # fmt: skip
+)
 TEMPLATES = ("<template>", "<unknown>")  # what jinja2 calls the code that it compiles
 PACKAGE = str(Path(minirlhf.__file__).parent) + os.sep
 LIBRARIES = (
     PACKAGE, *{str(Path(folder).resolve()) + os.sep for folder in sysconfig.get_paths().values()}
-)  # fmt: skip
+)
 WRITERS = (collections.__file__, dataclasses.__file__, typing.__file__)  # of methods and hints
 
 Make = Callable[[int], tuple[str, Callable[[], object]]]

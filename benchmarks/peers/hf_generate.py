@@ -29,6 +29,6 @@ for rows in args.batch_sizes:
             model.generate(
                 input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=args.new_tokens,
                 min_new_tokens=args.new_tokens, do_sample=True, top_k=0, pad_token_id=0,
-            )  # fmt: skip
+            )
         seconds.append(time.perf_counter() - started)
     print(json.dumps({"rows": rows, "seconds": seconds[1:]}), flush=True)

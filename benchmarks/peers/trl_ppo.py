@@ -67,7 +67,7 @@ def trl112() -> None:
         save_strategy="no", num_sample_generations=0, use_cpu=True, bf16=bf16, learning_rate=1e-6,
         kl_estimator="k1", disable_tqdm=True, gradient_checkpointing=False,
         missing_eos_penalty=1.0, stop_token=None,
-    )  # fmt: skip
+    )
     data = Dataset.from_dict({"input_ids": ids})
     PPOTrainer(
         args=config, processing_class=tokenizer, model=model(AutoModelForCausalLM),
@@ -75,7 +75,7 @@ def trl112() -> None:
         reward_model=model(AutoModelForSequenceClassification, num_labels=1),
         value_model=model(AutoModelForSequenceClassification, num_labels=1),
         train_dataset=data, eval_dataset=data.select(range(rows)), callbacks=[Clock()],
-    ).train()  # fmt: skip
+    ).train()
 
 
 def trl096() -> None:
@@ -97,7 +97,7 @@ def trl096() -> None:
         batch_size=rows, mini_batch_size=rows // args.mini_batches, gradient_accumulation_steps=1,
         ppo_epochs=args.epochs, learning_rate=1e-6,
         accelerator_kwargs={"cpu": True, "mixed_precision": "bf16" if bf16 else "no"},
-    )  # fmt: skip
+    )
     trainer = PPOTrainer(config, policy, create_reference_model(policy), tokenizer)
     for update in range(args.updates):
         started = time.perf_counter()
@@ -106,7 +106,7 @@ def trl096() -> None:
             queries, batch_size=rows, return_prompt=False, max_new_tokens=args.new_tokens,
             min_new_tokens=args.new_tokens, do_sample=True, top_k=0, top_p=1.0,
             pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        )
         answers = [answer[: args.new_tokens] for answer in answers]
         texts = torch.stack([torch.cat(pair) for pair in zip(queries, answers, strict=True)])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):

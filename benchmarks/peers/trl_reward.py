@@ -51,7 +51,7 @@ config = RewardConfig(
     max_steps=args.steps, report_to=[], save_strategy="no", use_cpu=True,
     bf16=args.dtype == "bfloat16", learning_rate=1e-6, logging_steps=1000, disable_tqdm=True,
     gradient_checkpointing=False, max_length=128,
-)  # fmt: skip
+)
 data = Dataset.from_list(rows[:4096])
 Counting(
     model=model, args=config, processing_class=tokenizer, train_dataset=data, callbacks=[Clock()]

@@ -10,8 +10,8 @@ import textwrap
 from itertools import zip_longest
 from typing import NamedTuple
 
-from minirlhf.config import nearest
 from minirlhf.errors import OK, UserError, run
+from minirlhf.run.settings import nearest
 
 WIDTH = 40  # of a column of names; the longest name to import has 39 characters
 
@@ -48,7 +48,7 @@ _TRAINING = _rows(
     ("bf16", "--dtype", "float32 unless told; log-probs and losses always are"),
     ("seed", "--seed", "all randomness derives from it; nothing global is drawn"),
     ("report_to, log_with", "minirlhf metrics", "metrics.jsonl and samples.jsonl, always"),
-)  # fmt: skip
+)
 _NOT_PPO = tuple(row for row in _TRAINING if row.theirs != "num_train_epochs")
 
 _TRL_PPO_CONFIG = _rows(
@@ -98,28 +98,28 @@ _TRL_PPO_CONFIG = _rows(
     ("world_size, global_backward_batch_size, global_batch_size", "", "one process"),
     ("is_encoder_decoder", "", "decoders only"),
     ("is_peft_model", "--lora-rank", "0: all weights"),
-)  # fmt: skip
+)
 _TRL_PPO_TRAINER = _rows(
-    ("config", "minirlhf.ppo_config.PPOConfig", "every field is a flag"),
-    ("model", "minirlhf.heads.ValueHeadModel", "the critic is a head, or a model: --critic"),
+    ("config", "minirlhf.PPOConfig", "every field is a flag"),
+    ("model", "minirlhf.ValueHeadModel", "the critic is a head, or a model: --critic"),
     ("ref_model", "--ref", "none: the policy at step 0, also under adapters"),
-    ("tokenizer", "minirlhf.tokenizer.load_tokenizer", "of --model; padding has no id here"),
-    ("dataset", "minirlhf.data.load_prompts", "a file, or a list of Prompt"),
-    ("optimizer, lr_scheduler", "minirlhf.checkpoint.TrainState", "pass your own optimizer"),
-    ("data_collator, training_data_collator", "minirlhf.rollout.RolloutBuffer", "cuts by length"),
+    ("tokenizer", "minirlhf.load_tokenizer", "of --model; padding has no id here"),
+    ("dataset", "minirlhf.data.examples.load_prompts", "a file, or a list of Prompt"),
+    ("optimizer, lr_scheduler", "minirlhf.TrainState", "pass your own optimizer"),
+    ("data_collator, training_data_collator", "minirlhf.RolloutBuffer", "cuts by length"),
     ("num_shared_layers", "--lora-rank", "the reference shares all layers: adapters off"),
-    ("generate", "minirlhf.rollout.sample", "a text depends on its prompt and key alone"),
+    ("generate", "minirlhf.batches.collect.sample", "a text depends on its prompt and key alone"),
     ("generate(length_sampler=…)", "--min-new-tokens, --max-new-tokens", "bounds, not a draw"),
     ("generate(generate_ref_response=True)", "minirlhf sample", "of any model folder"),
-    ("step", "minirlhf.ppo_update.ppo_step",
-     "on a buffer that passes.measure has filled; or loop over ppo(...)"),
-    ("step(response_masks=…)", "minirlhf.rollout.Rollout", "masked cells are skipped, not zeroed"),
-    ("log_stats", "minirlhf.metrics.rename_to_trl09", "to go on with its names"),
-    ("save_pretrained", "minirlhf.pretrained.save_pretrained",
+    ("step", "minirlhf.ppo_step",
+     "on a buffer that rollouts.measure has filled; or loop over ppo(...)"),
+    ("step(response_masks=…)", "minirlhf.Rollout", "masked cells are skipped, not zeroed"),
+    ("log_stats", "minirlhf.run.glossary.rename_to_trl09", "to go on with its names"),
+    ("save_pretrained", "minirlhf.save_pretrained",
      "of policy.lm as others read it; of the policy also its head, in a file of its own"),
     ("BestOfNSampler", "minirlhf sample, minirlhf score",
      "sample --samples N, then score: line i scores line i, keep the best of each N"),
-)  # fmt: skip
+)
 _TRL1_PPO_CONFIG = _rows(
     ("learning_rate", "--learning-rate", "3e-6 unless told, as there from 1.0 on; 5e-5 to 0.28"),
     ("total_episodes", "--steps", "it / batch_size, rounded up"),
@@ -160,7 +160,7 @@ _TRL1_PPO_CONFIG = _rows(
     ("ds3_gather_for_generation", "", "there is no DeepSpeed"),
     ("push_to_hub", "", "nothing is uploaded"),
     ("exp_name, run_name", "--out", "a run's name is its folder's; there up to 0.26"),
-)  # fmt: skip
+)
 _TRL1_PPO_TRAINING = _rows(
     ("per_device_train_batch_size", "--batch-size, --micro-batch-size",
      "times gradient_accumulation_steps and processes the batch there; alone, rows in a pass"),
@@ -184,11 +184,11 @@ _TRL1_PPO_TRAINING = _rows(
     ("resume_from_checkpoint", "--resume", "bit for bit on a CPU; there train() has no such thing"),
     *(row for row in _TRAINING
       if row.theirs in ("output_dir", "save_total_limit", "report_to, log_with")),
-)  # fmt: skip
+)
 _TRL1_PPO_TRAINER = _rows(
-    ("args", "minirlhf.ppo_config.PPOConfig", "every field is a flag; there config in 0.12"),
-    ("processing_class", "minirlhf.tokenizer.load_tokenizer", "of --model; padding has no id here"),
-    ("model", "minirlhf.heads.ValueHeadModel", "--model; there policy in 0.12"),
+    ("args", "minirlhf.PPOConfig", "every field is a flag; there config in 0.12"),
+    ("processing_class", "minirlhf.load_tokenizer", "of --model; padding has no id here"),
+    ("model", "minirlhf.ValueHeadModel", "--model; there policy in 0.12"),
     ("ref_model", "--ref",
      "none: the policy at step 0, also under adapters; there ref_policy in 0.12"),
     ("reward_model", "--reward",
@@ -196,29 +196,29 @@ _TRL1_PPO_TRAINER = _rows(
     ("value_model", "--critic", "none: a head on the policy's trunk; there always a second model"),
     ("train_dataset", "--data", "texts, messages or ids; there ids"),
     ("eval_dataset", "--eval-data", "scored beside the start; there only for tables of samples"),
-    ("data_collator", "minirlhf.rollout.RolloutBuffer", "cuts by length"),
-    ("optimizers", "minirlhf.checkpoint.TrainState", "pass your own optimizer"),
-    ("callbacks, train", "minirlhf.recipes.ppo.ppo",
+    ("data_collator", "minirlhf.RolloutBuffer", "cuts by length"),
+    ("optimizers", "minirlhf.TrainState", "pass your own optimizer"),
+    ("callbacks, train", "minirlhf.ppo",
      "a generator: the body of your own for loop, after each iteration"),
     ("peft_config", "--lora-rank, --lora-alpha", "adapters, merged into the model at the end"),
     ("generate_completions", "--sample-every", "a table of fixed prompts"),
-    ("save_model", "minirlhf.pretrained.save_pretrained", "pass policy.lm"),
-)  # fmt: skip
+    ("save_model", "minirlhf.save_pretrained", "pass policy.lm"),
+)
 _TRL_REWARD = _rows(
     ("model", "--model", "a language or reward model; one score a text"),
     ("args.max_length", "--max-length, --overlong", "is obeyed; what happens to longer rows too"),
-    ("data_collator", "minirlhf.preferences.collate", "pass your own to reward(...)"),
+    ("data_collator", "minirlhf.batches.preferences.collate", "pass your own to reward(...)"),
     ("train_dataset", "--data", "text, messages or ids; a margin may miss in any row"),
     ("eval_dataset", "--eval-data", "several as NAME=FILE, told under eval_NAME_"),
-    ("tokenizer", "minirlhf.tokenizer.load_tokenizer", "of --model"),
-    ("model_init", "minirlhf.recipes.reward.reward", "build the state yourself, then loop"),
-    ("compute_metrics", "minirlhf.reward_eval.evaluate", "its argument metrics"),
-    ("callbacks", "minirlhf.recipes.reward.reward", "the body of your own for loop"),
-    ("optimizers", "minirlhf.checkpoint.TrainState", "pass your own optimizer"),
+    ("tokenizer", "minirlhf.load_tokenizer", "of --model"),
+    ("model_init", "minirlhf.reward", "build the state yourself, then loop"),
+    ("compute_metrics", "minirlhf.evaluation.reward.evaluate", "its argument metrics"),
+    ("callbacks", "minirlhf.reward", "the body of your own for loop"),
+    ("optimizers", "minirlhf.TrainState", "pass your own optimizer"),
     ("preprocess_logits_for_metrics", "", "evaluation keeps two numbers a pair, no logits"),
     ("peft_config", "--lora-rank, --lora-alpha", "the head always learns, and is saved"),
-    ("column margin", "minirlhf.losses.bradley_terry_loss", "a margin meets its own pair only"),
-    ("accuracy", "minirlhf.losses.preference_accuracy", "a tie is wrong; also half, and ties"),
+    ("column margin", "minirlhf.bradley_terry_loss", "a margin meets its own pair only"),
+    ("accuracy", "minirlhf.preference_accuracy", "a tie is wrong; also half, and ties"),
     ("evaluate, visualize_samples", "--show-samples", "one pass; -1 shows all, the last row too"),
     ("eval_steps", "--eval-every", "0: at the end only"),
     ("per_device_train_batch_size", "--batch-size", "pairs in an update: 16 unless told; there 8"),
@@ -227,11 +227,11 @@ _TRL_REWARD = _rows(
     ("max_steps", "--steps", "instead of --epochs"),
     ("remove_unused_columns", "", "unknown columns do no harm"),
     ("dataset_num_proc", "", "data is read once, in order"),
-)  # fmt: skip
+)
 _LF_PPO = _rows(
     ("model_name_or_path, adapter_name_or_path", "--model", "a folder of whole weights"),
     ("dataset, dataset_dir", "--data, --columns", "a file; no dataset_info.json"),
-    ("template", "minirlhf.chat_template", "the model's own chat template"),
+    ("template", "minirlhf.data.chat_template.compile_template", "the model's own chat template"),
     ("cutoff_len", "--max-prompt-length, --overlong", "longer prompts are an error unless told"),
     ("reward_model", "--reward", "a folder or file.py:function"),
     ("reward_model_type full", "--reward", "a reward model's folder"),
@@ -267,7 +267,7 @@ _LF_PPO = _rows(
     ("max_new_tokens", "--max-new-tokens", "64 unless told; there 1024"),
     ("repetition_penalty, length_penalty, num_beams", "", "would sample from another law"),
     ("plot_loss", "minirlhf metrics", "metrics.jsonl has every number"),
-)  # fmt: skip
+)
 _LF_REWARD = _rows(
     ("stage rm", "minirlhf reward", "loads as a sequence classifier; there a value_head file"),
     ("dataset, eval_dataset", "--data, --eval-data", "a margin column is read; there ignored"),
@@ -280,7 +280,7 @@ _LF_REWARD = _rows(
     ("eval_steps", "--eval-every", "0: at the end only"),
     ("max_steps", "--steps", "instead of --epochs"),
     ("predict_with_generate, do_predict", "minirlhf score", "scores of a file"),
-)  # fmt: skip
+)
 
 TABLES: dict[str, tuple[Section, ...]] = {
     "trl": (

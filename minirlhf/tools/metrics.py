@@ -4,10 +4,10 @@ import json
 import sys
 from dataclasses import dataclass
 
-from minirlhf import config as settings
-from minirlhf.config import setting
 from minirlhf.errors import OK, run
-from minirlhf.metrics import LEFT_OUT, METRICS, Metric
+from minirlhf.run import settings
+from minirlhf.run.glossary import LEFT_OUT, METRICS, Metric
+from minirlhf.run.settings import setting
 
 
 @dataclass(frozen=True)

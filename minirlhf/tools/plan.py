@@ -10,26 +10,29 @@ from dataclasses import field, fields, make_dataclass
 
 import torch
 
-from minirlhf import config as settings
-from minirlhf import memory, model_files, plans, presets, pretrained
+from minirlhf.batches.preferences import reads_before_eos
+from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import OK, UserError, run
-from minirlhf.machine import (
+from minirlhf.files import folders
+from minirlhf.models import pretrained
+from minirlhf.models.transformer import ModelConfig
+from minirlhf.run import settings
+from minirlhf.run.machine import (
     choose_device,
     choose_dtype,
     free_memory,
     make_deterministic,
     process_bytes,
 )
-from minirlhf.memory import Plan
-from minirlhf.ppo_config import PPOConfig
-from minirlhf.ppo_start import look, prompt_room, read_texts
-from minirlhf.preferences import reads_before_eos
-from minirlhf.recipes import reward, sft
-from minirlhf.recipes.reward import RewardConfig
-from minirlhf.recipes.sft import SFTConfig
-from minirlhf.run import named_files
-from minirlhf.tokenizer import load_tokenizer
-from minirlhf.transformer import ModelConfig
+from minirlhf.setup import memory, memory_plans, presets
+from minirlhf.setup import reward as setup_reward
+from minirlhf.setup import sft as setup_sft
+from minirlhf.setup.common import named_files
+from minirlhf.setup.memory import Plan
+from minirlhf.setup.ppo import look, prompt_room, read_texts
+from minirlhf.setup.ppo_settings import PPOConfig
+from minirlhf.setup.reward import RewardConfig
+from minirlhf.setup.sft import SFTConfig
 
 
 def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
@@ -38,64 +41,64 @@ def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
         longest, longest_text = data.longest_prompt, data.longest_text
     else:
         longest, longest_text = lengths_without_data(config)
-    models, held = plans.ppo_models(config), process_bytes(device)
-    return plans.ppo_plan(config, models, longest, dtype, held, longest_text)
+    models, held = memory_plans.ppo_models(config), process_bytes(device)
+    return memory_plans.ppo_plan(config, models, longest, dtype, held, longest_text)
 
 
 def lengths_without_data(config: PPOConfig) -> tuple[int, int]:
     """Tokens of the longest prompt that may be, and of the longest text that is mixed in."""
     names = filter(None, (config.model, config.ref, config.critic))
-    folders = [model_files.resolve(name, weights=False) for name in names]
-    room = prompt_room(config, folders)
+    places = [folders.resolve(name, weights=False) for name in names]
+    room = prompt_room(config, places)
     if config.max_prompt_length is None:
         raise UserError("--data", "not given, so prompts may be of any length",
-                        "give it, or --max-prompt-length")  # fmt: skip
+                        "give it, or --max-prompt-length")
     if config.ptx_data is None:
         return room, 0
-    most = pretrained.read_config(folders[0]).longest_row
-    texts, _ = read_texts(config, load_tokenizer(folders[0]), most)
+    most = pretrained.read_config(places[0]).longest_row
+    texts, _ = read_texts(config, load_tokenizer(places[0]), most)
     return room, max(len(text.ids) for text in texts)
 
 
 def plan_reward(config: RewardConfig, dtype: torch.dtype, device: str) -> Plan:
-    folder = model_files.resolve(config.model, weights=False)
+    folder = folders.resolve(config.model, weights=False)
     model = pretrained.read_config(folder)
     if not config.data:
         longest = min(config.max_length, model.longest_row)
-        return plans.reward_plan(config, model, longest, dtype, process_bytes(device))
+        return memory_plans.reward_plan(config, model, longest, dtype, process_bytes(device))
     tokenizer = load_tokenizer(folder)
     before_eos = reads_before_eos(model, tokenizer)
     sets = {
-        prefix: reward.load(config, file, tokenizer, model, before_eos)[0]
+        prefix: setup_reward.load(config, file, tokenizer, model, before_eos)[0]
         for prefix, file in files_of(config).items()
     }
     examples = sets.pop("")
-    return reward.memory_plan(config, model, examples, sets, dtype, process_bytes(device))
+    return setup_reward.memory_plan(config, model, examples, sets, dtype, process_bytes(device))
 
 
 def plan_sft(config: SFTConfig, dtype: torch.dtype, device: str) -> Plan:
     if not config.data:
         model = sft_model(config)
         longest = min(config.max_length, model.longest_row)
-        return plans.sft_plan(config, model, longest, dtype, process_bytes(device))
-    tokenizer = sft.choose_tokenizer(config)
-    model = sft.choose_config(config, tokenizer)
+        return memory_plans.sft_plan(config, model, longest, dtype, process_bytes(device))
+    tokenizer = setup_sft.choose_tokenizer(config)
+    model = setup_sft.choose_config(config, tokenizer)
     sets = {
-        prefix: sft.load(config, file, tokenizer, model.longest_row)[0]
+        prefix: setup_sft.load(config, file, tokenizer, model.longest_row)[0]
         for prefix, file in files_of(config).items()
     }
     texts = sets.pop("")
-    return sft.memory_plan(config, model, texts, sets, dtype, process_bytes(device))
+    return setup_sft.memory_plan(config, model, texts, sets, dtype, process_bytes(device))
 
 
 def sft_model(config: SFTConfig) -> ModelConfig:
     """The architecture without data; a tokenizer that a run would train on them is taken to be as
     large as it may be."""
     if config.model is not None:
-        return pretrained.read_config(model_files.resolve(config.model, weights=False))
+        return pretrained.read_config(folders.resolve(config.model, weights=False))
     if config.tokenizer is not None:
-        return sft.choose_config(config, sft.choose_tokenizer(config))
-    return sft.new_config(config.init_config, config.vocab_size)
+        return setup_sft.choose_config(config, setup_sft.choose_tokenizer(config))
+    return setup_sft.new_config(config.init_config, config.vocab_size)
 
 
 def files_of(config: RewardConfig | SFTConfig) -> dict[str, str]:
@@ -121,7 +124,7 @@ def without_files(config_class: type) -> type:
                                metadata={**f.metadata, "required": False}))
         for f in fields(config_class)
         if f.metadata["required"] and f.name != "model"
-    ]  # fmt: skip
+    ]
     return make_dataclass(config_class.__name__, rules, bases=(config_class,), frozen=True)
 
 
@@ -139,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.parse(
         without_files(config_class), words[1:], f"minirlhf plan {recipe}",
         "Print what a run would hold in memory.", presets.PPO if recipe == "ppo" else {},
-    )  # fmt: skip
+    )
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     make_deterministic(device)  # as a run does: it imports 70 MB
     plan = plan_of(config, dtype, device)

@@ -14,17 +14,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minirlhf import config as settings
-from minirlhf import model_files, pretrained, streams
-from minirlhf.columns import column_problems
-from minirlhf.config import setting
-from minirlhf.data import Prompt, load_prompts
+from minirlhf import streams
+from minirlhf.data.examples import Prompt, load_prompts
+from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, STOPPED, UserError, run
-from minirlhf.generation import Sampling, cut_at_stop, generate
-from minirlhf.machine import choose_device, choose_dtype
-from minirlhf.sieve import RowPolicy
-from minirlhf.tokenizer import Tokenizer, load_tokenizer
-from minirlhf.transformer import CausalLM
+from minirlhf.files import folders
+from minirlhf.files.sieve import RowPolicy, column_problems
+from minirlhf.models import pretrained
+from minirlhf.models.generation import Sampling, cut_at_stop, generate
+from minirlhf.models.transformer import CausalLM
+from minirlhf.run import settings
+from minirlhf.run.machine import choose_device, choose_dtype
+from minirlhf.run.settings import setting
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,15 @@ class SampleConfig:
     overlong: str = setting(
         "error", "what happens to longer prompts",
         choices=("drop", "truncate_prompt_left", "error"),
-    )  # fmt: skip
+    )
     columns: tuple[str, ...] = setting(
         (), "names of columns that the files call otherwise, as in prompt=question",
         metavar="NAME=COLUMN",
-    )  # fmt: skip
+    )
     bad_rows: str = setting(
         "error", "malformed rows: refuse the file, or leave them out and tell how many",
         choices=("error", "skip"),
-    )  # fmt: skip
+    )
     fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
     allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
     max_drop: float = setting(
@@ -94,7 +95,7 @@ def check_new(out: str | None, flag: str = "--out") -> list[str]:
 def sample(
     lm: CausalLM, tokenizer: Tokenizer, prompts: list[Prompt], sampling: Sampling,
     seed: int = 0, batch_size: int = 16, samples: int = 1,
-) -> Iterator[dict]:  # fmt: skip
+) -> Iterator[dict]:
     """So many rows a prompt, in order.
 
     Args:
@@ -131,7 +132,7 @@ def sample(
                 **({} if exact else {"input_ids": prompt.ids + read,
                                      "prompt_length": len(prompt.ids),
                                      "tokenizer": tokenizer.fingerprint}),
-            }  # fmt: skip
+            }
 
 
 def read_again(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         SampleConfig, argv, "minirlhf sample", "Write continuations of prompts, as JSON lines."
     )
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
-    folder = model_files.resolve(config.model)
+    folder = folders.resolve(config.model)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
     tokenizer.check_stops(config.stop)
     room = positions - config.max_new_tokens + 1  # the last token is sampled, not read
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     sampling = Sampling(
         config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.min_p,
         config.repetition_penalty, config.stop,
-    )  # fmt: skip
+    )
     for line in pretrained.rounded([folder], dtype):
         print(f"warning: {line}", file=sys.stderr)
     lm = pretrained.load_pretrained(folder, dtype, device)

@@ -12,32 +12,30 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from minirlhf import config as settings
-from minirlhf import model_files, pretrained
-from minirlhf.columns import column_problems
-from minirlhf.config import setting
-from minirlhf.data import Pair, Text, load_texts
-from minirlhf.encoding import cut_eos
-from minirlhf.errors import NON_FINITE, OK, UserError, run
-from minirlhf.heads import RewardModel
-from minirlhf.machine import choose_device, choose_dtype
-from minirlhf.preferences import (
+from minirlhf.batches.preferences import (
     Example,
     collate,
     count_texts,
     kind_of,
-    ordered_scores,
-    preference_metrics,
     texts_of,
     without_eos,
 )
-from minirlhf.rankings import load_preferences
+from minirlhf.data.encoding import cut_eos
+from minirlhf.data.examples import Pair, Text, load_texts
+from minirlhf.data.rankings import load_preferences
+from minirlhf.data.tokenizer import load_tokenizer
+from minirlhf.errors import NON_FINITE, OK, UserError, run
+from minirlhf.evaluation.reward import calibration_error, ordered_scores, preference_metrics
+from minirlhf.files import folders
+from minirlhf.files.sieve import RowPolicy, column_problems
+from minirlhf.models import pretrained
+from minirlhf.models.heads import RewardModel
 from minirlhf.recipes.reward import SHOWN
-from minirlhf.reward_eval import calibration_error
-from minirlhf.reward_model import score_texts
-from minirlhf.sieve import RowPolicy
-from minirlhf.tokenizer import load_tokenizer
-from minirlhf.tools.data_rows import recipe_of
+from minirlhf.rewards.model import score_texts
+from minirlhf.run import settings
+from minirlhf.run.machine import choose_device, choose_dtype
+from minirlhf.run.settings import setting
+from minirlhf.tools.check.rows import recipe_of
 from minirlhf.tools.sample import check_new, json_lines
 
 
@@ -47,7 +45,7 @@ class ScoreConfig:
     data: str = setting(
         help="pairs, ranked lists, texts, or prompts with answers, also .gz; the output of "
         "minirlhf sample is such a file", metavar="FILE",
-    )  # fmt: skip
+    )
     out: str | None = setting(None, "new file for the lines; none: stdout", metavar="FILE")
     micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
     max_length: int | None = setting(
@@ -56,15 +54,15 @@ class ScoreConfig:
     overlong: str = setting(
         "error", "what happens to longer rows",
         choices=("drop", "truncate_prompt_left", "truncate_response", "error"),
-    )  # fmt: skip
+    )
     columns: tuple[str, ...] = setting(
         (), "names of columns that the files call otherwise, as in prompt=question",
         metavar="NAME=COLUMN",
-    )  # fmt: skip
+    )
     bad_rows: str = setting(
         "error", "malformed rows: refuse the file, or leave them out and tell how many",
         choices=("error", "skip"),
-    )  # fmt: skip
+    )
     fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
     allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
     max_drop: float = setting(
@@ -88,7 +86,7 @@ def text_rows(
         rows = [cut_eos(ids, eos_ids) or ids for ids in rows]
     scores = score_texts(model, rows, micro_batch_tokens)
     found = [{"where": text.where, "score": score}
-             for text, score in zip(texts, scores.tolist(), strict=True)]  # fmt: skip
+             for text, score in zip(texts, scores.tolist(), strict=True)]
     check_finite(found)
     std, mean = torch.std_mean(scores, correction=0)
     return found, f"{len(texts):,} texts  mean {mean:.4f}  std {std:.4f}"
@@ -140,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         ScoreConfig, argv, "minirlhf score", "Score texts or preferences with a reward model."
     )
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
-    folder = model_files.resolve(config.model)
+    folder = folders.resolve(config.model)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
     most = positions if config.max_length is None else config.max_length
     if most > positions:

@@ -1,6 +1,6 @@
 """A reward model as a service: `minirlhf serve --model REWARD_FOLDER`, for `--reward http://…`.
 
-POST /score takes the two forms of `minirlhf.reward_service`, told apart by their keys:
+POST /score takes the two forms of `minirlhf.rewards.service`, told apart by their keys:
 
     {"items": [{"id", "prompt", "completion", "finish_reason"}]} -> {"scores": [{"id", "score"}]}
     {"messages": [text]}                                         -> {"scores": [number]}
@@ -23,18 +23,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
-from minirlhf import config as settings
-from minirlhf import model_files, pretrained
-from minirlhf.config import setting
-from minirlhf.encoding import cut_eos
+from minirlhf.data.encoding import cut_eos
+from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, UserError, printable, run
-from minirlhf.heads import RewardModel
-from minirlhf.machine import choose_device, choose_dtype
-from minirlhf.reward_model import model_reward, score_texts
-from minirlhf.reward_sources import read_token
-from minirlhf.rewards import Completions
-from minirlhf.rows import kind_of, strict_json
-from minirlhf.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.files import folders
+from minirlhf.files.rows import kind_of, strict_json
+from minirlhf.models import pretrained
+from minirlhf.models.heads import RewardModel
+from minirlhf.rewards.model import model_reward, score_texts
+from minirlhf.rewards.parse import read_token
+from minirlhf.rewards.source import Completions
+from minirlhf.run import settings
+from minirlhf.run.machine import choose_device, choose_dtype
+from minirlhf.run.settings import setting
 
 PATHS = ("/", "/score", "/v1/score/evaluation")  # the last is LLaMA-Factory's
 BODY_CAP = 16 << 20  # bytes
@@ -53,7 +54,7 @@ class ServeConfig:
     token_file: str | None = setting(
         None, "holds the bearer token that requests must have; none: no one is asked",
         metavar="FILE",
-    )  # fmt: skip
+    )
     micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
     dtype: str = setting(
         "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
@@ -80,16 +81,16 @@ def completions_of(items: object) -> tuple[list, Completions]:
         id, prompt, text = item.get("id"), item.get("prompt"), item.get("completion")
         if type(id) not in (str, int) or id in ids:
             raise UserError(f"{where}: id", f"is {printable(repr(id), 80)}",
-                            "text or a whole number, another one for each item")  # fmt: skip
+                            "text or a whole number, another one for each item")
         if not _is_prompt(prompt):
             raise UserError(f"{where}: prompt", f"is {kind_of(prompt)}",
-                            'text, or a list of {"role": text, "content": text}')  # fmt: skip
+                            'text, or a list of {"role": text, "content": text}')
         if not isinstance(text, str):
             raise UserError(f"{where}: completion", f"is {kind_of(text)}", "text")
         reason = item.get("finish_reason", "eos")
         if reason not in REASONS:
             raise UserError(f"{where}: finish_reason", f"is {printable(repr(reason), 80)}",
-                            ", ".join(REASONS))  # fmt: skip
+                            ", ".join(REASONS))
         ids[id] = None  # in their order, and found at once
         prompts.append(prompt)
         texts.append(text)
@@ -104,7 +105,7 @@ def _is_prompt(prompt: object) -> bool:
     return isinstance(prompt, list) and bool(prompt) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in prompt
-    )  # fmt: skip
+    )
 
 
 def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: int) -> Answer:
@@ -129,7 +130,7 @@ def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: in
     def answer(body: object) -> dict:
         if not isinstance(body, dict) or ("items" in body) == ("messages" in body):
             raise UserError("body", f"is {kind_of(body)} with neither or both forms",
-                            'an object with either "items" or "messages"')  # fmt: skip
+                            'an object with either "items" or "messages"')
         if "items" in body:
             ids, batch = completions_of(body["items"])
             scores = _finite(source(batch).tolist())
@@ -256,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     # The same flag as `make_deterministic` sets, without the compiler that it imports.
     torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     token = None if config.token_file is None else read_token(config.token_file)
-    folder = model_files.resolve(config.model)
+    folder = folders.resolve(config.model)
     tokenizer = load_tokenizer(folder)
     for line in pretrained.rounded([folder], dtype):
         print(f"warning: {line}", file=sys.stderr)
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"--host {config.host} --port {config.port}", reason,
-                        "give another address, or a free port") from None  # fmt: skip
+                        "give another address, or a free port") from None
     for number in (signal.SIGINT, signal.SIGTERM):
         # shutdown waits for the loop below, which this thread is in
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())

@@ -1,0 +1,104 @@
+"""batches.collect."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minirlhf.batches.rollouts import Rollout, RolloutBuffer, unpack
+from minirlhf.data.examples import Prompt
+from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.models.alignment import pad_right
+from minirlhf.models.generation import Sampling, cut_at_stop, generate
+from minirlhf.models.support import stack_supports
+from minirlhf.models.transformer import CausalLM
+from minirlhf.rewards.source import Completions, Scores
+
+
+def columns_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Names of the columns that any of them has."""
+    return sorted({name for prompt in prompts for name in prompt.columns})
+
+
+def sample(
+    lm: CausalLM,
+    prompts: list[Prompt],
+    keys: Tensor,
+    sampling: Sampling,
+    tokenizer: Tokenizer,
+    rows_at_once: int,
+    columns: Sequence[str] | None = None,
+) -> tuple[Completions, Rollout]:
+    """Responses to the prompts: as text for reward sources, as tensors (scores 0) for learning.
+
+    Args:
+        keys: (B,) int64, one a prompt; a row's text depends on its prompt and key alone.
+        rows_at_once: how many are sampled side by side.
+        columns: that reward sources see, None in a row that lacks one: of all prompts, so that what
+            is said of a row does not depend on its batch. None: those of these prompts.
+    """
+    responses, reasons, logprobs, supports = [], [], [], []
+    for start in range(0, len(prompts), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        ids = [p.ids for p in prompts[part]]
+        made = generate(lm, ids, sampling, tokenizer.eos_ids, keys[part], tokenizer.decode)
+        responses += made.responses()
+        reasons += made.finish_reason
+        logprobs.append(made.logprobs[made.response_mask])
+        supports.append(made.support)
+    names = columns_of(prompts) if columns is None else columns
+    completions = Completions(
+        prompts=[p.text for p in prompts],
+        prompt_ids=[p.ids for p in prompts],
+        # An eos may be an ordinary token to the tokenizer, and so have a text.
+        completions=[
+            cut_at_stop(tokenizer.decode(ids[:-1] if why == "eos" else ids), sampling.stop_strings)
+            for ids, why in zip(responses, reasons, strict=True)
+        ],
+        response_ids=responses,
+        finish_reasons=reasons,
+        columns={name: [p.columns.get(name) for p in prompts] for name in names},
+    )
+    sizes = torch.tensor([len(ids) for ids in responses])
+    mask = torch.arange(int(sizes.max())) < sizes[:, None]  # (B, R)
+    rollout = Rollout(
+        rows=torch.arange(len(prompts)),
+        tokens=pad_right([p.ids + ids for p, ids in zip(prompts, responses, strict=True)]),
+        prompt_lengths=torch.tensor([len(p.ids) for p in prompts]),
+        response_mask=mask,
+        scores=torch.zeros(len(prompts)),
+        truncated=torch.tensor([reason == "length" for reason in reasons]),
+        support=None if supports[0] is None else stack_supports(supports),
+        sampled_logprobs=unpack(torch.cat(logprobs), mask),
+    )
+    device = lm.unembedding.device
+    return completions, Rollout(*(None if x is None else x.to(device) for x in rollout))
+
+
+def with_scores(rollout: Rollout, scores: Scores) -> Rollout:
+    """The rollout of B rows with what reward sources said of them."""
+    device, given = rollout.tokens.device, None
+    if scores.token_rewards is not None:
+        given = torch.zeros(rollout.response_mask.shape)  # (B, R)
+        for row, values in zip(given, scores.token_rewards, strict=True):
+            row[: len(values)] = torch.tensor(values)
+        given = given.to(device)
+    return rollout._replace(scores=scores.total.to(device), given_rewards=given)
+
+
+def replay_rows(completions: Completions, buffer: RolloutBuffer) -> list[dict]:
+    """A measured rollout as JSON rows that hold everything PPO learned from, in batch order."""
+    out: dict[int, dict] = {}
+    fields = ("old_logprobs", "ref_logprobs", "old_values", "rewards", "advantages", "returns")
+    for micro in buffer.micro_batches:
+        for b, i in enumerate(micro.rows.tolist()):
+            mask = micro.response_mask[b]
+            out[i] = {
+                "prompt": completions.prompts[i],
+                "response": completions.completions[i],
+                "finish_reason": completions.finish_reasons[i],
+                "score": float(micro.scores[b]),
+                "prompt_ids": completions.prompt_ids[i],
+                "response_ids": completions.response_ids[i],
+            } | {name: getattr(micro, name)[b][mask].tolist() for name in fields}
+    return [out[i] for i in sorted(out)]

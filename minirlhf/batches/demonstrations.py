@@ -1,0 +1,87 @@
+"""The language-model loss of texts: which tokens count, and their log-probs.
+
+Shapes: B texts, T tokens of the longest, R targets of the text with most, n targets in all.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.data.batching import cut_by_tokens, next_rows
+from minirlhf.data.examples import Text
+from minirlhf.errors import UserError
+from minirlhf.models.alignment import pad_right, response_states
+from minirlhf.models.logprobs import TokenStats, token_logprobs
+from minirlhf.models.transformer import CausalLM
+
+
+class TextBatch(NamedTuple):
+    tokens: Tensor  # (B, T) int64
+    starts: Tensor  # (B,) index of the first target, at least 1
+    targets: Tensor  # (B, R) int64
+    target_mask: Tensor  # (B, R) bool
+
+
+def first_target(text: Text) -> int:
+    """Index of the first token that counts: nothing stands before token 0 that could predict it."""
+    return max(text.prompt_length, 1)
+
+
+def collate_texts(texts: list[Text]) -> TextBatch:
+    starts = torch.tensor([first_target(text) for text in texts])
+    targets = [text.ids[first_target(text) :] for text in texts]
+    counts = torch.tensor([len(ids) for ids in targets])
+    mask = torch.arange(int(counts.max())) < counts[:, None]
+    return TextBatch(pad_right([text.ids for text in texts]), starts, pad_right(targets), mask)
+
+
+def with_target(text: Text) -> Text:
+    """The text itself; one without a target is refused."""
+    if len(text.ids) <= first_target(text):
+        raise UserError(text.where, "has no token after the first", "remove the row")
+    return text
+
+
+def count_tokens(texts: list[Text]) -> tuple[Tensor, Tensor]:
+    """Tokens of each text and targets among them, (N,) each; a text without a target is refused."""
+    texts = list(map(with_target, texts))
+    lengths = torch.tensor([len(text.ids) for text in texts])
+    return lengths, lengths - torch.tensor([first_target(text) for text in texts])
+
+
+def target_stats(lm: CausalLM, batch: TextBatch) -> TokenStats:
+    """Log-probs and entropies of the targets of all rows, (n,) each; no logits of other tokens."""
+    tokens, starts, targets, mask = (tensor.to(lm.unembedding.device) for tensor in batch)
+    hidden = lm(tokens, lengths=starts + mask.sum(1))
+    states = response_states(hidden, starts, targets.shape[1])  # (B, R, D)
+    return token_logprobs(lm, states[mask], targets[mask])
+
+
+class TextMix(NamedTuple):
+    """The language-model loss of texts, mixed into each update of a policy, so that it does not
+    forget them. Ouyang et al. 2022 (arXiv:2203.02155), eq. 2, PPO-ptx."""
+
+    texts: list[Text]
+    coef: float  # weight of the loss, which is a mean over target tokens
+    batch_size: int  # texts an update
+    micro_batch_tokens: int
+    seed: int  # of their order
+
+    def backward(self, lm: CausalLM, update: int) -> float:
+        """Adds the weighted loss's gradient over the texts of the update-th update (from 0).
+
+        Returns:
+            The loss before its weight, nats a target.
+        """
+        first, total = update * self.batch_size, len(self.texts)
+        rows = next_rows(first, self.batch_size, total, self.seed, "text order")
+        batch = [self.texts[i] for i in rows.tolist()]
+        lengths, counts = count_tokens(batch)
+        summed = 0.0
+        for part in cut_by_tokens(lengths, len(batch), self.micro_batch_tokens):
+            stats = target_stats(lm, collate_texts([batch[i] for i in part.tolist()]))
+            loss = -stats.logprobs.sum() / int(counts.sum())
+            (self.coef * loss).backward()
+            summed += float(loss.detach())
+        return summed

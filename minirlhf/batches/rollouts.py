@@ -1,0 +1,266 @@
+"""What PPO learns from: sampled rows with what was known of them when they were sampled.
+
+Shapes: B rows, T tokens of the longest, R tokens of the longest response, N tokens in all.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf import interrupt, streams
+from minirlhf.data.batching import cut_by_tokens
+from minirlhf.equations.kl import ESTIMATORS
+from minirlhf.models.alignment import check_known, response_states
+from minirlhf.models.heads import ValueHeadModel
+from minirlhf.models.logprobs import token_kl, token_logprobs
+from minirlhf.models.lora import adapters_off
+from minirlhf.models.pretrained import in_memory
+from minirlhf.models.support import RowSupport
+from minirlhf.models.transformer import CausalLM
+
+
+class Rollout(NamedTuple):
+    """B rows, left-aligned, with one cell for each of at most R response tokens.
+
+    Column t of a (B, R) tensor belongs to response token a_t and to the state before it. The
+    fields that may be None are filled on the way: `passes.measure` and `ppo_update.assign_credit`.
+    False cells between True ones are legal: tokens that another wrote, such as a tool's output.
+    """
+
+    rows: Tensor  # (B,) int64: which row of the iteration's batch this is
+    tokens: Tensor  # (B, T) int64: prompt, response, padding
+    prompt_lengths: Tensor  # (B,) int64, at least 1
+    response_mask: Tensor  # (B, R) bool: tokens the policy chose, eos included
+    scores: Tensor  # (B,) float32, reward units
+    truncated: Tensor | None = None  # (B,) bool: cut by its length, not ended
+    support: RowSupport | None = None  # what could be drawn; None: every token
+    sampled_logprobs: Tensor | None = None  # (B, R) nats, as decoding computed them
+    given_rewards: Tensor | None = None  # (B, R) float32, of single tokens, beside the score
+    old_logprobs: Tensor | None = None  # (B, R) nats, likewise, by the training pass
+    ref_logprobs: Tensor | None = None  # (B, R) nats, of the frozen reference
+    full_kl: Tensor | None = None  # (B, R) nats, KL(policy || ref) over the vocabulary
+    ref_states: Tensor | None = None  # (B, R, D) of the reference, where a loss needs its whole law
+    old_values: Tensor | None = None  # (B, R)
+    last_values: Tensor | None = None  # (B,) value of the state after the last token
+    rewards: Tensor | None = None  # (B, R), KL penalty and score
+    advantages: Tensor | None = None  # (B, R)
+    returns: Tensor | None = None  # (B, R)
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """(B,) cells of each response, up to its last True one."""
+        R = self.response_mask.shape[1]
+        ends = torch.arange(1, R + 1, device=self.response_mask.device)
+        return (self.response_mask * ends).amax(1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) real tokens of each row."""
+        return self.prompt_lengths + self.response_lengths
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """These rows (b,), cut to the longest of them."""
+        T = int(self.lengths[rows].max())
+        R = int(self.response_lengths[rows].max())
+
+        def cut(name: str, x):
+            if x is None:
+                return None
+            if name == "support":
+                return x.select(rows, R)
+            return x[rows] if x.dim() == 1 else x[rows, : T if name == "tokens" else R]
+
+        return Rollout(*(cut(name, x) for name, x in self._asdict().items()))
+
+
+class RolloutBuffer:
+    """Rollouts, cut once into micro-batches of rows of like length.
+
+    Old, reference and new log-probs of every epoch are computed on these same micro-batches, and a
+    mini-batch is a seeded set of whole ones. So the first ratio is exactly 1 in any dtype: in
+    bfloat16 the same row in another batch shape differs by a quarter of the clip range.
+
+    Args:
+        micro_batch_size: most rows in one.
+        micro_batch_tokens: most cells, rows times longest row; a longer single row stands alone.
+    """
+
+    def __init__(self, micro_batch_size: int, micro_batch_tokens: int):
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
+        self.micro_batches: list[Rollout] = []
+
+    def __len__(self) -> int:
+        return sum(len(micro.tokens) for micro in self.micro_batches)
+
+    def add(self, rollout: Rollout) -> None:
+        """Cuts B more rows into micro-batches.
+
+        Raises:
+            ValueError: a row without a response token, or without a prompt.
+        """
+        if not rollout.response_mask.any(1).all():
+            raise ValueError("a row has no response token: eos counts as one")
+        if not (rollout.prompt_lengths >= 1).all():
+            raise ValueError("a row has no prompt token: start it with a BOS")
+        parts = cut_by_tokens(rollout.lengths, self.micro_batch_size, self.micro_batch_tokens)
+        self.micro_batches += [rollout.select(part) for part in parts]
+
+    def update(self, function: Callable[[Rollout], Rollout]) -> None:
+        """Replaces each micro-batch by the function's result, as to fill its fields."""
+        self.micro_batches = [function(micro) for micro in self.micro_batches]
+
+    def tokens(self, name: str) -> Tensor:
+        """(N,) the field's values at all response tokens of the buffer, in its order."""
+        return torch.cat([getattr(m, name)[m.response_mask] for m in self.micro_batches])
+
+    def set_tokens(self, name: str, values: Tensor) -> None:
+        """The inverse of `tokens`; cells outside the mask become 0."""
+        sizes = [int(m.response_mask.sum()) for m in self.micro_batches]
+        parts = iter(values.split(sizes))
+        self.update(
+            lambda micro: micro._replace(**{name: unpack(next(parts), micro.response_mask)})
+        )
+
+    def row_sums(self, name: str) -> Tensor:
+        """(B,) sums over each row's response tokens of a (B, R) field, in the buffer's order."""
+        sums = [getattr(m, name).where(m.response_mask, 0).sum(1) for m in self.micro_batches]
+        return torch.cat(sums)
+
+    def minibatches(self, count: int, seed: int, iteration: int, epoch: int) -> list[list[Rollout]]:
+        """`count` mini-batches which together hold every micro-batch once, shuffled.
+
+        Each next micro-batch goes to the mini-batch with the fewest rows, so that they differ by
+        at most one micro-batch.
+
+        Raises:
+            ValueError: there are fewer micro-batches than that.
+        """
+        if count > len(self.micro_batches):
+            raise ValueError(
+                f"{count} mini-batches need as many micro-batches, there are "
+                f"{len(self.micro_batches)}: lower micro_batch_size or mini_batches"
+            )
+        stream = f"mini-batches of iteration {iteration}"
+        parts: list[list[Rollout]] = [[] for _ in range(count)]
+        sizes = [0] * count
+        for i in streams.permutation(seed, stream, epoch, len(self.micro_batches)).tolist():
+            least = sizes.index(min(sizes))
+            parts[least].append(self.micro_batches[i])
+            sizes[least] += len(self.micro_batches[i].tokens)
+        return parts
+
+
+def unpack(values: Tensor, mask: Tensor) -> Tensor:
+    """(N, …) values of the True cells, row by row -> (B, R, …) with 0 elsewhere."""
+    cells = mask.view(*mask.shape, *[1] * (values.dim() - 1))
+    shape = mask.shape + values.shape[1:]
+    return values.new_zeros(shape).masked_scatter(cells.expand(shape), values)
+
+KL_ESTIMATORS = (*ESTIMATORS, "full")
+
+
+class TokenPass(NamedTuple):
+    logprobs: Tensor  # (b, R) nats, of the law that is sampled; 0 outside the mask
+    entropy: Tensor  # (b, R) nats, likewise
+    values: Tensor  # (b, R)
+    last_values: Tensor | None = None  # (b,) of the state after the last token
+    states: Tensor | None = None  # (N, D) before the response tokens, row by row
+
+
+class LawPass(NamedTuple):
+    logprobs: Tensor  # (b, R) nats
+    entropy: Tensor  # (b, R) nats
+    states: Tensor  # (N, D)
+
+
+def policy_pass(policy: ValueHeadModel, micro: Rollout, temperature: float) -> TokenPass:
+    """One forward pass of policy and critic."""
+    hidden, values = policy(micro.tokens, micro.lengths)
+    law = response_law(policy.lm, hidden, micro, temperature)
+    at_tokens = response_states(values, micro.prompt_lengths, micro.response_mask.shape[1])
+    last = response_states(values, micro.lengths, 1)[:, 0]
+    return TokenPass(law.logprobs, law.entropy, at_tokens, last, law.states)
+
+
+def response_law(lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float) -> LawPass:
+    """What a model says of the response tokens, given its hidden states; only their logits are
+    computed, on the support that was sampled."""
+    mask = micro.response_mask
+    states = response_states(hidden, micro.prompt_lengths, mask.shape[1])[mask]  # (N, D)
+    targets = response_states(micro.tokens, micro.prompt_lengths + 1, mask.shape[1])[mask]  # (N,)
+    support = None if micro.support is None else micro.support.flat(mask)
+    stats = token_logprobs(lm, states, targets, temperature, support=support)
+    return LawPass(unpack(stats.logprobs, mask), unpack(stats.entropy, mask), states)
+
+
+def kl_to_ref(
+    estimator: str, policy: CausalLM, now: TokenPass | LawPass, ref: CausalLM | None,
+    micro: Rollout, temperature: float,
+) -> Tensor:
+    """(b, R) nats a token, of the policy to the reference; 0 outside the mask.
+
+    Args:
+        estimator: one of KL_ESTIMATORS; "full" needs micro.ref_states and ref's unembedding.
+        ref: None where the policy has adapters: they leave the unembedding as it is.
+    """
+    mask = micro.response_mask
+    if estimator != "full":
+        return torch.where(mask, ESTIMATORS[estimator](now.logprobs, micro.ref_logprobs), 0)
+    support = None if micro.support is None else micro.support.flat(mask)
+    kl = token_kl(
+        policy, now.states, ref or policy, micro.ref_states[mask], temperature, support=support
+    )
+    return unpack(kl, mask)
+
+
+@torch.no_grad()
+def measure(
+    policy: ValueHeadModel, ref: CausalLM | None, buffer: RolloutBuffer, temperature: float,
+    full_kl: bool = False, keep_ref_states: bool = False,
+) -> None:
+    """Fills old_logprobs, old_values, last_values and ref_logprobs, on the micro-batches of the
+    training passes; full_kl and ref_states where they are asked for.
+
+    ref None: the policy's own base under its adapters.
+    """
+
+    def fill(micro: Rollout) -> Rollout:
+        interrupt.check()
+        if ref is not None:
+            check_known(micro.tokens, ref.config.vocab_size, "the reference")
+        if policy.critic is not None:
+            check_known(micro.tokens, policy.critic.config.vocab_size, "the critic")
+        old = policy_pass(policy, micro, temperature)
+        frozen = policy.lm if ref is None else ref
+        with adapters_off(policy) if ref is None else nullcontext():
+            hidden = frozen(micro.tokens, lengths=micro.lengths)
+            law = response_law(frozen, hidden, micro, temperature)
+        micro = micro._replace(
+            old_logprobs=old.logprobs, old_values=old.values, last_values=old.last_values,
+            ref_logprobs=law.logprobs,
+        )
+        if full_kl or keep_ref_states:
+            micro = micro._replace(ref_states=unpack(law.states, micro.response_mask))
+        if full_kl:
+            kl = kl_to_ref("full", policy.lm, old, frozen, micro, temperature)
+            micro = micro._replace(full_kl=kl)
+        return micro if keep_ref_states else micro._replace(ref_states=None)
+
+    with nullcontext() if ref is None else in_memory(ref):
+        buffer.update(fill)
+
+
+def penalised_kl(micro: Rollout, estimator: str | None) -> Tensor:
+    """(b, R) nats a token: the KL penalty in the rewards of a measured rollout.
+
+    Args:
+        estimator: one of KL_ESTIMATORS; None where the penalty is a loss, and no part of rewards.
+    """
+    if estimator is None:
+        return torch.zeros_like(micro.old_logprobs)
+    if estimator == "full":
+        return micro.full_kl
+    return ESTIMATORS[estimator](micro.old_logprobs, micro.ref_logprobs)

@@ -1,0 +1,137 @@
+"""The parts of a row -> ids: each part by itself, so that the boundary between them is exact.
+
+An answer ends with eos, unless it is cut to fit: then its text does not end there.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from minirlhf.data.formats import Part, was_sampled
+from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.errors import UserError
+from minirlhf.files.rows import Row
+from minirlhf.files.sieve import Sieve
+
+Parts = tuple[Part | None, ...]  # (prompt or None, response, ...)
+
+
+def encode(
+    path: str | Path,
+    rows: list[tuple[Row, Parts]],
+    tokenizer: Tokenizer | None,
+    sieve: Sieve,
+) -> tuple[list[tuple[list[int], ...] | None], list[int]]:
+    """((prompt ids, response ids, ...) of each row, None where the sieve took it;
+    ids that the tokenizer puts before a text)."""
+    parts = [part for _, part in rows]
+    sample = parts[0][-1]
+    ready = isinstance(sample, list) and not isinstance(sample[0], dict)
+    if tokenizer is None and not ready:
+        raise UserError(path, "holds text and there is no tokenizer", "give one, or token ids")
+    lead = [] if tokenizer is None else tokenizer.encode("")
+    if not ready and len(parts[0]) > 1 and not tokenizer.eos_ids:
+        what = "names no eos token, which every text ends with"
+        raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
+    batch = []
+    if isinstance(sample, str):
+        with suppress(UserError):  # one row's fault, which is found below, row by row
+            batch = _encode_strings(parts, lead, tokenizer)
+    headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
+    encoded: list[tuple[list[int], ...] | None] = []
+    for at, (row, part) in enumerate(rows):
+        try:
+            if ready:
+                ids = _checked(row, part, tokenizer)
+            else:
+                ids = batch[at] if batch else _by_itself(row, part, lead, tokenizer)
+                ids = _ended(row, ids, headless, tokenizer)
+            encoded.append(ids)
+        except UserError as error:
+            sieve.reject(error, row.raw)
+            encoded.append(None)
+    return encoded, lead
+
+
+def _encode_strings(
+    parts: list[Parts], lead: list[int], tokenizer: Tokenizer
+) -> list[tuple[list[int], ...]]:
+    """Ids of all rows at once, which takes the tokenizer least time."""
+    prompts = [prompt for prompt, *_ in parts]
+    heads = [lead] * len(parts) if prompts[0] is None else tokenizer.encode_batch(prompts)
+    answers = [text for _, *texts in parts for text in texts]  # lists may differ in length
+    tails = iter(tokenizer.encode_batch(answers, bos=False))
+    return [(head, *islice(tails, len(part) - 1)) for head, part in zip(heads, parts, strict=True)]
+
+
+def _by_itself(
+    row: Row, part: Parts, lead: list[int], tokenizer: Tokenizer
+) -> tuple[list[int], ...]:
+    """Ids of one row: of strings, or of a prompt of messages and the answers to it, if any."""
+    try:
+        if isinstance(part[-1], str):
+            return _encode_strings([part], lead, tokenizer)[0]
+        return tokenizer.encode_dialogue(*part, resume=was_sampled(row))
+    except UserError as error:
+        raise UserError(row.where, str(error)) from None
+
+
+def _ended(
+    row: Row, ids: tuple[list[int], ...], headless: bool, tokenizer: Tokenizer
+) -> tuple[list[int], ...]:
+    """Ids of a row, its answers with eos at the end; a template's own end of turn is one.
+
+    Args:
+        headless: whether there may be nothing before the answers.
+    """
+    prompt, *answers = ids
+    if not (was_sampled(row) or all(answers)) or not (prompt or headless):
+        why = "" if answers else "the tokenizer puts no beginning-of-text there: "
+        raise UserError(row.where, "a text without any token", f"{why}remove the row")
+    eos = tokenizer.eos_ids
+    if was_sampled(row) and row.columns["finish_reason"] == "length":  # that is not its end
+        return (prompt, *(cut_eos(ids, eos) for ids in answers))
+    return (prompt, *(ids if ids and ids[-1] in eos else [*ids, eos[0]] for ids in answers))
+
+
+def cut_eos(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
+    """The ids without the eos at their end, if there is one.
+
+    >>> cut_eos([5, 9], (0, 9)), cut_eos([0, 5], (0, 9)), cut_eos([], (0, 9))
+    ([5], [0, 5], [])
+    """
+    return ids[:-1] if ids and ids[-1] in eos_ids else ids
+
+
+def _checked(
+    row: Row, part: tuple[list[int] | None, ...], tokenizer: Tokenizer | None
+) -> tuple[list[int], ...]:
+    """Ids that came as ids: of this tokenizer, where a row tells, and each with a token."""
+    if tokenizer is not None:
+        made_by = row.columns.get("tokenizer") if was_sampled(row) else None
+        if made_by not in (None, tokenizer.fingerprint):
+            do = "leave out its input_ids and prompt_length, and its texts are read"
+            raise UserError(row.where, "holds ids of another tokenizer", do)
+        for ids in part:
+            if ids and max(ids) >= tokenizer.vocab_size:
+                legal = f"the tokenizer has the ids 0 to {tokenizer.vocab_size - 1}"
+                raise UserError(row.where, f"token id {max(ids)}", legal)
+    return tuple(ids or [] for ids in part)
+
+
+def fit(
+    prompt: list[int], responses: list[list[int]], max_length: int, overlong: str, lead: list[int]
+) -> tuple[list[int], list[list[int]], str | None]:
+    """(prompt, responses, None) cut to max_length, or the reason why the row is dropped."""
+    if overlong == "drop":
+        return prompt, responses, "longer than max_length"
+    if overlong == "truncate_response":
+        room = max_length - len(prompt)
+        why = "prompt alone fills max_length" if room < 1 else None
+        return prompt, [ids[:room] for ids in responses], why
+    kept = len(lead) if prompt[: len(lead)] == lead else 0  # beginning-of-text stays in front
+    room = max_length - kept - max(map(len, responses), default=0)
+    if room < 1 or len(prompt) <= kept:
+        return prompt, responses, "no room for the prompt within max_length"
+    return prompt[:kept] + prompt[kept:][-room:], responses, None

@@ -1,0 +1,342 @@
+"""A data file -> the ids of its examples: preference pairs, prompts, texts.
+
+Prompt and response are encoded apart and their ids joined (encoding.py).
+Texts end alike everywhere: with eos, unless they were cut. What is dropped or cut is counted in the
+Report; every fault of a row is an error with file:line.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from minirlhf.data.encoding import Parts, encode, fit
+from minirlhf.data.formats import (
+    Format,
+    Messages,
+    Part,
+    chosen_probability,
+    margin,
+    pair_format,
+    prompt_format,
+    text_format,
+)
+from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.errors import UserError
+from minirlhf.files.rows import Row, read_rows
+from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve
+
+T = TypeVar("T")
+
+OVERLONG = ("drop", "truncate_prompt_left", "truncate_response", "error")
+PAIR_LABELS = {"margin": 0.0, "chosen_probability": 1.0}  # optional columns, and what none means
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the first preferred; an answer's full text is prompt + answer.
+
+    Args:
+        prompt_ids: the shared start; may be empty where the file gives whole texts.
+        margin: by how much chosen should win, in reward units; 0 where the row has none.
+        where: "file:line".
+        columns: the row's other columns.
+        chosen_probability: that chosen is the better one, in [0, 1]; 1 where the row has none.
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    margin: float
+    where: str
+    columns: dict
+    chosen_probability: float = 1.0
+
+    @property
+    def responses(self) -> list[list[int]]:
+        return [self.chosen_ids, self.rejected_ids]
+
+    @property
+    def ranks(self) -> list[int]:
+        return [1, 2]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer.
+
+    Args:
+        ids: what the model continues.
+        text: what reward functions see: the string, or the list of messages.
+        where: "file:line".
+        columns: the row's other columns, for reward functions.
+    """
+
+    ids: list[int]
+    text: str | Messages
+    where: str
+    columns: dict
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to imitate.
+
+    Args:
+        ids: the whole text.
+        prompt_length: tokens before the loss starts; 0 for a plain text.
+        where: "file:line".
+        columns: the row's other columns.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    where: str
+    columns: dict
+
+
+class Encoded(NamedTuple):
+    """A row in tokens, of which a loader makes its example."""
+
+    row: Row
+    prompt: Part | None  # as it stood in the file
+    prompt_ids: list[int]
+    responses: list[list[int]]
+    columns: dict
+    cut: bool = False  # to max_length
+
+
+def load_pairs(
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    max_length: int | None,
+    overlong: str,
+    policy: RowPolicy = STRICT,
+    finish: Callable[[Pair], Pair] | None = None,
+) -> tuple[list[Pair], Report]:
+    """Preference pairs of a file. Pairs whose two answers are equal are dropped and counted.
+
+    Args:
+        path: .jsonl, .json, .csv, .tsv or .txt, or one of these with .gz behind.
+        tokenizer: None is enough for a file of token ids, which are taken as they are.
+        max_length: tokens of prompt + answer, eos included; None: no limit.
+        overlong: "drop", "truncate_prompt_left", "truncate_response" or "error". A cut answer has
+            no eos, since its text did not end there.
+        policy: what becomes of malformed rows, how much may be left out, and how the file calls its
+            columns.
+        finish: a last change of each pair; a UserError that it raises is a fault of the row.
+    Raises:
+        UserError: a fault in a row (file:line), no row left, more left out than the policy
+            allows, or an illegal setting.
+    """
+    sieve = Sieve(policy)
+    split = split_rows(path, pair_format, sieve, also=pair_labels)
+
+    def make(e: Encoded) -> Pair:
+        by, probability = pair_labels(e.row)
+        others = {key: value for key, value in e.columns.items() if key not in PAIR_LABELS}
+        probability = 1.0 if probability is None else probability
+        return Pair(e.prompt_ids, *e.responses, by or 0.0, e.row.where, others, probability)
+
+    pairs, report = load_examples(
+        path, split, make, finish, tokenizer, max_length, overlong, sieve, _equal_sides
+    )
+    tell_labels(report, [pair_labels(row) for row, _ in split.rows])
+    return pairs, report
+
+
+def tell_labels(report: Report, labels: list[tuple[float | None, float | None]]) -> None:
+    """Says in a report which of PAIR_LABELS the rows have, how many lack one, and what is odd."""
+    named = []
+    for (name, default), values in zip(PAIR_LABELS.items(), zip(*labels, strict=True), strict=True):
+        missing = sum(value is None for value in values)
+        named += [name] if missing < len(labels) else []
+        if 0 < missing < len(labels):
+            report.notes.append(f"{name} missing in {missing:,} rows: they count as {default:g}")
+    report.detected = report.detected.replace("rejected)", ", ".join(["rejected", *named]) + ")")
+    if unlikely := sum(q is not None and q < 0.5 for _, q in labels):
+        report.notes.append(f"chosen_probability below 1/2 in {unlikely:,} rows: rejected leads")
+
+
+def pair_labels(row: Row) -> tuple[float | None, float | None]:
+    """A row's numbers of PAIR_LABELS, in their order; raises a UserError where one is no label."""
+    return margin(row), chosen_probability(row)
+
+
+def _equal_sides(row: Row, responses: list[list[int]]) -> str | None:
+    return "chosen equals rejected" if responses[0] == responses[1] else None
+
+
+def load_prompts(
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    max_length: int | None,
+    overlong: str,
+    policy: RowPolicy = STRICT,
+    finish: Callable[[Prompt], Prompt] | None = None,
+) -> tuple[list[Prompt], Report]:
+    """Prompts of a file, arguments as in `load_pairs`; `overlong` cannot be "truncate_response"."""
+    if overlong == "truncate_response":
+        legal = "drop, truncate_prompt_left or error: prompts have no response"
+        raise UserError("overlong", f"is {overlong!r}", legal)
+    sieve = Sieve(policy)
+    split = split_rows(path, prompt_format, sieve)
+
+    def make(e: Encoded) -> Prompt:
+        text = e.prompt
+        if isinstance(text, list) and isinstance(text[0], int):
+            text = tokenizer.decode(e.prompt_ids, skip_special=False) if tokenizer else ""
+        elif isinstance(text, str) and e.cut:  # rewards see what the policy sees, but of messages
+            text = tokenizer.decode(e.prompt_ids)
+        return Prompt(e.prompt_ids, text, e.row.where, e.columns)
+
+    return load_examples(path, split, make, finish, tokenizer, max_length, overlong, sieve)
+
+
+def load_texts(
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    max_length: int | None,
+    overlong: str,
+    policy: RowPolicy = STRICT,
+    finish: Callable[[Text], Text] | None = None,
+) -> tuple[list[Text], Report]:
+    """Texts of a file for supervised training, arguments as in `load_pairs`."""
+    sieve = Sieve(policy)
+    split = split_rows(path, text_format, sieve)
+
+    def make(e: Encoded) -> Text:
+        length = 0 if e.prompt is None else len(e.prompt_ids)
+        return Text(e.prompt_ids + e.responses[0], length, e.row.where, e.columns)
+
+    return load_examples(path, split, make, finish, tokenizer, max_length, overlong, sieve)
+
+
+# ---------------------------------------------------------------------------- a file, taken apart
+
+
+class Split(NamedTuple):
+    """The rows of a file that are of its kind, with their parts."""
+
+    form: Format
+    rows: list[tuple[Row, Parts]]
+    total: int  # rows that were read, those that the sieve kept back included
+
+
+def split_rows(
+    path: str | Path,
+    detect: Callable[[Row, bool], Format],
+    sieve: Sieve,
+    also: Callable[[Row], object] | None = None,
+) -> Split:
+    """Reads a whole file and takes its rows apart; its first well-formed row tells its kind.
+
+    Args:
+        detect: pair_format, prompt_format or text_format.
+        sieve: takes malformed rows.
+        also: what else a row must stand: raises a UserError where it does not.
+    Raises:
+        UserError: a fault in a row that the sieve does not take, or no row left.
+    """
+    rows = list(read_rows(path, sieve))
+    total, form, split = len(rows) + len(sieve.rejected), None, []
+    for row in rows:
+        try:
+            if also is not None:
+                also(row)
+            found = form or detect(row, sieve.policy.allow_empty_prompt)
+            split.append((row, found.split(row)))
+            form = found
+        except UserError as error:
+            sieve.reject(error, row.raw)
+    if not split:
+        raise Report(str(path), "", total, rejected_rows=sieve.in_order()).nothing_left()
+    return Split(form, split, total)
+
+
+PROMPTS = ("instruction", "question", "query", "input", "context", "system")  # elsewhere
+
+
+def unread_prompt(split: Split) -> list[str]:
+    """A note where whole texts stand beside what other tools call a prompt."""
+    row, (prompt, *_) = split.rows[0]
+    there = [name for name in PROMPTS if name in row.columns]
+    if prompt is not None or "prompt" not in split.form.absent or not there:
+        return []
+    return [f"{', '.join(there)} not read: if answers need it, --columns prompt={there[0]}"]
+
+
+def first_row(path: str | Path, tell: Callable[[Row], T], policy: RowPolicy = STRICT) -> T:
+    """What `tell` says of the first row that it does not refuse; it refuses malformed ones.
+
+    Raises:
+        UserError: a fault in a row before it that the policy does not skip, or no such row.
+    """
+    sieve = Sieve(policy)
+    for row in read_rows(path, sieve):
+        try:
+            return tell(row)
+        except UserError as error:
+            sieve.reject(error, row.raw)
+    rejected = sieve.in_order()
+    raise Report(str(path), "", len(rejected), rejected_rows=rejected).nothing_left()
+
+
+# -------------------------------------------------------------------------------- parts, in tokens
+
+
+def load_examples(
+    path: str | Path,
+    split: Split,
+    make: Callable[[Encoded], T],
+    finish: Callable[[T], T] | None,
+    tokenizer: Tokenizer | None,
+    max_length: int | None,
+    overlong: str,
+    sieve: Sieve,
+    drop: Callable[[Row, list[list[int]]], str | None] | None = None,
+) -> tuple[list[T], Report]:
+    """Examples of a file's rows; what is not said here as in `load_pairs`.
+
+    Args:
+        make: a row and its ids -> the example.
+        sieve: that of `split_rows`.
+        drop: row, ids of its responses as they would be trained -> why it is dropped, or None.
+    """
+    if overlong not in OVERLONG:
+        raise UserError("overlong", f"is {overlong!r}", f"legal: {', '.join(OVERLONG)}")
+    if max_length is not None and max_length < 1:
+        raise UserError("max_length", f"is {max_length}", "needs at least 1")
+    encoded, lead = encode(path, split.rows, tokenizer, sieve)
+    report = Report(str(path), split.form.detected, split.total)
+    report.notes += unread_prompt(split)
+    examples = []
+    for (row, (prompt, *_)), ids in zip(split.rows, encoded, strict=True):
+        if ids is None:
+            continue  # the sieve has it
+        prompt_ids, *responses = ids
+        length = len(prompt_ids) + max(map(len, responses), default=0)
+        why = None
+        if cut := max_length is not None and length > max_length:
+            if overlong == "error":
+                what = f"{length} tokens, max_length is {max_length}"
+                raise UserError(row.where, what, "shorten the row, or choose another overlong")
+            prompt_ids, responses, why = fit(prompt_ids, responses, max_length, overlong, lead)
+        if why is None and drop is not None:
+            why = drop(row, responses)
+        if why is not None:
+            report.drop(row.where, why)
+            continue
+        others = {k: v for k, v in row.columns.items() if k not in split.form.used}
+        example = make(Encoded(row, prompt, prompt_ids, responses, others, cut))
+        try:
+            examples.append(example if finish is None else finish(example))
+        except UserError as error:
+            sieve.reject(error, row.raw)
+            continue
+        report.cut += cut
+    report.kept = len(examples)
+    report.rejected_rows = sieve.in_order()
+    report.notes += sieve.notes
+    report.check(sieve.policy.max_drop)
+    return examples, report

@@ -1,0 +1,377 @@
+"""Which kind of data a file holds, told by the columns of its first row, and the parts of a row.
+
+A row's parts are (prompt or None, response, ...): strings, lists of messages or lists of token ids.
+Nothing here knows a tokenizer.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from minirlhf.errors import UserError, printable
+from minirlhf.files.rows import Row, kind_of
+
+Messages = list[dict]
+Part = str | Messages | list[int]
+
+ANSWER = "\n\nAssistant:"  # how Anthropic's HH transcripts (arXiv:2204.05862) begin an answer
+REMOVE = "remove the row or fill it in"
+LOSS_MASKS = ("labels", "completion_mask", "assistant_masks")  # of tokenised texts elsewhere
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which margins are trained with
+# (prompt or None, chosen, its mask, rejected, its mask): TRL's collator, TRL 1.x, LLaMA-Factory
+ID_PAIRS = (
+    ("prompt_ids", "input_ids_chosen", "attention_mask_chosen",
+     "input_ids_rejected", "attention_mask_rejected"),
+    ("prompt_ids", "chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask"),
+    ("prompt_input_ids", "chosen_input_ids", "chosen_attention_mask",
+     "rejected_input_ids", "rejected_attention_mask"),
+)
+
+
+class Format(NamedTuple):
+    """One kind of file.
+
+    Args:
+        detected: the kind in words, with its columns, as the user is told.
+        used: columns that become ids; all others are carried through.
+        parts: the parts of a row; raises UserError where a row is not of this kind.
+        absent: columns that would make the row another kind.
+    """
+
+    detected: str
+    used: tuple[str, ...]
+    parts: Callable[[Row], tuple[Part | None, ...]]
+    absent: tuple[str, ...] = ()
+
+    def split(self, row: Row) -> tuple[Part | None, ...]:
+        """Parts of a row, or an error that says what the file was taken for."""
+        try:
+            for name in self.absent:
+                if name in row.columns:
+                    raise UserError(row.where, f"has a column {name}, unlike the first row")
+            return self.parts(row)
+        except UserError as error:
+            do = f"{error.do}; " if error.do else ""
+            raise UserError(error.where, error.what, f"{do}detected: {self.detected}") from None
+
+
+# -------------------------------------------------------------------------------- columns of a row
+
+
+def wrong_column(row: Row, key: str, legal: str) -> UserError:
+    got = f"is {kind_of(row.columns[key])}" if key in row.columns else "is missing"
+    keys = ", ".join(printable(name, 40) for name in row.columns) or "none"
+    return UserError(row.where, f"{key} {got}", f"{legal}; keys present: {keys}")
+
+
+def string_part(row: Row, key: str, may_be_empty: bool = False) -> str:
+    value = row.columns.get(key)
+    if not isinstance(value, str):
+        raise wrong_column(row, key, "needs a string")
+    if not (value.strip() or may_be_empty):
+        raise UserError(row.where, f"{key} is empty", REMOVE)
+    return value
+
+
+def messages_part(row: Row, key: str, may_be_empty: bool = False) -> Messages:
+    """Turns of a dialogue; the last one must say something, unless it may be empty."""
+    value = row.columns.get(key)
+    if not isinstance(value, list):
+        raise wrong_column(row, key, "needs a list of messages")
+    if not value:
+        raise UserError(row.where, f"{key} is empty", REMOVE)
+    for number, message in enumerate(value):
+        where = f"{key}[{number}]"
+        if not isinstance(message, dict):
+            found = kind_of(message)
+            raise UserError(row.where, f"{where} is {found}", "needs {role: ..., content: ...}")
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                got = kind_of(message[name]) if name in message else "missing"
+                raise UserError(row.where, f"{where}: {name} is {got}", "needs a string")
+    if not (value[-1]["content"].strip() or may_be_empty):
+        raise UserError(row.where, f"{key}: the last message is empty", REMOVE)
+    # Tables write null for what a message lacks; templates ask whether it is there.
+    return [{name: v for name, v in message.items() if v is not None} for message in value]
+
+
+def ids_part(row: Row, key: str, mask: str | None = None, may_be_empty: bool = False) -> list[int]:
+    """Token ids, without those that stand under a 0 of the mask column, where there is one."""
+    value = row.columns.get(key)
+    if not isinstance(value, list):
+        raise wrong_column(row, key, "needs a list of token ids")
+    for at, id in enumerate(value):
+        if type(id) is not int or id < 0:
+            what = f"{key}[{at}] is {printable(json.dumps(id), 40)}"
+            raise UserError(row.where, what, "a token id is an integer from 0")
+    if mask in row.columns:
+        kept = row.columns[mask]
+        if not isinstance(kept, list):
+            raise wrong_column(row, mask, "needs a list of 0 and 1")
+        if len(kept) != len(value):
+            what = f"{mask} has {len(kept)} numbers, {key} has {len(value)}"
+            raise UserError(row.where, what, "they must be as many")
+        for at, bit in enumerate(kept):
+            if type(bit) not in (int, bool) or bit not in (0, 1):
+                what = f"{mask}[{at}] is {printable(json.dumps(bit), 40)}"
+                raise UserError(row.where, what, "needs 0 or 1")
+        value = [id for id, bit in zip(value, kept, strict=True) if bit]
+    if not (value or may_be_empty):
+        raise UserError(row.where, f"{key} is empty", REMOVE)
+    return value
+
+
+def _optional_number(row: Row, key: str, low: float, high: float, legal: str) -> float | None:
+    """A column's number from low to high, None where it has none.
+
+    A table that is all text (CSV) may spell one, and leave its cell empty.
+    """
+    value = row.columns.get(key)
+    if value is None or (value == "" and not row.typed):
+        return None
+    try:
+        if row.typed and type(value) not in (int, float):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not low <= number <= high:
+        raise UserError(row.where, f"{key} is {printable(repr(value), 40)}", legal)
+    return number
+
+
+def margin(row: Row) -> float | None:
+    """The row's margin in reward units, None where it has none.
+
+    Raises:
+        UserError: not a finite float32.
+    """
+    legal = "needs a finite number, or no margin"
+    return _optional_number(row, "margin", -LARGEST, LARGEST, legal)
+
+
+def chosen_probability(row: Row) -> float | None:
+    """The probability that the row's chosen answer is the better one, None where it has none.
+
+    Raises:
+        UserError: not a number from 0 to 1.
+    """
+    legal = "needs a number from 0 to 1, or no chosen_probability"
+    return _optional_number(row, "chosen_probability", 0.0, 1.0, legal)
+
+
+def part_kind(value: object) -> str:
+    """How a column's value is told apart: "text", "messages" or "other"."""
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return "messages"
+    return "other"
+
+
+def unknown_columns(row: Row, legal: str) -> UserError:
+    keys = ", ".join(
+        f"{printable(name, 40)} ({kind_of(value)})" for name, value in row.columns.items()
+    )
+    do = f"legal: {legal}; other names: --columns prompt=question"
+    return UserError(row.where, f"columns of no known format: {keys}", do)
+
+
+# ------------------------------------------------------------------------------------------- pairs
+
+
+def _transcripts(row: Row) -> tuple[str, str, str]:
+    """Cuts two HH transcripts behind the last answer mark of what they share."""
+    chosen, rejected = string_part(row, "chosen"), string_part(row, "rejected")
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((at for at, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    cut = chosen.rfind(ANSWER, 0, shared) + len(ANSWER)
+    if cut < len(ANSWER):
+        raise UserError(row.where, f"chosen and rejected share no {printable(ANSWER)!r}")
+    for key, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text[cut:].strip():
+            raise UserError(row.where, f"{key} has an empty answer", REMOVE)
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _dialogues(row: Row) -> tuple[Messages, Messages, Messages]:
+    """Cuts two dialogues behind the turns they share, where the assistant speaks next in both."""
+    chosen, rejected = messages_part(row, "chosen"), messages_part(row, "rejected")
+    for key, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns[-1]["role"] != "assistant":
+            got = printable(turns[-1]["role"], 40)
+            raise UserError(row.where, f"{key} ends with role {got!r}", "needs 'assistant'")
+    shared, most = 0, min(len(chosen), len(rejected)) - 1  # each side keeps a turn of its own
+    while shared < most and chosen[shared] == rejected[shared]:
+        shared += 1
+    while shared and not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
+        shared -= 1
+    if not shared:
+        do = "both need the same turns up to an answer of the assistant"
+        raise UserError(row.where, "chosen and rejected share no turns", do)
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def was_sampled(row: Row) -> bool:
+    """Whether `minirlhf sample` wrote the row: its response may have ended at once, or been cut,
+    and goes on in a prompt's last turn where that is the assistant's."""
+    columns = row.columns
+    return "response" in columns and columns.get("finish_reason") in ("eos", "stop", "length")
+
+
+def _may_be_empty(row: Row, key: str, empty_prompt: bool) -> bool:
+    return empty_prompt if key == "prompt" else key == "response" and was_sampled(row)
+
+
+def _strings(*keys: str, empty_prompt: bool = False) -> Callable[[Row], tuple[str, ...]]:
+    return lambda row: tuple(
+        string_part(row, key, _may_be_empty(row, key, empty_prompt)) for key in keys
+    )
+
+
+def _turns(*keys: str, empty_prompt: bool = False) -> Callable[[Row], tuple[Messages, ...]]:
+    return lambda row: tuple(
+        messages_part(row, key, _may_be_empty(row, key, empty_prompt)) for key in keys
+    )
+
+
+def _id_pairs(columns: dict, empty_prompt: bool) -> Format | None:
+    fits = (names for names in ID_PAIRS if names[1] in columns or names[3] in columns)
+    if (names := next(fits, None)) is None:
+        return None
+    prompt, chosen, chosen_mask, rejected, rejected_mask = names
+    given = prompt in columns
+
+    def parts(row: Row) -> tuple[list[int] | None, ...]:
+        head = ids_part(row, prompt, may_be_empty=empty_prompt) if given else None
+        return head, ids_part(row, chosen, chosen_mask), ids_part(row, rejected, rejected_mask)
+
+    shown = ", ".join((*((prompt,) if given else ()), chosen, rejected))
+    absent = () if given else (prompt,)
+    return Format(f"tokenised preference pairs ({shown})", names, parts, absent)
+
+
+def pair_format(row: Row, empty_prompt: bool = False) -> Format:
+    """The kind of preference file that starts with this row; parts (prompt, chosen, rejected).
+
+    Args:
+        empty_prompt: whether a prompt may be empty, here and in the two functions below.
+    """
+    columns = row.columns
+    if found := _id_pairs(columns, empty_prompt):
+        return found
+    both = ("chosen", "rejected")
+    three = ("prompt", *both)
+    kinds = [part_kind(columns[key]) if key in columns else None for key in three]
+    match kinds:
+        case ["text", "text", "text"]:
+            detected = "preference pairs (prompt, chosen, rejected)"
+            return Format(detected, three, _strings(*three, empty_prompt=empty_prompt))
+        case ["messages", "messages", "messages"]:
+            detected = "preference pairs of messages (prompt, chosen, rejected)"
+            return Format(detected, three, _turns(*three, empty_prompt=empty_prompt))
+        case [None, "messages", "messages"]:
+            detected = "preference dialogues (chosen, rejected), the shared turns as prompt"
+            return Format(detected, both, _dialogues, absent=("prompt",))
+        case ["text", "messages", "messages"]:
+            detected = "preference dialogues (chosen, rejected), the shared turns as prompt"
+            return Format(f"{detected}, column prompt ignored", three, _dialogues)
+        case [None, "text", "text"] if all(ANSWER in columns[key] for key in both):
+            detected = "preference transcripts (chosen, rejected), split at the last shared answer"
+            return Format(detected, both, _transcripts, absent=("prompt",))
+        case [None, "text", "text"]:
+            whole = _strings(*both)
+            detected = "preference pairs (chosen, rejected)"
+            return Format(detected, both, lambda row: (None, *whole(row)), absent=("prompt",))
+    legal = "chosen and rejected with or without prompt (all strings or all messages), or ids in "
+    ids = " | ".join(f"{pair[1]}, {pair[3]}" for pair in ID_PAIRS)
+    raise unknown_columns(row, f"{legal}{ids} | prompt with responses, best first")
+
+
+# ------------------------------------------------------------------------------- prompts and texts
+
+
+def _column(key: str, read: Callable[[Row, str], Part], detected: str) -> Format:
+    return Format(f"{detected} ({key})", (key,), lambda row: (read(row, key),))
+
+
+def prompt_format(row: Row, empty_prompt: bool = False) -> Format:
+    """The kind of prompt file that starts with this row; parts (prompt,).
+
+    Ids are never empty: what goes before a text is among them already.
+    """
+    if "prompt_ids" in row.columns:
+        return _column("prompt_ids", ids_part, "tokenised prompts")
+    if "input_ids" in row.columns:
+        used = ("input_ids", "attention_mask", "prompt_length")
+        return Format("tokenised prompts (input_ids)", used, _prompt_of_ids)
+    for key in ("prompt", "messages", "text"):
+        match part_kind(row.columns.get(key)):
+            case "text":
+                string = partial(string_part, may_be_empty=empty_prompt)
+                return _column(key, string, "prompts")
+            case "messages":
+                detected = "prompts of messages, a last turn of the assistant is continued"
+                messages = partial(messages_part, may_be_empty=empty_prompt)
+                return _column(key, messages, detected)
+    legal = "prompt (a string or messages) | messages | text | prompt_ids | input_ids"
+    raise unknown_columns(row, legal)
+
+
+def _prompt_of_ids(row: Row) -> tuple[list[int]]:
+    """All ids, or those before the answer in a row that `minirlhf sample` wrote."""
+    ids = ids_part(row, "input_ids", "attention_mask")
+    length = row.columns.get("prompt_length", len(ids))
+    if type(length) is not int or not 1 <= length <= len(ids):
+        what = f"prompt_length is {printable(json.dumps(length), 40)}"
+        raise UserError(row.where, what, f"needs an integer from 1 to {len(ids)}")
+    return (ids[:length],)
+
+
+def _last_answer(row: Row) -> tuple[Messages, Messages]:
+    turns = messages_part(row, "messages")
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        what = f"messages has {len(turns)} of them, the last one of role {turns[-1]['role']!r}"
+        do = "needs at least two, the last of role 'assistant'"
+        raise UserError(row.where, what, do)
+    return turns[:-1], turns[-1:]
+
+
+def _tokenised(row: Row) -> tuple[list[int] | None, list[int]]:
+    ids = ids_part(row, "input_ids", "attention_mask")
+    for name in LOSS_MASKS:
+        if name in row.columns:
+            what = f"has {name}, which is not read here"
+            do = "leave it out, and give prompt_length: how many ids stand before the loss"
+            raise UserError(row.where, what, do)
+    length = row.columns.get("prompt_length", 0)
+    if type(length) is not int or not 0 <= length < len(ids):
+        what = f"prompt_length is {printable(json.dumps(length), 40)}"
+        raise UserError(row.where, what, f"needs an integer from 0 to {len(ids) - 1}")
+    return (ids[:length], ids[length:]) if length else (None, ids)
+
+
+def text_format(row: Row, empty_prompt: bool = False) -> Format:
+    """The kind of file of texts that starts with this row; parts (prompt or None, response)."""
+    columns = row.columns
+    if "input_ids" in columns:
+        used = ("input_ids", "attention_mask", "prompt_length")
+        named = ", ".join(name for name in used if name in columns)
+        return Format(f"tokenised texts ({named})", used, _tokenised)
+    for answer in ("completion", "response"):
+        keys = ("prompt", answer)
+        match [part_kind(columns.get(key)) for key in keys]:
+            case ["text", "text"]:
+                detected = f"prompts with answers ({', '.join(keys)})"
+                return Format(detected, keys, _strings(*keys, empty_prompt=empty_prompt))
+            case ["messages", "messages"]:
+                detected = f"prompts with answers, in messages ({', '.join(keys)})"
+                return Format(detected, keys, _turns(*keys, empty_prompt=empty_prompt))
+    if part_kind(columns.get("messages")) == "messages":
+        detected = "dialogues (messages), loss on the last turn of the assistant only"
+        return Format(detected, ("messages",), _last_answer)
+    if isinstance(columns.get("text"), str):
+        return Format("texts (text)", ("text",), lambda row: (None, string_part(row, "text")))
+    raise unknown_columns(row, "text | prompt with completion or response | messages | input_ids")

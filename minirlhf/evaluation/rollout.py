@@ -1,0 +1,227 @@
+"""Statistics of a rollout beyond what its losses tell, under the names of `minirlhf.run.glossary`.
+
+Tokens are weighed alike, whatever row or micro-batch they stand in; nothing outside the response
+mask counts. Spreads are those of the population: one response has spread 0, not NaN.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.batches.rollouts import (
+    RolloutBuffer,
+    penalised_kl,
+)
+from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.equations.kl import kl_k1, kl_k3
+from minirlhf.equations.masking import masked_sum
+from minirlhf.rewards.source import Completions, Scores
+
+
+def rollout_statistics(buffer: RolloutBuffer) -> dict[str, float]:
+    """KL, log-probs, values, returns and lengths of B rows with N response tokens.
+
+    Args:
+        buffer: sampled and measured, with its returns.
+    """
+    rows = len(buffer)
+    old, ref = buffer.tokens("old_logprobs").double(), buffer.tokens("ref_logprobs").double()
+    sampled = buffer.tokens("sampled_logprobs").double()
+    values, returns = buffer.tokens("old_values").double(), buffer.tokens("returns").double()
+    row_kl = buffer.row_sums("old_logprobs").double() - buffer.row_sums("ref_logprobs").double()
+    prompts = torch.cat([micro.prompt_lengths for micro in buffer.micro_batches]).double()
+    responses = torch.cat([micro.response_mask.sum(1) for micro in buffer.micro_batches]).double()
+    return {
+        **quantiles("objective/kl", row_kl),
+        "objective/kl_k3": float(kl_k3(old, ref).sum()) / rows,
+        "objective/kl_per_token": float(kl_k1(old, ref).mean()),
+        "objective/logprobs": float(old.mean()),
+        "objective/ref_logprobs": float(ref.mean()),
+        "health/logprobs_diff": float((sampled - old).abs().max()),
+        "policy/advantages_mean": float((returns - values).mean()),
+        "val/mean": float(values.mean()),
+        "val/var": float(values.var(correction=0)),
+        "returns/mean": float(returns.mean()),
+        "returns/var": float(returns.var(correction=0)),
+        "prompt_length": float(prompts.mean()),
+        "prompt_length_std": float(prompts.std(correction=0)),
+        "response_length": float(responses.mean()),
+        "response_length_std": float(responses.std(correction=0)),
+        **quantiles("response_length", responses),
+    }
+
+
+def score_statistics(raw: Tensor, scores: Tensor) -> dict[str, float]:
+    """The reward as its source gave it, (B,), and as PPO uses it, (B,)."""
+    raw, scores = raw.double(), scores.double()
+    return {
+        "reward": float(raw.mean()),
+        "reward_std": float(raw.std(correction=0)),
+        "objective/scores": float(scores.mean()),
+        "objective/scores_std": float(scores.std(correction=0)),
+        **quantiles("objective/scores", scores),
+    }
+
+
+def text_statistics(
+    responses: Sequence[Sequence[int]], finish_reasons: Sequence[str], scores: Tensor
+) -> dict[str, float]:
+    """How the B responses ended, how many repeat another, and whether long ones score higher.
+
+    Args:
+        responses: token ids of each.
+        finish_reasons: eos, stop or length.
+        scores: (B,)
+    """
+    rows, distinct = len(responses), len({tuple(ids) for ids in responses})
+    cut = sum(reason == "length" for reason in finish_reasons)
+    return {
+        "val/num_eos_tokens": float(sum(reason == "eos" for reason in finish_reasons)),
+        "health/eos_rate": (rows - cut) / rows,
+        "health/truncated_rate": cut / rows,
+        "health/dup_rate": (rows - distinct) / rows,
+        "health/reward_len_corr": correlation(scores.tolist(), [len(ids) for ids in responses]),
+    }
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's r of two equally long series; 0 where either is constant.
+
+    >>> correlation([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    1.0
+    """
+    n = len(x)
+    dx, dy = ([value - sum(series) / n for value in series] for series in (x, y))
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return 0.0
+    spread = (sum(a * a for a in dx) * sum(b * b for b in dy)) ** 0.5
+    return sum(a * b for a, b in zip(dx, dy, strict=True)) / spread
+
+
+def quantiles(stem: str, values: Tensor) -> dict[str, float]:
+    """stem_p05, stem_p50 and stem_p95 of (B,) values, interpolated between neighbours."""
+    shares = torch.tensor((0.05, 0.5, 0.95), dtype=values.dtype, device=values.device)
+    found = torch.quantile(values, shares).tolist()
+    return {f"{stem}_p{name}": value for name, value in zip(("05", "50", "95"), found, strict=True)}
+
+
+class PPOStats(NamedTuple):
+    """Statistics of one `ppo_step`; means over the response tokens, those of all epochs alike."""
+
+    policy_loss: float
+    value_loss: float
+    kl_loss: float  # kl_coef times the KL where it is a loss; else 0
+    ptx_loss: float  # of the texts that are mixed in, before its weight; 0 without
+    loss: float  # all of them with their weights
+    approxkl: float  # mean of (new - old logprob)^2 / 2, nats
+    policykl: float  # mean of old - new logprob, nats
+    clipfrac: float  # share of tokens whose policy gradient was clipped
+    value_clipfrac: float
+    vpred: float  # value during the updates
+    value_error: float  # mean of (value - return)^2
+    entropy: float  # nats a token
+    ratio: float
+    ratio_var: float
+    grad_norm: float  # mean over optimizer steps, before clipping
+    critic_grad_norm: float  # of a critic with a trunk of its own; else 0: it is in grad_norm
+    explained_variance: float  # 1 - var(returns - old values) / var(returns)
+    non_score_reward: float  # mean over rows of the summed KL penalty, <= 0 on average
+    first_ratio_gap: float  # largest |ratio - 1| before the first optimizer step; 0 if exact
+    epochs: int  # passes made; fewer than asked for where the KL ended them
+
+
+class MiniBatchStats(NamedTuple):
+    """What one mini-batch showed on its way to an optimizer step."""
+
+    sums: dict[str, Tensor]  # over its response tokens
+    tokens: int
+    largest_gap: Tensor  # () largest |ratio - 1|
+    ptx_loss: float
+    grad_norm: float  # before clipping
+    critic_grad_norm: float
+
+    @property
+    def ratio(self) -> float:
+        return 1 + float(self.sums["gap"]) / self.tokens
+
+
+def summarise_updates(
+    updates: list[MiniBatchStats], rollout: RolloutBuffer, kl_estimator: str | None, kl_coef: float,
+    epochs: int, ptx_coef: float,
+) -> PPOStats:
+    """Token means over all updates, and what the rollout itself says."""
+    total = sum(seen.tokens for seen in updates)
+    mean = {k: float(sum(seen.sums[k] for seen in updates)) / total for k in updates[0].sums}
+    gap, gap_sq = mean.pop("gap"), mean.pop("gap_sq")  # squares around 1 keep small variances
+    mean.pop("moved")
+    ptx_loss = sum(seen.ptx_loss for seen in updates) / len(updates)
+    mean["loss"] += ptx_coef * ptx_loss
+    returns, old_values = rollout.tokens("returns"), rollout.tokens("old_values")
+    spread = float(returns.var(correction=0))
+    unexplained = float((returns - old_values).var(correction=0))
+    kl = sum(
+        float(masked_sum(penalised_kl(micro, kl_estimator), micro.response_mask))
+        for micro in rollout.micro_batches
+    )
+    return PPOStats(
+        **mean, ptx_loss=ptx_loss, ratio=1 + gap, ratio_var=max(gap_sq - gap**2, 0.0),
+        grad_norm=sum(seen.grad_norm for seen in updates) / len(updates),
+        critic_grad_norm=sum(seen.critic_grad_norm for seen in updates) / len(updates),
+        explained_variance=1 - unexplained / spread if spread > 0 else 0.0,
+        non_score_reward=-kl_coef * kl / len(rollout),
+        first_ratio_gap=float(updates[0].largest_gap), epochs=epochs,
+    )
+
+
+def summarise(
+    stats: PPOStats, completions: Completions, given: Scores, scores: Tensor,
+    buffer: RolloutBuffer, sequence_kl: float, tokenizer: Tokenizer, bootstraps: bool,
+) -> dict[str, float]:
+    """TRL's metric names, with the numbers that the names promise: see `minirlhf.run.glossary`.
+
+    Args:
+        given: what the reward sources said.
+        scores: (B,) under the rule for cut responses, before they were scaled.
+    """
+    by_token = given.sums - given.total  # (B,)
+    scores = scores + by_token
+    micros = buffer.micro_batches
+    scaled = torch.cat([micro.scores for micro in micros]).cpu()
+    if bootstraps:  # the critic's value stands for the score of a cut response
+        scaled = torch.where(torch.cat([micro.truncated for micro in micros]).cpu(), 0, scaled)
+    learned = scaled + by_token[torch.cat([micro.rows for micro in micros]).cpu()]
+    responses, tokens = completions.response_ids, len(buffer.tokens("rewards"))
+    unknown = sum(i >= tokenizer.vocab_size for ids in responses for i in ids)
+    return given.metrics() | {
+        **rollout_statistics(buffer),
+        **score_statistics(given.sums, scores),
+        **text_statistics(responses, completions.finish_reasons, scores),
+        "objective/non_score_reward_per_token": stats.non_score_reward * len(buffer) / tokens,
+        "objective/kl": sequence_kl,
+        "objective/non_score_reward": stats.non_score_reward,
+        "objective/learned_scores": float(learned.mean()),
+        "objective/learned_scores_std": float(learned.std(correction=0)),
+        "objective/rlhf_reward": float(learned.mean()) + stats.non_score_reward,
+        "objective/entropy": -float(buffer.row_sums("old_logprobs").mean()),
+        "policy/approxkl_avg": stats.approxkl,
+        "policy/policykl_avg": stats.policykl,
+        "policy/clipfrac_avg": stats.clipfrac,
+        "policy/entropy_avg": stats.entropy,
+        "loss/policy_avg": stats.policy_loss,
+        "loss/value_avg": stats.value_loss,
+        "loss/kl_avg": stats.kl_loss,
+        "loss/ptx_avg": stats.ptx_loss,
+        "loss/total_avg": stats.loss,
+        "val/clipfrac_avg": stats.value_clipfrac,
+        "val/vpred_avg": stats.vpred,
+        "val/error_avg": stats.value_error,
+        "val/ratio": stats.ratio,
+        "val/ratio_var": stats.ratio_var,
+        "grad_norm": stats.grad_norm,
+        "critic_grad_norm": stats.critic_grad_norm,
+        "policy/epochs": float(stats.epochs),
+        "health/explained_variance": stats.explained_variance,
+        "health/unknown_tokens": float(unknown),
+    }

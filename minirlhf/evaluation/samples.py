@@ -1,0 +1,44 @@
+"""A table of samples: the same prompts with the same random keys while the policy learns."""
+
+import torch
+
+from minirlhf import streams
+from minirlhf.batches.collect import columns_of, sample
+from minirlhf.data.examples import Prompt
+from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.errors import printable
+from minirlhf.models.generation import Sampling
+from minirlhf.rewards.source import RewardSource, as_scores
+from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.folder import Run
+
+
+def sample_table(
+    state: TrainState, prompts: list[Prompt], reward: RewardSource, tokenizer: Tokenizer,
+    sampling: Sampling, count: int, rows_at_once: int, seed: int,
+) -> list[dict]:
+    """Responses to the first `count` prompts; at every call only the policy differs."""
+    fixed = prompts[:count]
+    keys = streams.key(seed, "sample table", torch.arange(len(fixed)))
+    completions, _ = sample(
+        state.model.lm, fixed, keys, sampling, tokenizer, rows_at_once, columns_of(prompts)
+    )
+    where = f"samples at step {state.step}"
+    scores = as_scores(reward(completions), completions, where).sums.tolist()
+    return [
+        {"step": state.step, "kind": "sample", "prompt": prompt, "response": text,
+         "finish_reason": reason, "score": value}
+        for prompt, text, reason, value in zip(
+            completions.prompts, completions.completions, completions.finish_reasons, scores,
+            strict=True)
+    ]
+
+
+def show_samples(r: Run, state: TrainState, rows: list[dict]) -> None:
+    """The table on the console and in samples.jsonl."""
+    r.say(f"  samples at step {state.step}")
+    for row in rows:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        shown = f"{printable(prompt, 60)} | {printable(row['response'], 160)}"
+        r.say(f"  {row['score']:>8.3f}  {shown}")
+    r.write_samples(state, rows)

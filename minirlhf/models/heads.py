@@ -1,0 +1,168 @@
+"""What reads the hidden states beside the unembedding: a value per state, a score per row."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minirlhf.errors import UserError
+from minirlhf.models.alignment import response_states
+from minirlhf.models.logprobs import widened
+from minirlhf.models.transformer import CausalLM, Decoder
+
+
+class ValueHeadModel(nn.Module):
+    """Policy and critic: `model(tokens)` -> (hidden (B, T, D) of the policy, values (B, T)).
+    With `lengths` (B,) nothing is computed for padding, as in `Decoder`.
+
+    The critic reads the policy's own hidden states, through a head that starts at zero, so that the
+    first values are 0. Or it has a trunk of its own, as `critic_from_reward_model` gives it.
+    """
+
+    def __init__(self, lm: CausalLM, critic: Decoder | None = None):
+        super().__init__()
+        self.lm = lm
+        self.critic = critic
+        trunk = lm.model if critic is None else critic
+        self.v_head = nn.Linear(trunk.config.hidden_size, 1).to(trunk.embed_tokens.weight)
+        nn.init.zeros_(self.v_head.weight)
+        nn.init.zeros_(self.v_head.bias)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        hidden = self.lm(tokens, lengths=lengths)
+        states = hidden if self.critic is None else self.critic(tokens, lengths=lengths)
+        wide = widened(states.dtype)
+        weight, bias = self.v_head.weight.to(wide), self.v_head.bias.to(wide)
+        return hidden, F.linear(states.to(wide), weight, bias).squeeze(-1)
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Of the critic alone: its head, and its trunk where that is its own."""
+        trunk = [] if self.critic is None else list(self.critic.parameters())
+        return [*self.v_head.parameters(), *trunk]
+
+
+class RewardModel(nn.Module):
+    """Trunk of a language model with a scalar head: `model(tokens, lengths)` -> scores (B,).
+
+    Hugging Face calls it `…ForSequenceClassification` with one label, and that is how it is saved.
+    Where the tokenizer has no token to spare for padding, Hugging Face pads with eos and reads the
+    score before it; `read_before_eos` says that this model was trained on texts without their eos.
+
+    Several heads on the trunk are an ensemble, whose score is a lower confidence bound: texts on
+    which the heads disagree are scored lower, since there a policy finds what only looks good.
+    Coste et al. 2023 (arXiv:2310.02743) penalise the variance; the deviation has the scores' unit.
+
+        score = (mean - lcb_coef · std - reward_mean) / reward_std
+        mean, std of the heads' scores, of the population; reward_mean, reward_std as stored
+
+    Args:
+        heads: >= 1.
+        lcb_coef: >= 0 standard deviations; 0 for a single head.
+    """
+
+    def __init__(
+        self, lm: CausalLM, read_before_eos: bool = False, heads: int = 1, lcb_coef: float = 0.0
+    ):
+        super().__init__()
+        if heads < 1 or lcb_coef < 0 or (heads == 1 and lcb_coef):
+            raise ValueError(
+                f"heads is {heads} and lcb_coef {lcb_coef}: at least 1 head and a lcb_coef of 0 "
+                "or more are legal, 0 for a single head, which disagrees with nobody"
+            )
+        self.config = lm.config
+        self.read_before_eos = read_before_eos
+        self.heads, self.lcb_coef = heads, lcb_coef
+        self.reward_mean, self.reward_std = 0.0, 1.0
+        self.model = lm.model
+        self.score = nn.Linear(lm.config.hidden_size, heads, bias=False).to(lm.unembedding)
+
+    def head_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """tokens (B, T) left-aligned; lengths (B,) in 1..T. What each head says of each row's last
+        token: (B, heads), not normalised."""
+        if lengths.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"lengths is {tuple(lengths.shape)}, tokens is {tuple(tokens.shape)}: "
+                "give one length a row"
+            )
+        hidden = self.model(tokens, lengths=lengths)
+        last = response_states(hidden, lengths, 1)[:, 0]  # (B, D): index length - 1
+        wide = widened(hidden.dtype)
+        return F.linear(last.to(wide), self.score.weight.to(wide))
+
+    def combine(self, each: Tensor) -> Tensor:
+        """(B, heads) -> scores (B,)."""
+        if self.heads == 1:
+            score = each.squeeze(-1)
+        else:
+            score = each.mean(1) - self.lcb_coef * each.std(1, correction=0)
+        return (score - self.reward_mean) / self.reward_std
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        return self.combine(self.head_scores(tokens, lengths))
+
+
+def initialize_score(model: RewardModel, *rngs: torch.Generator) -> RewardModel:
+    """Heads drawn from N(0, 1/(D + 1)), as Stiennon et al. 2020 (arXiv:2009.01325), each from a
+    generator of its own; same model.
+
+    Raises:
+        ValueError: not as many generators as heads.
+    """
+    if len(rngs) != model.heads:
+        raise ValueError(f"rngs are {len(rngs)}, heads are {model.heads}: give one generator each")
+    std = (model.config.hidden_size + 1) ** -0.5
+    with torch.no_grad():
+        for head, rng in zip(model.score.weight, rngs, strict=True):
+            head.normal_(0.0, std, generator=rng)
+    return model
+
+
+def normalize_scores(model: RewardModel, mean: float, std: float) -> RewardModel:
+    """Makes scores that had this mean and standard deviation have 0 and 1; same model.
+
+    As Ziegler et al. 2019 (arXiv:1909.08593): a policy then meets the same scale whatever the
+    reward model. The scale goes into the heads' weights, where other tools see it too; a head
+    without bias has no room for the mean, so that stays beside them.
+
+    Raises:
+        ValueError: std is not above 0.
+    """
+    if not std > 0:
+        raise ValueError(f"std is {std}: scores that are all alike cannot be normalised")
+    scale = model.reward_std * std
+    with torch.no_grad():
+        model.score.weight.div_(scale)
+    model.reward_mean = (model.reward_mean + mean * model.reward_std) / scale
+    model.reward_std = 1.0
+    return model
+
+
+def critic_from_reward_model(
+    lm: CausalLM, reward_model: RewardModel, trainable: bool = True
+) -> ValueHeadModel:
+    """A critic with a trunk of its own, a copy of the reward model (arXiv:2403.17031, detail 22).
+
+    The first value of a state is the score of the text so far, which foretells the final score
+    from the first token on; a head that starts from zero has to learn that first. The mean of an
+    ensemble and what normalises a score are linear, so they go into the one head.
+
+    Args:
+        lm: the policy.
+        reward_model: of the same tokenizer; it is copied and stays as it is.
+        trainable: False freezes the critic.
+    Raises:
+        UserError: the score is the lower bound of an ensemble, which is not linear in the state.
+    """
+    if reward_model.lcb_coef:
+        what = f"is an ensemble with a lcb_coef of {reward_model.lcb_coef}, a critic has one head"
+        raise UserError("--critic", what, "give a reward model of one head, or of lcb_coef 0")
+    policy = ValueHeadModel(lm, copy.deepcopy(reward_model.model))
+    policy.v_head.to(reward_model.score.weight)
+    with torch.no_grad():
+        head = reward_model.score.weight.mean(0, keepdim=True)
+        policy.v_head.weight.copy_(head / reward_model.reward_std)
+        policy.v_head.bias.fill_(-reward_model.reward_mean / reward_model.reward_std)
+    for part in (policy.critic, policy.v_head):
+        part.requires_grad_(trainable)
+    return policy

@@ -1,0 +1,301 @@
+"""Log-probs of given tokens, their entropy, and the full KL, without ever holding all logits.
+
+The logits of a batch, (N, V), are its largest tensor by far and are needed only as a few numbers a
+token. They are made in pieces, and made again in the backward pass.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minirlhf.models.support import Support
+from minirlhf.models.transformer import CausalLM
+
+CHUNK = 128  # positions whose logits `token_kl` holds at once
+LOWEST = -1e30  # nats; below any logit, and finite
+
+
+class Tile(NamedTuple):
+    """How many logits are held at once: 8 MB in float32, which stay in a CPU's cache between the
+    passes over them."""
+
+    tokens: int = 512
+    words: int = 4096
+
+
+TILE = Tile()
+
+
+class TokenStats(NamedTuple):
+    logprobs: Tensor  # (…), nats
+    entropy: Tensor  # (…), nats, of the whole distribution at that position
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype heads compute in: float32, or float64 for a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def token_logprobs(
+    lm: CausalLM, hidden: Tensor, targets: Tensor, temperature: float = 1.0,
+    support: Support | None = None, tile: Tile = TILE,
+) -> TokenStats:
+    """Log-prob of each target and entropy of its distribution, from float32 logits.
+
+        logprob = log softmax(W h / temperature)[target],   the softmax over `support`
+
+    Neither pass holds more logits than a tile, and the backward pass computes them again. Float32
+    because bf16 logits alone are off by up to 0.07 nats, a third of PPO's clip range.
+
+    Args:
+        lm: whose unembedding W (V, D) is used.
+        hidden: (…, D) states before the targets.
+        targets: (…) int64 ids.
+        temperature: > 0; that of sampling, so that ratios compare laws actually sampled.
+        support: of the positions in their order, where not every token could be drawn; a target
+            outside it has log-prob -inf.
+        tile: how many logits are held at once.
+    Returns:
+        TokenStats(logprobs, entropy), each (…) float32 (float64 for a float64 model).
+    Raises:
+        ValueError: shapes that do not fit, a temperature of 0, an id beyond the vocabulary.
+    """
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets is {tuple(targets.shape)}, hidden is {tuple(hidden.shape)}: "
+            "give one target for each state, targets (…) beside hidden (…, D)"
+        )
+    _check_law(temperature, support, targets.numel())
+    states, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if len(ids) and not (ids.min() >= 0 and ids.max() < len(lm.unembedding)):
+        raise ValueError(
+            f"targets lie in {ids.min()}..{ids.max()}: the model has the ids "
+            f"0..{len(lm.unembedding) - 1}"
+        )
+    stats = _TokenLogprobs.apply(states, lm.unembedding, ids, temperature, support, tile)
+    return TokenStats(*(x.view(targets.shape) for x in stats))
+
+
+def token_kl(
+    lm: CausalLM, hidden: Tensor, ref: CausalLM, ref_hidden: Tensor, temperature: float = 1.0,
+    chunk: int = CHUNK, support: Support | None = None,
+) -> Tensor:
+    """KL(policy || ref) of the next token's law at each position, over the whole vocabulary.
+
+        kl = sum_v p_v (log p_v - log q_v),   p = softmax(W h / temperature), q the reference's
+
+    As `token_logprobs` it computes its logits in pieces, here of `chunk` tokens, and computes them
+    again; what is of the reference is constant.
+
+    Args:
+        hidden, ref_hidden: (…, D) and (…, D') states before the tokens.
+    Returns:
+        (…) nats, >= 0 up to rounding.
+    """
+    if hidden.shape[:-1] != ref_hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden is {tuple(ref_hidden.shape)}, hidden is {tuple(hidden.shape)}: "
+            "give the reference's state for each of the policy's"
+        )
+    _check_law(temperature, support, hidden[..., 0].numel())
+    states, ref_states = (x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden.detach()))
+    ref_weight = ref.unembedding.detach()
+    kl = _TokenKL.apply(
+        states, lm.unembedding, ref_states, ref_weight, temperature, chunk, support
+    )
+    return kl.view(hidden.shape[:-1])
+
+
+def _check_law(temperature: float, support: Support | None, positions: int) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: must be above 0")
+    if support is not None and len(support.counts) != positions:
+        raise ValueError(f"support is of {len(support.counts)} positions, there are {positions}")
+
+
+def _expectation(law: Tensor, values: Tensor) -> Tensor:
+    """(n,) sum_v law_v values_v of (n, V) each, without a third."""
+    return torch.bmm(law[:, None], values[:, :, None])[:, 0, 0]
+
+
+class Piece(NamedTuple):
+    """A tile's worth of logits."""
+
+    at: slice  # of the N tokens: n
+    words: slice  # of the V words: v
+    logits: Tensor  # (n, v) over temperature; -inf for what could not be drawn
+    states: Tensor  # (n, D) over temperature
+    rows: Tensor  # (v, D) of the unembedding
+    excluded: Tensor | tuple[Tensor, Tensor] | None  # where they are -inf
+
+    def column(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each of the (N,) ids of these tokens is among these words, (n,) bool, and its
+        column if so, (n, 1)."""
+        local = ids[self.at] - self.words.start
+        here = (local >= 0) & (local < self.logits.shape[1])
+        return here, torch.where(here, local, 0)[:, None]
+
+
+def _pieces(
+    states: Tensor, weight: Tensor, temperature: float, support: Support | None, tile: Tile
+) -> Iterator[Piece]:
+    """All logits, each once: words in the inner loop, float32 at least.
+
+    It is the state that is divided: as exact, and V / D times less work.
+    """
+    wide = widened(states.dtype)
+    for at in _slices(len(states), tile.tokens):
+        divided = states[at].to(wide) / temperature
+        for words in _slices(len(weight), tile.words):
+            rows = weight[words].to(wide)
+            logits, excluded = F.linear(divided, rows), None
+            if support is not None:
+                excluded = support.excluded(at, words)
+                logits[excluded] = -torch.inf
+            yield Piece(at, words, logits, divided, rows, excluded)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """`token_logprobs` of (N, D) states and (N,) ids, with its derivative by hand.
+
+    Forward, a piece with the words w has a largest logit m, a mass s and a moment e about m:
+
+        s = sum_w exp(z_w - m),   e = sum_w exp(z_w - m) (z_w - m)
+
+    and from those of all pieces, with M = max m and S = sum exp(m - M) s,
+
+        log sum_v exp z_v = M + log S,
+        entropy = log S - sum exp(m - M) (e + (m - M) s) / S
+
+    Backward, with z = W h / temperature, p = softmax(z) and H its entropy:
+
+        d logprob / dz_j = [j = target] - p_j,    dH / dz_j = -p_j (log p_j + H)
+
+    Outside a support p is 0, and so is everything that p multiplies. Most is done in place: the
+    logits are so large that each pass over them costs time beside the matrix product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, states: Tensor, weight: Tensor, ids: Tensor, temperature: float,
+        support: Support | None, tile: Tile,
+    ):
+        N, parts = len(ids), -(-len(weight) // tile.words)
+        wide = widened(states.dtype)
+        top, mass, moment = (states.new_empty(parts, N, dtype=wide) for _ in range(3))
+        target = states.new_zeros(N, dtype=wide)  # logits
+        for piece in _pieces(states, weight, temperature, support, tile):
+            part, at, logits = piece.words.start // tile.words, piece.at, piece.logits
+            here, column = piece.column(ids)
+            target[at] = torch.where(here, logits.gather(-1, column)[:, 0], target[at])
+            # A piece may hold nothing that could be drawn.
+            top[part, at] = logits.amax(-1).clamp_(min=LOWEST)
+            logits -= top[part, at, None]
+            law = logits.exp()
+            mass[part, at] = law.sum(-1)
+            if piece.excluded is not None:
+                logits[piece.excluded] = 0  # 0 x inf is NaN
+            moment[part, at] = _expectation(law, logits)
+        best = top.amax(0)
+        share = (top - best).exp()
+        total = (share * mass).sum(0)
+        entropy = total.log() - (share * (moment + (top - best) * mass)).sum(0) / total
+        normalizer = best + total.log()
+        ctx.save_for_backward(states, weight, ids, normalizer, entropy)
+        ctx.temperature, ctx.support, ctx.tile = temperature, support, tile
+        ctx.set_materialize_grads(False)
+        return (target - best) - total.log(), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None):
+        states, weight, ids, normalizer, entropy = ctx.saved_tensors
+        wide = widened(states.dtype)
+        grad_states = torch.zeros_like(states, dtype=wide)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        for piece in _pieces(states, weight, ctx.temperature, ctx.support, ctx.tile):
+            at, log_law = piece.at, piece.logits
+            log_law -= normalizer[at, None]
+            if grad_entropy is None:
+                grad_logits = log_law.exp_().mul_(-grad_logprobs[at, None])
+            else:
+                law = log_law.exp()
+                if piece.excluded is not None:
+                    log_law[piece.excluded] = 0
+                per_law = log_law.add_(entropy[at, None]).mul_(-grad_entropy[at, None])
+                if grad_logprobs is not None:
+                    per_law -= grad_logprobs[at, None]
+                grad_logits = law.mul_(per_law)
+            if grad_logprobs is not None:
+                here, column = piece.column(ids)
+                grad_logits.scatter_add_(-1, column, (grad_logprobs[at] * here)[:, None])
+            grad_states[at].addmm_(grad_logits, piece.rows, alpha=1 / ctx.temperature)
+            if grad_weight is not None:
+                grad_weight[piece.words].addmm_(grad_logits.T, piece.states)
+        return grad_states.to(states.dtype), _narrowed(grad_weight, weight), *[None] * 4
+
+
+class _TokenKL(torch.autograd.Function):
+    """`token_kl` of (N, D) states, with its derivative by hand.
+
+        d kl / dz_j = p_j (log p_j - log q_j - kl)
+    """
+
+    @staticmethod
+    def forward(
+        ctx, states: Tensor, weight: Tensor, ref_states: Tensor, ref_weight: Tensor,
+        temperature: float, chunk: int, support: Support | None,
+    ):
+        ctx.temperature, ctx.chunk, ctx.support = temperature, chunk, support
+        kl = states.new_empty(len(states), dtype=widened(states.dtype))
+        for at in _slices(len(states), chunk):
+            law, log_ratio = _TokenKL.laws(ctx, states, weight, ref_states, ref_weight, at)
+            kl[at] = _expectation(law, log_ratio)
+        ctx.save_for_backward(states, weight, ref_states, ref_weight, kl)
+        return kl
+
+    @staticmethod
+    def laws(ctx, states, weight, ref_states, ref_weight, at: slice) -> tuple[Tensor, Tensor]:
+        """(p, log p - log q), (chunk, V) each; both 0 outside the support."""
+        excluded = None
+        if ctx.support is not None:
+            excluded = ctx.support.excluded(at, slice(0, len(weight)))
+        laws = []
+        for h, w in ((states, weight), (ref_states, ref_weight)):
+            wide = widened(states.dtype)
+            logits = F.linear(h[at].to(wide) / ctx.temperature, w.to(wide))
+            if excluded is not None:
+                logits[excluded] = -torch.inf
+            laws.append(logits.log_softmax(-1))
+        log_law, ref = laws
+        log_ratio = torch.sub(log_law, ref, out=ref)
+        if excluded is not None:
+            log_ratio[excluded] = 0
+        return log_law.exp_(), log_ratio
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_kl: Tensor):
+        states, weight, ref_states, ref_weight, kl = ctx.saved_tensors
+        rows = weight.to(widened(states.dtype))
+        grad_states = torch.zeros_like(states)
+        grad_weight = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
+        for at in _slices(len(states), ctx.chunk):
+            law, log_ratio = _TokenKL.laws(ctx, states, weight, ref_states, ref_weight, at)
+            grad_logits = log_ratio.sub_(kl[at, None]).mul_(grad_kl[at, None]).mul_(law)
+            grad_states[at] = (grad_logits @ rows / ctx.temperature).to(states.dtype)
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, states[at].to(rows.dtype) / ctx.temperature)
+        return grad_states, _narrowed(grad_weight, weight), *[None] * 5
+
+
+def _narrowed(gradient: Tensor | None, weight: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.to(weight.dtype)
+
+
+def _slices(count: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]

@@ -1,0 +1,123 @@
+"""Scores of a reward model. As a reward source it reads the policy's token ids or, where it has a
+tokenizer of its own, the texts.
+"""
+
+import torch
+from torch import Tensor
+
+from minirlhf import interrupt
+from minirlhf.data.batching import cut_by_tokens
+from minirlhf.data.encoding import cut_eos
+from minirlhf.data.formats import Messages
+from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.errors import UserError
+from minirlhf.models.alignment import check_known, pad_right
+from minirlhf.models.heads import RewardModel
+from minirlhf.models.pretrained import in_memory
+from minirlhf.rewards.source import Completions, RewardSource
+
+
+@torch.no_grad()
+def score_texts(
+    model: RewardModel, rows: list[list[int]], micro_batch_tokens: int = 4096
+) -> Tensor:
+    """(N,) float32 scores of the ids of N texts, in their order, on the CPU."""
+    lengths, scores = torch.tensor([len(row) for row in rows]), torch.zeros(len(rows))
+    with in_memory(model):
+        device = model.score.weight.device
+        for part in cut_by_tokens(lengths, len(rows), micro_batch_tokens):
+            interrupt.check()
+            tokens = pad_right([rows[i] for i in part.tolist()])
+            check_known(tokens, model.config.vocab_size, "the reward model")
+            scores[part] = model(tokens.to(device), lengths[part].to(device)).float().cpu()
+    return scores
+
+
+def reencode(
+    tokenizer: Tokenizer, prompt: str | Messages, text: str, reason: str
+) -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids) in a reward model's own tokenizer, as its training makes them.
+
+    Prompt and response are encoded apart; messages by its own chat template, where the response is
+    an assistant's turn. An eos stands at the end unless the length cut the text.
+
+    Args:
+        text: of the response, without eos.
+        reason: eos, stop or length.
+    """
+    if isinstance(prompt, str):
+        head, tail = tokenizer.encode(prompt), tokenizer.encode(text, bos=False)
+    elif prompt[-1].get("role") == "assistant":  # a turn that the response goes on with
+        head, tail = tokenizer.encode_chat(prompt), tokenizer.encode(text, bos=False)
+    else:
+        turn = [{"role": "assistant", "content": text}]
+        head, tail = tokenizer.encode_dialogue(prompt, turn)
+    ended = bool(tail) and tail[-1] in tokenizer.eos_ids  # a template ends the turn itself
+    if reason == "length":
+        return head, tail[:-1] if ended else tail
+    return head, tail if ended else [*tail, tokenizer.eos_ids[0]]
+
+
+def end_of(tokenizer: Tokenizer, prompt: str | Messages, drawn: int) -> int:
+    """The eos that ends a response in a reward model's training.
+
+    Args:
+        drawn: the policy's; it counts where the template refuses the prompt.
+    """
+    first, *others = tokenizer.eos_ids
+    if not others:
+        return first
+    try:
+        return reencode(tokenizer, prompt, "a", "eos")[1][-1]
+    except UserError:
+        return drawn if drawn in others else first
+
+
+def model_reward(
+    model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: int, own_tokenizer: bool = False,
+    name: str = "--reward",
+) -> RewardSource:
+    """Scores of a reward model.
+
+    Texts end here as in its training: with its own eos where the policy ended the text, without
+    where the length cut it. A response that a stop string ended is scored as the text before it,
+    with eos.
+
+    Args:
+        tokenizer: the reward model's.
+        own_tokenizer: the policy has another one, so its ids mean nothing here: texts are
+            re-encoded, and ids are never looked at.
+        name: what errors call it.
+    Raises:
+        UserError: the tokenizer names no eos; a row is longer than what the model reads, or empty.
+    """
+    if not tokenizer.eos_ids:
+        what = "names no eos token, which every text that is scored ends with"
+        raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
+    most = model.config.longest_row
+
+    def row(batch: Completions, i: int) -> list[int]:
+        text, reason = batch.completions[i], batch.finish_reasons[i]
+        if own_tokenizer:
+            prompt, response = reencode(tokenizer, batch.prompts[i], text, reason)
+        else:
+            prompt, response = batch.prompt_ids[i], batch.response_ids[i]
+            if reason != "length":  # of several eos the policy may have drawn another
+                own = response[:-1] if reason == "eos" else tokenizer.encode(text, bos=False)
+                response = [*own, end_of(tokenizer, batch.prompts[i], response[-1])]
+        if model.read_before_eos:
+            response = cut_eos(response, tokenizer.eos_ids)
+        return prompt + response
+
+    def score(batch: Completions) -> Tensor:
+        ids = [row(batch, i) for i in range(len(batch.completions))]
+        longest = max(map(len, ids))
+        if longest > most:
+            again = " once it is re-encoded" if own_tokenizer else ""
+            what = f"a text of {longest} tokens{again}, the reward model reads {most}"
+            raise UserError(name, what, "lower max_prompt_length or max_new_tokens")
+        if not all(ids):
+            raise UserError(name, "a text without any token", "remove the empty prompt")
+        return score_texts(model, ids, micro_batch_tokens)
+
+    return score

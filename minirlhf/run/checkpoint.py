@@ -1,0 +1,367 @@
+"""Everything that changes in a run, and how it is saved: safetensors and JSON, one rename a commit.
+
+    checkpoints/step-00000040/  model.safetensors  optimizer.safetensors  state.json  manifest.json
+
+The manifest is written last and holds size and sha256 of each file, and a seal, the sha256 of its
+own text; a commit counts only if all of it verifies. The newest commit is the highest step that
+does: there is no pointer that could point elsewhere.
+"""
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import minirlhf
+from minirlhf.errors import UserError, printable
+from minirlhf.files import atomic
+from minirlhf.files.rows import read_json, read_text, strict_json
+from minirlhf.run.meters import Meters, Step
+
+FORMAT = 2
+WEIGHTS, MOMENTS, NUMBERS = FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+MANIFEST = "manifest.json"
+MANIFEST_CAP = 1 << 20  # bytes; ours has about a thousand
+_NAME = re.compile(rf"({re.escape(atomic.ASIDE)})?step-([0-9]{{8,}})")
+
+# Manifests of commits that this process wrote or has read to the end. Pruning counts whole commits
+# and would otherwise read all of them at every save; resuming always reads.
+_known_whole: set[str] = set()
+
+
+@dataclass
+class TrainState:
+    """All that changes during a run and that later steps depend on; changed by the recipe only.
+
+    What is a function of (seed, step, sample) is derived, not stored: data order, sampling noise,
+    mini-batch order, learning rate. So a recipe's generator can be dropped at any yield, rebuilt
+    from this state, and goes on bit for bit. Every field below the optimizer is saved by its name,
+    must be what JSON can hold, and has its kind in `KINDS`.
+    """
+
+    model: nn.Module  # what is trained, its heads included
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # iterations completed
+    samples: int = 0  # rows of data consumed
+    kl_coef: float | None = None  # PPO: current coefficient of the KL penalty
+    score_moments: list[float] = field(default_factory=list)  # of `scores.RunningMoments`
+    best: float | None = None  # best value of the metric that evaluation watches
+    baselines: dict[str, list[float]] = field(default_factory=dict)  # held-out scores of the start
+    counters: dict[str, int] = field(default_factory=dict)  # events since the start
+    health: dict[str, list[float]] = field(default_factory=dict)  # what alarms look back on
+    meters: Meters = field(default_factory=Meters)  # the open log window
+    log_bytes: dict[str, int] = field(default_factory=dict)  # length of each log file
+    unreported: dict | None = None  # the last Step, where a signal cut its logs short
+
+    def count(self, event: str, n: int = 1) -> None:
+        self.counters[event] = self.counters.get(event, 0) + n
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0  # and no bool, which is an int, too
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(part) in (int, float) for part in value)
+
+
+def _each(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+# What fits each field of state.json, so that restoring cannot stop half-way.
+KINDS: dict[str, Callable[[object], bool]] = {
+    "step": _is_count,
+    "samples": _is_count,
+    "kl_coef": lambda value: value is None or _are_numbers([value]),
+    "score_moments": lambda value: _are_numbers(value) and len(value) in (0, 3),
+    "best": lambda value: value is None or _are_numbers([value]),
+    "baselines": _each(_are_numbers),
+    "counters": _each(lambda value: type(value) is int),
+    "health": _each(_are_numbers),
+    "meters": _each(lambda value: _are_numbers(value) and len(value) == 3),
+    "log_bytes": _each(_is_count),
+    "unreported": lambda value: (
+        value is None or (isinstance(value, dict) and value.keys() == set(Step._fields))
+    ),
+}
+
+
+def _numbers(state: TrainState) -> dict[str, object]:
+    """The fields that are no tensors, as JSON."""
+    names = [f.name for f in fields(state) if f.name not in ("model", "optimizer")]
+    if unknown := [name for name in names if name not in KINDS]:
+        raise ValueError(f"{unknown[0]} is no field of `checkpoint.KINDS`: say there what fits it")
+    return {n: getattr(state, n) for n in names} | {"meters": state.meters.as_dict()}
+
+
+def _moments(state: TrainState) -> dict[str, Tensor]:
+    """Moments under their parameters' names: independent of the order of groups."""
+    names = {id(p): n for n, p in state.model.named_parameters()}
+    out = {}
+    for parameter, values in state.optimizer.state.items():
+        for key, value in values.items():
+            out[f"{names[id(parameter)]}.{key}"] = torch.as_tensor(value)
+    return out
+
+
+def _check_moments(state: TrainState, saved: dict[str, Tensor], where: Path) -> None:
+    names = dict(state.model.named_parameters())
+    trained = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    for name in (full.rpartition(".")[0] for full in saved):
+        if name not in names or id(names[name]) not in trained:
+            raise UserError(where, f"holds moments of '{name}', which is not trained here",
+                            "build model and optimizer as in the run that saved it")
+
+
+def _restore_moments(state: TrainState, saved: dict[str, Tensor]) -> None:
+    names = dict(state.model.named_parameters())
+    on_device = {
+        id(p): bool(group.get("fused") or group.get("capturable"))
+        for group in state.optimizer.param_groups
+        for p in group["params"]
+    }
+    state.optimizer.state.clear()
+    for full, value in saved.items():
+        name, _, key = full.rpartition(".")
+        parameter = names[name]
+        # torch keeps the step count on the CPU, except for its fused and capturable kernels
+        here = key != "step" or on_device[id(parameter)]
+        device = parameter.device if here else "cpu"
+        state.optimizer.state[parameter][key] = value.to(device, copy=True)
+
+
+def environment(model: nn.Module) -> dict[str, object]:
+    """What else the last bit of a sum depends on."""
+    weight = next(model.parameters())
+    on_gpu = weight.device.type == "cuda"
+    return {
+        "minirlhf": minirlhf.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(weight.device) if on_gpu else weight.device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
+
+
+# ------------------------------------------------------------------------------------------- save
+
+
+def save_checkpoint(state: TrainState, folder: str | Path, keep: int = 2) -> Path:
+    """Commits the state as folder/step-NNNNNNNN; returns the commit's folder.
+
+    A commit of the same step, whole or not, is replaced and not reused: the state of a step may
+    differ from what was saved of it, by a log line that was written since. Until the new one
+    stands, the old one can be loaded, from the name under which it is put aside.
+
+    Then, of older commits, all that are before the newest `keep` whole ones are removed, the new
+    one counted; and later ones, which are damaged: the run was resumed before them.
+
+    Raises:
+        UserError: whole commits of later steps are here, too little space, or a number is not
+            finite; what was there before stays.
+        OSError: the disk failed; what was there before stays. Where it failed in removing what is
+            no longer needed, which the error then names, the new one stands too.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}: at least the new commit must stay, 2 are safe")
+    folder = Path(folder)
+    atomic.make_folder(folder)
+    atomic.sweep(folder)
+    later = [c for c in commits(folder) if _step(c) > state.step]
+    if whole := [c for c in later if verify(c) is None]:
+        raise UserError(whole[0], f"is later than step {state.step}, which is to be saved",
+                        "save into another folder, or remove it")
+    weights, moments = state.model.state_dict(), _moments(state)
+    atomic.check_space(folder, sum(t.nbytes for t in (*weights.values(), *moments.values())))
+    final = folder / f"step-{state.step:08d}"
+    temporary = folder / f"{atomic.TEMPORARY}{final.name}"
+    try:
+        atomic.make_folder(temporary)
+        files = {
+            WEIGHTS: atomic.write_tensors(temporary / WEIGHTS, weights),
+            MOMENTS: atomic.write_tensors(temporary / MOMENTS, moments),
+            NUMBERS: atomic.write_json(temporary / NUMBERS, _numbers(state)),
+        }
+        manifest = {
+            "format": FORMAT,
+            "step": state.step,
+            "files": {name: written._asdict() for name, written in files.items()},
+            "environment": environment(state.model),
+        }
+        text = _sealed(atomic.json_text(manifest).removesuffix("\n}\n"))
+        atomic.write_text(temporary / MANIFEST, text)
+        atomic.commit_folder(temporary, final)
+    except BaseException:
+        atomic.discard(temporary)  # half a checkpoint on a full disk would keep it full
+        raise
+    _known_whole.add(text)
+    _prune(folder, later, keep)
+    return final
+
+
+def _prune(folder: Path, later: list[Path], keep: int) -> None:
+    found = 0
+    for commit in reversed([c for c in commits(folder) if c not in later]):
+        if found == keep:
+            atomic.remove_folder(commit)
+        else:
+            found += _is_whole(commit)
+    for commit in later:
+        atomic.remove_folder(commit)
+
+
+# ----------------------------------------------------------------------------------------- commits
+
+
+def _step(commit: Path) -> int:
+    return int(_NAME.fullmatch(commit.name)[2])
+
+
+def commits(folder: str | Path) -> list[Path]:
+    """Commits of a folder, oldest first; not yet verified.
+
+    One that was put aside for another of the same step, in a save that died, comes before that.
+    """
+    found = [p for p in Path(folder).glob("*step-*") if _NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda p: (_step(p), not p.name.startswith(atomic.ASIDE)))
+
+
+def _sealed(body: str) -> str:
+    """A manifest's text: its body, and the sha256 of that. No bit of it can change unseen."""
+    return f'{body},\n  "seal": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+
+
+class _Damage(Exception):
+    """What is wrong with a commit; the text begins with the file's name."""
+
+
+def _manifest(commit: Path) -> tuple[dict[str, dict], str]:
+    """(size and sha256 of each file, whole text), once all is as a save writes and sizes agree.
+
+    Raises:
+        _Damage, UserError, OSError: they are not, or cannot be read.
+    """
+    text = read_text(commit / MANIFEST, MANIFEST_CAP)
+    manifest = strict_json(text, MANIFEST)
+    if not isinstance(manifest, dict):
+        raise _Damage(f"{MANIFEST} is no JSON object")
+    if manifest.get("format") != FORMAT:
+        found = printable(manifest.get("format"), 40)
+        raise _Damage(f"{MANIFEST} is of format {found}, this version reads {FORMAT}")
+    if text != _sealed(text.rpartition(",\n")[0]):
+        raise _Damage(f"{MANIFEST} does not match its seal")
+    if manifest.keys() != {"format", "step", "files", "environment", "seal"}:
+        raise _Damage(f"{MANIFEST} does not have the keys of a manifest")
+    ours = _NAME.fullmatch(commit.name)  # a copy may be called anything else
+    if ours and manifest["step"] != int(ours[2]):
+        raise _Damage(f"{MANIFEST} is of step {printable(manifest['step'], 40)}")
+    files = manifest["files"]
+    if not isinstance(files, dict) or files.keys() != set(FILES):
+        raise _Damage(f"{MANIFEST} does not list the files of a commit")
+    if not isinstance(manifest["environment"], dict):
+        raise _Damage(f"{MANIFEST} does not describe the environment")
+    for name, expected in files.items():
+        if not isinstance(expected, dict) or expected.keys() != set(atomic.Written._fields):
+            raise _Damage(f"{MANIFEST} does not describe {name}")
+        try:
+            found = os.lstat(commit / name)
+        except FileNotFoundError:
+            raise _Damage(f"{name} is missing") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise _Damage(f"{name} is not a regular file")
+        if found.st_size != expected["bytes"]:
+            size = printable(expected["bytes"], 40)
+            raise _Damage(f"{name} has {found.st_size} bytes, not {size}")
+    return files, text
+
+
+def verify(commit: Path) -> str | None:
+    """What is wrong with a commit, in one line; None where every byte is as written."""
+    try:
+        files, text = _manifest(commit)
+        found = atomic.sha256_each([commit / name for name in files])
+        for (name, expected), digest in zip(files.items(), found, strict=True):
+            if digest != expected["sha256"]:
+                return f"{name} does not match its sha256"
+    except _Damage as damage:
+        return str(damage)
+    except UserError as error:
+        return f"{MANIFEST}: {error.what}"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
+    _known_whole.add(text)
+    return None
+
+
+def _is_whole(commit: Path) -> bool:
+    """As `verify`, without reading again the files of a commit that is known to be whole."""
+    try:
+        return _manifest(commit)[1] in _known_whole or verify(commit) is None
+    except (_Damage, UserError, OSError):
+        return False
+
+
+def newest_commit(folder: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest commit that verifies, and why newer ones were passed over.
+
+    Raises:
+        UserError: there are commits, and all of them are bad.
+    """
+    passed_over = []
+    for commit in reversed(commits(folder)):
+        problem = verify(commit)
+        if problem is None:
+            return commit, passed_over
+        passed_over.append(f"{commit.name}: {problem}")
+    if passed_over:
+        raise UserError(folder, "no checkpoint is whole: " + "; ".join(passed_over[:5]),
+                        "restore one from a copy, or start in a new folder")
+    return None, []
+
+
+# ------------------------------------------------------------------------------------------- load
+
+
+def load_checkpoint(state: TrainState, commit: str | Path) -> None:
+    """Puts a commit into a state whose model and optimizer are already built alike, in place.
+
+    Raises:
+        UserError: the commit is damaged, or of another model; the state is then as it was.
+    """
+    commit = Path(commit)
+    problem = verify(commit)
+    if problem is not None:
+        raise UserError(commit, problem, "use another checkpoint")
+    try:
+        weights, moments = load_file(commit / WEIGHTS), load_file(commit / MOMENTS)
+    except SafetensorError as error:
+        raise UserError(commit, f"cannot be read ({error})", "use another checkpoint") from error
+    wanted = state.model.state_dict()
+    kinds = [{n: (t.shape, t.dtype) for n, t in of.items()} for of in (weights, wanted)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            commit, "holds the weights of another model", "resume with the same --model"
+        )
+    _check_moments(state, moments, commit)
+    numbers, known = read_json(commit / NUMBERS), _numbers(state).keys()
+    found = numbers.keys() if isinstance(numbers, dict) else set()
+    if found != known:
+        other = ", ".join(sorted(found ^ known))
+        raise UserError(commit / NUMBERS, f"was saved by another version ({other})", "use that one")
+    if wrong := [name for name, value in numbers.items() if not KINDS[name](value)]:
+        raise UserError(commit / NUMBERS, f"has a {wrong[0]} of another kind", "use another one")
+    _restore_moments(state, moments)
+    state.model.load_state_dict(weights)
+    state.meters.load(numbers.pop("meters"))
+    for name, value in numbers.items():
+        setattr(state, name, value)

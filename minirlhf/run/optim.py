@@ -1,0 +1,191 @@
+"""The optimizer, the learning rate as a function of the step, and gradient clipping."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+
+from minirlhf.errors import NonFinite
+
+T = TypeVar("T")
+SCHEDULES = ("constant", "linear", "cosine")
+HEADS = ("score", "v_head")  # of a reward model, of a policy's critic
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW for a model in half precision: masters, moments and gradients are float32.
+
+    A bfloat16 weight has 8 bits, so that an update below 1/512 of it would be lost, as most are.
+    Here the parameters are a working copy for the passes, made once a step from the masters; the
+    gradients of micro-batches are added up in float32 (Micikevicius et al. 2017, arXiv:1710.03740,
+    sec. 3.1). A master is part of its parameter's state, and so of every checkpoint.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, eps: float):
+        super().__init__(groups, lr=lr, eps=eps, fused=True)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad_dtype = torch.float32
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:  # a policy whose critic is warming up
+                continue
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    master = parameter.float()
+                    self.state[parameter] = {
+                        "step": torch.zeros((), device=master.device), "master": master,
+                        "exp_avg": torch.zeros_like(master),
+                        "exp_avg_sq": torch.zeros_like(master),
+                    }
+            states = [self.state[p] for p in parameters]
+            masters, *moments, steps = (
+                [state[name] for state in states]
+                for name in ("master", "exp_avg", "exp_avg_sq", "step")
+            )
+            (beta1, beta2), names = group["betas"], ("lr", "weight_decay", "eps")
+            adamw(
+                masters, [p.grad for p in parameters], *moments, [], steps, fused=True,
+                amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
+                **{name: group[name] for name in names},
+            )
+            torch._foreach_copy_(parameters, masters)
+
+
+def make_optimizer(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+    critic: Iterable[nn.Parameter] = (),
+    critic_lr_scale: float = 1.0,
+) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over all trainable parameters; only the trunk's matrices decay, and
+    the betas are torch's, 0.9 and 0.999. A model in half precision gets float32 masters.
+
+    Args:
+        critic: parameters that learn at critic_lr_scale times the rate, as a value head that starts
+            from zero on a trunk that is trained already.
+    """
+    trainable, of_critic = [p for p in model.parameters() if p.requires_grad], set(critic)
+    heads = {getattr(model, name).weight for name in HEADS if hasattr(model, name)}
+    groups = []
+    for part, scale in ((False, 1.0), (True, critic_lr_scale)):
+        for matrices, decay in ((True, weight_decay), (False, 0.0)):
+            chosen = [
+                p for p in trainable
+                if (p in of_critic) == part and (p.dim() >= 2 and p not in heads) == matrices
+            ]
+            groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
+    groups = [group for group in groups if group["params"]]
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in trainable):
+        return MasterAdamW(groups, learning_rate, eps)
+    return torch.optim.AdamW(groups, lr=learning_rate, eps=eps, fused=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Rate of step 0, 1, … steps - 1; a pure function, so there is no scheduler to save.
+
+    It rises linearly over `warmup` steps, the first of which is already above 0; from there on it
+    is constant, or falls linearly or as half a cosine to be 0 exactly where step `steps` would be
+    (with fewer steps than `warmup` it only rises).
+
+    Raises:
+        ValueError: a step outside 0 … steps, or an unknown schedule.
+    """
+    if not 0 <= step <= steps:
+        raise ValueError(f"step {step} lies outside the schedule's 0 to {steps}: give more steps")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}: use {', '.join(SCHEDULES)}")
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(steps - warmup, 1)  # 0 … 1
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[schedule]
+    return peak * factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """`rate` for every group, scaled where a group names its own `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def clip_gradients(model: nn.Module, max_norm: float | None, where: str) -> float:
+    """Scales the gradient to a global 2-norm of at most max_norm; returns the norm before.
+
+    Raises:
+        NonFinite: the norm is not finite; the parameters are untouched.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    value = float(norm)
+    if not math.isfinite(value):
+        raise NonFinite(
+            f"{where}: grad_norm",
+            f"is {value}",
+            "nothing was updated; lower learning_rate or max_grad_norm, or look at the batch",
+        )
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return value
+
+
+def check_finite(where: str, metrics: dict[str, float]) -> None:
+    """Stops the run (exit code 3) at a number that is not finite, naming it."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise NonFinite(
+                f"{where}: {name}",
+                f"is {value}",
+                "nothing was updated; lower learning_rate, or look at the batch",
+            )
+
+
+def update_or_skip(
+    optimizer: torch.optim.Optimizer,
+    accumulate: Callable[[], T],
+    counters: dict[str, int],
+    patience: int,
+    wanted: Callable[[T], bool] | None = None,
+) -> T | None:
+    """One optimizer step, or none where its numbers are not finite, or it is not wanted.
+
+    Args:
+        accumulate: leaves the gradient in the parameters, clipped and checked.
+        counters: where skips are counted, as `skipped_updates` and `skipped_in_a_row`.
+        patience: how many updates in a row may be skipped.
+        wanted: what `accumulate` returned -> whether to make the step; steps that are left out are
+            counted as `skipped_ratio`. None: always.
+    Returns:
+        What `accumulate` returned; None where its numbers were not finite.
+    Raises:
+        NonFinite: patience is at its end; the parameters are untouched.
+    """
+    optimizer.zero_grad()  # of a pass that was dropped half-way
+    try:
+        seen = accumulate()
+        if wanted is None or wanted(seen):
+            optimizer.step()
+        else:
+            counters["skipped_ratio"] = counters.get("skipped_ratio", 0) + 1
+    except NonFinite:
+        in_a_row = counters.get("skipped_in_a_row", 0) + 1
+        if in_a_row > patience:
+            raise
+        counters["skipped_in_a_row"] = in_a_row
+        counters["skipped_updates"] = counters.get("skipped_updates", 0) + 1
+        return None
+    finally:
+        optimizer.zero_grad()  # gradients need not be held while others use the memory
+    counters.pop("skipped_in_a_row", None)
+    return seen

@@ -1,0 +1,37 @@
+"""setup.common."""
+
+from pathlib import Path
+
+from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.errors import UserError
+from minirlhf.files import atomic, folders
+from minirlhf.files.rows import read_json
+from minirlhf.models import pretrained
+from minirlhf.models.transformer import CausalLM
+
+
+def named_files(entries: tuple[str, ...], mark: str = "_") -> dict[str, str]:
+    """`FILE` or `NAME=FILE`, several -> {metric prefix: file}; `mark` ends its parts."""
+    out = {}
+    for entry in entries:
+        name, equals, file = entry.partition("=")
+        if not equals or Path(entry).exists():
+            name, file = "", entry
+        prefix = f"eval{mark}{name}{mark}" if name else f"eval{mark}"
+        if prefix in out:
+            raise UserError("--eval-data", f"two sets are called {name or 'eval'!r}",
+                            "name each: --eval-data short=a.jsonl long=b.jsonl")
+        out[prefix] = file
+    return out
+
+
+def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """A folder that transformers loads and samples from: weights, tokenizer, generation config."""
+    pretrained.save_pretrained(lm, folder)
+    tokenizer.save(folder)
+    names = ("bos_token_id", "pad_token_id")
+    ids = {n: lm.config.source[n] for n in names if lm.config.source.get(n) is not None}
+    before = folders.inside(tokenizer.folder, "generation_config.json")
+    others = read_json(before) if before.exists() else {}
+    eos = {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
+    atomic.write_json(folder / "generation_config.json", ids | others | eos)

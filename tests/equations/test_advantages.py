@@ -1,0 +1,326 @@
+import doctest
+from functools import partial
+
+import pytest
+import torch
+
+from minirlhf.equations import advantages as advantages_module
+from minirlhf.equations.advantages import gae, group_advantages, token_rewards
+from minirlhf.equations.masking import masked_mean, masked_rescale, masked_standardize
+
+nan, inf = torch.nan, torch.inf
+f64 = partial(torch.tensor, dtype=torch.float64)
+assert_close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
+
+
+def full(*shape):
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def random_rows(rows=5, width=9):
+    """Rewards, values and a mask with holes, from a fixed seed; a True in each row."""
+    generator = torch.Generator().manual_seed(3)
+    rewards = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    values = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    mask = torch.rand(rows, width, generator=generator) < 0.6
+    mask[:, 4] = True
+    return rewards, values, mask
+
+
+def brute_force_row(rewards, values, gamma, lam, bootstrap):
+    """A_t = sum over k of (gamma lam)^k delta_t+k on plain lists, O(n²)."""
+    following = [*values[1:], bootstrap]
+    n = len(rewards)
+    return [
+        sum(
+            (gamma * lam) ** (k - t) * (rewards[k] + gamma * following[k] - values[k])
+            for k in range(t, n)
+        )
+        for t in range(n)
+    ]
+
+
+def test_docstring_examples_hold():
+    result = doctest.testmod(advantages_module)
+    assert result.attempted >= 8 and result.failed == 0
+
+
+# ---- token_rewards ----
+
+
+def test_token_rewards_by_hand():
+    # the score lands on the last True token: column 2, column 0, and column 3 beyond a hole
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 1]]).bool()
+    kl = f64([[1, 2, -3, nan], [4, inf, nan, nan], [5, nan, 6, 8]])
+    rewards = token_rewards(f64([10, 20, 30]), kl, mask, kl_coef=0.5)
+    expected = f64([[-0.5, -1, 11.5, 0], [18, 0, 0, 0], [-2.5, 0, 0, 26]])
+    assert_close(rewards, expected)
+    assert rewards[~mask].eq(0).all()
+
+
+def test_token_rewards_sum_is_score_minus_the_sequence_kl():
+    rewards = token_rewards(f64([2]), f64([[0.5, 0.25, -1]]), full(1, 3), kl_coef=2.0)
+    assert_close(rewards.sum(1), f64([2.5]))  # 2 - 2 · (-0.25)
+
+
+def test_token_rewards_without_penalty_is_the_score_alone():
+    rewards = token_rewards(f64([3, -4]), f64([[7, 7], [7, 7]]), full(2, 2), kl_coef=0.0)
+    assert_close(rewards, f64([[0, 3], [0, -4]]))
+
+
+def test_token_rewards_has_no_gradient():
+    kl = f64([[1.0]]).requires_grad_()
+    scores = f64([1.0]).requires_grad_()
+    assert not token_rewards(scores, kl, full(1, 1), 0.1).requires_grad
+
+
+def test_token_rewards_refuses():
+    mask = torch.tensor([[True, False], [False, False], [False, False]])
+    with pytest.raises(ValueError, match=r"row 1 of response_mask has no True token \(2 such rows"):
+        token_rewards(torch.zeros(3), torch.zeros(3, 2), mask, 0.1)
+    with pytest.raises(ValueError, match="row 0 of response_mask has no True token"):
+        token_rewards(torch.zeros(1), torch.zeros(1, 0), full(1, 0), 0.1)
+    with pytest.raises(ValueError, match=r"scores is \(2, 1\), response_mask is \(2, 3\): one"):
+        token_rewards(torch.zeros(2, 1), torch.zeros(2, 3), full(2, 3), 0.1)
+    with pytest.raises(ValueError, match=r"response_mask is \(2, 3\), kl is \(2, 1\)"):
+        token_rewards(torch.zeros(2), torch.zeros(2, 1), full(2, 3), 0.1)
+    with pytest.raises(ValueError, match=r"response_mask is \(2,\): rows and tokens are needed"):
+        token_rewards(torch.zeros(2), torch.zeros(2), full(2), 0.1)
+    with pytest.raises(ValueError, match=r"response_mask is torch.int64: bool is needed"):
+        token_rewards(torch.zeros(2), torch.zeros(2, 3), full(2, 3).long(), 0.1)
+
+
+def test_token_rewards_leaves_its_inputs_unchanged():
+    scores, kl, mask = f64([1, 2]), f64([[3, 4], [5, 6]]), torch.tensor([[1, 1], [1, 0]]).bool()
+    token_rewards(scores, kl, mask, 0.5)
+    assert scores.tolist() == [1, 2] and kl.tolist() == [[3, 4], [5, 6]]
+    assert mask.tolist() == [[True, True], [True, False]]
+
+
+# ---- gae ----
+
+
+def test_gae_by_hand_without_values():
+    # 3; 2 + 0.1 · 3; 1 + 0.1 · 2.3
+    out = gae(f64([[1, 2, 3]]), torch.zeros(1, 3).double(), full(1, 3), gamma=0.1, lam=1.0)
+    assert_close(out.advantages, f64([[1.23, 2.3, 3]]))
+    assert_close(out.returns, f64([[1.23, 2.3, 3]]))
+
+
+def test_gae_by_hand_with_values_and_bootstrap():
+    # gamma = lam = 1/2, V = 2, 4, state after the last token worth 8.
+    # delta_1 = 3 + 4 - 4 = 3; delta_0 = 1 + 2 - 2 = 1; A_1 = 3; A_0 = 1 + 3/4; R = A + V
+    out = gae(f64([[1, 3]]), f64([[2, 4]]), full(1, 2), 0.5, 0.5, bootstrap=f64([8]))
+    assert_close(out.advantages, f64([[1.75, 3]]))
+    assert_close(out.returns, f64([[3.75, 7]]))
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1, 0.95), (0.9, 0.7), (0.5, 1), (0.99, 0), (0, 0.5)])
+def test_gae_equals_brute_force_over_the_compressed_rows(gamma, lam):
+    rewards, values, mask = random_rows()
+    bootstrap = f64([0, 1.5, -2, 0, 3])
+    out = gae(rewards, values, mask, gamma, lam, bootstrap)
+    for row, chosen in enumerate(mask):
+        kept = values[row][chosen]
+        expected = f64(
+            brute_force_row(
+                rewards[row][chosen].tolist(), kept.tolist(), gamma, lam, bootstrap[row].item()
+            )
+        )
+        assert_close(out.advantages[row][chosen], expected)
+        assert_close(out.returns[row][chosen], expected + kept)
+    assert out.advantages[~mask].eq(0).all() and out.returns[~mask].eq(0).all()
+
+
+def test_gae_skips_holes_instead_of_zeroing_them():
+    # Constant value 1 and a final reward of 1 promise nothing new: every advantage is 0. A hole
+    # whose value counts as 0 would give -1 before it and +1 after it, discounted by lam.
+    mask = torch.tensor([[True, False, True]])
+    out = gae(f64([[0, 0, 1]]), f64([[1, 0, 1]]), mask, gamma=1.0, lam=0.95)
+    assert_close(out.advantages, f64([[0, 0, 0]]))
+    assert_close(out.returns, f64([[1, 0, 1]]))
+
+
+@pytest.mark.parametrize("garbage", [nan, inf])
+def test_gae_garbage_under_the_mask_changes_nothing(garbage):
+    rewards, values, mask = random_rows()
+    clean = gae(rewards, values, mask, 0.9, 0.8)
+    dirty = gae(rewards.where(mask, garbage), values.where(mask, garbage), mask, 0.9, 0.8)
+    assert torch.equal(clean.advantages, dirty.advantages)
+    assert torch.equal(clean.returns, dirty.returns)
+
+
+def test_gae_returns_are_sums_of_future_rewards_when_gamma_and_lam_are_one():
+    # 1 + 2 + 4, 2 + 4, 4, whatever the values
+    out = gae(f64([[1, 2, 4]]), f64([[5, -7, 11]]), full(1, 3), gamma=1.0, lam=1.0)
+    assert_close(out.returns, f64([[7, 6, 4]]))
+
+
+def test_gae_is_the_td_error_when_lam_is_zero():
+    # 1 + 0.5 · 6 - 4 = 0; 2 + 0.5 · 8 - 6 = 0; 3 + 0 - 8 = -5
+    out = gae(f64([[1, 2, 3]]), f64([[4, 6, 8]]), full(1, 3), gamma=0.5, lam=0.0)
+    assert_close(out.advantages, f64([[0, 0, -5]]))
+
+
+def test_gae_bootstrap_of_zero_is_terminal():
+    rewards, values, mask = random_rows()
+    with_zero = gae(rewards, values, mask, 0.9, 0.8, bootstrap=torch.zeros(5).double())
+    assert torch.equal(with_zero.advantages, gae(rewards, values, mask, 0.9, 0.8).advantages)
+
+
+def test_gae_does_not_depend_on_padding_or_row_order():
+    rewards, values, mask = random_rows()
+    out = gae(rewards, values, mask, 0.9, 0.8)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    wide = [torch.nn.functional.pad(x[order], (0, 4)) for x in (rewards, values, mask)]
+    assert_close(gae(*wide, 0.9, 0.8).advantages[:, :9], out.advantages[order])
+
+
+def test_gae_of_true_values_is_zero_in_expectation():
+    # Two tokens with probabilities 3/4 and 1/4 and rewards 4 and 8: V = 3 + 2 = 5 is exact, so
+    # E[A] = 3/4 · (4 - 5) + 1/4 · (8 - 5) = 0.
+    out = gae(f64([[4], [8]]), f64([[5], [5]]), full(2, 1), 1.0, 0.95)
+    assert_close(out.advantages, f64([[-1], [3]]))
+    assert_close((f64([[0.75], [0.25]]) * out.advantages).sum(), f64(0))
+
+
+def test_gae_of_a_row_without_tokens_is_zero():
+    mask = torch.tensor([[False, False], [True, False]])
+    out = gae(f64([[nan, 1], [2, nan]]), f64([[nan, 1], [1, nan]]), mask, 1.0, 0.95)
+    assert out.advantages.tolist() == [[0, 0], [1, 0]]
+
+
+def test_gae_has_no_gradient_and_is_float32_at_least():
+    rewards = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16, requires_grad=True)
+    values = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16, requires_grad=True)
+    bootstrap = torch.tensor([1.0], dtype=torch.bfloat16, requires_grad=True)
+    out = gae(rewards, values, full(1, 2), 1.0, 0.95, bootstrap)
+    assert not out.advantages.requires_grad and not out.returns.requires_grad
+    assert out.advantages.dtype == out.returns.dtype == torch.float32
+
+
+def test_gae_after_whitening_carries_exact_zeros_in_padding():
+    rewards, values, mask = random_rows()
+    out = gae(masked_rescale(rewards, mask), values, mask, 1.0, 0.95)
+    whitened = masked_standardize(out.advantages, mask)
+    assert whitened[~mask].eq(0).all() and out.returns[~mask].eq(0).all()
+    assert_close(masked_mean(whitened, mask), f64(0))
+
+
+def test_gae_refuses():
+    zeros, mask = torch.zeros(2, 3), full(2, 3)
+    with pytest.raises(ValueError, match=r"values is \(2, 4\), rewards is \(2, 3\): give values"):
+        gae(zeros, torch.zeros(2, 4), mask, 1.0, 0.95)
+    with pytest.raises(ValueError, match=r"response_mask is \(2,\), rewards is \(2, 3\): expand"):
+        gae(zeros, zeros, full(2), 1.0, 0.95)
+    with pytest.raises(ValueError, match=r"response_mask is torch.float32: bool is needed"):
+        gae(zeros, zeros, mask.float(), 1.0, 0.95)
+    with pytest.raises(ValueError, match=r"response_mask is \(3,\): rows and tokens are needed"):
+        gae(zeros[0], zeros[0], mask[0], 1.0, 0.95)
+    with pytest.raises(ValueError, match=r"bootstrap is \(2, 3\), response_mask is \(2, 3\): one"):
+        gae(zeros, zeros, mask, 1.0, 0.95, bootstrap=zeros)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, nan])
+def test_gae_refuses_discounts_out_of_range(value):
+    zeros, mask = torch.zeros(2, 3), full(2, 3)
+    with pytest.raises(ValueError, match=f"gamma is {value}: at least 0 and at most 1 is legal"):
+        gae(zeros, zeros, mask, value, 0.95)
+    with pytest.raises(ValueError, match=f"lam is {value}: at least 0 and at most 1 is legal"):
+        gae(zeros, zeros, mask, 1.0, value)
+
+
+def test_gae_leaves_its_inputs_unchanged():
+    rewards, values, mask = random_rows()
+    bootstrap = f64([1, 2, 3, 4, 5])
+    inputs = (rewards, values, mask, bootstrap)
+    before = [x.clone() for x in inputs]
+    gae(rewards, values, mask, 0.9, 0.8, bootstrap)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+# ---- group_advantages ----
+
+
+def test_group_advantages_by_hand():
+    # 1, 2, 3: mean 2, sample variance (1 + 0 + 1) / 2 = 1, so ±1 / (1 + 1e-4)
+    # 0, 0, 6: mean 2, sample variance (4 + 4 + 16) / 2 = 12
+    scores = f64([1, 2, 3, 0, 0, 6])
+    a, b = 1 / 1.0001, 1 / (12**0.5 + 1e-4)
+    assert_close(group_advantages(scores, 3), f64([-a, 0, a, -2 * b, -2 * b, 4 * b]))
+    assert_close(group_advantages(scores, 3, divide_by_std=False), f64([-1, 0, 1, -2, -2, 4]))
+
+
+def test_group_advantages_rows_of_a_group_are_adjacent():
+    # groups (0, 2) and (10, 20), not (0, 10) and (2, 20)
+    assert_close(group_advantages(f64([0, 2, 10, 20]), 2, divide_by_std=False), f64([-1, 1, -5, 5]))
+
+
+def test_group_advantages_adds_its_epsilon_to_the_deviation():
+    # ±5e-5: sample variance 2 · 25e-10 / 1, deviation sqrt(2) · 5e-5
+    expected = 5e-5 / (2**0.5 * 5e-5 + 1e-4)
+    assert_close(group_advantages(f64([5e-5, -5e-5]), 2), f64([expected, -expected]))
+
+
+@pytest.mark.parametrize("divide_by_std", [True, False])
+@pytest.mark.parametrize("value", [0.1, -3.3, 1e6])
+def test_group_advantages_are_exact_zeros_where_scores_agree(value, divide_by_std):
+    # seven, because the rounded mean of seven equal numbers may be another number
+    scores = torch.tensor([value] * 7 + [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+    out = group_advantages(scores, 7, divide_by_std)
+    assert out[:7].tolist() == [0] * 7 and out[7:].ne(0).all()
+
+
+def test_group_advantages_do_not_depend_on_a_shift_of_the_scores():
+    scores = f64([1, 5, 2, 8])
+    assert_close(group_advantages(scores + 100, 2), group_advantages(scores, 2))
+
+
+def test_group_advantages_of_integer_scores():
+    assert_close(
+        group_advantages(torch.tensor([0, 1]), 2, divide_by_std=False), torch.tensor([-0.5, 0.5])
+    )
+
+
+def test_group_advantages_expectation_over_two_tokens():
+    # policy (3/4, 1/4), scores 1 and 0, groups of two. Without the division, the mean holds the
+    # row's own score, so that E[A · grad log p] is (1 - 1/2) of the true gradient, as Bessel has
+    # it. With the logit z of the first token: grad log p = 1/4 and -3/4, true gradient
+    # dE[S]/dz = p (1 - p) = 3/16.
+    p, grad, score = [0.75, 0.25], [0.25, -0.75], [1.0, 0.0]
+    expectation = 0.0
+    for i in range(2):
+        for j in range(2):
+            out = group_advantages(f64([score[i], score[j]]), 2, divide_by_std=False)
+            expectation += p[i] * p[j] * (out[0] * grad[i] + out[1] * grad[j]) / 2
+    assert_close(expectation, f64(3 / 16 / 2))
+
+
+def test_group_advantages_has_no_gradient():
+    assert not group_advantages(f64([1, 2]).requires_grad_(), 2).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("rows", "group_size", "message"),
+    [
+        (10, 4, "scores has 10 rows, not a multiple of group_size 4: use 8 or 12$"),
+        (3, 4, "scores has 3 rows, not a multiple of group_size 4: use 4$"),
+        (4, 1, "group_size is 1: use 2 or more"),
+        (4, 0, "group_size is 0: use 2 or more"),
+        (4, -2, "group_size is -2: use 2 or more"),
+    ],
+)
+def test_group_advantages_refuses_group_sizes(rows, group_size, message):
+    with pytest.raises(ValueError, match=message):
+        group_advantages(torch.zeros(rows), group_size)
+
+
+def test_group_advantages_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"scores is \(4, 1\): one number a row is needed, \(N,\)"):
+        group_advantages(torch.zeros(4, 1), 2)
+
+
+def test_group_advantages_leaves_its_inputs_unchanged():
+    scores = f64([1, 5, 2, 8])
+    group_advantages(scores, 2)
+    assert scores.tolist() == [1, 5, 2, 8]

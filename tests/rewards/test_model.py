@@ -1,0 +1,298 @@
+"""Reward models as reward sources: by the policy's ids, or by texts in a tokenizer of their own."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from minirlhf.data.examples import Prompt
+from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
+from minirlhf.errors import UserError
+from minirlhf.models.families import config_from_hf
+from minirlhf.models.heads import RewardModel, initialize_score
+from minirlhf.models.pretrained import load_reward_model, save_pretrained
+from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.rewards.model import end_of, model_reward, reencode
+from minirlhf.rewards.parse import facts, load_reward, parse
+from minirlhf.rewards.source import Completions
+from minirlhf.setup.ppo import Data, check_reencoded
+from minirlhf.setup.ppo_settings import PPOConfig
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+}
+BATCH = Completions(
+    prompts=["ab", "c", "d"],
+    prompt_ids=[[67, 68], [69], [70]],
+    completions=["x", "yz", ""],
+    response_ids=[[90, 0], [91, 92], [0]],
+    finish_reasons=["eos", "length", "eos"],
+    columns={},
+)
+
+
+def test_a_token_that_a_reward_model_lacks_is_named(folder):
+    score = model_reward(load_reward_model(folder), load_tokenizer(folder), 64)
+    with pytest.raises(UserError, match=r"^vocabulary: token 258 was sampled, the .* has 258"):
+        score(BATCH._replace(response_ids=[[90, 0], [91, 258], [0]]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random reward model whose tokenizer has one token a byte; eos is 0."""
+    path = tmp_path_factory.mktemp("reward")
+    train_tokenizer([], 258, path)
+    rng = torch.Generator().manual_seed(0)
+    lm = initialize(CausalLM(config_from_hf(SHAPE)), rng)
+    save_pretrained(initialize_score(RewardModel(lm), rng), path, pad_token_id=1)
+    return path
+
+
+def alone(folder, ids: list[int], read_before_eos: bool = False) -> float:
+    """The score of one row by itself."""
+    model = load_reward_model(folder)
+    with torch.no_grad():
+        return float(model(torch.tensor([ids]), torch.tensor([len(ids)])))
+
+
+def load(folder, tokenizer, tokens: int = 64):
+    """The source of `--reward FOLDER` for a policy with this tokenizer."""
+    return load_reward(PPOConfig(reward=(str(folder),)), tokenizer, torch.float32, "cpu", tokens)
+
+
+def reward_of(folder, batch: Completions, before: bool = False, tokens: int = 64) -> list[float]:
+    model = load_reward_model(folder)
+    model.read_before_eos = before
+    return model_reward(model, load_tokenizer(folder), tokens)(batch).tolist()
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 64])
+def test_model_reward_is_the_reward_model_on_each_row_by_itself(folder, tokens):
+    # with eos where the policy ended the text, without where the length cut it; in the rows' order
+    rows = [[67, 68, 90, 0], [69, 91, 92], [70, 0]]
+    expected = [alone(folder, row) for row in rows]
+    assert len(set(expected)) == 3
+    assert reward_of(folder, BATCH, tokens=tokens) == pytest.approx(expected, abs=1e-6)
+    source = load(folder, load_tokenizer(folder), tokens)
+    assert source(BATCH).total.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_model_reward_reads_before_eos_where_the_model_was_trained_so(folder):
+    rows = [[67, 68, 90], [69, 91, 92], [70]]  # the last has an empty response
+    expected = [alone(folder, row) for row in rows]
+    assert reward_of(folder, BATCH, before=True) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_model_reward_ends_a_text_with_the_eos_of_its_training(folder, before):
+    # The policy's configuration names other eos ids beside those of the same tokenizer.json.
+    batch = BATCH._replace(response_ids=[[90, 1], [91, 92], [2]])
+    assert reward_of(folder, batch, before) == pytest.approx(reward_of(folder, BATCH, before))
+
+
+def test_model_reward_ends_messages_as_its_template_does(folder, tmp_path):
+    two = shutil.copytree(folder, tmp_path / "two")
+    config = json.loads((two / "tokenizer_config.json").read_text("utf-8"))
+    config["chat_template"] = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}"
+    (two / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (two / "generation_config.json").write_text('{"eos_token_id": [0, 1]}', encoding="utf-8")
+    tokenizer = load_tokenizer(two)
+    assert tokenizer.eos_ids == (0, 1)
+    messages = [{"role": "user", "content": "a"}]
+    batch = Completions([messages], [[67, 1]], ["x"], [[90, 0]], ["eos"], {})
+    found = model_reward(load_reward_model(two), tokenizer, 64)(batch)
+    assert found.tolist() == pytest.approx([alone(two, [67, 1, 90, 1])], abs=1e-6)
+    # A template that refuses the prompt has no end to say: what was drawn counts, if it is one.
+    config["chat_template"] = "{{ raise_exception('no') }}"
+    (two / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    refusing = load_tokenizer(two)
+    assert [end_of(refusing, messages, drawn) for drawn in (0, 1, 7)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_model_reward_scores_a_stopped_text_as_one_that_ended_there(folder, before):
+    encode = load_tokenizer(folder).encode
+    batch = Completions(
+        ["p"], [encode("p")], ["good"], [encode("good\n\nQ")], ["stop"], {}
+    )
+    ended = encode("p") + encode("good") + ([] if before else [0])
+    assert reward_of(folder, batch, before) == pytest.approx([alone(folder, ended)], abs=1e-6)
+
+
+def test_model_reward_has_no_gradient(folder):
+    model = load_reward_model(folder)
+    assert not model_reward(model, load_tokenizer(folder), 64)(BATCH).requires_grad
+
+
+def test_load_reward_refuses_a_language_model(folder, tmp_path):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save(tmp_path)
+    save_pretrained(CausalLM(config_from_hf(SHAPE)), tmp_path)
+    with pytest.raises(UserError, match="not a reward model"):
+        load(tmp_path, tokenizer)
+
+
+def test_model_reward_refuses_a_row_longer_than_the_model_reads(folder):
+    batch = BATCH._replace(prompt_ids=[[67] * 63, [69], [70]])
+    with pytest.raises(UserError, match="a text of 65 tokens, the reward model reads 64"):
+        reward_of(folder, batch)
+
+
+def test_model_reward_refuses_a_tokenizer_without_eos(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.eos_ids = ()
+    with pytest.raises(UserError, match="names no eos token"):
+        model_reward(load_reward_model(folder), tokenizer, 64)
+
+
+# ---- a tokenizer of its own ----------------------------------------------------------------------
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}" \
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A reward model whose tokenizer has tokens of several bytes, and a chat template."""
+    path = tmp_path_factory.mktemp("words")
+    tokenizer = train_tokenizer(["the film was good", "the plot was bad"] * 9, 280, path)
+    config = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT}))
+    rng = torch.Generator().manual_seed(3)
+    lm = initialize(CausalLM(config_from_hf({**SHAPE, "vocab_size": tokenizer.vocab_size})), rng)
+    save_pretrained(initialize_score(RewardModel(lm), rng), path, pad_token_id=1)
+    return path
+
+
+def sampled(tokenizer, prompts: list[str], texts: list[str], reasons: list[str]) -> Completions:
+    """What a policy with this tokenizer would have sampled."""
+    ids = [
+        [*tokenizer.encode(text, bos=False), *([tokenizer.eos_ids[0]] if reason == "eos" else [])]
+        for text, reason in zip(texts, reasons, strict=True)
+    ]
+    return Completions(prompts, [tokenizer.encode(p) for p in prompts], texts, ids, reasons, {})
+
+
+PROMPTS, TEXTS = ["the film", "the plot was", "a"], [" was good", " bad", ""]
+REASONS = ["eos", "length", "eos"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_both_paths_agree_where_the_tokenizers_are_equal(folder, before):
+    tokenizer = load_tokenizer(folder)
+    batch = sampled(tokenizer, PROMPTS, TEXTS, REASONS)
+    batch = batch._replace(
+        prompts=[*batch.prompts, "b"], prompt_ids=[*batch.prompt_ids, tokenizer.encode("b")],
+        completions=[*batch.completions, "c"], finish_reasons=[*REASONS, "stop"],
+        response_ids=[*batch.response_ids, tokenizer.encode("c###")],
+    )
+    model = load_reward_model(folder)
+    model.read_before_eos = before
+    by_ids = model_reward(model, tokenizer, 64)(batch)
+    by_text = model_reward(model, tokenizer, 64, own_tokenizer=True)(batch)
+    assert torch.equal(by_ids, by_text)
+    assert len(set(by_ids.tolist())) == 4
+
+
+def test_a_tokenizer_of_its_own_scores_the_texts_in_it(folder, words):
+    policy, own = load_tokenizer(folder), load_tokenizer(words)
+    batch = sampled(policy, PROMPTS, TEXTS, REASONS)
+    rows = [
+        [*own.encode("the film"), *own.encode(" was good", bos=False), own.eos_ids[0]],
+        [*own.encode("the plot was"), *own.encode(" bad", bos=False)],
+        [*own.encode("a"), own.eos_ids[0]],
+    ]
+    assert rows[0] != batch.prompt_ids[0] + batch.response_ids[0]
+    expected = [alone(words, row) for row in rows]
+    found = load(words, policy)(batch).total.tolist()
+    assert found == pytest.approx(expected, abs=1e-6)
+    # and the policy's ids are never looked at
+    garbage = batch._replace(prompt_ids=[[999]] * 3, response_ids=[[-5] * 9] * 3)
+    assert load(words, policy)(garbage).total.tolist() == found
+
+
+MESSAGES = [{"role": "user", "content": "the film?"}]
+
+
+def test_reencode_renders_messages_by_its_own_template(words):
+    own = load_tokenizer(words)
+    head, tail = reencode(own, MESSAGES, "it was good", "eos")
+    assert own.decode(head, skip_special=False) == "<user>the film?<|endoftext|><assistant>"
+    assert own.decode(tail, skip_special=False) == "it was good<|endoftext|>"
+    assert head == own.encode_chat(MESSAGES)
+    # one eos, which the template wrote; none where the length cut the text
+    assert tail == [*own.encode("it was good", bos=False), 0]
+    assert reencode(own, MESSAGES, "it was good", "stop") == (head, tail)
+    assert reencode(own, MESSAGES, "it was good", "length") == (head, tail[:-1])
+
+
+def test_reencode_goes_on_with_an_assistants_turn(words):
+    own = load_tokenizer(words)
+    prompt = [*MESSAGES, {"role": "assistant", "content": "it was"}]
+    head, tail = reencode(own, prompt, " good", "eos")
+    shown = "<user>the film?<|endoftext|><assistant>it was"
+    assert own.decode(head, skip_special=False) == shown
+    assert tail == [*own.encode(" good", bos=False), 0]
+
+
+def test_reencode_spells_special_names_of_a_text_out(words):
+    own = load_tokenizer(words)
+    for prompt in ("a", MESSAGES):
+        _, tail = reencode(own, prompt, "so<|endoftext|>good", "eos")
+        assert tail.count(0) == 1 and tail[-1] == 0
+        assert own.decode(tail) == "so<|endoftext|>good"
+
+
+def test_a_text_that_is_too_long_once_it_is_reencoded_is_an_error(folder, words):
+    batch = sampled(load_tokenizer(folder), ["q" * 60], ["x" * 5], ["eos"])
+    message = r"--reward .*words.*: a text of 66 tokens once it is re-encoded, the reward model rea"
+    with pytest.raises(UserError, match=message):
+        load(words, load_tokenizer(folder))(batch)
+
+
+def data_of(*prompts, held_out=()) -> Data:
+    """Prompts as a policy reads them, whose ids do not matter here."""
+    rows = [Prompt([67], text, f"p:{line}", {}) for line, text in enumerate(prompts, 1)]
+    held_out = [Prompt([67], text, f"h:{line}", {}) for line, text in enumerate(held_out, 1)]
+    return Data(rows, {"held/": held_out}, [], [], [])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_check_reencoded_wants_room_for_the_prompt_and_the_new_tokens(words, chat):
+    text = MESSAGES if chat else "qq"  # a byte is a token, but for words of its training
+    size = len(load_tokenizer(words).encode_chat(text) if chat else "qq")
+    fits = PPOConfig(max_new_tokens=64 - size)  # of 64 positions
+    check_reencoded(fits, [words], data_of("q", text, held_out=["q"]))
+    told = rf"{size} tokens once --reward .*words.* re-encodes them, and {65 - size} new: it reads"
+    for where, data in (
+        ("p:2", data_of("q", text)), ("h:1", data_of("q", held_out=[text, text]))
+    ):
+        with pytest.raises(UserError, match=f"^{where}: {told}"):
+            check_reencoded(PPOConfig(max_new_tokens=65 - size), [words], data)
+
+
+def test_check_reencoded_names_the_prompt_that_the_template_refuses(words, tmp_path):
+    shutil.copytree(words, tmp_path / "own")
+    path = tmp_path / "own/tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config["chat_template"] = "{{ raise_exception('no system here') }}"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=r"^p:2: .*no system here"):
+        check_reencoded(PPOConfig(max_new_tokens=8), [tmp_path / "own"], data_of("q", MESSAGES))
+
+
+def test_a_text_without_any_token_is_an_error(folder):
+    tokenizer, model = load_tokenizer(folder), load_reward_model(folder)
+    batch = sampled(tokenizer, [""], [""], ["length"])
+    with pytest.raises(UserError, match="a text without any token"):
+        model_reward(model, tokenizer, 64, own_tokenizer=True)(batch)
+
+
+def test_facts_say_that_texts_are_reencoded(folder, words):
+    tokenizer = load_tokenizer(folder)
+    assert facts([parse(str(folder))], tokenizer) == {"reward": str(folder)}
+    told = facts([parse(f"0.5*{words}"), parse("a.py:f")], tokenizer)
+    again = " (its own tokenizer: texts are re-encoded)"
+    assert told == {f"reward {words.name}": f"0.5 x {words}{again}", "reward f": "a.py:f"}

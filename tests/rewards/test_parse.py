@@ -1,0 +1,165 @@
+"""What --reward may say: spellings, names in logs, what is looked for, and the files of code."""
+
+import pytest
+import torch
+
+from minirlhf.errors import UserError
+from minirlhf.rewards.parse import (
+    Spec,
+    load_reward,
+    locate,
+    parse,
+    part_names,
+    problems,
+    read_token,
+)
+from minirlhf.rewards.source import Completions
+from minirlhf.setup.ppo_settings import PPOConfig
+
+BATCH = Completions(["p", "q"], [[1], [1]], ["ab", "c"], [[2, 3], [4]], ["eos", "eos"], {})
+
+
+@pytest.mark.parametrize(
+    ("source", "spec"),
+    [
+        ("runs/reward/model", Spec(1.0, "runs/reward/model", "model")),
+        ("owner/name", Spec(1.0, "owner/name", "model")),
+        ("0.5*folder", Spec(0.5, "folder", "model")),
+        ("-2*my.py:score", Spec(-2.0, "my.py:score", "function")),
+        ("1e-3*my.py", Spec(1e-3, "my.py", "function")),
+        (".5*http://h:1/p?q=1", Spec(0.5, "http://h:1/p?q=1", "service")),
+        ("https://h", Spec(1.0, "https://h", "service")),
+        ("0*a*b", Spec(0.0, "a*b", "model")),
+    ],
+)
+def test_parse_takes_a_source_apart(source, spec):
+    assert parse(source) == spec
+
+
+def test_parse_leaves_the_name_of_a_folder_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a*b").mkdir()
+    assert parse("a*b") == Spec(1.0, "a*b", "model")
+
+
+@pytest.mark.parametrize("weight", ["", "x", "nan", "inf", "1e999", "0x1", "1_0", " 1", "1.5.5"])
+def test_parse_refuses_a_weight_that_is_no_number(weight):
+    with pytest.raises(UserError, match=r"the weight is .*: a finite number before the"):
+        parse(f"{weight}*folder")
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("ftp://h/p", "ftp:// is no scheme of a service: http://host:port/path, or https"),
+        ("file:///etc/passwd", "file:// is no scheme of a service"),
+        ("://h", ":// is no scheme"),
+        ("http:///p", "names no host"),
+        ("http://h:99999/p", "no URL: Port out of range"),
+        ("http://h:x/p", "no URL: Port could not be cast"),
+        ("http://rm..local/p", "no URL: "),
+        (f"http://{64 * 'a'}/p", "no URL: "),
+        ("http://h:0/p", "port 0"),
+        ("http://[::1/p", "no URL: Invalid IPv6 URL"),
+        ("http://me:secret@h/p", "a name or password inside"),
+        ("http://h/p#part", "a fragment"),
+        ("http://h/a b", "a character that no URL has"),
+        ("http://h/ä", "a character that no URL has"),
+    ],
+)
+def test_parse_refuses_a_url_of_no_service(url, told):
+    with pytest.raises(UserError) as caught:
+        parse(url)
+    assert told in str(caught.value) and caught.value.where.startswith("--reward ")
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["runs/a/model"], ["a"]),  # every run calls it model
+        (["runs/a", "f.py:score", "http://host:1/p"], ["a", "score", "host"]),
+        (["x/a/model", "y/a/model", "b"], ["x/a", "y/a", "b"]),
+        (["f.py:score", "g.py:score"], ["f.score", "g.score"]),
+        (["d/f.py:s", "e/f.py:s"], ["d/f.py:s", "e/f.py:s"]),
+        (["http://h:1/p", "http://h:2/p"], ["h:1", "h:2"]),
+        (["http://h:1/p", "http://h:1/q", "a"], ["h:1/p", "h:1/q", "a"]),
+        (["http://h/s?m=a", "http://h/s?m=b"], ["http://h/s?m=a", "http://h/s?m=b"]),
+    ],
+)
+def test_part_names_are_as_short_as_they_stay_apart(sources, names):
+    assert part_names([parse(source) for source in sources]) == names
+
+
+def test_part_names_refuses_what_its_length_makes_equal():
+    long = "x" * 120
+    with pytest.raises(UserError, match=r"stands twice: give each source once"):
+        part_names([parse(f"{long}/a/b"), parse(f"{long}/c/a/b"), parse(f"{long}/d/a/b")])
+
+
+def test_part_names_refuses_the_same_source_twice():
+    with pytest.raises(UserError, match=r"--reward: f.py:s stands twice: give each source once"):
+        part_names([parse("f.py:s"), parse("0.5*f.py:s")])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("absent.py:f", "absent.py does not exist: give file.py:function"),
+        ("absent.py", "absent.py names no function: give absent.py:function"),
+        ("absent", "no such folder"),
+    ],
+)
+def test_locate_refuses_what_is_not_there(spec, message):
+    with pytest.raises(UserError, match=message):
+        locate(parse(spec))
+
+
+def test_locate_finds_files_and_folders(tmp_path):
+    (tmp_path / "f.py").write_text("")
+    assert locate(parse(f"2*{tmp_path}/f.py:g")) == tmp_path / "f.py"
+    assert locate(parse(str(tmp_path))) == tmp_path
+    assert locate(parse("http://h/p")) is None
+
+
+def test_problems_are_told_of_settings_that_would_do_nothing():
+    assert problems(PPOConfig(reward=("http://h/p",), reward_retries=2)) == []
+    found = problems(PPOConfig(reward=("a",), reward_retries=2, reward_token_file="t"))
+    assert found == [
+        "reward-retries: is for a service; no --reward is http://host:port/path",
+        "reward-token-file: is for a service; no --reward is http://host:port/path",
+    ]
+    found = problems(PPOConfig(reward=("0*a", "0*b")))
+    assert found == ["reward: all weights are 0; give one source that counts"]
+    assert problems(PPOConfig()) == []
+
+
+def test_two_files_of_the_same_name_and_two_functions_are_summed(tmp_path):
+    code = """
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Length:
+    text: str
+def length(completions):
+    return [float(len(Length(c).text)) for c in completions]
+def one(completions):
+    return [1.0 for _ in completions]
+"""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f.py").write_text(code)
+    a, b = (f"{tmp_path}/{name}/f.py" for name in "ab")
+    config = PPOConfig(reward=(f"{a}:length", f"10*{a}:one", f"-0.5*{b}:length"))
+    scores = load_reward(config, None, torch.float32, "cpu", 64)(BATCH)
+    assert scores.total.tolist() == [11.0, 10.5]  # 2 + 10 - 1; 1 + 10 - 0.5
+    assert list(scores.parts) == [f"{a}:length", "one", f"{b}:length"]
+
+
+def test_read_token_wants_one_visible_line(tmp_path):
+    path = tmp_path / "token"
+    path.write_text("abc.DEF-123\n")
+    assert read_token(path) == "abc.DEF-123"
+    for text in ("", "\n", "two words", "a\nb", "tökén", "a\x00"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="holds no token: one line of visible ASCII"):
+            read_token(path)

@@ -1,0 +1,386 @@
+"""What reward sources are: functions that users write, and weighted sums of several."""
+
+import copy
+import math
+
+import numpy
+import pytest
+import torch
+from torch import nan, tensor
+
+from minirlhf.errors import BAD_INPUT, NON_FINITE, NonFinite, UserError
+from minirlhf.rewards.parse import load_function
+from minirlhf.rewards.source import Completions, Scores, as_scores, combine, function_reward
+
+BATCH = Completions(
+    prompts=["ab", "c", "d"],
+    prompt_ids=[[67, 68], [69], [70]],
+    completions=["x", "yz", ""],
+    response_ids=[[90, 0], [91, 92], [0]],
+    finish_reasons=["eos", "length", "eos"],
+    columns={"answer": [7, None, 9], "prompts": ["not", "these", "!"]},
+)
+
+
+def scored(source: str, tmp_path, name: str = "f", batch: Completions = BATCH) -> Scores:
+    """What the function `name` of a file with this source gives for the batch."""
+    path = tmp_path / "reward.py"
+    path.write_text(source)
+    scores = load_function(f"{path}:{name}")(batch)
+    assert scores.total.dtype == torch.float32
+    assert scores.total.shape == (len(batch.completions),)
+    return scores
+
+
+def scores_of(source: str, tmp_path, name: str = "f") -> list[float]:
+    return scored(source, tmp_path, name).total.tolist()
+
+
+def refusal(source: str, tmp_path) -> UserError:
+    with pytest.raises(UserError) as caught:
+        scores_of(source, tmp_path)
+    return caught.value
+
+
+# ---- what a function is given --------------------------------------------------------------------
+
+
+def test_function_gets_what_its_signature_names(tmp_path):
+    source = """
+def both(completions, prompts):
+    return [len(p + c) for p, c in zip(prompts, completions, strict=True)]
+def column(*, answer, weight=2):
+    return [weight * (a or 0) for a in answer]
+def ids(completion_ids, finish_reasons):
+    return [len(i) + (r == "eos") for i, r in zip(completion_ids, finish_reasons, strict=True)]
+"""
+    assert scores_of(source, tmp_path, "both") == [3, 3, 1]
+    assert scores_of(source, tmp_path, "column") == [14, 0, 18]
+    assert scores_of(source, tmp_path, "ids") == [3, 2, 2]
+
+
+def test_a_source_of_weight_0_rewards_no_tokens():
+    def dense(batch):
+        tokens = [[1.0] * len(ids) for ids in batch.response_ids]
+        total = torch.zeros(3)
+        return Scores(total, {"dense": total + 1}, tokens)
+
+    def flat(batch):
+        return tensor([1.0, 2.0, 3.0])
+
+    found = combine([("flat", 1.0, flat), ("dense", 0.0, dense)])(BATCH)
+    assert found.token_rewards is None and found.total.tolist() == [1.0, 2.0, 3.0]
+    assert found.parts["dense"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_what_a_function_changes_is_its_own(tmp_path):
+    source = """
+def f(completions, prompts, completion_ids, answer):
+    for turns, ids in zip(prompts, completion_ids):
+        turns.append("more")
+        ids.pop()
+    answer[0].clear()
+    completions.clear()
+    return [1.0, 2.0, 3.0]
+"""
+    prompts = [["a"], ["b"], ["c"]]
+    batch = BATCH._replace(prompts=prompts, columns={"answer": [[7], None, 9]})
+    before = copy.deepcopy(batch)
+    assert scored(source, tmp_path, batch=batch).total.tolist() == [1.0, 2.0, 3.0]
+    assert batch == before
+
+
+def test_function_with_keywords_gets_every_column(tmp_path):
+    source = """
+def f(completions, **rest):
+    assert sorted(rest) == ["answer", "completion_ids", "finish_reasons", "prompts"]
+    assert rest["prompts"] == ["ab", "c", "d"]  # a column cannot take the place of the prompts
+    return [1.5] * len(completions)
+"""
+    assert scores_of(source, tmp_path) == [1.5, 1.5, 1.5]
+
+
+def test_function_that_needs_an_absent_column_is_told_which_there_are(tmp_path):
+    error = refusal("def f(completions, answers):\n    return [0.0] * 3", tmp_path)
+    assert "needs answers, which no prompt has" in str(error)
+    assert "there are answer, prompts, completions, completion_ids, finish_reasons" in str(error)
+
+
+def test_function_gets_none_where_no_row_of_the_batch_has_a_column_of_the_file():
+    columns = {"p:1": {"rating", "other"}}
+    given = []
+
+    def f(completions, rating, other=7):
+        given.append((rating, other))
+        return [0.0] * len(completions)
+
+    function_reward(f, "f", columns)(BATCH)  # whose only column is `answer`
+    assert given == [([None] * 3, 7)]
+    with pytest.raises(UserError, match=r"^f: needs rating, which no prompt has: there are ans"):
+        function_reward(f, "f")(BATCH)
+
+
+def test_function_needs_its_columns_in_every_file():
+    def f(completions, rating, prompts):
+        raise AssertionError
+
+    told = "^h:3: f needs rating, which no prompt has: there are other, prompts, completions, "
+    with pytest.raises(UserError, match=told):
+        function_reward(f, "f", {"p:1": {"rating"}, "h:3": {"other"}})
+    function_reward(f, "f", {"p:1": {"rating"}, "h:3": {"rating", "other"}})
+
+
+def test_function_may_define_dataclasses_and_call_its_own_helpers(tmp_path):
+    source = """
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Length:
+    text: str
+    def score(self) -> float:
+        return float(len(self.text))
+def f(completions):
+    return [Length(c).score() for c in completions]
+"""
+    assert scores_of(source, tmp_path) == [1, 2, 0]
+
+
+# ---- what it may return --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[0.5, -1, 2]",
+        "(0.5, -1, 2)",
+        "torch.tensor([0.5, -1.0, 2.0], dtype=torch.bfloat16)",
+        "numpy.array([0.5, -1.0, 2.0])",
+        "list(numpy.array([0.5, -1.0, 2.0], dtype='float32'))",
+    ],
+)
+def test_function_may_return_a_list_tensor_or_array(value, tmp_path):
+    source = f"import numpy, torch\ndef f(completions):\n    return {value}"
+    assert scores_of(source, tmp_path) == [0.5, -1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[1.0, 2.0]", "returned 2 of them: return one number for each of the 3"),
+        ("1.0", "returned float: return one number for each of the 3"),
+        ("torch.tensor(1.0)", "returned Tensor"),
+        ("None", "returned NoneType"),
+        ("'abc'", "returned str"),
+        ("[1.0, True, 2.0]", "score 1 is 'True'"),
+        ("torch.tensor([True, False, True])", "score 0 is 'True'"),
+        ("[1.0, '2', 2.0]", "score 1 is '2'"),
+        ("[[1.0], [2.0], [3.0]]", r"score 0 is \[1.0\]: 1 numbers: the response has 2 ids"),
+        ("torch.ones(3, 1)", r"score 0 is \[1.0\]: 1 numbers: the response has 2 ids; return one"),
+        ("[1, [1, 2, 3], 1]", r"score 1 is \[1, 2, 3\]: 3 numbers: the response has 2 ids"),
+        ("[1, [1, None], 1]", "score 1, token 1 is 'None': return finite numbers, or None for no"),
+        ("[1, [1, [2]], 1]", "score 1, token 1 is "),
+        ("[1, 1, [True]]", "score 2, token 0 is 'True'"),
+        ("[1, '', 1]", "score 1 is ''"),
+    ],
+)
+def test_function_that_returns_no_numbers_is_refused(value, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        scores_of(f"import torch\ndef f(completions):\n    return {value}", tmp_path)
+    assert caught.value.code == BAD_INPUT
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "-1e39", "10**400"])
+def test_function_that_returns_a_number_beyond_float32_stops_the_run(value, tmp_path):
+    error = refusal(f"def f(completions):\n    return [0.0, {value}, 0.0]", tmp_path)
+    assert "score 1 is " in str(error) and "return finite numbers" in str(error)
+    assert error.code == NON_FINITE
+
+
+# ---- where it fails ------------------------------------------------------------------------------
+
+
+def test_function_that_raises_is_named_with_its_line(tmp_path):
+    source = """
+import json
+def helper(text):
+    return json.loads(text)
+def f(completions):
+    return [helper(c) for c in completions]
+"""
+    error = refusal(source, tmp_path)
+    assert error.where == "reward.py:4"  # not the line of the json module that raised
+    assert "reward.py:f raised JSONDecodeError" in error.what
+    assert error.do == "it was given completions"
+    assert error.code == BAD_INPUT
+
+
+def test_function_that_takes_no_keywords_is_refused_by_name(tmp_path):
+    error = refusal("def f(completions, /):\n    return completions", tmp_path)
+    assert error.where.endswith("reward.py:f")
+    assert "raised TypeError" in error.what
+
+
+def test_file_that_does_not_import_is_refused_with_its_line(tmp_path):
+    error = refusal("import os\nimport no_such_module_here\n", tmp_path)
+    assert error.where == "--reward reward.py:2" and "ModuleNotFoundError" in error.what
+    error = refusal("import os\n\ndef f(:\n", tmp_path)
+    assert error.where == "--reward reward.py:3" and "SyntaxError" in error.what
+
+
+def test_file_without_the_function_is_told_what_it_has(tmp_path):
+    source = "g = 3\ndef first(completions): ...\ndef second(completions): ...\n"
+    with pytest.raises(UserError, match="has no function 'f': it has: first, second"):
+        scores_of(source, tmp_path)
+    with pytest.raises(UserError, match="has no function 'f': it has: none"):
+        scores_of("g = 3\n", tmp_path)
+
+
+def test_function_reward_wraps_any_function():
+    reward = function_reward(lambda completions: numpy.arange(3), "counter")
+    assert reward(BATCH).total.tolist() == [0, 1, 2]
+
+
+# ---- what does not apply, and rewards of tokens --------------------------------------------------
+
+
+def assert_same(found: torch.Tensor, expected: list[float]) -> None:
+    torch.testing.assert_close(found, tensor(expected).float(), rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_function_leaves_out_the_rows_of_none(tmp_path):
+    scores = scored("def f(completions):\n    return [1.5, None, -2]", tmp_path)
+    assert scores.total.tolist() == [1.5, 0.0, -2.0]
+    (part,) = scores.parts.values()
+    assert_same(part, [1.5, nan, -2.0])
+    assert scores.token_rewards is None
+
+
+@pytest.mark.parametrize("rows", ["[[1, 2.5], 7, [0.25]]", "[(1, 2.5), 7, torch.tensor([0.25])]"])
+def test_function_rewards_tokens_by_a_list(rows, tmp_path):
+    # the score of such a row is 0, its part the sum: 1 + 2.5 = 3.5; the row of 7 has no tokens'
+    scores = scored(f"import torch\ndef f(completions):\n    return {rows}", tmp_path)
+    assert scores.total.tolist() == [0.0, 7.0, 0.0]
+    assert scores.token_rewards == [[1.0, 2.5], [0.0, 0.0], [0.25]]
+    (part,) = scores.parts.values()
+    assert part.tolist() == [3.5, 7.0, 0.25]
+    assert scores.sums.tolist() == [3.5, 7.0, 0.25]
+
+
+def test_metrics_are_over_the_rows_that_apply():
+    # 1 and 4: mean 2.5, population std 1.5; a part without a row says nothing
+    parts = {"a": tensor([1.0, nan, 4.0]), "b": tensor([nan, nan, nan])}
+    found = Scores(torch.zeros(3), parts).metrics()
+    assert found == {"rewards/a/mean": 2.5, "rewards/a/std": 1.5}
+
+
+# ---- sums of several -----------------------------------------------------------------------------
+
+
+def gives(items: list, name: str = "f"):
+    return function_reward(lambda completions: items, name)
+
+
+def test_combine_is_the_weighted_sum():
+    # 0.5 x 2 - 3 x 1 = -2; 0.5 x 4 = 2, as b does not apply; -3 x 2 = -6, as a does not
+    source = combine([("a", 0.5, gives([2, 4, None])), ("b", -3.0, gives([1, None, 2]))])
+    scores = source(BATCH)
+    assert scores.total.tolist() == [-2.0, 2.0, -6.0]
+    assert list(scores.parts) == ["a", "b"]
+    assert_same(scores.parts["a"], [2, 4, nan])
+    assert_same(scores.parts["b"], [1, nan, 2])
+    assert scores.token_rewards is None
+
+
+def test_combine_weighs_tokens_rewards_and_adds_them():
+    # token 1 of row 0: 0.5 x 2 + 2 x 10 = 21; of row 1: 2 x 1 each; row 2 is scored as a whole
+    source = combine([
+        ("a", 0.5, gives([[4, 2], 6, 8])), ("b", 2.0, gives([[0, 10], [1, 1], None])),
+    ])
+    scores = source(BATCH)
+    assert scores.token_rewards == [[2.0, 21.0], [2.0, 2.0], [0.0]]
+    assert scores.total.tolist() == [0.0, 3.0, 4.0]
+    assert scores.sums.tolist() == [23.0, 7.0, 4.0]
+    assert_same(scores.parts["a"], [6, 6, 8])
+    assert_same(scores.parts["b"], [10, 2, nan])
+
+
+def test_combine_takes_sources_that_return_a_tensor():
+    source = combine([("a", 2.0, lambda batch: tensor([1.0, 2.0, 3.0], dtype=torch.float64))])
+    assert source(BATCH).total.tolist() == [2.0, 4.0, 6.0]
+    assert source(BATCH).parts["a"].tolist() == [1.0, 2.0, 3.0]
+    assert source(BATCH).total.dtype == torch.float32
+
+
+def test_combine_logs_a_source_of_weight_0_without_learning_from_it():
+    source = combine([("a", 1.0, gives([1, 2, 3])), ("b", 0.0, gives([9, None, 9]))])
+    assert source(BATCH).total.tolist() == [1.0, 2.0, 3.0]
+    lone = combine([("a", 1.0, gives([1, None, 3])), ("b", 0.0, gives([9, 9, 9]))])
+    with pytest.raises(UserError, match=r"reward a, b: none applies to response 1: 'yz': one that"):
+        lone(BATCH)
+
+
+def test_a_row_that_no_source_applies_to_is_named():
+    source = combine([("a", 1.0, gives([1, None, 3])), ("b", 1.0, gives([1, None, None]))])
+    with pytest.raises(UserError, match=r"reward a, b: none applies to response 1: 'yz'"):
+        source(BATCH)
+    alone = gives([1, 2, None])
+    with pytest.raises(UserError, match=r"reward f: none applies to response 2: ''"):
+        as_scores(alone(BATCH), BATCH, "step 1")
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "give a reward source with a weight that is not 0"),
+        ([("a", 0.0, None)], "give a reward source with a weight that is not 0"),
+        ([("a", 1.0, None), ("a", 2.0, None)], "names of reward sources must differ: a, a"),
+        ([("a", math.inf, None)], "weights of reward sources must be finite"),
+    ],
+)
+def test_combine_refuses(sources, message):
+    with pytest.raises(ValueError, match=message):
+        combine(sources)
+
+
+def test_combine_refuses_a_sum_as_a_source():
+    inner = combine([("a", 1.0, gives([1, 2, 3])), ("b", 1.0, gives([1, 2, 3]))])
+    with pytest.raises(ValueError, match="c has 2 parts: combine single sources"):
+        combine([("c", 1.0, inner)])(BATCH)
+
+
+# ---- what any function may return ----------------------------------------------------------------
+
+
+def test_as_scores_takes_a_tensor_for_its_only_part():
+    scores = as_scores(tensor([1.0, 2.0, 3.0], dtype=torch.float64), BATCH, "step 1")
+    assert scores.total.tolist() == scores.parts["reward"].tolist() == [1.0, 2.0, 3.0]
+    assert scores.total.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        tensor([1.0, nan, 2.0]),
+        Scores(tensor([1.0, nan, 2.0]), {"a": torch.zeros(3)}),
+        Scores(torch.zeros(3), {"a": torch.zeros(3)}, [[0.0, 0.0], [0.0, nan], [0.0]]),
+    ],
+)
+def test_as_scores_refuses_what_is_not_finite(result):
+    with pytest.raises(NonFinite, match="step 1, response 1: score: is nan") as caught:
+        as_scores(result, BATCH, "step 1")
+    assert caught.value.code == NON_FINITE
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.zeros(3, 1), r"reward gave \(3, 1\): give one score each, 3"),
+        (torch.zeros(2), r"reward gave \(2,\): give one score each, 3"),
+        (Scores(torch.zeros(3), {"a": torch.zeros(2)}), r"reward gave \(2,\)"),
+        (Scores(torch.zeros(3), {}, [[0.0], [0.0], [0.0]]), "one number for each id of each"),
+        (Scores(torch.zeros(3), {}, [[0.0, 0.0], [0.0, 0.0]]), "one number for each id of each"),
+    ],
+)
+def test_as_scores_refuses_other_shapes(result, message):
+    with pytest.raises(ValueError, match=message):
+        as_scores(result, BATCH, "step 1")

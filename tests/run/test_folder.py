@@ -1,0 +1,657 @@
+"""The folder of a run: who may write in it, what stands there, and what a signal does."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import minirlhf
+from minirlhf.errors import NON_FINITE, UserError
+from minirlhf.files import atomic
+from minirlhf.run.checkpoint import TrainState, commits
+from minirlhf.run.folder import FIXED, Run
+from minirlhf.run.meters import Step
+from minirlhf.run.optim import make_optimizer
+
+SETTINGS = {"seed": 0, "betas": (0.9, 0.99), "keep": 3, "log_every": 1, "resume": False}
+
+
+def start(
+    out, resume: bool = False, inputs=(), recipe: str = "toy", fixed=(), **changes
+) -> Run:
+    settings = SETTINGS | {"out": str(out), "resume": resume} | changes
+    return Run(str(out), recipe, settings, resume, inputs, fixed)
+
+
+def make_state() -> TrainState:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1)
+    return TrainState(model, make_optimizer(model, 0.1))
+
+
+def toy(state: TrainState, total: int):
+    """Steps without any learning: the weights count."""
+    while state.step < total:
+        with torch.no_grad():
+            state.model.weight += 1
+        state.step += 1
+        state.meters.update({"loss": state.step / 10})
+        yield Step(state.step, {"loss": state.step / 10}, {"step_time": 0.5}, [])
+
+
+def log(run: Run, state: TrainState, **extra) -> None:
+    run.log(state, extra, {"rate": 1.5}, ("loss",))
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def done(tmp_path):
+    """The folder of a run of 2 steps, logged and saved."""
+    out, state = tmp_path / "run", make_state()
+    with start(out) as run:
+        run.restore(state)
+        for _ in run.bar(toy(state, 2), state, 2):
+            log(run, state)
+            run.write_samples(state, [{"step": state.step, "text": "ü\n"}])
+            run.save(state)
+    return out
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def test_run_writes_nothing_before_it_is_entered(tmp_path):
+    start(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_json_says_what_it_takes_to_do_the_run_again(tmp_path, monkeypatch):
+    data = tmp_path / "d.jsonl"
+    data.write_bytes(b"abc")
+    monkeypatch.setattr(sys, "argv", ["/some/where/minirlhf", "toy", "--data", "my file"])
+    with start(tmp_path / "run", inputs=[str(data)]):
+        pass
+    facts = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert facts.pop("versions") == {
+        "minirlhf": minirlhf.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    assert facts == {
+        "recipe": "toy",
+        "settings": SETTINGS | {"betas": [0.9, 0.99], "out": str(tmp_path / "run")},
+        "inputs": {str(data): sha256},
+        "command": "minirlhf toy --data 'my file'",
+    }
+
+
+def test_a_folder_with_something_in_it_is_refused(done, tmp_path):
+    with pytest.raises(UserError, match="run: is not empty: give another --out, or --resume"):
+        start(done)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"other: is not empty: give another --out$"):
+        start(other, resume=True)  # it is no run: nothing to go on from
+    with pytest.raises(UserError, match=r"notes\.txt: is not a folder"):
+        start(other / "notes.txt")
+
+
+def test_an_empty_folder_and_one_of_a_start_cut_short_are_taken(tmp_path):
+    for left in (".lock", ".tmp-run.json"):
+        (tmp_path / left).write_text("", encoding="utf-8")
+    with start(tmp_path):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "run.json"]
+
+
+def test_a_folder_that_was_filled_since_is_refused_on_entering(tmp_path):
+    late = start(tmp_path / "run")
+    with start(tmp_path / "run") as run:
+        run.restore(make_state())
+    with pytest.raises(UserError, match="is not empty"), late:
+        pass
+    with start(tmp_path / "run", resume=True):  # the refusal gave the lock back
+        pass
+
+
+def test_leftovers_are_swept_on_entering(done):
+    (done / ".tmp-model").mkdir()
+    (done / ".tmp-model" / "half").write_text("", encoding="utf-8")
+    (done / "checkpoints" / ".trash-step-00000000").mkdir()
+    with start(done, resume=True):
+        assert not list(done.rglob(".t*"))
+
+
+HOLDER = """
+import sys
+from minirlhf.run.folder import Run
+with Run(sys.argv[1], "toy", {}, False):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(out)], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as child:
+        assert child.stdout.readline() == "held\n"
+        second = Run(str(out), "toy", {}, True)
+        told = f"run: is in use by process {child.pid} on .* since .*: give another --out"
+        with pytest.raises(UserError, match=told), second:
+            pass
+        child.kill()  # the dead hold no lock
+        child.wait()
+        with second:
+            pass
+
+
+# ---- settings on resume --------------------------------------------------------------------------
+
+
+def test_resume_refuses_changed_settings_and_names_old_and_new(done):
+    told = r"run\.json: seed was 0, is 1; betas was \[0\.9, 0\.99\], is \[0\.9, 0\.5\]: resume with"
+    with pytest.raises(UserError, match=told):
+        start(done, resume=True, seed=1, betas=(0.9, 0.5))
+
+
+def test_resume_refuses_a_run_of_an_older_version_that_had_fewer_settings(done):
+    told = r"run\.json: has no setting newest: an older minirlhf began the run: let that one finish"
+    with pytest.raises(UserError, match=told):
+        start(done, resume=True, newest=1)
+
+
+def test_resume_goes_on_with_changed_settings_where_that_is_allowed_and_says_so(done, capsys):
+    changes = {"seed": 1, "newest": 2, "log_every": 7, "allow_setting_change": True}
+    with start(done, resume=True, **changes) as run:
+        run.restore(make_state())
+    printed = capsys.readouterr().out
+    for told in ("seed was 0, is 1", "log_every was 1, is 7", "newest did not exist, is 2"):
+        assert f"changed: {told}\n" in printed
+    facts = json.loads((done / "run.json").read_text("utf-8"))
+    changes = [{"setting": "seed", "was": 0, "is": 1}, {"setting": "newest", "was": None, "is": 2}]
+    assert facts["setting_changes"] == changes and facts["settings"]["seed"] == 1
+    assert run.provenance(())["changes"] == changes
+    with start(done, resume=True, seed=1, newest=2):  # from now on those are the run's settings
+        pass
+    with pytest.raises(UserError, match="seed was 1, is 0"):
+        start(done, resume=True, newest=2)
+    with start(done, resume=True, newest=2, allow_setting_change=True):
+        pass
+    facts = json.loads((done / "run.json").read_text("utf-8"))
+    assert facts["setting_changes"] == [*changes, {"setting": "seed", "was": 1, "is": 0}]
+
+
+@pytest.mark.parametrize(("name", "fixed"), [*((name, ()) for name in sorted(FIXED)), ("k", ["k"])])
+def test_what_a_checkpoint_is_of_never_changes(name, fixed, tmp_path):
+    with start(tmp_path / "run", **{name: "a"}):
+        pass
+    changes = {name: "b", "seed": 1, "allow_setting_change": True}
+    with pytest.raises(UserError) as caught:
+        start(tmp_path / "run", resume=True, fixed=fixed, **changes)
+    assert caught.value.what == f"{name} was 'a', is 'b'"
+    assert caught.value.do == "resume with the settings of the first start"
+
+
+def test_resume_allows_what_no_number_depends_on(done, tmp_path):
+    changes = {"log_every": 5, "save_every": 7, "keep": 9, "show_samples": 2, "device": "cuda"}
+    start(done, resume=True, **changes)
+    done.rename(tmp_path / "moved")
+    with start(tmp_path / "moved", resume=True) as run:
+        run.restore(state := make_state())
+    assert state.step == 2
+
+
+def test_resume_refuses_a_run_of_another_recipe(done):
+    with pytest.raises(UserError, match=r"run\.json: is not of a sft run: give another --out"):
+        start(done, resume=True, recipe="sft")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("[1]", "is not of a toy run"), ("{", "run.json:1: not valid JSON")]
+)
+def test_resume_refuses_a_broken_run_json(done, text, told):
+    (done / "run.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=told):
+        start(done, resume=True)
+
+
+A, B = (  # sha256 of "1" and of "2"
+    "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b",
+    "d4735e3a265e16eee03f59718b9b5d03019c07d8b6c51f90da3a666eec13ab35",
+)
+
+
+def test_resume_goes_on_with_changed_data_where_that_is_allowed_and_says_so(tmp_path, capsys):
+    data, held_out, out = tmp_path / "d.jsonl", tmp_path / "e.jsonl", tmp_path / "run"
+    for path in (data, held_out):
+        path.write_text("1", encoding="utf-8")
+    files = {"data": str(data), "eval_data": (f"short={held_out}",)}
+    inputs = [str(data), str(held_out)]
+    with start(out, inputs=inputs, **files):
+        pass
+    for path in (data, held_out):
+        path.write_text("2", encoding="utf-8")
+        told = f"{path.name}: has changed since the run began: give another --out, or --allow-data-"
+        with pytest.raises(UserError, match=told), start(out, True, inputs, **files):
+            pass
+        before = (out / "run.json").read_bytes()
+        with start(out, True, inputs, allow_data_change=True, **files):
+            pass
+        printed = capsys.readouterr().out
+        assert printed == f"changed: {path}: sha256 was {A[:12]}, is {B[:12]}\n"
+        assert (out / "run.json").read_bytes() != before
+        with start(out, True, inputs, **files):  # from now on that is the run's data
+            pass
+        assert capsys.readouterr().out == ""
+    facts = json.loads((out / "run.json").read_text("utf-8"))
+    assert facts["inputs"] == {str(data): B, str(held_out): B}
+    changes = [{"file": str(path), "was": A, "is": B} for path in (data, held_out)]
+    assert facts["data_changes"] == changes
+    data.write_text("1", encoding="utf-8")
+    with pytest.raises(UserError, match="has changed"), start(out, True, inputs, **files):
+        pass
+
+
+def test_allow_data_change_is_no_leave_to_change_anything_else(tmp_path):
+    reward, out = tmp_path / "reward.py", tmp_path / "run"
+    reward.write_text("1", encoding="utf-8")
+    changes = {"data": str(tmp_path / "d.jsonl"), "allow_data_change": True}
+    with start(out, inputs=[str(reward)], **changes):
+        pass
+    reward.write_text("2", encoding="utf-8")
+    with (
+        pytest.raises(UserError, match=r"reward\.py: has changed since the run.*--out$"),
+        start(out, True, [str(reward)], **changes),
+    ):
+        pass
+
+
+def test_provenance_names_data_by_what_it_was_and_is(tmp_path):
+    old, new, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "run"
+    for path, text in ((old, "1"), (new, "2")):
+        path.write_text(text, encoding="utf-8")
+    with start(out, inputs=[str(old)], data=str(old)):
+        pass
+    leave = {"allow_data_change": True, "allow_setting_change": True}
+    with start(out, True, [str(new)], data=str(new), **leave) as run:
+        pass
+    sums = [{"file": "b.jsonl", "sha256": B}, {"file": "a.jsonl", "sha256": A}]
+    assert run.provenance(("data",))["data"] == sums
+
+
+@pytest.mark.parametrize("source", ["reward.py:f", "0.5*reward.py:f", "model"])
+def test_allow_setting_change_is_leave_to_mend_a_reward_source(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    file = tmp_path / ("model/config.json" if source == "model" else "reward.py")
+    file.write_text("1", encoding="utf-8")
+    inputs, named = ["model" if source == "model" else "reward.py"], {"reward": (source,)}
+    with start("run", inputs=inputs, **named):
+        pass
+    file.write_text("2", encoding="utf-8")
+    told = "has changed since the run began: give another --out, or --allow-setting-change"
+    with pytest.raises(UserError, match=told), start("run", True, inputs, **named):
+        pass
+    allowed = named | {"allow_setting_change": True}
+    with (
+        pytest.raises(UserError, match=r"has changed since the run began: give another --out$"),
+        start("run", True, inputs, fixed=["reward"], **allowed),
+    ):
+        pass
+    with start("run", True, inputs, **allowed):
+        pass
+    other = tmp_path / "other.py"
+    other.write_text("3", encoding="utf-8")
+    with start("run", True, ["other.py"], **allowed | {"reward": ("other.py:g",)}):
+        pass
+    facts = json.loads((tmp_path / "run/run.json").read_text("utf-8"))
+    changed = [change["file"] for change in facts["data_changes"]]
+    assert changed == [str(file.relative_to(tmp_path)), "other.py", changed[0]]
+
+
+def test_held_out_data_that_a_state_remembers_may_not_change(tmp_path):
+    data, out = tmp_path / "e.jsonl", tmp_path / "run"
+    data.write_text("1", encoding="utf-8")
+    files = {"eval_data": (str(data),), "allow_data_change": True}
+    with start(out, inputs=[str(data)], fixed=["eval_data"], **files):
+        pass
+    data.write_text("2", encoding="utf-8")
+    told = r"has changed since the run began: give another --out$"
+    with (
+        pytest.raises(UserError, match=told),
+        start(out, True, [str(data)], fixed=["eval_data"], **files),
+    ):
+        pass
+
+
+def test_resume_takes_inputs_that_an_older_version_kept_no_sum_of(tmp_path):
+    data, tokenizer, out = tmp_path / "d.jsonl", tmp_path / "tokenizer.json", tmp_path / "run"
+    data.write_text("1", encoding="utf-8")
+    tokenizer.write_text("{}", encoding="utf-8")
+    with start(out, inputs=[str(data)]):
+        pass
+    with start(out, resume=True, inputs=[str(data), str(tokenizer)]) as run:
+        assert len(run.hashes) == 2
+    tokenizer.write_text("[]", encoding="utf-8")
+    with (
+        pytest.raises(UserError, match=r"tokenizer\.json: has changed since the run began"),
+        start(out, resume=True, inputs=[str(data), str(tokenizer)]),
+    ):
+        pass
+
+
+def test_a_run_that_nobody_reads_stops_as_at_a_signal(tmp_path, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with start(tmp_path / "run") as run:
+        monkeypatch.setattr(sys, "stdout", Gone())
+        assert not run.stopped
+        run.say("step 1")
+        assert run.stopped
+        run.say("step 2")  # into nothing
+        sys.stdout.close()
+
+
+def test_resume_refuses_changed_data(tmp_path):
+    data, out = tmp_path / "d.jsonl", tmp_path / "run"
+    data.write_text("1", encoding="utf-8")
+    with start(out, inputs=[str(data)]):
+        pass
+    with start(out, resume=True, inputs=[str(data)]):
+        pass
+    data.write_text("2", encoding="utf-8")
+    with (
+        pytest.raises(UserError, match=r"d\.jsonl: has changed since the run began"),
+        start(out, resume=True, inputs=[str(data)]),
+    ):
+        pass
+
+
+# ---- restore -------------------------------------------------------------------------------------
+
+
+def test_restore_commits_step_0_first(tmp_path):
+    with start(tmp_path / "run") as run:
+        run.restore(make_state())
+    assert [c.name for c in commits(tmp_path / "run" / "checkpoints")] == ["step-00000000"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == b""
+
+
+def test_restore_without_a_commit_starts_at_0_and_says_so(tmp_path, capsys):
+    with start(tmp_path / "run"):
+        pass
+    with start(tmp_path / "run", resume=True) as run:
+        run.restore(make_state())
+    assert capsys.readouterr().out == "no checkpoint yet: starting at step 0\n"
+
+
+def test_restore_cuts_the_logs_back_to_the_checkpoint(done, capsys):
+    before = {name: (done / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
+    for name in before:
+        with (done / name).open("ab") as file:
+            file.write(b'{"step": 3}\n{"half a li')
+    with start(done, resume=True) as run:
+        run.restore(state := make_state())
+        assert {name: (done / name).read_bytes() for name in before} == before
+        for _ in run.bar(toy(state, 3), state, 3):
+            log(run, state)
+    assert capsys.readouterr().out.startswith("resumed from step-00000002\n")
+    assert [row["step"] for row in metrics(done)] == [1, 2, 3]
+
+
+def test_restore_refuses_a_log_that_lost_lines(done):
+    (done / "metrics.jsonl").write_bytes(b"")
+    with (
+        pytest.raises(UserError, match=r"metrics\.jsonl: has 0 bytes, the checkpoint knows of"),
+        start(done, resume=True) as run,
+    ):
+        run.restore(make_state())
+
+
+def test_restore_passes_over_a_damaged_commit_and_says_why(done, capsys):
+    (done / "checkpoints" / "step-00000002" / "state.json").unlink()
+    with start(done, resume=True) as run:
+        run.restore(state := make_state())
+    told = "passed over step-00000002: state.json is missing\nresumed from step-00000001\n"
+    assert state.step == 1 and capsys.readouterr().out == told
+    assert [row["step"] for row in metrics(done)] == [1]
+
+
+def test_restore_refuses_where_no_commit_is_whole(done):
+    for commit in commits(done / "checkpoints"):
+        (commit / "model.safetensors").unlink()
+    with (
+        pytest.raises(UserError, match="no checkpoint is whole"),
+        start(done, resume=True) as run,
+    ):
+        run.restore(make_state())
+
+
+def test_restore_says_where_the_last_bits_may_differ(done, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    with start(done, resume=True) as run:
+        run.restore(make_state())
+    assert "not bit for bit from here on: threads was 1, is 8\n" in capsys.readouterr().out
+
+
+# ---- logs ----------------------------------------------------------------------------------------
+
+
+def test_log_line_is_strict_json_with_the_clock_apart(tmp_path, capsys):
+    state = make_state()
+    with start(tmp_path) as run:
+        run.restore(state)
+        state.step = 3
+        state.meters.update({"loss": 1.0, "a/b": 0.1})
+        state.meters.update({"loss": 2.0})
+        run.log(state, {"epoch": 0.5}, {"rate": 1.5}, ("loss", "b", "a/b", "epoch"))
+        assert state.log_bytes["metrics.jsonl"] == (tmp_path / "metrics.jsonl").stat().st_size
+    (row,) = metrics(tmp_path)
+    clock = row.pop("clock")
+    assert row == {"step": 3, "loss": 1.5, "a/b": 0.1, "epoch": 0.5}
+    assert clock.pop("elapsed") >= 0 and clock.pop("peak_memory") > 0
+    assert clock == {"rate": 1.5}
+    assert state.meters.flush() == {}
+    assert capsys.readouterr().out == "step     3  loss 1.5        b 0.1        epoch 0.5\n"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_log_stops_at_a_number_that_is_not_finite(tmp_path, bad):
+    state = make_state()
+    with start(tmp_path) as run:
+        run.restore(state)
+        state.meters.update({"loss": bad})
+        with pytest.raises(UserError, match=r"^step 0: loss: is (nan|-?inf)") as error:
+            log(run, state)
+    assert error.value.code == NON_FINITE
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_write_samples_adds_lines_that_keep_their_letters(done):
+    text = (done / "samples.jsonl").read_text("utf-8")
+    assert text == '{"step": 1, "text": "ü\\n"}\n{"step": 2, "text": "ü\\n"}\n'
+
+
+def test_save_keeps_as_many_as_the_settings_say_and_the_length_of_the_logs(done):
+    names = [c.name for c in commits(done / "checkpoints")]
+    assert names == ["step-00000000", "step-00000001", "step-00000002"]
+    saved = json.loads((done / "checkpoints" / names[-1] / "state.json").read_text("utf-8"))
+    logs = ("metrics.jsonl", "samples.jsonl")
+    assert saved["log_bytes"] == {name: (done / name).stat().st_size for name in logs}
+
+
+def test_save_syncs_the_logs_before_the_commit(tmp_path, monkeypatch):
+    state, order = make_state(), []
+    with start(tmp_path) as run:
+        run.restore(state)
+        sync, commit = atomic.fsync, atomic.commit_folder
+        monkeypatch.setattr(atomic, "fsync", lambda p: (order.append(p.name), sync(p)))
+        monkeypatch.setattr(
+            atomic, "commit_folder", lambda a, b: (order.append("commit"), commit(a, b))
+        )
+        state.step = 1
+        run.save(state)
+    assert order.index("metrics.jsonl") < order.index("commit") > order.index("samples.jsonl")
+
+
+def test_facts_are_aligned(tmp_path, capsys):
+    start(tmp_path).facts({"examples": 12345, "lr": "1e-5"})
+    assert capsys.readouterr().out == "  examples  12,345\n  lr        1e-5\n"
+
+
+def test_bar_says_when_no_steps_are_left(done, capsys):
+    with start(done, resume=True) as run:
+        run.restore(state := make_state())
+        assert list(run.bar(toy(state, 2), state, 2)) == []
+    assert "no steps left to do\n" in capsys.readouterr().out
+
+
+# ---- model/ --------------------------------------------------------------------------------------
+
+
+def write_files(**files: str):
+    def write(folder):
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    return write
+
+
+def test_export_replaces_the_whole_model(done):
+    with start(done, resume=True) as run:
+        assert run.export(write_files(a="1", b="2")) == done / "model"
+        run.export(write_files(a="3"))
+    assert [(p.name, p.read_text("utf-8")) for p in (done / "model").iterdir()] == [("a", "3")]
+    assert not list(done.glob(".t*"))
+
+
+def test_export_that_fails_leaves_the_old_model(done):
+    def fail(folder):
+        (folder / "a").write_text("half", encoding="utf-8")
+        raise OSError("disk")
+
+    with start(done, resume=True) as run:
+        run.export(write_files(a="1"))
+        with pytest.raises(OSError, match="disk"):
+            run.export(fail)
+    assert (done / "model" / "a").read_text("utf-8") == "1"
+    with start(done, resume=True) as run:
+        run.export(write_files(a="2"))
+    assert (done / "model" / "a").read_text("utf-8") == "2"
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_the_run_after_the_step_it_came_in(tmp_path, capfd, number):
+    state, before = make_state(), signal.getsignal(number)
+
+    def steps():
+        for step in toy(state, 9):
+            if step.number == 3:
+                os.kill(os.getpid(), number)
+            yield step
+
+    with start(tmp_path) as run:
+        run.restore(state)
+        seen = [step.number for step in run.bar(steps(), state, 9)]
+        assert run.stopped
+        run.save(state)
+    assert seen == [1, 2, 3]
+    assert "stopping at the last whole step; once more to leave at once" in capfd.readouterr().err
+    assert commits(tmp_path / "checkpoints")[-1].name == "step-00000003"
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_before_the_first_step_lets_none_begin(tmp_path, capfd):
+    state = make_state()
+    with start(tmp_path) as run:
+        run.restore(state)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert list(run.bar(toy(state, 9), state, 9)) == []
+    assert state.step == 0
+
+
+def test_a_second_signal_leaves_at_once(tmp_path, capfd, monkeypatch):
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with start(tmp_path):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == 128 + 15
+
+
+# ---- what else a run tells -----------------------------------------------------------------------
+
+
+def test_resume_prints_the_free_settings_that_changed(done, capsys):
+    with start(done, resume=True, keep=5, log_every=2) as run:
+        run.restore(make_state())
+    out = capsys.readouterr().out
+    assert "changed: keep was 3, is 5\nchanged: log_every was 1, is 2\n" in out
+    assert "changed: resume" not in out
+
+
+def test_resume_prints_nothing_where_nothing_changed(done, capsys):
+    with start(done, resume=True) as run:
+        run.restore(make_state())
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_resume_refuses_a_frozen_model_that_changed(tmp_path):
+    model, out = tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "config.json").write_text("{}", encoding="utf-8")
+    (model / "README.md").write_text("a", encoding="utf-8")
+    with start(out, inputs=[str(model)]) as run:
+        run.restore(make_state())
+    (model / "README.md").write_text("b", encoding="utf-8")  # no number depends on it
+    with start(out, inputs=[str(model)], resume=True):
+        pass
+    (model / "model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(UserError, match=r"model\.safetensors: has changed since the run began"):
+        start(out, inputs=[str(model)], resume=True).__enter__()
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: has changed since the run began"):
+        start(out, inputs=[str(model)], resume=True).__enter__()
+
+
+def test_a_fault_of_ours_leaves_a_crash_json_and_the_checkpoint(tmp_path):
+    state = make_state()
+    with pytest.raises(ZeroDivisionError), start(tmp_path) as run:
+        run.restore(state)
+        for step in run.bar(toy(state, 9), state, 9):
+            if step.number == 2:
+                1 / 0  # noqa: B018
+    crash = json.loads((tmp_path / "crash.json").read_text("utf-8"))
+    assert crash["error"] == "ZeroDivisionError: division by zero"
+    assert crash["after_step"] == 2 and crash["samples"] == 0
+    assert "1 / 0" in "".join(crash["trace"])
+    assert crash["settings"]["seed"] == 0
+    assert [c.name for c in commits(tmp_path / "checkpoints")] == ["step-00000000"]
+
+
+@pytest.mark.parametrize("error", [UserError("a", "b"), OSError("disk"), KeyboardInterrupt()])
+def test_what_is_not_our_fault_leaves_none(tmp_path, error):
+    with pytest.raises(type(error)), start(tmp_path):
+        raise error
+    assert not (tmp_path / "crash.json").exists()

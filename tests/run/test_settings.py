@@ -1,0 +1,401 @@
+"""Settings: flags, files, types, ranges, and that a fault is told by its place and its remedy."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+
+import pytest
+
+from minirlhf.errors import BAD_INPUT, UserError
+from minirlhf.run.settings import as_dict, nearest, parse, setting, validate
+
+
+@dataclass
+class Config:
+    model: str = setting(help="folder of the policy", metavar="FOLDER")
+    steps: int = setting(10, "optimizer steps, 100% of them", at_least=1)
+    learning_rate: float = setting(1e-3, "step size", above=0, at_most=1)
+    clip: float | None = setting(0.2, "clip range, or none", above=0, below=1)
+    offset: float = setting(0.0, "added to every score")
+    seed: int | None = None
+    note: str | None = setting(None, "a line for the log")
+    dtype: str = setting("auto", "kind of number", choices=("auto", "float32"))
+    whiten: bool = setting(True, "whiten the advantages")
+    eval_data: tuple[str, ...] = setting((), "held-out files", metavar="FILE")
+
+    def check(self) -> list[str]:
+        return [f"steps {self.steps} is 13: choose another"] if self.steps == 13 else []
+
+
+def read(*argv: str, config_class: type = Config):
+    return parse(config_class, list(argv), "minirlhf try", "Tries settings.")
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        read(*argv)
+    assert caught.value.code == BAD_INPUT
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a file in an empty working folder, so that messages hold its bare name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_(name: str, text: str | bytes) -> str:
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        return name
+
+    return write_
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+def test_parse_gives_defaults_for_what_is_not_given():
+    assert read("--model", "m") == Config(model="m")
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--steps", "7"], "steps", 7),
+        (["--steps=+1_000"], "steps", 1000),
+        (["--steps", "1"], "steps", 1),
+        (["--seed", "-3"], "seed", -3),
+        (["--seed", "9223372036854775807"], "seed", 2**63 - 1),
+        (["--seed", "none"], "seed", None),
+        (["--learning-rate", "1e-5"], "learning_rate", 1e-5),
+        (["--learning_rate", "1e-5"], "learning_rate", 1e-5),
+        (["--learning_rate=1"], "learning_rate", 1.0),
+        (["--clip", "None"], "clip", None),
+        (["--clip", "5E-1"], "clip", 0.5),
+        (["--note", "a b=c --d_e"], "note", "a b=c --d_e"),
+        (["--note=--d_e=f"], "note", "--d_e=f"),
+        (["--note", "- a"], "note", "- a"),
+        (["--note="], "note", ""),
+        (["--dtype", "float32"], "dtype", "float32"),
+        (["--whiten"], "whiten", True),
+        (["--no-whiten"], "whiten", False),
+        (["--no_whiten"], "whiten", False),
+        (["--eval-data", "a", "b", "--eval_data=c"], "eval_data", ("a", "b", "c")),
+        (["--eval-data", "-"], "eval_data", ("-",)),
+    ],
+)
+def test_parse_reads_a_flag(words, name, value):
+    got = getattr(read("--model", "m", *words), name)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_parse_without_argv_reads_the_process_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["minirlhf", "--model", "m", "--steps", "2"])
+    assert parse(Config, None, "minirlhf try", "") == Config(model="m", steps=2)
+
+
+BAD_TEXTS = {
+    "steps": ("0", "-1", "1e3", "1.0", "", "x", "1__0", "9" * 30, "9" * 5000, "٣"),
+    "learning_rate": ("0", "-1e-5", "1.5", "nan", "inf", "-inf", "1e999", "", "x"),
+    "clip": ("0", "1", "nan", "-0.1", "nothing"),
+    "offset": ("nan", "inf", "-inf", "1e999", "none"),
+    "seed": ("1.5", "true", "9223372036854775808"),
+    "dtype": ("f", "float16", "", "AUTO"),
+    "note": ("\udcff",),  # how Python spells a byte of argv that is not UTF-8
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name, texts in BAD_TEXTS.items() for text in texts]
+)
+def test_parse_refuses_a_bad_value_naming_flag_value_and_range(name, text):
+    flag = "--" + name.replace("_", "-")
+    message = refused("--model", "m", f"{flag}={text}")
+    assert re.match(rf"{flag}: got .+, must be .+", message)
+    assert len(message) < 300
+
+
+def test_parse_tells_what_is_legal():
+    legal = "--clip: got 2.0, must be a finite number > 0 and < 1 or none"
+    assert refused("--model", "m", "--clip", "2") == legal
+    legal = "--dtype: got 'half', must be one of auto, float32"
+    assert refused("--model", "m", "--dtype", "half") == legal
+    legal = "--seed: got 9223372036854775808, must be a whole number of at most 63 bits"
+    assert refused("--model", "m", "--seed", str(2**63)) == legal
+
+
+def test_parse_refuses_a_missing_required_setting():
+    assert refused() == "--model: required, but not given"
+
+
+FLAGS = ["--model", "--steps", "--learning-rate", "--clip", "--dtype", "--whiten", "--eval-data"]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_parse_names_the_nearest_of_a_flag_with_one_letter_changed(flag):
+    for i in range(2, len(flag)):
+        wrong = flag[:i] + "z" + flag[i + 1 :]
+        assert refused(wrong, "3") == f"{wrong}: unknown flag: the nearest is {flag}"
+
+
+def test_parse_takes_no_abbreviation():
+    assert "--step: unknown flag: the nearest is --steps" in refused("--model", "m", "--step", "3")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "1", "--steps=2"], "--steps: given twice"),
+        (["--whiten", "--no-whiten"], "--no-whiten: given twice"),
+        (["--steps"], "--steps: expected one value"),
+        (["--steps", "--whiten"], "--steps: expected one value"),
+        (["--eval-data"], "--eval-data: expected at least one value"),
+        (["--whiten=1"], "--whiten: got '1', takes no value: give --whiten or --no-whiten"),
+        (["stray"], "minirlhf try: unexpected argument 'stray'"),
+        (["--whiten", "-3"], "minirlhf try: unexpected argument '-3'"),
+        (["-steps", "3"], "unexpected argument '-steps': the nearest is --steps; "),
+        (["—steps=3"], "unexpected argument '—steps=3': the nearest is --steps"),
+        (["--model="], "--model: given twice"),
+        (["--eval-data", ""], "--eval-data: got '', must be the name of a file"),
+        (["--"], "--: unknown flag"),
+    ],
+)
+def test_parse_refuses_a_malformed_command_line(words, message):
+    assert message in refused("--model", "m", *words)
+
+
+def test_parse_tells_all_problems_in_one_line(write):
+    file = write("c.json", '{"steps": 0, "wihten": true}')
+    assert refused("--config", file, "--clip", "2") == (
+        "c.json: wihten: unknown setting: the nearest is whiten; "
+        "--model: required, but not given; "
+        "c.json: steps: got 0, must be a whole number >= 1; "
+        "--clip: got 2.0, must be a finite number > 0 and < 1 or none"
+    )
+
+
+def test_parse_caps_the_problems_at_twenty():
+    message = refused(*(f"--x{i}" for i in range(23)))
+    assert message.count("unknown flag") == 20
+    assert message.endswith("; and 3 more")
+
+
+def test_help_shows_settings_in_order_with_range_and_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as left:
+        read("--help")
+    assert left.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    facts = [
+        "usage: minirlhf try --model FOLDER [settings] Tries settings.",
+        "--config FILE settings from a .toml or .json file; flags beat it",
+        "--model FOLDER folder of the policy [required]",
+        "--steps INT optimizer steps, 100% of them [>= 1; default: 10]",
+        "--learning-rate FLOAT step size [> 0 and <= 1; default: 0.001]",
+        "--clip FLOAT clip range, or none [> 0 and < 1; default: 0.2]",
+        "--seed INT [default: none]",
+        "--dtype {auto,float32} kind of number [default: auto]",
+        "--whiten, --no-whiten whiten the advantages [default: on]",
+        "--eval-data FILE [FILE ...] held-out files [default: none]",
+    ]
+    places = [shown.index(fact) for fact in facts]
+    assert places == sorted(places)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+TOML = """
+model = "m"
+learning-rate = 1   # a whole number may stand for a float
+clip = "none"
+whiten = false
+eval_data = ["a", "b"]
+"""
+
+
+def test_parse_reads_toml_and_json_alike(write):
+    want = Config(model="m", learning_rate=1.0, clip=None, whiten=False, eval_data=("a", "b"))
+    table = {"model": "m", "learning_rate": 1, "clip": None, "whiten": False}
+    as_json = json.dumps(table | {"eval-data": ["a", "b"]})
+    for file in (write("c.toml", TOML), write("c.json", as_json)):
+        got = read("--config", file)
+        assert got == want
+        assert type(got.learning_rate) is float
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("c.toml", 'eval_data = "a b"'), ("c.json", '{"eval-data": "a b"}')]
+)
+def test_parse_reads_one_text_as_a_list_of_it(write, name, text):
+    got = read("--model", "m", "--config", write(name, text))
+    assert got == Config(model="m", eval_data=("a b",))
+
+
+def test_parse_reads_a_file_with_a_byte_order_mark(write):
+    assert read("--config", write("c.json", b'\xef\xbb\xbf{"model": "m"}')) == Config(model="m")
+
+
+def test_parse_flags_beat_the_file_which_beats_the_defaults(write):
+    file = write("c.toml", 'model = "m"\nsteps = 3\nseed = 5\neval_data = ["a"]\n')
+    got = read("--steps", "4", "--config", file, "--eval-data", "b")
+    assert got == Config(model="m", steps=4, seed=5, eval_data=("b",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model": 1}', "c.json: model: got 1, must be text"),
+        ('{"model": null}', "c.json: model: got none, must be text"),
+        ('{"model": "a\\u0000"}', r"c.json: model: got 'a\x00', must be text"),
+        ('{"model": "\\ud800"}', "c.json:1: half of a surrogate pair"),
+        ('{"steps": "3"}', "c.json: steps: got '3', must be a whole number >= 1"),
+        ('{"steps": 3.0}', "c.json: steps: got 3.0, must be a whole number >= 1"),
+        ('{"steps": true}', "c.json: steps: got true, must be a whole number >= 1"),
+        ('{"learning-rate": "1"}', "c.json: learning-rate: got '1', must be a finite number"),
+        ('{"learning_rate": NaN}', "c.json:1: NaN is not JSON"),
+        ('{"offset": 1' + "0" * 400 + "}", "must be a finite number"),
+        ('{"whiten": 1}', "c.json: whiten: got 1, must be true or false"),
+        ('{"eval_data": 1}', "c.json: eval_data: got 1, must be text or a list of text"),
+        ('{"eval_data": null}', "c.json: eval_data: got none, must be text or a list of text"),
+        ('{"eval_data": {"a": "b"}}', "c.json: eval_data: is a table: settings stand at the top"),
+        ('{"eval_data": ["a", 1]}', "c.json: eval_data: got ['a', 1], must be text or a list of"),
+        ('{"eval_data": [["a"]]}', "c.json: eval_data: got [['a']], must be text or a list of"),
+        ('{"dtype": ["auto"]}', "c.json: dtype: got ['auto'], must be one of auto, float32"),
+        ('{"stesp": 1}', "c.json: stesp: unknown setting: the nearest is steps"),
+        ('{"learning-rate": 1, "learning_rate": 1}', "c.json: learning_rate: given twice"),
+        ('{"steps": 1, "steps": 2}', "c.json:1: key 'steps' stands twice in one object"),
+        ('{"steps": 1,\n}', "c.json:2: not valid JSON at column 1"),
+        ("[" * 100_000, "c.json:1: nested deeper than 64 levels"),
+        ('["steps"]', "c.json: holds ['steps']: must be an object of settings"),
+        (b'{"model": "\xff"}', "c.json: not UTF-8 at byte 11: save the file as UTF-8"),
+        ("<html>", "c.json:1: not valid JSON at column 1: it looks like a web page"),
+        ('{"train": {"steps": 1}}', "c.json: train: is a table: settings stand at the top"),
+        (" " * (2**20 + 1), "c.json: larger than 1,048,576 bytes"),
+    ],
+)
+def test_parse_refuses_a_bad_json_file_naming_file_and_key(write, text, message):
+    assert message in refused("--config", write("c.json", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = 1\nsteps = 2", "c.toml: not valid TOML: "),
+        ("steps = ", "c.toml: not valid TOML: "),
+        ("learning_rate = inf", "c.toml: learning_rate: got inf, must be a finite number"),
+        ("seed = 2026-01-01", "c.toml: seed: got 2026-01-01, must be"),
+        ("[steps]\nmore = 1", "c.toml: steps: is a table: settings stand at the top"),
+    ],
+)
+def test_parse_refuses_a_bad_toml_file_naming_file_and_key(write, text, message):
+    assert message in refused("--config", write("c.toml", text))
+
+
+def test_parse_refuses_a_file_that_it_cannot_read(write):
+    assert refused("--config", "none.toml") == "none.toml: no such file"
+    os.mkdir("folder.json")
+    assert refused("--config", "folder.json") == "folder.json: a folder: give a regular file"
+    only = "c.yaml: --config reads .toml and .json files only"
+    assert refused("--config", write("c.yaml", "steps: 1")) == only
+
+
+def test_as_dict_is_a_config_file_of_the_same_config(write):
+    config = Config(model="m", clip=None, eval_data=("a", "b"), whiten=False, learning_rate=1e-7)
+    shown = as_dict(config)
+    assert list(shown)[:2] == ["model", "steps"]
+    assert shown["eval_data"] == ["a", "b"]
+    assert read("--config", write("c.json", json.dumps(shown))) == config
+
+
+# ---- configs made in code ------------------------------------------------------------------------
+
+
+def test_validate_accepts_legal_fields_and_a_whole_number_for_a_float():
+    assert validate(Config(model="m", learning_rate=1, clip=None, seed=-(2**62))) is None
+
+
+def test_validate_names_the_field():
+    with pytest.raises(UserError, match=r"^steps: got 0, must be a whole number >= 1$"):
+        validate(Config(model="m", steps=0))
+    both = r"^steps: got '3', must be .*; eval_data: got \['a'\], must be a tuple of text$"
+    with pytest.raises(UserError, match=both):
+        validate(Config(model="m", steps="3", eval_data=["a"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["a", "-0.5*b"], ("a", "-0.5*b")),
+        (["a", "-", "b"], ("a", "-", "b")),
+        (["-0.5*b", "a", "-.5*c"], ("-0.5*b", "a", "-.5*c")),
+        (["a", "--eval-data", "-1*b", "c"], ("a", "-1*b", "c")),
+        (["a", "--steps", "-3"], "must be a whole number"),
+        (["a", "-steps"], "unexpected argument '-steps'"),
+    ],
+)
+def test_values_of_a_tuple_may_begin_with_a_minus_and_a_number(words, found):
+    argv = ["--model", "m", "--eval-data", *words]
+    if isinstance(found, tuple):
+        assert read(*argv).eval_data == found
+    else:
+        assert found in refused(*argv)
+
+
+def test_validate_refuses_a_text_for_a_tuple():
+    with pytest.raises(UserError, match=r"^eval_data: got 'a', must be a tuple of text$"):
+        validate(Config(model="m", eval_data="a"))
+
+
+def test_validate_adds_what_the_config_itself_finds():
+    with pytest.raises(UserError, match=r"^steps 13 is 13: choose another$"):
+        validate(Config(model="m", steps=13))
+    assert refused("--model", "m", "--steps", "13") == "steps 13 is 13: choose another"
+
+
+def test_validate_asks_check_only_when_every_field_is_legal():
+    @dataclass
+    class Halves:
+        rows: int = setting(4, at_least=1)
+        parts: int = setting(2, at_least=1)
+
+        def check(self) -> list[str]:
+            return [f"rows {self.rows} in {self.parts} parts"] if self.rows % self.parts else []
+
+    with pytest.raises(UserError, match=r"^parts: got 0, must be a whole number >= 1$"):
+        validate(Halves(parts=0))  # check would divide by zero
+
+
+def test_setting_refuses_a_type_that_no_flag_can_have():
+    @dataclass
+    class Odd:
+        raw: bytes = setting(b"")
+
+    with pytest.raises(TypeError, match="a setting cannot be <class"):
+        read(config_class=Odd)
+
+
+def test_setting_is_keyword_only_so_required_ones_may_stand_anywhere():
+    @dataclass
+    class Late:
+        steps: int = setting(1)
+        model: str = setting()
+
+    assert read("--model", "m", config_class=Late) == Late(model="m")
+    with pytest.raises(TypeError, match="positional"):
+        Late(1, "m")
+
+
+def test_nearest_always_has_an_answer():
+    assert nearest("stpes", ["model", "steps"]) == "the nearest is steps"
+    assert nearest("qqq", ["model"]) == "the nearest is model"
+
+
+@pytest.mark.parametrize(
+    ("word", "right"), [("lr", "learning_rate"), ("--bs", "batch_size"), ("LR", "learning_rate")]
+)
+def test_nearest_knows_initials(word, right):
+    assert nearest(word, ["steps", "learning_rate", "batch_size", "lora_rank"]) == (
+        f"the nearest is {right}"
+    )

@@ -1,0 +1,152 @@
+"""Tables of other tools' parameters: complete, and nothing in them that does not exist here."""
+
+import importlib
+import itertools
+from dataclasses import fields
+from importlib.util import find_spec
+
+import pytest
+
+import minirlhf
+from minirlhf import cli
+from minirlhf.errors import BAD_INPUT, OK
+from minirlhf.setup.ppo_settings import PPOConfig
+from minirlhf.setup.reward import RewardConfig
+from minirlhf.tools.coming_from import TABLES, Section
+
+FLAGS = {
+    recipe: {"--" + f.name.replace("_", "-") for f in fields(config)}
+    for recipe, config in (("ppo", PPOConfig), ("reward", RewardConfig))
+}
+
+# Fields of trl 0.9.6's PPOConfig and of that of 0.12 to 1.12 (with the two that went in between),
+# of trl 0.11's RewardTrainer, of LLaMA-Factory's for ppo.
+TRL_PPO = """
+exp_name seed log_with task_name model_name query_dataset reward_model remove_unused_columns
+tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name push_to_hub_if_best_kwargs
+steps learning_rate adap_kl_ctrl init_kl_coef kl_penalty target horizon gamma lam cliprange
+cliprange_value vf_coef batch_size forward_batch_size mini_batch_size gradient_accumulation_steps
+world_size ppo_epochs max_grad_norm optimize_cuda_cache optimize_device_cache early_stopping
+target_kl compare_steps ratio_threshold use_score_scaling use_score_norm score_clip whiten_rewards
+gradient_checkpointing is_encoder_decoder is_peft_model backward_batch_size
+global_backward_batch_size global_batch_size
+""".split()
+TRL_PPO_TRAINER = """
+config model ref_model tokenizer dataset optimizer data_collator num_shared_layers lr_scheduler
+training_data_collator generate step log_stats save_pretrained
+""".split()
+TRL1_PPO = """
+learning_rate dataset_num_proc num_mini_batches total_episodes local_rollout_forward_batch_size
+num_sample_generations response_length stop_token stop_token_id temperature missing_eos_penalty
+sft_model_path world_size num_total_batches micro_batch_size local_batch_size batch_size
+local_mini_batch_size mini_batch_size push_to_hub reward_model_path model_adapter_name
+ref_adapter_name num_ppo_epochs whiten_rewards kl_coef kl_estimator cliprange vf_coef
+cliprange_value gamma lam ds3_gather_for_generation exp_name run_name
+""".split()
+TRL1_PPO_TRAINER = """
+args processing_class model ref_model reward_model train_dataset value_model data_collator
+eval_dataset optimizers callbacks peft_config train save_model generate_completions
+""".split()
+TRL_REWARD = """
+model data_collator train_dataset eval_dataset tokenizer model_init compute_metrics callbacks
+optimizers preprocess_logits_for_metrics peft_config remove_unused_columns dataset_num_proc
+center_rewards_coefficient evaluate visualize_samples
+""".split()
+LLAMA_FACTORY = """
+ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards ref_model
+ref_model_adapters ref_model_quantization_bit reward_model reward_model_adapters
+reward_model_quantization_bit lora_rank lora_alpha lora_dropout lora_target temperature top_p top_k
+max_new_tokens max_steps template cutoff_len dataset plot_loss resume_from_checkpoint
+logging_steps save_steps learning_rate lr_scheduler_type max_grad_norm
+""".split()
+SECTIONS = [section for sections in TABLES.values() for section in sections]
+OF = {section.title: section for section in SECTIONS}
+
+
+def names(*sections: Section) -> set[str]:
+    return {name for s in sections for row in s.rows for name in row.theirs.split(", ")}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "sections"),
+    [
+        (TRL_PPO, ["PPOConfig of TRL 0.9.6"]),
+        (TRL_PPO_TRAINER, ["PPOTrainer of TRL 0.9.6"]),
+        (TRL1_PPO, ["PPOConfig of TRL 0.12 to 1.12"]),
+        (TRL1_PPO_TRAINER, ["PPOTrainer of TRL 0.12 to 1.12"]),
+        (TRL_REWARD, ["RewardTrainer and RewardConfig of TRL 0.11"]),
+        (LLAMA_FACTORY, ["stage ppo", "stage ppo: TrainingArguments"]),
+    ],
+    ids=["PPOConfig", "PPOTrainer", "PPOConfig 1", "PPOTrainer 1", "RewardTrainer", "LF"],
+)
+def test_tables_are_complete(theirs, sections):
+    assert set(theirs) - names(*(OF[title] for title in sections)) == set()
+
+
+def test_tables_of_ppo_config_have_nothing_else():
+    assert names(OF["PPOConfig of TRL 0.9.6"]) == set(TRL_PPO)
+    assert names(OF["PPOConfig of TRL 0.12 to 1.12"]) == set(TRL1_PPO)
+
+
+def exists(name: str, recipe: str) -> bool:
+    """Whether there is such a flag, verb or module, or such a name where its module defines it."""
+    if name.startswith("--"):
+        return name in FLAGS[recipe]
+    if name.startswith("minirlhf "):
+        return name.split()[1] in cli.VERBS
+    module, _, attribute = name.rpartition(".")
+    if module == "minirlhf":
+        return attribute in minirlhf.__all__ or find_spec(name) is not None
+    found = getattr(importlib.import_module(module), attribute, None)
+    return getattr(found, "__module__", None) == module
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.title)
+def test_everything_of_ours_exists(section):
+    for row in section.rows:
+        wrong = [name for name in row.ours.split(", ") if name and not exists(name, section.recipe)]
+        assert wrong == [], row.theirs
+        assert row.theirs and row.difference
+
+
+def test_exists_can_fail():
+    assert not exists("--no-such-flag", "ppo")
+    assert not exists("--show-samples", "ppo") and exists("--show-samples", "reward")
+    assert not exists("minirlhf dance", "ppo")
+    assert not exists("minirlhf.equations.policy.no_loss", "ppo")
+    assert not exists("minirlhf.recipes.ppo.masked_sum", "ppo")  # imported there
+    assert not exists("minirlhf.no_module", "ppo")
+
+
+@pytest.mark.parametrize("tool", TABLES)
+def test_coming_from_prints_every_row(tool, capsys):
+    assert cli.main(["coming-from", tool]) == OK
+    lines = capsys.readouterr().out.splitlines()
+    for section in TABLES[tool]:
+        at = lines.index(f"{section.title} → minirlhf {section.recipe}")
+        here = list(itertools.takewhile(bool, lines[at + 1 :]))  # up to an empty line
+        cells = ([line[2:42], line[44:84], line[86:]] for line in here)
+        told = [" ".join(" ".join(column).split()) for column in zip(*cells, strict=True)]
+        rows = [(row.theirs, row.ours or "-", row.difference) for row in section.rows]
+        assert told == [" ".join(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lamafactory"], "lamafactory: no such tool: the nearest is llama-factory; tools: trl"),
+        (["--trl"], "--trl: unknown flag: the nearest is --help; tools: trl, llama-factory"),
+        (["trl", "ppo"], "ppo: unexpected argument: give a tool alone"),
+    ],
+)
+def test_coming_from_refuses_what_it_does_not_know(words, message, capsys):
+    assert cli.main(["coming-from", *words]) == BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_coming_from_tells_its_tools(words, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["coming-from", *words])
+    assert left.value.code == OK
+    assert "TOOL is trl or llama-factory" in capsys.readouterr().out

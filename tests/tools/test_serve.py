@@ -1,0 +1,247 @@
+"""`minirlhf serve`: the scores of the folder through HTTP, and what it refuses."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from minirlhf.cli import main
+from minirlhf.data.tokenizer import load_tokenizer
+from minirlhf.errors import REWARD_SERVICE, UserError
+from minirlhf.models.pretrained import load_reward_model
+from minirlhf.rewards.parse import load_reward
+from minirlhf.setup.ppo_settings import PPOConfig
+from minirlhf.tools.serve import BODY_CAP, Server, answer_with
+from tests.rewards.test_model import MESSAGES, PROMPTS, REASONS, TEXTS, alone, load, sampled
+from tests.rewards.test_model import folder as folder  # a fixture
+from tests.rewards.test_model import words as words
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def serving(folder, token: str | None = None, before: bool = False, answer=None):
+    """The address of a server of the folder, or of one that answers in its own way."""
+    model = load_reward_model(folder)
+    model.read_before_eos = before
+    answer = answer or answer_with(model, load_tokenizer(folder), 64)
+    server = Server(("127.0.0.1", 0), answer, token)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.close()
+        thread.join()
+
+
+def source_of(address: str, tokenizer, path: str = "/score", **settings):
+    config = PPOConfig(reward=(f"http://{address}{path}",), reward_retries=0, **settings)
+    return load_reward(config, tokenizer, torch.float32, "cpu", 64)
+
+
+def ask(address: str, body: object, path: str = "/score", **headers: str) -> tuple[int, dict]:
+    """Status and reply."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection = http.client.HTTPConnection(address, timeout=5)
+    connection.request("POST", path, data, headers)
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    return response.status, json.loads(text)
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["ids", "llama-factory"])
+def test_completions_scored_through_http_are_scored_as_by_the_folder(folder, form, capsys):
+    tokenizer = load_tokenizer(folder)
+    batch = sampled(tokenizer, PROMPTS, TEXTS, REASONS)
+    expected = load(folder, tokenizer)(batch).total.tolist()
+    path = "/score" if form == "ids" else "/v1/score/evaluation"
+    with serving(folder) as address:
+        source = source_of(address, tokenizer, path, reward_format=form, reward_batch_size=2)
+        assert source(batch).total.tolist() == pytest.approx(expected, abs=1e-6)
+    assert len(set(expected)) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(", 0.")[0] for line in lines] == [
+        f"127.0.0.1 POST {path} HTTP/1.1: 200, 2 texts",
+        f"127.0.0.1 POST {path} HTTP/1.1: 200, 1 texts",
+    ]
+
+
+@pytest.mark.parametrize("form", ["ids", "llama-factory"])
+def test_a_model_that_is_read_before_eos_is_so_through_http(folder, form):
+    tokenizer = load_tokenizer(folder)
+    batch = sampled(tokenizer, ["ab"], ["cd"], ["eos"])
+    with serving(folder, before=True) as address:
+        (found,) = source_of(address, tokenizer, reward_format=form)(batch).total.tolist()
+    assert found == pytest.approx(alone(folder, tokenizer.encode("abcd")), abs=1e-6)
+
+
+def test_messages_are_rendered_by_the_models_own_template(words):
+    own = load_tokenizer(words)
+    item = {"id": 7, "prompt": MESSAGES, "completion": "good", "finish_reason": "stop"}
+    ids = [*own.encode_chat(MESSAGES), *own.encode("good", bos=False), 0]
+    with serving(words) as address:
+        status, reply = ask(address, {"model": "any", "items": [item]})
+    assert status == 200
+    assert reply == {"scores": [{"id": 7, "score": pytest.approx(alone(words, ids), abs=1e-6)}]}
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+ITEM = {"id": "a", "prompt": "p", "completion": "c"}
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"{", "body:1: not valid JSON"),
+        (b"\xff", "codec can't decode"),
+        (b'{"items": NaN}', "NaN is not JSON"),
+        ([], "body: is a list"),
+        ({}, "body: is an object with neither or both forms"),
+        ({"items": [ITEM], "messages": ["a"]}, "neither or both forms"),
+        ({"items": {}}, "items: is an object: a list of at least one object"),
+        ({"items": []}, "items: is a list: a list of at least one object"),
+        ({"items": ["a"]}, "items[0]: is a string: an object"),
+        ({"items": [ITEM, ITEM]}, "items[1]: id: is 'a': text or a whole number, another one"),
+        ({"items": [ITEM | {"id": None}]}, "items[0]: id: is None"),
+        ({"items": [ITEM | {"id": True}]}, "items[0]: id: is True"),
+        ({"items": [ITEM | {"prompt": 1}]}, "items[0]: prompt: is a number: text, or a list of"),
+        ({"items": [ITEM | {"prompt": []}]}, "items[0]: prompt: is a list"),
+        ({"items": [ITEM | {"prompt": [{"role": "user"}]}]}, "items[0]: prompt: is a list"),
+        ({"items": [{"id": 1, "prompt": "p"}]}, "items[0]: completion: is null: text"),
+        ({"items": [ITEM | {"finish_reason": "x"}]}, "finish_reason: is 'x': eos, stop, length"),
+        ({"items": [ITEM | {"prompt": "p" * 63}]}, "items: a text of 65 tokens once it is re-enc"),
+        ({"messages": "a"}, "messages: is a string: a list of at least one text"),
+        ({"messages": []}, "messages: is a list: a list of at least one text"),
+        ({"messages": ["a", 2]}, "messages[1]: is a number: text"),
+        ({"messages": ["a", ""]}, "messages[1]: has 0 tokens: the model reads 1 to 64"),
+        ({"messages": ["a" * 65]}, "messages[0]: has 65 tokens: the model reads 1 to 64"),
+    ],
+)
+def test_a_body_of_another_form_is_refused_with_a_reason(body, told, folder):
+    with serving(folder) as address:
+        status, reply = ask(address, body)
+        assert status == 400 and told in reply["error"]
+        assert ask(address, {"items": [ITEM]})[0] == 200  # and it goes on
+
+
+def test_scores_that_are_not_finite_are_no_reply(folder):
+    model = load_reward_model(folder)
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    answer = answer_with(model, load_tokenizer(folder), 64)
+    for body in ({"items": [ITEM]}, {"messages": ["a"]}):
+        with pytest.raises(UserError, match="score 0: is nan: the weights of --model diverged"):
+            answer(body)
+
+
+def test_only_who_has_the_token_is_answered(folder, tmp_path):
+    tokenizer = load_tokenizer(folder)
+    batch = sampled(tokenizer, ["a"], ["b"], ["eos"])
+    (tmp_path / "token").write_text("open sesame".replace(" ", "-") + "\n")
+    with serving(folder, token="open-sesame") as address:
+        for value in ("", "Bearer", "Bearer open-sesam", "Bearer open-sesame2", "open-sesame"):
+            status, reply = ask(address, {"items": [ITEM]}, Authorization=value)
+            assert status == 401 and "Bearer TOKEN" in reply["error"]
+        assert ask(address, {"items": [ITEM]}, Authorization="Bearer open-sesame")[0] == 200
+        source = source_of(address, tokenizer, reward_token_file=str(tmp_path / "token"))
+        assert source(batch).total.shape == (1,)
+        with pytest.raises(UserError, match="answered 401") as caught:
+            source_of(address, tokenizer)(batch)
+        assert caught.value.code == REWARD_SERVICE
+
+
+def test_other_paths_methods_and_sizes_are_refused(folder, capsys):
+    with serving(folder) as address:
+        status, reply = ask(address, {"items": [ITEM]}, "/other")
+        assert status == 404 and "/v1/score/evaluation" in reply["error"]
+        assert ask(address, {"items": [ITEM]}, "/score?model=x")[0] == 200
+        for length, wanted in (
+            (str(BODY_CAP + 1), 413), ("9" * 5000, 413), ("-1", 411), ("x", 411), ("", 411),
+        ):
+            assert raw(address, f"POST /score HTTP/1.1\r\nContent-Length: {length}") == wanted
+        assert raw(address, "POST /score HTTP/1.1\r\nX: y") == 411
+        assert raw(address, "GET /score HTTP/1.1\r\nX: y") == 501
+        capsys.readouterr()
+        assert raw(address, "POST /\x1b[31m HTTP/1.1\r\nContent-Length: 0") == 404
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "\\x1b" in told and "\x1b" not in told
+
+
+def raw(address: str, head: str) -> int:
+    """Status of a request that is spelled by hand."""
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port)), 5) as sock:
+        sock.sendall(f"{head}\r\n\r\n".encode("latin1"))
+        with sock.makefile("rb") as file:
+            return int(file.readline().split()[1])
+
+
+def test_a_client_that_leaves_is_one_line(folder, capsys):
+    with serving(folder) as address:
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port))) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # resets
+            sock.sendall(b"POST /score HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
+        assert ask(address, {"items": [ITEM]})[0] == 200  # others are not held up
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_scoring_that_fails_is_told_to_the_client(folder, capsys):
+    def fails(*_):
+        raise MemoryError("no room\nat all")
+
+    with serving(folder, answer=fails) as address:
+        for _ in range(2):  # it goes on
+            status, reply = ask(address, {"items": [ITEM]})
+    assert status == 500 and reply["error"].startswith("scoring failed: MemoryError: no room")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_the_command_listens_at_loopback_until_a_signal(number, folder):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "minirlhf", "serve", "--model", str(folder), "--port", "0"]
+    process = subprocess.Popen(
+        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("listening at http://127.0.0.1:"), line + process.stderr.read()
+        address = line.split("/")[2]
+        assert ask(address, {"items": [ITEM]})[0] == 200
+        process.send_signal(number)
+        out, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0 and out == ""
+    assert told.count("\n") == 1 and "200, 1 texts" in told
+
+
+def test_a_port_that_is_taken_is_refused(folder, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--model", str(folder), "--port", port]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: --host 127.0.0.1 --port {port}: Address already in use: give")
