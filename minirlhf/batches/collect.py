@@ -9,7 +9,7 @@ from minirlhf.batches.rollouts import Rollout, RolloutBuffer, unpack
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.models.alignment import pad_right
-from minirlhf.models.generation import Sampling, cut_at_stop, generate
+from minirlhf.models.generation import Sampling, before_stop, generate
 from minirlhf.models.support import stack_supports
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import Completions, Scores
@@ -52,7 +52,7 @@ def sample(
         prompt_ids=[p.ids for p in prompts],
         # An eos may be an ordinary token to the tokenizer, and so have a text.
         completions=[
-            cut_at_stop(tokenizer.decode(ids[:-1] if why == "eos" else ids), sampling.stop_strings)
+            before_stop(tokenizer.decode(ids[:-1] if why == "eos" else ids), sampling.stop_strings)
             for ids, why in zip(responses, reasons, strict=True)
         ],
         response_ids=responses,

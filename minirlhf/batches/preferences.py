@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minirlhf import streams
 from minirlhf.data.batching import cut_by_tokens
-from minirlhf.data.encoding import cut_eos
+from minirlhf.data.encoding import strip_eos
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import Ranking
 from minirlhf.data.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def reads_before_eos(model: ModelConfig, tokenizer: Tokenizer) -> bool:
 
 def without_eos(example: E, eos_ids: tuple[int, ...]) -> E:
     """The example without the eos at the end of its texts, for a model that is read before it."""
-    cut = [cut_eos(ids, eos_ids) for ids in example.responses]
+    cut = [strip_eos(ids, eos_ids) for ids in example.responses]
     if not (example.prompt_ids or all(cut)):
         raise UserError(example.where, "a text of nothing but eos", "remove the row")
     if isinstance(example, Pair):

@@ -91,14 +91,14 @@ def _ended(
         raise UserError(row.where, "a text without any token", f"{why}remove the row")
     eos = tokenizer.eos_ids
     if was_sampled(row) and row.columns["finish_reason"] == "length":  # that is not its end
-        return (prompt, *(cut_eos(ids, eos) for ids in answers))
+        return (prompt, *(strip_eos(ids, eos) for ids in answers))
     return (prompt, *(ids if ids and ids[-1] in eos else [*ids, eos[0]] for ids in answers))
 
 
-def cut_eos(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
+def strip_eos(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
     """The ids without the eos at their end, if there is one.
 
-    >>> cut_eos([5, 9], (0, 9)), cut_eos([0, 5], (0, 9)), cut_eos([], (0, 9))
+    >>> strip_eos([5, 9], (0, 9)), strip_eos([0, 5], (0, 9)), strip_eos([], (0, 9))
     ([5], [0, 5], [])
     """
     return ids[:-1] if ids and ids[-1] in eos_ids else ids

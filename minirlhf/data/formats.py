@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from minirlhf.errors import UserError, printable
-from minirlhf.files.rows import Row, kind_of
+from minirlhf.files.rows import Row, json_kind
 
 Messages = list[dict]
 Part = str | Messages | list[int]
@@ -61,7 +61,7 @@ class Format(NamedTuple):
 
 
 def wrong_column(row: Row, key: str, legal: str) -> UserError:
-    got = f"is {kind_of(row.columns[key])}" if key in row.columns else "is missing"
+    got = f"is {json_kind(row.columns[key])}" if key in row.columns else "is missing"
     keys = ", ".join(printable(name, 40) for name in row.columns) or "none"
     return UserError(row.where, f"{key} {got}", f"{legal}; keys present: {keys}")
 
@@ -85,11 +85,11 @@ def messages_part(row: Row, key: str, may_be_empty: bool = False) -> Messages:
     for number, message in enumerate(value):
         where = f"{key}[{number}]"
         if not isinstance(message, dict):
-            found = kind_of(message)
+            found = json_kind(message)
             raise UserError(row.where, f"{where} is {found}", "needs {role: ..., content: ...}")
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
-                got = kind_of(message[name]) if name in message else "missing"
+                got = json_kind(message[name]) if name in message else "missing"
                 raise UserError(row.where, f"{where}: {name} is {got}", "needs a string")
     if not (value[-1]["content"].strip() or may_be_empty):
         raise UserError(row.where, f"{key}: the last message is empty", REMOVE)
@@ -173,7 +173,7 @@ def part_kind(value: object) -> str:
 
 def unknown_columns(row: Row, legal: str) -> UserError:
     keys = ", ".join(
-        f"{printable(name, 40)} ({kind_of(value)})" for name, value in row.columns.items()
+        f"{printable(name, 40)} ({json_kind(value)})" for name, value in row.columns.items()
     )
     do = f"legal: {legal}; other names: --columns prompt=question"
     return UserError(row.where, f"columns of no known format: {keys}", do)

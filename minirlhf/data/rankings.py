@@ -40,7 +40,7 @@ from minirlhf.data.formats import (
 )
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError, printable
-from minirlhf.files.rows import Row, kind_of
+from minirlhf.files.rows import Row, json_kind
 from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve
 
 LABELS = ("ranks", "scores", "best", "choice")  # columns, at most one of them
@@ -160,7 +160,7 @@ def _listed(row: Row, keys: tuple[str, ...]) -> Row:
 
 def _completion(row: Row, at: int, value: object) -> dict:
     if not isinstance(value, dict) or not {"response", "score"} <= value.keys():
-        got = ", ".join(value) if isinstance(value, dict) else kind_of(value)
+        got = ", ".join(value) if isinstance(value, dict) else json_kind(value)
         raise UserError(row.where, f"completions[{at}] is {got}", "needs {response: …, score: …}")
     return value
 

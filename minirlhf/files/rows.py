@@ -53,7 +53,7 @@ class Row:
     raw: str = field(default="", compare=False)
 
 
-def kind_of(value: object) -> str:
+def json_kind(value: object) -> str:
     """What a JSON value is, in the words of who wrote the file."""
     if value is None:
         return "null"
@@ -243,7 +243,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _row(value: object, where: str, raw: str) -> Row:
     if not isinstance(value, dict):
-        what = f"a row must be a JSON object, got {kind_of(value)}"
+        what = f"a row must be a JSON object, got {json_kind(value)}"
         raise UserError(where, what, 'like {"text": "..."}')
     return Row(where, value, raw=raw[: RAW_CAP + 1])
 

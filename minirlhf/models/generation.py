@@ -98,7 +98,7 @@ class Generation(NamedTuple):
         return [r[s:e].tolist() for r, s, e in zip(self.tokens, starts, ends, strict=True)]
 
 
-def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
+def before_stop(text: str, stop_strings: Sequence[str]) -> str:
     """The text before the first stop string in it: what reward functions see."""
     found = [at for at in (text.find(stop) for stop in stop_strings) if at >= 0]
     return text[: min(found)] if found else text

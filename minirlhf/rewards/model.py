@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minirlhf import interrupt
 from minirlhf.data.batching import cut_by_tokens
-from minirlhf.data.encoding import cut_eos
+from minirlhf.data.encoding import strip_eos
 from minirlhf.data.formats import Messages
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
@@ -106,7 +106,7 @@ def model_reward(
                 own = response[:-1] if reason == "eos" else tokenizer.encode(text, bos=False)
                 response = [*own, end_of(tokenizer, batch.prompts[i], response[-1])]
         if model.read_before_eos:
-            response = cut_eos(response, tokenizer.eos_ids)
+            response = strip_eos(response, tokenizer.eos_ids)
         return prompt + response
 
     def score(batch: Completions) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 from minirlhf import interrupt
 from minirlhf.errors import REWARD_SERVICE, UserError, printable
 from minirlhf.files import atomic
-from minirlhf.files.rows import kind_of, strict_json
+from minirlhf.files.rows import json_kind, strict_json
 from minirlhf.rewards.source import LARGEST, Completions, RewardSource
 
 EXPECTED = {
@@ -168,9 +168,9 @@ def ask(service: Service, items: dict[str, dict | str]) -> dict[str, float]:
 
 def _scores_of(reply: object) -> list:
     if not isinstance(reply, dict):
-        raise ValueError(f"the reply is {kind_of(reply)}")
+        raise ValueError(f"the reply is {json_kind(reply)}")
     if not isinstance(reply.get("scores"), list):
-        got = kind_of(reply["scores"]) if "scores" in reply else "missing"
+        got = json_kind(reply["scores"]) if "scores" in reply else "missing"
         raise ValueError(f'"scores" is {got}')
     return reply["scores"]
 
@@ -194,7 +194,7 @@ def _by_id(scores: list, items: dict[str, dict | str]) -> dict[str, float]:
 
 def _number(value: object, what: str) -> float:
     if type(value) not in (int, float) or not abs(value) <= LARGEST:
-        shown = "a number beyond float32" if type(value) in (int, float) else kind_of(value)
+        shown = "a number beyond float32" if type(value) in (int, float) else json_kind(value)
         raise ValueError(f"{what} is {shown}")
     return float(value)
 

@@ -21,7 +21,7 @@ from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.files import folders
 from minirlhf.files.sieve import RowPolicy, column_problems
 from minirlhf.models import pretrained
-from minirlhf.models.generation import Sampling, cut_at_stop, generate
+from minirlhf.models.generation import Sampling, before_stop, generate
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run import settings
 from minirlhf.run.machine import choose_device, choose_dtype
@@ -120,7 +120,7 @@ def sample(
         rows = zip(part, made.responses(), made.finish_reason, strict=True)
         for prompt, response, reason in rows:
             kept = response[:-1] if reason == "eos" else response
-            text = cut_at_stop(tokenizer.decode(kept), sampling.stop_strings)
+            text = before_stop(tokenizer.decode(kept), sampling.stop_strings)
             read = response
             if reason == "stop":  # what stops it is no part of what it says
                 read = tokenizer.encode(text, bos=False) + list(tokenizer.eos_ids[:1])

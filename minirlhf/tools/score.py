@@ -20,7 +20,7 @@ from minirlhf.batches.preferences import (
     texts_of,
     without_eos,
 )
-from minirlhf.data.encoding import cut_eos
+from minirlhf.data.encoding import strip_eos
 from minirlhf.data.examples import Pair, Text, load_texts
 from minirlhf.data.rankings import load_preferences
 from minirlhf.data.tokenizer import load_tokenizer
@@ -83,7 +83,7 @@ def text_rows(
     """One {where, score} a text, and the summary."""
     rows = [text.ids for text in texts]
     if model.read_before_eos:
-        rows = [cut_eos(ids, eos_ids) or ids for ids in rows]
+        rows = [strip_eos(ids, eos_ids) or ids for ids in rows]
     scores = score_texts(model, rows, micro_batch_tokens)
     found = [{"where": text.where, "score": score}
              for text, score in zip(texts, scores.tolist(), strict=True)]

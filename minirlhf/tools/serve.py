@@ -23,11 +23,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
-from minirlhf.data.encoding import cut_eos
+from minirlhf.data.encoding import strip_eos
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.files import folders
-from minirlhf.files.rows import kind_of, strict_json
+from minirlhf.files.rows import json_kind, strict_json
 from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel
 from minirlhf.rewards.model import model_reward, score_texts
@@ -72,21 +72,21 @@ def completions_of(items: object) -> tuple[list, Completions]:
         UserError: an item is not of the form.
     """
     if not isinstance(items, list) or not items:
-        raise UserError("items", f"is {kind_of(items)}", "a list of at least one object")
+        raise UserError("items", f"is {json_kind(items)}", "a list of at least one object")
     ids, prompts, texts, reasons = {}, [], [], []
     for i, item in enumerate(items):
         where = f"items[{i}]"
         if not isinstance(item, dict):
-            raise UserError(where, f"is {kind_of(item)}", "an object")
+            raise UserError(where, f"is {json_kind(item)}", "an object")
         id, prompt, text = item.get("id"), item.get("prompt"), item.get("completion")
         if type(id) not in (str, int) or id in ids:
             raise UserError(f"{where}: id", f"is {printable(repr(id), 80)}",
                             "text or a whole number, another one for each item")
         if not _is_prompt(prompt):
-            raise UserError(f"{where}: prompt", f"is {kind_of(prompt)}",
+            raise UserError(f"{where}: prompt", f"is {json_kind(prompt)}",
                             'text, or a list of {"role": text, "content": text}')
         if not isinstance(text, str):
-            raise UserError(f"{where}: completion", f"is {kind_of(text)}", "text")
+            raise UserError(f"{where}: completion", f"is {json_kind(text)}", "text")
         reason = item.get("finish_reason", "eos")
         if reason not in REASONS:
             raise UserError(f"{where}: finish_reason", f"is {printable(repr(reason), 80)}",
@@ -118,10 +118,10 @@ def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: in
 
     def whole(text: object, i: int) -> list[int]:
         if not isinstance(text, str):
-            raise UserError(f"messages[{i}]", f"is {kind_of(text)}", "text")
+            raise UserError(f"messages[{i}]", f"is {json_kind(text)}", "text")
         ids = tokenizer.encode_marked(text)
         if model.read_before_eos:
-            ids = cut_eos(ids, tokenizer.eos_ids)
+            ids = strip_eos(ids, tokenizer.eos_ids)
         if not 0 < len(ids) <= model.config.longest_row:
             legal = f"the model reads 1 to {model.config.longest_row}"
             raise UserError(f"messages[{i}]", f"has {len(ids)} tokens", legal)
@@ -129,7 +129,7 @@ def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: in
 
     def answer(body: object) -> dict:
         if not isinstance(body, dict) or ("items" in body) == ("messages" in body):
-            raise UserError("body", f"is {kind_of(body)} with neither or both forms",
+            raise UserError("body", f"is {json_kind(body)} with neither or both forms",
                             'an object with either "items" or "messages"')
         if "items" in body:
             ids, batch = completions_of(body["items"])
@@ -138,7 +138,7 @@ def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: in
             return {"scores": [{"id": id, "score": score} for id, score in pairs]}
         texts = body["messages"]
         if not isinstance(texts, list) or not texts:
-            raise UserError("messages", f"is {kind_of(texts)}", "a list of at least one text")
+            raise UserError("messages", f"is {json_kind(texts)}", "a list of at least one text")
         rows = [whole(text, i) for i, text in enumerate(texts)]
         return {"scores": _finite(score_texts(model, rows, micro_batch_tokens).tolist())}
 

@@ -12,7 +12,7 @@ from minirlhf.models import generation
 from minirlhf.models.alignment import response_states
 from minirlhf.models.generation import (
     Sampling,
-    cut_at_stop,
+    before_stop,
     decode_steps,
     draw,
     generate,
@@ -237,7 +237,7 @@ def test_a_stop_string_may_end_inside_a_token():
     sampling = Sampling(4, stop_strings=("<end>",))
     out = generate(counting_lm(), [[1]], sampling, [], keys(1), words)
     assert out.responses() == [[2, 3, 4]] and out.finish_reason == ["stop"]
-    assert cut_at_stop(words(out.responses()[0]), sampling.stop_strings) == ""
+    assert before_stop(words(out.responses()[0]), sampling.stop_strings) == ""
 
 
 def test_stop_strings_are_found_late_and_over_many_tokens():
@@ -283,7 +283,7 @@ def test_eos_beats_a_stop_string():
     ],
 )
 def test_cut_at_stop_by_hand(text, stops, expected):
-    assert cut_at_stop(text, stops) == expected
+    assert before_stop(text, stops) == expected
 
 
 def test_generate_needs_no_pad_id_and_sees_no_padding():

@@ -28,7 +28,7 @@ from minirlhf.data.rankings import (
 )
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError, printable
-from minirlhf.files.rows import Row, kind_of
+from minirlhf.files.rows import Row, json_kind
 from minirlhf.files.sieve import STRICT, LeftOut, RowPolicy, Sieve
 from minirlhf.models.transformer import ModelConfig
 from minirlhf.setup.ppo_settings import PPOConfig
@@ -137,7 +137,7 @@ def recipe_of_row(row: Row) -> str:
         if name == "sft" and turns and (len(turns) < 2 or turns[-1].get("role") != "assistant"):
             continue  # nobody has answered: a prompt
         return name
-    keys = ", ".join(f"{printable(k, 40)} ({kind_of(v)})" for k, v in columns.items())
+    keys = ", ".join(f"{printable(k, 40)} ({json_kind(v)})" for k, v in columns.items())
     legal = "legal: chosen with rejected | prompt with responses, best first | prompt with "
     legal += "completion or response | prompt | messages | text | ids"
     do = f"{legal}; other names: --columns prompt=question"
