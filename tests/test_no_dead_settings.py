@@ -180,7 +180,6 @@ RECIPES = {
         "critic_learning_rate": Change(1e-3),
         "critic_warmup_steps": Change(1),
         "offload_frozen": Change(True, shown=True),
-        "metric_names": Change("trl-0.9"),
         "sample_every": Change(1),
         "sample_prompts": Change(1),
         "save_rollouts": Change(True),

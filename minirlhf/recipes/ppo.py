@@ -56,7 +56,6 @@ from minirlhf.rewards.source import RewardSource, Scores, as_scores
 from minirlhf.run import optim, settings
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.folder import Run
-from minirlhf.run.glossary import rename_to_trl09
 from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.run.meters import Step
 from minirlhf.setup import memory_plans, presets
@@ -265,8 +264,6 @@ def main(argv: list[str] | None = None) -> int:
         lm = merged_copy(policy.lm) if config.lora_rank else policy.lm
         r.export(lambda target: write_model(lm, tokenizer, target), "best")
 
-    if config.metric_names == "trl-0.9":
-        r.rename = rename_to_trl09
     with r:
         r.list_left_out(data.reports)
         r.facts(

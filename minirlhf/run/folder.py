@@ -80,7 +80,6 @@ class Run:
         self.state: TrainState | None = None  # once restored
         self.changed: dict[str, str] = {}  # setting -> how it differs from the last start's
         self.started = time.perf_counter()
-        self.rename: Callable[[dict], dict] = dict  # names of metrics in the log file
         self._check_folder()
 
     @property
@@ -407,8 +406,7 @@ class Run:
                 )
         peak = peak_bytes(str(next(state.model.parameters()).device)) / 1e9
         clock = {"elapsed": time.perf_counter() - self.started, "peak_memory": peak} | clock
-        named = self.rename(metrics) | {"clock": self.rename(clock)}
-        self._append(state, "metrics.jsonl", [named])
+        self._append(state, "metrics.jsonl", [metrics | {"clock": clock}])
         shown = [f"{n.rpartition('/')[2]} {metrics[n]:<9.4g}" for n in columns if n in metrics]
         self.say(f"step {state.step:>5}  " + "  ".join(shown).rstrip())
 

@@ -181,10 +181,6 @@ class PPOConfig:
     sample_prompts: int = setting(4, "fixed prompts in the table", at_least=1)
     save_rollouts: bool = setting(False, "all rollouts into samples.jsonl, ids and rewards too")
     log_every: int = setting(1, "steps between lines of the log", at_least=1)
-    metric_names: str = setting(
-        "trl-1", "whose names metrics.jsonl has; the numbers are the same",
-        choices=("trl-1", "trl-0.9"),
-    )
     save_every: int = setting(20, "steps between checkpoints", at_least=1)
     keep: int = setting(2, "checkpoints kept", at_least=2)
     resume: bool = setting(False, "go on from the newest checkpoint of --out")

@@ -114,7 +114,7 @@ _TRL_PPO_TRAINER = _rows(
     ("step", "minirlhf.ppo_step",
      "on a buffer that rollouts.measure has filled; or loop over ppo(...)"),
     ("step(response_masks=…)", "minirlhf.Rollout", "masked cells are skipped, not zeroed"),
-    ("log_stats", "minirlhf.run.glossary.rename_to_trl09", "to go on with its names"),
+    ("log_stats", "minirlhf metrics", "metrics.jsonl, always; its names are those of TRL 1.x"),
     ("save_pretrained", "minirlhf.save_pretrained",
      "of policy.lm as others read it; of the policy also its head, in a file of its own"),
     ("BestOfNSampler", "minirlhf sample, minirlhf score",

@@ -8,21 +8,10 @@ import pytest
 
 from minirlhf import cli
 from minirlhf.errors import BAD_INPUT, OK
-from minirlhf.run.glossary import LEFT_OUT, METRICS, definition, rename_to_trl09
+from minirlhf.run.glossary import METRICS, definition
 from tests.kill_harness import RECIPES, command, make_world
 
-# PPOTrainer.step and log_stats of TRL 0.9.6, and what its PPOv2, TRL 1.x's PPO, logs.
-TRL_09 = """
-objective/kl objective/kl_dist objective/logprobs objective/ref_logprobs objective/kl_coef
-objective/entropy ppo/mean_non_score_reward ppo/mean_scores ppo/std_scores ppo/learning_rate
-ppo/loss/policy ppo/loss/value ppo/loss/total ppo/policy/entropy ppo/policy/approxkl
-ppo/policy/policykl ppo/policy/clipfrac ppo/policy/advantages ppo/policy/advantages_mean
-ppo/policy/ratio ppo/returns/mean ppo/returns/var ppo/val/vpred ppo/val/error ppo/val/clipfrac
-ppo/val/mean ppo/val/var ppo/val/var_explained tokens/queries_len_mean tokens/queries_len_std
-tokens/queries_dist tokens/responses_len_mean tokens/responses_len_std tokens/responses_dist
-time/ppo/forward_pass time/ppo/compute_rewards time/ppo/compute_advantages time/ppo/optimize_step
-time/ppo/calc_stats time/ppo/total env/reward_mean env/reward_std env/reward_dist game_log
-""".split()
+# What PPO of TRL 1.x logs.
 TRL_1 = """
 eps objective/kl objective/entropy objective/non_score_reward objective/rlhf_reward
 objective/scores policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg loss/policy_avg
@@ -52,7 +41,7 @@ def names(lines: list[dict]) -> dict[str, bool]:
 def test_every_number_in_a_log_has_a_definition(recipe, lines):
     for name, clock in names(lines[recipe]).items():
         found = definition(recipe, name)
-        assert found is not None, f"{name}: define it in minirlhf/metrics.py"
+        assert found is not None, f"{name}: define it in minirlhf/run/glossary.py"
         assert found.clock is clock, name
 
 
@@ -74,33 +63,11 @@ def test_definitions_are_whole_and_their_names_one_of_a_kind(recipe):
     for m in found:
         assert all((m.unit, m.over, m.reduction, m.meaning)), m.name
         assert "eval" not in m.name or "--eval-data" in m.when
-    other = [m for r in METRICS for m in METRICS[r] if r != "ppo" and m.trl09]
-    assert other == []  # TRL 0.9's PPO is ours
-
-
-def test_all_44_statistics_of_trl09_have_a_number_or_a_reason():
-    assert len(set(TRL_09)) == 44
-    renamed = [m.trl09 for m in METRICS["ppo"] if m.trl09]
-    assert sorted([*renamed, *LEFT_OUT]) == sorted(TRL_09)  # each once
-    assert all(LEFT_OUT.values())
 
 
 def test_all_18_statistics_of_trl1_keep_their_names():
     assert len(set(TRL_1)) == 18
     assert set(TRL_1) <= {m.name for m in METRICS["ppo"]}
-
-
-def test_rename_changes_names_only_and_gives_none_twice(lines):
-    line = lines["ppo"][-1]
-    for part in (line["clock"], {n: v for n, v in line.items() if n != "clock"}):
-        renamed = rename_to_trl09(part)
-        assert list(renamed.values()) == list(part.values())
-        old = {m.name for m in METRICS["ppo"] if m.trl09 and m.trl09 != m.name}
-        assert not old & renamed.keys()
-    # by hand, one of each part
-    assert rename_to_trl09({"time/measure": 1.0, "time/rollout": 2.0, "lr": 3.0, "step": 4}) == {
-        "time/ppo/forward_pass": 1.0, "time/rollout": 2.0, "ppo/learning_rate": 3.0, "step": 4,
-    }
 
 
 @pytest.mark.parametrize(
@@ -133,7 +100,7 @@ def test_definition_fits_a_held_out_set_of_any_name(name, found):
     assert (got and got.name) == found
 
 
-def test_numbers_that_are_told_twice_agree(lines):
+def test_numbers_that_follow_from_others_agree(lines):
     for line in lines["ppo"]:
         if "objective/rlhf_reward" not in line:
             continue  # an evaluation before any step
@@ -158,22 +125,14 @@ def test_table_has_a_line_a_metric_in_columns(recipe, capsys):
     assert cli.main(["metrics", "--recipe", recipe]) == OK
     head, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert head.startswith("metric ") and len(rows) == len(METRICS[recipe])
-    place = {word: head.index(word) for word in ("unit", "over", "reduction", "TRL 0.9", "meaning")}
+    place = {word: head.index(word) for word in ("unit", "over", "reduction", "meaning")}
     for row, m in zip(rows, METRICS[recipe], strict=True):
         assert row.startswith(f"{m.name} ")
         for word, text in (("unit", m.unit), ("over", m.over), ("reduction", m.reduction),
-                           ("TRL 0.9", m.trl09 or " "), ("meaning", m.meaning)):
+                           ("meaning", m.meaning)):
             assert row[place[word] :].startswith(text), (row, word)
         assert ("under clock" in row) is m.clock
         assert m.when is None or f"only with: {m.when}" in row
-
-
-def test_table_of_ppo_names_what_is_left_out(capsys):
-    assert cli.main(["metrics"]) == OK
-    out = capsys.readouterr().out
-    assert all(f"  {name} " in out and reason in out for name, reason in LEFT_OUT.items())
-    assert cli.main(["metrics", "--recipe", "sft"]) == OK
-    assert "game_log" not in capsys.readouterr().out
 
 
 def test_json_is_one_object_a_metric(capsys):
