@@ -1,9 +1,9 @@
 """Tables of other tools' parameters: complete, and nothing in them that does not exist here."""
 
-import importlib
 import itertools
+import tomllib
 from dataclasses import fields
-from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +12,8 @@ from minirlhf import cli
 from minirlhf.errors import BAD_INPUT, OK
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward import RewardConfig
-from minirlhf.tools.coming_from import TABLES, Section
+from minirlhf.tools import coming_from
+from minirlhf.tools.coming_from import TOOLS, WIDTH, Section, sections
 
 FLAGS = {
     recipe: {"--" + f.name.replace("_", "-") for f in fields(config)}
@@ -20,7 +21,7 @@ FLAGS = {
 }
 
 # Fields of trl 0.9.6's PPOConfig and of that of 0.12 to 1.12 (with the two that went in between),
-# of trl 0.11's RewardTrainer, of LLaMA-Factory's for ppo.
+# of trl 0.11's RewardTrainer, and those that LLaMA-Factory reads for ppo.
 TRL_PPO = """
 exp_name seed log_with task_name model_name query_dataset reward_model remove_unused_columns
 tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name push_to_hub_if_best_kwargs
@@ -59,12 +60,13 @@ reward_model_quantization_bit lora_rank lora_alpha lora_dropout lora_target temp
 max_new_tokens max_steps template cutoff_len dataset plot_loss resume_from_checkpoint
 logging_steps save_steps learning_rate lr_scheduler_type max_grad_norm
 """.split()
-SECTIONS = [section for sections in TABLES.values() for section in sections]
+SECTIONS = sections()
 OF = {section.title: section for section in SECTIONS}
+SHARED = "TrainingArguments of RewardConfig and of the stages ppo and rm"
 
 
 def names(*sections: Section) -> set[str]:
-    return {name for s in sections for row in s.rows for name in row.theirs.split(", ")}
+    return {name for s in sections for there, _, _ in s.rows for name in there.split(", ")}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def names(*sections: Section) -> set[str]:
         (TRL1_PPO, ["PPOConfig of TRL 0.12 to 1.12"]),
         (TRL1_PPO_TRAINER, ["PPOTrainer of TRL 0.12 to 1.12"]),
         (TRL_REWARD, ["RewardTrainer and RewardConfig of TRL 0.11"]),
-        (LLAMA_FACTORY, ["stage ppo", "stage ppo: TrainingArguments"]),
+        (LLAMA_FACTORY, ["stage ppo of LLaMA-Factory", SHARED]),
     ],
     ids=["PPOConfig", "PPOTrainer", "PPOConfig 1", "PPOTrainer 1", "RewardTrainer", "LF"],
 )
@@ -88,47 +90,49 @@ def test_tables_of_ppo_config_have_nothing_else():
     assert names(OF["PPOConfig of TRL 0.12 to 1.12"]) == set(TRL1_PPO)
 
 
-def exists(name: str, recipe: str) -> bool:
-    """Whether there is such a flag, verb or module, or such a name where its module defines it."""
+def exists(name: str, verbs: list[str]) -> bool:
+    """Whether each verb has such a flag, or there is such a verb or public name."""
     if name.startswith("--"):
-        return name in FLAGS[recipe]
+        return all(name in FLAGS[verb] for verb in verbs)
     if name.startswith("minirlhf "):
         return name.split()[1] in cli.VERBS
     module, _, attribute = name.rpartition(".")
-    if module == "minirlhf":
-        return attribute in minirlhf.__all__ or find_spec(name) is not None
-    found = getattr(importlib.import_module(module), attribute, None)
-    return getattr(found, "__module__", None) == module
+    return module == "minirlhf" and attribute in minirlhf.__all__
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.title)
 def test_everything_of_ours_exists(section):
-    for row in section.rows:
-        wrong = [name for name in row.ours.split(", ") if name and not exists(name, section.recipe)]
-        assert wrong == [], row.theirs
-        assert row.theirs and row.difference
+    assert section.rows and set(section.tools) <= set(TOOLS) and set(section.verbs) <= FLAGS.keys()
+    for there, ours, difference in section.rows:
+        assert [n for n in ours.split(", ") if n != "-" and not exists(n, section.verbs)] == []
+        assert there and difference
+        assert max(map(len, f"{there} {ours}".replace("minirlhf ", "").split())) <= WIDTH
 
 
 def test_exists_can_fail():
-    assert not exists("--no-such-flag", "ppo")
-    assert not exists("--show-samples", "ppo") and exists("--show-samples", "reward")
-    assert not exists("minirlhf dance", "ppo")
-    assert not exists("minirlhf.equations.policy.no_loss", "ppo")
-    assert not exists("minirlhf.recipes.ppo.masked_sum", "ppo")  # imported there
-    assert not exists("minirlhf.no_module", "ppo")
+    assert not exists("--no-such-flag", ["ppo"])
+    assert not exists("--show-samples", ["ppo", "reward"]) and exists("--show-samples", ["reward"])
+    assert not exists("minirlhf dance", ["ppo"])
+    assert not exists("minirlhf.no_name", ["ppo"])
 
 
-@pytest.mark.parametrize("tool", TABLES)
+def test_the_table_is_part_of_the_package():
+    project = tomllib.loads((Path(minirlhf.__file__).parents[1] / "pyproject.toml").read_text())
+    declared = project["tool"]["setuptools"]["package-data"]["minirlhf.tools"]
+    assert Path(coming_from.__file__).with_suffix(".tsv").name in declared
+
+
+@pytest.mark.parametrize("tool", TOOLS)
 def test_coming_from_prints_every_row(tool, capsys):
     assert cli.main(["coming-from", tool]) == OK
     lines = capsys.readouterr().out.splitlines()
-    for section in TABLES[tool]:
-        at = lines.index(f"{section.title} → minirlhf {section.recipe}")
+    starts = [2, 4 + WIDTH, 6 + 2 * WIDTH, None]  # of the three columns
+    for section in (section for section in SECTIONS if tool in section.tools):
+        at = lines.index(f"{section.title} → minirlhf {', '.join(section.verbs)}")
         here = list(itertools.takewhile(bool, lines[at + 1 :]))  # up to an empty line
-        cells = ([line[2:42], line[44:84], line[86:]] for line in here)
-        told = [" ".join(" ".join(column).split()) for column in zip(*cells, strict=True)]
-        rows = [(row.theirs, row.ours or "-", row.difference) for row in section.rows]
-        assert told == [" ".join(column) for column in zip(*rows, strict=True)]
+        for column, (start, end) in enumerate(itertools.pairwise(starts)):
+            printed = " ".join(" ".join(line[start:end] for line in here).split())
+            assert printed == " ".join(row[column] for row in section.rows)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +149,7 @@ def test_coming_from_refuses_what_it_does_not_know(words, message, capsys):
 
 
 @pytest.mark.parametrize("words", [[], ["--help"]])
-def test_coming_from_tells_its_tools(words, capsys):
+def test_coming_from_names_its_tools(words, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["coming-from", *words])
     assert left.value.code == OK
