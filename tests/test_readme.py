@@ -1,45 +1,148 @@
-"""The README's examples run as they stand, and what it says of the files is true."""
+"""Each page's examples run or parse as they stand, and what it says of files and names is true."""
 
+import importlib
 import json
 import re
-from pathlib import Path
+import tomllib
+from dataclasses import fields
 
 import pytest
 import torch
 
-from minirlhf import streams
-from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
-from minirlhf.models.pretrained import save_pretrained
-from minirlhf.models.transformer import CausalLM, ModelConfig, initialize
-from minirlhf.run.settings import validate
+import minirlhf
+from minirlhf.cli import VERBS
+from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.setup.ppo_settings import PPOConfig
+from tests import pages
+from tests.pages import MODEL, PAGES, ROOT, run_code
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-MODEL = "real/SmolLM2-135M-Instruct"
+FRONT, OWN = "README.md", "minirlhf/recipes/README.md"
+every_page = pytest.mark.parametrize("page", PAGES, ids=str)
 
 
-def make_model(folder: Path) -> None:
-    """A tiny model under the name of the real one."""
-    tokenizer = train_tokenizer(["a film that works", "the plot is thin"] * 4, 280, folder)
-    source = {"model_type": "llama", "vocab_size": tokenizer.vocab_size, "hidden_size": 16,
-              "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-              "eos_token_id": tokenizer.eos_ids[0], "tie_word_embeddings": True}
-    config = ModelConfig(
-        family="llama", vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32,
-        num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, max_positions=128, source=source,
-    )
-    save_pretrained(initialize(CausalLM(config), streams.generator(0, "readme")), folder)
+# ------------------------------------------------------------------------------------- every page
+
+
+@every_page
+def test_links_lead_to_files_and_headings(page):
+    for target in pages.links(page):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in pages.anchors(file), target
+
+
+@every_page
+def test_data_blocks_are_valid(page):
+    for block in pages.blocks(page, "json"):
+        for line in [block] if block.lstrip().startswith("{\n") else block.splitlines():
+            json.loads(line)
+    for block in pages.blocks(page, "toml"):
+        tomllib.loads(block)
+
+
+@every_page
+def test_code_is_in_a_language_that_is_checked(page):
+    fences = re.findall(r"^```(.*)$", pages.read(page), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert set(fences[::2]) <= {"bash", "python", "json", "toml", "text"}
+    assert set(fences[1::2]) <= {""}
+
+
+@every_page
+def test_shell_commands_exist_and_accept_their_settings(page, monkeypatch):
+    for words in pages.commands(page):
+        program, *rest = words
+        if program == "minirlhf":
+            pages.parse(rest, monkeypatch)
+        elif program == "python" and rest[0].endswith(".py"):
+            source = pages.script_source(rest[0])
+            for flag in (word for word in rest if word.startswith("--")):
+                assert re.search(rf'"(--)?{flag[2:]}"', source), f"{rest[0]} {flag}"
+        else:
+            assert program in ("python", "pip", "pytest", "git", "curl", "kill", "cd"), words
+
+
+@every_page
+def test_flags_in_a_sentence_are_of_a_verb_or_a_script(page, monkeypatch):
+    known = pages.all_flags(monkeypatch)
+    scripts = (ROOT / "benchmarks").glob("*.py")
+    known |= set(re.findall(r"--[a-z0-9-]+", "".join(map(pages.read, scripts))))
+    for code in pages.inline(page):
+        if code.startswith("minirlhf "):
+            assert code.split()[1] in {*VERBS, "VERB", "--help", "--version"}, code
+        if not code.startswith(("pip ", "pytest")):
+            assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", code)) <= known, code
+
+
+@every_page
+def test_shell_commands_can_be_pasted_into_zsh(page):
+    """There a # begins no comment, and a * that is not quoted must match a file."""
+    for block in pages.blocks(page, "bash"):
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", block)
+        assert "#" not in bare and "*" not in bare and "[" not in bare
+    assert not re.search(r"`[^`\n]* [0-9.]+\*[^`\n]*`", pages.read(page))  # within a line
+
+
+@every_page
+def test_paths_in_backticks_exist(page):
+    """`equations/kl.py` is a file of the package, or of the repository."""
+    for code in pages.inline(page):
+        if re.fullmatch(r"[\w/]+/\w+\.py", code):
+            places = ROOT, ROOT / "minirlhf", (ROOT / page).parent
+            assert any((place / code).is_file() for place in places), code
+
+
+@every_page
+def test_lengths_of_files_are_true_to_a_tenth(page):
+    for name, target, lines in re.findall(r"^\| \[`(.+?)`\]\((.+?)\) \| (\d+) \|",
+                                          pages.read(page), re.MULTILINE):
+        file = (ROOT / page).parent / target
+        assert file.as_posix().endswith(name)
+        real = len(file.read_text(encoding="utf-8").splitlines())
+        assert abs(real - int(lines)) <= 0.1 * real, f"{name} has {real} lines"
+
+
+# -------------------------------------------------------------------------------- the front door
+
+
+def test_readme_is_short():
+    assert len(pages.read(FRONT).splitlines()) <= 220
+
+
+def test_readme_leads_to_each_page_and_wing():
+    wings = [path.parent.name for path in (ROOT / "minirlhf").glob("*/__init__.py")]
+    text, targets = pages.read(FRONT), pages.links(FRONT)
+    assert not [wing for wing in wings if f"`{wing}/`" not in text]
+    assert not [page for page in PAGES if str(page) not in (*targets, FRONT)
+                and page.parts[0] == "minirlhf"]
+
+
+def test_readme_tells_of_each_verb():
+    words = " ".join([*pages.inline(FRONT), *pages.blocks(FRONT, "bash")])
+    assert not [verb for verb in VERBS if f"minirlhf {verb}" not in words]
+
+
+def test_equations_name_public_functions_and_their_tests():
+    rows = re.findall(r"^\| .+ \| .+ \| (`.+`) \| `(tests/\S+\.py)` \|$", pages.read(FRONT),
+                      re.MULTILINE)
+    assert len(rows) >= 12
+    for names, test in rows:
+        source = pages.read(test)
+        for name in re.findall(r"`([\w.]+)`", names):
+            module, _, function = name.rpartition(".")
+            home = importlib.import_module(f"minirlhf.{module}") if module else minirlhf
+            assert callable(getattr(home, function)), name
+            assert function in source, f"{test} does not test {function}"
+
+
+# ------------------------------------------------------------------------------- Python, as it is
 
 
 @pytest.fixture
 def in_a_small_world(tmp_path, monkeypatch):
-    """Where the README's paths lead to a tiny model and three prompts."""
-    make_model(tmp_path / MODEL)
-    lines = [json.dumps({"prompt": text}) for text in ("a film", "the plot", "a plot that")]
-    (tmp_path / "real" / "movie_prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    """Where the pages' paths lead to a tiny model, three prompts and three pairs."""
+    pages.make_world(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     before = torch.are_deterministic_algorithms_enabled()
@@ -47,44 +150,51 @@ def in_a_small_world(tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(before)
 
 
-def run_code(code: str, names: dict) -> dict:
-    exec(compile(code, "README.md", "exec"), names)
-    return names
-
-
 def shorter(code: str, steps: int) -> str:
     """The loop, which would take a minute, with fewer steps and a checkpoint each second one."""
-    assert "steps=50" in code and "step.number % 20" in code
     return code.replace("steps=50", f"steps={steps}").replace("number % 20", "number % 2")
 
 
-def test_readme_loop_runs_as_it_stands_and_goes_on_from_its_checkpoint(in_a_small_world, capsys):
-    code = CODE[0]
-    run_code(shorter(code, 3), {})
+@every_page
+def test_python_runs_as_it_stands(page, in_a_small_world):
+    names: dict = {"__name__": "readme"}
+    for code in pages.blocks(page, "python"):
+        run_code(shorter(code, 2), names)
+
+
+def test_own_loop_goes_on_from_its_checkpoint(in_a_small_world, capsys):
+    code = shorter(pages.blocks(OWN, "python")[0], 3)
+    assert "steps=3" in code and "step.number % 2" in code
+    run_code(code, {})
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("1 ") and first.endswith(" 0.0")  # KL at step 0 is exactly 0
     assert second.startswith("2 ") and third.startswith("3 ")
     aligned = in_a_small_world / "aligned"
     before = (aligned / "model.safetensors").read_bytes()
-    run_code(shorter(code, 3), {})
+    run_code(code, {})
     assert capsys.readouterr().out.splitlines() == [third]
     assert (aligned / "model.safetensors").read_bytes() == before
     assert load_tokenizer(aligned).fingerprint == load_tokenizer(MODEL).fingerprint
 
 
-def test_readme_update_moves_the_policy_and_starts_at_ratio_one(in_a_small_world):
-    names = run_code(shorter(CODE[0], 1), {})
-    run_code(CODE[1], names)
+def own_names(count: int) -> dict:
+    """What the first blocks of the page on own loops define."""
+    names: dict = {}
+    for code in pages.blocks(OWN, "python")[:count]:
+        run_code(shorter(code, 1), names)
+    return names
+
+
+def test_own_update_moves_the_policy_and_starts_at_ratio_one(in_a_small_world):
+    names = own_names(2)
     before = names["policy"].lm.model.embed_tokens.weight.clone()
     stats = names["update"]([[5, 6], [7]], [[8, 9, 10], [11]], [1.0, -1.0], iteration=0)
     assert stats.first_ratio_gap == 0 and stats.grad_norm > 0
     assert not torch.equal(names["policy"].lm.model.embed_tokens.weight, before)
 
 
-def test_readme_loss_is_the_one_that_is_learned_from(in_a_small_world):
-    names = run_code(shorter(CODE[0], 1), {})
-    run_code(CODE[1], names)
-    run_code(CODE[2], names)
+def test_own_loss_is_the_one_that_is_learned_from(in_a_small_world):
+    names = own_names(3)
     rollout = [[5, 6], [7]], [[8, 9, 10], [11]], [1.0, -1.0]
     settings = {"clip_low": 0.0, "clip_high": 0.0, "learning_rate": 1e-2}
     names["config"] = PPOConfig(**settings)
@@ -105,15 +215,12 @@ def test_readme_loss_is_the_one_that_is_learned_from(in_a_small_world):
         ends.append(policy.lm.model.embed_tokens.weight.clone())
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)
     assert not torch.equal(ends[0], start["lm.model.embed_tokens.weight"])
-    assert validate(names["config"]) is None  # its settings are checked as PPOConfig's are
 
 
-@pytest.mark.parametrize("file", ["README.md", "benchmarks/README.md"])
-def test_shell_commands_can_be_pasted_into_zsh(file):
-    """There a # begins no comment, and a * that is not quoted must match a file."""
-    text = (ROOT / file).read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    assert blocks
-    for bare in (re.sub(r"'[^']*'|\"[^\"]*\"", "", block) for block in blocks):
-        assert "#" not in bare and "*" not in bare and "[" not in bare
-    assert not re.search(r"`[^`\n]* [0-9.]+\*[^`\n]*`", text)  # within a line
+def test_settings_in_toml_are_of_some_verb(monkeypatch):
+    known = {name for verb in VERBS
+             if (config := pages.config_of(verb, monkeypatch)) is not pages.Parsed
+             for name in (field.name for field in fields(config))}
+    for page in PAGES:
+        for block in pages.blocks(page, "toml"):
+            assert {key.replace("-", "_") for key in tomllib.loads(block)} <= known
