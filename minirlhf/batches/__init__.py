@@ -1,0 +1,7 @@
+"""What is learned from.
+
+Read rollouts.py (what is kept of a rollout, its micro-batches, the passes that measure it) and
+collect.py (sampling one); preferences.py (pairs and ranked lists, each batch with its loss);
+demonstrations.py (texts, and the language-model loss). Imports rewards, models, data and what lies
+below them.
+"""

@@ -1,0 +1,7 @@
+"""From rows of a file to token ids.
+
+Read examples.py (what a recipe is given), formats.py (which columns a row may have), encoding.py
+(parts of a row to ids), tokenizer.py and chat_template.py; then rankings.py (ranked lists) and
+batching.py (which rows a step takes). README.md has the formats. Imports equations and files;
+knows neither models nor run.
+"""

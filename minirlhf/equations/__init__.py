@@ -1,0 +1,7 @@
+"""Every equation of RLHF once, as a function of tensors: shapes, units and paper in its docstring.
+
+Read advantages.py (per-token rewards, GAE), policy.py (the clipped losses), kl.py and preference.py
+(Bradley-Terry, Plackett-Luce, DPO); then masking.py, which all of them reduce with, scores.py (the
+scale of scores, rules for truncated responses) and intervals.py (win rates, confidence intervals).
+Losses come back unreduced. Imports torch, and nothing of the package.
+"""

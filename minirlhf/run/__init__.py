@@ -1,0 +1,7 @@
+"""What every run has, whatever it trains.
+
+Read settings.py (a dataclass becomes flags, a file reader and --help), folder.py (the run's folder
+and its log), checkpoint.py (all that changes in a run, and its commit), optim.py (AdamW, learning
+rate, clipping), meters.py and glossary.py (the numbers of the log), machine.py (device and dtype).
+README.md says what a crash loses. Imports equations and files; knows neither models nor data.
+"""
