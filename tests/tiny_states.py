@@ -2,7 +2,8 @@
 
 import torch
 
-from minirlhf.models.transformer import CausalLM, ModelConfig, initialize
+from minirlhf.models.config import ModelConfig
+from minirlhf.models.transformer import CausalLM, initialize
 
 f64 = torch.float64
 CONFIG = ModelConfig("llama", 50, 16, 24, 2, 4, 2, 4, 32)

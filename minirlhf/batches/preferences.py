@@ -27,7 +27,7 @@ from minirlhf.equations.preference import (
 )
 from minirlhf.errors import UserError
 from minirlhf.models.alignment import pad_right
-from minirlhf.models.transformer import ModelConfig
+from minirlhf.models.config import ModelConfig
 
 Example = Pair | Ranking
 E = TypeVar("E", Pair, Ranking)

@@ -11,7 +11,8 @@ from functools import partial
 from typing import NamedTuple
 
 from minirlhf.errors import UserError, printable
-from minirlhf.files.rows import Row, json_kind
+from minirlhf.files.reading import json_kind
+from minirlhf.files.rows import Row
 
 Messages = list[dict]
 Part = str | Messages | list[int]

@@ -40,7 +40,8 @@ from minirlhf.data.formats import (
 )
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError, printable
-from minirlhf.files.rows import Row, json_kind
+from minirlhf.files.reading import json_kind
+from minirlhf.files.rows import Row
 from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve
 
 LABELS = ("ranks", "scores", "best", "choice")  # columns, at most one of them

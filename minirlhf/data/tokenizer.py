@@ -23,7 +23,7 @@ from minirlhf.data.chat_template import (
 from minirlhf.data.formats import Messages
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import CODE_KEYS, inside
-from minirlhf.files.rows import read_json, read_text, strict_json
+from minirlhf.files.reading import read_json, read_text, strict_json
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # of tokenizers that are trained here
 SPARE = (EOS, PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>",

@@ -1,4 +1,8 @@
-"""files.folders."""
+"""Model folders: found on this machine or fetched from the hub, and which of their files count.
+
+Such a folder comes from somebody else. Neither pickles nor code of it are downloaded or read, no
+key of it that names code is acted on, and no link leads out of it.
+"""
 
 import os
 import re
@@ -6,6 +10,10 @@ from pathlib import Path
 
 from minirlhf.errors import UserError
 
+# What makes other tools import code, from the folder or from the hub.
+CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation",
+             "_attn_implementation_internal", "_experts_implementation",
+             "_experts_implementation_internal")
 # Tensors that old checkpoints carry and no computation needs.
 HARMLESS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 WEIGHTS = "*.safetensors"
@@ -14,10 +22,12 @@ NOT_DOWNLOADED = ["consolidated*", "*/*"]  # the same weights once more, in anot
 
 
 def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
-    """The local folder, or a download of a hub name; a folder that is there asks no network.
+    """The folder of this name, or else a download of the hub's model of this name (owner/name).
 
     Args:
-        weights: whether a download fetches them too.
+        weights: whether a download brings them too.
+    Raises:
+        UserError: a file, no such folder, no huggingface_hub, or whatever the hub answers.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -29,48 +39,39 @@ def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(
-            name, "no such folder", "for a hub name: pip install huggingface_hub"
-        ) from None
+        do = "for a hub name: pip install huggingface_hub"
+        raise UserError(name, "no such folder", do) from None
+    patterns = [pattern for pattern in DOWNLOADED if weights or pattern != WEIGHTS]
     try:
-        wanted = [p for p in DOWNLOADED if weights or p != WEIGHTS]
-        return Path(
-            snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=NOT_DOWNLOADED)
-        )
+        return Path(snapshot_download(
+            str(name), allow_patterns=patterns, ignore_patterns=NOT_DOWNLOADED
+        ))
     except Exception as error:  # the hub's own errors, and those of whatever carries its requests
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            name,
-            f"neither a local folder nor to be had from the hub ({reason})",
-            "check the path, or the name and the network",
-        ) from error
+        what = f"neither a local folder nor to be had from the hub ({reason})"
+        raise UserError(name, what, "check the path, or the name and the network") from error
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file of a model's folder, which may be a link within that folder only.
+    """The path of a file of a model's folder, which no link may lead out of.
 
-    A folder from elsewhere could else show files of this machine as its own, and have them copied
-    into whatever is exported. The hub's cache keeps files in blobs/, beside the folders of links,
-    or once for all models in blobs/ of the whole cache, by their hash.
+    Otherwise a folder from elsewhere could show a file of this machine as its own, and have it
+    copied into what is exported. Legal are the links of the hub's cache: it keeps a model's files
+    in blobs/ beside the folder of links, or those of all models in one blobs/, by their hash.
 
     Raises:
-        UserError: the name is a link that leads elsewhere.
+        UserError: the file is a link that leads elsewhere.
     """
-    home, path = folder.resolve(), folder / name
+    own, path = folder.resolve(), folder / name
     try:
         real = path.resolve()
     except (OSError, RuntimeError):  # links in a circle; Python 3.13 leaves them to the reader
         real = path / name
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parents[1] / "blobs")
+    legal = [own]
+    if own.parent.name == "snapshots":
+        legal.append(own.parents[1] / "blobs")
         if re.fullmatch(r"[0-9a-f]{64}", real.name):
-            homes.append(home.parents[1].parent / "blobs" / real.name[:2])
-    if real.parent not in homes:
+            legal.append(own.parents[1].parent / "blobs" / real.name[:2])
+    if real.parent not in legal:
         raise UserError(path, "is a link to a file outside its folder", "copy the file to here")
     return path
-
-# What makes other tools import code, from the folder or from the hub.
-CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation",
-             "_attn_implementation_internal", "_experts_implementation",
-             "_experts_implementation_internal")

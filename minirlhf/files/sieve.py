@@ -1,4 +1,4 @@
-"""What becomes of rows that are not as they should be: refused, mended or left out, and told.
+"""Which columns a file's rows have under which names, and what becomes of malformed rows.
 
 A file is malformed in one of two ways. Where the fault lies inside a row, the row can be left out
 and the next one read (`--bad-rows skip`). Where it hides where the next row begins (a JSON array or
@@ -14,23 +14,31 @@ from typing import NamedTuple
 
 from minirlhf.errors import UserError, printable
 
-# What formats.py and rankings.py read; of token ids TRL's spelling, since files that have another
-# tool's spelling are that tool's, with its names.
+# Columns that data/formats.py and data/rankings.py read. Those of token ids are spelled as in TRL:
+# a file in another tool's spelling is told by it, and needs no names.
 COLUMNS = (
     "text", "messages", "prompt", "completion", "response", "chosen", "rejected", "margin",
     "chosen_probability", "responses", "ranks", "scores", "best", "choice", "completions",
     "input_ids", "attention_mask", "prompt_length", "prompt_ids", "chosen_ids", "chosen_mask",
     "rejected_ids", "rejected_mask",
 )
+RAW_CAP = 200  # characters of a row that is left out, as they are shown
+
+# One escape of a JSON string: a whole surrogate pair, half of one (the group), or any other.
+_ESCAPE = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    r"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
 
 
 def column_names(words: Iterable[str]) -> dict[str, str]:
-    """Name here -> name in the file, of words in which `column_problems` finds none."""
+    """Our name of a column -> the file's, of legal words such as prompt=question."""
     return dict(word.split("=", 1) for word in words)
 
 
 def column_problems(words: Iterable[str]) -> list[str]:
-    """What is wrong with them, for a config's own check()."""
+    """What is wrong with such words, in sentences; none where `column_names` can read them."""
     found: list[str] = []
     columns: dict[str, str] = {}
     for word in words:
@@ -51,16 +59,6 @@ def column_problems(words: Iterable[str]) -> list[str]:
         else:
             columns[name] = column
     return found
-
-
-RAW_CAP = 200  # characters of a row that is left out, as they are shown
-
-# One escape of a JSON string: a whole surrogate pair, half of one (the group), or any other.
-_ESCAPE = re.compile(
-    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-    r"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
-    re.DOTALL,
-)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,10 @@
-"""models.alignment."""
+"""How prompts and responses lie in a batch, and where in it a response token finds its state.
+
+Rows are left-aligned: prompt, response, zeros. Column t of a (B, R) tensor belongs to response
+token t and to the state in which it was chosen.
+
+Shapes: B rows, T columns, P_b tokens of row b's prompt, R tokens of the longest response.
+"""
 
 from collections.abc import Sequence
 
@@ -8,18 +14,33 @@ from torch import Tensor
 from minirlhf.errors import UserError
 
 
-def response_states(hidden: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
-    """The state each response token was chosen in: the one off-by-one of RLHF lives here.
+def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of ids -> (B, T) int64, with zeros on the right; only lengths tell where a row ends.
 
-    Response token t of row b stands at index P_b + t, so its log-prob and the value of the state
-    before it are both read at index P_b - 1 + t.
+    >>> pad_right([[5, 6], [7]])
+    tensor([[5, 6],
+            [7, 0]])
+    """
+    width = max(len(row) for row in rows)
+    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])
+
+
+def response_states(hidden: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
+    """The state in which each response token was chosen: the one off-by-one of RLHF is here.
+
+    Response token t of row b stands at index P_b + t, and the model chose it after it had read
+    index P_b + t - 1. So its log-prob, and the value of the state before it, are read there.
 
     Args:
-        hidden: (B, T, …) per-token states or values, rows left-aligned.
+        hidden: (B, T, …), a state or a value of each token.
         prompt_lengths: (B,) P_b >= 1.
-        width: R, columns of the result.
+        width: R.
     Returns:
-        (B, R, …); column t beyond a row's response repeats the last column and is to be masked.
+        (B, R, …). Columns behind a row's response hold other states of the row: mask them.
+
+    >>> states = torch.tensor([[10, 11, 12, 13]])  # prompt of 2 tokens, response of 2
+    >>> response_states(states, torch.tensor([2]), 2)
+    tensor([[11, 12]])
     """
     index = prompt_lengths[:, None] - 1 + torch.arange(width, device=hidden.device)
     index = index.clamp(max=hidden.shape[1] - 1)  # (B, R)
@@ -28,14 +49,18 @@ def response_states(hidden: Tensor, prompt_lengths: Tensor, width: int) -> Tenso
     return hidden.gather(1, index.view(index.shape + (1,) * (hidden.dim() - 2)).expand(shape))
 
 
-def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Ragged ids -> (B, longest) int64, zeros on the right; only lengths say where a row ends."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])
-
-
 def check_known(tokens: Tensor, words: int, who: str) -> None:
-    """A policy whose vocabulary is padded further than another model's may draw what it lacks."""
-    if int(tokens.max()) >= words:
-        what = f"token {int(tokens.max())} was sampled, {who} has {words:,}"
+    """Refuses sampled ids that another model has no embedding for.
+
+    A policy whose vocabulary is padded further than that of its reference can sample such an id.
+
+    Args:
+        tokens: ids, of any shape.
+        words: ids that the other model knows.
+        who: what the error calls the other model.
+    Raises:
+        UserError: an id of `words` or more.
+    """
+    if (largest := int(tokens.max())) >= words:
+        what = f"token {largest} was sampled, {who} has {words:,}"
         raise UserError("vocabulary", what, "take models of one size of vocabulary")

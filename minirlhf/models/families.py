@@ -11,7 +11,7 @@ from typing import Any
 
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import CODE_KEYS
-from minirlhf.models.transformer import ModelConfig
+from minirlhf.models.config import ModelConfig
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",

@@ -15,9 +15,10 @@ from torch import Tensor
 from minirlhf import interrupt, streams
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.models.alignment import pad_right
+from minirlhf.models.cache import KVCache
 from minirlhf.models.logprobs import widened
 from minirlhf.models.support import RowSupport, Support
-from minirlhf.models.transformer import CausalLM, KVCache
+from minirlhf.models.transformer import CausalLM
 
 
 @dataclass(frozen=True)

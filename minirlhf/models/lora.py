@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from minirlhf import streams
 from minirlhf.models.heads import RewardModel, ValueHeadModel
+from minirlhf.models.linear import Linear, linear
 from minirlhf.models.logprobs import widened
-from minirlhf.models.transformer import CausalLM, Linear, linear
+from minirlhf.models.transformer import CausalLM
 
 Model = TypeVar("Model", CausalLM, ValueHeadModel, RewardModel)
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from minirlhf.errors import MACHINE, UserError, printable
 from minirlhf.files.folders import inside, resolve
-from minirlhf.files.rows import read_json
+from minirlhf.files.reading import read_json
+from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, config_to_hf
 from minirlhf.models.heads import RewardModel, ValueHeadModel
 from minirlhf.models.lora import has_lora
 from minirlhf.models.stored import JSON_CAP, read_tensors, tensor_files
-from minirlhf.models.transformer import CausalLM, ModelConfig, shapes_only
+from minirlhf.models.transformer import CausalLM, shapes_only
 
 LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d{1,9})\.")
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be

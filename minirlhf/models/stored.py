@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import HARMLESS, inside
-from minirlhf.files.rows import read_json
+from minirlhf.files.reading import read_json
 
 JSON_CAP = 4 << 20  # bytes of config.json and of an index: each tensor takes about 100
 HEADER_CAP, TENSOR_CAP = 16 << 20, 200_000  # bytes and tensors of one safetensors header

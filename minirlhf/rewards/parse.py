@@ -20,7 +20,7 @@ import torch
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import resolve
-from minirlhf.files.rows import read_text
+from minirlhf.files.reading import read_text
 from minirlhf.models.heads import RewardModel
 from minirlhf.models.pretrained import load_reward_model
 from minirlhf.rewards.model import model_reward

@@ -27,7 +27,7 @@ from torch import Tensor
 from minirlhf import interrupt
 from minirlhf.errors import REWARD_SERVICE, UserError, printable
 from minirlhf.files import atomic
-from minirlhf.files.rows import json_kind, strict_json
+from minirlhf.files.reading import json_kind, strict_json
 from minirlhf.rewards.source import LARGEST, Completions, RewardSource
 
 EXPECTED = {

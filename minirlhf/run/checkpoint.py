@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import minirlhf
 from minirlhf.errors import UserError, printable
 from minirlhf.files import atomic
-from minirlhf.files.rows import read_json, read_text, strict_json
+from minirlhf.files.reading import read_json, read_text, strict_json
 from minirlhf.run.meters import Meters, Step
 
 FORMAT = 2

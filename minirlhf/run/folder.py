@@ -26,7 +26,7 @@ import minirlhf
 from minirlhf import interrupt
 from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError, printable
 from minirlhf.files import atomic
-from minirlhf.files.rows import read_json
+from minirlhf.files.reading import read_json
 from minirlhf.files.sieve import Report
 from minirlhf.rewards.parse import parse
 from minirlhf.run import checkpoint

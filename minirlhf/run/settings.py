@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from minirlhf.errors import UserError, printable
-from minirlhf.files.rows import read_text, strict_json
+from minirlhf.files.reading import read_text, strict_json
 
 C = TypeVar("C")
 Problem = tuple[str, str]  # where (flag, file and key, or field), and what is wrong there

@@ -5,7 +5,7 @@ from pathlib import Path
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files import atomic, folders
-from minirlhf.files.rows import read_json
+from minirlhf.files.reading import read_json
 from minirlhf.models import pretrained
 from minirlhf.models.transformer import CausalLM
 

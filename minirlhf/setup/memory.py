@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from minirlhf.errors import MACHINE, UserError
+from minirlhf.models.config import ModelConfig
 from minirlhf.models.logprobs import CHUNK, TILE, widened
-from minirlhf.models.transformer import CausalLM, ModelConfig, shapes_only
+from minirlhf.models.transformer import CausalLM, shapes_only
 from minirlhf.run.machine import Machine
 
 

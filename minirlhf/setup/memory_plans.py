@@ -11,8 +11,8 @@ import torch
 
 from minirlhf.files import folders
 from minirlhf.models import pretrained
+from minirlhf.models.config import ModelConfig
 from minirlhf.models.logprobs import widened
-from minirlhf.models.transformer import ModelConfig
 from minirlhf.rewards.parse import parse
 from minirlhf.run.machine import free_memory
 from minirlhf.setup.memory import (

@@ -28,10 +28,10 @@ from minirlhf.files import folders
 from minirlhf.files.sieve import Report, RowPolicy, column_problems
 from minirlhf.models import pretrained, stored
 from minirlhf.models.compiling import compile_blocks
+from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import name_eos
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.lora import add_lora
-from minirlhf.models.transformer import ModelConfig
 from minirlhf.run import optim
 from minirlhf.run.settings import setting
 from minirlhf.setup import memory_plans

@@ -14,12 +14,13 @@ from minirlhf.data.formats import text_format
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files import atomic, folders
-from minirlhf.files.rows import read_json
+from minirlhf.files.reading import read_json
 from minirlhf.files.sieve import Report, RowPolicy, Sieve, column_problems
 from minirlhf.models import pretrained
+from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, name_eos
 from minirlhf.models.lora import add_lora
-from minirlhf.models.transformer import CausalLM, ModelConfig, initialize
+from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run import optim
 from minirlhf.run.settings import setting
 from minirlhf.setup import memory_plans

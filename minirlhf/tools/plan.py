@@ -15,7 +15,7 @@ from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import OK, UserError, run
 from minirlhf.files import folders
 from minirlhf.models import pretrained
-from minirlhf.models.transformer import ModelConfig
+from minirlhf.models.config import ModelConfig
 from minirlhf.run import settings
 from minirlhf.run.machine import (
     choose_device,

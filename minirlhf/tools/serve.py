@@ -27,7 +27,7 @@ from minirlhf.data.encoding import strip_eos
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.files import folders
-from minirlhf.files.rows import json_kind, strict_json
+from minirlhf.files.reading import json_kind, strict_json
 from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel
 from minirlhf.rewards.model import model_reward, score_texts

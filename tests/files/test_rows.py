@@ -7,7 +7,8 @@ import os
 import pytest
 
 from minirlhf.errors import UserError
-from minirlhf.files.rows import LINE_CAP, Row, read_file, read_json, read_rows, strict_json
+from minirlhf.files.reading import LINE_CAP, read_file, read_json, strict_json
+from minirlhf.files.rows import Row, read_rows
 
 
 def write(folder, name, content):

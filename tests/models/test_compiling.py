@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from minirlhf.errors import MACHINE, OK, UserError
+from minirlhf.models.cache import KVCache
 from minirlhf.models.compiling import compile_blocks
-from minirlhf.models.transformer import CausalLM, KVCache, ModelConfig, initialize
+from minirlhf.models.config import ModelConfig
+from minirlhf.models.transformer import CausalLM, initialize
 from tests.kill_harness import (
     command,
     environment,

@@ -10,6 +10,7 @@ from minirlhf import streams
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.models import generation
 from minirlhf.models.alignment import response_states
+from minirlhf.models.config import ModelConfig
 from minirlhf.models.generation import (
     Sampling,
     before_stop,
@@ -21,7 +22,7 @@ from minirlhf.models.generation import (
 )
 from minirlhf.models.logprobs import token_logprobs
 from minirlhf.models.pretrained import load_pretrained
-from minirlhf.models.transformer import CausalLM, ModelConfig, initialize
+from minirlhf.models.transformer import CausalLM, initialize
 from tests.conftest import PEERS
 
 f64 = torch.float64

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minirlhf.models.transformer import BLOCKS, MOST_COLUMNS, MOST_ROWS, Linear, linear
+from minirlhf.models.linear import BLOCKS, MOST_COLUMNS, MOST_ROWS, Linear, linear
 
 f64 = torch.float64
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.models import pretrained
+from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, config_to_hf
 from minirlhf.models.heads import RewardModel, ValueHeadModel, normalize_scores
 from minirlhf.models.pretrained import (
@@ -23,7 +24,7 @@ from minirlhf.models.pretrained import (
     save_pretrained,
 )
 from minirlhf.models.stored import has_tensor, tensor_files
-from minirlhf.models.transformer import CausalLM, ModelConfig
+from minirlhf.models.transformer import CausalLM
 from tests.conftest import EACH_FAMILY, PEERS, make_peer
 
 ROW = torch.tensor([[5, 98, 0, 41, 7, 7, 63, 12]])

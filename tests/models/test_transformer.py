@@ -5,19 +5,12 @@ import pytest
 import torch
 
 from minirlhf.models.alignment import pad_right
+from minirlhf.models.cache import KVCache
+from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.pretrained import load_pretrained
-from minirlhf.models.transformer import (
-    CausalLM,
-    KVCache,
-    ModelConfig,
-    RMSNorm,
-    RotaryTable,
-    initialize,
-    rotary_frequencies,
-    rotate,
-    shapes_only,
-)
+from minirlhf.models.rotary import RotaryTable, rotary_frequencies
+from minirlhf.models.transformer import CausalLM, RMSNorm, initialize, rotate, shapes_only
 from tests.conftest import PEERS
 
 f64 = torch.float64

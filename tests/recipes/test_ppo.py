@@ -11,8 +11,9 @@ from minirlhf.batches.collect import sample, with_scores
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer, TokenPass, measure
 from minirlhf.data.examples import Prompt
 from minirlhf.errors import NON_FINITE, UserError
+from minirlhf.models.config import ModelConfig
 from minirlhf.models.heads import ValueHeadModel
-from minirlhf.models.transformer import CausalLM, ModelConfig, initialize
+from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.recipes import ppo as recipe
 from minirlhf.recipes.ppo import assign_credit, ppo, ppo_step
 from minirlhf.rewards.source import as_scores, function_reward

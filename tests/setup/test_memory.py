@@ -7,10 +7,11 @@ import torch
 from torch import bfloat16, float32
 
 from minirlhf.errors import MACHINE, UserError
+from minirlhf.models.config import ModelConfig
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.logprobs import token_logprobs
 from minirlhf.models.lora import add_lora
-from minirlhf.models.transformer import CausalLM, ModelConfig, initialize
+from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run.machine import Machine
 from minirlhf.setup import memory
 from minirlhf.setup.memory import Part, Plan

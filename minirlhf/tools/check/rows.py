@@ -28,9 +28,10 @@ from minirlhf.data.rankings import (
 )
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError, printable
-from minirlhf.files.rows import Row, json_kind
+from minirlhf.files.reading import json_kind
+from minirlhf.files.rows import Row
 from minirlhf.files.sieve import STRICT, LeftOut, RowPolicy, Sieve
-from minirlhf.models.transformer import ModelConfig
+from minirlhf.models.config import ModelConfig
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward import RewardConfig
 from minirlhf.setup.sft import SFTConfig

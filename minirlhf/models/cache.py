@@ -1,0 +1,96 @@
+"""What spares a decoder work: keys and values of past tokens, and which cells are no padding.
+
+Shapes: B rows, A rows that are kept, T tokens of the longest, n tokens of all rows together.
+"""
+
+import torch
+from torch import Tensor
+
+from minirlhf.models.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for sampling. Row b holds `lengths[b]` of them.
+
+    It starts as zeros: cells beyond a row's length are masked, but 0 x NaN would still be NaN.
+
+    Args:
+        capacity: most tokens of a row.
+        like: a tensor of the dtype and on the device that the cells get.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor):
+        shape = (rows, config.num_kv_heads, capacity, config.head_dim)
+        self.keys = [like.new_zeros(shape) for _ in range(config.num_layers)]
+        self.values = [like.new_zeros(shape) for _ in range(config.num_layers)]
+        self.key_mask = torch.empty(0)  # (B, longest + 1) bool: cells a new token attends to
+        self.hold(torch.zeros(rows, dtype=torch.int64, device=like.device))
+
+    def hold(self, lengths: Tensor) -> None:
+        """Sets how many tokens each row has, (B,) int64."""
+        self.lengths, self.rows = lengths, torch.arange(len(lengths), device=lengths.device)
+        self.longest = int(lengths.max())  # once, since reading a number off a GPU waits for it
+
+    def grow(self) -> None:
+        """Each row has one token more."""
+        self.lengths, self.longest = self.lengths + 1, self.longest + 1
+
+    def repeat(self, rows: Tensor) -> None:
+        """Puts a copy of row rows[i] in the place of row i, (A,) int64: samples of one prompt."""
+        for cells in (self.keys, self.values):
+            for layer, cell in enumerate(cells):
+                cells[layer] = cell[rows]
+        self.hold(self.lengths[rows])
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these, (A,) int64 ascending.
+
+        Rows end one by one, and a new cache for each of them would cost several decoding steps. So
+        the rows behind the first gap move within the cells that are there. No memory is freed.
+        """
+        A, filled = len(rows), self.longest
+        in_place = rows == self.rows[:A]
+        stay = int(in_place.int().cumprod(0).sum())  # rows before the first gap
+        for cells in (self.keys, self.values):
+            for layer, cell in enumerate(cells):
+                cell[stay:A, :, :filled] = cell[rows[stay:], :, :filled]
+                cells[layer] = cell[:A]
+        self.hold(self.lengths[rows])
+
+
+class Packing:
+    """Which cells of left-aligned rows hold tokens.
+
+    Only attention has to know rows. All else in a decoder treats each token by itself, so it runs
+    on the n tokens alone, and padding costs nothing.
+
+    Args:
+        lengths: (B,) tokens of each row.
+        width: T.
+    """
+
+    def __init__(self, lengths: Tensor, width: int):
+        columns = torch.arange(width, device=lengths.device)
+        self.shape = (len(lengths), width)
+        self.cells = (columns < lengths[:, None]).flatten().nonzero()[:, 0]  # (n,) of B * T
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, …) -> (n, …)."""
+        return x.flatten(0, 1).index_select(0, self.cells)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(n, …) -> (B, T, …), zeros where there is no token."""
+        B, T = self.shape
+        return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.cells, x).unflatten(0, (B, T))
+
+
+def pack_rows(lengths: Tensor, width: int) -> Packing | None:
+    """The packing of rows of these lengths, (B,), in `width` columns; None where none is padded.
+
+    Raises:
+        ValueError: a row is longer than `width`.
+    """
+    tokens, longest = torch.stack((lengths.sum(), lengths.max())).tolist()  # one wait for a GPU
+    if longest > width:
+        raise ValueError(f"a row's length is {longest}, tokens has {width} columns")
+    return Packing(lengths, width) if tokens < len(lengths) * width else None
