@@ -94,7 +94,6 @@ def model_reward(
     if not tokenizer.eos_ids:
         what = "names no eos token, which every text that is scored ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
-    most = model.config.longest_row
 
     def row(batch: Completions, i: int) -> list[int]:
         text, reason = batch.completions[i], batch.finish_reasons[i]
@@ -111,13 +110,12 @@ def model_reward(
 
     def score(batch: Completions) -> Tensor:
         ids = [row(batch, i) for i in range(len(batch.completions))]
-        longest = max(map(len, ids))
-        if longest > most:
-            again = " once it is re-encoded" if own_tokenizer else ""
-            what = f"a text of {longest} tokens{again}, the reward model reads {most}"
-            raise UserError(name, what, "lower max_prompt_length or max_new_tokens")
-        if not all(ids):
-            raise UserError(name, "a text without any token", "remove the empty prompt")
+        again = " once it is re-encoded" if own_tokenizer else ""
+        for i, size in enumerate(map(len, ids)):
+            if not 0 < size <= model.config.longest_row:
+                what = f"text {i} has {size} tokens{again}"
+                legal = f"the reward model reads 1 to {model.config.longest_row}"
+                raise UserError(name, what, f"{legal}: change max_prompt_length or max_new_tokens")
         return score_texts(model, ids, micro_batch_tokens)
 
     return score

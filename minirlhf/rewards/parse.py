@@ -23,8 +23,9 @@ from minirlhf.files.folders import resolve
 from minirlhf.files.reading import read_text
 from minirlhf.models.heads import RewardModel
 from minirlhf.models.pretrained import load_reward_model
+from minirlhf.rewards.journal import Journal
 from minirlhf.rewards.model import model_reward
-from minirlhf.rewards.service import Journal, Service, service_reward
+from minirlhf.rewards.service import Service, service_reward
 from minirlhf.rewards.source import RewardSource, combine, failed_at, function_reward
 
 TOKEN_CAP = 1 << 16  # bytes of the file that holds one

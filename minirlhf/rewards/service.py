@@ -1,13 +1,13 @@
-"""Scores of a service over HTTP: a strict client, whose replies are kept in a journal.
+"""Scores of a service over HTTP: a strict client that never makes a score up.
 
-A request is a POST of one of two forms:
+A request is a POST in one of two forms:
 
     ids            {"model", "items": [{"id", "prompt", "completion", "finish_reason", "columns"}]}
                    -> {"scores": [{"id", "score"}]}, exactly these ids, in any order
     llama-factory  {"model", "messages": [text]} -> {"scores": [number]}, in the order of the texts
 
-`id` is the journal's key. Whatever else a service answers ends the run with exit code 5; no score
-is ever made up for one that did not come. Other keys of a reply are ignored.
+`id` is the key in the journal. Any other reply ends the run with exit code 5; keys of a reply
+beside those above are ignored.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import closing
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from minirlhf import interrupt
 from minirlhf.errors import REWARD_SERVICE, UserError, printable
-from minirlhf.files import atomic
 from minirlhf.files.reading import json_kind, strict_json
+from minirlhf.rewards.journal import Journal
 from minirlhf.rewards.source import LARGEST, Completions, RewardSource
 
 EXPECTED = {
@@ -40,68 +40,28 @@ LONGEST_PAUSE = 10.0  # seconds between two attempts
 
 
 class Service(NamedTuple):
-    """Where a service is, and how patient its client."""
+    """Where a service is, and how patient its client is."""
 
     url: str
     form: str = "ids"
-    timeout: float = 60.0  # seconds from a request's start to the last byte of its reply
+    timeout: float = 60.0  # seconds from the start of a request to the last byte of its reply
     connect_timeout: float = 5.0  # seconds
-    retries: int = 4  # attempts after the first one; where refused, too slow, cut short, or 5xx
+    retries: int = 4  # further attempts after a refused, slow or unfinished reply, or a 5xx
     batch_size: int = 64  # texts in one request
     token: str | None = None  # sent as `Authorization: Bearer TOKEN`
-    backoff: float = 0.5  # seconds before the first retry; doubled before each next
-
-
-class Journal:
-    """Replies of services in `rewards.jsonl`, on the disk before they are used.
-
-    They are the only input of a run that cannot be computed again: a service may answer otherwise
-    when it is asked twice, and has been paid. Entries are found by what was asked, not by when. So
-    the file needs no cut back when a run is resumed, as the logs do: what a lost step had asked is
-    asked for again by the same step, and found. An uninterrupted run looks here first too, or it
-    would give a text that comes twice two scores, and the resumed run one.
-
-    Args:
-        path: the file; None keeps them in memory, for one's own loop.
-    """
-
-    def __init__(self, path: Path | None = None):
-        self.path = path
-        self._scores: dict[str, float] | None = None
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """key -> score; read at first use, when the run's folder is there and locked.
-
-        Raises:
-            UserError: a line is damaged, other than a last one that was cut short by a kill.
-        """
-        if self._scores is None:
-            self._scores = {} if self.path is None else _read(self.path)
-        return self._scores
-
-    def add(self, scores: dict[str, float]) -> None:
-        known = self.scores
-        if self.path is not None and scores:
-            new = not self.path.exists()
-            lines = [json.dumps({"key": key, "score": score}) for key, score in scores.items()]
-            atomic.append_line(self.path, "\n".join(lines))
-            atomic.fsync(self.path)
-            if new:
-                atomic.fsync(self.path.parent)
-        known.update(scores)
+    backoff: float = 0.5  # seconds before the first retry; doubles with each
 
 
 def service_reward(
     service: Service, decode: Callable[[Sequence[int]], str], journal: Journal
 ) -> RewardSource:
-    """Scores of a service. A text that was scored before is never sent again.
+    """Scores of a service. A text that was scored before is not sent again.
 
     Args:
-        decode: ids -> text with its special tokens, of the policy; for the form of LLaMA-Factory.
-        journal: where replies are kept.
+        decode: ids -> text with its special tokens, by the policy's tokenizer; for llama-factory.
+        journal: keeps the replies.
     Raises:
-        UserError: when it is called and the service fails (exit code 5).
+        UserError: when called and the service fails (exit code 5).
     """
 
     def score(batch: Completions) -> Tensor:
@@ -110,14 +70,13 @@ def service_reward(
         known = journal.scores
         missing = [(k, i) for k, i in dict(zip(keys, items, strict=True)).items() if k not in known]
         for start in range(0, len(missing), service.batch_size):
-            part = dict(missing[start : start + service.batch_size])
-            journal.add(ask(service, part))
+            journal.add(ask(service, dict(missing[start : start + service.batch_size])))
         return torch.tensor([known[key] for key in keys])
 
     return score
 
 
-# ------------------------------------------------------------------------------- what is exchanged
+# ------------------------------------------------------------------------------ requests, replies
 
 
 def request_item(
@@ -135,149 +94,131 @@ def request_item(
 
 
 def key_of(service: Service, item: dict | str) -> str:
-    """sha256, hex, of what is asked and whom."""
+    """sha256, hex, of what is asked and of whom."""
     asked = {"url": service.url, "form": service.form, "item": item}
     text = json.dumps(asked, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def ask(service: Service, items: dict[str, dict | str]) -> dict[str, float]:
-    """Scores of some items by their keys.
+    """Scores of some items, by their keys and in their order.
 
     Raises:
-        UserError: anything but one finite number for each of them (exit code 5).
+        UserError: anything but one finite number for each of them came (exit code 5).
     """
     if service.form == "ids":
-        body: dict = {"model": "model"}  # the name that LLaMA-Factory sends
-        body["items"] = [{"id": key} | item for key, item in items.items()]
+        request: dict = {"items": [{"id": key} | item for key, item in items.items()]}
     else:
-        body = {"model": "model", "messages": list(items.values())}
-    reply = post(service, json.dumps(body, ensure_ascii=False, allow_nan=False).encode())
+        request = {"messages": list(items.values())}
+    request = {"model": "model"} | request  # the name that LLaMA-Factory sends
+    body, reply = json.dumps(request, ensure_ascii=False, allow_nan=False).encode(), b""
     try:
-        scores = _scores_of(strict_json(reply.decode(), "reply"))
-        if service.form == "ids":
-            return _by_id(scores, items)
-        if len(scores) != len(items):
-            raise ValueError(f"{len(scores)} scores for {len(items)} texts")
-        numbers = [_number(score, f"score {i}") for i, score in enumerate(scores)]
-        return dict(zip(items, numbers, strict=True))
+        reply = post(service, body)
+        return scores_of(strict_json(reply.decode(), "reply"), service.form, list(items))
     except (UserError, ValueError) as error:  # UnicodeDecodeError is one
-        excerpt = printable(reply[:200].decode(errors="replace"), 120)
-        raise _failure(service, f"{printable(error, 200)} in {excerpt!r}") from None
+        what = printable(error, 240) + (f" in {_excerpt(reply)}" if reply else "")
+        expected = f"expected {EXPECTED[service.form]}"
+        raise UserError(service.url, what, expected, REWARD_SERVICE) from None
 
 
-def _scores_of(reply: object) -> list:
+def scores_of(reply: object, form: str, keys: list[str]) -> dict[str, float]:
+    """key -> score, in the order of the keys.
+
+    Raises:
+        ValueError: the reply is not of the form, or has anything but one score for each key.
+    """
     if not isinstance(reply, dict):
         raise ValueError(f"the reply is {json_kind(reply)}")
-    if not isinstance(reply.get("scores"), list):
-        got = json_kind(reply["scores"]) if "scores" in reply else "missing"
-        raise ValueError(f'"scores" is {got}')
-    return reply["scores"]
-
-
-def _by_id(scores: list, items: dict[str, dict | str]) -> dict[str, float]:
-    """The scores under their ids, in the order of the items."""
+    scores = reply.get("scores")
+    if not isinstance(scores, list):
+        raise ValueError(f'"scores" is {json_kind(scores) if "scores" in reply else "missing"}')
+    if len(scores) != len(keys):
+        raise ValueError(f"{len(scores)} scores for {len(keys)} texts")
+    if form == "llama-factory":
+        scores = [{"id": key, "score": s} for key, s in zip(keys, scores, strict=True)]
     found: dict[str, float] = {}
     for i, score in enumerate(scores):
-        if not isinstance(score, dict) or not {"id", "score"} <= score.keys():
-            raise ValueError(f"score {i} has no id or no score")
-        id = score["id"]
-        if not isinstance(id, str) or id not in items:
-            raise ValueError(f"score {i} has an id that was not sent")
-        if id in found:
-            raise ValueError(f"score {i} has the id of another one")
-        found[id] = _number(score["score"], f"score {i}")
-    if len(found) != len(items):
-        raise ValueError(f"{len(found)} scores for {len(items)} items")
-    return {id: found[id] for id in items}
+        match score:
+            case {"id": str(id), "score": int() | float() as value} if (
+                abs(value) <= LARGEST and not isinstance(value, bool)
+            ):
+                found[id] = float(value)
+            case _:
+                raise ValueError(f"score {i} is {json.dumps(score)}")
+    if found.keys() != set(keys):
+        raise ValueError(f"{len(found.keys() & set(keys))} of {len(keys)} ids that were sent")
+    return {key: found[key] for key in keys}
 
 
-def _number(value: object, what: str) -> float:
-    if type(value) not in (int, float) or not abs(value) <= LARGEST:
-        shown = "a number beyond float32" if type(value) in (int, float) else json_kind(value)
-        raise ValueError(f"{what} is {shown}")
-    return float(value)
-
-
-# -------------------------------------------------------------------------------------------- HTTP
+# ------------------------------------------------------------------------------------------- HTTP
 
 
 def post(service: Service, body: bytes) -> bytes:
-    """The reply's body. No proxy is asked, no redirect followed, nothing compressed.
+    """The body of a reply. No proxy is asked, no redirect followed, nothing compressed.
 
     Raises:
-        UserError: no reply of status 200 and at most 16 MiB came (exit code 5).
+        ValueError: no reply of status 200 and at most 16 MiB came.
     """
-    for attempt in range(service.retries + 1):
+    for attempt in range(1, service.retries + 2):
         with interrupt.outside():
-            if attempt:
-                time.sleep(min(service.backoff * 2.0 ** (attempt - 1), LONGEST_PAUSE))
+            if attempt > 1:
+                time.sleep(min(service.backoff * 2.0 ** (attempt - 2), LONGEST_PAUSE))
             try:
                 status, data = _exchange(service, body)
             except (OSError, http.client.IncompleteRead) as error:
                 failed = str(error) or type(error).__name__
                 continue
             except http.client.HTTPException as error:
-                what = f"no HTTP reply: {type(error).__name__} {printable(error, 120)}"
-                raise _failure(service, what) from None
+                raise ValueError(f"no HTTP reply: {type(error).__name__} {error}") from None
         if status == 200:
             return data
-        failed = f"answered {status}: {printable(data.decode(errors='replace'), 120)!r}"
+        failed = f"answered {status}: {_excerpt(data)}"
         if status < 500:
-            raise _failure(service, failed)
-    times = f" ({service.retries + 1} attempts)" if service.retries else ""
-    raise _failure(service, failed + times)
+            break
+    raise ValueError(f"attempt {attempt} of {service.retries + 1}: {failed}")
 
 
-def _failure(service: Service, what: str) -> UserError:
-    return UserError(service.url, what, f"expected {EXPECTED[service.form]}", REWARD_SERVICE)
+def _excerpt(data: bytes) -> str:
+    return repr(printable(data[:200].decode(errors="replace"), 120))
 
 
 def _exchange(service: Service, body: bytes) -> tuple[int, bytes]:
     """Status and body of one reply; of an error's body only its start."""
-    end = time.monotonic() + service.timeout
-    parts = urlsplit(service.url)
-    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    end, url = time.monotonic() + service.timeout, urlsplit(service.url)
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     patience = min(service.connect_timeout, service.timeout)
-    kind = kinds[parts.scheme]
-    # Without a port http.client would look for one in the host, which a colon of IPv6 is not.
-    connection = kind(parts.hostname, parts.port or kind.default_port, timeout=patience)
-    try:
+    headers = {"Content-Type": "application/json", "Connection": "close"}
+    if service.token is not None:
+        headers["Authorization"] = f"Bearer {service.token}"
+    target = (url.path or "/") + (f"?{url.query}" if url.query else "")
+    # Without a port http.client would look for one in the host, and find the last colon of IPv6.
+    port = url.port or kind.default_port
+    with closing(kind(url.hostname, port, timeout=patience)) as connection:
         connection.connect()
-        connection.sock.settimeout(_left(end))
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        if service.token is not None:
-            headers["Authorization"] = f"Bearer {service.token}"
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.sock.settimeout(max(end - time.monotonic(), 1e-3))
         connection.request("POST", target, body, headers)
-        with http.client.HTTPResponse(_Timed(connection.sock, end), method="POST") as response:
-            response.begin()
-            if response.status != 200:
-                return response.status, response.read(1000)
-            if (coding := response.getheader("Content-Encoding", "identity")) != "identity":
-                raise _failure(service, f"a body that is {printable(coding, 40)}, not plain")
-            announced = response.length or 0  # None where only the end tells
-            data = response.read(REPLY_CAP + 1) if announced <= REPLY_CAP else b""
-            if max(len(data), announced) > REPLY_CAP:
-                raise _failure(service, f"a body of more than {REPLY_CAP:,} bytes")
-            if response.length:  # the connection ended before the length that was announced
-                raise http.client.IncompleteRead(data, response.length)
-            return 200, data
-    finally:
-        connection.close()
+        response = http.client.HTTPResponse(Timed(connection.sock, end), method="POST")
+        response.begin()
+        if response.status != 200:
+            return response.status, response.read(1000)
+        if (coding := response.getheader("Content-Encoding", "identity")) != "identity":
+            raise ValueError(f"a body that is {printable(coding, 40)}, not plain")
+        announced = response.length or 0  # None where only the end of the connection tells
+        data = response.read(REPLY_CAP + 1) if announced <= REPLY_CAP else b""
+        if max(len(data), announced) > REPLY_CAP:
+            raise ValueError(f"a body of more than {REPLY_CAP:,} bytes")
+        if response.length:  # the connection ended before the length that was announced
+            raise http.client.IncompleteRead(data, response.length)
+        return 200, data
 
 
-def _left(end: float) -> float:
-    left = end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
+class Timed(io.RawIOBase):
+    """What a socket receives, as a file all of whose reads end by one instant.
 
+    A socket's own timeout is for each read: a peer that sends a byte a second would never end.
 
-class _Timed(io.RawIOBase):
-    """A socket as a file, all of whose reads end by one instant.
-
-    A socket's own timeout is for each read: a service that sends a byte a second would never end.
+    Args:
+        end: by `time.monotonic`.
     """
 
     def __init__(self, sock: socket.socket, end: float):
@@ -291,29 +232,8 @@ class _Timed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        self.sock.settimeout(_left(self.end))
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.sock.settimeout(left)
         return self.sock.recv_into(buffer)
-
-
-
-
-def _read(path: Path) -> dict[str, float]:
-    data = path.read_bytes() if path.exists() else b""
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        atomic.truncate(path, whole)
-    scores: dict[str, float] = {}
-    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
-        try:
-            entry = strict_json(line.decode(), path, number)
-            if not isinstance(entry, dict) or entry.keys() != {"key", "score"}:
-                raise ValueError("is no reply of a service")
-            if not isinstance(entry["key"], str) or entry["key"] in scores:
-                raise ValueError("has a key that is no text, or stands here twice")
-            if type(entry["score"]) is not float:
-                raise ValueError("has a score that is no number")
-            scores[entry["key"]] = entry["score"]
-        except (UserError, ValueError) as error:
-            what = error.what if isinstance(error, UserError) else printable(error)
-            raise UserError(f"{path}:{number}", what, "put the file back as it was") from None
-    return scores

@@ -11,6 +11,7 @@ text can forge them. A refusal is {"error": text} with a status of 4xx.
 """
 
 import hmac
+import io
 import json
 import math
 import signal
@@ -23,15 +24,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
-from minirlhf.data.encoding import strip_eos
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.files import folders
 from minirlhf.files.reading import json_kind, strict_json
 from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel
-from minirlhf.rewards.model import model_reward, score_texts
+from minirlhf.rewards.model import model_reward
 from minirlhf.rewards.parse import read_token
+from minirlhf.rewards.service import Timed
 from minirlhf.rewards.source import Completions
 from minirlhf.run import settings
 from minirlhf.run.machine import choose_device, choose_dtype
@@ -39,7 +40,7 @@ from minirlhf.run.settings import setting
 
 PATHS = ("/", "/score", "/v1/score/evaluation")  # the last is LLaMA-Factory's
 BODY_CAP = 16 << 20  # bytes
-SILENCE = 30.0  # seconds that a client may be silent
+REQUEST_TIME = 30.0  # seconds within which a whole request must have come
 REASONS = ("eos", "stop", "length")
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -52,7 +53,7 @@ class ServeConfig:
     host: str = setting("127.0.0.1", "address to listen at")
     port: int = setting(8000, "port to listen at; 0: any free one", at_least=0, at_most=65535)
     token_file: str | None = setting(
-        None, "holds the bearer token that requests must have; none: no one is asked",
+        None, "holds the bearer token that a request must have; none: all are answered",
         metavar="FILE",
     )
     micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
@@ -62,97 +63,90 @@ class ServeConfig:
     device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
 
 
-# ----------------------------------------------------------------------------------------- scoring
+# ---------------------------------------------------------------------------------------- scoring
 
 
-def completions_of(items: object) -> tuple[list, Completions]:
-    """(ids, texts) of the items of a request.
+def _is_prompt(value: object) -> bool:
+    if isinstance(value, str):
+        return True
+    return isinstance(value, list) and value != [] and all(
+        isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
+        for turn in value
+    )
+
+
+ITEM = {  # key -> (whether a value is legal, which values are)
+    "id": (lambda value: type(value) in (str, int), "text or a whole number"),
+    "prompt": (_is_prompt, 'text, or a list of {"role": text, "content": text}'),
+    "completion": (lambda value: isinstance(value, str), "text"),
+    "finish_reason": (lambda value: value in REASONS, ", ".join(REASONS)),
+}
+
+
+def _check(is_legal: bool, where: str, value: object, legal: str) -> None:
+    if not is_legal:
+        got = repr(printable(value, 80)) if isinstance(value, str) else json_kind(value)
+        raise UserError(where, f"is {got}", legal)
+
+
+def items_of(items: list) -> dict[str | int, dict]:
+    """The items of a request by their ids.
 
     Raises:
         UserError: an item is not of the form.
     """
-    if not isinstance(items, list) or not items:
-        raise UserError("items", f"is {json_kind(items)}", "a list of at least one object")
-    ids, prompts, texts, reasons = {}, [], [], []
+    found: dict[str | int, dict] = {}
     for i, item in enumerate(items):
-        where = f"items[{i}]"
-        if not isinstance(item, dict):
-            raise UserError(where, f"is {json_kind(item)}", "an object")
-        id, prompt, text = item.get("id"), item.get("prompt"), item.get("completion")
-        if type(id) not in (str, int) or id in ids:
-            raise UserError(f"{where}: id", f"is {printable(repr(id), 80)}",
-                            "text or a whole number, another one for each item")
-        if not _is_prompt(prompt):
-            raise UserError(f"{where}: prompt", f"is {json_kind(prompt)}",
-                            'text, or a list of {"role": text, "content": text}')
-        if not isinstance(text, str):
-            raise UserError(f"{where}: completion", f"is {json_kind(text)}", "text")
-        reason = item.get("finish_reason", "eos")
-        if reason not in REASONS:
-            raise UserError(f"{where}: finish_reason", f"is {printable(repr(reason), 80)}",
-                            ", ".join(REASONS))
-        ids[id] = None  # in their order, and found at once
-        prompts.append(prompt)
-        texts.append(text)
-        reasons.append(reason)
-    nothing: list[list[int]] = [[] for _ in ids]
-    return list(ids), Completions(prompts, nothing, texts, nothing, reasons, {})
-
-
-def _is_prompt(prompt: object) -> bool:
-    if isinstance(prompt, str):
-        return True
-    return isinstance(prompt, list) and bool(prompt) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in prompt
-    )
+        _check(isinstance(item, dict), f"items[{i}]", item, "an object")
+        item = {"finish_reason": "eos"} | item
+        for key, (is_legal, legal) in ITEM.items():
+            _check(is_legal(item.get(key)), f"items[{i}]: {key}", item.get(key), legal)
+        _check(item["id"] not in found, f"items[{i}]: id", item["id"], "another one for each item")
+        found[item["id"]] = item
+    return found
 
 
 def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: int) -> Answer:
     """Reply to a request's body, of either form.
 
     Raises:
-        UserError: when it is called and the body is of neither, or a text is too long.
+        UserError: when called: the body is of neither form, a text is too long, or a score is not
+            finite.
     """
-    source = model_reward(model, tokenizer, micro_batch_tokens, own_tokenizer=True, name="items")
-
-    def whole(text: object, i: int) -> list[int]:
-        if not isinstance(text, str):
-            raise UserError(f"messages[{i}]", f"is {json_kind(text)}", "text")
-        ids = tokenizer.encode_marked(text)
-        if model.read_before_eos:
-            ids = strip_eos(ids, tokenizer.eos_ids)
-        if not 0 < len(ids) <= model.config.longest_row:
-            legal = f"the model reads 1 to {model.config.longest_row}"
-            raise UserError(f"messages[{i}]", f"has {len(ids)} tokens", legal)
-        return ids
+    by_text = model_reward(model, tokenizer, micro_batch_tokens, own_tokenizer=True, name="items")
+    by_ids = model_reward(model, tokenizer, micro_batch_tokens, name="messages")
 
     def answer(body: object) -> dict:
-        if not isinstance(body, dict) or ("items" in body) == ("messages" in body):
+        form = [key for key in ("items", "messages") if isinstance(body, dict) and key in body]
+        if len(form) != 1:
             raise UserError("body", f"is {json_kind(body)} with neither or both forms",
                             'an object with either "items" or "messages"')
-        if "items" in body:
-            ids, batch = completions_of(body["items"])
-            scores = _finite(source(batch).tolist())
-            pairs = zip(ids, scores, strict=True)
-            return {"scores": [{"id": id, "score": score} for id, score in pairs]}
-        texts = body["messages"]
-        if not isinstance(texts, list) or not texts:
-            raise UserError("messages", f"is {json_kind(texts)}", "a list of at least one text")
-        rows = [whole(text, i) for i, text in enumerate(texts)]
-        return {"scores": _finite(score_texts(model, rows, micro_batch_tokens).tolist())}
+        rows = body[form[0]]
+        _check(isinstance(rows, list) and rows != [], form[0], rows, "a list of at least one")
+        no_ids: list[list[int]] = [[] for _ in rows]
+        if form == ["items"]:
+            items = items_of(rows)
+            prompts, texts, reasons = (
+                [item[key] for item in items.values()]
+                for key in ("prompt", "completion", "finish_reason")
+            )
+            scores = by_text(Completions(prompts, no_ids, texts, no_ids, reasons, {})).tolist()
+        else:
+            for i, text in enumerate(rows):
+                _check(isinstance(text, str), f"messages[{i}]", text, "text")
+            ids, whole = [tokenizer.encode_marked(text) for text in rows], ["length"] * len(rows)
+            scores = by_ids(Completions(rows, no_ids, rows, ids, whole, {})).tolist()
+        for i, score in enumerate(scores):
+            if not math.isfinite(score):
+                raise UserError(f"score {i}", f"is {score}", "the weights of --model diverged")
+        if form == ["items"]:
+            scores = [{"id": id, "score": s} for id, s in zip(items, scores, strict=True)]
+        return {"scores": scores}
 
     return answer
 
 
-def _finite(scores: list[float]) -> list[float]:
-    for i, score in enumerate(scores):
-        if not math.isfinite(score):
-            raise UserError(f"score {i}", f"is {score}", "the weights of --model diverged")
-    return scores
-
-
-# -------------------------------------------------------------------------------------------- HTTP
+# ------------------------------------------------------------------------------------------- HTTP
 
 
 class Server(ThreadingHTTPServer):
@@ -170,71 +164,69 @@ class Server(ThreadingHTTPServer):
         self.answer, self.token, self.scoring = answer, token, threading.Lock()
         super().__init__(address, Handler)
 
-    def admits(self, authorization: str) -> bool:
-        """Compares in a time that does not tell how much of a guess is right."""
-        wanted = f"Bearer {self.token}".encode()
-        return self.token is None or hmac.compare_digest(authorization.encode(), wanted)
-
-    def handle_error(self, request: object, client_address: tuple) -> None:
-        """One line where a client has left; else it is our bug, told in full."""
-        error = sys.exception()
-        if not isinstance(error, OSError):
-            super().handle_error(request, client_address)
-            return
-        print(f"{client_address[0]}: {printable(error)}", file=sys.stderr, flush=True)
-
     def close(self) -> None:
-        """Closes the port once the request that is being answered is."""
+        """Closes the port after the reply that is being computed."""
         with self.scoring:
             self.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
-    timeout = SILENCE
     server_version, sys_version = "minirlhf", ""
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(Timed(self.connection, time.monotonic() + REQUEST_TIME))
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except OSError as error:  # the client has left
+            self.log_message("%s", error)
 
     def do_POST(self) -> None:
         started, texts = time.perf_counter(), 0
         status, reply = self._refusal()
         if not status:
+            data = self.rfile.read(int(self.headers["Content-Length"]))
             try:
-                data = self.rfile.read(int(self.headers["Content-Length"]))
                 body = strict_json(data.decode(), "body")
                 with self.server.scoring:
                     reply = self.server.answer(body)
                     status, texts = 200, len(reply["scores"])
                     self._send(status, reply)
             except (UserError, UnicodeDecodeError) as error:
-                status, reply = 400, {"error": printable(error, 500)}
+                status, reply = 400, printable(error, 500)
             except (RuntimeError, MemoryError) as error:  # out of memory, most often
-                what = f"scoring failed: {type(error).__name__}: {printable(error, 300)}"
-                status, reply = 500, {"error": what}
-                print(what, file=sys.stderr, flush=True)
+                status, reply = 500, f"scoring failed: {type(error).__name__}: {error}"
+                self.log_message("%s", reply)
         if status != 200:
-            self._send(status, reply)
+            self._send(status, {"error": printable(reply, 500)})
         self.log_message("%d, %d texts, %.3f s", status, texts, time.perf_counter() - started)
 
-    def _refusal(self) -> tuple[int, dict]:
-        """(status, reply) of a request whose body is not read; (0, {}) where it is."""
-        length = self.headers.get("Content-Length", "")
+    def _refusal(self) -> tuple[int, str]:
+        """(status, reason) of a request that is not scored; (0, "") of one that may be."""
+        length, token = self.headers.get("Content-Length", ""), self.server.token
         if not (length.isascii() and length.isdigit()):
-            return 411, {"error": "give a Content-Length"}
+            return 411, "give a Content-Length"
         if len(length) > 12 or int(length) > BODY_CAP:
-            return 413, {"error": f"at most {BODY_CAP:,} bytes"}
-        if not self.server.admits(self.headers.get("Authorization", "")):
-            status, error = 401, "give the token: Authorization: Bearer TOKEN"
+            return 413, f"at most {BODY_CAP:,} bytes"
+        given = self.headers.get("Authorization", "").encode()
+        # compared in a time that does not tell how much of a guess is right
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            refusal = 401, "give the token: Authorization: Bearer TOKEN"
         elif self.path.partition("?")[0] not in PATHS:
-            status, error = 404, f"no such path; there are {', '.join(PATHS)}"
+            refusal = 404, f"no such path; there are {', '.join(PATHS)}"
         else:
-            return 0, {}
-        left = int(length)  # who closes with a body unread resets, and the reply may be lost
+            return 0, ""
+        left = int(length)  # a close with a body unread resets, and the reply may be lost
         while left and (piece := self.rfile.read(min(left, 1 << 16))):
             left -= len(piece)
-        return status, {"error": error}
+        return refusal
 
     def _send(self, status: int, reply: dict) -> None:
         data = json.dumps(reply, allow_nan=False).encode()
+        self.connection.settimeout(REQUEST_TIME)  # reading has shortened it
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

@@ -12,7 +12,8 @@ import pytest
 
 from minirlhf import cli, interrupt
 from minirlhf.errors import REWARD_SERVICE, Stopped
-from minirlhf.rewards.service import Journal, service_reward
+from minirlhf.rewards.journal import Journal
+from minirlhf.rewards.service import service_reward
 from minirlhf.rewards.source import Completions
 from tests.kill_harness import (
     Kill,

@@ -136,7 +136,7 @@ def test_load_reward_refuses_a_language_model(folder, tmp_path):
 
 def test_model_reward_refuses_a_row_longer_than_the_model_reads(folder):
     batch = BATCH._replace(prompt_ids=[[67] * 63, [69], [70]])
-    with pytest.raises(UserError, match="a text of 65 tokens, the reward model reads 64"):
+    with pytest.raises(UserError, match="text 0 has 65 tokens: the reward model reads 1 to 64"):
         reward_of(folder, batch)
 
 
@@ -247,7 +247,7 @@ def test_reencode_spells_special_names_of_a_text_out(words):
 
 def test_a_text_that_is_too_long_once_it_is_reencoded_is_an_error(folder, words):
     batch = sampled(load_tokenizer(folder), ["q" * 60], ["x" * 5], ["eos"])
-    message = r"--reward .*words.*: a text of 66 tokens once it is re-encoded, the reward model rea"
+    message = r"--reward .*words.*: text 0 has 66 tokens once it is re-encoded: the reward model re"
     with pytest.raises(UserError, match=message):
         load(words, load_tokenizer(folder))(batch)
 
@@ -286,7 +286,7 @@ def test_check_reencoded_names_the_prompt_that_the_template_refuses(words, tmp_p
 def test_a_text_without_any_token_is_an_error(folder):
     tokenizer, model = load_tokenizer(folder), load_reward_model(folder)
     batch = sampled(tokenizer, [""], [""], ["length"])
-    with pytest.raises(UserError, match="a text without any token"):
+    with pytest.raises(UserError, match="text 0 has 0 tokens"):
         model_reward(model, tokenizer, 64, own_tokenizer=True)(batch)
 
 

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -114,23 +115,24 @@ ITEM = {"id": "a", "prompt": "p", "completion": "c"}
         ([], "body: is a list"),
         ({}, "body: is an object with neither or both forms"),
         ({"items": [ITEM], "messages": ["a"]}, "neither or both forms"),
-        ({"items": {}}, "items: is an object: a list of at least one object"),
-        ({"items": []}, "items: is a list: a list of at least one object"),
-        ({"items": ["a"]}, "items[0]: is a string: an object"),
-        ({"items": [ITEM, ITEM]}, "items[1]: id: is 'a': text or a whole number, another one"),
-        ({"items": [ITEM | {"id": None}]}, "items[0]: id: is None"),
-        ({"items": [ITEM | {"id": True}]}, "items[0]: id: is True"),
+        ({"items": {}}, "items: is an object: a list of at least one"),
+        ({"items": []}, "items: is a list: a list of at least one"),
+        ({"items": ["a"]}, "items[0]: is 'a': an object"),
+        ({"items": [ITEM, ITEM]}, "items[1]: id: is 'a': another one for each item"),
+        ({"items": [ITEM | {"id": None}]}, "items[0]: id: is null: text or a whole number"),
+        ({"items": [ITEM | {"id": True}]}, "items[0]: id: is true or false"),
         ({"items": [ITEM | {"prompt": 1}]}, "items[0]: prompt: is a number: text, or a list of"),
         ({"items": [ITEM | {"prompt": []}]}, "items[0]: prompt: is a list"),
         ({"items": [ITEM | {"prompt": [{"role": "user"}]}]}, "items[0]: prompt: is a list"),
         ({"items": [{"id": 1, "prompt": "p"}]}, "items[0]: completion: is null: text"),
         ({"items": [ITEM | {"finish_reason": "x"}]}, "finish_reason: is 'x': eos, stop, length"),
-        ({"items": [ITEM | {"prompt": "p" * 63}]}, "items: a text of 65 tokens once it is re-enc"),
-        ({"messages": "a"}, "messages: is a string: a list of at least one text"),
-        ({"messages": []}, "messages: is a list: a list of at least one text"),
+        ({"items": [ITEM | {"finish_reason": []}]}, "finish_reason: is a list: eos, stop, length"),
+        ({"items": [ITEM | {"prompt": "p" * 63}]}, "items: text 0 has 65 tokens once it is re-enc"),
+        ({"messages": "a"}, "messages: is 'a': a list of at least one"),
+        ({"messages": []}, "messages: is a list: a list of at least one"),
         ({"messages": ["a", 2]}, "messages[1]: is a number: text"),
-        ({"messages": ["a", ""]}, "messages[1]: has 0 tokens: the model reads 1 to 64"),
-        ({"messages": ["a" * 65]}, "messages[0]: has 65 tokens: the model reads 1 to 64"),
+        ({"messages": ["a", ""]}, "messages: text 1 has 0 tokens: the reward model reads 1 to 64"),
+        ({"messages": ["a" * 65]}, "messages: text 0 has 65 tokens: the reward model reads 1 to"),
     ],
 )
 def test_a_body_of_another_form_is_refused_with_a_reason(body, told, folder):
@@ -190,6 +192,25 @@ def raw(address: str, head: str) -> int:
         sock.sendall(f"{head}\r\n\r\n".encode("latin1"))
         with sock.makefile("rb") as file:
             return int(file.readline().split()[1])
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST /score HTTP/1.1\r\nX", b"POST / HTTP/1.1\r\nContent-Length: 999\r\n\r\n"]
+)
+def test_a_request_that_does_not_end_is_given_up(sent, folder, monkeypatch, capsys):
+    monkeypatch.setattr("minirlhf.tools.serve.REQUEST_TIME", 0.3)
+    with serving(folder) as address:
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port)), 5) as sock:
+            sock.sendall(sent)
+            assert ask(address, {"items": [ITEM]})[0] == 200  # others are not held up
+            started = time.monotonic()
+            with suppress(OSError):  # the server has left
+                while time.monotonic() < started + 5:
+                    sock.sendall(b"x")  # each byte in time, and never the last
+                    time.sleep(0.02)
+            assert time.monotonic() < started + 2
+    assert "timed out" in capsys.readouterr().err
 
 
 def test_a_client_that_leaves_is_one_line(folder, capsys):
