@@ -101,7 +101,9 @@ def test_a_run_whose_service_fails_is_saved_and_goes_on_to_the_same_bytes(
         capsys.readouterr()
         assert cli.main(argv) == REWARD_SERVICE
         told = capsys.readouterr().err
-        assert told.startswith(f"error: {server.url}: answered 500: '<out of\\\\nmemory>': expe")
+        assert told.startswith(
+            f"error: {server.url}: attempt 1 of 1: answered 500: '<out of\\\\nmemory>': expected "
+        )
         assert told.endswith(
             f"step {saved} is saved, --resume goes on at step {saved + 1}\n"
         ) and told.count("\n") == 1
