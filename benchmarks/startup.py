@@ -91,12 +91,12 @@ def parts_of_start(verb: str, argv: list[str]) -> dict[str, float]:
 
 def prepare(folder: Path, rows: int) -> dict[str, list[str]]:
     """The demo's files and two models of two steps; verb -> its flags, without --out."""
-    from minirlhf.tools.demo import command, film_world
+    from minirlhf.tools.demo import command, film_judge
 
     data = folder / "data"
     if not data.exists():
         command.write_world(data, 2, seed=0)
-        command.write_rows(data / "pairs.jsonl", film_world.preferences(rows, 0))
+        command.write_rows(data / "pairs.jsonl", film_judge.preferences(rows, 0))
     minirlhf, steps = [sys.executable, "-m", "minirlhf"], ["--steps", "2"]
     sft = ["--init-config", f"{data}/tiny-model.json", "--vocab-size", "1024",
            "--data", f"{data}/reviews.jsonl", "--batch-size", "48"]

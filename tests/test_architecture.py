@@ -154,6 +154,17 @@ def test_version_is_written_once():
     assert attr == "minirlhf.__version__"
 
 
+def test_files_that_the_code_reads_are_declared():
+    """setuptools leaves out what is no Python file and not declared."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    declared = pyproject["tool"]["setuptools"]["package-data"]
+    there: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "minirlhf").rglob("*")):
+        if path.suffix in (".toml", ".tsv"):
+            there.setdefault(".".join(path.parent.relative_to(ROOT).parts), []).append(path.name)
+    assert {package: sorted(names) for package, names in declared.items()} == there
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_module_hides_another(path):
     """A script run by its path has its own folder first on sys.path."""

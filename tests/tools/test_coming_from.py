@@ -1,9 +1,7 @@
 """Tables of other tools' parameters: complete, and nothing in them that does not exist here."""
 
 import itertools
-import tomllib
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +10,6 @@ from minirlhf import cli
 from minirlhf.errors import BAD_INPUT, OK
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward import RewardConfig
-from minirlhf.tools import coming_from
 from minirlhf.tools.coming_from import TOOLS, WIDTH, Section, sections
 
 FLAGS = {
@@ -114,12 +111,6 @@ def test_exists_can_fail():
     assert not exists("--show-samples", ["ppo", "reward"]) and exists("--show-samples", ["reward"])
     assert not exists("minirlhf dance", ["ppo"])
     assert not exists("minirlhf.no_name", ["ppo"])
-
-
-def test_the_table_is_part_of_the_package():
-    project = tomllib.loads((Path(minirlhf.__file__).parents[1] / "pyproject.toml").read_text())
-    declared = project["tool"]["setuptools"]["package-data"]["minirlhf.tools"]
-    assert Path(coming_from.__file__).with_suffix(".tsv").name in declared
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -21,7 +21,7 @@ from minirlhf.recipes import ppo, reward, sft
 from minirlhf.run import settings
 from minirlhf.run.settings import setting
 from minirlhf.tools import sample
-from minirlhf.tools.demo import film_world
+from minirlhf.tools.demo import film_judge, film_world
 
 MODEL = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
@@ -67,8 +67,8 @@ def write_preferences(data: Path, answers: Path, pairs: int, seed: int) -> list[
     Returns the held-out pairs, a tenth of all.
     """
     texts, rng = [row["prompt"] + row["response"] for row in read_rows(answers)], Random(seed)
-    rated = [film_world.rate(a, b, rng) for a, b in zip(texts[::2], texts[1::2], strict=True)]
-    rated += film_world.preferences(pairs - len(rated), seed)
+    rated = [film_judge.rate(a, b, rng) for a, b in zip(texts[::2], texts[1::2], strict=True)]
+    rated += film_judge.preferences(pairs - len(rated), seed)
     rng.shuffle(rated)
     tenth = max(pairs // 10, 1)
     held_out = rated[:tenth]
@@ -92,7 +92,7 @@ def progress(folder: Path) -> None:
     gold: dict[int, list[float]] = {}
     for row in read_rows(folder / "samples.jsonl"):
         if row["kind"] == "rollout":
-            score = film_world.gold_score(row["prompt"] + row["response"])
+            score = film_judge.gold_score(row["prompt"] + row["response"])
             gold.setdefault(row["step"], []).append(score)
     print(f"\n{'step':>6}{'learned reward':>16}{'gold reward':>13}{'KL, nats':>10}{'tokens':>8}")
     last = 0
@@ -111,14 +111,14 @@ def compare(before: Path, after: Path) -> None:
     for rows in zip(*[answers[name][:SHOWN] for name in answers], strict=True):
         print(f"\n{rows[0]['prompt']} …")
         for name, row in zip(answers, rows, strict=True):
-            gold = film_world.gold_score(row["prompt"] + row["response"])
+            gold = film_judge.gold_score(row["prompt"] + row["response"])
             print(f"  {name:<6} (gold {gold:>5.2f}) …{row['response']}")
     print(f"\nOn {HELD_OUT} held-out prompts:")
     print(f"{'':<8}{'gold reward':>12}{'fluency':>9}{'different answers':>19}")
     for name, rows in answers.items():
         texts = [row["prompt"] + row["response"] for row in rows]
-        gold = sum(map(film_world.gold_score, texts)) / len(texts)
-        fluency = sum(map(film_world.fluency, texts)) / len(texts)
+        gold = sum(map(film_judge.gold_score, texts)) / len(texts)
+        fluency = sum(map(film_judge.fluency, texts)) / len(texts)
         different = len({row["response"] for row in rows})
         print(f"{name:<8}{gold:>12.2f}{fluency:>9.0%}{different:>19}")
 
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         "--save-every", 1000, "--center-rewards-coefficient", 0.01, "--seed", seed,
     )
     accuracy = read_rows(out / "reward" / "metrics.jsonl")[-1]["eval_accuracy"]
-    best = film_world.best_accuracy(held_out)
+    best = film_judge.best_accuracy(held_out)
     print(f"held-out accuracy {accuracy:.3f}; the rater's noise allows {best:.3f}")
     command(
         "3. PPO: write what the reward model likes, without leaving the first model far behind.",
