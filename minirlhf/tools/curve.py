@@ -1,80 +1,80 @@
-"""Curves of a run as a small SVG picture, which a browser and a README show; no library is needed.
+"""Curves of a run as a small SVG picture, which browsers and READMEs show; no library is needed.
 
 >>> picture = draw("step", [1, 2, 3], [Panel("KL, nats", {"policy": [0.0, 1.0, 1.5]})])
 >>> picture.startswith("<svg") and picture.count("<polyline")
 1
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
+from math import ceil, floor, log10
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 640, 190  # of a panel, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 24  # around a panel's frame
 COLORS = ("#1f6feb", "#d1591f", "#2a8a4a")
-GRID, INK = "#d9dde3", "#333"
+INK, GRID = "#333333", "#d9dde3"
 
 
 class Panel(NamedTuple):
     title: str  # what it shows, with the unit
-    curves: dict[str, Sequence[float]]  # name -> y at each x, at most three curves
+    curves: dict[str, Sequence[float]]  # name -> y at each x; at most three
 
 
-def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten from low to high, at most `most` of them.
+def axis(values: Iterable[float], most: int = 6) -> list[float]:
+    """Equally spaced round numbers, about `most`, that span the values; two or more.
 
-    >>> round_ticks(-0.33, 0.61)
-    [-0.2, 0.0, 0.2, 0.4, 0.6]
+    >>> axis([-0.33, 0.61])
+    [-0.4, -0.2, 0.0, 0.2, 0.4, 0.6, 0.8]
     """
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(d * power for d in (1, 2, 5, 10, 20) if (high - low) / (d * power) < most)
-    ticks = range(math.ceil(low / step), math.floor(high / step) + 1)
-    return [round(tick * step, 10) for tick in ticks]
+    values = list(values)
+    low, span = min(values), max(values) - min(values) or 1.0
+    power = 10.0 ** floor(log10(span / most))
+    step = next(digit * power for digit in (1, 2, 5, 10) if span <= most * digit * power)
+    last = max(ceil(max(values) / step), floor(low / step) + 1)
+    return [round(tick * step, 12) for tick in range(floor(low / step), last + 1)]
 
 
 def draw(x_title: str, xs: Sequence[float], panels: Sequence[Panel]) -> str:
-    """The panels one below the other, above one x axis. The same numbers give the same bytes.
+    """The panels one below the other, each over its x axis; the same numbers, the same bytes.
 
     Args:
-        xs: finite and ascending, two or more.
+        xs: one or more finite numbers, ascending.
         panels: of finite numbers.
     """
     height = HEIGHT * len(panels) + BOTTOM
-    body = [
-        line for at, panel in enumerate(panels) for line in _panel(panel, xs, HEIGHT * at)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
     ]
-    body.append(_text(WIDTH - RIGHT, height - 6, x_title, "end"))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-    head += f'font-family="sans-serif" font-size="12" fill="{INK}">'
-    background = f'<rect width="{WIDTH}" height="{height}" fill="white"/>'
-    return "\n".join([head, background, *body, "</svg>"]) + "\n"
+    for at, panel in enumerate(panels):
+        lines += _panel(panel, xs, HEIGHT * at)
+    lines.append(_text(WIDTH - RIGHT, height - 6, x_title, "end"))
+    return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def _panel(panel: Panel, xs: Sequence[float], top: float) -> list[str]:
-    ys = [y for curve in panel.curves.values() for y in curve]
-    low, high = min(ys), max(ys)
-    high = high if high > low else low + 1  # a constant has an axis too
+def _panel(panel: Panel, xs: Sequence[float], top: int) -> list[str]:
+    across, up = axis(xs, 10), axis(y for ys in panel.curves.values() for y in ys)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - xs[0]) / (xs[-1] - xs[0]) * (WIDTH - LEFT - RIGHT)
-        down = (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        return LEFT + across, top + TOP + down
+        right = (x - across[0]) / (across[-1] - across[0]) * (WIDTH - LEFT - RIGHT)
+        down = (up[-1] - y) / (up[-1] - up[0]) * (HEIGHT - TOP - BOTTOM)
+        return LEFT + right, top + TOP + down
 
-    lines = []
-    for tick in round_ticks(low, high):
-        x, y = place(xs[0], tick)
-        lines.append(f'<path d="M{x:.1f} {y:.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
+    lines = [_text(LEFT, top + 20, panel.title, "start")]
+    for tick in up:
+        x, y = place(across[0], tick)
+        lines.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
         lines.append(_text(x - 8, y + 4, f"{tick:g}", "end"))
-    lines += [_text(place(x, low)[0], top + HEIGHT - 4, f"{x:g}", "middle")
-              for x in round_ticks(xs[0], xs[-1], 9)]
-    lines.append(_text(LEFT, top + 20, panel.title, "start"))
-    for at, (name, curve) in enumerate(panel.curves.items()):
-        points = " ".join("{:.1f},{:.1f}".format(*place(*p)) for p in zip(xs, curve, strict=True))
-        style = f'fill="none" stroke="{COLORS[at]}" stroke-width="2"'
-        lines.append(f'<polyline points="{points}" {style}/>')
+    lines += [_text(place(x, 0)[0], top + HEIGHT - 6, f"{x:g}", "middle") for x in across]
+    for at, (name, ys) in enumerate(panel.curves.items()):
+        points = [place(x, y) for x, y in zip(xs, ys, strict=True)]
+        shown = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        line = f'fill="none" stroke="{COLORS[at]}" stroke-width="2"'
+        lines.append(f'<polyline points="{shown}" {line}/>')
         if len(panel.curves) > 1:
-            lines.append(_text(WIDTH - RIGHT - 110 * at, top + 20, name, "end", COLORS[at]))
+            lines.append(_text(WIDTH - RIGHT - 80 * at, top + 20, name, "end", COLORS[at]))
     return lines
 
 

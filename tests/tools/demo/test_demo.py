@@ -29,6 +29,9 @@ def test_demo_runs_the_three_recipes_at_a_tenth_of_its_steps(tmp_path, capsys):
     assert set(summary(out)) == {"before", "after"}
     for run in ("sft", "reward", "ppo"):
         assert (tmp_path / "demo" / run / "model" / "model.safetensors").exists()
+    picture = (tmp_path / "demo" / "curve.svg").read_text(encoding="utf-8")
+    assert picture == command.picture(command.progress(tmp_path / "demo" / "ppo"))
+    assert picture.count("<polyline") == 3  # learned and gold reward; KL
     rows = (tmp_path / "demo" / "after.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(rows) == command.HELD_OUT
     assert set(json.loads(rows[0])) >= {"prompt", "response", "finish_reason"}
