@@ -14,7 +14,7 @@ from minirlhf import interrupt
 from minirlhf.batches import rollouts as passes_module
 from minirlhf.data.examples import Pair, Text
 from minirlhf.errors import STOPPED, NonFinite, Stopped, run
-from minirlhf.evaluation.reward import evaluate
+from minirlhf.evaluation.reward import evaluate_preferences
 from minirlhf.models import generation
 from minirlhf.models.generation import Sampling, generate
 from minirlhf.models.heads import RewardModel
@@ -138,7 +138,7 @@ def scorer() -> RewardModel:
         lambda: generate(tiny_lm(), [[1]], Sampling(3), [], torch.tensor([7])),
         lambda: model_reward(scorer(), Letters(), 64)(completions()),
         lambda: function_reward(lambda completions: [1.0], "f")(completions()),
-        lambda: evaluate(scorer(), PAIRS),
+        lambda: evaluate_preferences(scorer(), PAIRS),
         lambda: sft_recipe.evaluate(tiny_lm(), TEXTS),
         lambda: evaluated(),
     ],

@@ -1,4 +1,8 @@
-"""equations.preference."""
+"""Losses of preferences, one number a pair or list, and how often a preference is met.
+
+Rewards and log-probs come in, unreduced losses go out, computed in float32 at least. No argument is
+changed. Shapes: N pairs or lists, K responses of the longest list.
+"""
 
 import math
 from typing import NamedTuple
@@ -43,8 +47,7 @@ def bradley_terry_loss(
         loss = -q log sigmoid(d) - (1 - q) log sigmoid(-d)
         q = p (1 - e) + (1 - p) e,   p = chosen_probability, e = label_smoothing
 
-    It is smallest where sigmoid(d) = q, so neither an unsure nor a smoothed label asks for d
-    without bound.
+    It is smallest where sigmoid(d) = q, so with an unsure or smoothed label the best d is finite.
 
     Args:
         chosen_rewards, rejected_rewards: (N,) reward units; carry the gradient.
@@ -52,8 +55,8 @@ def bradley_terry_loss(
         chosen_probability: that chosen is the better one, in [0, 1]; one for all pairs or (N,).
         label_smoothing: probability that a label is wrong, in [0, 0.5).
     Returns:
-        (N,) nats, finite for any finite difference; at 1 and without smoothing for an infinite one
-        too, if it is the right way round.
+        (N,) nats, finite for any finite difference; where the label is certain and d has its sign,
+        also for an infinite one.
     Raises:
         ValueError: shapes differ or are not (N,), or a probability is out of its range.
 
@@ -68,7 +71,7 @@ def bradley_terry_loss(
         margin = upcast(margin)
     if isinstance(chosen_probability, Tensor):
         check_same_shape(chosen_rewards=chosen_rewards, chosen_probability=chosen_probability)
-    _is_smoothing(label_smoothing)
+    _check_smoothing(label_smoothing)
     difference = upcast(chosen_rewards) - upcast(rejected_rewards) - margin
     p = torch.as_tensor(chosen_probability).to(difference)
     if not bool(((p >= 0) & (p <= 1)).all()):  # NaN is refused too
@@ -86,11 +89,11 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
 
         loss = sum_i (log sum_{j in S_i} exp(s_j) - s_i),   S_i = {i} and all that rank behind i
 
-    Without ties this is minus the log-likelihood of the order, and of two responses it is
-    Bradley-Terry's loss. Responses that tie are never compared with each other: by Luce's axiom
-    softmax over S_i is the probability that i is the best of S_i whatever else there is, so each
-    term stays true and their sum is a composite likelihood. A choice of the best of n, the others
-    all tied behind it, gives the cross-entropy of softmax over n: the first factor alone.
+    Without ties this is minus the log-likelihood of the order; for two responses it is
+    Bradley-Terry's loss. Responses that tie are never compared with each other. By Luce's axiom
+    softmax over S_i is the probability that i is the best of S_i, whatever else there is: each term
+    stays true, and their sum is a composite likelihood. A choice of the best of n, the others tied
+    behind it, gives the cross-entropy of softmax over n.
 
     Args:
         scores: (N, K) reward units; carry the gradient.
@@ -118,7 +121,7 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
 def preference_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Accuracy:
     """How often the chosen text is scored above the rejected one.
 
-    Ties are told apart, because a model that scores everything alike is not right half the time.
+    Ties are counted apart: a model that scores everything alike is not right half the time.
 
     Args:
         chosen_rewards, rejected_rewards: (N,), N >= 1. A NaN makes its pair a wrong one.
@@ -179,7 +182,7 @@ def dpo_loss(
     check_vector(policy_chosen=policy_chosen)
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta is {beta}: a finite number above 0 is needed")
-    _is_smoothing(label_smoothing)
+    _check_smoothing(label_smoothing)
     chosen_rewards = beta * (upcast(policy_chosen) - upcast(ref_chosen).detach())
     rejected_rewards = beta * (upcast(policy_rejected) - upcast(ref_rejected).detach())
     margin = chosen_rewards - rejected_rewards
@@ -187,6 +190,6 @@ def dpo_loss(
     return DPOLoss(loss, chosen_rewards.detach(), rejected_rewards.detach())
 
 
-def _is_smoothing(label_smoothing: float) -> None:
+def _check_smoothing(label_smoothing: float) -> None:
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}: at least 0 and below 0.5 is legal")

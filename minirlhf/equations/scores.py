@@ -1,8 +1,8 @@
-"""From what a reward source says to the score that PPO learns from: a rule for responses that did
-not end, then the running scale of all scores so far, then a bound.
+"""From a reward source's score to the one that PPO learns from, in three steps: a rule for
+truncated responses, division by the running spread of all scores so far, a bound.
 
-A score keeps its level: normalising each batch by itself would tell the policy that the mean of any
-batch is worth 0. Shapes: B responses.
+Batches are not normalised one by one: that would tell the policy that the mean of any batch is
+worth 0. Shapes: B responses.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ EndRule = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores, truncated, lengt
 def subtract_missing_eos(
     scores: Tensor, truncated: Tensor, lengths: Tensor, penalty: float
 ) -> Tensor:
-    """The score of a response that the length cut, less a penalty (TRL 1.x).
+    """The score of a truncated response, minus a penalty (TRL 1.x).
 
     >>> from torch import tensor
-    >>> cut, lengths = tensor([True, False]), tensor([8, 3])
-    >>> subtract_missing_eos(tensor([2.0, 2.0]), cut, lengths, penalty=0.5)
+    >>> truncated, lengths = tensor([True, False]), tensor([8, 3])
+    >>> subtract_missing_eos(tensor([2.0, 2.0]), truncated, lengths, penalty=0.5)
     tensor([1.5000, 2.0000])
     """
     return torch.where(truncated, scores - penalty, scores)
@@ -34,12 +34,12 @@ def subtract_missing_eos(
 def replace_missing_eos(
     scores: Tensor, truncated: Tensor, lengths: Tensor, penalty: float
 ) -> Tensor:
-    """-penalty for a response that the length cut: a reward model has not learned to score half a
-    text. Huang et al. 2024 (arXiv:2403.17031), detail 23, the EOS trick.
+    """-penalty in place of a truncated response's score, since a reward model has not learned to
+    score half a text. Huang et al. 2024 (arXiv:2403.17031), detail 23, the EOS trick.
 
     >>> from torch import tensor
-    >>> cut, lengths = tensor([True, False]), tensor([8, 3])
-    >>> replace_missing_eos(tensor([2.0, 2.0]), cut, lengths, penalty=1.0)
+    >>> truncated, lengths = tensor([True, False]), tensor([8, 3])
+    >>> replace_missing_eos(tensor([2.0, 2.0]), truncated, lengths, penalty=1.0)
     tensor([-1.,  2.])
     """
     return torch.where(truncated, -penalty, scores)
@@ -48,14 +48,14 @@ def replace_missing_eos(
 def ramp_overlong(
     scores: Tensor, truncated: Tensor, lengths: Tensor, penalty: float, longest: int, buffer: int
 ) -> Tensor:
-    """A penalty that grows over the last `buffer` tokens before the limit, so that a response a
-    little too long is not as bad as one that never ends. DAPO (arXiv:2503.14476), eq. 13.
+    """A penalty that grows over the last `buffer` tokens before the limit, so that a response that
+    is a little too long costs less than one that never ends. DAPO (arXiv:2503.14476), eq. 13.
 
         score - penalty · clip((length - (longest - buffer)) / buffer, 0, 1)
 
     >>> from torch import tensor
-    >>> cut, lengths = tensor([False, False, True]), tensor([4, 7, 10])
-    >>> ramp_overlong(tensor([0.0, 0.0, 0.0]), cut, lengths, penalty=1.0, longest=10, buffer=4)
+    >>> truncated, lengths = tensor([False, False, True]), tensor([4, 7, 10])
+    >>> ramp_overlong(torch.zeros(3), truncated, lengths, penalty=1.0, longest=10, buffer=4)
     tensor([ 0.0000, -0.2500, -1.0000])
     """
     excess = (lengths - (longest - buffer)) / buffer
@@ -110,14 +110,13 @@ class RunningMoments:
 def scale_scores(
     scores: Tensor, how: str, clip: float | None, moments: RunningMoments
 ) -> Tensor:
-    """Scores in units of their running spread, then bounded. As TRL 0.9 does, the moments hold this
-    batch already.
+    """Scores in units of their running spread, then bounded, as in TRL 0.9.
 
     Args:
         scores: (B,).
         how: none; scale, score / std; normalize, (score - mean) / std.
         clip: the result lies in [-clip, clip]; None: no bound.
-        moments: of all scores so far, these among them.
+        moments: of all scores so far, including these.
     """
     if how == "normalize":
         scores = scores - moments.mean

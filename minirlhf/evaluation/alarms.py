@@ -1,15 +1,15 @@
 """Alarms: what a PPO run's numbers say is going wrong, with the likely cause and what to change.
 
-Each is told once a run. `check` is a pure function of a history, which is part of the state, so
-that a resumed run tells what the run that went on would have told. Thresholds have their source
-beside them; those without one are rules of thumb, and say so.
+Each is told once a run. `check_alarms` is a pure function of a history, which is part of the state,
+so a resumed run tells what the uninterrupted one would have told. The comment above a rule names
+the source of its threshold, or says that it is a rule of thumb.
 """
 
 from collections.abc import Callable, Mapping
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
-from minirlhf.evaluation.rollout import correlation
+from minirlhf.equations.intervals import pearson
 
 FIRST, LAST = 5, 20  # values kept of each metric: the first and the latest
 
@@ -25,18 +25,10 @@ class Alarm(NamedTuple):
         return f"alarm at step {self.step}: {self.name}: {self.text}"
 
 
-class Rule(NamedTuple):
-    """Looks at the values of some metrics; returns what it saw, or None where all is well."""
-
-    name: str
-    metrics: tuple[str, ...]
-    look: Callable[..., str | None]  # one Seen a metric
-    advice: str
-
-
 class Seen(NamedTuple):
     """Of one metric: its first FIRST and latest LAST values, and how many steps there were."""
 
+    name: str
     first: list[float]
     latest: list[float]
     steps: int
@@ -46,140 +38,141 @@ class Seen(NamedTuple):
         return self.latest[-n:] if len(self.latest) >= n else []
 
 
-def kl_at_start(kl: Seen) -> str | None:
-    # The reference is where the policy starts (Ziegler et al. 2019, sec. 2), so it is 0; with
-    # another --ref it need not be. A tenth of a nat a response: rule of thumb.
+Test = Callable[..., str | None]  # one Seen a metric -> what is wrong, or None
+
+
+class Rule(NamedTuple):
+    name: str
+    metrics: tuple[str, ...]
+    test: Test
+    advice: str
+
+
+# ------------------------------------------------------------------------------------------ tests
+
+
+def mean_above(limit: float, steps: int, shown: str = "{:.2f}") -> Test:
+    """Whether the latest values are too large on average."""
+
+    def test(seen: Seen) -> str | None:
+        window = seen.recent(steps)
+        if window and mean(window) > limit:
+            value = shown.format(mean(window))
+            return f"{seen.name} is {value} on average over {steps} steps"
+        return None
+
+    return test
+
+
+def mean_fell(share: float, shown: str = "{:.2f}") -> Test:
+    """Whether the latest 5 values are on average below a share of what the first ones were."""
+
+    def test(seen: Seen) -> str | None:
+        window, start = seen.recent(5), mean(seen.first)
+        if window and mean(window) < share * start:
+            values = f"from {shown.format(start)} to {shown.format(mean(window))}"
+            return f"{seen.name} fell {values}"
+        return None
+
+    return test
+
+
+def not_zero_at_start(kl: Seen) -> str | None:
     if kl.steps == 1 and abs(kl.latest[0]) > 0.1:
-        return f"objective/kl is {kl.latest[0]:.3g} nats before any training"
+        return f"{kl.name} is {kl.latest[0]:.3g} nats before any training"
     return None
 
 
-def negative_kl(kl: Seen) -> str | None:
-    # A KL is never below 0, its estimate k1 may be: the mean of 10 steps lies 4 standard errors
-    # below 0 by chance in one window of 600 (Student's t), and these windows overlap.
+def surely_negative(kl: Seen) -> str | None:
     window = kl.recent(10)
     if window and mean(window) + 4 * stdev(window) / len(window) ** 0.5 < 0:
-        return f"objective/kl is {mean(window):.3g} nats on average over 10 steps"
+        return f"{kl.name} is {mean(window):.3g} nats on average over 10 steps"
     return None
 
 
-def large_update(approxkl: Seen) -> str | None:
-    # Usually below 0.02 (Huang et al. 2022, "The 37 Implementation Details of PPO"); five times it.
-    window = approxkl.recent(5)
-    if window and mean(window) > 0.1:
-        return f"policy/approxkl_avg is {mean(window):.3g} nats a token on average over 5 steps"
-    return None
-
-
-def clipped_policy(clipfrac: Seen) -> str | None:
-    # With a third of the gradient cut off, the rest is no longer that of the objective: rule of
-    # thumb. Schulman et al. 2017, sec. 3, has the clip for outliers.
-    window = clipfrac.recent(5)
-    if window and mean(window) > 0.3:
-        return f"policy/clipfrac_avg is {mean(window):.2f} on average over 5 steps"
-    return None
-
-
-def clipped_value(clipfrac: Seen) -> str | None:
-    # value_clip is in units of the reward: a critic with far to go is held back (rule of thumb).
-    window = clipfrac.recent(5)
-    if window and mean(window) > 0.5:
-        return f"val/clipfrac_avg is {mean(window):.2f} on average over 5 steps"
-    return None
-
-
-def useless_critic(explained: Seen) -> str | None:
-    # Below 0 a constant would predict better; the first 10 steps are for learning.
+def worse_than_constant(explained: Seen) -> str | None:
     window = explained.recent(5)
     if explained.steps >= 15 and window and mean(window) < 0:
-        return f"health/explained_variance is {mean(window):.2f} on average over 5 steps"
+        return f"{explained.name} is {mean(window):.2f} on average over 5 steps"
     return None
 
 
-def entropy_collapse(entropy: Seen) -> str | None:
-    # What is gained is paid for with entropy, and without any nothing more is gained (Cui et al.
-    # 2025, arXiv:2505.22617, eq. 6). A fifth of the first steps' is a rule of thumb.
-    window, start = entropy.recent(5), mean(entropy.first)
-    if window and mean(window) < 0.2 * start:
-        return f"policy/entropy_avg fell from {start:.3g} to {mean(window):.3g} nats a token"
-    return None
-
-
-def endless_responses(eos_rate: Seen) -> str | None:
-    # Cut texts are not what the reward was trained on; half of the first steps' (rule of thumb).
-    window, start = eos_rate.recent(5), mean(eos_rate.first)
-    if window and mean(window) < 0.5 * start:
-        return f"health/eos_rate fell from {start:.2f} to {mean(window):.2f}"
-    return None
-
-
-def length_drift(length: Seen, scores: Seen) -> str | None:
-    # Most of the reward that PPO gains may come from length alone (Singhal et al. 2023,
-    # arXiv:2310.03716). Chance gives 20 independent steps r > 0.8 once in 87,000 times.
+def grows_with_score(length: Seen, scores: Seen) -> str | None:
     window, start = length.recent(20), mean(length.first)
     if not window or mean(window[-5:]) <= 1.25 * start:
         return None
-    r = correlation(window, scores.recent(20))
-    if r > 0.8:
-        grown = f"response_length grew from {start:.0f} to {mean(window[-5:]):.0f} tokens"
+    r = pearson(window, scores.recent(20))
+    if r is not None and r > 0.8:
+        grown = f"{length.name} grew from {start:.0f} to {mean(window[-5:]):.0f} tokens"
         return f"{grown}, and goes with the scores (r = {r:.2f} over 20 steps)"
     return None
 
 
-def equal_scores(std: Seen) -> str | None:
+def no_spread(std: Seen) -> str | None:
     if std.recent(3) == [0, 0, 0]:
         return "what is learned from has been the same for all responses of a batch for 3 steps"
     return None
 
 
-def gradient_spike(norm: Seen) -> str | None:
-    # Ten times the median of 10 steps or more before it: rule of thumb.
-    # It is 0 while a critic with a trunk of its own warms up: the policy has no gradient then.
+def spike(norm: Seen) -> str | None:
     before = norm.latest[:-1]
+    # The norm is 0 while a critic with a trunk of its own warms up, as the policy then has no
+    # gradient: a median of 0 says nothing.
     if len(before) >= 10 and norm.latest[-1] > 10 * median(before) > 0:
-        return f"grad_norm is {norm.latest[-1]:.3g}, {median(before):.3g} is usual"
+        return f"{norm.name} is {norm.latest[-1]:.3g}, {median(before):.3g} is usual"
     return None
 
 
-def repeated_responses(dup_rate: Seen) -> str | None:
-    # Nothing is learned from comparing a text with itself: rule of thumb.
-    window = dup_rate.recent(3)
-    if window and mean(window) > 0.5:
-        return f"health/dup_rate is {mean(window):.2f} on average over 3 steps"
-    return None
-
+# ------------------------------------------------------------------------------------------ rules
 
 RULES = (
-    Rule("kl_at_start", ("objective/kl",), kl_at_start,
+    # The reference is where the policy starts (Ziegler et al. 2019, sec. 2), so it is 0; with
+    # another --ref it need not be. A tenth of a nat a response: rule of thumb.
+    Rule("kl_at_start", ("objective/kl",), not_zero_at_start,
          "the reference is another model than the policy: leave out --ref, unless that is meant"),
-    Rule("negative_kl", ("objective/kl",), negative_kl,
-         "updates are too large, or texts are drawn from another law than is scored: lower "
+    # A KL is never below 0, its estimate k1 may be: the mean of 10 steps lies 4 standard errors
+    # below 0 by chance in one window of 600 (Student's t), and these windows overlap.
+    Rule("negative_kl", ("objective/kl",), surely_negative,
+         "updates are too large, or the sampled distribution is not the scored one: lower "
          "learning_rate; look at health/logprobs_diff, which dtype float32 keeps at rounding"),
-    Rule("large_update", ("policy/approxkl_avg",), large_update,
+    # Usually below 0.02 (Huang et al. 2022, "The 37 Implementation Details of PPO"); five times it.
+    Rule("large_update", ("policy/approxkl_avg",), mean_above(0.1, 5, "{:.3g} nats a token"),
          "an iteration moves the policy too far: lower learning_rate or epochs"),
-    Rule("clipped_policy", ("policy/clipfrac_avg",), clipped_policy,
+    # With a third of the gradient clipped away, the rest is no longer that of the objective: rule
+    # of thumb. Schulman et al. 2017, sec. 3, has the clip for outliers.
+    Rule("clipped_policy", ("policy/clipfrac_avg",), mean_above(0.3, 5),
          "updates run into the clip: lower learning_rate, epochs or mini_batches"),
-    Rule("clipped_value", ("val/clipfrac_avg",), clipped_value,
+    # value_clip is in units of the reward: a critic with far to go is held back (rule of thumb).
+    Rule("clipped_value", ("val/clipfrac_avg",), mean_above(0.5, 5),
          "rewards are large for value_clip, which is in their units: set value_clip none"),
-    Rule("useless_critic", ("health/explained_variance",), useless_critic,
+    # Below 0 a constant would predict better; the first 10 steps are for learning.
+    Rule("useless_critic", ("health/explained_variance",), worse_than_constant,
          "the critic predicts worse than a constant: raise vf_coef, or start it with --critic"),
-    Rule("entropy_collapse", ("policy/entropy_avg",), entropy_collapse,
+    # Reward is gained at the cost of entropy, and without any nothing more is gained (Cui et al.
+    # 2025, arXiv:2505.22617, eq. 6). A fifth of the first steps' is a rule of thumb.
+    Rule("entropy_collapse", ("policy/entropy_avg",), mean_fell(0.2, "{:.3g} nats a token"),
          "the policy hardly varies what it writes: raise kl_coef, lower learning_rate"),
-    Rule("endless_responses", ("health/eos_rate",), endless_responses,
-         "the reward does not mind texts that are cut: raise missing_eos_penalty"),
-    Rule("length_drift", ("response_length", "objective/scores"), length_drift,
+    # Truncated texts are not what the reward was trained on; half of the first steps' (rule of
+    # thumb).
+    Rule("endless_responses", ("health/eos_rate",), mean_fell(0.5),
+         "the reward does not mind truncated texts: raise missing_eos_penalty"),
+    # Most of the reward that PPO gains may come from length alone (Singhal et al. 2023,
+    # arXiv:2310.03716). Chance gives 20 independent steps r > 0.8 once in 87,000 times.
+    Rule("length_drift", ("response_length", "objective/scores"), grows_with_score,
          "the reward may pay for length: look at the samples, raise kl_coef, mend the reward"),
-    Rule("equal_scores", ("objective/learned_scores_std",), equal_scores,
+    Rule("equal_scores", ("objective/learned_scores_std",), no_spread,
          "nothing tells good texts from bad: check --reward (or, with bootstrap_truncated, whether "
          "any response ends), raise batch_size or temperature"),
-    Rule("gradient_spike", ("grad_norm",), gradient_spike,
+    # Ten times the median of 10 steps or more before it: rule of thumb.
+    Rule("gradient_spike", ("grad_norm",), spike,
          "one batch pulls much harder than the others: look at its rollout, lower max_grad_norm"),
-    Rule("repeated_responses", ("health/dup_rate",), repeated_responses,
+    # Nothing is learned from comparing a text with itself: rule of thumb.
+    Rule("repeated_responses", ("health/dup_rate",), mean_above(0.5, 3),
          "the policy gives the same answers again: raise temperature or kl_coef"),
 )
 
 
-def check(
+def check_alarms(
     history: Mapping[str, list[float]], step: int, metrics: Mapping[str, float]
 ) -> tuple[list[Alarm], History]:
     """What to tell after a step, and the history with that step in it.
@@ -201,8 +194,8 @@ def check(
     for rule in RULES:
         if f"told {rule.name}" in history or not all(name in metrics for name in rule.metrics):
             continue
-        series = [Seen(history[f"first {n}"], history[n], steps) for n in rule.metrics]
-        if seen := rule.look(*series):
+        series = [Seen(n, history[f"first {n}"], history[n], steps) for n in rule.metrics]
+        if what := rule.test(*series):
             history[f"told {rule.name}"] = [step]
-            alarms.append(Alarm(rule.name, step, f"{seen}: {rule.advice}"))
+            alarms.append(Alarm(rule.name, step, f"{what}: {rule.advice}"))
     return alarms, history

@@ -1,7 +1,7 @@
-"""What a policy has become on held-out prompts, and how often it beats the one that it started as.
+"""What a policy scores on held-out prompts, and how often it beats the one that it started as.
 
-Every evaluation of a run answers the same prompts with the same random keys, so that what changes
-between two of them is the policy, and each answer has its partner: comparisons are paired.
+Every evaluation of a run answers the same prompts with the same random keys. So what changes
+between two of them is the policy, and each answer has a partner to be compared with.
 
 Shapes: N held-out prompts, one response each.
 """
@@ -17,7 +17,7 @@ from minirlhf.batches.collect import columns_of, sample
 from minirlhf.batches.rollouts import RolloutBuffer
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
-from minirlhf.equations.intervals import distinct, duplicates, win_rate
+from minirlhf.equations.intervals import win_rate
 from minirlhf.equations.kl import kl_k1
 from minirlhf.models.generation import Sampling
 from minirlhf.models.transformer import CausalLM
@@ -29,19 +29,6 @@ from minirlhf.run.optim import check_finite
 CONSOLE = ("objective/scores", "objective/kl", "win_rate", "response_length", "distinct_2")
 
 
-def text_metrics(texts: list[str], completions: list[Completions]) -> dict[str, float]:
-    """Of N responses: what needs neither scores nor log-probs."""
-    N = len(texts)
-    cut = sum(part.finish_reasons.count("length") for part in completions)
-    return {
-        "response_length": sum(len(ids) for part in completions for ids in part.response_ids) / N,
-        "eos_rate": 1 - cut / N,
-        "distinct_1": distinct(texts, 1),
-        "distinct_2": distinct(texts, 2),
-        "duplicates": duplicates(texts),
-    }
-
-
 class PolicyEvaluation(NamedTuple):
     metrics: dict[str, float]
     scores: list[float]  # N, in the prompts' order
@@ -50,25 +37,17 @@ class PolicyEvaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate_policy(
-    lm: CausalLM,
-    prompts: list[Prompt],
-    reward: RewardSource,
-    measure: Callable[[RolloutBuffer], None],
-    tokenizer: Tokenizer,
-    sampling: Sampling,
-    seed: int,
-    rows_at_once: int = 64,
-    micro_batch_size: int = 8,
-    micro_batch_tokens: int = 4096,
+    lm: CausalLM, prompts: list[Prompt], reward: RewardSource,
+    measure: Callable[[RolloutBuffer], None], tokenizer: Tokenizer, sampling: Sampling, seed: int,
+    rows_at_once: int = 64, micro_batch_size: int = 8, micro_batch_tokens: int = 4096,
     baseline: list[float] | None = None,
 ) -> PolicyEvaluation:
-    """Answers held-out prompts once; a pure function of its arguments.
+    """Answers N >= 2 held-out prompts once; a pure function of its arguments.
 
     Args:
         lm: the policy.
-        prompts: N >= 2.
-        reward: completions -> (B,) scores, which are taken as they are: no penalty is taken off,
-            nothing is scaled or clipped, so that runs with other settings can be compared.
+        reward: completions -> (B,) scores. They are taken as they are: no penalty, scale or clip,
+            so that runs with other settings can be compared.
         measure: fills old_logprobs (the policy's) and ref_logprobs (the reference's), as training
             does it.
         seed: of the keys, one for each place among the prompts, the same at every evaluation.
@@ -76,10 +55,7 @@ def evaluate_policy(
         micro_batch_size, micro_batch_tokens: of `measure`, as in `RolloutBuffer`.
         baseline: N scores of the policy to compare with, on these prompts.
     Returns:
-        objective/scores (mean) and objective/scores_se (its standard error), reward units;
-        objective/kl: k1 summed over a response, mean over responses, nats; response_length, tokens;
-        eos_rate: share not cut by the length; distinct_1, distinct_2, duplicates; and with a
-        baseline win_rate, win_rate_low, win_rate_high. Scores and texts beside them.
+        Metrics (see `answer_metrics`), scores and texts.
     Raises:
         ValueError: there are fewer than 2 prompts, or reward gave another number of scores.
         UserError: a score or the KL is not finite (exit code 3).
@@ -89,32 +65,78 @@ def evaluate_policy(
     if N < 2:
         raise ValueError(f"{N} prompts: a standard error needs 2 or more")
     keys = streams.key(seed, "evaluation", torch.arange(N))  # (N,)
-    parts, scores, kl = [], [], 0.0
+    columns, parts, scores, kl = columns_of(prompts), [], [], 0.0
     for start in range(0, N, rows_at_once):
         part = slice(start, start + rows_at_once)
-        batch = prompts[part]
         completions, rollout = sample(
-            lm, batch, keys[part], sampling, tokenizer, rows_at_once, columns_of(prompts)
+            lm, prompts[part], keys[part], sampling, tokenizer, rows_at_once, columns
         )
-        given = as_scores(reward(completions), completions, "evaluation")
         parts.append(completions)
-        scores += given.sums.tolist()
+        scores += as_scores(reward(completions), completions, "evaluation").sums.tolist()
         buffer = RolloutBuffer(micro_batch_size, micro_batch_tokens)
         buffer.add(rollout)
         measure(buffer)
-        gaps = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
-        kl += float(gaps.double().sum())
+        log_ratios = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
+        kl += float(log_ratios.double().sum())
     check_finite("evaluation", {"objective/kl": kl})
-    texts = [text for completions in parts for text in completions.completions]
+    metrics = answer_metrics(parts, scores, kl, baseline)
+    return PolicyEvaluation(metrics, scores, [text for part in parts for text in part.completions])
+
+
+def answer_metrics(
+    parts: list[Completions], scores: list[float], kl: float, baseline: list[float] | None = None
+) -> dict[str, float]:
+    """What N answers are worth.
+
+    Args:
+        parts: the answers, N in all.
+        scores, baseline: N each, in their order.
+        kl: nats, summed over all response tokens.
+    Returns:
+        objective/scores (mean) and objective/scores_se (its standard error), reward units;
+        objective/kl: nats a response; response_length: tokens; eos_rate: share that ended before
+        the limit; distinct_1, distinct_2, duplicates; with a baseline win_rate, win_rate_low and
+        win_rate_high.
+    """
+    N, texts = len(scores), [text for part in parts for text in part.completions]
+    truncated = sum(part.finish_reasons.count("length") for part in parts)
     metrics = {
         "objective/scores": fmean(scores),
         "objective/scores_se": stdev(scores) / N**0.5,
         "objective/kl": kl / N,
-    } | text_metrics(texts, parts)
+        "response_length": sum(len(ids) for part in parts for ids in part.response_ids) / N,
+        "eos_rate": 1 - truncated / N,
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+        "duplicates": duplicates(texts),
+    }
     if baseline is not None:
         rate, low, high = win_rate(scores, baseline)
         metrics |= {"win_rate": rate, "win_rate_low": low, "win_rate_high": high}
-    return PolicyEvaluation(metrics, scores, texts)
+    return metrics
+
+
+def distinct(texts: list[str], n: int) -> float:
+    """Different n-grams of words over all n-grams of all texts; Li et al. 2016 (arXiv:1510.03055),
+    section 5.2, divide by all words. 0 where no text has n words.
+
+    >>> distinct(["a b a", "a b"], 2)  # a b twice, b a once
+    0.6666666666666666
+    """
+    grams = [tuple(w[i : i + n]) for w in map(str.split, texts) for i in range(len(w) - n + 1)]
+    return len(set(grams)) / max(len(grams), 1)
+
+
+def duplicates(texts: list[str]) -> float:
+    """Share of the texts that equal an earlier one.
+
+    >>> duplicates(["a", "b", "a", "a"])
+    0.5
+    """
+    return 1 - len(set(texts)) / len(texts)
+
+
+# ------------------------------------------------------------------------------------ within a run
 
 
 def evaluate_sets(

@@ -20,14 +20,89 @@ from minirlhf.batches.preferences import (
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import Ranking
 from minirlhf.data.tokenizer import Tokenizer
-from minirlhf.equations.preference import (
-    preference_accuracy,
-)
+from minirlhf.equations.preference import preference_accuracy
 from minirlhf.errors import UserError, printable
 from minirlhf.models.heads import RewardModel
 from minirlhf.run import optim
 
+
+class Evaluation(NamedTuple):
+    metrics: dict[str, float]
+    pairs: list[Pair]  # P: the pairs themselves, or all of each ranked list
+    chosen: Tensor  # (P,) scores
+    rejected: Tensor  # (P,)
+    scores: Tensor  # (M,) of each text once
+    lengths: Tensor  # (M,) tokens of each text
+
+
+@torch.no_grad()
+def evaluate_preferences(
+    model: RewardModel,
+    examples: list[E],
+    micro_batch_tokens: int = 4096,
+    metrics: Callable[[Tensor, Tensor, list[Pair]], dict[str, float]] | None = None,
+    collate: Callable[[list[E]], Batch] = collate,
+) -> Evaluation:
+    """Scores held-out pairs or ranked lists once.
+
+    Args:
+        metrics: more of them, a function of (chosen scores (P,), rejected scores (P,), pairs).
+        collate: examples -> batch, as in training.
+    Returns:
+        loss (with the examples' margins and probabilities), those of `preference_metrics`,
+        calibration_error; and the scores in the examples' order.
+    Raises:
+        UserError: a score is not finite (exit code 3).
+    """
+    device = model.score.weight.device
+    scores: list[Tensor] = [torch.empty(0)] * len(examples)
+    losses = torch.zeros(len(examples))
+    for part in micro_batches(examples, micro_batch_tokens):
+        interrupt.check()
+        batch = collate([examples[i] for i in part.tolist()])
+        found = model(batch.tokens.to(device), batch.lengths.to(device)).float().cpu()  # (M,)
+        losses[part] = batch.loss(found)
+        for at, each in zip(part.tolist(), batch.split(found), strict=True):
+            scores[at] = each
+    values = {"loss": float(losses.mean())} | preference_metrics(examples, scores)
+    optim.check_finite("evaluation", values)
+    chosen, rejected = ordered_scores(examples, scores)
+    pairs = [pair for example in examples for pair in as_pairs(example)]
+    values["calibration_error"] = calibration_error(chosen, rejected)
+    if metrics is not None:
+        values |= metrics(chosen, rejected, pairs)
+    lengths = torch.tensor([len(text) for example in examples for text in texts_of(example)])
+    return Evaluation(values, pairs, chosen, rejected, torch.cat(scores), lengths)
+
+
+def score_moments(
+    model: RewardModel, sets: Iterable[list[Example]], micro_batch_tokens: int, where: str
+) -> tuple[float, float]:
+    """Mean and population standard deviation of a model's scores of all texts of all sets.
+
+    Args:
+        sets: each of pairs, or of ranked lists.
+        where: the setting that asked for it.
+    Raises:
+        UserError: all scores are alike (exit code 2).
+    """
+    results = [evaluate_preferences(model, one, micro_batch_tokens) for one in sets]
+    scores = torch.cat([result.scores for result in results]).double()
+    std, mean = torch.std_mean(scores, correction=0)
+    if not std > 0:
+        what = f"all {len(scores):,} scores are {float(mean):.6g}"
+        raise UserError(where, what, "such a model tells nothing apart: train it longer")
+    return float(mean), float(std)
+
+
 # ------------------------------------------------------------------------------ what the scores say
+
+
+def preference_metrics(examples: list[E], scores: list[Tensor]) -> dict[str, float]:
+    """`score_metrics` over all pairs of each example; of ranked lists `top1` too."""
+    values = score_metrics(*ordered_scores(examples, scores), torch.cat(scores))
+    lists = isinstance(examples[0], Ranking)
+    return values | ({"top1": top1(examples, scores)} if lists else {})
 
 
 def ordered_scores(examples: list[E], scores: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -78,37 +153,7 @@ def top1(rankings: list[Ranking], scores: list[Tensor]) -> float:
     return right / len(rankings)
 
 
-def preference_metrics(examples: list[E], scores: list[Tensor]) -> dict[str, float]:
-    """`score_metrics` over all pairs of each example; of ranked lists `top1` too."""
-    values = score_metrics(*ordered_scores(examples, scores), torch.cat(scores))
-    lists = isinstance(examples[0], Ranking)
-    return values | ({"top1": top1(examples, scores)} if lists else {})
-
-
-class Evaluation(NamedTuple):
-    metrics: dict[str, float]
-    pairs: list[Pair]  # P: the pairs themselves, or all of each ranked list
-    chosen: Tensor  # (P,) scores
-    rejected: Tensor  # (P,)
-    scores: Tensor  # (M,) of each text once
-    lengths: Tensor  # (M,) tokens of each text
-
-
-def calibration_error(chosen: Tensor, rejected: Tensor, bins: int = 10) -> float:
-    """Expected calibration error of P(chosen) = sigmoid(chosen - rejected). Guo et al. 2017
-    (arXiv:1706.04599), eq. 3.
-
-        sum_b |sum_{i in b} (right_i - confidence_i)| / N,   confidence = max(P, 1 - P)
-
-    0 says that of the pairs told apart with confidence 0.9, 9 in 10 are told apart rightly.
-
-    Args:
-        chosen, rejected: (N,) scores.
-        bins: of `calibration_table`.
-    """
-    table = calibration_table(chosen, rejected, bins)
-    gaps = (row.pairs * abs(row.accuracy - row.confidence) for row in table if row.pairs)
-    return sum(gaps) / len(chosen)
+# -------------------------------------------------------------------------------------- calibration
 
 
 class Bin(NamedTuple):
@@ -139,78 +184,36 @@ def calibration_table(chosen: Tensor, rejected: Tensor, bins: int = 10) -> list[
     return table
 
 
-@torch.no_grad()
-def evaluate(
-    model: RewardModel,
-    examples: list[E],
-    micro_batch_tokens: int = 4096,
-    metrics: Callable[[Tensor, Tensor, list[Pair]], dict[str, float]] | None = None,
-    collate: Callable[[list[E]], Batch] = collate,
-) -> Evaluation:
-    """Scores held-out pairs or ranked lists once.
+def calibration_error(chosen: Tensor, rejected: Tensor, bins: int = 10) -> float:
+    """Expected calibration error of P(chosen) = sigmoid(chosen - rejected). Guo et al. 2017
+    (arXiv:1706.04599), eq. 3.
+
+        sum_b |sum_{i in b} (right_i - confidence_i)| / N,   confidence = max(P, 1 - P)
+
+    0 says that of the pairs told apart with confidence 0.9, 9 in 10 are told apart rightly.
 
     Args:
-        metrics: more of them, a function of (chosen scores (P,), rejected scores (P,), pairs).
-        collate: examples -> batch, as in training.
-    Returns:
-        loss (with the examples' margins and probabilities), those of `preference_metrics`,
-        calibration_error; and the scores in the examples' order.
-    Raises:
-        UserError: a score is not finite (exit code 3).
+        chosen, rejected: (N,) scores.
+        bins: of `calibration_table`.
     """
-    device = model.score.weight.device
-    scores: list[Tensor] = [torch.empty(0)] * len(examples)
-    losses = torch.zeros(len(examples))
-    for part in micro_batches(examples, micro_batch_tokens):
-        interrupt.check()
-        batch = collate([examples[i] for i in part.tolist()])
-        found = model(batch.tokens.to(device), batch.lengths.to(device)).float().cpu()  # (M,)
-        losses[part] = batch.loss(found)
-        for at, each in zip(part.tolist(), batch.split(found), strict=True):
-            scores[at] = each
-    values = {"loss": float(losses.mean())} | preference_metrics(examples, scores)
-    optim.check_finite("evaluation", values)
-    chosen, rejected = ordered_scores(examples, scores)
-    pairs = [pair for example in examples for pair in as_pairs(example)]
-    values["calibration_error"] = calibration_error(chosen, rejected)
-    if metrics is not None:
-        values |= metrics(chosen, rejected, pairs)
-    lengths = torch.tensor([len(text) for example in examples for text in texts_of(example)])
-    return Evaluation(values, pairs, chosen, rejected, torch.cat(scores), lengths)
+    table = calibration_table(chosen, rejected, bins)
+    gaps = (row.pairs * abs(row.accuracy - row.confidence) for row in table if row.pairs)
+    return sum(gaps) / len(chosen)
 
 
-def score_moments(
-    model: RewardModel, sets: Iterable[list[Example]], micro_batch_tokens: int, where: str
-) -> tuple[float, float]:
-    """Mean and population standard deviation of a model's scores of all texts of all sets.
-
-    Args:
-        sets: each of pairs, or of ranked lists.
-        where: the setting that asked for it.
-    Raises:
-        UserError: all scores are alike (exit code 2).
-    """
-    scores = torch.cat([evaluate(model, one, micro_batch_tokens).scores for one in sets]).double()
-    std, mean = torch.std_mean(scores, correction=0)
-    if not std > 0:
-        what = f"all {len(scores):,} scores are {float(mean):.6g}"
-        raise UserError(where, what, "such a model tells nothing apart: train it longer")
-    return float(mean), float(std)
+# -------------------------------------------------------------------------------- pairs to look at
 
 
-# --------------------------------------------------------------------------------- pairs to look at
-
-
-def sample_rows(result: Evaluation, tokenizer: Tokenizer | None, count: int) -> list[dict]:
+def pair_rows(result: Evaluation, tokenizer: Tokenizer | None, count: int) -> list[dict]:
     """The first `count` pairs (-1: all) with both scores and P(chosen > rejected).
 
     Without a tokenizer the texts are their ids.
     """
     shown = len(result.pairs) if count < 0 else min(count, len(result.pairs))
-    return [sample_row(result, i, tokenizer) for i in range(shown)]
+    return [pair_row(result, i, tokenizer) for i in range(shown)]
 
 
-def sample_row(result: Evaluation, i: int, tokenizer: Tokenizer | None) -> dict:
+def pair_row(result: Evaluation, i: int, tokenizer: Tokenizer | None) -> dict:
     pair = result.pairs[i]
     ids = {"prompt": pair.prompt_ids, "chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
     texts = {name: tokenizer.decode(v) if tokenizer else v for name, v in ids.items()}
@@ -223,8 +226,8 @@ def sample_row(result: Evaluation, i: int, tokenizer: Tokenizer | None) -> dict:
     }
 
 
-def sample_table(rows: list[dict]) -> str:
-    """`sample_rows` for a console; the answers only, since both have the same prompt."""
+def pair_table(rows: list[dict]) -> str:
+    """`pair_rows` for a console; the answers only, since both have the same prompt."""
     lines = [f"  {'chosen':<36}  {'rejected':<36}  {'scores':>15}  margin  P(chosen)  tokens"]
     for row in rows:
         chosen, rejected = (printable(row[side], 36) for side in ("chosen", "rejected"))

@@ -15,6 +15,7 @@ from minirlhf.batches.rollouts import (
     penalised_kl,
 )
 from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.equations.intervals import pearson
 from minirlhf.equations.kl import kl_k1, kl_k3
 from minirlhf.equations.masking import masked_sum
 from minirlhf.rewards.source import Completions, Scores
@@ -77,27 +78,14 @@ def text_statistics(
     """
     rows, distinct = len(responses), len({tuple(ids) for ids in responses})
     cut = sum(reason == "length" for reason in finish_reasons)
+    r = pearson(scores.tolist(), [len(ids) for ids in responses])
     return {
         "val/num_eos_tokens": float(sum(reason == "eos" for reason in finish_reasons)),
         "health/eos_rate": (rows - cut) / rows,
         "health/truncated_rate": cut / rows,
         "health/dup_rate": (rows - distinct) / rows,
-        "health/reward_len_corr": correlation(scores.tolist(), [len(ids) for ids in responses]),
+        "health/reward_len_corr": 0.0 if r is None else r,  # where either is constant
     }
-
-
-def correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's r of two equally long series; 0 where either is constant.
-
-    >>> correlation([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
-    1.0
-    """
-    n = len(x)
-    dx, dy = ([value - sum(series) / n for value in series] for series in (x, y))
-    if len(set(x)) < 2 or len(set(y)) < 2:
-        return 0.0
-    spread = (sum(a * a for a in dx) * sum(b * b for b in dy)) ** 0.5
-    return sum(a * b for a, b in zip(dx, dy, strict=True)) / spread
 
 
 def quantiles(stem: str, values: Tensor) -> dict[str, float]:

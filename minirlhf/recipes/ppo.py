@@ -41,7 +41,7 @@ from minirlhf.equations.masking import masked_rescale, masked_standardize, maske
 from minirlhf.equations.policy import clipped_value_loss
 from minirlhf.equations.scores import RunningMoments, scale_scores
 from minirlhf.errors import BUG, OK, STOPPED, NonFinite, UserError, run
-from minirlhf.evaluation.alarms import check as check_alarms
+from minirlhf.evaluation.alarms import check_alarms
 from minirlhf.evaluation.policy import evaluate_policy, evaluate_sets, keep_best
 from minirlhf.evaluation.rollout import MiniBatchStats, PPOStats, summarise, summarise_updates
 from minirlhf.evaluation.samples import sample_table, show_samples

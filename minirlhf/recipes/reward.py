@@ -39,9 +39,9 @@ from minirlhf.errors import OK, STOPPED, run
 from minirlhf.evaluation.card import card_files
 from minirlhf.evaluation.reward import (
     Evaluation,
+    pair_rows,
+    pair_table,
     preference_metrics,
-    sample_rows,
-    sample_table,
     score_moments,
 )
 from minirlhf.files import atomic, folders
@@ -171,9 +171,9 @@ def evaluate_all(
     results = score_sets(state.model, sets, config)
     for prefix, result in results.items():
         held_out = sets[prefix]
-        rows = sample_rows(result, tokenizer, config.show_samples)
+        rows = pair_rows(result, tokenizer, config.show_samples)
         if rows:
-            r.say(sample_table(rows))
+            r.say(pair_table(rows))
             r.write_samples(state, [{"step": state.step, "set": prefix} | row for row in rows])
         shown = [n for n in SHOWN if n in result.metrics]
         numbers = "  ".join(f"{name} {result.metrics[name]:.4f}" for name in shown)

@@ -22,7 +22,7 @@ from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.evaluation.reward import (
     Evaluation,
-    evaluate,
+    evaluate_preferences,
 )
 from minirlhf.files import folders
 from minirlhf.files.sieve import Report, RowPolicy, column_problems
@@ -253,6 +253,6 @@ def score_sets(
     """Every held-out set by its prefix."""
     collate_lists = partial(collate, list_loss=config.list_loss)
     return {
-        prefix: evaluate(model, rows, config.micro_batch_tokens, collate=collate_lists)
+        prefix: evaluate_preferences(model, rows, config.micro_batch_tokens, collate=collate_lists)
         for prefix, rows in sets.items()
     }

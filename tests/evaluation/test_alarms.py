@@ -10,7 +10,7 @@ import pytest
 
 from minirlhf import cli
 from minirlhf.errors import OK
-from minirlhf.evaluation.alarms import FIRST, LAST, RULES, Alarm, check
+from minirlhf.evaluation.alarms import FIRST, LAST, RULES, Alarm, check_alarms
 from minirlhf.run.glossary import definition
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests.kill_harness import command, make_world
@@ -38,7 +38,7 @@ def told(steps: list[dict[str, float]]) -> list[Alarm]:
     history, alarms = {}, []
     for number, metrics in enumerate(steps, 1):
         before = copy.deepcopy(history)
-        new, after = check(history, number, metrics)
+        new, after = check_alarms(history, number, metrics)
         assert history == before  # a pure function
         history = json.loads(json.dumps(after))
         alarms += new
@@ -128,7 +128,7 @@ def test_advice_names_settings_that_there_are(rule):
 def test_history_stays_small_and_keeps_the_first_values():
     history = {}
     for step in range(1, 101):
-        _, history = check(history, step, WELL | {NORM: float(step)})
+        _, history = check_alarms(history, step, WELL | {NORM: float(step)})
     assert history[f"first {NORM}"] == [1, 2, 3, 4, 5] and FIRST == 5
     assert history[NORM] == list(range(81, 101)) and LAST == 20
     assert history["steps"] == [100]
@@ -136,9 +136,9 @@ def test_history_stays_small_and_keeps_the_first_values():
 
 
 def test_rules_without_their_metrics_are_not_asked():
-    alarms, history = check({}, 1, {"loss": 1.0})
+    alarms, history = check_alarms({}, 1, {"loss": 1.0})
     assert (alarms, history) == ([], {"steps": [1]})
-    alarms, history = check(history, 2, {LENGTH: 3.0})  # half of what length_drift looks at
+    alarms, history = check_alarms(history, 2, {LENGTH: 3.0})  # half of what length_drift looks at
     assert alarms == [] and history[LENGTH] == [3.0]
 
 

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from minirlhf.equations.intervals import average_ranks, pearson, spearman, wilson_interval
 from minirlhf.evaluation.card import (
     Longer,
     accuracy_by,
@@ -16,7 +15,7 @@ from minirlhf.evaluation.card import (
     longer_wins,
     worst_pairs,
 )
-from minirlhf.evaluation.reward import Evaluation, evaluate
+from minirlhf.evaluation.reward import Evaluation, evaluate_preferences
 from tests.tiny_reward import LISTS, PAIRS, pair, scored_by_last_token, tiny_model
 
 
@@ -25,38 +24,6 @@ def close(expected, **more):
 
 
 # ---- numbers -------------------------------------------------------------------------------------
-
-
-def test_wilson_interval_by_hand():
-    # n = 4, p = 1/2, z = 2: (1/2 + 1/2 ± 2 sqrt(1/16 + 4/64)) / 2 = 1/2 ± sqrt(1/8)
-    assert wilson_interval(2, 4, 2.0) == close((0.5 - 8**-0.5, 0.5 + 8**-0.5))
-    # all of n = 4 right: (1 + 1/2 ± 2 sqrt(1/16)) / 2: from 1/2 to 1, and never above
-    assert wilson_interval(4, 4, 2.0) == close((0.5, 1.0))
-    assert wilson_interval(0, 4, 2.0) == close((0.0, 0.5))
-
-
-def test_wilson_interval_is_the_95_percent_one():
-    # 81 of 263 (Newcombe 1998, "Two-sided confidence intervals", table I): 0.2553 to 0.3662
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), rel=0, abs=5e-5)
-
-
-def test_pearson_by_hand():
-    x, y = torch.tensor([1, 2, 3]), torch.tensor([1.0, 3.0, 2.0])
-    assert pearson(x, y) == close(0.5)  # deviations (-1, 0, 1), (-1, 1, 0): 1 / sqrt(2 · 2)
-    assert pearson(x, -2 * x + 7) == close(-1.0)
-    assert pearson(x, torch.ones(3)) is None
-
-
-def test_average_ranks_by_hand():
-    assert average_ranks(torch.tensor([30, 10, 20, 10, 30, 30])).tolist() == [5, 1.5, 3, 1.5, 5, 5]
-
-
-def test_spearman_by_hand():
-    # ranks 1 2 3 and 1 3 2: deviations as in pearson's test, however far apart the numbers are
-    assert spearman(torch.tensor([1, 2, 3]), torch.tensor([0.1, 900.0, 2.0])) == close(0.5)
-    # a tie: ranks 1.5 1.5 3 and 1 2 3: (-.5 -.5 1) · (-1 0 1) = 1.5 over sqrt(1.5 · 2)
-    assert spearman(torch.tensor([4, 4, 9]), torch.tensor([1, 2, 3])) == close(1.5 / 3**0.5)
-    assert spearman(torch.ones(2), torch.tensor([1, 2])) is None
 
 
 def test_accuracy_by_puts_as_many_pairs_in_each_bucket():
@@ -99,7 +66,7 @@ def test_worst_pairs_are_mistakes_only_the_most_confident_first():
 
 
 def by_last_token(examples) -> Evaluation:
-    return evaluate(scored_by_last_token(tiny_model()), examples)
+    return evaluate_preferences(scored_by_last_token(tiny_model()), examples)
 
 
 def test_describe_pairs_by_hand():
@@ -141,10 +108,9 @@ def test_describe_correlates_each_text_once():
 def hostile() -> Evaluation:
     where = "some/secret/folder/d|.jsonl:7"
     pairs = [pair([1], ["x"], ["y"], where=where)]
-    return Evaluation(
-        evaluate(tiny_model(), PAIRS).metrics, pairs, torch.tensor([0.0]), torch.tensor([1.0]),
-        torch.tensor([0.0, 1.0]), torch.tensor([2, 2]),
-    )
+    metrics = evaluate_preferences(tiny_model(), PAIRS).metrics
+    zero, one = torch.tensor([0.0]), torch.tensor([1.0])
+    return Evaluation(metrics, pairs, zero, one, torch.cat((zero, one)), torch.tensor([2, 2]))
 
 
 class Stranger:
@@ -160,7 +126,7 @@ def test_card_escapes_texts_and_names_no_folder():
     (line,) = [line for line in page.splitlines() if "alert" in line]
     assert "<script" not in page and "\x1b" not in page and "secret" not in "".join(files.values())
     assert line.startswith(r"| d\|\.jsonl:7 | &lt;script&gt;alert\(1\)&lt;/script&gt; \| \*\*bold")
-    assert line.count(" | ") == 5 + 0 and len(line) < 900
+    assert line.count(" | ") == 7 and len(line) < 900
     (row,) = json.loads(files["card.json"])["sets"]["eval"]["worst"]
     assert len(row["chosen"]) == 1000 and "\x1b" not in row["chosen"]
 
@@ -174,16 +140,18 @@ def test_escaped_leaves_letters_alone():
 def test_card_page_says_what_the_numbers_are():
     facts = {"heads": 3, "lcb_coef": 0.5, "normalized": {"over": "eval", "mean": 2.0, "std": 4.0},
              "data": [{"file": "pairs_a.jsonl", "sha256": "0123456789abcdef" * 4}],
-             "settings": {"steps": 3, "schedule": "linear"}}
+             "settings": {"steps": 3, "schedule": "linear", "learning_rate": 3e-5, "seed": None}}
     result = by_last_token(PAIRS)
     files = card_files(facts, {"eval": result, "eval_x": by_last_token(LISTS)}, None)
     page = files["card.md"]
     for line in (
-        "- heads: 3", "- score: mean of the heads - 0.5 of their deviations",
-        "- normalised: over eval, whose scores had mean 2.0000 and standard deviation 4.0000",
-        r"- data: pairs\_a\.jsonl, sha256 0123456789abcdef", "- settings: steps 3, schedule linear",
-        "## eval", r"## eval\_x", "| accuracy (strict) | 0.6000 |", "| top 1 of lists | 0.6667 |",
-        "| -6 to -6 | 1 | 1.0000 | 0.2065 to 1.0000 |", "| confidence | pairs | mean confidence |",
+        "- heads: 3\n- lcb_coef: 0.5\n- normalized: over eval, mean 2, std 4",
+        r"- data: file pairs\_a\.jsonl, sha256 0123456789abcdef",
+        "- settings: steps 3, schedule linear, learning_rate 3e-05, seed none", "## eval",
+        r"## eval\_x", "| accuracy | 0.6 |", "| accuracy, 95% interval | 0.2307 to 0.8824 |",
+        "| top1 | 0.6667 |", "| -6 | -6 | 1 | 1 | 0.2065 to 1 |",
+        "| low | high | pairs | confidence | accuracy |\n| --- | --- | --- | --- | --- |\n",
+        "| 0.85 | 0.9 | 1 | 0.8808 | 1 |",
     ):
         assert line in page, line
     card = json.loads(files["card.json"])
@@ -196,5 +164,6 @@ def test_card_of_a_model_without_mistakes_or_spread():
     pairs = [pair([1], [9], [2])]
     files = card_files({"heads": 1, "lcb_coef": 0.0}, {"eval": by_last_token(pairs)}, None)
     assert files["card.md"].endswith("Its most confident mistakes:\n\nnone\n")
-    assert "| the longer answer scores higher | none |" in files["card.md"]
+    assert "| pairs | in data | in scores |\n| --- | --- | --- |\n| 0 | none |" in files["card.md"]
+    assert "| length score pearson | none |" in files["card.md"]
     assert json.loads(files["card.json"])["sets"]["eval"]["length_score_pearson"] is None

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 from functools import partial
-from statistics import NormalDist
 
 import pytest
 import torch
@@ -15,10 +14,9 @@ from minirlhf import streams
 from minirlhf.batches.rollouts import measure
 from minirlhf.cli import main
 from minirlhf.data.examples import Prompt
-from minirlhf.equations.intervals import distinct, duplicates, win_rate
 from minirlhf.errors import BAD_INPUT, NON_FINITE, OK, STOPPED, Stopped, UserError
 from minirlhf.evaluation import policy as policy_evaluation
-from minirlhf.evaluation.policy import evaluate_policy
+from minirlhf.evaluation.policy import distinct, duplicates, evaluate_policy
 from minirlhf.models import pretrained
 from minirlhf.models.generation import Sampling, generate
 from minirlhf.models.heads import ValueHeadModel
@@ -30,82 +28,6 @@ from tests.recipes.test_ppo import PROMPTS, Letters, letter_d, tiny_lm, tiny_pol
 from tests.recipes.test_ppo_run import command, leftovers, lines, policy_at, timeless
 
 world = test_ppo_run.world
-Z2 = NormalDist().inv_cdf(0.975) ** 2  # 3.8414588
-
-# ---- win rate ------------------------------------------------------------------------------------
-
-
-def pairs(won: int, tied: int, lost: int) -> tuple[list[float], list[float]]:
-    return [2.0] * won + [1.0] * tied + [0.0] * lost, [1.0] * (won + tied + lost)
-
-
-@pytest.mark.parametrize(
-    ("counts", "expected"),
-    [
-        # without ties Wilson's: (8 + z²/2 -+ z sqrt(8 · 2 / 10 + z²/4)) / (10 + z²)
-        ((8, 0, 2), (0.8, 0.4901625, 0.9433178)),
-        ((0, 0, 4), (0.0, 0.0, 0.4898908)),  # z² / (4 + z²)
-        ((1, 0, 0), (1.0, 0.2065493, 1.0)),  # 1 / (1 + z²)
-        # w = 0.55, t = 0.9, a = z²/100 = 0.0384146: root² = a (4 · 0.55 · 0.45 - 0.9) + a² · 0.1
-        # = 0.0036049, root 0.0600407; (1.1 + a -+ root) / (2 + 2 a)
-        ((10, 90, 0), (0.55, 0.5192406, 0.5770601)),
-        ((0, 90, 10), (0.45, 0.4229399, 0.4807594)),
-        ((0, 7, 0), (0.5, 0.5, 0.5)),
-    ],
-)
-def test_win_rate_by_hand(counts, expected):
-    assert win_rate(*pairs(*counts)) == pytest.approx(expected, abs=1e-7)
-
-
-COUNTS = [(w, t, n) for w in range(9) for t in range(9) for n in range(9) if w + t + n]
-
-
-@pytest.mark.parametrize("confidence", [0.5, 0.95])
-def test_win_rate_holds_its_rate_and_its_ends_are_where_the_score_test_turns(confidence):
-    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
-    for won, tied, lost in COUNTS:
-        N, ties = won + tied + lost, tied / (won + tied + lost)
-        rate, low, high = win_rate(*pairs(won, tied, lost), confidence)
-        assert rate == pytest.approx((won + tied / 2) / N, abs=1e-12)
-        assert -1e-9 <= low <= rate + 1e-9 and rate - 1e-9 <= high <= 1 + 1e-9
-        for end in (low, high):
-            assert (rate - end) ** 2 == pytest.approx(
-                z2 * (end * (1 - end) - ties / 4) / N, abs=1e-9
-            )
-
-
-def test_win_rate_leaves_a_half_out_where_the_sign_test_rejects_it():
-    for won, tied, lost in COUNTS:
-        if won == lost:
-            continue
-        _, low, high = win_rate(*pairs(won, tied, lost))
-        rejected = (won - lost) ** 2 > Z2 * (won + lost)
-        assert rejected is not (low <= 0.5 <= high), (won, tied, lost)
-
-
-@pytest.mark.parametrize("law", [(0.5, 0.4), (0.25, 0.5), (0.7, 0.0), (0.45, 0.1)])
-def test_win_rate_covers_the_truth_as_often_as_it_says(law):
-    """Exact: every outcome of 40 pairs with its multinomial probability."""
-    (p, q), N, covered = law, 40, 0.0
-    truth = p + q / 2
-    for won in range(N + 1):
-        for tied in range(N + 1 - won):
-            lost = N - won - tied
-            ways = math.comb(N, won) * math.comb(N - won, tied)
-            mass = ways * p**won * q**tied * (1 - p - q) ** lost
-            _, low, high = win_rate(*pairs(won, tied, lost))
-            covered += mass * (low <= truth <= high)
-    assert 0.93 < covered < 0.97
-
-
-@pytest.mark.parametrize(
-    ("scores", "baseline", "message"),
-    [([], [], "0 scores, 0 of"), ([1.0], [1.0, 2.0], "1 scores, 2 of the baseline: give pairs")],
-)
-def test_win_rate_refuses_what_are_no_pairs(scores, baseline, message):
-    with pytest.raises(ValueError, match=message):
-        win_rate(scores, baseline)
-
 
 # ---- texts ---------------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ from minirlhf.evaluation.reward import (
     Evaluation,
     calibration_error,
     calibration_table,
-    evaluate,
-    sample_rows,
-    sample_table,
+    evaluate_preferences,
+    pair_rows,
+    pair_table,
     score_moments,
 )
 from tests.tiny_reward import LISTS, PAIRS, pair, scored_by_last_token, tiny_model, weights
@@ -53,7 +53,7 @@ def test_calibration_table_by_hand():
 
 def test_evaluate_by_hand():
     # scores are the last ids: (5, 6) (8, 1) (4, 1) (1, 2) (7, 5)
-    result = evaluate(scored_by_last_token(tiny_model()), PAIRS, micro_batch_tokens=20)
+    result = evaluate_preferences(scored_by_last_token(tiny_model()), PAIRS, micro_batch_tokens=20)
     assert result.chosen.tolist() == [5, 8, 4, 1, 7]
     assert result.rejected.tolist() == [6, 1, 1, 2, 5]
     differences = ((-1, 0.5), (7, 0), (3, 1.5), (-1, 0.25), (2, 0))  # and margins
@@ -66,7 +66,7 @@ def test_evaluate_by_hand():
 def test_evaluate_does_not_depend_on_the_batching_nor_change_the_model():
     model = tiny_model()
     before = weights(model)
-    one, many = evaluate(model, PAIRS, 1), evaluate(model, PAIRS)
+    one, many = evaluate_preferences(model, PAIRS, 1), evaluate_preferences(model, PAIRS)
     torch.testing.assert_close(one.chosen, many.chosen, rtol=0, atol=1e-6)
     assert one.metrics == pytest.approx(many.metrics, abs=1e-6)
     assert weights(model) == before and all(p.grad is None for p in model.parameters())
@@ -77,7 +77,7 @@ def test_evaluate_refuses_scores_that_are_not_finite():
     with torch.no_grad():
         model.score.weight[0, 0] = math.nan
     with pytest.raises(UserError, match=r"^evaluation: loss: is nan") as error:
-        evaluate(model, PAIRS)
+        evaluate_preferences(model, PAIRS)
     assert error.value.code == NON_FINITE
 
 
@@ -87,7 +87,7 @@ def test_evaluate_adds_ones_own_metrics():
         return {"hard_accuracy": float((chosen > rejected)[hard].double().mean())}
 
     pairs = [pair([], [i], [4], hard=i > 3) for i in range(1, 7)]
-    result = evaluate(scored_by_last_token(tiny_model()), pairs, metrics=by_column)
+    result = evaluate_preferences(scored_by_last_token(tiny_model()), pairs, metrics=by_column)
     assert result.metrics["hard_accuracy"] == pytest.approx(2 / 3)  # 4 ties, 5 and 6 win
     assert result.metrics["accuracy"] == pytest.approx(2 / 6)
 
@@ -99,12 +99,12 @@ RESULT = Evaluation(
 
 
 @pytest.mark.parametrize(("count", "shown"), [(0, 0), (2, 2), (3, 3), (9, 3), (-1, 3)])
-def test_sample_rows_are_as_many_as_asked_and_minus_one_is_all(count, shown):
-    assert len(sample_rows(RESULT, None, count)) == shown
+def test_pair_rows_are_as_many_as_asked_and_minus_one_is_all(count, shown):
+    assert len(pair_rows(RESULT, None, count)) == shown
 
 
-def test_sample_rows_by_hand():
-    row = sample_rows(RESULT, None, 1)[0]
+def test_pair_rows_by_hand():
+    row = pair_rows(RESULT, None, 1)[0]
     assert row == {
         "prompt": [1, 2], "chosen": [3, 4, 5], "rejected": [6], "margin": 0.5,
         "chosen_score": 2.0, "rejected_score": 2.0, "probability": 0.5,
@@ -112,10 +112,10 @@ def test_sample_rows_by_hand():
     }
 
 
-def test_sample_table_is_one_line_a_pair_and_safe_for_a_terminal():
-    rows = sample_rows(RESULT, None, 2)
+def test_pair_table_is_one_line_a_pair_and_safe_for_a_terminal():
+    rows = pair_rows(RESULT, None, 2)
     rows[0]["chosen"] = "\x1b[31mred\n" + "x" * 99
-    lines = sample_table(rows).split("\n")
+    lines = pair_table(rows).split("\n")
     assert len(lines) == 3 and "\x1b" not in lines[1]
     assert lines[2].split() == (
         "[7, 8] [9, 10, 1] 0.000 1.000 0 0.269 2/3".split()  # 0.269 = sigmoid(-1)
@@ -124,7 +124,7 @@ def test_sample_table_is_one_line_a_pair_and_safe_for_a_terminal():
 
 def test_evaluate_lists_by_hand():
     # last ids: 9 5 3 2 in order; 2 chosen before 8 and 6; 7 6
-    result = evaluate(scored_by_last_token(tiny_model()), LISTS, micro_batch_tokens=9)
+    result = evaluate_preferences(scored_by_last_token(tiny_model()), LISTS, micro_batch_tokens=9)
     assert result.scores.tolist() == [9, 5, 3, 2, 2, 8, 6, 7, 6]
     assert result.lengths.tolist() == [2, 3, 2, 3, 3, 2, 2, 4, 2]
     assert result.chosen.tolist() == [9, 9, 9, 5, 5, 3, 2, 2, 7]
@@ -143,16 +143,16 @@ def test_evaluate_lists_by_hand():
 def test_evaluate_loss_knows_soft_labels():
     pairs = [pair([1], [3], [2]) for _ in range(2)]
     pairs[1] = replace(pairs[1], chosen_probability=0.25)
-    loss = evaluate(scored_by_last_token(tiny_model()), pairs).metrics["loss"]
+    loss = evaluate_preferences(scored_by_last_token(tiny_model()), pairs).metrics["loss"]
     right, wrong = math.log1p(math.exp(-1)), math.log1p(math.exp(1))
     assert loss == pytest.approx((right + 0.25 * right + 0.75 * wrong) / 2, abs=1e-6)
 
 
 def test_evaluate_scores_by_the_lower_bound_and_what_normalises_it():
     model = tiny_model(torch.float32, heads=3, lcb_coef=0.7)
-    before = evaluate(model, PAIRS)
+    before = evaluate_preferences(model, PAIRS)
     model.reward_mean, model.reward_std = 2.0, 4.0
-    after = evaluate(model, PAIRS)
+    after = evaluate_preferences(model, PAIRS)
     torch.testing.assert_close(after.scores, (before.scores - 2) / 4)
     assert after.metrics["accuracy"] == before.metrics["accuracy"]
 

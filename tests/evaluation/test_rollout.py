@@ -8,7 +8,6 @@ from torch import nan
 
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer
 from minirlhf.evaluation.rollout import (
-    correlation,
     quantiles,
     rollout_statistics,
     score_statistics,
@@ -102,20 +101,6 @@ def test_text_statistics_by_hand():
          "health/dup_rate": 0.25, "health/reward_len_corr": r},
         rel=0, abs=1e-9,
     )
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "r"),
-    [
-        ([1, 2, 3], [3, 2, 1], -1),
-        ([0, 0, 1, 1], [0, 1, 0, 1], 0),
-        ([0.1, 0.1, 0.1], [1, 2, 3], 0),  # the mean of equal numbers is rounded
-        ([1, 2, 3], [0.7, 0.7, 0.7], 0),
-        ([4], [5], 0),
-    ],
-)
-def test_correlation(x, y, r):
-    assert correlation(x, y) == pytest.approx(r, rel=0, abs=1e-12)
 
 
 def test_quantiles_lie_between_neighbours():

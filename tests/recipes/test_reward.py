@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minirlhf.batches.preferences import bootstrap_weights, collate_pairs
 from minirlhf.errors import NON_FINITE, UserError
-from minirlhf.evaluation.reward import evaluate
+from minirlhf.evaluation.reward import evaluate_preferences
 from minirlhf.recipes.reward import reward
 from minirlhf.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from minirlhf.run.settings import validate
@@ -93,7 +93,8 @@ def test_a_batch_of_four_members_is_enough_to_train_and_to_evaluate():
 
     model = tiny_model()
     torch.nn.init.zeros_(model.score.weight)
-    assert evaluate(model, PAIRS, collate=hinge).metrics["loss"] == 1  # all scores are 0
+    result = evaluate_preferences(model, PAIRS, collate=hinge)
+    assert result.metrics["loss"] == 1  # all scores are 0
     step = next(reward(state_of(model), PAIRS, config_of(batch_size=5), collate=hinge))
     assert step.metrics["loss"] == 1 and step.metrics["grad_norm"] > 0
 
@@ -115,10 +116,10 @@ def test_training_learns_pairs_by_heart():
     rows = torch.randint(1, V, (8, 2, 4), generator=rng).tolist()
     pairs = [pair([1], chosen, rejected) for chosen, rejected in rows]
     model = tiny_model()
-    before = evaluate(model, pairs).metrics
+    before = evaluate_preferences(model, pairs).metrics
     config = config_of(batch_size=8, steps=40, learning_rate=0.03)
     steps = list(reward(state_of(model), pairs, config))
-    after = evaluate(model, pairs).metrics
+    after = evaluate_preferences(model, pairs).metrics
     assert before["accuracy"] < 1 and before["loss"] > 0.5
     assert after["accuracy"] == 1.0 and after["loss"] < 0.05
     assert steps[-1].metrics["loss"] < 0.05 and state_counts(steps) == list(range(1, 41))
@@ -153,7 +154,7 @@ def test_custom_collate_decides_what_the_model_sees():
         return collate_pairs(short)
 
     model = scored_by_last_token(tiny_model())
-    assert evaluate(model, PAIRS, collate=two_tokens).chosen.tolist() == [3, 7, 4, 1, 8]
+    assert evaluate_preferences(model, PAIRS, collate=two_tokens).chosen.tolist() == [3, 7, 4, 1, 8]
     # in training: the same, 2 pairs in the first micro-batch of all
     step = next(reward(state_of(model), PAIRS, config_of(batch_size=5), collate=two_tokens))
     assert step.metrics["max_reward"] == 9.0 and step.metrics["min_reward"] == 1.0
@@ -191,9 +192,9 @@ def test_first_loss_of_lists_by_hand_with_a_zero_head():
 
 def test_training_learns_lists_by_heart():
     model = tiny_model()
-    before = evaluate(model, LISTS).metrics
+    before = evaluate_preferences(model, LISTS).metrics
     list(reward(state_of(model), LISTS, config_of(batch_size=3, steps=40, learning_rate=0.03)))
-    after = evaluate(model, LISTS).metrics
+    after = evaluate_preferences(model, LISTS).metrics
     assert before["accuracy"] < 1 and after["accuracy"] == after["top1"] == 1.0
     assert after["loss"] < 0.1 < before["loss"]
 

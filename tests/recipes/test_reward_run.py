@@ -15,7 +15,7 @@ from minirlhf.data.examples import load_pairs
 from minirlhf.data.rankings import load_preferences
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import STOPPED
-from minirlhf.evaluation.reward import evaluate
+from minirlhf.evaluation.reward import evaluate_preferences
 from minirlhf.files import atomic
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel
@@ -123,9 +123,9 @@ def test_main_evaluates_once_after_the_last_step(base, tmp_path, monkeypatch):
 
     def counted(model, examples, *rest, **named):
         seen.append(len(examples))
-        return evaluate(model, examples, *rest, **named)
+        return evaluate_preferences(model, examples, *rest, **named)
 
-    monkeypatch.setattr(setup, "evaluate", counted)
+    monkeypatch.setattr(setup, "evaluate_preferences", counted)
     out, words = tmp_path / "run", (*EVALUATED, "--eval-data", base[2])
     assert run_reward(base, out, *words) == 0 and len(seen) == 2  # after steps 3 and 6
     card = json.loads((out / "card.json").read_text("utf-8"))
@@ -137,7 +137,7 @@ def test_main_evaluates_once_after_the_last_step(base, tmp_path, monkeypatch):
 def test_main_evaluates_the_model_that_it_writes(base, whole):
     last = json.loads((whole / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     pairs, _ = load_pairs(base[2], load_tokenizer(whole / "model"), 64, "error")
-    again = evaluate(load_reward_model(whole / "model"), pairs).metrics
+    again = evaluate_preferences(load_reward_model(whole / "model"), pairs).metrics
     # another batching of nothing: the same rows in the same order
     assert {f"eval_{name}": value for name, value in again.items()}.items() <= last.items()
 
@@ -239,7 +239,7 @@ def our_scores(base, folder) -> torch.Tensor:
     model = load_reward_model(folder)
     if model.read_before_eos:
         pairs = [without_eos(p, tokenizer.eos_ids) for p in pairs]
-    result = evaluate(model, pairs)
+    result = evaluate_preferences(model, pairs)
     return torch.stack((result.chosen, result.rejected), 1).flatten()
 
 
@@ -322,7 +322,7 @@ def test_whoever_loads_a_normalised_ensemble_sees_its_scores(base, ensemble, cap
     tokenizer, model = load_tokenizer(ensemble / "model"), load_reward_model(ensemble / "model")
     assert (model.heads, model.lcb_coef, model.reward_std) == (3, 0.5, 1.0)
     pairs, _ = load_pairs(base[2], tokenizer, 64, "error")
-    result = evaluate(model, pairs)
+    result = evaluate_preferences(model, pairs)
     std, mean = torch.std_mean(result.scores.double(), correction=0)
     assert (float(mean), float(std)) == pytest.approx((0.0, 1.0), rel=0, abs=1e-5)
     # `minirlhf score`, and what PPO is given
@@ -347,7 +347,7 @@ def test_card_is_of_the_model_that_is_written(base, ensemble):
     }
     assert card["model"]["settings"]["lcb_coef"] == 0.5 and "out" not in card["model"]["settings"]
     pairs, _ = load_pairs(base[2], load_tokenizer(ensemble / "model"), 64, "error")
-    again = evaluate(load_reward_model(ensemble / "model"), pairs).metrics
+    again = evaluate_preferences(load_reward_model(ensemble / "model"), pairs).metrics
     assert {name: card["sets"]["eval"][name] for name in again} == again
     for name in ("card.json", "card.md"):
         assert (ensemble / name).read_bytes() == (ensemble / "model" / name).read_bytes()
@@ -360,7 +360,7 @@ def test_scores_are_normalised_over_pairs_and_lists_together(base, tmp_path):
     assert run_reward(base, out, *EVALUATED, *sets, "--normalize", "eval") == 0
     tokenizer, model = load_tokenizer(out / "model"), load_reward_model(out / "model")
     read = [load_preferences(path, tokenizer, 64, "error")[0] for path in (base[2], lists)]
-    scores = torch.cat([evaluate(model, rows).scores for rows in read]).double()
+    scores = torch.cat([evaluate_preferences(model, rows).scores for rows in read]).double()
     std, mean = torch.std_mean(scores, correction=0)
     assert (float(mean), float(std)) == pytest.approx((0.0, 1.0), rel=0, abs=1e-5)
 

@@ -13,7 +13,6 @@ from minirlhf.batches.demonstrations import TextMix
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer, TokenPass, measure, policy_pass
 from minirlhf.data.batching import next_rows
 from minirlhf.data.examples import Text
-from minirlhf.equations.scores import RunningMoments, scale_scores
 from minirlhf.errors import UserError
 from minirlhf.models.alignment import response_states
 from minirlhf.models.generation import generate, sampling_law
@@ -128,37 +127,6 @@ def test_rewards_of_single_tokens_reach_their_tokens():
 
 
 # ---- scores --------------------------------------------------------------------------------------
-
-
-def test_running_moments_by_hand():
-    moments = RunningMoments()
-    assert moments.std == 1.0  # nothing to measure yet
-    moments.update(torch.tensor([4.0]))
-    assert (moments.mean, moments.std) == (4.0, 1.0)  # one score has no spread
-    moments.update(torch.tensor([4.0]))
-    assert moments.std == 1.0  # nor have two that agree
-    moments = RunningMoments()
-    moments.update(torch.tensor([1.0, 3.0, 5.0, 7.0]))
-    assert moments.as_list() == [4, 4.0, 20.0]  # 9 + 1 + 1 + 9
-    moments.update(torch.tensor([2.0, 2.0, 2.0, 2.0]))
-    # of all eight: mean 3; 4 + 0 + 4 + 16 and four times 1
-    assert moments.as_list() == [8, 3.0, 28.0] and moments.std == 2.0
-    assert RunningMoments(*moments.as_list()) == moments
-
-
-@pytest.mark.parametrize(
-    ("how", "clip", "expected"),
-    [
-        ("none", None, [2.0, 6.0]),
-        ("scale", None, [1.0, 3.0]),
-        ("normalize", None, [-0.5, 1.5]),
-        ("none", 2.5, [2.0, 2.5]),
-        ("normalize", 0.4, [-0.4, 0.4]),
-    ],
-)
-def test_scale_scores_by_hand(how, clip, expected):
-    moments = RunningMoments(8, 3.0, 28.0)  # mean 3, std 2
-    assert_close(scale_scores(torch.tensor([2.0, 6.0]), how, clip, moments), expected)
 
 
 def test_scores_are_scaled_by_all_of_the_run_so_far():

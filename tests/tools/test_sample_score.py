@@ -13,7 +13,7 @@ from minirlhf.data.examples import Prompt, load_prompts
 from minirlhf.data.rankings import load_preferences
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
-from minirlhf.evaluation.reward import evaluate
+from minirlhf.evaluation.reward import evaluate_preferences
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.generation import Sampling
 from minirlhf.models.heads import RewardModel, initialize_score
@@ -347,7 +347,7 @@ def test_score_tells_of_lists_what_the_recipe_evaluates(files, capsys):
     assert main(["score", "--model", files["RM"], "--data", files["LISTS"]]) == 0
     model, tokenizer = load_reward_model(files["RM"]), load_tokenizer(files["RM"])
     lists, _ = load_preferences(files["LISTS"], tokenizer, 48, "error")
-    metrics = evaluate(model, lists).metrics
+    metrics = evaluate_preferences(model, lists).metrics
     shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN)
     assert capsys.readouterr().err.endswith(f"2 lists  {shown}\n")
 
