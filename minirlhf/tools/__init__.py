@@ -1,6 +1,6 @@
 """What looks at data and models from outside; no recipe imports it.
 
 check/ (data before a run), sample.py and score.py (what a model says), serve.py (a reward model as
-a service), metrics.py (what the log's numbers mean), coming_from.py (other tools' parameters) and
-demo/ (all of RLHF in two minutes). May import everything but the command line.
+a service), metrics.py (what the log's numbers mean), coming_from.py (other tools' parameters),
+demo/ (all of RLHF in two minutes) and curve.py (its picture). May import everything but the command line.
 """
