@@ -1,5 +1,6 @@
-"""Scores of a reward model. As a reward source it reads the policy's token ids or, where it has a
-tokenizer of its own, the texts.
+"""A reward model as a reward source.
+
+It reads the policy's token ids or, where it has a tokenizer of its own, the texts.
 """
 
 import torch
@@ -21,7 +22,7 @@ from minirlhf.rewards.source import Completions, RewardSource
 def score_texts(
     model: RewardModel, rows: list[list[int]], micro_batch_tokens: int = 4096
 ) -> Tensor:
-    """(N,) float32 scores of the ids of N texts, in their order, on the CPU."""
+    """(N,) float32 scores of N texts, given as ids, on the CPU."""
     lengths, scores = torch.tensor([len(row) for row in rows]), torch.zeros(len(rows))
     with in_memory(model):
         device = model.score.weight.device
@@ -38,12 +39,12 @@ def reencode(
 ) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids) in a reward model's own tokenizer, as its training makes them.
 
-    Prompt and response are encoded apart; messages by its own chat template, where the response is
-    an assistant's turn. An eos stands at the end unless the length cut the text.
+    Prompt and response are encoded apart. Messages go through its chat template, the response as
+    the assistant's turn. An eos stands at the end unless the response is truncated.
 
     Args:
-        text: of the response, without eos.
-        reason: eos, stop or length.
+        text: the response, without eos.
+        reason: why it ended: eos, stop or length.
     """
     if isinstance(prompt, str):
         head, tail = tokenizer.encode(prompt), tokenizer.encode(text, bos=False)
@@ -62,7 +63,7 @@ def end_of(tokenizer: Tokenizer, prompt: str | Messages, drawn: int) -> int:
     """The eos that ends a response in a reward model's training.
 
     Args:
-        drawn: the policy's; it counts where the template refuses the prompt.
+        drawn: the last id that the policy sampled, for a prompt that the template refuses.
     """
     first, *others = tokenizer.eos_ids
     if not others:
@@ -79,20 +80,19 @@ def model_reward(
 ) -> RewardSource:
     """Scores of a reward model.
 
-    Texts end here as in its training: with its own eos where the policy ended the text, without
-    where the length cut it. A response that a stop string ended is scored as the text before it,
-    with eos.
+    Texts end as in its training: with its own eos, or without one where the response is truncated.
+    A response that a stop string ended is scored as the text before it, with eos.
 
     Args:
         tokenizer: the reward model's.
-        own_tokenizer: the policy has another one, so its ids mean nothing here: texts are
-            re-encoded, and ids are never looked at.
+        own_tokenizer: the policy has another one, so texts are re-encoded and the policy's ids are
+            not used.
         name: what errors call it.
     Raises:
         UserError: the tokenizer names no eos; a row is longer than what the model reads, or empty.
     """
     if not tokenizer.eos_ids:
-        what = "names no eos token, which every text that is scored ends with"
+        what = "names no eos token, and a text that is scored must end with one"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
 
     def row(batch: Completions, i: int) -> list[int]:

@@ -1,7 +1,7 @@
 """What `--reward SOURCE [SOURCE ...]` may say, and the reward source that it stands for.
 
-A SOURCE is a reward-model folder, file.py:function or http(s)://host:port/path; 0.5*SOURCE has a
-weight. Their weighted sum is what a policy learns from, each by itself is logged.
+A SOURCE is the folder of a reward model, file.py:function or http(s)://host:port/path; 0.5*SOURCE
+has a weight. A policy learns from their weighted sum; each is logged by itself.
 """
 
 import importlib.util
@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
@@ -36,7 +37,7 @@ SERVICE_SETTINGS = (
 
 
 class RewardSettings(Protocol):
-    """Those settings of a recipe that name its rewards."""
+    """The settings of a recipe that name its rewards."""
 
     reward: tuple[str, ...]
     reward_format: str
@@ -48,14 +49,14 @@ class RewardSettings(Protocol):
 
 
 class Spec(NamedTuple):
-    """One SOURCE, taken apart; nothing is looked at yet."""
+    """One SOURCE, by its spelling: no file has been read."""
 
     weight: float
     place: str  # folder, file.py:function or URL
     kind: str  # "model", "function" or "service"
 
     def names(self) -> list[str]:
-        """What it may be called in logs, from short to long."""
+        """Its possible names in logs, the shortest first."""
         if self.kind == "service":
             parts = urlsplit(self.place)
             return [parts.hostname, parts.netloc, parts.netloc + parts.path, self.place]
@@ -67,11 +68,11 @@ class Spec(NamedTuple):
         return [parts[-1], "/".join(parts[-2:]), self.place]
 
 
-def parse(source: str) -> Spec:
-    """A SOURCE by its spelling.
+def parse_source(source: str) -> Spec:
+    """Takes a SOURCE apart by its spelling.
 
     Raises:
-        UserError: a weight that is no number; a URL that is none of a service.
+        UserError: the weight is no number, or the URL cannot be a service's.
     """
     weight, place = 1.0, source
     before, star, after = source.partition("*")
@@ -111,7 +112,13 @@ def _check_url(url: str) -> None:
 
 
 def locate(spec: Spec, weights: bool = True) -> Path | None:
-    """The folder, as `resolve` finds it, or file that has to be there; None for a service."""
+    """The folder (as `resolve` finds it) or file that must exist; None for a service.
+
+    Args:
+        weights: whether a folder's weights must be there, too.
+    Raises:
+        UserError: it does not exist, or the file names no function.
+    """
     if spec.kind == "service":
         return None
     if spec.kind == "model":
@@ -126,7 +133,7 @@ def locate(spec: Spec, weights: bool = True) -> Path | None:
 
 
 def part_names(specs: Sequence[Spec]) -> list[str]:
-    """What each is called in logs: as short as they stay apart.
+    """The name of each in logs: the shortest ones that differ.
 
     Raises:
         UserError: the same source twice.
@@ -146,8 +153,8 @@ def part_names(specs: Sequence[Spec]) -> list[str]:
 
 
 def problems(config: RewardSettings) -> list[str]:
-    """What is wrong with the settings together, for a config's own check()."""
-    specs = [parse(source) for source in config.reward]
+    """What is wrong with the settings taken together, for a config's own check()."""
+    specs = [parse_source(source) for source in config.reward]
     part_names(specs)
     found = []
     if specs and not any(spec.weight for spec in specs):
@@ -161,24 +168,28 @@ def problems(config: RewardSettings) -> list[str]:
 
 
 def facts(specs: Sequence[Spec], tokenizer: Tokenizer) -> dict[str, str]:
-    """What a run says of its rewards before it starts."""
-    told = {}
+    """What a run prints about its rewards before it starts: name -> source."""
+    shown = {}
     for spec, name in zip(specs, part_names(specs), strict=True):
         weight = "" if spec.weight == 1 else f"{spec.weight:g} x "
         differs = spec.kind == "model" and reencoded(resolve(spec.place), tokenizer)
         own = " (its own tokenizer: texts are re-encoded)" if differs else ""
         key = "reward" if len(specs) == 1 else f"reward {name}"
-        told[key] = f"{weight}{printable(spec.place)}{own}"
-    return told
+        shown[key] = f"{weight}{printable(spec.place)}{own}"
+    return shown
 
 
 def reencoded(folder: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a reward model's ids are not the policy's, so that it scores texts."""
+    """Whether a reward model has another tokenizer than the policy, and so must score texts."""
     return load_tokenizer(folder).fingerprint != tokenizer.fingerprint
 
 
 def read_token(path: str) -> str:
-    """The bearer token in a file of one line."""
+    """The bearer token in a file of one line.
+
+    Raises:
+        UserError: the file holds anything else.
+    """
     token = read_text(path, TOKEN_CAP).strip()
     if not re.fullmatch(r"[!-~]+", token):
         raise UserError(path, "holds no token", "one line of visible ASCII characters")
@@ -186,7 +197,13 @@ def read_token(path: str) -> str:
 
 
 def load_function(place: str, columns: Mapping[str, set[str]] | None = None) -> RewardSource:
-    """`file.py:function` -> its reward source. The file is run: it is the user's, and trusted."""
+    """The reward source of `file.py:function`. The file is run: it is the user's, and trusted.
+
+    Args:
+        columns: as in `function_reward`.
+    Raises:
+        UserError: the file does not import, or has no such function.
+    """
     file, _, name = place.rpartition(":")
     name_of_module = f"user_reward.{Path(file).resolve()}"  # two files may have the same name
     module_spec = importlib.util.spec_from_file_location(name_of_module, file)
@@ -224,19 +241,18 @@ def load_reward(
     Args:
         tokenizer: the policy's. A reward model with another one scores texts, not ids.
         columns: as in `function_reward`.
-        journal: file of the replies of services, made when the first comes; None: in memory.
+        journal: file that keeps the replies of services, made with the first; None: in memory.
         models: takes the reward models that are read, with their folders, for `offload`.
     """
-    specs, kept = [parse(source) for source in config.reward], Journal(journal)
+    specs, replies = [parse_source(source) for source in config.reward], Journal(journal)
 
     def load(spec: Spec) -> RewardSource:
         place = locate(spec)
         if spec.kind == "function":
             return load_function(spec.place, columns)
         if spec.kind == "service":
-            return service_reward(
-                _service(config, spec), lambda ids: tokenizer.decode(ids, skip_special=False), kept
-            )
+            service = _service(config, spec)
+            return service_reward(service, partial(tokenizer.decode, skip_special=False), replies)
         model = load_reward_model(place, dtype, device)
         if models is not None:
             models.append((model, place))

@@ -1,7 +1,6 @@
 """What a reward source is, the sum of several, and a Python function as one.
 
-A reward source is any function `source(completions) -> (B,) Tensor | Scores`. Reward models are in
-reward_model.py, services in reward_service.py, and what `--reward` may say in reward_sources.py.
+A reward source is any function `source(completions) -> (B,) Tensor | Scores`. Shapes: B responses.
 """
 
 import copy
@@ -30,17 +29,17 @@ class Completions(NamedTuple):
 
     prompts: list  # str, or list of messages, as in the data
     prompt_ids: list[list[int]]
-    completions: list[str]  # without eos, cut before a stop string
+    completions: list[str]  # without eos and without the stop string that ended it
     response_ids: list[list[int]]  # as sampled, eos or stop string included
     finish_reasons: list[str]  # eos | stop | length
     columns: dict[str, list]  # every other column of the prompts' file
 
 
 class Scores(NamedTuple):
-    """What a reward source says of B responses.
+    """What a reward source gives B responses.
 
-    A row that is rewarded token by token has a total of 0 beside its token rewards, and their sum
-    in the source's part.
+    A response that is rewarded token by token has a total of 0; its part holds the sum of its
+    token rewards.
     """
 
     total: Tensor  # (B,) float32, what PPO learns from
@@ -49,7 +48,7 @@ class Scores(NamedTuple):
 
     @property
     def sums(self) -> Tensor:
-        """(B,) float32, all reward of a row: its total and its token rewards."""
+        """(B,) float32, all reward of a response: its total and its token rewards."""
         if self.token_rewards is None:
             return self.total
         return self.total + torch.tensor([math.fsum(row) for row in self.token_rewards])
@@ -72,15 +71,15 @@ def as_scores(
     result: Tensor | Scores, batch: Completions, where: str, name: str = "reward",
     partial: bool = False,
 ) -> Scores:
-    """Scores on the CPU of what a source returned; a plain tensor is its only part, as `name`.
+    """What a source returned, checked and on the CPU; a plain tensor becomes the part `name`.
 
     Args:
-        where: what a number that is not finite is told of.
-        partial: whether there may be rows to which no part applies.
+        where: stands before the error of a number that is not finite.
+        partial: whether there may be responses to which no part applies.
     Raises:
         ValueError: shapes that are not those of the batch.
         NonFinite: a total, or a token's reward, is not finite.
-        UserError: no part applies to a row.
+        UserError: no part applies to a response.
     """
     if isinstance(result, Tensor):
         result = Scores(result, {name: result})
@@ -114,15 +113,15 @@ def _check_applied(applies: Tensor, names: list[str], batch: Completions) -> Non
 def combine(sources: list[tuple[str, float, RewardSource]]) -> RewardSource:
     """The weighted sum of several sources, each a part under its name.
 
-        total = sum_k weight_k score_k,   over the sources that apply to the row
+        total = sum_k weight_k score_k,   over the sources that apply to the response
 
     Args:
-        sources: (name, weight, source); a source of weight 0 is logged and teaches nothing.
+        sources: (name, weight, source); a source of weight 0 is logged and not learned from.
     Returns:
-        A source whose Scores have one part a source, as it came: before its weight.
+        A source whose Scores have one part a source, before its weight. Called, it raises what the
+        sources raise, and UserError for a response that no source applies to.
     Raises:
-        ValueError: no source, a name twice, weights that are not finite or all 0. And when it is
-            called, whatever the sources raise, and UserError for a row that no source applies to.
+        ValueError: no source, a name twice, weights that are not finite or all 0.
     """
     names = [name for name, _, _ in sources]
     if len(set(names)) != len(names):
@@ -162,16 +161,18 @@ def function_reward(
 ) -> RewardSource:
     """Scores of `function(prompts=…, completions=…, <every column>=…)`, one item a response.
 
-    An item is a finite number; or None where the function does not apply; or a list of numbers, as
-    many as the response has ids: rewards of its tokens. The function is given those keywords that
-    its signature names, or all if it takes **keywords.
+    An item is a finite number, None where the function does not apply, or a list of numbers: one
+    reward for each of the response's ids. The function gets the keywords that its signature names,
+    or all of them if it takes **keywords.
 
     Args:
-        columns: of each file of prompts, where it begins (file:line) -> its columns. What the
-            function needs beside them is then missed at once, and not when the first responses are
-            scored; and a row that lacks a column has None there, whatever rows it is scored with.
+        name: what errors call it.
+        columns: of each file of prompts, where it begins (file:line) -> its columns. A column that
+            the function needs and a file lacks is then an error at once, not when the first
+            responses are scored; and a row without that column has None there, in any batch.
     Raises:
-        UserError: it needs a column that the data lacks, fails, or returns anything else.
+        UserError: it needs a column that the data lacks; when called, it fails or returns anything
+            else.
     """
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -216,7 +217,7 @@ def function_reward(
 
 
 def failed_at(error: Exception) -> str:
-    """file:line where the user's file failed, not a library that it called; "" if nowhere."""
+    """file:line in the user's file, not in a library that it calls; "" if there is none."""
     if isinstance(error, SyntaxError) and Path(str(error.filename)).is_file():
         return f"{Path(error.filename).name}:{error.lineno}"
     ours = f"{Path(__file__).parent}{os.sep}", "<frozen"

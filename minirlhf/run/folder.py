@@ -28,7 +28,7 @@ from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError, prin
 from minirlhf.files import atomic
 from minirlhf.files.reading import read_json
 from minirlhf.files.sieve import Report
-from minirlhf.rewards.parse import parse
+from minirlhf.rewards.parse import parse_source
 from minirlhf.run import checkpoint
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.machine import peak_bytes
@@ -96,7 +96,8 @@ class Run:
         if not above.is_dir():
             raise UserError(self.folder, f"{above.name} is a file", "give another --out")
         read = [(name, self.settings.get(name)) for name in ("model", "ref", "critic")]
-        read += [("reward", parse(source).place) for source in self.settings.get("reward", ())]
+        sources = self.settings.get("reward", ())
+        read += [("reward", parse_source(source).place) for source in sources]
         for name, source in read:  # what is read there would change
             if source and inside(self.folder, Path(source)):
                 what = f"is --{name} {source} or lies in it"
@@ -230,7 +231,7 @@ class Run:
         if "reward" in self.fixed:
             return False
         sources = [*self.settings.get("reward", ()), *self.before.get("reward", ())]
-        places = [parse(source).place.partition(".py:") for source in sources]
+        places = [parse_source(source).place.partition(".py:") for source in sources]
         return any(Path(file).is_relative_to(p + ".py" * bool(py)) for p, py, _ in places)
 
     def _changed_inputs(self, before: dict[str, str], now: dict[str, str]) -> list[dict]:

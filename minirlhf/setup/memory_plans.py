@@ -13,7 +13,7 @@ from minirlhf.files import folders
 from minirlhf.models import pretrained
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.logprobs import widened
-from minirlhf.rewards.parse import parse
+from minirlhf.rewards.parse import parse_source
 from minirlhf.run.machine import free_memory
 from minirlhf.setup.memory import (
     Part,
@@ -61,7 +61,7 @@ class PPOModels(NamedTuple):
 def ppo_models(settings: PPOConfig) -> PPOModels:
     """Reads their config.json; a policy with adapters is its own reference."""
     ref = settings.ref or ("" if settings.lora_rank else settings.model)
-    sources = (parse(source) for source in settings.reward)
+    sources = (parse_source(source) for source in settings.reward)
 
     def read(name: str) -> ModelConfig:
         return pretrained.read_config(folders.resolve(name, weights=False))

@@ -198,7 +198,7 @@ def look(config: PPOConfig, weights: bool = True) -> Start:
     tokenizer = load_tokenizer(folder)
     tokenizer.check_stops(config.stop)
     critic = [] if config.critic is None else [resolve(config.critic, weights)]
-    specs = [parse.parse(source) for source in config.reward]
+    specs = [parse.parse_source(source) for source in config.reward]
     places = [parse.locate(spec, weights) for spec in specs]
     scorers = [place for place in places if place is not None and place.is_dir()]
     check_models(config, (folder, ref_folder), critic, scorers, tokenizer, weights)

@@ -242,7 +242,7 @@ class PPOConfig:
                 "bootstrap_truncated: a critic from a reward model values cut responses in that "
                 "model's scale; leave out score_scaling, score_clip and whiten_rewards"
             )
-        weighed = len(self.reward) == 1 and parse.parse(self.reward[0]).weight != 1
+        weighed = len(self.reward) == 1 and parse.parse_source(self.reward[0]).weight != 1
         if not self.train_critic and (rescaled or weighed or self.whiten_rewards):
             yield (
                 "no-train-critic: its values stay in the reward model's scale; leave out "

@@ -14,7 +14,7 @@ from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import load_reward_model, save_pretrained
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.rewards.model import end_of, model_reward, reencode
-from minirlhf.rewards.parse import facts, load_reward, parse
+from minirlhf.rewards.parse import facts, load_reward, parse_source
 from minirlhf.rewards.source import Completions
 from minirlhf.setup.ppo import Data, check_reencoded
 from minirlhf.setup.ppo_settings import PPOConfig
@@ -292,7 +292,7 @@ def test_a_text_without_any_token_is_an_error(folder):
 
 def test_facts_say_that_texts_are_reencoded(folder, words):
     tokenizer = load_tokenizer(folder)
-    assert facts([parse(str(folder))], tokenizer) == {"reward": str(folder)}
-    told = facts([parse(f"0.5*{words}"), parse("a.py:f")], tokenizer)
+    assert facts([parse_source(str(folder))], tokenizer) == {"reward": str(folder)}
+    told = facts([parse_source(f"0.5*{words}"), parse_source("a.py:f")], tokenizer)
     again = " (its own tokenizer: texts are re-encoded)"
     assert told == {f"reward {words.name}": f"0.5 x {words}{again}", "reward f": "a.py:f"}

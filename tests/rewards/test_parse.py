@@ -8,7 +8,7 @@ from minirlhf.rewards.parse import (
     Spec,
     load_reward,
     locate,
-    parse,
+    parse_source,
     part_names,
     problems,
     read_token,
@@ -32,20 +32,20 @@ BATCH = Completions(["p", "q"], [[1], [1]], ["ab", "c"], [[2, 3], [4]], ["eos", 
         ("0*a*b", Spec(0.0, "a*b", "model")),
     ],
 )
-def test_parse_takes_a_source_apart(source, spec):
-    assert parse(source) == spec
+def test_parse_source_takes_a_source_apart(source, spec):
+    assert parse_source(source) == spec
 
 
-def test_parse_leaves_the_name_of_a_folder_that_is_there(tmp_path, monkeypatch):
+def test_parse_source_leaves_the_name_of_a_folder_that_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a*b").mkdir()
-    assert parse("a*b") == Spec(1.0, "a*b", "model")
+    assert parse_source("a*b") == Spec(1.0, "a*b", "model")
 
 
 @pytest.mark.parametrize("weight", ["", "x", "nan", "inf", "1e999", "0x1", "1_0", " 1", "1.5.5"])
-def test_parse_refuses_a_weight_that_is_no_number(weight):
+def test_parse_source_refuses_a_weight_that_is_no_number(weight):
     with pytest.raises(UserError, match=r"the weight is .*: a finite number before the"):
-        parse(f"{weight}*folder")
+        parse_source(f"{weight}*folder")
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_parse_refuses_a_weight_that_is_no_number(weight):
         ("http://h/ä", "a character that no URL has"),
     ],
 )
-def test_parse_refuses_a_url_of_no_service(url, told):
+def test_parse_source_refuses_a_url_of_no_service(url, told):
     with pytest.raises(UserError) as caught:
-        parse(url)
+        parse_source(url)
     assert told in str(caught.value) and caught.value.where.startswith("--reward ")
 
 
@@ -87,18 +87,18 @@ def test_parse_refuses_a_url_of_no_service(url, told):
     ],
 )
 def test_part_names_are_as_short_as_they_stay_apart(sources, names):
-    assert part_names([parse(source) for source in sources]) == names
+    assert part_names([parse_source(source) for source in sources]) == names
 
 
 def test_part_names_refuses_what_its_length_makes_equal():
     long = "x" * 120
     with pytest.raises(UserError, match=r"stands twice: give each source once"):
-        part_names([parse(f"{long}/a/b"), parse(f"{long}/c/a/b"), parse(f"{long}/d/a/b")])
+        part_names([parse_source(f"{long}/{name}") for name in ("a/b", "c/a/b", "d/a/b")])
 
 
 def test_part_names_refuses_the_same_source_twice():
     with pytest.raises(UserError, match=r"--reward: f.py:s stands twice: give each source once"):
-        part_names([parse("f.py:s"), parse("0.5*f.py:s")])
+        part_names([parse_source("f.py:s"), parse_source("0.5*f.py:s")])
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def test_part_names_refuses_the_same_source_twice():
 )
 def test_locate_refuses_what_is_not_there(spec, message):
     with pytest.raises(UserError, match=message):
-        locate(parse(spec))
+        locate(parse_source(spec))
 
 
 def test_locate_finds_files_and_folders(tmp_path):
     (tmp_path / "f.py").write_text("")
-    assert locate(parse(f"2*{tmp_path}/f.py:g")) == tmp_path / "f.py"
-    assert locate(parse(str(tmp_path))) == tmp_path
-    assert locate(parse("http://h/p")) is None
+    assert locate(parse_source(f"2*{tmp_path}/f.py:g")) == tmp_path / "f.py"
+    assert locate(parse_source(str(tmp_path))) == tmp_path
+    assert locate(parse_source("http://h/p")) is None
 
 
 def test_problems_are_told_of_settings_that_would_do_nothing():
