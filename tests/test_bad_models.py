@@ -472,8 +472,6 @@ TEMPLATES = [  # chat_template.jinja, what is told of it, behind the row
     ("{{ cycler.__init__.__globals__.os.system('touch pwned') }}", f"{ITS}chat template failed"),
     ("{{ self.__init__.__globals__ }}", f"{ITS}chat template failed"),
     ("{{ '{0.__class__}'.format(messages) }}", "a text without any token"),  # it reads as ""
-    ("{{ (2 ** 33) ** 2 }}", f"{ITS}chat template failed"),
-    ("{{ '%9999d' % 1 }}", f"{ITS}chat template failed"),
     ("{{ 'a' * 99999999999 }}", f"{ITS}chat template failed"),
     ("{% for i in range(99999999) %}{% endfor %}", f"{ITS}chat template failed"),
     ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",

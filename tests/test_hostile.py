@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 import shutil
 import socket
 import sys
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minirlhf.cli import main
-from minirlhf.data.chat_template import SOURCE_CAP, compile_template
 from minirlhf.data.examples import load_texts
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import MACHINE, Stopped, UserError
@@ -104,7 +102,8 @@ def test_run_cases_sees_each_misdeed(tmp_path, monkeypatch):
     [range(2_000), pytest.param(range(2_000, 102_000), marks=pytest.mark.long)],
     ids=["short", "long"],
 )
-def test_mutated_files_are_read_or_refused(cases, tmp_path):
+def test_mutated_files_are_read_or_refused(cases, tmp_path, monkeypatch):
+    monkeypatch.setattr("minirlhf.data.chat_template.SECONDS", 0.1)
     assert fuzz(tmp_path, cases) == []  # `python tests/fuzzer.py CASE` repeats one
 
 
@@ -473,155 +472,6 @@ def test_a_stray_key_of_another_kind_of_tokenizer_is_ignored(small):
 
 
 # ---- chat templates ------------------------------------------------------------------------------
-
-START = "{% set ns = namespace(x='ab', y=['c'], t=(1,), n=3) %}{% for i in range(60) %}"
-MILLION = "{% set x = 'a' * 1000000 %}"
-OFTEN = MILLION + "{% for i in range(100000) %}"
-TWINS = START + "{% set ns.x = [ns.x] * 2 %}{% set ns.y = [ns.y] * 2 %}{% endfor %}"
-PAYLOADS = [
-    # out of the sandbox
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ ''['__class__']['__mro__'] }}",
-    "{{ messages.__init__.__globals__ }}", "{{ self.__init__.__globals__.__builtins__ }}",
-    "{{ cycler.__init__.__globals__.os.popen('id').read() }}", "{{ ''|attr('__class__') }}",
-    "{{ '{0.__class__.__mro__}'.format(1).x }}", "{{ messages.append(1) }}",
-    "{% include '/etc/passwd' %}", "{% import 'os' as os %}{{ os }}", "{% extends '/etc/passwd' %}",
-    "{{ raise_exception.__globals__.os.system('id') }}", "{{ tojson.__globals__ }}",
-    "{{ ['{0.__globals__}'.format]|map('attr', '__self__')|list }}",
-    # more text than anyone has memory for
-    "{{ 'a' * 10**9 }}", "{{ 10**9 * [0] }}", "{{ 'a'|center(10**9) }}", "{{ 'a'.ljust(10**9) }}",
-    "{{ '%999999999d' % 1 }}", "{{ '%*d' % (10**9, 1) }}", "{{ '%(a)999999999d' % {'a': 1} }}",
-    "{{ '{:999999999}'.format(1) }}", "{{ '{:{}}'.format(1, '999999999') }}",
-    "{{ '%999999999d'|format(1) }}", "{{ ('{:999}' * 99999).format(*range(99999)) }}",
-    "{{ '\t'.expandtabs(10**9) }}", "{{ 'a\nb'|indent(10**9) }}", "{{ [1]|tojson(indent=10**9) }}",
-    "{{ [0]|batch(10**9, 0)|list }}", "{{ [0]|slice(10**9)|list }}", "{{ (1).to_bytes(10**9) }}",
-    MILLION + "{{ x.replace('a', x) }}", MILLION + "{{ x.join(x) }}",
-    MILLION + "{{ x|list|join(x) }}",
-    "{{ lipsum(10**6) }}", "{{ range(10**8)|list }}", "{{ strftime_now('%c' * 99999) }}",
-    START + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x|length }}",
-    START + "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x|length }}",
-    "{% for i in range(3000) %}{{ 'x' * 1000 }}{% endfor %}",
-    "{% set x %}{% for i in range(20000) %}" + "a" * 5000 + "{% endfor %}{% endset %}{{ x }}",
-    # small values that are large when they are written out, compared or hashed
-    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x|string|length }}",
-    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x ~ '' }}",
-    START + "{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}{{ ns.x|tojson }}",
-    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ {}[ns.x] }}",
-    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ raise_exception(ns.x) }}",
-    TWINS + "{{ ns.x == ns.y }}", TWINS + "{{ ns.x is eq ns.y }}", TWINS + "{{ ns.x in [ns.y] }}",
-    TWINS + "{{ [ns.x].index(ns.y) }}", TWINS + "{{ [ns.x, ns.y]|unique|list|length }}",
-    START + "{% set ns.t = (ns.t, ns.t) %}{% endfor %}{{ {ns.t: 1}|length }}",
-    START + "{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}", "{{ namespace(x=namespace()) }}",
-    # more work than anyone has time for
-    "{{ 9**9**9**9 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ 'a' in range(10**12) }}",
-    "{% set a = range(999)|list %}{% for x in a %}{% for y in a %}{% for z in a %}{% endfor %}"
-    "{% endfor %}{% endfor %}",
-    "{% for i in range(999) %}{% for j in range(999) if j > 9999 %}{% endfor %}{% endfor %}",
-    "{% for i in range(99999) %}" + "{% set a = i %}" * 3000 + "{% endfor %}",
-    "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(99) }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% block a %}{{ self.a() }}{% endblock %}",
-    "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{{ loop([1, 2]) }}{% endfor %}",
-    OFTEN + "{% if x == x[::-1] %}{% endif %}{% endfor %}", OFTEN + "{{ 'b' in x }}{% endfor %}",
-    OFTEN + "{% set y = x[1:] %}{% endfor %}", OFTEN + "{% set y = x.upper() %}{% endfor %}",
-    OFTEN + "{% set y = x|lower %}{% endfor %}", OFTEN + "{{ x.count('b') }}{% endfor %}",
-    "{% for i in range(99999) %}{{ [9]|map(' spend', -10**9)|list }}{% endfor %}",
-    # no program at all
-    "{{ " + "(" * 20000 + ")" * 20000, "{% if 1 %}" * 3000 + "{% endif %}" * 3000, "{" * 60000,
-    "{{ " + "[" * 500 + "]" * 500 + " }}", "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
-    "{{ " + "9" * 5000 + " }}", "{% if %}", "{{ missing.field }}",
-]
-
-
-def test_a_hostile_template_is_rendered_or_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.watched.MEMORY", 128 << 20)
-    messages = [{"role": "user", "content": "hello"}]
-    compile_template("{{ 1 }}", "t")(messages, True, {})  # the imports are not the payload's
-
-    def make(i):
-        return PAYLOADS[i][:200], lambda: compile_template(PAYLOADS[i], "t")(messages, True, {})
-
-    assert run_cases(range(len(PAYLOADS)), make, tmp_path) == []
-
-
-EVERYTHING = (
-    "{% set ns = namespace(n=0, last='') %}{% for m in messages %}{% if m.role != 'user' %}"
-    "{% set ns.n = ns.n + 1 %}{% endif %}{% set ns.last = m['content'] ~ '|' ~ ns.n %}"
-    "{{ loop.index0 }}/{{ loop.length }}{{ loop.last }}{{ m.role | upper }}: {{ m.content | trim }}"
-    "{% if '<b>' in m.content %}{{ m.content.split('<b>')[-1].strip('\n') }}{% endif %}{% endfor %}"
-    "{{ messages[::-1] | map(attribute='role') | join(', ') }}{{ messages[1:] | length }}"
-    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ ns.last }}"
-    "{% macro f(a, b=2) %}{{ a * b }}{{ caller() if caller }}{% endmacro %}{{ f(3) }}"
-    "{{ f('x', 3) }}"
-    "{% call f(1) %}c{% endcall %}{{ {'a': [1, none, true]} | tojson(indent=2) }}{{ (1, 2) }}"
-    "{{ [3, 1, 2] | sort | first }}{{ '%s-%03d' % ('é', 7) }}{{ '{:>4}'.format(5) }}{{ none }}"
-    "{% for k, v in {'b': 1, 'a': 2} | dictsort %}{{ k }}{{ v }}{% else %}e{% endfor %}{{ 7 // 2 }}"
-    "{% for x in range(9) if x % 2 recursive %}{{ x }}{% endfor %}{{ 2 ** 10 }}{{ 'ab' | list }}"
-    "{% set block %}{{ 'in' }}{% endset %}{{ block | replace('i', 'I') }}{{ missing }}{{ -1.5 }}"
-    "{% filter upper %}low{% endfilter %}{{ 'x' if messages else 'y' }}{{ 1 < 2 <= 2 }}"
-)
-
-
-NEST = "{% set ns = namespace(x=[]) %}" + (
-    "{% for i in range(40) %}{% set ns.x = [ns.x] %}{% endfor %}" * 2
-)
-REFUSALS = [  # a template, what is told
-    ("{{ '%9999d' % 1 }}", "a width of thousands, or one that is formatted itself"),
-    ("{{ '{:{}}'.format(1, 'x') }}", "a width of thousands, or one that is formatted itself"),
-    ("{{ 'a' * 10**9 }}", "a value of more than 33,554,432 characters"),
-    ("{{ 2**65 }}", "a power of huge numbers"),
-    ("{{ (2**33)**2 }}", "a power of huge numbers"),
-    (START + "{% set ns.n = ns.n * ns.n %}{% endfor %}", "an integer of thousands of digits"),
-    (NEST + "{{ ns.x }}", "a value nested deeper than 64 levels"),
-    ("{{ 'a'.encode() % 1 }}", "formatted bytes"),
-    ("{{ namespace(x=1) ~ '' }}", "reads a Namespace as a text"),
-    ("{{ range(10**8) }}", "more than 1,000,000 steps of work"),
-    (MILLION + "{{ x }}{{ x }}", "more than 1 MiB of text"),
-    ("{{ raise_exception('no system turn') }}", "no system turn"),
-]
-
-
-@pytest.mark.parametrize(("template", "told"), REFUSALS)
-def test_a_template_that_goes_too_far_is_told_how(template, told):
-    render = compile_template(template, "t")
-    with pytest.raises(UserError, match=f"^t: chat template failed: {re.escape(told)}$"):
-        render([{"role": "user", "content": "hello"}], True, {})
-
-
-def test_a_template_that_is_too_large_or_has_no_jinja2_is_refused(monkeypatch):
-    with pytest.raises(UserError, match=r"^t: a chat template of [\d,]+ characters: at most"):
-        compile_template("x" * (SOURCE_CAP + 1), "t")
-    monkeypatch.setitem(sys.modules, "jinja2.runtime", None)
-    with pytest.raises(UserError, match=r"^t: a chat template needs jinja2: pip install"):
-        compile_template("{{ 1 }}", "t")
-
-
-def test_metered_template_renders_as_jinja2_does():
-    sandbox = pytest.importorskip("jinja2.sandbox")
-    plain = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    messages = [{"role": role, "content": f" {role} <b>\n{i} "} for i, role in enumerate("abc")]
-    messages.append({"role": "user", "content": "é"})
-    plain.filters["tojson"] = lambda value, indent: json.dumps(value, indent=indent)
-    expected = plain.from_string(EVERYTHING).render(messages=messages)
-    render = compile_template(EVERYTHING, "t")
-    assert render(messages, True, {}) == expected
-    assert render(messages, True, {}) == expected  # each rendering has all the steps for itself
-
-
-def test_a_long_dialogue_has_steps_enough():
-    data = '{"year": 2024, "share": "100%, 1999"} '  # no format, for all that it looks like one
-    asked = {"role": "user", "content": data + "word " * 100}
-    template = (
-        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['content'] is string %}"
-        "{% set content = m['content'].replace('  ', ' ') | trim %}{% else %}"
-        "{% set content = '' %}{% endif %}"
-        "{{ '<|' ~ m['role'] ~ '|>' + content + '<|end|>' }}{% if loop.last and "
-        "messages | length > 1 %}{{ messages[-1]['content'][:3] }}{% endif %}{% endfor %}"
-    )
-    text = compile_template(template, "t")([asked, {"role": "assistant", "content": "yes"}] * 500,
-                                           True, {})
-    assert len(text) == 500 * (8 + 38 + 499 + 7 + 13 + 3 + 7) + 3
-
 
 BROKEN = {
     "marks the last": "{% for m in messages %}{{ m.content }}{{ '!' if loop.last }}{% endfor %}",

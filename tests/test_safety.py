@@ -27,10 +27,14 @@ TREES = {
     for path in sorted((ROOT / "minirlhf").rglob("*.py"))
 }
 
-# Modules that unpickle, start processes or run code that they are given.
+# Modules that unpickle or run code that they are given.
 MODULES = {
     "pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml",
-    "subprocess", "multiprocessing", "ctypes", "pty", "code", "codeop", "runpy", "imp",
+    "ctypes", "code", "codeop", "runpy", "imp",
+}
+PROCESSES = {"subprocess", "multiprocessing", "pty"}
+STARTS_PROCESSES = {  # why it may
+    "minirlhf/data/chat_template.py": "a stranger's template runs where it can be ended",
 }
 # Calls that do, by the end of their dotted name.
 CALLS = {
@@ -74,6 +78,10 @@ def runs_what_it_reads(node: ast.AST) -> bool:
     # read, not set: a setting may be called `compile`
     reads = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
     return reads and node.id in BUILTINS
+
+
+def starts_processes(node: ast.AST) -> bool:
+    return any(name.split(".")[0] in PROCESSES for name in imported(node))
 
 
 def sends_objects(node: ast.AST) -> bool:
@@ -133,7 +141,7 @@ def asserts(node: ast.AST) -> bool:
 RULES = {  # rule -> what it must see
     runs_what_it_reads: (
         "import pickle", "import torch, marshal", "from pickle import loads", "import yaml.reader",
-        "from subprocess import run", "import multiprocessing.pool as p", "from torch import load",
+        "from torch import load",
         "torch.load(path)", "torch.save(x, path)", "x = torch.load", "a.torch.jit.load(f)",
         "numpy.load(path, allow_pickle=True)", "np.load(path)", "eval(text)", "exec(text)",
         "compile(text, '', 'exec')", "__import__(text)", "os.system(text)", "os.popen(text)",
@@ -198,6 +206,20 @@ def test_rule_sees_what_it_forbids_and_nothing_else(rule):
         assert any(map(rule, ast.walk(ast.parse(code)))), code
     for node in ast.walk(ast.parse(LEGAL)):
         assert not rule(node), ast.unparse(node)
+
+
+def test_processes_are_started_only_where_it_is_said_why():
+    assert {place.rpartition(":")[0] for place in breaches(starts_processes)} == set(
+        STARTS_PROCESSES
+    )
+    for code in ("from subprocess import run", "import multiprocessing.pool as p", "import pty"):
+        assert starts_processes(ast.parse(code).body[0])
+    tree = TREES["minirlhf/data/chat_template.py"]
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
+            and ast.unparse(node.func).startswith("subprocess.")]
+    assert [ast.unparse(use.func) for use in uses] == ["subprocess.Popen"]
+    command = ast.unparse(uses[0].args[0])
+    assert command.startswith("[sys.executable, '-I', '-S', template_worker.__file__, ")
 
 
 def test_modules_are_imported_by_name_only_where_it_is_said_why():

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import minirlhf
+from minirlhf.data import chat_template, template_worker
 from minirlhf.errors import UserError
 
 SECONDS, MEMORY = 2, 256 << 20  # of CPU time, and of growth, that one case may take
@@ -58,6 +59,8 @@ class Finding(NamedTuple):
 
 def breach(event: str, args: tuple, caller: str, root: str, may_write: bool) -> str | None:
     """What is wrong with an audit event that a file's code caused, or None."""
+    if concerns_renderer(event, args):
+        return None
     if event.startswith(REACHING_OUT) or (event.startswith(CHANGING) and not may_write):
         return f"{event} {args!r}"[:200]
     if event in ("exec", "compile"):
@@ -71,6 +74,15 @@ def breach(event: str, args: tuple, caller: str, root: str, may_write: bool) -> 
         legal = legal or path.startswith((*LIBRARIES, root, "/dev/null", "/proc/", "/sys/"))
         return None if legal else f"open {path!r}"
     return None
+
+
+def concerns_renderer(event: str, args: tuple) -> bool:
+    """Starting and ending the process that renders chat templates, in isolation and by this name
+    alone, is legal: it is there so that a template of a stranger can be ended."""
+    if event == "subprocess.Popen":
+        return args[1][:4] == [sys.executable, "-I", "-S", template_worker.__file__]
+    process = chat_template._renderer.process
+    return event == "os.kill" and process is not None and args[0] == process.pid
 
 
 def watch(root: Path, tell: Callable[[str], None], may_write: bool = False) -> None:

@@ -8,8 +8,9 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from minirlhf.data.chat_template import TemplateOverrun
 from minirlhf.data.formats import Part, was_sampled
-from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.data.tokenizer import Dialogue, Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.rows import Row
 from minirlhf.files.sieve import Sieve
@@ -34,24 +35,43 @@ def encode(
     if not ready and len(parts[0]) > 1 and not tokenizer.eos_ids:
         what = "names no eos token, which every text ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
-    batch = []
-    if isinstance(sample, str):
-        with suppress(UserError):  # one row's fault, which is found below, row by row
-            batch = _encode_strings(parts, lead, tokenizer)
+    if ready:
+        found = parts
+    elif isinstance(sample, str):
+        found = _each_string(parts, lead, tokenizer)
+    else:
+        found = tokenizer.encode_dialogues([
+            Dialogue(prompt, answers, was_sampled(row)) for row, (prompt, *answers) in rows
+        ])
     headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
     encoded: list[tuple[list[int], ...] | None] = []
-    for at, (row, part) in enumerate(rows):
+    for (row, _), ids in zip(rows, found, strict=True):
         try:
-            if ready:
-                ids = _checked(row, part, tokenizer)
-            else:
-                ids = batch[at] if batch else _by_itself(row, part, lead, tokenizer)
-                ids = _ended(row, ids, headless, tokenizer)
-            encoded.append(ids)
+            if isinstance(ids, UserError):
+                raise type(ids)(row.where, str(ids))
+            ids = _checked(row, ids, tokenizer) if ready else _ended(row, ids, headless, tokenizer)
+        except TemplateOverrun:  # whatever becomes of bad rows: the next one would take as long
+            raise
         except UserError as error:
             sieve.reject(error, row.raw)
-            encoded.append(None)
+            ids = None
+        encoded.append(ids)
     return encoded, lead
+
+
+def _each_string(
+    parts: list[Parts], lead: list[int], tokenizer: Tokenizer
+) -> list[tuple[list[int], ...] | UserError]:
+    """Ids of all rows, or what is wrong with a row."""
+    with suppress(UserError):  # of one row, which is found below
+        return _encode_strings(parts, lead, tokenizer)
+    found: list[tuple[list[int], ...] | UserError] = []
+    for part in parts:
+        try:
+            found += _encode_strings([part], lead, tokenizer)
+        except UserError as error:
+            found.append(error)
+    return found
 
 
 def _encode_strings(
@@ -63,18 +83,6 @@ def _encode_strings(
     answers = [text for _, *texts in parts for text in texts]  # lists may differ in length
     tails = iter(tokenizer.encode_batch(answers, bos=False))
     return [(head, *islice(tails, len(part) - 1)) for head, part in zip(heads, parts, strict=True)]
-
-
-def _by_itself(
-    row: Row, part: Parts, lead: list[int], tokenizer: Tokenizer
-) -> tuple[list[int], ...]:
-    """Ids of one row: of strings, or of a prompt of messages and the answers to it, if any."""
-    try:
-        if isinstance(part[-1], str):
-            return _encode_strings([part], lead, tokenizer)[0]
-        return tokenizer.encode_dialogue(*part, resume=was_sampled(row))
-    except UserError as error:
-        raise UserError(row.where, str(error)) from None
 
 
 def _ended(

@@ -1,159 +1,46 @@
-"""Text <-> ids, by a Hugging Face tokenizer folder.
+"""The tokenizer of a Hugging Face folder: its vocabulary and its chat template, in and out."""
 
-Text that comes from data is only ever text: "<|im_end|>" in a user's message is spelled out in
-ordinary tokens, and no row of a data set can end a turn or forge a role.
-"""
-
-import hashlib
 import json
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 
-from minirlhf.data.chat_template import (
-    compile_template,
-    plain_template,
-    swap_names,
-    unused_character,
-)
+from minirlhf.data.chat_template import ChatTemplate, plain_template
 from minirlhf.data.formats import Messages
+from minirlhf.data.special_names import swap_names, unused_character
+from minirlhf.data.vocabulary import EOS, NAMES, PAD, Vocabulary
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import CODE_KEYS, inside
-from minirlhf.files.reading import read_json, read_text, strict_json
+from minirlhf.files.reading import read_json, read_text
 
-EOS, PAD = "<|endoftext|>", "<|pad|>"  # of tokenizers that are trained here
-SPARE = (EOS, PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>",
-         "<unk>", "[UNK]")
 FILE_CAP = 256 << 20  # bytes of tokenizer.json; the largest in use have about 35 MB
-NAMES_CAP = 1 << 17  # characters of all special tokens together, which become one pattern
+BATCH = 32  # dialogues that are rendered at once
 OBJECT_CAP = 4 << 20  # bytes of the small files beside it
-BATCH = 4096  # texts that the library encodes at once: it keeps much more of them than ids
 READ = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json",
         "generation_config.json", "chat_template.jinja")
-NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-@contextmanager
-def _muted() -> Iterator[None]:
-    """Without the process's stderr: Rust writes pages about a panic before Python hears of it."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # it is closed
-        yield
-        return
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
+class Dialogue(NamedTuple):
+    """A prompt of messages and answers to it."""
+
+    prompt: Messages
+    responses: Sequence[Messages]
+    resume: bool = False  # the answers go on in the prompt's last turn, the assistant's
 
 
-class Tokenizer:
-    """A tokenizer.json with the names and the chat template that its folder gives.
+class Tokenizer(Vocabulary):
+    """A vocabulary with the chat template of its folder.
 
     Attributes:
-        vocab_size: largest id + 1, added tokens included.
-        eos_ids: ids that end a text; the first is the one that is appended to texts. May be empty.
-        bos_id: id of the beginning-of-text token, or None.
-        unknown_id: id of the piece that stands for what has no other, or None.
-        special_text: finds the names of all special tokens, eos among them, in a text.
         chat_template: Jinja source, or None where `template_origin` is "plain fallback".
         template_origin: "chat_template.jinja", "tokenizer_config.json" or "plain fallback".
-        fingerprint: sha256 of tokenizer.json, hex.
     """
 
     def __init__(self, folder: Path, source: str, config: dict, eos_ids: list[int]):
-        self.folder = folder
-        self._source, self._config = source.encode(), config
-        self.fingerprint = hashlib.sha256(self._source).hexdigest()
-        path = folder / "tokenizer.json"
-        parsed = strict_json(source, path)
-        with _muted():
-            self._backend = self._guard(tokenizers.Tokenizer.from_str, source)
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        vocab = self._backend.get_vocab(with_added_tokens=True)
-        if not vocab:
-            raise UserError(path, "no tokens", "give a trained tokenizer")
-        self.vocab_size = max(vocab.values()) + 1
-        self._set_names(eos_ids)
-        self._set_specials(parsed)
-        self._set_template()
-
-    def _guard(self, function: Callable, *arguments: object) -> object:
-        """Calls into the library, whose panics are BaseExceptions that know no file."""
-        try:
-            return function(*arguments)
-        except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise  # a signal, for one
-            path = self.folder / "tokenizer.json"
-            raise UserError(
-                path, f"refused by the tokenizers library: {printable(error)}"
-            ) from None
-
-    def _set_names(self, eos_ids: list[int]) -> None:
-        """bos and eos by name; `eos_ids` are those that the model's own configuration adds."""
-        where = self.folder / "tokenizer_config.json"
-        self.special_tokens = {}  # name -> text, what chat templates may use
-        for name in NAMES:
-            value = self._config.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if value is None:
-                continue
-            if not isinstance(value, str):
-                raise UserError(where, f"{name} is {printable(value)}", "a string or an object")
-            self.special_tokens[name] = value
-        bos, eos = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
-        self.bos_id: int | None = None if bos is None else self._backend.token_to_id(bos)
-        named = [] if eos is None else [self._backend.token_to_id(eos)]
-        if named == [None]:
-            raise UserError(where, f"eos_token {printable(eos)!r} is not in tokenizer.json")
-        for id in eos_ids:
-            if not 0 <= id < self.vocab_size:
-                legal = f"tokenizer.json has the ids 0 to {self.vocab_size - 1}"
-                raise UserError(self.folder, f"eos_token_id is {id}", legal)
-        self.eos_ids = tuple(dict.fromkeys(named + eos_ids))
-
-    def _set_specials(self, parsed: dict) -> None:
-        """Which ids control a text, which texts name them, and which ids go before a text."""
-        added = self._backend.get_added_tokens_decoder()
-        special = {id: token.content for id, token in added.items() if token.special}
-        special |= {id: self._backend.id_to_token(id) for id in self.eos_ids}
-        texts = sorted(filter(None, special.values()), key=len, reverse=True)
-        if (length := sum(map(len, texts))) > NAMES_CAP:
-            path, legal = self.folder / "tokenizer.json", f"at most {NAMES_CAP:,}"
-            raise UserError(path, f"special tokens of {length:,} characters", legal)
-        self.special_text = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-        # The model's own "unknown" piece comes out of ordinary text, so it controls nothing.
-        model = parsed["model"]
-        unknown, vocab = model.get("unk_token"), model.get("vocab")
-        self.unknown_id: int | None = model.get("unk_id")  # of Unigram, by its place
-        if isinstance(vocab, dict):
-            self.unknown_id = vocab.get(unknown)
-        elif self.unknown_id is not None:
-            unknown = vocab[self.unknown_id][0]
-        self._control = {id for id, text in special.items() if text != unknown}
-        self._spare = {text: id for id, text in special.items() if text}
-        self._prefix: list[int] = []
-        for probe in ("a", "A", "0", " "):
-            with _muted():
-                encoding = self._guard(self._backend.encode, probe)
-            if 0 in (mask := encoding.special_tokens_mask):
-                self._prefix = encoding.ids[: mask.index(0)]
-                break
-        if nameless := [id for id in self._prefix if self._backend.id_to_token(id) is None]:
-            what = f"puts the id {nameless[0]} before a text, which is no token's"
-            raise UserError(self.folder / "tokenizer.json", what)
-
-    def _set_template(self) -> None:
+        super().__init__(folder, source, config, eos_ids)
         own = inside(self.folder, "chat_template.jinja")
         configured = self._config.get("chat_template")
         if isinstance(configured, list):  # [{"name": ..., "template": ...}]
@@ -172,51 +59,7 @@ class Tokenizer:
             self.chat_template = configured
         if not self.chat_template:  # an empty one renders nothing
             self.template_origin, self.chat_template = "plain fallback", None
-        self._render: Callable | None = None  # compiled on first use: plain text needs no jinja2
-
-    # ---------------------------------------------------------------------------------- plain text
-
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of a text; names of special tokens inside it are spelled out, eos is never added.
-
-        Args:
-            text: any text that has a UTF-8 form.
-            bos: put in front what the tokenizer.json itself puts in front (often nothing).
-        Raises:
-            UserError: the tokenizer can spell a special token's name in no other way.
-        """
-        return self.encode_batch([text], bos)[0]
-
-    def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[list[int]]:
-        """`encode` of many texts at once, in parallel."""
-        prefix = self._prefix if bos else []
-        return [prefix + ids for ids in self._plain(texts)]
-
-    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
-        self._backend.encode_special_tokens = True
-        encode, rows = self._backend.encode_batch_fast, []
-        for start in range(0, len(texts), BATCH):
-            batch = self._guard(encode, list(texts[start : start + BATCH]), False, False)
-            rows += [encoding.ids for encoding in batch]
-        for row, text in enumerate(texts):
-            if not self._control.isdisjoint(rows[row]):
-                rows[row] = self._spelled(text)
-        return rows
-
-    def _spelled(self, text: str) -> list[int]:
-        """For vocabularies with special names as ordinary pieces: cuts each after one letter."""
-        cuts = [match.start() + 1 for match in self.special_text.finditer(text)]
-        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        parts = self._guard(self._backend.encode_batch_fast, pieces, False, False)
-        ids = [id for part in parts for id in part.ids]
-        if not self._control.isdisjoint(ids):
-            token = self._backend.id_to_token(next(id for id in ids if id in self._control))
-            raise UserError(self.folder, f"cannot spell {printable(token)!r} as plain text")
-        return ids
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of ids; ids without a token (padded vocabularies) give no text."""
-        return self._guard(self._backend.decode, list(ids), skip_special)
+        self._template: ChatTemplate | None = None  # made on first use: plain text needs none
 
     # ---------------------------------------------------------------------------------------- chat
 
@@ -230,28 +73,47 @@ class Tokenizer:
         Raises:
             UserError: the template refuses the messages, or jinja2 is missing.
         """
-        if self._render is None:
+        (text,) = self._render([(messages, add_generation_prompt)])
+        if isinstance(text, UserError):
+            raise text
+        return text
+
+    def _render(self, chats: list[tuple[Messages, bool]]) -> list[str | UserError]:
+        """`render_chat` of many dialogues, which takes less time than one by one; what one raises
+        stands in the place of its text."""
+        if self._template is None:
             source = self.chat_template or self._fallback()
-            self._render = compile_template(source, f"{self.folder} ({self.template_origin})")
-        if not (add_generation_prompt and messages and messages[-1].get("role") == "assistant"):
-            return self._render(messages, add_generation_prompt, self.special_tokens)
+            try:
+                self._template = ChatTemplate(source, f"{self.folder} ({self.template_origin})")
+            except UserError as error:
+                return [error] * len(chats)
         # What a template writes behind the turn may look like the turn's own text, or the turn be
         # empty: a character that stands nowhere else shows where it ends.
-        content = messages[-1]["content"].rstrip()
-        mark = unused_character(messages)
-        turns = [*messages[:-1], messages[-1] | {"content": content + mark}]
-        text, found, _ = self._render(turns, False, self.special_tokens).rpartition(mark)
-        if not found or not text.endswith(content.lstrip()):
+        marks = [
+            unused_character(messages) if add and messages
+            and messages[-1].get("role") == "assistant" else "" for messages, add in chats
+        ]
+        texts = self._template.render([
+            (_marked(messages, mark), add and not mark, self.special_tokens)
+            for (messages, add), mark in zip(chats, marks, strict=True)
+        ])
+        return [
+            self._left_open(text, messages[-1]["content"], mark)
+            if mark and isinstance(text, str) else text
+            for text, (messages, _), mark in zip(texts, chats, marks, strict=True)
+        ]
+
+    def _left_open(self, text: str, content: str, mark: str) -> str | UserError:
+        """The text up to the mark behind the content of its last turn."""
+        text, found, _ = text.rpartition(mark)
+        if not found or not text.endswith(content.strip()):
             what = "the chat template changes the assistant turn that is to be continued"
-            raise UserError(self.folder, what)
+            return UserError(self.folder, what)
         return text
 
     def _fallback(self) -> str:
         bos = "".join(self._backend.id_to_token(id) for id in self._prefix)
         return plain_template(bos, self._eos_text() or "")
-
-    def _eos_text(self) -> str | None:
-        return self._backend.id_to_token(self.eos_ids[0]) if self.eos_ids else None
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """Ids of `render_chat`. The template's own special tokens control, the messages' do not.
@@ -283,70 +145,53 @@ class Tokenizer:
         Raises:
             UserError: the rendered prompt is no prefix of the rendered dialogue.
         """
-        turns, swapped = swap_names([prompt, *responses], self.special_text)
-        head = self.render_chat(turns[0])
-        encoded = [self._encode_rendered(head, swapped)]
-        for response in turns[1:]:
-            dialogue = turns[0] + response
-            if resume and turns[0][-1]["role"] == "assistant":
-                content = turns[0][-1]["content"].rstrip() + response[0]["content"]
-                goes_on = turns[0][-1] | {"content": content}
-                dialogue = [*turns[0][:-1], goes_on, *response[1:]]
-            whole = self.render_chat(dialogue, add_generation_prompt=False)
+        (ids,) = self.encode_dialogues([Dialogue(prompt, responses, resume)])
+        if isinstance(ids, UserError):
+            raise ids
+        return ids
+
+    def encode_dialogues(
+        self, dialogues: Sequence[Dialogue]
+    ) -> list[tuple[list[int], ...] | UserError]:
+        """`encode_dialogue` of many, in less time than one by one; what one raises stands in the
+        place of its ids."""
+        if len(dialogues) > BATCH:
+            batches = (dialogues[i : i + BATCH] for i in range(0, len(dialogues), BATCH))
+            return [ids for batch in batches for ids in self.encode_dialogues(batch)]
+        swapped = [swap_names([d.prompt, *d.responses], self.special_text) for d in dialogues]
+        chats: list[tuple[Messages, bool]] = []
+        for dialogue, ((prompt, *responses), _) in zip(dialogues, swapped, strict=True):
+            chats += [(prompt, True)]
+            chats += [(_whole(prompt, answer, dialogue.resume), False) for answer in responses]
+        texts, encoded = iter(self._render(chats)), []
+        for turns, names in swapped:
+            rendered = list(islice(texts, len(turns)))  # the prompt, each whole dialogue
+            try:
+                encoded.append(self._encode_turns(rendered, names))
+            except UserError as error:
+                encoded.append(error)
+        return encoded
+
+    def _encode_turns(
+        self, rendered: list[str | UserError], names: dict[str, str]
+    ) -> tuple[list[int], ...]:
+        for text in rendered:
+            if isinstance(text, UserError):
+                raise text
+        head, *wholes = rendered
+        encoded = [self._encode_rendered(head, names)]
+        for whole in wholes:
             if not whole.startswith(head):
                 what = "the chat template writes the prompt differently once an answer follows"
                 raise UserError(self.folder, what, "change the template, or give strings")
-            ids = self._encode_rendered(whole[len(head) :], swapped)
+            ids = self._encode_rendered(whole[len(head) :], names)
             ends = [i + 1 for i, id in enumerate(ids) if id in self.eos_ids]
             if ends and not self.decode(ids[ends[-1] :], skip_special=False).strip():
                 ids = ids[: ends[-1]]
             encoded.append(ids)
         return tuple(encoded)
 
-    def _encode_rendered(self, text: str, swapped: dict[str, str]) -> list[int]:
-        """Ids of a rendered text; stretches that hold swapped names are encoded as plain text."""
-        self._backend.encode_special_tokens = False
-        encoding = self._guard(self._backend.encode, text, None, False, False)
-        if not any(mark in text for mark in swapped):
-            return encoding.ids
-        ids, out, start, begun = encoding.ids, [], 0, 0
-        controls = [i for i, id in enumerate(ids) if id in self._control]
-        for i in [*controls, len(ids)]:
-            first, last = encoding.token_to_chars(i) if i < len(ids) else (len(text), len(text))
-            words, stretch = text[start:first], ids[begun:i]
-            if any(mark in words for mark in swapped):
-                for mark, name in swapped.items():
-                    words = words.replace(mark, name)
-                stretch = self._plain([words])[0]
-            out += [*stretch, *ids[i : i + 1]]
-            start, begun = last, i + 1
-        return out
-
     # -------------------------------------------------------------------------------------- export
-
-    def spare_pad_token(self) -> tuple[str, int] | None:
-        """A special token that is free to pad with: neither eos nor bos. None where there is none.
-
-        A reward model's folder names it, since other tools read the score before the padding.
-        """
-        for token in (self.special_tokens.get("pad_token"), *SPARE):
-            id = self._spare.get(token)
-            if id is not None and id not in self.eos_ids and id != self.bos_id:
-                return token, id
-        return None
-
-    def eos_token(self) -> tuple[str, int] | None:
-        """The first eos as the vocabulary spells it, and its id; None where there is none."""
-        text = self._eos_text()
-        return None if text is None else (text, self.eos_ids[0])
-
-    def check_stops(self, strings: Sequence[str]) -> None:
-        """Raises UserError where a stop string names a token that no text shows."""
-        for string in strings:
-            if self.special_text.search(string):
-                what = f"{printable(string, 80)!r} names a special token, which no text shows"
-                do = "an eos ends a response by itself: make it one in generation_config.json"
-                raise UserError("--stop", what, do)
 
     def files(self, pad_token: str | None = None) -> dict[str, bytes]:
         """File name -> content of the folder that `save` writes."""
@@ -379,6 +224,21 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files(pad_token).items():
             (folder / name).write_bytes(content)
+
+
+def _marked(messages: Messages, mark: str) -> Messages:
+    """With the mark behind the content of the last turn; as they are where it is ""."""
+    if not mark:
+        return messages
+    return [*messages[:-1], messages[-1] | {"content": messages[-1]["content"].rstrip() + mark}]
+
+
+def _whole(prompt: Messages, response: Messages, resume: bool) -> Messages:
+    """Prompt and response; `resume` joins their turns where the prompt ends with the assistant."""
+    if not (resume and prompt[-1]["role"] == "assistant"):
+        return prompt + response
+    content = prompt[-1]["content"].rstrip() + response[0]["content"]
+    return [*prompt[:-1], prompt[-1] | {"content": content}, *response[1:]]
 
 
 def tokenizer_files(folder: Path) -> list[str]:

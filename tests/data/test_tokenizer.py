@@ -7,8 +7,7 @@ import shutil
 import pytest
 import tokenizers
 
-from minirlhf.data import chat_template
-from minirlhf.data.chat_template import compile_template, swap_names
+from minirlhf.data.special_names import swap_names
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
 
@@ -338,7 +337,7 @@ def test_keys_of_a_message_itself_are_the_templates():
 def test_texts_are_encoded_alike_in_one_batch_and_in_several(plain, monkeypatch):
     tokenizer, texts = load_tokenizer(plain), [f"text {i}" for i in range(7)]
     whole = tokenizer.encode_batch(texts)
-    monkeypatch.setattr("minirlhf.data.tokenizer.BATCH", 3)
+    monkeypatch.setattr("minirlhf.data.vocabulary.BATCH", 3)
     assert tokenizer.encode_batch(texts) == whole == [spell(text) for text in texts]
 
 
@@ -361,56 +360,6 @@ def test_chat_template_is_looked_up_in_its_own_file_first(chat):
     tokenizer = load_tokenizer(chat)
     assert tokenizer.render_chat(user("q")) == "J"
     assert tokenizer.template_origin == "chat_template.jinja"
-
-
-# --------------------------------------------------------------------------------- chat templates
-
-
-def render(source, messages=(), **tokens):
-    return compile_template(source, "t.jinja")(list(messages), True, tokens)
-
-
-def test_compile_template_has_what_transformers_offers(monkeypatch):
-    assert render("{{ {'a': '<é>'} | tojson }}") == '{"a": "<é>"}'
-    loop = "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
-    assert render(loop) == "01"
-    assert render("{% generation %}a{{ bos_token }}{% endgeneration %}", bos_token="b") == "ab"
-    assert render("  {% if tools is none %}\nx\n  {% endif %}\n") == "x\n"  # blocks are trimmed
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400000")  # 1000 days after 1970-01-01
-    assert render("{{ strftime_now('%Y-%m') }}") == "1972-09"
-
-
-def test_a_template_that_writes_todays_date_is_told_once(monkeypatch, capsys):
-    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
-    chat_template._tell_of_today.cache_clear()
-    assert [len(render("{{ strftime_now('%Y') }}")) for _ in range(2)] == [4, 4]
-    assert capsys.readouterr().err.count("note: the chat template writes today's date: give") == 1
-
-
-@pytest.mark.parametrize(
-    "source, what",
-    [
-        ("{% if %}", "not a chat template"),
-        ("x" * (2**16 + 1), "a chat template of 65,537 characters"),
-        ("{{ raise_exception('roles must alternate') }}", "failed: roles must alternate"),
-        ("{{ missing.field }}", "'missing' is undefined"),
-        ("{{ 1 + 'a' }}", "unsupported operand"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe|not safely"),
-        ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe|undefined"),
-        ("{{ 'a' * 10**10 }}", "a value of more than 33,554,432 characters"),
-        ("{{ 10**10 * [0] }}", "a value of more than 33,554,432 characters"),
-        ("{{ 9**9**9**9 }}", "a power of huge numbers"),
-        ("{% for i in range(10**9) %}{% endfor %}", "more than 1,000,000 steps of work"),
-        ("{% for i in range(2000) %}{% for j in range(2000) %}{% endfor %}{% endfor %}", "steps"),
-        ("{% for i in range(3000) %}{{ 'x' * 1000 }}{% endfor %}", "more than 1 MiB of text"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    ],
-)
-def test_compile_template_refuses_in_one_line(source, what):
-    with pytest.raises(UserError, match=what) as error:
-        render(source)
-    assert str(error.value).startswith("t.jinja: ") and "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------ export, training

@@ -1,0 +1,156 @@
+"""The process that renders chat templates, so that one which never ends can be ended.
+
+`chat_template` starts this file by its path, with nothing of the package imported, and asks it over
+pipes. A request is a line of JSON, [template, [arguments of `render`, ...]]. The replies are a line
+each: null, or why it is no template; then for each rendering [text or null, what is wrong or null,
+whether the template wrote the date].
+
+The kernel ends a rendering that takes too long, even where Python does not look at signals. One
+that takes too much memory leaves with TOO_LARGE. The process ends by itself when its asker does.
+"""
+
+import json
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from functools import lru_cache
+
+TEXT_CAP = 1 << 20  # characters that a template renders
+TOO_LARGE = 3  # exit code
+# `attr` led out of the sandbox of older jinja2; `random` and lorem ipsum have no seed.
+DROPPED_FILTERS, DROPPED_GLOBALS = ("attr", "random"), ("lipsum",)
+
+
+class Refused(Exception):
+    """A template failed, or did what none may do."""
+
+
+def make_environment():
+    """transformers' environment: same filters, globals and tags, so the same text comes out."""
+    from jinja2 import nodes
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.runtime import Undefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks what the assistant wrote; it renders as its own body."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2's own protocol)
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    def plain(value):
+        """Other objects have no text but their address, which differs from run to run."""
+        if not isinstance(value, str | int | float | list | tuple | dict | Undefined | None):
+            raise Refused(f"writes a {type(value).__name__} as a text")
+        return value
+
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], finalize=plain
+    )
+    made.filters["tojson"] = tojson
+    made.globals["raise_exception"] = raise_exception
+    for name in DROPPED_FILTERS:
+        del made.filters[name]
+    for name in DROPPED_GLOBALS:
+        del made.globals[name]
+    return made
+
+
+def render(template, messages: list, add_generation_prompt: bool, tokens: dict, at: str | None):
+    """(the text, whether the template wrote the date), `at` being the time since 1970 in seconds;
+    None: now."""
+    dated = False
+
+    def strftime_now(form):
+        nonlocal dated
+        dated = True
+        return datetime.fromtimestamp(time.time() if at is None else int(at)).strftime(form)
+
+    pieces, size = [], 0
+    for piece in template.generate(
+        messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
+        strftime_now=strftime_now, **tokens,
+    ):
+        pieces.append(piece)
+        size += len(piece)
+        if size > TEXT_CAP:
+            raise Refused("more than 1 MiB of text")
+    return "".join(pieces), dated
+
+
+def timed(limits: tuple[float, float], function: Callable, *arguments: object) -> object:
+    """Calls what a template has a say in; the kernel ends this process where it takes too long.
+
+    Args:
+        limits: seconds of work, and in all, whoever else uses the processor.
+    Raises:
+        Refused: with what it raised: a program may raise whatever Python may raise.
+    """
+    signal.setitimer(signal.ITIMER_PROF, limits[0])
+    signal.setitimer(signal.ITIMER_REAL, limits[1])
+    try:
+        return function(*arguments)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise Refused(str(error)[:1000]) from None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def replies(compiled: Callable, limits: tuple, source: str, asked: list) -> Iterator[object]:
+    """The replies to one request."""
+    try:
+        template = timed(limits, compiled, source)
+    except Refused as refused:
+        yield str(refused)
+        yield from [None] * len(asked)
+        return
+    yield None
+    for arguments in asked:
+        try:
+            text, dated = timed(limits, render, template, *arguments)
+            yield text, None, dated
+        except Refused as refused:
+            yield None, str(refused), False
+
+
+def main(seconds: float, longest: float, memory: int) -> int:
+    """Answers requests until there are no more."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGPROF, signal.SIGALRM):  # whatever the asker does about its own
+        signal.signal(number, signal.SIG_DFL)
+    compiled = lru_cache(8)(make_environment().from_string)
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
+    if sys.platform != "darwin":  # which does not enforce it: there only time is limited
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    try:
+        for line in sys.stdin.buffer:
+            for reply in replies(compiled, (seconds, longest), *json.loads(line)):
+                sys.stdout.write(json.dumps(reply) + "\n")
+                sys.stdout.flush()
+    except MemoryError:
+        return TOO_LARGE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path += sys.argv[4:]  # where jinja2 is
+    sys.exit(main(float(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,234 @@
+"""Text <-> ids, by a tokenizer.json and the names that its folder gives to tokens.
+
+Text that comes from data is only ever text: "<|im_end|>" in a user's message is spelled out in
+ordinary tokens, and no row of a data set can end a turn or forge a role.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import tokenizers
+
+from minirlhf.errors import UserError, printable
+from minirlhf.files.reading import strict_json
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"  # of tokenizers that are trained here
+SPARE = (EOS, PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>",
+         "<unk>", "[UNK]")
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+NAMES_CAP = 1 << 17  # characters of all special tokens together, which become one pattern
+BATCH = 4096  # texts that the library encodes at once: it keeps much more of them than ids
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Without the process's stderr: Rust writes pages about a panic before Python hears of it."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+class Vocabulary:
+    """Ids, and which of them control a text.
+
+    Attributes:
+        vocab_size: largest id + 1, added tokens included.
+        eos_ids: ids that end a text; the first is the one that is appended to texts. May be empty.
+        bos_id: id of the beginning-of-text token, or None.
+        unknown_id: id of the piece that stands for what has no other, or None.
+        special_tokens: the folder's own names, as bos_token, -> the tokens' texts.
+        special_text: finds the names of all special tokens, eos among them, in a text.
+        fingerprint: sha256 of tokenizer.json, hex.
+
+    Args:
+        source: the text of tokenizer.json.
+        config: what the folder's other files say about it.
+        eos_ids: those that the model's own configuration adds.
+    Raises:
+        UserError: whatever of it cannot be used, by file.
+    """
+
+    def __init__(self, folder: Path, source: str, config: dict, eos_ids: list[int]):
+        self.folder = folder
+        self._source, self._config = source.encode(), config
+        self.fingerprint = hashlib.sha256(self._source).hexdigest()
+        path = folder / "tokenizer.json"
+        parsed = strict_json(source, path)
+        with _muted():
+            self._backend = self._guard(tokenizers.Tokenizer.from_str, source)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise UserError(path, "no tokens", "give a trained tokenizer")
+        self.vocab_size = max(vocab.values()) + 1
+        self._set_names(eos_ids)
+        self._set_specials(parsed)
+
+    def _guard(self, function: Callable, *arguments: object) -> object:
+        """Calls into the library, whose panics are BaseExceptions that know no file."""
+        try:
+            return function(*arguments)
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise  # a signal, for one
+            path = self.folder / "tokenizer.json"
+            raise UserError(
+                path, f"refused by the tokenizers library: {printable(error)}"
+            ) from None
+
+    def _set_names(self, eos_ids: list[int]) -> None:
+        """bos and eos by name; `eos_ids` are those that the model's own configuration adds."""
+        where = self.folder / "tokenizer_config.json"
+        self.special_tokens = {}  # name -> text, what chat templates may use
+        for name in NAMES:
+            value = self._config.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if value is None:
+                continue
+            if not isinstance(value, str):
+                raise UserError(where, f"{name} is {printable(value)}", "a string or an object")
+            self.special_tokens[name] = value
+        bos, eos = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
+        self.bos_id: int | None = None if bos is None else self._backend.token_to_id(bos)
+        named = [] if eos is None else [self._backend.token_to_id(eos)]
+        if named == [None]:
+            raise UserError(where, f"eos_token {printable(eos)!r} is not in tokenizer.json")
+        for id in eos_ids:
+            if not 0 <= id < self.vocab_size:
+                legal = f"tokenizer.json has the ids 0 to {self.vocab_size - 1}"
+                raise UserError(self.folder, f"eos_token_id is {id}", legal)
+        self.eos_ids = tuple(dict.fromkeys(named + eos_ids))
+
+    def _set_specials(self, parsed: dict) -> None:
+        """Which ids control a text, which texts name them, and which ids go before a text."""
+        added = self._backend.get_added_tokens_decoder()
+        special = {id: token.content for id, token in added.items() if token.special}
+        special |= {id: self._backend.id_to_token(id) for id in self.eos_ids}
+        texts = sorted(filter(None, special.values()), key=len, reverse=True)
+        if (length := sum(map(len, texts))) > NAMES_CAP:
+            path, legal = self.folder / "tokenizer.json", f"at most {NAMES_CAP:,}"
+            raise UserError(path, f"special tokens of {length:,} characters", legal)
+        self.special_text = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+        # The model's own "unknown" piece comes out of ordinary text, so it controls nothing.
+        model = parsed["model"]
+        unknown, vocab = model.get("unk_token"), model.get("vocab")
+        self.unknown_id: int | None = model.get("unk_id")  # of Unigram, by its place
+        if isinstance(vocab, dict):
+            self.unknown_id = vocab.get(unknown)
+        elif self.unknown_id is not None:
+            unknown = vocab[self.unknown_id][0]
+        self._control = {id for id, text in special.items() if text != unknown}
+        self._spare = {text: id for id, text in special.items() if text}
+        self._prefix: list[int] = []
+        for probe in ("a", "A", "0", " "):
+            with _muted():
+                encoding = self._guard(self._backend.encode, probe)
+            if 0 in (mask := encoding.special_tokens_mask):
+                self._prefix = encoding.ids[: mask.index(0)]
+                break
+        if nameless := [id for id in self._prefix if self._backend.id_to_token(id) is None]:
+            what = f"puts the id {nameless[0]} before a text, which is no token's"
+            raise UserError(self.folder / "tokenizer.json", what)
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of a text; names of special tokens inside it are spelled out, eos is never added.
+
+        Args:
+            text: any text that has a UTF-8 form.
+            bos: put in front what the tokenizer.json itself puts in front (often nothing).
+        Raises:
+            UserError: the tokenizer can spell a special token's name in no other way.
+        """
+        return self.encode_batch([text], bos)[0]
+
+    def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[list[int]]:
+        """`encode` of many texts at once, in parallel."""
+        prefix = self._prefix if bos else []
+        return [prefix + ids for ids in self._plain(texts)]
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        self._backend.encode_special_tokens = True
+        encode, rows = self._backend.encode_batch_fast, []
+        for start in range(0, len(texts), BATCH):
+            batch = self._guard(encode, list(texts[start : start + BATCH]), False, False)
+            rows += [encoding.ids for encoding in batch]
+        for row, text in enumerate(texts):
+            if not self._control.isdisjoint(rows[row]):
+                rows[row] = self._spelled(text)
+        return rows
+
+    def _spelled(self, text: str) -> list[int]:
+        """For vocabularies with special names as ordinary pieces: cuts each after one letter."""
+        cuts = [match.start() + 1 for match in self.special_text.finditer(text)]
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        parts = self._guard(self._backend.encode_batch_fast, pieces, False, False)
+        ids = [id for part in parts for id in part.ids]
+        if not self._control.isdisjoint(ids):
+            token = self._backend.id_to_token(next(id for id in ids if id in self._control))
+            raise UserError(self.folder, f"cannot spell {printable(token)!r} as plain text")
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of ids; ids without a token (padded vocabularies) give no text."""
+        return self._guard(self._backend.decode, list(ids), skip_special)
+
+    def _encode_rendered(self, text: str, swapped: dict[str, str]) -> list[int]:
+        """Ids of a rendered text; stretches that hold swapped names are encoded as plain text."""
+        self._backend.encode_special_tokens = False
+        encoding = self._guard(self._backend.encode, text, None, False, False)
+        if not any(mark in text for mark in swapped):
+            return encoding.ids
+        ids, out, start, begun = encoding.ids, [], 0, 0
+        controls = [i for i, id in enumerate(ids) if id in self._control]
+        for i in [*controls, len(ids)]:
+            first, last = encoding.token_to_chars(i) if i < len(ids) else (len(text), len(text))
+            words, stretch = text[start:first], ids[begun:i]
+            if any(mark in words for mark in swapped):
+                for mark, name in swapped.items():
+                    words = words.replace(mark, name)
+                stretch = self._plain([words])[0]
+            out += [*stretch, *ids[i : i + 1]]
+            start, begun = last, i + 1
+        return out
+
+    def spare_pad_token(self) -> tuple[str, int] | None:
+        """A special token that is free to pad with: neither eos nor bos. None where there is none.
+
+        A reward model's folder names it, since other tools read the score before the padding.
+        """
+        for token in (self.special_tokens.get("pad_token"), *SPARE):
+            id = self._spare.get(token)
+            if id is not None and id not in self.eos_ids and id != self.bos_id:
+                return token, id
+        return None
+
+    def _eos_text(self) -> str | None:
+        return self._backend.id_to_token(self.eos_ids[0]) if self.eos_ids else None
+
+    def eos_token(self) -> tuple[str, int] | None:
+        """The first eos as the vocabulary spells it, and its id; None where there is none."""
+        text = self._eos_text()
+        return None if text is None else (text, self.eos_ids[0])
+
+    def check_stops(self, strings: Sequence[str]) -> None:
+        """Raises UserError where a stop string names a token that no text shows."""
+        for string in strings:
+            if self.special_text.search(string):
+                what = f"{printable(string, 80)!r} names a special token, which no text shows"
+                do = "an eos ends a response by itself: make it one in generation_config.json"
+                raise UserError("--stop", what, do)
