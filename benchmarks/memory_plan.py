@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.run import settings
 from minirlhf.setup.memory import gb
 from minirlhf.tools.plan import RECIPES, without_files
 
@@ -110,7 +109,7 @@ def main() -> None:
             line = words.format(reward=args.reward).split()
             line += ["--model", args.model, "--data", str(data)]
             config_class, plan_of = RECIPES[recipe]
-            config = settings.parse(without_files(config_class), line, recipe, "")
+            config = flags.parse(without_files(config_class), line, recipe)
             plan = plan_of(config, torch.float32, "cpu")
             seen = measure([recipe, *line, "--out", f"{folder}/run"])
         planned, measured = plan.total(plan.peak), seen["RssAnon"] + seen["RssFile"]

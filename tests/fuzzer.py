@@ -27,7 +27,7 @@ from minirlhf.models import pretrained, stored
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.transformer import CausalLM, initialize
-from minirlhf.run import checkpoint, settings
+from minirlhf.run import checkpoint, flags
 from minirlhf.run.optim import make_optimizer
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests.watched import Finding, run_cases
@@ -388,7 +388,7 @@ def read_checkpoint(root: Path) -> None:
 
 
 def read_settings(name: str) -> Callable[[Path], object]:
-    return lambda root: settings.parse(PPOConfig, ["--config", str(root / name)], "ppo", "")
+    return lambda root: flags.parse(PPOConfig, ["--config", str(root / name)], "ppo")
 
 
 COMMIT = "checkpoints/step-00000000"

@@ -17,7 +17,7 @@ from minirlhf.cli import VERBS
 from minirlhf.data.tokenizer import train_tokenizer
 from minirlhf.models.pretrained import save_pretrained
 from minirlhf.models.transformer import CausalLM, ModelConfig, initialize
-from minirlhf.run import settings
+from minirlhf.run import flags
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -89,7 +89,7 @@ class Parsed(Exception):
 
 def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
     """The settings of `minirlhf WORDS`; None of a verb without any. Nothing is run."""
-    read_settings = settings.parse
+    read_settings = flags.parse
 
     def stop(*args: object, **more: object) -> None:
         raise Parsed(read_settings(*args, **more))
@@ -99,13 +99,13 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
     if "…" in rest:
         given = [f"--{name}" for name in REQUIRED if name in names and f"--{name}" not in rest]
         rest = [word for word in rest if word != "…"] + [w for flag in given for w in (flag, "x")]
-    monkeypatch.setattr(settings, "parse", stop)
+    monkeypatch.setattr(flags, "parse", stop)
     try:
         importlib.import_module(VERBS[verb][0]).main(rest)
     except (Parsed, SystemExit) as end:
         return end.args[0]
     finally:
-        monkeypatch.setattr(settings, "parse", read_settings)
+        monkeypatch.setattr(flags, "parse", read_settings)
     return None
 
 
@@ -116,7 +116,7 @@ def config_of(verb: str, monkeypatch: pytest.MonkeyPatch) -> type:
         raise Parsed(config)
 
     with monkeypatch.context() as patch:
-        patch.setattr(settings, "parse", stop)
+        patch.setattr(flags, "parse", stop)
         try:
             importlib.import_module(VERBS[verb][0]).main(["ppo"] if verb == "plan" else [])
         except Parsed as end:

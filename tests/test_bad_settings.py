@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from minirlhf.errors import UserError
-from minirlhf.run.folder import FIXED, FREE, Run
-from minirlhf.run.settings import as_dict, parse
+from minirlhf.run.flags import parse
+from minirlhf.run.folder import Run
+from minirlhf.run.settings import as_dict
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward import RewardConfig
-from minirlhf.setup.sft import SFTConfig
-from minirlhf.tools.sample import SampleConfig
-from minirlhf.tools.score import ScoreConfig
+from minirlhf.setup.reward_settings import RewardConfig
+from minirlhf.setup.sft_settings import SFTConfig
+from minirlhf.tools.settings import SampleConfig, ScoreConfig
 from tests import bad_inputs
 from tests.bad_inputs import COMMANDS, PAIR, PROMPT, TEXT, json_lines, named, words
 
@@ -412,27 +412,63 @@ def another(field: dataclasses.Field, value: object) -> object:
     return changed[kind(field)]()
 
 
-@pytest.mark.parametrize("verb", RECIPES)
-def test_every_setting_is_frozen_or_free_on_resume(verb, tmp_path):
-    config = parse(CONFIGS[verb], words(verb)[1:], verb, "")
+EVERYWHERE = {"out", "resume", "log_every", "save_every", "keep", "device", "allow_data_change",
+              "allow_setting_change", "gradient_checkpointing"}
+WEIGHTS = {"model", "lora_rank", "lora_alpha", "dtype"}  # a checkpoint's are of them
+ROWS = {"seed", "overlong", "columns", "bad_rows", "fix_text", "allow_empty_prompt"}
+PLACE = ROWS | {"batch_size", "max_length"}  # sft and reward count their place in these rows
+FREE = {  # what no number depends on, save that a device has its own last bits
+    "sft": EVERYWHERE, "reward": EVERYWHERE | {"show_samples"},
+    "ppo": EVERYWHERE | {
+        "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
+        "reward_token_file", "offload_frozen",
+    },
+}
+FIXED = {
+    "sft": WEIGHTS | PLACE | {"init_config", "tokenizer", "vocab_size"},
+    "reward": WEIGHTS | PLACE | {"heads"},
+    "ppo": WEIGHTS | {"ref", "critic", "train_critic", "eval_data", "eval_prompts"},
+}
+COMPARED = ROWS | {  # evaluations compare with scores of the start
+    "reward", "reward_format", "stop", "temperature", "top_k", "top_p", "min_p", "max_new_tokens",
+    "min_new_tokens", "keep_best", "max_prompt_length",
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "more"),
+    [
+        *((verb, {}, set()) for verb in RECIPES),
+        ("ppo", {"eval_data": ("held.jsonl",)}, COMPARED),
+        ("ppo", {"kl_target": 6.0}, {"kl_coef"}),
+    ],
+)
+def test_a_resumed_run_changes_what_is_free_and_no_more_without_leave(
+    verb, changes, more, tmp_path
+):
+    config = parse(CONFIGS[verb], words(verb, out=str(tmp_path))[1:], verb)
+    config = dataclasses.replace(config, resume=True, **changes)
     facts = {"recipe": verb, "settings": as_dict(config)}
     (tmp_path / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        now = as_dict(dataclasses.replace(config, **{field.name: another(field, value)}))
-        if field.name in FREE:
-            Run(str(tmp_path), verb, now, True)
+        if field.name in ("out", "resume"):  # with another, there is no run to go on with
+            continue
+        now = dataclasses.replace(
+            config, **{field.name: another(field, getattr(config, field.name))}
+        )
+        if field.name in FREE[verb]:
+            Run(now, verb)
             continue
         with pytest.raises(UserError) as caught:
-            Run(str(tmp_path), verb, now, True)
-        old = facts["settings"][field.name]
-        assert caught.value.what == f"{field.name} was {old!r}, is {now[field.name]!r}"
+            Run(now, verb)
+        old, new = (as_dict(c)[field.name] for c in (config, now))
+        assert caught.value.what == f"{field.name} was {old!r}, is {new!r}"
         do = "resume with the settings of the first start"
-        if field.name in FIXED:
+        if field.name in FIXED[verb] | more:
             assert caught.value.do == do
         else:
             assert caught.value.do == f"{do}, or --allow-setting-change"
-            Run(str(tmp_path), verb, now | {"allow_setting_change": True}, True)
+            Run(dataclasses.replace(now, allow_setting_change=True), verb)
 
 
 NOT_OURS = "out/run.json: is not of a sft run: give another --out"
@@ -455,21 +491,6 @@ def test_a_run_that_cannot_be_resumed_is_refused(content, told, refused):
     Path("out").mkdir()
     Path("out/run.json").write_text(content, encoding="utf-8")
     assert refused([*words("sft"), "--resume"]).startswith(told)
-
-
-def test_free_settings_are_those_that_no_number_depends_on():
-    fields = {verb: {f.name for f in dataclasses.fields(CONFIGS[verb])} for verb in RECIPES}
-    assert FREE <= set.union(*fields.values())
-    everywhere = {"out", "resume", "log_every", "save_every", "keep", "device",
-                  "allow_data_change", "allow_setting_change",
-                  "gradient_checkpointing"}
-    assert all(FREE & fields[verb] >= everywhere for verb in RECIPES)
-    assert FIXED <= set.union(*fields.values())
-    patience = {
-        "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
-        "reward_token_file", "offload_frozen",
-    }
-    assert FREE & fields["ppo"] == everywhere | patience
 
 
 # ---- in which order ------------------------------------------------------------------------------

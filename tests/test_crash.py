@@ -24,6 +24,7 @@ from minirlhf.files import atomic
 from minirlhf.run.checkpoint import TrainState, load_checkpoint, newest_commit, save_checkpoint
 from minirlhf.run.folder import Run
 from minirlhf.run.optim import make_optimizer
+from minirlhf.run.resume import RunSettings
 from tests.crash_model import (
     PAGE,
     Disk,
@@ -159,7 +160,7 @@ def resume_and_export(root: Path) -> Scene:
     saved = []
 
     def go_on(resume: bool, *steps: int) -> None:
-        with Run(str(root), "toy", {"keep": 2}, resume) as run:
+        with Run(RunSettings(out=str(root), resume=resume), "toy") as run:
             run.restore(state := make_state(0))
             for state.step in steps:
                 state.meters.update({"loss": 0.5})

@@ -28,6 +28,7 @@ from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.folder import Run
 from minirlhf.run.meters import Step
+from minirlhf.run.resume import RunSettings
 from minirlhf.setup import reward, sft
 from tests.evaluation.test_policy import evaluated
 from tests.recipes.test_ppo import (
@@ -249,7 +250,7 @@ def test_ppo_drops_the_rollout_before_its_first_update_and_finishes_after_it(
 
 
 def toy_run(out, resume=False) -> Run:
-    return Run(str(out), "toy", {}, resume)
+    return Run(RunSettings(out=str(out), resume=resume), "toy")
 
 
 def toy_state() -> TrainState:

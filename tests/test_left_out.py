@@ -10,7 +10,8 @@ import pytest
 from minirlhf import cli
 from minirlhf.files import atomic
 from minirlhf.files.sieve import RowPolicy
-from minirlhf.setup.sft import SFTConfig, raw_texts
+from minirlhf.setup.sft import raw_texts
+from minirlhf.setup.sft_settings import SFTConfig
 from tests import bad_inputs
 from tests.bad_inputs import PAIR, PROMPT, TEXT, json_lines, named, words
 from tests.test_bad_data import LINES, ROWS

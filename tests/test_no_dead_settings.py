@@ -23,8 +23,8 @@ from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import save_pretrained
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward import RewardConfig
-from minirlhf.setup.sft import SFTConfig
+from minirlhf.setup.reward_settings import RewardConfig
+from minirlhf.setup.sft_settings import SFTConfig
 from tests.kill_harness import ROWS, SHAPE, make_world
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}

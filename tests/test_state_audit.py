@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.folder import Run
 from minirlhf.run.meters import Step
+from minirlhf.run.resume import RunSettings
 from tests.kill_harness import LISTS, RECIPES, command, make_world, remains, wrong_with
 
 # Paths of numbers that may differ, and why.
@@ -352,7 +353,7 @@ def toy(hide: Callable, iterates: bool = False, counts: bool = False) -> Callabl
         state = TrainState(model, torch.optim.AdamW(model.parameters()))
         into = partial(hide or hide_nothing, keeper=keeper)
         told = count
-        with Run(argv[1], "toy", {}, "--resume" in argv) as r:
+        with Run(RunSettings(out=argv[1], resume="--resume" in argv), "toy") as r:
             r.restore(state)
             for _ in r.bar(toy_steps(state, into, iterates, counts), state, 4):
                 told()

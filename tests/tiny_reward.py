@@ -8,7 +8,7 @@ from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run.checkpoint import TrainState
-from minirlhf.setup.reward import RewardConfig
+from minirlhf.setup.reward_settings import RewardConfig
 
 TINY = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,

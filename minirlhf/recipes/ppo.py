@@ -53,7 +53,7 @@ from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards import parse
 from minirlhf.rewards.parse import load_reward
 from minirlhf.rewards.source import RewardSource, Scores, as_scores
-from minirlhf.run import optim, settings
+from minirlhf.run import flags, optim, settings
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.folder import Run
 from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic, process_bytes
@@ -207,17 +207,12 @@ def check_ratio(iteration: int, gap: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = settings.parse(
-        PPOConfig, argv, "minirlhf ppo", "Align a language model with PPO against a reward.",
-        presets.PPO,
-    )
+    config = flags.parse(PPOConfig, argv, "minirlhf ppo", presets.PPO)
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     folder, ref_folder, critic, scorers, specs, tokenizer, data, inputs = look(config)
     prompts, sets, texts = data.prompts, data.sets, data.texts
     # Refused here, before anything is loaded; written to only once all is.
-    r = Run(
-        config.out, "ppo", settings.as_dict(config), config.resume, inputs, config.of_the_start
-    )
+    r = Run(config, "ppo", inputs)
     make_deterministic(device)
     models, held = memory_plans.ppo_models(config), process_bytes(device)
     longest = data.longest_prompt

@@ -48,9 +48,9 @@ from minirlhf.files import atomic, folders
 from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel, normalize_scores
 from minirlhf.models.lora import merge_lora
-from minirlhf.run import optim, settings
+from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
-from minirlhf.run.folder import PLACE, Run
+from minirlhf.run.folder import Run
 from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.run.meters import Step
 from minirlhf.setup import memory_plans
@@ -200,7 +200,7 @@ def finish(
     if config.lora_rank:
         merge_lora(model)
     facts = {"heads": model.heads, "lcb_coef": model.lcb_coef}
-    facts |= r.provenance(("model", "data", "eval_data"))
+    facts |= r.provenance()
     if config.normalize != "none":
         over = [train] if config.normalize == "train" else sets.values()
         mean, std = score_moments(model, over, config.micro_batch_tokens, "--normalize")
@@ -224,16 +224,14 @@ def finish(
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = settings.parse(
-        RewardConfig, argv, "minirlhf reward", "Train a reward model on pairs or ranked lists."
-    )
+    config = flags.parse(RewardConfig, argv, "minirlhf reward")
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     files = {"": config.data} | named_files(config.eval_data)
-    told = settings.as_dict(config)
-    r = Run(config.out, "reward", told, config.resume, files.values(), PLACE)
+    held_out = [file for name, file in files.items() if name]
+    r = Run(config, "reward", {"data": [config.data], "eval_data": held_out})
     folder = folders.resolve(config.model)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
-    r.inputs += tokenizer_files(folder)
+    r.inputs["model"] = tokenizer_files(folder)
     before_eos = reads_before_eos(model_config, tokenizer)
     read = {
         prefix: load(config, file, tokenizer, model_config, before_eos)

@@ -25,15 +25,14 @@ from minirlhf.files import folders
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.lora import merge_lora
 from minirlhf.models.transformer import CausalLM
-from minirlhf.run import optim, settings
+from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
-from minirlhf.run.folder import PLACE, Run
+from minirlhf.run.folder import Run
 from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.run.meters import Step
 from minirlhf.setup import memory_plans
 from minirlhf.setup.common import named_files, write_model
 from minirlhf.setup.sft import (
-    SFTConfig,
     choose_config,
     choose_tokenizer,
     keep_tokenizer,
@@ -41,6 +40,7 @@ from minirlhf.setup.sft import (
     load_start,
     memory_plan,
 )
+from minirlhf.setup.sft_settings import SFTConfig
 
 
 def accumulate(lm: CausalLM, batch: list[Text], config: SFTConfig, where: str) -> dict[str, float]:
@@ -143,17 +143,16 @@ def evaluate_all(
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = settings.parse(
-        SFTConfig, argv, "minirlhf sft", "Fine-tune a language model on demonstrations."
-    )
+    config = flags.parse(SFTConfig, argv, "minirlhf sft")
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     files = {"": config.data} | named_files(config.eval_data)
-    inputs = [*files.values(), *([config.init_config] if config.init_config else [])]
+    inputs = {"data": [config.data], "eval_data": [f for name, f in files.items() if name],
+              "init_config": filter(None, [config.init_config])}
     # Refused here, before anything is loaded; written to only once all is.
-    r = Run(config.out, "sft", settings.as_dict(config), config.resume, inputs, PLACE)
+    r = Run(config, "sft", inputs)
     tokenizer = choose_tokenizer(config)
     if source := config.model or config.tokenizer:
-        r.inputs += tokenizer_files(folders.resolve(source, weights=False))
+        r.inputs["tokenizer"] = tokenizer_files(folders.resolve(source, weights=False))
     model_config = choose_config(config, tokenizer)
     most = model_config.longest_row
     read = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}

@@ -14,9 +14,10 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TextIO
 
 import torch
@@ -24,29 +25,25 @@ from tqdm import tqdm
 
 import minirlhf
 from minirlhf import interrupt
-from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError, printable
+from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError
 from minirlhf.files import atomic
 from minirlhf.files.reading import read_json
 from minirlhf.files.sieve import Report
-from minirlhf.rewards.parse import parse_source
 from minirlhf.run import checkpoint
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.machine import peak_bytes
 from minirlhf.run.meters import Step
-from minirlhf.setup.common import named_files
+from minirlhf.run.resume import (
+    CHANGES,
+    Record,
+    RunSettings,
+    changed_settings,
+    next_record,
+    provenance,
+    read_record,
+)
+from minirlhf.run.settings import as_dict, settings_of
 
-# Settings that a resumed run may change: no number depends on them, save for the device, and what
-# that does to the last bits is said when a run is resumed.
-FREE = {"out", "resume", "log_every", "save_every", "keep", "show_samples", "device",
-        "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
-        "reward_token_file", "allow_data_change", "allow_setting_change", "offload_frozen",
-        "gradient_checkpointing"}
-# And those that it never may, whatever is allowed: a checkpoint's weights are of them.
-FIXED = {"model", "init_config", "tokenizer", "vocab_size", "ref", "critic", "train_critic",
-         "heads", "lora_rank", "lora_alpha", "dtype"}
-# Settings that decide which rows a step takes, for recipes that count their place by steps.
-PLACE = {"batch_size", "seed", "max_length", "overlong", "columns", "bad_rows", "fix_text",
-         "allow_empty_prompt"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -56,29 +53,25 @@ class Run:
     Nothing is written before it is entered, so that bad input leaves no folder behind.
 
     Args:
-        out: folder; made where missing, refused where it holds something and `resume` is not set.
+        config: of the recipe, with the settings of its run. `out` is made where it is missing, and
+            refused where it holds something and `resume` is not set.
         recipe: name of the recipe, for run.json.
-        settings: the resolved config as plain values.
-        resume: go on from the newest whole checkpoint.
-        inputs: data files and folders of frozen models; a run is only resumed with the same bytes
-            in them.
-        fixed: settings beside FIXED that no resume may change.
+        inputs: setting -> the files and folders that it names, as far as a run is only resumed
+            with the same bytes in them. More may be added until it is entered.
     Raises:
-        UserError: the folder is in use, not empty, or of a run with other settings or data.
+        UserError: the folder is in use, not empty, or of a run with other settings or inputs.
     """
 
     def __init__(
-        self, out: str, recipe: str, settings: dict, resume: bool, inputs: Iterable[str] = (),
-        fixed: Iterable[str] = (),
+        self, config: RunSettings, recipe: str,
+        inputs: Mapping[str, Iterable[str | Path]] = MappingProxyType({}),
     ):
-        self.folder, self.recipe, self.settings = Path(out), recipe, settings
-        self.resume, self.inputs, self.fixed = resume, list(inputs), FIXED.union(fixed)
-        self.hashes: dict[str, str] = {}  # file -> sha256 of each input, once it is entered
-        self.data_changes: list[dict] = []  # of all starts
-        self.setting_changes: list[dict] = []  # likewise
-        self.before: dict = {}  # settings of the last start
-        self.state: TrainState | None = None  # once restored
+        self.folder, self.recipe, self.config = Path(config.out), recipe, config
+        self.inputs = {name: list(places) for name, places in inputs.items()}
+        self.before: Record | None = None  # of the last start
         self.changed: dict[str, str] = {}  # setting -> how it differs from the last start's
+        self.record: Record | None = None  # of this start, once it is entered
+        self.state: TrainState | None = None  # once restored
         self.started = time.perf_counter()
         self._check_folder()
 
@@ -95,53 +88,26 @@ class Run:
         above = next(parent for parent in self.folder.absolute().parents if parent.exists())
         if not above.is_dir():
             raise UserError(self.folder, f"{above.name} is a file", "give another --out")
-        read = [(name, self.settings.get(name)) for name in ("model", "ref", "critic")]
-        sources = self.settings.get("reward", ())
-        read += [("reward", parse_source(source).place) for source in sources]
-        for name, source in read:  # what is read there would change
-            if source and inside(self.folder, Path(source)):
-                what = f"is --{name} {source} or lies in it"
+        for flag, place in self._model_folders():  # what is read there would change
+            if inside(self.folder, Path(place)):
+                what = f"is {flag} {place} or lies in it"
                 raise UserError(self.folder, what, "give another --out")
-        if self.resume and facts.exists():
-            self._check_same_run(read_json(facts), facts)
+        if self.config.resume and facts.exists():
+            self.before = read_record(facts, self.recipe)
+            self.changed = changed_settings(self.before, self.config, facts)
         elif self.folder.exists():
             unfinished = {".lock", f"{atomic.TEMPORARY}run.json"}  # of a start that was cut short
             if any(p.name not in unfinished for p in self.folder.iterdir()):
-                hint = "give another --out" if self.resume else "give another --out, or --resume"
+                hint = "give another --out" + ("" if self.config.resume else ", or --resume")
                 raise UserError(self.folder, "is not empty", hint)
 
-    def _check_same_run(self, before: object, where: Path) -> None:
-        if not isinstance(before, dict) or before.get("recipe") != self.recipe:
-            raise UserError(where, f"is not of a {self.recipe} run", "give another --out")
-        old, now = before.get("settings"), json.loads(json.dumps(self.settings))
-        if not isinstance(old, dict):
-            raise UserError(where, "has no settings", "give another --out")
-        past = [before.get(f"{name}_changes", []) for name in ("data", "setting")]
-        if not (isinstance(before.get("inputs", {}), dict) and all(type(p) is list for p in past)):
-            raise UserError(where, "has no list of its inputs", "give another --out")
-        changed = {
-            key: f"{key} was {printable(repr(old[key]), 80)}, is {now[key]!r}"
-            for key in now
-            if key in old and old[key] != now[key]
-        }
-        allowed = now.get("allow_setting_change")
-        never = self.fixed if allowed else now.keys() - FREE
-        if frozen := [text for key, text in changed.items() if key in never]:
-            more = f" and {len(frozen) - 5} more" if len(frozen) > 5 else ""
-            do = "resume with the settings of the first start"
-            if changed.keys().isdisjoint(self.fixed):
-                do += ", or --allow-setting-change"
-            raise UserError(where, "; ".join(frozen[:5]) + more, do)
-        newer = [key for key in now if key not in old and key not in FREE]
-        if newer and not allowed:
-            what = f"has no setting {', '.join(newer[:5])}: an older minirlhf began the run"
-            do = "let that one finish it, give another --out, or --allow-setting-change"
-            raise UserError(where, what, do)
-        changed |= {key: f"{key} did not exist, is {now[key]!r}" for key in newer}
-        # What is told by the command itself is not told again.
-        told = ("out", "resume", "allow_data_change", "allow_setting_change")
-        self.before = old
-        self.changed = {key: text for key, text in changed.items() if key not in told}
+    def _model_folders(self) -> Iterator[tuple[str, str | Path]]:
+        """What the run may read models from, with the flags that name it."""
+        for name, item in settings_of(type(self.config)).items():
+            if item.metavar == "FOLDER" and (place := getattr(self.config, name)):
+                yield item.flag, place
+            elif item.metavar == "SOURCE":
+                yield from ((item.flag, place) for place in self.inputs.get(name, ()))
 
     def __enter__(self) -> "Run":
         atomic.make_folder(self.folder)
@@ -175,20 +141,14 @@ class Run:
 
     def _write_facts(self) -> None:
         """run.json: what would have to be known to do this run again."""
-        path = self.folder / "run.json"
-        inputs = {str(file): atomic.sha256(file) for name in self.inputs for file in contents(name)}
-        self.hashes = inputs
-        past = read_json(path) if path.exists() else {}
-        changes = self._changed_inputs(past.get("inputs", inputs), inputs)
-        self.data_changes = past.get("data_changes", []) + changes
-        self.setting_changes = past.get("setting_changes", []) + [
-            {"setting": name, "was": self.before.get(name), "is": self.settings[name]}
-            for name in self.changed if name not in FREE
-        ]
+        named = {name: {str(file): atomic.sha256(file) for file in contents(places)}
+                 for name, places in self.inputs.items()}
+        self.record = next_record(self.before, self.changed, named, self.config)
         facts = {
             "recipe": self.recipe,
-            "settings": self.settings,
-            "inputs": inputs,
+            "settings": self.record.settings,
+            "inputs": self.record.inputs,
+            "named_by": self.record.named_by,
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {
                 "minirlhf": minirlhf.__version__,
@@ -196,65 +156,12 @@ class Run:
                 "python": platform.python_version(),
             },
         }
-        changes = {"data_changes": self.data_changes, "setting_changes": self.setting_changes}
-        facts |= {name: made for name, made in changes.items() if made}
+        facts |= {name: made for name in CHANGES if (made := getattr(self.record, name))}
         self.write_file("run.json", atomic.json_text(facts))
 
-    def provenance(self, places: Iterable[str]) -> dict:
-        """What the model was trained on: the data's sha256, and the settings that change numbers.
-
-        It is written for others to read, so files go by their names, not by this machine's folders.
-
-        Args:
-            places: settings that name files or folders.
-        """
-        kept = {k: v for k, v in self.settings.items() if k not in {*FREE, *places}}
-        given = self._data()
-        data = [{"file": Path(name).name, "sha256": sha256}
-                for name, sha256 in self.hashes.items() if name in given]
-        data += [{"file": Path(c["file"]).name, "sha256": c["was"]}
-                 for c in self.data_changes if c["was"] is not None]
-        changes = [c for c in self.setting_changes if c["setting"] in kept]
-        return {"data": data, "settings": kept} | ({"changes": changes} if changes else {})
-
-    def _data(self) -> set[str]:
-        """Those of the inputs that are data and may change, or were at the last start."""
-        names = []
-        for settings in (self.settings, self.before):
-            names += [settings.get("data"), settings.get("ptx_data")]
-            if "eval_data" not in self.fixed:
-                names += named_files(settings.get("eval_data", ())).values()
-        return {str(Path(name)) for name in names if name}
-
-    def _is_reward(self, file: str) -> bool:
-        """Whether an input is of a reward source that may change, or was at the last start."""
-        if "reward" in self.fixed:
-            return False
-        sources = [*self.settings.get("reward", ()), *self.before.get("reward", ())]
-        places = [parse_source(source).place.partition(".py:") for source in sources]
-        return any(Path(file).is_relative_to(p + ".py" * bool(py)) for p, py, _ in places)
-
-    def _changed_inputs(self, before: dict[str, str], now: dict[str, str]) -> list[dict]:
-        """What differs in the inputs, told; refused, unless it is what may change."""
-        data, changes = self._data(), []
-        # Older versions kept no sums of tokenizers.
-        older = all(Path(name).name != "tokenizer.json" for name in before)
-        for name in now | before:
-            if (old := before.get(name)) == (new := now.get(name)):
-                continue
-            flags = [("allow_data_change", name in data)]
-            flags += [("allow_setting_change", self._is_reward(name))]
-            would = [flag for flag, fits in flags if fits]
-            if older and old is None and not would:
-                continue
-            if not any(self.settings.get(flag) for flag in would):
-                do = "".join(f", or --{flag.replace('_', '-')}" for flag in would)
-                what = "has changed since the run began"
-                raise UserError(name, what, f"give another --out{do}")
-            was, now_is = (str(sha256)[:12] for sha256 in (old, new))
-            print(f"changed: {printable(name)}: sha256 was {was}, is {now_is}")
-            changes.append({"file": name, "was": old, "is": new})
-        return changes
+    def provenance(self) -> dict:
+        """What the model was trained on, as `resume.provenance` tells it."""
+        return provenance(self.record, self.config)
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         try:
@@ -278,7 +185,7 @@ class Run:
             "after_step": self.state.step if self.state else None,
             "samples": self.state.samples if self.state else None,
             "trace": traceback.format_exception(error),
-            "settings": self.settings,
+            "settings": as_dict(self.config),
         })
 
     def restore(self, state: TrainState) -> None:
@@ -288,7 +195,7 @@ class Run:
         for reason in passed_over:
             self.say(f"passed over {reason}")
         if newest is None:
-            if self.resume:
+            if self.config.resume:
                 self.say("no checkpoint yet: starting at step 0")
             for name in LOGS:
                 atomic.write_text(self.folder / name, "")
@@ -424,8 +331,7 @@ class Run:
         """Commits a checkpoint; the logs are on disk before it says how long they are."""
         for name in state.log_bytes:
             atomic.fsync(self.folder / name)
-        keep = self.settings.get("keep", 2)
-        checkpoint.save_checkpoint(state, self.folder / "checkpoints", keep)
+        checkpoint.save_checkpoint(state, self.folder / "checkpoints", self.config.keep)
 
     def write_file(self, name: str, text: str) -> None:
         """Puts a file into the folder of the run, or another text under its name, by one rename."""
@@ -454,10 +360,11 @@ def inside(folder: Path, other: Path) -> bool:
     return other.is_dir() and folder.resolve().is_relative_to(other.resolve())
 
 
-def contents(name: str) -> list[Path]:
-    """The file itself, or what a model is made of in a folder."""
-    path = Path(name)
-    if path.is_file():
-        return [path]
+def contents(places: Iterable[str | Path]) -> Iterator[Path]:
+    """Each file itself, and of each folder what a model is made of."""
     kinds = (".json", ".safetensors", ".jinja", ".txt")
-    return sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
+    for path in map(Path, places):
+        if path.is_file():
+            yield path
+        else:
+            yield from sorted(f for f in path.iterdir() if f.suffix in kinds and f.is_file())

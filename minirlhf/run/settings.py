@@ -1,47 +1,46 @@
-"""Settings: a recipe's dataclass becomes its flags, its file reader, its validator and its --help.
+"""Settings: what a config class declares of each of its fields, and how a value is checked by it.
 
-A setting is declared once, beside the algorithm that reads it:
+A setting is declared once, in a frozen dataclass that shares it with every command:
 
-    @dataclass
-    class PPOConfig:
-        model: str = setting(help="folder of the policy", metavar="FOLDER")
-        learning_rate: float = setting(3e-6, "peak step size of AdamW", above=0)
+    @dataclass(frozen=True)
+    class OptimizerSettings:
+        learning_rate: float = setting(1e-5, "peak learning rate of AdamW", above=0)
 
-Types: int, float, str, bool, each of the first three with `| None`, and tuple[str, ...].
-Flags beat the file of `--config`, which beats a `--preset`, which beats the defaults. All
-faults are told at once, in one line, before any of them could cost a minute of training.
+    @dataclass(frozen=True)
+    class PPOConfig(OptimizerSettings):
+        learning_rate: float = override(3e-6)
+
+Types: int, float, str, bool, each of the first three with `| None`, and tuple[str, ...]. All faults
+are told at once, in one line, before any of them could cost a minute of training. What a command
+line makes of a config class is in flags.py.
 """
 
-import argparse
 import dataclasses
 import difflib
+import inspect
 import operator
 import re
 import sys
-import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from minirlhf.errors import UserError, printable
-from minirlhf.files.reading import read_text, strict_json
 
-C = TypeVar("C")
 Problem = tuple[str, str]  # where (flag, file and key, or field), and what is wrong there
 
+RESUME = ("free", "ask", "start", "fixed")
+NO_SECTIONS = "is a table: settings stand at the top of the file, in no section"
 _NOUNS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 _WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no path and no UTF-8 file can hold these
 _SHOWN_PROBLEMS = 20
-_FILE_CAP = 1 << 20  # bytes; nobody writes a longer file of settings on purpose
-_NO_SECTIONS = "is a table: settings stand at the top of the file, in no section"
 _PLACES = ("FILE", "FOLDER", "DIR", "SOURCE")  # metavars of settings that name one
+
+# ------------------------------------------------------------------------------------- declaration
 
 
 def setting(
@@ -56,23 +55,88 @@ def setting(
     metavar: str | None = None,
     required: bool = False,
     verbatim: bool = False,
+    resume: str = "ask",
+    data: bool = False,
 ) -> Any:
     """A dataclass field with its help and its legal range; required if it has no default.
 
-    `required` asks a command line for it all the same: such a default serves those who build the
-    config in their own code, where the setting may not matter. `verbatim` takes a flag's "none" for
-    that text. Keyword-only, so that required settings may stand anywhere among the others.
+    Args:
+        required: a command line must give it although it has a default, which then serves those
+            who build the config in their own code, where the setting may not matter.
+        verbatim: a flag's "none" is that text.
+        resume: whether a resumed run may change it. "free": always, no number depends on it.
+            "ask": with --allow-setting-change. "start": never where the config's `remembers(name)`
+            says that the run's state holds what came of it; a config without that method remembers
+            all. "fixed": never, the weights of a checkpoint are of it.
+        data: it names data files, whose content may change with --allow-data-change.
+
+    Keyword-only, so that required settings may stand anywhere among the others.
     """
-    limits = {">=": at_least, ">": above, "<=": at_most, "<": below}
-    limits = {sign: limit for sign, limit in limits.items() if limit is not None}
-    rule = {"help": help, "choices": choices, "limits": limits, "metavar": metavar,
-            "verbatim": verbatim}
-    rule["required"] = required or default is MISSING
+    rule = {"help": help, "choices": choices, "metavar": metavar, "verbatim": verbatim,
+            "required": required or default is MISSING, "resume": _known(resume), "data": data,
+            "limits": _limits(at_least, above, at_most, below)}
     return dataclasses.field(default=default, kw_only=True, metadata=rule)
 
 
+def override(
+    default: Any = MISSING,
+    help: str | None = None,
+    *,
+    choices: tuple | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    metavar: str | None = None,
+    required: bool | None = None,
+    verbatim: bool | None = None,
+    resume: str | None = None,
+) -> Any:
+    """What a config class has otherwise in a setting that it inherits; what is not given stays.
+
+    Arguments are those of `setting`; one limit replaces all. The annotation may give another type.
+    """
+    limits = _limits(at_least, above, at_most, below)
+    rule = {"help": help, "choices": choices, "metavar": metavar, "required": required,
+            "verbatim": verbatim, "resume": resume and _known(resume), "limits": limits or None}
+    return _Override(default, {name: v for name, v in rule.items() if v is not None})
+
+
+@dataclass
+class _Override:
+    """Becomes the field of the class that it stands in, once that class knows its bases."""
+
+    default: object
+    rule: dict[str, object]
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        above = (getattr(base, "__dataclass_fields__", {}) for base in owner.__mro__[1:])
+        inherited = next((fields[name] for fields in above if name in fields), None)
+        if inherited is None:
+            raise TypeError(f"{owner.__name__} inherits no setting {name}: declare it")
+        default = inherited.default if self.default is MISSING else self.default
+        rule = {**inherited.metadata, **self.rule}
+        setattr(owner, name, dataclasses.field(default=default, kw_only=True, metadata=rule))
+
+
+def _limits(
+    at_least: float | None, above: float | None, at_most: float | None, below: float | None
+) -> dict[str, float]:
+    limits = {">=": at_least, ">": above, "<=": at_most, "<": below}
+    return {sign: limit for sign, limit in limits.items() if limit is not None}
+
+
+def _known(resume: str) -> str:
+    if resume not in RESUME:
+        raise ValueError(f"resume is {resume!r}: one of {', '.join(RESUME)}")
+    return resume
+
+
+# --------------------------------------------------------------------------------- what is declared
+
+
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
     """One field of a config class: its type, taken apart, and its rule."""
 
     name: str
@@ -86,10 +150,18 @@ class _Setting:
     metavar: str | None = None
     required: bool = False
     verbatim: bool = False
+    resume: str = "ask"
+    data: bool = False
+    group: str = ""  # heading under which --help shows it; "" of the command itself
 
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_place(self) -> bool:
+        """Whether it names a file, a folder or another source."""
+        return self.metavar in _PLACES
 
     @property
     def bounds(self) -> str:
@@ -110,14 +182,14 @@ class _Setting:
         if isinstance(items, tuple) and all(map(self._accepts, items)):
             return None
         if isinstance(value, dict):
-            return _NO_SECTIONS
+            return NO_SECTIONS
         legal = self.legal()
         if self.many:  # what a file gave is a tuple by now, so a text or list is from code
             in_code = isinstance(value, str | list)
             legal = f"a tuple of {_NOUNS[self.type]}" if in_code else f"text or {legal}"
         if self.type is int and type(value) is int and value.bit_length() > 63:
             legal = "a whole number of at most 63 bits"
-        return f"got {_shown(value)}, must be {legal}"
+        return f"got {shown(value)}, must be {legal}"
 
     def _accepts(self, value: Any) -> bool:
         if self.type is float:  # the comparison is False for nan and inf, and takes any int
@@ -156,90 +228,56 @@ class _Setting:
         return given
 
 
-class Preset(NamedTuple):
-    """Settings as another tool or a paper has them."""
-
-    about: str
-    values: dict[str, tuple[object, str]]  # setting -> (value, where it is from)
-    differs: tuple[str, ...]  # what is not as there, on purpose
-
-
-def parse(
-    config_class: type[C], argv: list[str] | None, prog: str, description: str,
-    presets: Mapping[str, Preset] = types.MappingProxyType({}),
-) -> C:
-    """The config that a command line asks for; argv None stands for the process's own.
-
-    Args:
-        presets: what --preset can name; with none there is no such flag.
-    Raises:
-        UserError: every unknown, repeated, missing, mistyped or illegal setting, in one line.
-        SystemExit: 0 after --help or --explain-preset.
-    """
-    settings, words = _settings(config_class), sys.argv[1:] if argv is None else argv
-    given = _read_flags(settings, words, prog, description, presets)
-    if (name := given.pop("explain_preset", None)) is not None:
-        print(explain(name, _find(presets, name, "--explain-preset"), settings))
-        raise SystemExit(0)
-    values, where, problems = {}, {}, []
-    if (name := given.pop("preset", None)) is not None:
-        for key, (value, _) in _find(presets, name, "--preset").values.items():
-            values[key], where[key] = value, f"--preset {name}: {settings[key].name}"
-    if (path := given.pop("config", None)) is not None:
-        from_file, places, problems = _read_file(settings, path)
-        values |= from_file
-        where |= places
-    for name, text in given.items():
-        values[name], where[name] = settings[name].from_flag(text), settings[name].flag
-    for name, item in settings.items():
-        if name in values and (problem := item.problem(values[name])):
-            problems.append((where[name], problem))
-        elif name in values and item.metavar in _PLACES and values[name] in ("", ("",)):
-            problems.append((where[name], f"got '', must be the name of a {item.metavar.lower()}"))
-        elif name not in values and item.required:
-            problems.append((item.flag, "required, but not given"))
-    _refuse(problems)
-    config = config_class(**values)
-    validate(config)
-    return config
-
-
-def _find(presets: Mapping[str, Preset], name: str, flag: str) -> Preset:
-    if name not in presets:
-        known = ", ".join(presets)
-        raise UserError(
-            flag, f"no preset {_shown(name)}", f"{nearest(name, presets)}; presets: {known}"
+def settings_of(config_class: type) -> dict[str, Setting]:
+    """Every setting by its name: group by group, as the class lists its bases, its own last."""
+    hints, fields = typing.get_type_hints(config_class), dataclasses.fields(config_class)
+    groups, home = list(_from_the_bases(config_class)), {}
+    for group in reversed(groups):  # the class that declares a setting stands before all others
+        home |= dict.fromkeys(inspect.get_annotations(group), group)
+    ordered = sorted(fields, key=lambda field: groups.index(home[field.name]))
+    return {
+        field.name: Setting(
+            field.name, *_kind(hints[field.name]), default=field.default,
+            group="" if home[field.name] is config_class else heading(home[field.name]),
+            **field.metadata,
         )
-    return presets[name]
+        for field in ordered
+    }
 
 
-def explain(name: str, preset: Preset, settings: Mapping[str, "_Setting"]) -> str:
-    """What a preset sets, beside the default here and the source there, and what it cannot."""
-    rows = [("setting", "value", "default", "source")]
-    for key, (value, source) in preset.values.items():
-        rows.append((key, _shown_value(value), _shown_value(settings[key].default), source))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"--preset {name}: {preset.about}"]
-    for row in rows:
-        *cells, source = (f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True))
-        lines.append("  " + "  ".join([*cells, source.rstrip()]))
-    lines.append("Not as there, on purpose:")
-    lines += (f"  {text}" for text in preset.differs)
-    return "\n".join(lines)
+def _from_the_bases(group: type) -> Iterator[type]:
+    for base in group.__bases__:
+        yield from _from_the_bases(base)
+    yield group
 
 
-def _shown_value(value: object) -> str:
-    """As a flag takes it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+def heading(group: type) -> str:
+    """The words of a class's docstring before its first colon or full stop."""
+    return re.split(r"[:.]", group.__doc__ or "", maxsplit=1)[0].strip()
+
+
+def _kind(hint: Any) -> tuple[type, bool, bool]:
+    """(type, optional, many) of a field's annotation."""
+    if hint in _NOUNS:
+        return hint, False, False
+    if hint == tuple[str, ...]:
+        return str, False, True
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        parts = [part for part in typing.get_args(hint) if part is not types.NoneType]
+        if len(parts) == 1 and parts[0] in (int, float, str):
+            return parts[0], True, False
+    raise TypeError(f"a setting cannot be {hint}: see the types that minirlhf.run.settings names")
+
+
+# ------------------------------------------------------------------------------------------ configs
 
 
 def validate(config: object) -> None:
     """Checks every field against its type and range, then what the config's own check() finds.
 
-    A config class may have `check(self) -> list[str]` for what concerns several fields: each
-    string is a problem, told in full. It is asked only when every field is legal by itself.
+    A config class and each of its groups may have `check(self) -> list[str]` for what concerns
+    several fields: each string is a problem, told in full. They are asked only when every field is
+    legal by itself.
 
     Args:
         config: an instance of a config class.
@@ -247,18 +285,29 @@ def validate(config: object) -> None:
         UserError: all problems, in one line.
     """
     problems = []
-    for name, item in _settings(type(config)).items():
+    for name, item in settings_of(type(config)).items():
         if problem := item.problem(getattr(config, name)):
             problems.append((name, problem))
-    if not problems and hasattr(config, "check"):
-        problems = [("", problem) for problem in config.check()]
-    _refuse(problems)
+    if not problems:
+        groups = [group for group in type(config).__mro__ if "check" in group.__dict__]
+        problems = [("", problem) for group in groups for problem in group.check(config)]
+    refuse(problems)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
     """The config as JSON can hold it; as a file for --config it gives the same config back."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values = {name: getattr(config, name) for name in settings_of(type(config))}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def resume_rules(config: object) -> dict[str, str]:
+    """Setting -> "free", "ask" or "fixed": what a run of this config may change when it goes on."""
+    remembers = getattr(config, "remembers", lambda name: True)
+    rules = {name: item.resume for name, item in settings_of(type(config)).items()}
+    return {
+        name: ("fixed" if remembers(name) else "ask") if rule == "start" else rule
+        for name, rule in rules.items()
+    }
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
@@ -270,172 +319,8 @@ def nearest(word: str, names: Iterable[str]) -> str:
     return f"the nearest is {found}"
 
 
-def _settings(config_class: type) -> dict[str, _Setting]:
-    hints = typing.get_type_hints(config_class)
-    return {
-        field.name: _Setting(
-            field.name, *_kind(hints[field.name]), default=field.default, **field.metadata
-        )
-        for field in dataclasses.fields(config_class)
-    }
-
-
-def _kind(hint: Any) -> tuple[type, bool, bool]:
-    """(type, optional, many) of a field's annotation."""
-    if hint in _NOUNS:
-        return hint, False, False
-    if hint == tuple[str, ...]:
-        return str, False, True
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        parts = [part for part in typing.get_args(hint) if part is not types.NoneType]
-        if len(parts) == 1 and parts[0] in _METAVARS:
-            return parts[0], True, False
-    raise TypeError(f"a setting cannot be {hint}: see the types that minirlhf.run.settings names")
-
-
-def _read_flags(
-    settings: dict[str, _Setting], argv: list[str], prog: str, description: str,
-    presets: Iterable[str],
-) -> dict[str, Any]:
-    """Field name -> text, texts of a tuple, or bool, for the flags that were given."""
-    parser, flags = _parser(settings, prog, description, presets)
-    words: list[str] = []
-    seen: set[str] = set()
-    problems: list[Problem] = []
-    several = ""  # the flag of several values that the next word may belong to
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
-            several = ""
-            name = name.replace("_", "-")
-            action = flags.get(name)
-            if action is None:
-                problems.append((name, f"unknown flag: {nearest(name, flags)}"))
-            elif action.dest in seen and action.nargs != "+":
-                problems.append((name, "given twice"))
-            elif equals and action.nargs == 0:
-                both = " or ".join(action.option_strings)
-                problems.append((name, f"got {_shown(value)}, takes no value: give {both}"))
-            else:
-                seen.add(action.dest)
-                several = name if action.nargs == "+" and not equals else ""
-            words.append(name + equals + value)
-        elif several and re.match(r"[^-]|-$|-[0-9.]|$", word):
-            # Each under a flag of its own: argparse would take -0.5*SOURCE for one.
-            words += [] if words[-1] == several else [several]
-            words[-1] += "=" + word
-        elif word[:1] == "-" and words and words[-1] in flags and flags[words[-1]].nargs != 0:
-            words[-1] += "=" + word  # argparse would take -1e-5 for a flag
-        else:
-            words.append(word)
-    _refuse(problems)
-    given, strays = parser.parse_known_args(words)
-    _refuse([(prog, _stray(stray, flags)) for stray in strays])
-    return vars(given)
-
-
-def _stray(word: str, flags: Iterable[str]) -> str:
-    """What is wrong with a word that belongs to no flag: often it began with another dash."""
-    advice = f": {nearest(word, flags)}" if word[:1] in ("-", "–", "—", "−") else ""
-    return f"unexpected argument {_shown(word)}{advice}"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        flag, _, what = message.removeprefix("argument ").partition(": ")
-        raise UserError(flag, what.replace("argument", "value"))
-
-
-def _parser(
-    settings: dict[str, _Setting], prog: str, description: str, presets: Iterable[str]
-) -> tuple[_Parser, dict[str, argparse.Action]]:
-    """The parser, and which action each of its flags stands for."""
-    required = [s for s in settings.values() if s.required]
-    parser = _Parser(
-        prog=prog,
-        description=description,
-        usage=" ".join([prog, *(f"{s.flag} {_metavar(s)}" for s in required), "[settings]"]),
-        argument_default=argparse.SUPPRESS,
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=32),
-        allow_abbrev=False,
-        add_help=False,
-    )
-    file_help = "settings from a .toml or .json file; flags beat it"
-    actions = [
-        parser.add_argument("-h", "--help", action="help", help="show this and leave"),
-        parser.add_argument("--config", metavar="FILE", help=file_help),
-    ]
-    if names := ", ".join(presets):
-        about = f"settings as another has them: {names}; --config and flags beat it"
-        explained = "show what a preset sets and where that is from, and leave"
-        actions.append(parser.add_argument("--preset", metavar="NAME", help=about))
-        actions.append(parser.add_argument("--explain-preset", metavar="NAME", help=explained))
-    for item in settings.values():
-        if item.type is bool:
-            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-        elif item.many:
-            how = {"action": "extend", "nargs": "+", "metavar": _metavar(item)}
-        else:
-            how = {"metavar": _metavar(item)}
-        text = _help(item).replace("%", "%%")  # argparse formats it with %
-        actions.append(parser.add_argument(item.flag, help=text, **how))
-    return parser, {flag: action for action in actions for flag in action.option_strings}
-
-
-def _metavar(item: _Setting) -> str:
-    choices = "{" + ",".join(map(str, item.choices)) + "}" if item.choices else None
-    return item.metavar or choices or _METAVARS[item.type]
-
-
-def _help(item: _Setting) -> str:
-    if item.required:
-        default = "required"
-    elif item.type is bool:
-        default = "default: " + ("on" if item.default else "off")
-    else:
-        default = "default: " + ("none" if item.default in (None, ()) else str(item.default))
-    facts = "; ".join(fact for fact in (item.bounds, default) if fact)
-    return f"{item.help} [{facts}]".lstrip()
-
-
-def _read_file(
-    settings: dict[str, _Setting], path: str
-) -> tuple[dict[str, object], dict[str, str], list[Problem]]:
-    """(values, where each stands, problems) of a config file."""
-    values: dict[str, object] = {}
-    where: dict[str, str] = {}
-    problems: list[Problem] = []
-    for key, given in _load(path).items():
-        name, place = key.replace("-", "_"), f"{path}: {printable(key, 80)}"
-        if name not in settings and isinstance(given, dict):
-            problems.append((place, _NO_SECTIONS))
-        elif name not in settings:
-            problems.append((place, f"unknown setting: {nearest(name, settings)}"))
-        elif name in values:
-            problems.append((place, "given twice"))
-        else:
-            values[name], where[name] = settings[name].from_file(given), place
-    return values, where, problems
-
-
-def _load(path: str) -> dict[str, Any]:
-    """The top table of a TOML or JSON file."""
-    kind = Path(path).suffix
-    if kind not in (".toml", ".json"):
-        raise UserError(path, "--config reads .toml and .json files only")
-    text = read_text(path, _FILE_CAP)
-    if kind == ".json":
-        table = strict_json(text, path)
-        if not isinstance(table, dict):
-            raise UserError(path, f"holds {_shown(table)}", "must be an object of settings")
-        return table
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # not TOML, a huge integer, nested too deeply
-        raise UserError(path, f"not valid TOML: {error}") from None
-
-
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value in a message: one line, of at most 80 characters."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     value = list(value) if isinstance(value, tuple) else value
@@ -445,7 +330,7 @@ def _shown(value: object) -> str:
         return "a number of thousands of digits"
 
 
-def _refuse(problems: list[Problem]) -> None:
+def refuse(problems: list[Problem]) -> None:
     """Raises one UserError that tells them all, if there are any."""
     if problems:
         told = [": ".join(part for part in problem if part) for problem in problems]

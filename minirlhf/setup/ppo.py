@@ -86,7 +86,7 @@ class Data(NamedTuple):
     prompts: list[Prompt]
     sets: dict[str, list[Prompt]]  # metric prefix -> held-out prompts
     texts: list[Text]  # mixed into the updates; none without ptx_data
-    files: list[str]
+    files: dict[str, list[str]]  # setting -> files that it names
     reports: list[Report]
 
     @property
@@ -131,7 +131,9 @@ def read_data(config: PPOConfig, tokenizer: Tokenizer, room: int, longest_row: i
     if config.ptx_data is not None:
         texts, report = read_texts(config, tokenizer, longest_row)
         reports.append(report)
-    names = [*files.values(), *([config.ptx_data] if config.ptx_data else [])]
+    held_out_files = [file for prefix, file in files.items() if prefix]
+    names = {"data": [config.data], "eval_data": held_out_files,
+             "ptx_data": [config.ptx_data] if config.ptx_data else []}
     return Data(sets.pop(""), sets, texts, names, reports)
 
 
@@ -183,7 +185,7 @@ class Start(NamedTuple):
     specs: list[Spec]  # of --reward
     tokenizer: Tokenizer
     data: Data
-    inputs: list[str]  # files and folders of which the run is made
+    inputs: dict[str, list]  # setting -> files and folders that it names
 
 
 def look(config: PPOConfig, weights: bool = True) -> Start:
@@ -207,8 +209,8 @@ def look(config: PPOConfig, weights: bool = True) -> Start:
     room = prompt_room(config, (folder, ref_folder, *critic, *same))
     data = read_data(config, tokenizer, room, pretrained.read_config(folder).longest_row)
     check_reencoded(config, others, data)
-    inputs = [*data.files, *(str(place) for place in places if place), str(ref_folder)]
-    inputs += tokenizer_files(folder)
+    inputs = {**data.files, "reward": [place for place in places if place], "ref": [ref_folder],
+              "model": tokenizer_files(folder)}
     return Start(folder, ref_folder, critic, scorers, specs, tokenizer, data, inputs)
 
 

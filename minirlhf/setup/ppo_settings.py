@@ -3,197 +3,249 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
 
-from minirlhf.batches.rollouts import KL_ESTIMATORS
 from minirlhf.equations.policy import Surrogate, clipped_surrogate
-from minirlhf.equations.scores import MISSING_EOS, SCALINGS, EndRule, end_rule
-from minirlhf.files.sieve import column_problems
+from minirlhf.equations.scores import EndRule, end_rule
 from minirlhf.models.generation import Sampling
 from minirlhf.rewards import parse
-from minirlhf.rewards.service import FORMS
-from minirlhf.run import optim
-from minirlhf.run.settings import setting
+from minirlhf.run.resume import RunSettings
+from minirlhf.run.settings import override, setting
+from minirlhf.setup.groups import (
+    AdapterSettings,
+    BatchSettings,
+    DataSettings,
+    DeviceSettings,
+    EvaluationSettings,
+    KLSettings,
+    MemorySettings,
+    ModelSettings,
+    OptimizerSettings,
+    RewardSourceSettings,
+    SamplingSettings,
+    SeedSettings,
+    StepSettings,
+)
 
 
 @dataclass(frozen=True)
-class PPOConfig:
-    model: str = setting("", "language model to align", metavar="FOLDER", required=True)
-    data: str = setting(
-        "", "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz", metavar="FILE", required=True
-    )
-    reward: tuple[str, ...] = setting(
-        (), "reward-model folder, file.py:function or http://host:port/path; of several, also "
-        "'0.5*SOURCE' (in quotes: some shells expand the *), the weighted sum",
-        metavar="SOURCE", required=True,
-    )
-    out: str = setting("", "folder of the run", metavar="DIR", required=True)
-    eval_data: tuple[str, ...] = setting((), "held-out prompts, more as NAME=FILE", metavar="FILE")
-    eval_every: int = setting(0, "steps between evaluations; 0: start and end only", at_least=0)
-    eval_prompts: int | None = setting(None, "at most so many of each held-out file", at_least=2)
-    keep_best: bool = setting(False, "export the policy of the best evaluation so far to best/")
-    ref: str | None = setting(None, "reference; none: the policy at step 0", metavar="FOLDER")
-    critic: str | None = setting(
-        None, "reward model to start a critic of its own from; none: a head on the policy's trunk",
-        metavar="FOLDER",
-    )
-    train_critic: bool = setting(True, "whether a critic of its own learns")
-    # rollout
-    steps: int = setting(100, "iterations of sampling and optimising", at_least=1)
-    batch_size: int = setting(64, "prompts sampled in an iteration", at_least=1)
-    max_new_tokens: int = setting(64, "tokens of the longest response", at_least=1)
-    temperature: float = setting(
-        1.0, "of sampling, and of every log-prob; 0, greedy, would explore nothing", above=0
-    )
-    top_k: int = setting(0, "draw from the k most probable tokens; 0: all", at_least=0)
-    top_p: float = setting(
-        1.0, "draw from the fewest tokens whose mass reaches this", above=0, at_most=1
-    )
-    min_p: float = setting(
-        0.0, "draw from tokens at least this fraction of the best", at_least=0, at_most=1
-    )
-    min_new_tokens: int = setting(0, "no eos is drawn before so many tokens", at_least=0)
-    stop: tuple[str, ...] = setting((), "strings that end a response", metavar="TEXT")
-    rollout_batch_size: int = setting(256, "rows sampled side by side", at_least=1)
+class PromptSettings:
+    """Data: the prompts."""
+
     max_prompt_length: int | None = setting(
-        None, "tokens of the longest prompt; none: what the models have room for", at_least=1
+        None, "most tokens in a prompt; none: what the context leaves beside the response",
+        at_least=1, resume="start",
     )
-    overlong: str = setting(
-        "error", "what happens to longer prompts", choices=("error", "drop", "truncate_prompt_left")
+
+
+@dataclass(frozen=True)
+class PolicyEvaluationSettings(EvaluationSettings):
+    """Evaluation: the policy's responses to held-out prompts."""
+
+    eval_prompts: int | None = setting(
+        None, "evaluate on the first prompts of each held-out file only, so many; none: on all",
+        at_least=2, resume="fixed",
     )
-    columns: tuple[str, ...] = setting(
-        (), "names of columns that the files call otherwise, as in prompt=question",
-        metavar="NAME=COLUMN",
+    keep_best: bool = setting(
+        False, "export the policy of the best evaluation so far to best/", resume="start"
     )
-    bad_rows: str = setting(
-        "error", "malformed rows: refuse the file, or list them in rejected.jsonl and go on",
-        choices=("error", "skip"),
+
+
+@dataclass(frozen=True)
+class PPOModelSettings:
+    """Model: those beside the policy."""
+
+    ref: str | None = setting(
+        None, "reference model of the KL penalty; none: the policy at step 0", metavar="FOLDER",
+        resume="fixed",
     )
-    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
-    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
-    max_drop: float = setting(
-        1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
+    critic: str | None = setting(
+        None, "reward model that a separate critic starts from; none: the critic is a value head "
+        "on the policy's trunk", metavar="FOLDER", resume="fixed",
     )
-    # reward
-    reward_format: str = setting("ids", "requests to a reward service", choices=FORMS)
-    reward_timeout: float = setting(
-        60.0, "seconds in which a reward service must have replied", above=0, at_most=86400
+    train_critic: bool = setting(True, "train a separate critic", resume="fixed")
+
+
+@dataclass(frozen=True)
+class RolloutSettings(SamplingSettings):
+    """Sampling: how rollouts are made of it."""
+
+    min_new_tokens: int = setting(
+        0, "the eos token cannot be sampled before so many tokens", at_least=0, resume="start"
     )
-    reward_connect_timeout: float = setting(
-        5.0, "seconds to reach a reward service", above=0, at_most=86400
+    rollout_batch_size: int = setting(
+        256, "most responses that are sampled in parallel", at_least=1
     )
-    reward_retries: int = setting(
-        4, "more attempts where a reward service fails", at_least=0, at_most=100
-    )
-    reward_batch_size: int = setting(64, "texts in a request to a reward service", at_least=1)
-    reward_token_file: str | None = setting(
-        None, "holds the bearer token of a reward service", metavar="FILE"
-    )
-    kl_coef: float = setting(0.05, "weight of the KL penalty, per nat", at_least=0)
-    kl_estimator: str = setting(
-        "k1", "what is penalised: an estimate from the sampled tokens, or full, of all tokens",
-        choices=KL_ESTIMATORS,
-    )
-    kl_in: str = setting("reward", "where the penalty enters", choices=("reward", "loss"))
-    kl_target: float | None = setting(None, "nats a response to steer kl_coef to", above=0)
-    kl_horizon: float = setting(10_000.0, "episodes over which kl_coef adapts", above=0)
-    missing_eos_penalty: float = setting(0.0, "for a response that its length cut", at_least=0)
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """Scores: what becomes of a score before the policy learns from it."""
+
     missing_eos: str = setting(
-        "subtract", "how: off the score, instead of it, or growing before the limit",
-        choices=MISSING_EOS,
+        "subtract", "rule for a response that the length limit truncated: subtract "
+        "missing_eos_penalty from its score, replace the score by minus the penalty, or let the "
+        "penalty ramp up over the last tokens before the limit, whether or not it is reached",
+        choices=("subtract", "replace", "ramp"),
+    )
+    missing_eos_penalty: float = setting(
+        0.0, "penalty of the missing_eos rule, in units of the score", at_least=0
     )
     missing_eos_buffer: int = setting(
-        0, "tokens before the limit over which a ramp grows", at_least=0
+        0, "tokens before the limit over which missing_eos ramp grows", at_least=0
     )
     score_scaling: str = setting(
-        "none", "scores in units of their running spread (scale), less their mean (normalize)",
-        choices=SCALINGS,
+        "none", "divide scores by their running std (scale), after subtracting their running mean "
+        "(normalize)", choices=("none", "scale", "normalize"),
     )
     score_clip: float | None = setting(
-        None, "largest size of a score, after scaling; none: off", above=0
+        None, "clip scores, after scaling, to plus or minus this; none: no clipping", above=0
     )
-    whiten_rewards: bool = setting(False, "rewards to std 1 over the rollout, their mean kept")
+
+
+@dataclass(frozen=True)
+class AdvantageSettings:
+    """Advantages: from rewards to what each token is worth (Schulman et al. 2016, GAE)."""
+
+    gamma: float = setting(1.0, "discount factor, per token", above=0, at_most=1)
+    lam: float = setting(0.95, "lambda of GAE", at_least=0, at_most=1)
+    whiten_rewards: bool = setting(
+        False, "scale the rewards of a rollout to std 1, keeping their mean"
+    )
+    whiten_advantages: bool = setting(
+        True, "shift and scale the advantages of a rollout to mean 0 and std 1"
+    )
     bootstrap_truncated: bool = setting(
-        False, "a cut response earns the critic's value of its end instead of its score"
+        False, "give a truncated response the critic's value of its end in place of its score"
     )
-    gamma: float = setting(1.0, "discount", above=0, at_most=1)
-    lam: float = setting(0.95, "GAE's lambda", at_least=0, at_most=1)
-    # optimisation
-    epochs: int = setting(4, "passes over each rollout", at_least=1)
-    mini_batches: int = setting(1, "optimizer steps in a pass", at_least=1)
-    micro_batch_size: int = setting(8, "most rows in one forward pass", at_least=1)
-    micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
-    clip_low: float = setting(0.2, "policy ratio clipped below 1 minus this", at_least=0, at_most=1)
-    clip_high: float = setting(0.2, "policy ratio clipped above 1 plus this", at_least=0)
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """PPO: the loss and how often a rollout is used (Schulman et al. 2017, arXiv:1707.06347)."""
+
+    mini_batches: int = setting(
+        1, "mini-batches that a rollout is split into, one optimizer step each", at_least=1
+    )
+    clip_low: float = setting(
+        0.2, "the policy ratio is clipped below at 1 minus this", at_least=0, at_most=1
+    )
+    clip_high: float = setting(0.2, "the policy ratio is clipped above at 1 plus this", at_least=0)
     dual_clip: float | None = setting(
-        None, "bound on the ratio where the advantage is negative; none: off", above=1
+        None, "bound on the policy ratio where the advantage is negative; none: no bound", above=1
     )
     max_ratio: float | None = setting(
-        None, "updates whose mean ratio is above this are not made, and counted; none: off", above=1
+        None, "skip and count an update whose mean policy ratio is above this; none: no limit",
+        above=1,
     )
     early_stop_kl: float | None = setting(
-        None, "nats a token (k3, mean of an epoch) that end a rollout's epochs; none: off", above=0
+        None, "skip the remaining epochs of a rollout after one whose mean KL (k3) from the policy "
+        "that sampled is above this, in nats per token; none: no limit", above=0,
     )
     entropy_coef: float = setting(0.0, "weight of the entropy bonus, per nat", at_least=0)
-    value_clip: float | None = setting(0.2, "value change clipped at this; none: off", above=0)
     vf_coef: float = setting(0.1, "weight of the value loss", at_least=0)
-    whiten_advantages: bool = setting(True, "advantages to mean 0, std 1 over the rollout")
-    ptx_data: str | None = setting(
-        None, "texts whose language-model loss is mixed into each update", metavar="FILE"
-    )
-    ptx_coef: float = setting(0.0, "weight of that loss", at_least=0)
-    ptx_batch_size: int = setting(16, "texts of that loss in an update", at_least=1)
-    learning_rate: float = setting(3e-6, "peak step size of AdamW", above=0)
-    critic_learning_rate: float | None = setting(
-        None, "the critic's; none: learning_rate, ten times it for a head that starts from zero",
+    value_clip: float | None = setting(
+        0.2, "values are clipped to within this of the values at sampling; none: no clipping",
         above=0,
     )
-    critic_warmup_steps: int = setting(0, "iterations in which only the critic learns", at_least=0)
-    schedule: str = setting("linear", "decay of the learning rate", choices=optim.SCHEDULES)
-    warmup_steps: int = setting(0, "iterations until the peak learning rate", at_least=0)
-    weight_decay: float = setting(0.0, "AdamW's decay of matrices", at_least=0)
-    adam_epsilon: float = setting(1e-5, "AdamW's epsilon", above=0)
-    max_grad_norm: float | None = setting(1.0, "gradient norm to clip at; none: off", above=0)
-    skip_nonfinite: int = setting(
-        0, "updates in a row that may be skipped where numbers are not finite", at_least=0
+
+
+@dataclass(frozen=True)
+class CriticSettings:
+    """Optimizer: the critic."""
+
+    critic_learning_rate: float | None = setting(
+        None, "peak learning rate of the critic; none: learning_rate, and ten times it for a value "
+        "head, which starts from zero", above=0,
     )
-    lora_rank: int = setting(
-        0, "train adapters of this rank; 0: all weights", at_least=0, at_most=4096
+    critic_warmup_steps: int = setting(
+        0, "first iterations in which the critic alone is trained", at_least=0
     )
-    lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
-    gradient_checkpointing: bool = setting(
-        False, "less memory for a forward pass more in each update"
+
+
+@dataclass(frozen=True)
+class MixSettings:
+    """Mixed-in texts: a language-model loss beside PPO's (Ouyang et al. 2022, PPO-ptx)."""
+
+    ptx_data: str | None = setting(
+        None, "texts whose language-model loss is added to each update", metavar="FILE", data=True
     )
-    compile: bool = setting(
-        False, "torch.compile for the passes over whole rows; needs a C++ compiler"
-    )
+    ptx_coef: float = setting(0.0, "weight of the loss on the texts of ptx_data", at_least=0)
+    ptx_batch_size: int = setting(16, "texts of ptx_data in an update", at_least=1)
+
+
+@dataclass(frozen=True)
+class PPOMemorySettings(MemorySettings):
+    """Memory and speed: what PPO adds."""
+
+    micro_batch_size: int = setting(8, "most rows in one forward pass", at_least=1)
     offload_frozen: bool = setting(
-        False, "hold reference and reward models only while needed: they are read again each time"
+        False, "hold reference and reward models in memory only while they are used, and read them "
+        "again each time", resume="free",
     )
-    # run
-    dtype: str = setting(
-        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class PPORunSettings(RunSettings):
+    """Run: what PPO writes besides."""
+
+    sample_every: int = setting(
+        10, "steps from one table of sample responses to the next; 0: none", at_least=0
     )
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
-    seed: int = setting(0, "of prompt order, sampling and mini-batches")
-    sample_every: int = setting(10, "steps between tables of samples; 0: none", at_least=0)
-    sample_prompts: int = setting(4, "fixed prompts in the table", at_least=1)
-    save_rollouts: bool = setting(False, "all rollouts into samples.jsonl, ids and rewards too")
-    log_every: int = setting(1, "steps between lines of the log", at_least=1)
-    save_every: int = setting(20, "steps between checkpoints", at_least=1)
-    keep: int = setting(2, "checkpoints kept", at_least=2)
-    resume: bool = setting(False, "go on from the newest checkpoint of --out")
-    allow_data_change: bool = setting(False, "resume although data files have changed")
-    allow_setting_change: bool = setting(
-        False, "resume although settings or reward functions have changed"
+    sample_prompts: int = setting(4, "prompts in the table of samples, always the same", at_least=1)
+    save_rollouts: bool = setting(
+        False, "write every rollout to samples.jsonl, with token ids, log-probs and rewards"
     )
+
+
+@dataclass(frozen=True)
+class PPOConfig(
+    ModelSettings, PPOModelSettings, DataSettings, PromptSettings, RewardSourceSettings,
+    PolicyEvaluationSettings, StepSettings, BatchSettings, RolloutSettings, KLSettings,
+    ScoreSettings, AdvantageSettings, UpdateSettings, OptimizerSettings, CriticSettings,
+    MixSettings, AdapterSettings, PPOMemorySettings, DeviceSettings, SeedSettings, PPORunSettings,
+):
+    """Align a language model with PPO against a reward."""
+
+    SHOWN_FIRST: ClassVar = (
+        "model", "data", "reward", "eval_data", "eval_every", "steps", "batch_size",
+        "max_new_tokens", "kl_coef", "learning_rate", "lora_rank", "seed", "out", "resume",
+    )
+
+    model: str = override(help="language model to align: a folder or a hub name")
+    data: str = override(help="prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz")
+    overlong: str = override(
+        "error", "what happens to prompts that are longer than max_prompt_length",
+        choices=("error", "drop", "truncate_prompt_left"),
+    )
+    eval_data: tuple[str, ...] = override(
+        help="files of held-out prompts; of several, name each: NAME=FILE", resume="fixed"
+    )
+    eval_every: int = override(
+        help="steps from one evaluation to the next; 0: evaluate at the start and the end only"
+    )
+    epochs: int = override(4, "passes over each rollout", at_least=1)
+    steps: int = override(
+        100, "iterations: each samples a rollout and learns from it", at_least=1
+    )
+    batch_size: int = override(64, "prompts sampled in an iteration", resume="ask")
+    learning_rate: float = override(3e-6)
+    warmup_steps: int = override(help="iterations over which the learning rate rises to its peak")
+    adam_epsilon: float = override(1e-5)
+    log_every: int = override(1)
+    save_every: int = override(20)
+
+    def remembers(self, name: str) -> bool:
+        """Whether a run's state holds what came of a setting at the start: scores that evaluations
+        compare with, a KL coefficient that a target has moved."""
+        return self.kl_target is not None if name == "kl_coef" else bool(self.eval_data)
 
     def check(self) -> list[str]:
         return [
             *self._sampling_problems(), *self._reward_problems(), *self._update_problems(),
             *self._evaluation_problems(), *parse.problems(self),
-            *column_problems(self.columns),
         ]
 
     def _sampling_problems(self) -> Iterator[str]:
@@ -318,18 +370,6 @@ class PPOConfig:
             self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p,
             stop_strings=self.stop, min_new_tokens=self.min_new_tokens,
         )
-
-    @property
-    def of_the_start(self) -> set[str]:
-        """Settings that belong to what a run's state remembers, so that no resume may change them:
-        evaluations compare with scores of the start, and a target moves its KL coefficient."""
-        names = {"eval_data", "eval_prompts"}
-        if self.eval_data:
-            names |= {"reward", "reward_format", "seed", "stop", "temperature", "top_k", "top_p",
-                      "min_p", "max_new_tokens", "min_new_tokens", "keep_best", "columns",
-                      "max_prompt_length", "overlong", "bad_rows", "fix_text",
-                      "allow_empty_prompt"}
-        return names if self.kl_target is None else names | {"kl_coef"}
 
     @property
     def policy_loss(self) -> Callable[[Tensor, Tensor, Tensor], Surrogate]:

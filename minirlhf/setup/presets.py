@@ -5,7 +5,7 @@ Models, data, the length of the run and what only memory and speed depend on sta
 the source fixes them.
 """
 
-from minirlhf.run.settings import Preset
+from minirlhf.run.flags import Preset
 
 _TRL = "trl 0.9.6, ppo_config.py: "
 _LF = "LLaMA-Factory, "

@@ -1,6 +1,5 @@
 """setup.reward."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import torch
 
 from minirlhf import streams
 from minirlhf.batches.preferences import (
-    LIST_LOSSES,
     NEED_SCORES,
     Example,
     collate,
@@ -25,130 +23,16 @@ from minirlhf.evaluation.reward import (
     evaluate_preferences,
 )
 from minirlhf.files import folders
-from minirlhf.files.sieve import Report, RowPolicy, column_problems
+from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.models import pretrained, stored
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import name_eos
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.lora import add_lora
-from minirlhf.run import optim
-from minirlhf.run.settings import setting
 from minirlhf.setup import memory_plans
 from minirlhf.setup.memory import Plan
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """Settings of a run; `reward` reads those from `epochs` to `center_rewards_coefficient`, but
-    not the optimizer's `weight_decay` and `adam_epsilon`; and `seed`."""
-
-    model: str = setting(
-        "", "language model (or reward model) to start from", metavar="FOLDER", required=True
-    )
-    data: str = setting(
-        "", "preference pairs or ranked lists: JSON lines, JSON, CSV or TSV, also .gz",
-        metavar="FILE", required=True,
-    )
-    out: str = setting("", "folder of the run", metavar="DIR", required=True)
-    eval_data: tuple[str, ...] = setting(
-        (), "held-out pairs or lists, several as NAME=FILE", metavar="FILE"
-    )
-    eval_every: int = setting(0, "steps between evaluations; 0: at the end only", at_least=0)
-    show_samples: int = setting(4, "held-out pairs shown with their scores; -1: all", at_least=-1)
-    epochs: float = setting(1.0, "passes over the data", above=0, at_most=1e6)
-    steps: int | None = setting(None, "optimizer steps, instead of epochs", at_least=1)
-    batch_size: int = setting(16, "pairs or lists in an optimizer step", at_least=1)
-    micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
-    learning_rate: float = setting(1e-5, "peak step size of AdamW", above=0)
-    schedule: str = setting("linear", "decay of the learning rate", choices=optim.SCHEDULES)
-    warmup_steps: int = setting(0, "steps until the peak learning rate", at_least=0)
-    weight_decay: float = setting(0.0, "AdamW's decay of matrices", at_least=0)
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", above=0)
-    max_grad_norm: float | None = setting(1.0, "gradient norm to clip at; none: off", above=0)
-    skip_nonfinite: int = setting(
-        0, "updates in a row that may be skipped where numbers are not finite", at_least=0
-    )
-    label_smoothing: float = setting(
-        0.0, "probability that the label of a pair is wrong", at_least=0, below=0.5
-    )
-    list_loss: str = setting(
-        "plackett-luce",
-        "of a ranked list: of the whole order, or of all its pairs: plain, with the difference of "
-        "their scores as margin, or with its sigmoid as the label's probability",
-        choices=LIST_LOSSES,
-    )
-    center_rewards_coefficient: float = setting(
-        0.0, "weight of (chosen + rejected)^2, which centres the scores; 0.01 is usual", at_least=0
-    )
-    heads: int = setting(1, "linear heads on the trunk, an ensemble", at_least=1, at_most=1024)
-    lcb_coef: float = setting(
-        0.0, "how far below their mean the heads' score lies, in their standard deviations",
-        at_least=0,
-    )
-    normalize: str = setting(
-        "none", "give the finished model's scores mean 0 and std 1 over this data, and store both",
-        choices=("none", "eval", "train"),
-    )
-    lora_rank: int = setting(
-        0, "train adapters of this rank and the head; 0: all", at_least=0, at_most=4096
-    )
-    lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
-    gradient_checkpointing: bool = setting(
-        False, "less memory for a forward pass more in each update"
-    )
-    compile: bool = setting(
-        False, "torch.compile for the passes over whole rows; needs a C++ compiler"
-    )
-    max_length: int = setting(1024, "tokens of the longest row", at_least=2)
-    overlong: str = setting(
-        "drop", "what happens to longer rows",
-        choices=("drop", "truncate_prompt_left", "truncate_response", "error"),
-    )
-    columns: tuple[str, ...] = setting(
-        (), "names of columns that the files call otherwise, as in prompt=question",
-        metavar="NAME=COLUMN",
-    )
-    bad_rows: str = setting(
-        "error", "malformed rows: refuse the file, or list them in rejected.jsonl and go on",
-        choices=("error", "skip"),
-    )
-    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
-    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
-    max_drop: float = setting(
-        1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
-    )
-    dtype: str = setting(
-        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
-    )
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
-    seed: int = setting(0, "of data order and the new head")
-    log_every: int = setting(10, "steps between lines of the log", at_least=1)
-    save_every: int = setting(100, "steps between checkpoints", at_least=1)
-    keep: int = setting(2, "checkpoints kept", at_least=2)
-    resume: bool = setting(False, "go on from the newest checkpoint of --out")
-    allow_data_change: bool = setting(False, "resume although data files have changed")
-    allow_setting_change: bool = setting(
-        False, "resume although settings or reward functions have changed"
-    )
-
-    def check(self) -> list[str]:
-        problems = column_problems(self.columns)
-        if self.lcb_coef and self.heads == 1:
-            problems.append(f"lcb_coef: got {self.lcb_coef}, must be 0 for a single head")
-        elif self.lcb_coef and not self.center_rewards_coefficient:
-            # Pairs leave each head's zero open; without one their spread would measure that
-            # (Eisenstein et al. 2023, arXiv:2312.09244, regularise for the same reason).
-            do = "heads that share no zero cannot be compared: give --center-rewards-coefficient"
-            problems.append(f"lcb_coef: got {self.lcb_coef}, {do} 0.01")
-        if self.normalize == "eval" and not self.eval_data:
-            problems.append("normalize: got 'eval', there is no eval_data: give it, or train")
-        if self.eval_every and not self.eval_data:
-            problems.append("eval_every: goes with --eval-data")
-        return problems
-
-
-# ------------------------------------------------------------------------------- the command line
+from minirlhf.setup.reward_settings import RewardConfig
 
 
 def load(

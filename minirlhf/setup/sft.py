@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,104 +14,15 @@ from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files import atomic, folders
 from minirlhf.files.reading import read_json
-from minirlhf.files.sieve import Report, RowPolicy, Sieve, column_problems
+from minirlhf.files.sieve import Report, RowPolicy, Sieve
 from minirlhf.models import pretrained
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, name_eos
 from minirlhf.models.lora import add_lora
 from minirlhf.models.transformer import CausalLM, initialize
-from minirlhf.run import optim
-from minirlhf.run.settings import setting
 from minirlhf.setup import memory_plans
 from minirlhf.setup.memory import Plan
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    model: str | None = setting(None, "language model to continue", metavar="FOLDER")
-    init_config: str | None = setting(
-        None, "config.json of a model to train from nothing, instead of --model", metavar="FILE"
-    )
-    tokenizer: str | None = setting(
-        None, "tokenizer of a model from nothing; none: one is trained", metavar="FOLDER"
-    )
-    vocab_size: int = setting(8192, "most tokens of a tokenizer that is trained", at_least=258)
-    data: str = setting(
-        "", "texts, or prompts with answers: JSON lines, JSON, CSV, TSV or .txt, also .gz",
-        metavar="FILE", required=True,
-    )
-    out: str = setting("", "folder of the run", metavar="DIR", required=True)
-    eval_data: tuple[str, ...] = setting((), "held-out texts, several as NAME=FILE", metavar="FILE")
-    eval_every: int = setting(0, "steps between evaluations; 0: at the end only", at_least=0)
-    epochs: float = setting(1.0, "passes over the data", above=0, at_most=1e6)
-    steps: int | None = setting(None, "optimizer steps, instead of epochs", at_least=1)
-    batch_size: int = setting(16, "texts in an optimizer step", at_least=1)
-    micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
-    learning_rate: float = setting(2e-5, "peak step size of AdamW", above=0)
-    schedule: str = setting("linear", "decay of the learning rate", choices=optim.SCHEDULES)
-    warmup_steps: int = setting(0, "steps until the peak learning rate", at_least=0)
-    weight_decay: float = setting(0.0, "AdamW's decay of matrices", at_least=0)
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", above=0)
-    max_grad_norm: float | None = setting(1.0, "gradient norm to clip at; none: off", above=0)
-    skip_nonfinite: int = setting(
-        0, "updates in a row that may be skipped where numbers are not finite", at_least=0
-    )
-    lora_rank: int = setting(
-        0, "train adapters of this rank; 0: all weights", at_least=0, at_most=4096
-    )
-    lora_alpha: float = setting(32.0, "adapter scale: alpha / rank", above=0)
-    gradient_checkpointing: bool = setting(
-        False, "less memory for a forward pass more in each update"
-    )
-    compile: bool = setting(
-        False, "torch.compile for the passes over whole rows; needs a C++ compiler"
-    )
-    max_length: int = setting(1024, "tokens of the longest row", at_least=2)
-    overlong: str = setting(
-        "drop", "what happens to longer rows",
-        choices=("drop", "truncate_prompt_left", "truncate_response", "error"),
-    )
-    columns: tuple[str, ...] = setting(
-        (), "names of columns that the files call otherwise, as in prompt=question",
-        metavar="NAME=COLUMN",
-    )
-    bad_rows: str = setting(
-        "error", "malformed rows: refuse the file, or list them in rejected.jsonl and go on",
-        choices=("error", "skip"),
-    )
-    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
-    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
-    max_drop: float = setting(
-        1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
-    )
-    dtype: str = setting(
-        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
-    )
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
-    seed: int = setting(0, "of data order and new weights")
-    log_every: int = setting(10, "steps between lines of the log", at_least=1)
-    save_every: int = setting(100, "steps between checkpoints", at_least=1)
-    keep: int = setting(2, "checkpoints kept", at_least=2)
-    resume: bool = setting(False, "go on from the newest checkpoint of --out")
-    allow_data_change: bool = setting(False, "resume although data files have changed")
-    allow_setting_change: bool = setting(
-        False, "resume although settings or reward functions have changed"
-    )
-
-    def check(self) -> list[str]:
-        problems = column_problems(self.columns)
-        if (self.model is None) == (self.init_config is None):
-            problems.append("give exactly one of --model and --init-config")
-        if self.model is not None and self.tokenizer is not None:
-            problems.append("--tokenizer goes with --init-config: a --model has its own")
-        if self.init_config is not None and self.lora_rank:
-            problems.append("--lora-rank goes with --model: random weights need training in full")
-        if self.eval_every and not self.eval_data:
-            problems.append("eval_every: goes with --eval-data")
-        return problems
-
-
-# ------------------------------------------------------------------------------- the command line
+from minirlhf.setup.sft_settings import SFTConfig
 
 
 def raw_texts(path: str, policy: RowPolicy) -> Iterator[str]:

@@ -2,18 +2,11 @@
 
 import json
 import sys
-from dataclasses import dataclass
 
 from minirlhf.errors import OK, run
-from minirlhf.run import settings
+from minirlhf.run import flags
 from minirlhf.run.glossary import METRICS, Metric
-from minirlhf.run.settings import setting
-
-
-@dataclass(frozen=True)
-class MetricsConfig:
-    recipe: str = setting("ppo", "recipe that writes the log", choices=tuple(METRICS))
-    json: bool = setting(False, "print one JSON object a metric instead of a table")
+from minirlhf.tools.settings import MetricsConfig
 
 
 def table(metrics: tuple[Metric, ...]) -> str:
@@ -30,9 +23,7 @@ def table(metrics: tuple[Metric, ...]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = settings.parse(
-        MetricsConfig, argv, "minirlhf metrics", "Print what each number in metrics.jsonl means."
-    )
+    config = flags.parse(MetricsConfig, argv, "minirlhf metrics")
     metrics = METRICS[config.recipe]
     if config.json:
         for metric in metrics:

@@ -16,7 +16,7 @@ from minirlhf.errors import OK, UserError, run
 from minirlhf.files import folders
 from minirlhf.models import pretrained
 from minirlhf.models.config import ModelConfig
-from minirlhf.run import settings
+from minirlhf.run import flags
 from minirlhf.run.machine import (
     choose_device,
     choose_dtype,
@@ -24,6 +24,7 @@ from minirlhf.run.machine import (
     make_deterministic,
     process_bytes,
 )
+from minirlhf.run.settings import nearest
 from minirlhf.setup import memory, memory_plans, presets
 from minirlhf.setup import reward as setup_reward
 from minirlhf.setup import sft as setup_sft
@@ -31,8 +32,8 @@ from minirlhf.setup.common import named_files
 from minirlhf.setup.memory import Plan
 from minirlhf.setup.ppo import look, prompt_room, read_texts
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward import RewardConfig
-from minirlhf.setup.sft import SFTConfig
+from minirlhf.setup.reward_settings import RewardConfig
+from minirlhf.setup.sft_settings import SFTConfig
 
 
 def plan_ppo(config: PPOConfig, dtype: torch.dtype, device: str) -> Plan:
@@ -136,12 +137,12 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(OK)
     if recipe not in RECIPES:
         kind = "unknown flag" if recipe.startswith("-") else "no such recipe"
-        advice = settings.nearest(recipe, ("--help",) if recipe.startswith("-") else RECIPES)
+        advice = nearest(recipe, ("--help",) if recipe.startswith("-") else RECIPES)
         raise UserError(recipe, kind, f"{advice}; give a recipe first: {', '.join(RECIPES)}")
     config_class, plan_of = RECIPES[recipe]
-    config = settings.parse(
+    config = flags.parse(
         without_files(config_class), words[1:], f"minirlhf plan {recipe}",
-        "Print what a run would hold in memory.", presets.PPO if recipe == "ppo" else {},
+        presets.PPO if recipe == "ppo" else {},
     )
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     make_deterministic(device)  # as a run does: it imports 70 MB

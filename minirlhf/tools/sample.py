@@ -8,8 +8,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -19,77 +17,13 @@ from minirlhf.data.examples import Prompt, load_prompts
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.files import folders
-from minirlhf.files.sieve import RowPolicy, column_problems
+from minirlhf.files.sieve import RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.models.generation import Sampling, before_stop, generate
 from minirlhf.models.transformer import CausalLM
-from minirlhf.run import settings
+from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
-from minirlhf.run.settings import setting
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    model: str = setting(help="language model", metavar="FOLDER")
-    data: str | None = setting(
-        None, "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz", metavar="FILE"
-    )
-    prompt: str | None = setting(None, "one prompt, instead of --data", verbatim=True)
-    out: str | None = setting(None, "new file for the lines; none: stdout", metavar="FILE")
-    max_new_tokens: int = setting(64, "tokens of the longest response", at_least=1)
-    temperature: float = setting(1.0, "of the softmax; 0: greedy", at_least=0)
-    top_k: int = setting(0, "sample from the k most probable tokens; 0: all", at_least=0)
-    top_p: float = setting(1.0, "sample from the fewest of this mass", above=0, at_most=1)
-    min_p: float = setting(0.0, "least fraction of the best's probability", at_least=0, at_most=1)
-    repetition_penalty: float = setting(1.0, "of tokens already there; 1: off", above=0)
-    stop: tuple[str, ...] = setting((), "strings that end a response, which is cut before them")
-    samples: int = setting(1, "continuations of each prompt, one after another", at_least=1)
-    batch_size: int = setting(16, "continuations sampled at a time", at_least=1)
-    max_length: int | None = setting(
-        None, "tokens of the longest prompt; none: what the model has room for", at_least=1
-    )
-    overlong: str = setting(
-        "error", "what happens to longer prompts",
-        choices=("drop", "truncate_prompt_left", "error"),
-    )
-    columns: tuple[str, ...] = setting(
-        (), "names of columns that the files call otherwise, as in prompt=question",
-        metavar="NAME=COLUMN",
-    )
-    bad_rows: str = setting(
-        "error", "malformed rows: refuse the file, or leave them out and tell how many",
-        choices=("error", "skip"),
-    )
-    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
-    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
-    max_drop: float = setting(
-        1.0, "share of the rows that may be left out; 1: no limit", at_least=0, at_most=1
-    )
-    limit: int | None = setting(None, "only so many prompts, the first", at_least=1)
-    dtype: str = setting(
-        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
-    )
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
-    seed: int = setting(0, "of the draws")
-
-    def check(self) -> list[str]:
-        problems = column_problems(self.columns)
-        if (self.data is None) == (self.prompt is None):
-            problems.append("give exactly one of --data and --prompt")
-        if self.samples > 1 and self.temperature == 0:
-            problems.append(f"--samples {self.samples} with temperature 0: they would all be one")
-        if not all(self.stop):
-            problems.append("--stop: got an empty string, which every text contains")
-        return problems + check_new(self.out)
-
-
-def check_new(out: str | None, flag: str = "--out") -> list[str]:
-    """The problem with a file that is to be made, told before any work is done for it."""
-    if out and Path(out).exists():
-        return [f"{flag}: {out} is there already: give another"]
-    if out and not Path(out).parent.is_dir():
-        return [f"{flag}: {Path(out).parent} is no folder"]
-    return []
+from minirlhf.tools.settings import SampleConfig
 
 
 def sample(
@@ -175,9 +109,7 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = settings.parse(
-        SampleConfig, argv, "minirlhf sample", "Write continuations of prompts, as JSON lines."
-    )
+    config = flags.parse(SampleConfig, argv, "minirlhf sample")
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     folder = folders.resolve(config.model)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row

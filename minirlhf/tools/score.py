@@ -6,7 +6,6 @@ JSON line a row goes to stdout or to --out, a summary and all else to stderr.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isfinite
 
 import torch
@@ -27,54 +26,16 @@ from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import NON_FINITE, OK, UserError, run
 from minirlhf.evaluation.reward import calibration_error, ordered_scores, preference_metrics
 from minirlhf.files import folders
-from minirlhf.files.sieve import RowPolicy, column_problems
+from minirlhf.files.sieve import RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel
 from minirlhf.recipes.reward import SHOWN
 from minirlhf.rewards.model import score_texts
-from minirlhf.run import settings
+from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
-from minirlhf.run.settings import setting
 from minirlhf.tools.check.rows import recipe_of
-from minirlhf.tools.sample import check_new, json_lines
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    model: str = setting(help="reward model", metavar="FOLDER")
-    data: str = setting(
-        help="pairs, ranked lists, texts, or prompts with answers, also .gz; the output of "
-        "minirlhf sample is such a file", metavar="FILE",
-    )
-    out: str | None = setting(None, "new file for the lines; none: stdout", metavar="FILE")
-    micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
-    max_length: int | None = setting(
-        None, "tokens of the longest row; none: what the model has room for", at_least=2
-    )
-    overlong: str = setting(
-        "error", "what happens to longer rows",
-        choices=("drop", "truncate_prompt_left", "truncate_response", "error"),
-    )
-    columns: tuple[str, ...] = setting(
-        (), "names of columns that the files call otherwise, as in prompt=question",
-        metavar="NAME=COLUMN",
-    )
-    bad_rows: str = setting(
-        "error", "malformed rows: refuse the file, or leave them out and tell how many",
-        choices=("error", "skip"),
-    )
-    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
-    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
-    max_drop: float = setting(
-        1.0, "share of the rows that may be left out; 1: no limit", at_least=0, at_most=1
-    )
-    dtype: str = setting(
-        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
-    )
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
-
-    def check(self) -> list[str]:
-        return column_problems(self.columns) + check_new(self.out)
+from minirlhf.tools.sample import json_lines
+from minirlhf.tools.settings import ScoreConfig
 
 
 def text_rows(
@@ -134,9 +95,7 @@ def check_finite(rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = settings.parse(
-        ScoreConfig, argv, "minirlhf score", "Score texts or preferences with a reward model."
-    )
+    config = flags.parse(ScoreConfig, argv, "minirlhf score")
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     folder = folders.resolve(config.model)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row

@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -34,9 +33,9 @@ from minirlhf.rewards.model import model_reward
 from minirlhf.rewards.parse import read_token
 from minirlhf.rewards.service import Timed
 from minirlhf.rewards.source import Completions
-from minirlhf.run import settings
+from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
-from minirlhf.run.settings import setting
+from minirlhf.tools.settings import ServeConfig
 
 PATHS = ("/", "/score", "/v1/score/evaluation")  # the last is LLaMA-Factory's
 BODY_CAP = 16 << 20  # bytes
@@ -45,22 +44,6 @@ REASONS = ("eos", "stop", "length")
 LOOPBACK = ("127.0.0.1", "localhost")
 
 Answer = Callable[[object], dict]
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    model: str = setting(help="reward model", metavar="FOLDER")
-    host: str = setting("127.0.0.1", "address to listen at")
-    port: int = setting(8000, "port to listen at; 0: any free one", at_least=0, at_most=65535)
-    token_file: str | None = setting(
-        None, "holds the bearer token that a request must have; none: all are answered",
-        metavar="FILE",
-    )
-    micro_batch_tokens: int = setting(4096, "most tokens in one forward pass", at_least=1)
-    dtype: str = setting(
-        "auto", "of weights and compute; auto: float32", choices=("auto", "float32", "bfloat16")
-    )
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU")
 
 
 # ---------------------------------------------------------------------------------------- scoring
@@ -242,9 +225,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = settings.parse(
-        ServeConfig, argv, "minirlhf serve", "Answer requests for scores with a reward model."
-    )
+    config = flags.parse(ServeConfig, argv, "minirlhf serve")
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     # The same flag as `make_deterministic` sets, without the compiler that it imports.
     torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")

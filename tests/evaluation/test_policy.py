@@ -22,6 +22,7 @@ from minirlhf.models.generation import Sampling, generate
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.lora import add_lora, merge_lora, merged_copy
 from minirlhf.run.folder import Run
+from minirlhf.run.resume import RunSettings
 from minirlhf.setup.ppo import held_out
 from tests.recipes import test_ppo_run
 from tests.recipes.test_ppo import PROMPTS, Letters, letter_d, tiny_lm, tiny_policy
@@ -413,7 +414,7 @@ def test_main_refuses_to_resume_with_other_held_out_prompts(held, tmp_path, caps
 def test_keep_best_takes_only_what_is_better(tmp_path, capsys):
     written = []
     state = test_ppo_run.state_of(tiny_policy(), test_ppo_run.config_of())
-    with Run(str(tmp_path / "out"), "ppo", {}, False) as r:
+    with Run(RunSettings(out=str(tmp_path / "out")), "ppo") as r:
         for score in (1.0, 0.5, 1.0, 2.0, 2.0, 1.5, 2.5):
             metrics = {"eval/a/objective/scores": score, "eval/b/objective/scores": -score}
             policy_evaluation.keep_best(r, state, metrics, lambda: written.append(state.best))

@@ -32,6 +32,7 @@ from minirlhf.recipes import ppo as recipe
 from minirlhf.recipes.ppo import ppo
 from minirlhf.run.checkpoint import load_checkpoint, save_checkpoint, verify
 from minirlhf.run.folder import Run
+from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import validate
 from minirlhf.setup.ppo import prompt_room
 from tests.recipes.test_ppo import (
@@ -201,7 +202,7 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
     state = state_of(tiny_policy(), config_of())
     state.step = 7
     rows = sample_table(state, prompts, letter_d, Letters(), Sampling(6), 4, 4, seed=0)
-    with Run(str(tmp_path / "out"), "ppo", {}, False) as r:
+    with Run(RunSettings(out=str(tmp_path / "out")), "ppo") as r:
         show_samples(r, state, rows)
     shown = capsys.readouterr().out
     assert "samples at step 7" in shown

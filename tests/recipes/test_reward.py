@@ -15,7 +15,7 @@ from minirlhf.recipes.reward import reward
 from minirlhf.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from minirlhf.run.settings import validate
 from minirlhf.setup.common import named_files
-from minirlhf.setup.reward import RewardConfig
+from minirlhf.setup.reward_settings import RewardConfig
 from tests.tiny_reward import (
     LISTS,
     PAIRS,

@@ -27,7 +27,8 @@ from minirlhf.rewards.source import Completions
 from minirlhf.run.folder import Run
 from minirlhf.setup import reward as setup
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward import RewardConfig, load_start, write_model
+from minirlhf.setup.reward import load_start, write_model
+from minirlhf.setup.reward_settings import RewardConfig
 from tests.conftest import make_peer
 
 TINY = {

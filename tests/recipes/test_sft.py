@@ -18,7 +18,7 @@ from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.recipes.sft import evaluate, sft
 from minirlhf.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from minirlhf.run.settings import validate
-from minirlhf.setup.sft import SFTConfig
+from minirlhf.setup.sft_settings import SFTConfig
 
 TINY = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,

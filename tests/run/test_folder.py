@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -14,18 +16,24 @@ import minirlhf
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.files import atomic
 from minirlhf.run.checkpoint import TrainState, commits
-from minirlhf.run.folder import FIXED, Run
+from minirlhf.run.folder import Run
 from minirlhf.run.meters import Step
 from minirlhf.run.optim import make_optimizer
+from minirlhf.run.resume import RunSettings
+from minirlhf.run.settings import as_dict, override, setting
 
-SETTINGS = {"seed": 0, "betas": (0.9, 0.99), "keep": 3, "log_every": 1, "resume": False}
+
+@dataclass(frozen=True)
+class Toy(RunSettings):
+    """A recipe that counts."""
+
+    data: str = setting("", metavar="FILE", data=True)
+    seed: int = setting(0)
+    keep: int = override(3)
 
 
-def start(
-    out, resume: bool = False, inputs=(), recipe: str = "toy", fixed=(), **changes
-) -> Run:
-    settings = SETTINGS | {"out": str(out), "resume": resume} | changes
-    return Run(str(out), recipe, settings, resume, inputs, fixed)
+def start(out, resume: bool = False, inputs: dict = MappingProxyType({}), **changes) -> Run:
+    return Run(Toy(out=str(out), resume=resume, **changes), "toy", inputs)
 
 
 def make_state() -> TrainState:
@@ -77,7 +85,7 @@ def test_run_json_says_what_it_takes_to_do_the_run_again(tmp_path, monkeypatch):
     data = tmp_path / "d.jsonl"
     data.write_bytes(b"abc")
     monkeypatch.setattr(sys, "argv", ["/some/where/minirlhf", "toy", "--data", "my file"])
-    with start(tmp_path / "run", inputs=[str(data)]):
+    with start(tmp_path / "run", inputs={"data": [data]}):
         pass
     facts = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert facts.pop("versions") == {
@@ -88,8 +96,9 @@ def test_run_json_says_what_it_takes_to_do_the_run_again(tmp_path, monkeypatch):
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
     assert facts == {
         "recipe": "toy",
-        "settings": SETTINGS | {"betas": [0.9, 0.99], "out": str(tmp_path / "run")},
+        "settings": as_dict(Toy(out=str(tmp_path / "run"))),
         "inputs": {str(data): sha256},
+        "named_by": {"data": [str(data)]},
         "command": "minirlhf toy --data 'my file'",
     }
 
@@ -134,7 +143,8 @@ def test_leftovers_are_swept_on_entering(done):
 HOLDER = """
 import sys
 from minirlhf.run.folder import Run
-with Run(sys.argv[1], "toy", {}, False):
+from minirlhf.run.resume import RunSettings
+with Run(RunSettings(out=sys.argv[1]), "toy"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -147,7 +157,7 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     ) as child:
         assert child.stdout.readline() == "held\n"
-        second = Run(str(out), "toy", {}, True)
+        second = Run(RunSettings(out=str(out), resume=True), "toy")
         told = f"run: is in use by process {child.pid} on .* since .*: give another --out"
         with pytest.raises(UserError, match=told), second:
             pass
@@ -155,201 +165,6 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
         child.wait()
         with second:
             pass
-
-
-# ---- settings on resume --------------------------------------------------------------------------
-
-
-def test_resume_refuses_changed_settings_and_names_old_and_new(done):
-    told = r"run\.json: seed was 0, is 1; betas was \[0\.9, 0\.99\], is \[0\.9, 0\.5\]: resume with"
-    with pytest.raises(UserError, match=told):
-        start(done, resume=True, seed=1, betas=(0.9, 0.5))
-
-
-def test_resume_refuses_a_run_of_an_older_version_that_had_fewer_settings(done):
-    told = r"run\.json: has no setting newest: an older minirlhf began the run: let that one finish"
-    with pytest.raises(UserError, match=told):
-        start(done, resume=True, newest=1)
-
-
-def test_resume_goes_on_with_changed_settings_where_that_is_allowed_and_says_so(done, capsys):
-    changes = {"seed": 1, "newest": 2, "log_every": 7, "allow_setting_change": True}
-    with start(done, resume=True, **changes) as run:
-        run.restore(make_state())
-    printed = capsys.readouterr().out
-    for told in ("seed was 0, is 1", "log_every was 1, is 7", "newest did not exist, is 2"):
-        assert f"changed: {told}\n" in printed
-    facts = json.loads((done / "run.json").read_text("utf-8"))
-    changes = [{"setting": "seed", "was": 0, "is": 1}, {"setting": "newest", "was": None, "is": 2}]
-    assert facts["setting_changes"] == changes and facts["settings"]["seed"] == 1
-    assert run.provenance(())["changes"] == changes
-    with start(done, resume=True, seed=1, newest=2):  # from now on those are the run's settings
-        pass
-    with pytest.raises(UserError, match="seed was 1, is 0"):
-        start(done, resume=True, newest=2)
-    with start(done, resume=True, newest=2, allow_setting_change=True):
-        pass
-    facts = json.loads((done / "run.json").read_text("utf-8"))
-    assert facts["setting_changes"] == [*changes, {"setting": "seed", "was": 1, "is": 0}]
-
-
-@pytest.mark.parametrize(("name", "fixed"), [*((name, ()) for name in sorted(FIXED)), ("k", ["k"])])
-def test_what_a_checkpoint_is_of_never_changes(name, fixed, tmp_path):
-    with start(tmp_path / "run", **{name: "a"}):
-        pass
-    changes = {name: "b", "seed": 1, "allow_setting_change": True}
-    with pytest.raises(UserError) as caught:
-        start(tmp_path / "run", resume=True, fixed=fixed, **changes)
-    assert caught.value.what == f"{name} was 'a', is 'b'"
-    assert caught.value.do == "resume with the settings of the first start"
-
-
-def test_resume_allows_what_no_number_depends_on(done, tmp_path):
-    changes = {"log_every": 5, "save_every": 7, "keep": 9, "show_samples": 2, "device": "cuda"}
-    start(done, resume=True, **changes)
-    done.rename(tmp_path / "moved")
-    with start(tmp_path / "moved", resume=True) as run:
-        run.restore(state := make_state())
-    assert state.step == 2
-
-
-def test_resume_refuses_a_run_of_another_recipe(done):
-    with pytest.raises(UserError, match=r"run\.json: is not of a sft run: give another --out"):
-        start(done, resume=True, recipe="sft")
-
-
-@pytest.mark.parametrize(
-    ("text", "told"), [("[1]", "is not of a toy run"), ("{", "run.json:1: not valid JSON")]
-)
-def test_resume_refuses_a_broken_run_json(done, text, told):
-    (done / "run.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=told):
-        start(done, resume=True)
-
-
-A, B = (  # sha256 of "1" and of "2"
-    "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b",
-    "d4735e3a265e16eee03f59718b9b5d03019c07d8b6c51f90da3a666eec13ab35",
-)
-
-
-def test_resume_goes_on_with_changed_data_where_that_is_allowed_and_says_so(tmp_path, capsys):
-    data, held_out, out = tmp_path / "d.jsonl", tmp_path / "e.jsonl", tmp_path / "run"
-    for path in (data, held_out):
-        path.write_text("1", encoding="utf-8")
-    files = {"data": str(data), "eval_data": (f"short={held_out}",)}
-    inputs = [str(data), str(held_out)]
-    with start(out, inputs=inputs, **files):
-        pass
-    for path in (data, held_out):
-        path.write_text("2", encoding="utf-8")
-        told = f"{path.name}: has changed since the run began: give another --out, or --allow-data-"
-        with pytest.raises(UserError, match=told), start(out, True, inputs, **files):
-            pass
-        before = (out / "run.json").read_bytes()
-        with start(out, True, inputs, allow_data_change=True, **files):
-            pass
-        printed = capsys.readouterr().out
-        assert printed == f"changed: {path}: sha256 was {A[:12]}, is {B[:12]}\n"
-        assert (out / "run.json").read_bytes() != before
-        with start(out, True, inputs, **files):  # from now on that is the run's data
-            pass
-        assert capsys.readouterr().out == ""
-    facts = json.loads((out / "run.json").read_text("utf-8"))
-    assert facts["inputs"] == {str(data): B, str(held_out): B}
-    changes = [{"file": str(path), "was": A, "is": B} for path in (data, held_out)]
-    assert facts["data_changes"] == changes
-    data.write_text("1", encoding="utf-8")
-    with pytest.raises(UserError, match="has changed"), start(out, True, inputs, **files):
-        pass
-
-
-def test_allow_data_change_is_no_leave_to_change_anything_else(tmp_path):
-    reward, out = tmp_path / "reward.py", tmp_path / "run"
-    reward.write_text("1", encoding="utf-8")
-    changes = {"data": str(tmp_path / "d.jsonl"), "allow_data_change": True}
-    with start(out, inputs=[str(reward)], **changes):
-        pass
-    reward.write_text("2", encoding="utf-8")
-    with (
-        pytest.raises(UserError, match=r"reward\.py: has changed since the run.*--out$"),
-        start(out, True, [str(reward)], **changes),
-    ):
-        pass
-
-
-def test_provenance_names_data_by_what_it_was_and_is(tmp_path):
-    old, new, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "run"
-    for path, text in ((old, "1"), (new, "2")):
-        path.write_text(text, encoding="utf-8")
-    with start(out, inputs=[str(old)], data=str(old)):
-        pass
-    leave = {"allow_data_change": True, "allow_setting_change": True}
-    with start(out, True, [str(new)], data=str(new), **leave) as run:
-        pass
-    sums = [{"file": "b.jsonl", "sha256": B}, {"file": "a.jsonl", "sha256": A}]
-    assert run.provenance(("data",))["data"] == sums
-
-
-@pytest.mark.parametrize("source", ["reward.py:f", "0.5*reward.py:f", "model"])
-def test_allow_setting_change_is_leave_to_mend_a_reward_source(source, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    file = tmp_path / ("model/config.json" if source == "model" else "reward.py")
-    file.write_text("1", encoding="utf-8")
-    inputs, named = ["model" if source == "model" else "reward.py"], {"reward": (source,)}
-    with start("run", inputs=inputs, **named):
-        pass
-    file.write_text("2", encoding="utf-8")
-    told = "has changed since the run began: give another --out, or --allow-setting-change"
-    with pytest.raises(UserError, match=told), start("run", True, inputs, **named):
-        pass
-    allowed = named | {"allow_setting_change": True}
-    with (
-        pytest.raises(UserError, match=r"has changed since the run began: give another --out$"),
-        start("run", True, inputs, fixed=["reward"], **allowed),
-    ):
-        pass
-    with start("run", True, inputs, **allowed):
-        pass
-    other = tmp_path / "other.py"
-    other.write_text("3", encoding="utf-8")
-    with start("run", True, ["other.py"], **allowed | {"reward": ("other.py:g",)}):
-        pass
-    facts = json.loads((tmp_path / "run/run.json").read_text("utf-8"))
-    changed = [change["file"] for change in facts["data_changes"]]
-    assert changed == [str(file.relative_to(tmp_path)), "other.py", changed[0]]
-
-
-def test_held_out_data_that_a_state_remembers_may_not_change(tmp_path):
-    data, out = tmp_path / "e.jsonl", tmp_path / "run"
-    data.write_text("1", encoding="utf-8")
-    files = {"eval_data": (str(data),), "allow_data_change": True}
-    with start(out, inputs=[str(data)], fixed=["eval_data"], **files):
-        pass
-    data.write_text("2", encoding="utf-8")
-    told = r"has changed since the run began: give another --out$"
-    with (
-        pytest.raises(UserError, match=told),
-        start(out, True, [str(data)], fixed=["eval_data"], **files),
-    ):
-        pass
-
-
-def test_resume_takes_inputs_that_an_older_version_kept_no_sum_of(tmp_path):
-    data, tokenizer, out = tmp_path / "d.jsonl", tmp_path / "tokenizer.json", tmp_path / "run"
-    data.write_text("1", encoding="utf-8")
-    tokenizer.write_text("{}", encoding="utf-8")
-    with start(out, inputs=[str(data)]):
-        pass
-    with start(out, resume=True, inputs=[str(data), str(tokenizer)]) as run:
-        assert len(run.hashes) == 2
-    tokenizer.write_text("[]", encoding="utf-8")
-    with (
-        pytest.raises(UserError, match=r"tokenizer\.json: has changed since the run began"),
-        start(out, resume=True, inputs=[str(data), str(tokenizer)]),
-    ):
-        pass
 
 
 def test_a_run_that_nobody_reads_stops_as_at_a_signal(tmp_path, monkeypatch):
@@ -364,21 +179,6 @@ def test_a_run_that_nobody_reads_stops_as_at_a_signal(tmp_path, monkeypatch):
         assert run.stopped
         run.say("step 2")  # into nothing
         sys.stdout.close()
-
-
-def test_resume_refuses_changed_data(tmp_path):
-    data, out = tmp_path / "d.jsonl", tmp_path / "run"
-    data.write_text("1", encoding="utf-8")
-    with start(out, inputs=[str(data)]):
-        pass
-    with start(out, resume=True, inputs=[str(data)]):
-        pass
-    data.write_text("2", encoding="utf-8")
-    with (
-        pytest.raises(UserError, match=r"d\.jsonl: has changed since the run began"),
-        start(out, resume=True, inputs=[str(data)]),
-    ):
-        pass
 
 
 # ---- restore -------------------------------------------------------------------------------------
@@ -600,39 +400,6 @@ def test_a_second_signal_leaves_at_once(tmp_path, capfd, monkeypatch):
 
 
 # ---- what else a run tells -----------------------------------------------------------------------
-
-
-def test_resume_prints_the_free_settings_that_changed(done, capsys):
-    with start(done, resume=True, keep=5, log_every=2) as run:
-        run.restore(make_state())
-    out = capsys.readouterr().out
-    assert "changed: keep was 3, is 5\nchanged: log_every was 1, is 2\n" in out
-    assert "changed: resume" not in out
-
-
-def test_resume_prints_nothing_where_nothing_changed(done, capsys):
-    with start(done, resume=True) as run:
-        run.restore(make_state())
-    assert "changed" not in capsys.readouterr().out
-
-
-def test_resume_refuses_a_frozen_model_that_changed(tmp_path):
-    model, out = tmp_path / "model", tmp_path / "run"
-    model.mkdir()
-    (model / "model.safetensors").write_bytes(b"weights")
-    (model / "config.json").write_text("{}", encoding="utf-8")
-    (model / "README.md").write_text("a", encoding="utf-8")
-    with start(out, inputs=[str(model)]) as run:
-        run.restore(make_state())
-    (model / "README.md").write_text("b", encoding="utf-8")  # no number depends on it
-    with start(out, inputs=[str(model)], resume=True):
-        pass
-    (model / "model.safetensors").write_bytes(b"Weights")
-    with pytest.raises(UserError, match=r"model\.safetensors: has changed since the run began"):
-        start(out, inputs=[str(model)], resume=True).__enter__()
-    (model / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model\.safetensors: has changed since the run began"):
-        start(out, inputs=[str(model)], resume=True).__enter__()
 
 
 def test_a_fault_of_ours_leaves_a_crash_json_and_the_checkpoint(tmp_path):

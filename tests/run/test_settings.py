@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import pytest
 
 from minirlhf.errors import BAD_INPUT, UserError
-from minirlhf.run.settings import as_dict, nearest, parse, setting, validate
+from minirlhf.run.flags import parse
+from minirlhf.run.settings import as_dict, nearest, setting, validate
 
 
 @dataclass
 class Config:
+    """Tries settings."""
+
     model: str = setting(help="folder of the policy", metavar="FOLDER")
     steps: int = setting(10, "optimizer steps, 100% of them", at_least=1)
     learning_rate: float = setting(1e-3, "step size", above=0, at_most=1)
@@ -29,7 +32,7 @@ class Config:
 
 
 def read(*argv: str, config_class: type = Config):
-    return parse(config_class, list(argv), "minirlhf try", "Tries settings.")
+    return parse(config_class, list(argv), "minirlhf try")
 
 
 def refused(*argv: str) -> str:
@@ -93,7 +96,7 @@ def test_parse_reads_a_flag(words, name, value):
 
 def test_parse_without_argv_reads_the_process_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["minirlhf", "--model", "m", "--steps", "2"])
-    assert parse(Config, None, "minirlhf try", "") == Config(model="m", steps=2)
+    assert parse(Config, None, "minirlhf try") == Config(model="m", steps=2)
 
 
 BAD_TEXTS = {

@@ -12,8 +12,8 @@ from minirlhf.setup import memory_plans
 from minirlhf.setup.memory import Plan
 from minirlhf.setup.memory_plans import PPOModels, ppo_plan
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward import RewardConfig
-from minirlhf.setup.sft import SFTConfig
+from minirlhf.setup.reward_settings import RewardConfig
+from minirlhf.setup.sft_settings import SFTConfig
 from tests.setup.test_memory import GPT2, PLAN, TINY, UNTIED
 
 

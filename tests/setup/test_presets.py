@@ -7,7 +7,8 @@ import pytest
 
 from minirlhf import cli
 from minirlhf.errors import BAD_INPUT, OK, UserError
-from minirlhf.run.settings import Preset, parse, setting
+from minirlhf.run.flags import Preset, parse
+from minirlhf.run.settings import setting
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.presets import PPO
 from tests.kill_harness import command, make_world
@@ -35,7 +36,7 @@ PRESETS = {"old-tool": OLD, "bad": Preset("bad", {"rate": (-1.0, "x")}, ("x",))}
 
 
 def read(*argv: str) -> Toy:
-    return parse(Toy, list(argv), "minirlhf try", "Tries.", PRESETS)
+    return parse(Toy, list(argv), "minirlhf try", PRESETS)
 
 
 def refused(*argv: str) -> str:
@@ -82,7 +83,7 @@ def test_an_illegal_value_is_told_by_its_preset():
 
 def test_without_presets_there_is_no_such_flag():
     with pytest.raises(UserError, match="--preset: unknown flag"):
-        parse(Toy, ["--model", "m", "--preset", "old-tool"], "minirlhf try", "Tries.")
+        parse(Toy, ["--model", "m", "--preset", "old-tool"], "minirlhf try")
 
 
 def test_help_names_the_presets(capsys):
@@ -129,7 +130,7 @@ def test_preset_sets_settings_that_there_are_and_each_has_a_source(name):
 
 @pytest.mark.parametrize("name", PPO)
 def test_preset_is_legal_and_reaches_the_config(name):
-    config = parse(PPOConfig, [*NEEDED, "--preset", name], "minirlhf ppo", "", PPO)
+    config = parse(PPOConfig, [*NEEDED, "--preset", name], "minirlhf ppo", PPO)
     for key, (value, _) in PPO[name].values.items():
         assert getattr(config, key) == value, key
         assert type(getattr(config, key)) is type(value), key
@@ -138,7 +139,7 @@ def test_preset_is_legal_and_reaches_the_config(name):
 @pytest.mark.parametrize("name", PPO)
 def test_explanation_has_a_line_a_setting(name, capsys):
     with pytest.raises(SystemExit):
-        parse(PPOConfig, ["--explain-preset", name], "minirlhf ppo", "", PPO)
+        parse(PPOConfig, ["--explain-preset", name], "minirlhf ppo", PPO)
     out = capsys.readouterr().out
     assert out.startswith(f"--preset {name}: {PPO[name].about}\n")
     lines = out.splitlines()

@@ -9,7 +9,7 @@ import minirlhf
 from minirlhf import cli
 from minirlhf.errors import BAD_INPUT, OK
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward import RewardConfig
+from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.tools.coming_from import TOOLS, WIDTH, Section, sections
 
 FLAGS = {

@@ -9,19 +9,17 @@ for the eye: how rows are read, how long they are, what stands there twice. Line
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 
 from minirlhf.batches.preferences import reads_before_eos
-from minirlhf.data.examples import OVERLONG
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import OK, UserError, run
 from minirlhf.files import folders
-from minirlhf.files.sieve import Report, RowPolicy, column_problems
+from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.models import pretrained, stored
-from minirlhf.run import settings
-from minirlhf.run.settings import setting
+from minirlhf.run import flags
 from minirlhf.setup.ppo import prompt_room
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.tools.check.facts import (
@@ -35,47 +33,7 @@ from minirlhf.tools.check.facts import (
 from minirlhf.tools.check.rows import RECIPES, Model, Raw, read_raw, recipe_of
 from minirlhf.tools.check.warn import length_bias, overlap, plain_template, raw_warnings
 from minirlhf.tools.check.words import show, show_model
-from minirlhf.tools.sample import check_new
-
-
-@dataclass(frozen=True)
-class CheckConfig:
-    data: tuple[str, ...] = setting(
-        help="files to look at, the later ones also for what they share with the first; the files "
-        "may come first, without this flag", metavar="FILE",
-    )
-    model: str | None = setting(
-        None, "model or reward model; none: only what needs no tokenizer", metavar="FOLDER"
-    )
-    recipe: str = setting(
-        "auto", "what the files are for; auto: told by their columns", choices=("auto", *RECIPES)
-    )
-    max_length: int | None = setting(
-        None, "tokens of the longest row; none: the recipe's default", at_least=2
-    )
-    overlong: str | None = setting(
-        None, "what happens to longer rows; none: the recipe's default", choices=OVERLONG
-    )
-    columns: tuple[str, ...] = setting(
-        (), "names of columns that the files call otherwise, as in prompt=question",
-        metavar="NAME=COLUMN",
-    )
-    bad_rows: str = setting(
-        "error", "malformed rows: refuse the file, or show them and go on",
-        choices=("error", "skip"),
-    )
-    fix_text: bool = setting(False, "replace halves of surrogate pairs by U+FFFD")
-    allow_empty_prompt: bool = setting(False, "whether a prompt may be empty")
-    max_drop: float = setting(
-        1.0, "share of a file's rows that may be left out; 1: no limit", at_least=0, at_most=1
-    )
-    max_new_tokens: int = setting(64, "room that ppo needs behind a prompt", at_least=1)
-    json: str | None = setting(None, "new file for the same facts as JSON", metavar="FILE")
-
-    def check(self) -> list[str]:
-        problems = [] if self.data else ["--data: give at least one file"]
-        return problems + column_problems(self.columns) + check_new(self.json, "--json")
-
+from minirlhf.tools.settings import CheckConfig
 
 # -------------------------------------------------------------------------------------- the inputs
 
@@ -152,9 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     files = list(takewhile(lambda word: not word.startswith("-"), argv))
     argv = ["--data", *files, *argv[len(files) :]] if files else argv
-    config = settings.parse(
-        CheckConfig, argv, "minirlhf check", "Look at data as a recipe will read it."
-    )
+    config = flags.parse(CheckConfig, argv, "minirlhf check")
     auto = config.recipe == "auto"
     policy = RowPolicy.of(config)
     recipes = [recipe_of(path, policy) if auto else config.recipe for path in config.data]

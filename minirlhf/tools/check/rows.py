@@ -33,8 +33,8 @@ from minirlhf.files.rows import Row
 from minirlhf.files.sieve import STRICT, LeftOut, RowPolicy, Sieve
 from minirlhf.models.config import ModelConfig
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward import RewardConfig
-from minirlhf.setup.sft import SFTConfig
+from minirlhf.setup.reward_settings import RewardConfig
+from minirlhf.setup.sft_settings import SFTConfig
 
 Example = Pair | Ranking | Prompt | Text
 

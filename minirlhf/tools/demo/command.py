@@ -11,7 +11,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -20,10 +19,10 @@ from typing import NamedTuple
 from minirlhf.errors import OK, UserError, run
 from minirlhf.files import atomic
 from minirlhf.recipes import ppo, reward, sft
-from minirlhf.run import settings
-from minirlhf.run.settings import setting
+from minirlhf.run import flags
 from minirlhf.tools import curve, sample
 from minirlhf.tools.demo import film_judge, film_world
+from minirlhf.tools.settings import DemoConfig
 
 MODEL = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
@@ -33,24 +32,6 @@ MODEL = {
 PAIRS, ANSWERS = 4400, 2800  # comparisons in all; responses of the model among what is compared
 HELD_OUT = 64  # prompts answered before and after
 SHOWN = 5  # of them, as text
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    out: str = setting("minirlhf-demo", "new folder for data, runs and models", metavar="DIR")
-    scale: float = setting(1.0, "share of the training steps", above=0, at_most=1)
-    seed: int = setting(0, "of the world and of every run")
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.out)
-
-    @property
-    def data(self) -> Path:
-        return self.folder / "data"
-
-    def scaled(self, full: int) -> int:
-        return max(round(full * self.scale), 2)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -233,7 +214,7 @@ def compare(before: Path, after: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = settings.parse(DemoConfig, argv, "minirlhf demo", __doc__.splitlines()[0])
+    config = flags.parse(DemoConfig, argv, "minirlhf demo")
     out, started = config.folder, time.perf_counter()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(out, "is there already", "remove it, or give another --out")

@@ -1,0 +1,262 @@
+"""Settings that several commands share, each declared once: default, help, range, resume rule.
+
+A command's config inherits the groups that it needs, so its settings stay flat
+(`config.learning_rate`), and `--help` shows each group under its heading, the words of its
+docstring before the colon. A function that reads one group asks for that group. A config that
+needs another default, sentence or range says so by `override`. No group imports torch, so that
+`--help` need not wait for it.
+"""
+
+from dataclasses import dataclass
+
+from minirlhf.files.sieve import column_problems
+from minirlhf.run.settings import setting
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Model: where the weights come from."""
+
+    model: str = setting(
+        "", "folder or hub name of the model", metavar="FOLDER", required=True, resume="fixed"
+    )
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Data: what is read, and what happens to rows that cannot be used as they are."""
+
+    data: str = setting(
+        "", "data file: JSON lines, JSON, CSV, TSV or .txt, also .gz", metavar="FILE",
+        required=True, data=True,
+    )
+    overlong: str = setting(
+        "drop", "what happens to rows that are longer than max_length",
+        choices=("drop", "truncate_prompt_left", "truncate_response", "error"), resume="start",
+    )
+    columns: tuple[str, ...] = setting(
+        (), "read the file's COLUMN as the column NAME, as in prompt=question",
+        metavar="NAME=COLUMN", resume="start",
+    )
+    bad_rows: str = setting(
+        "error", "what happens to malformed rows: error refuses the file, skip leaves them out and "
+        "lists them in rejected.jsonl", choices=("error", "skip"), resume="start",
+    )
+    fix_text: bool = setting(
+        False, "replace halves of surrogate pairs, which no UTF-8 text can hold, by U+FFFD",
+        resume="start",
+    )
+    allow_empty_prompt: bool = setting(
+        False, "accept rows whose prompt is empty", resume="start"
+    )
+    max_drop: float = setting(
+        1.0, "refuse a file of which more than this share of rows is left out; 1: no limit",
+        at_least=0, at_most=1,
+    )
+
+    def check(self) -> list[str]:
+        return column_problems(self.columns)
+
+
+@dataclass(frozen=True)
+class LengthSettings:
+    """Data: the longest row."""
+
+    max_length: int = setting(
+        1024, "most tokens in a row, prompt and response together", at_least=2, resume="start"
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluation: held-out data, and how often the model is measured on it."""
+
+    eval_data: tuple[str, ...] = setting(
+        (), "held-out data files; of several, name each: NAME=FILE", metavar="FILE", data=True
+    )
+    eval_every: int = setting(
+        0, "steps from one evaluation to the next; 0: evaluate at the end only", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Steps and batches: how long the run is."""
+
+    epochs: float = setting(1.0, "passes over the data", above=0, at_most=1e6)
+    steps: int | None = setting(None, "optimizer steps; given, it replaces epochs", at_least=1)
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """Steps and batches: how much is processed together."""
+
+    batch_size: int = setting(16, "examples in an optimizer step", at_least=1, resume="start")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Optimizer: AdamW, its learning rate and its gradients."""
+
+    learning_rate: float = setting(1e-5, "peak learning rate of AdamW", above=0)
+    schedule: str = setting(
+        "linear", "how the learning rate decays after its peak",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup_steps: int = setting(
+        0, "steps over which the learning rate rises to its peak", at_least=0
+    )
+    weight_decay: float = setting(
+        0.0, "weight decay of AdamW, applied to matrices only", at_least=0
+    )
+    adam_epsilon: float = setting(1e-8, "epsilon of AdamW", above=0)
+    max_grad_norm: float | None = setting(
+        1.0, "longer gradients are scaled down to this norm; none: no clipping", above=0
+    )
+    skip_nonfinite: int = setting(
+        0, "stop only after more than this many updates in a row were skipped because a loss or "
+        "gradient was not finite", at_least=0,
+    )
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Adapters: LoRA (Hu et al. 2021, arXiv:2106.09685)."""
+
+    lora_rank: int = setting(
+        0, "rank of the LoRA adapters, the only weights then trained; 0: train all weights",
+        at_least=0, at_most=4096, resume="fixed",
+    )
+    lora_alpha: float = setting(
+        32.0, "adapter outputs are multiplied by lora_alpha / lora_rank", above=0, resume="fixed"
+    )
+
+
+@dataclass(frozen=True)
+class ResponseSettings:
+    """Sampling: the longest response."""
+
+    max_new_tokens: int = setting(64, "most tokens in a response", at_least=1, resume="start")
+
+
+@dataclass(frozen=True)
+class SamplingSettings(ResponseSettings):
+    """Sampling: the distribution that each token of a response is drawn from."""
+
+    temperature: float = setting(
+        1.0, "logits are divided by it before the softmax", above=0, resume="start"
+    )
+    top_k: int = setting(
+        0, "sample from the k most probable tokens; 0: from all", at_least=0, resume="start"
+    )
+    top_p: float = setting(
+        1.0, "sample from the fewest tokens whose probabilities reach this sum", above=0,
+        at_most=1, resume="start",
+    )
+    min_p: float = setting(
+        0.0, "sample from tokens whose probability is at least this fraction of the highest",
+        at_least=0, at_most=1, resume="start",
+    )
+    stop: tuple[str, ...] = setting(
+        (), "strings that end a response", metavar="TEXT", resume="start"
+    )
+
+
+@dataclass(frozen=True)
+class RewardSourceSettings:
+    """Reward: what scores a response."""
+
+    reward: tuple[str, ...] = setting(
+        (), "reward-model folder, file.py:function or http://host:port/path; several are added, "
+        "each with its weight, as in '0.5*SOURCE' (in quotes: some shells expand the *)",
+        metavar="SOURCE", required=True, resume="start",
+    )
+    reward_format: str = setting(
+        "ids", "JSON form of the requests to a reward service",
+        choices=("ids", "llama-factory"), resume="start",
+    )
+    reward_timeout: float = setting(
+        60.0, "seconds within which a reward service must reply", above=0, at_most=86400,
+        resume="free",
+    )
+    reward_connect_timeout: float = setting(
+        5.0, "seconds within which a reward service must accept a connection", above=0,
+        at_most=86400, resume="free",
+    )
+    reward_retries: int = setting(
+        4, "how often a failed request to a reward service is repeated", at_least=0, at_most=100,
+        resume="free",
+    )
+    reward_batch_size: int = setting(
+        64, "texts in one request to a reward service", at_least=1, resume="free"
+    )
+    reward_token_file: str | None = setting(
+        None, "file that holds the bearer token of a reward service", metavar="FILE",
+        resume="free",
+    )
+
+
+@dataclass(frozen=True)
+class KLSettings:
+    """KL penalty: how far the policy may move from its reference."""
+
+    kl_coef: float = setting(
+        0.05, "weight of the KL penalty, per nat", at_least=0, resume="start"
+    )
+    kl_estimator: str = setting(
+        "k1", "estimator of the KL from the sampled tokens; full: the exact KL over all tokens",
+        choices=("k1", "k2", "k3", "abs", "full"),
+    )
+    kl_in: str = setting(
+        "reward", "whether the KL penalty is subtracted from the rewards or added to the loss",
+        choices=("reward", "loss"),
+    )
+    kl_target: float | None = setting(
+        None, "adapt kl_coef so that the KL of a response comes to this many nats; none: keep it",
+        above=0,
+    )
+    kl_horizon: float = setting(
+        10_000.0, "responses over which an adaptive kl_coef changes by at most a fifth", above=0
+    )
+
+
+@dataclass(frozen=True)
+class MicroBatchSettings:
+    """Memory and speed: the size of a forward pass."""
+
+    micro_batch_tokens: int = setting(
+        4096, "most tokens in one forward pass; fewer need less memory", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class MemorySettings(MicroBatchSettings):
+    """Memory and speed: what training trades one for the other."""
+
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, one more forward pass",
+        resume="free",
+    )
+    compile: bool = setting(
+        False, "compile the forward passes over whole rows with torch.compile; needs a C++ compiler"
+    )
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """Memory and speed: where and in which format numbers are held."""
+
+    dtype: str = setting(
+        "auto", "number format of weights and computation; auto: float32",
+        choices=("auto", "float32", "bfloat16"), resume="fixed",
+    )
+    device: str = setting(
+        "auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU", resume="free"
+    )
+
+
+@dataclass(frozen=True)
+class SeedSettings:
+    """Run: what is drawn at random."""
+
+    seed: int = setting(0, "seed of all that is drawn at random", resume="start")

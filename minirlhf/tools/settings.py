@@ -1,0 +1,198 @@
+"""The settings of the tools, apart from them, so that --help need not wait for torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minirlhf.run.glossary import METRICS
+from minirlhf.run.resume import OutSettings
+from minirlhf.run.settings import override, setting
+from minirlhf.setup.groups import (
+    BatchSettings,
+    DataSettings,
+    DeviceSettings,
+    LengthSettings,
+    MicroBatchSettings,
+    ModelSettings,
+    ResponseSettings,
+    SamplingSettings,
+    SeedSettings,
+)
+
+
+def check_new(out: str | None, flag: str = "--out") -> list[str]:
+    """The problem with a file that is to be made, told before any work is done for it."""
+    if out and Path(out).exists():
+        return [f"{flag}: {out} is there already: give another"]
+    if out and not Path(out).parent.is_dir():
+        return [f"{flag}: {Path(out).parent} is no folder"]
+    return []
+
+
+@dataclass(frozen=True)
+class RecipeSettings:
+    """Recipe: which one is asked about."""
+
+    recipe: str = setting("ppo", "recipe that is asked about", choices=tuple(METRICS))
+
+
+@dataclass(frozen=True)
+class JsonSettings:
+    """Output: as JSON."""
+
+    json: str | None = setting(None, "new file for the same facts as JSON", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class LinesSettings(OutSettings):
+    """Output: JSON lines."""
+
+    out: str | None = override(
+        None, "new file for the JSON lines; none: standard output", metavar="FILE", required=False
+    )
+
+    def check(self) -> list[str]:
+        return check_new(self.out)
+
+
+@dataclass(frozen=True)
+class CheckConfig(
+    ModelSettings, DataSettings, LengthSettings, ResponseSettings, RecipeSettings, JsonSettings
+):
+    """Look at data as a recipe will read it."""
+
+    model: str | None = override(
+        None, "model or reward model; none: only what needs no tokenizer", required=False
+    )
+    data: tuple[str, ...] = override(
+        (), "files to look at, the later ones also for what they share with the first; the files "
+        "may come first, without this flag"
+    )
+    bad_rows: str = override(
+        help="what happens to malformed rows: error refuses the file, skip shows them and goes on"
+    )
+    max_length: int | None = override(None, "most tokens in a row; none: the recipe's default")
+    overlong: str | None = override(
+        None, "what happens to longer rows; none: the recipe's default"
+    )
+    max_new_tokens: int = override(help="room for the response that ppo needs behind a prompt")
+    recipe: str = override(
+        "auto", "recipe that will read the files; auto: told by their columns",
+        choices=("auto", "reward", "sft", "ppo"),
+    )
+
+    def check(self) -> list[str]:
+        problems = [] if self.data else ["--data: give at least one file"]
+        return problems + check_new(self.json, "--json")
+
+
+@dataclass(frozen=True)
+class SampleConfig(
+    ModelSettings, DataSettings, LengthSettings, SamplingSettings, BatchSettings, DeviceSettings,
+    SeedSettings, LinesSettings,
+):
+    """Write continuations of prompts, as JSON lines."""
+
+    model: str = override(help="language model: a folder or a hub name")
+    data: str | None = override(
+        None, "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz", required=False
+    )
+    prompt: str | None = setting(None, "one prompt, instead of --data", verbatim=True)
+    limit: int | None = setting(
+        None, "continue the first prompts of the file only, so many; none: all", at_least=1
+    )
+    samples: int = setting(1, "continuations of each prompt, one after another", at_least=1)
+    bad_rows: str = override(
+        help="what happens to malformed rows: error refuses the file, skip leaves them out and "
+        "tells how many"
+    )
+    max_length: int | None = override(
+        None, "most tokens in a prompt; none: what the context leaves beside the response",
+        at_least=1,
+    )
+    overlong: str = override(
+        "error", "what happens to longer prompts",
+        choices=("drop", "truncate_prompt_left", "error"),
+    )
+    temperature: float = override(
+        help="logits are divided by it before the softmax; 0: always the most probable token",
+        at_least=0,
+    )
+    repetition_penalty: float = setting(
+        1.0, "logits of tokens that are already there are reduced by this factor; 1: off", above=0
+    )
+    stop: tuple[str, ...] = override(
+        help="strings that end a response, which is truncated before them"
+    )
+    batch_size: int = override(help="continuations sampled in parallel")
+
+    def check(self) -> list[str]:
+        problems = []
+        if (self.data is None) == (self.prompt is None):
+            problems.append("give exactly one of --data and --prompt")
+        if self.samples > 1 and self.temperature == 0:
+            problems.append(f"--samples {self.samples} with temperature 0: they would all be one")
+        if not all(self.stop):
+            problems.append("--stop: got an empty string, which every text contains")
+        return problems
+
+
+@dataclass(frozen=True)
+class ScoreConfig(
+    ModelSettings, DataSettings, LengthSettings, MicroBatchSettings, DeviceSettings, LinesSettings
+):
+    """Score texts or preferences with a reward model."""
+
+    model: str = override(help="reward model: a folder or a hub name")
+    data: str = override(
+        help="pairs, ranked lists, texts, or prompts with answers, also .gz; the output of "
+        "minirlhf sample is such a file"
+    )
+    bad_rows: str = override(
+        help="what happens to malformed rows: error refuses the file, skip leaves them out and "
+        "tells how many"
+    )
+    max_length: int | None = override(
+        None, "most tokens in a row; none: the model's context"
+    )
+    overlong: str = override("error", "what happens to longer rows")
+
+
+@dataclass(frozen=True)
+class ServeConfig(ModelSettings, MicroBatchSettings, DeviceSettings):
+    """Answer requests for scores with a reward model."""
+
+    model: str = override(help="reward model: a folder or a hub name")
+    host: str = setting("127.0.0.1", "address to listen at")
+    port: int = setting(8000, "port to listen at; 0: any free one", at_least=0, at_most=65535)
+    token_file: str | None = setting(
+        None, "file that holds the bearer token of every legal request; none: all are answered",
+        metavar="FILE",
+    )
+
+
+@dataclass(frozen=True)
+class DemoConfig(SeedSettings, OutSettings):
+    """RLHF end to end in two minutes, offline."""
+
+    out: str = override("minirlhf-demo", "new folder for data, runs and models", required=False)
+    scale: float = setting(1.0, "share of the training steps that is run", above=0, at_most=1)
+    seed: int = override(help="seed of the world and of every run")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out)
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    def scaled(self, full: int) -> int:
+        return max(round(full * self.scale), 2)
+
+
+@dataclass(frozen=True)
+class MetricsConfig(RecipeSettings, JsonSettings):
+    """Print what each number in metrics.jsonl means."""
+
+    recipe: str = override(help="recipe whose metrics.jsonl is explained")
+    json: bool = override(False, "print one JSON object for each metric, instead of a table")
