@@ -1,10 +1,7 @@
-"""What a data file holds, in numbers: its rows as a recipe reads them, and how long they are.
-
-Nothing is printed here: `minirlhf check` shows it, or writes it as JSON.
-"""
+"""What a data file holds, as facts that JSON can hold; words.py puts them into words."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from typing import NamedTuple
@@ -14,187 +11,213 @@ import numpy as np
 from minirlhf.batches.demonstrations import with_target
 from minirlhf.batches.preferences import without_eos
 from minirlhf.data.examples import tell_labels
-from minirlhf.data.rankings import Ranking, says_nothing
+from minirlhf.data.rankings import says_nothing
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report, RowPolicy
-from minirlhf.tools.check.rows import (
-    RECIPES,
-    Example,
-    Model,
-    Raw,
-    Sizes,
-    ids_of,
-    sizes_of,
-    strings_of,
-)
-from minirlhf.tools.check.warn import token_warnings
+from minirlhf.models.config import ModelConfig
+from minirlhf.tools.check import warn
+from minirlhf.tools.check.rows import KINDS, SeenFile, SeenRow, row_of
 
 BINS = 8  # of a histogram
 
 
-class Measured(NamedTuple):
-    """What the loader makes of a file."""
+class Model(NamedTuple):
+    """What can be known of a folder without its weights."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    is_reward: bool
+    parameters: int
+    before_eos: bool  # a reward would be read before eos, so that pairs lose theirs
+
+
+class Reading(NamedTuple):
+    """A file as its recipe reads it."""
 
     report: Report
-    unit: str  # "tokens" or, without a tokenizer, "characters"
-    sizes: list[Sizes]  # before any row is cut or dropped for its length
-    limits: dict | None
-    samples: list[dict]
-    warnings: list[dict]
+    rows: list[SeenRow]  # before any is truncated or dropped for its length
+    facts: dict  # unit, limits, samples
+    odd: warn.Oddities
     problem: UserError | None  # what the recipe would refuse the file for
 
 
-# ---------------------------------------------------------------------------------- rows as tokens
-
-
-def sample_rows(
-    sides: tuple[str, ...], examples: list[Example], tokenizer: Tokenizer | None
-) -> list[dict]:
-    """The first, the shortest and the longest row: where faults show.
+def facts_of(file: SeenFile, read: Reading, first: SeenFile | None) -> dict:
+    """All facts of a file as JSON can hold them.
 
     Args:
-        sides: names of the parts; responses of a ranked list are named by their ranks.
+        first: the file to find shared rows in; None: this is it.
     """
+    facts = {
+        "recipe": file.kind.recipe, **asdict(read.report),
+        "dropped_rows": [row._asdict() for row in read.report.dropped_rows],
+        "rejected_rows": [row._asdict() for row in read.report.rejected_rows],
+        "different_prompts": len({row.key[0] for row in file.rows} - {None}),
+        "lengths": length_facts(file.kind.names, read.rows), **read.facts,
+    }
+    if file.kind.recipe == "reward":
+        facts["pairs"] = pair_facts(read.rows, [margin for margin, _ in file.labels])
+    if file.kind == KINDS["lists"]:
+        facts["lists"] = list_facts(read.rows)
+    odd = read.odd | warn.odd_lengths(read.rows)
+    if first is not None:
+        facts["shared"], shared = warn.shared_with(first, file)
+        odd |= shared
+    facts["warnings"] = [
+        {"what": what, "rows": len(where), "first": where[0]}
+        for what, where in odd.items() if where
+    ]
+    return facts
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_tokens(
+    file: SeenFile, model: Model | None, most: int | None, overlong: str, policy: RowPolicy
+) -> Reading:
+    """The file by the loader of its recipe.
+
+    Args:
+        model: None is enough for a file of token ids.
+        most: tokens of the longest row or, for ppo, prompt; None: no limit.
+        overlong: what happens to longer ones.
+    """
+    config, tokenizer, _, _, before_eos = model or (None, None, False, 0, False)
+    before_eos &= file.kind.recipe == "reward"
+    finish = with_target if file.kind.recipe == "sft" else None
+    if before_eos:
+        finish = partial(without_eos, eos_ids=tokenizer.eos_ids)
+
+    def load(limit: int | None, overlong: str, policy: RowPolicy) -> tuple[list[SeenRow], Report]:
+        path = file.report.path
+        found, report = file.kind.load(path, tokenizer, limit, overlong, policy, finish)
+        return list(map(row_of, found)), report
+
+    rows, report = load(None, "drop", replace(policy, max_drop=1.0))
+    kept, problem, longest = rows, None, np.array([row.longest for row in rows])
+    try:
+        if most is not None and longest.max() > most:
+            kept, report = load(most, overlong, policy)
+        report.check(policy.max_drop)
+        reads = max(row.longest for row in kept)
+        if config is not None and reads > config.longest_row:
+            what = f"a row of {reads} tokens, the model reads {config.longest_row}"
+            raise UserError(report.path, what, f"give --max-length {config.longest_row}")
+    except UserError as error:
+        problem = error
+    limits = {"max_length": most, "positions": config and config.longest_row}
+    over = {name: {"tokens": limit, "rows_beyond": int((longest > limit).sum())}
+            for name, limit in limits.items() if limit is not None}
+    facts = {"unit": "tokens", "limits": over | {"overlong": overlong},
+             "samples": samples(file.kind.names, kept, tokenizer)}
+    odd = warn.odd_texts(file, tokenizer)
+    if tokenizer is not None:
+        odd |= warn.odd_tokens(rows, tokenizer, ended=not before_eos)
+        if file.is_chat and tokenizer.template_origin == "plain fallback":
+            what = "written by a plain template, the model has none"
+            odd[what] = [row.where for row in file.rows]
+    return Reading(report, rows, facts, odd, problem)
+
+
+def read_text(file: SeenFile, policy: RowPolicy) -> Reading:
+    """Without a tokenizer: rows are dropped for what they say, not for their length."""
+    report, kept, problem = file.report, [], None
+    for row in file.rows:
+        why = says_nothing(row.key[1:], row.ranks) if file.kind == KINDS["lists"] else None
+        if file.labels and row.key[1] == row.key[2]:
+            why = "chosen equals rejected"
+        if why is None:
+            kept.append(row)
+        else:
+            report.drop(row.where, why)
+    report.kept = len(kept)
+    if file.labels:
+        tell_labels(report, file.labels)
+    try:
+        report.check(policy.max_drop)
+    except UserError as error:
+        if not kept:
+            raise
+        problem = error
+    facts = {"unit": "characters", "limits": None, "samples": []}
+    return Reading(report, kept, facts, warn.odd_texts(file, None), problem)
+
+
+# ---- in numbers ----------------------------------------------------------------------------------
+
+
+def samples(
+    names: tuple[str, ...], rows: list[SeenRow], tokenizer: Tokenizer | None
+) -> list[dict]:
+    """The first, the shortest and the longest row, where faults show."""
 
     def text(ids: Sequence[int]) -> str:
         return "" if tokenizer is None else tokenizer.decode(ids, skip_special=False)
 
-    sizes = [sum(map(len, ids_of(example))) for example in examples]
-    picks = {int(np.argmax(sizes)): "longest", int(np.argmin(sizes)): "shortest", 0: "first"}
-    rows = []
-    for at in reversed(picks):
-        names = sides
-        if isinstance(examples[at], Ranking):
-            names = ("prompt", *(f"rank {rank}" for rank in examples[at].ranks))
-        shown = [
-            {"side": side, "tokens": len(ids), "text": text(ids),
+    def seen(row: SeenRow, why: str) -> dict:
+        ranked = ("prompt", *(f"rank {rank}" for rank in row.ranks))
+        parts = zip(ranked if names[-1] == "others" else names, row.parts, strict=True)
+        return {"where": row.where, "why": why, "sides": [
+            {"side": name, "tokens": len(ids), "text": text(ids),
              "begins": [[id, text([id])] for id in ids[:2]],
              "ends": [[id, text([id])] for id in ids[2:][-3:]]}
-            for side, ids in zip(names, ids_of(examples[at]), strict=True) if ids
-        ]
-        rows.append({"where": examples[at].where, "why": picks[at], "sides": shown})
-    return rows
+            for name, ids in parts if ids
+        ]}
+
+    sizes = [sum(row.sizes) for row in rows]
+    picks = {int(np.argmax(sizes)): "longest", int(np.argmin(sizes)): "shortest", 0: "first"}
+    return [seen(rows[at], picks[at]) for at in reversed(picks)]
 
 
-def measure_tokens(
-    raw: Raw, model: Model | None, most: int | None, overlong: str, policy: RowPolicy
-) -> Measured:
-    """A file as its recipe reads it."""
-    tokenizer = None if model is None else model.tokenizer
-    before_eos = model is not None and raw.recipe == "reward" and model.before_eos
-    finish = with_target if raw.recipe == "sft" else None
-    if before_eos:
-        finish = partial(without_eos, eos_ids=tokenizer.eos_ids)
-
-    def load(
-        limit: int | None, overlong: str, policy: RowPolicy
-    ) -> tuple[list[Example], Report, np.ndarray]:
-        examples, report = RECIPES[raw.recipe].load(
-            raw.path, tokenizer, limit, overlong, policy=policy, finish=finish
-        )
-        return examples, report, np.array([sizes_of(example).whole for example in examples])
-
-    examples, report, whole = load(None, "drop", replace(policy, max_drop=1.0))
-    sizes, kept, problem = list(map(sizes_of, examples)), whole, None
-    warnings = [] if model is None else token_warnings(examples, tokenizer, not before_eos)
-    try:
-        if most is not None and whole.max() > most:
-            examples, report, kept = load(most, overlong, policy)
-        else:
-            report.check(policy.max_drop)
-    except UserError as error:
-        problem = error
-    positions = None if model is None else model.config.longest_row
-    if problem is None and positions is not None and kept.max() > positions:
-        what = f"a row of {kept.max()} tokens, the model reads {positions}"
-        problem = UserError(raw.path, what, f"give --max-length {positions}")
-    over = {name: {"tokens": limit, "rows_beyond": int((whole > limit).sum())}
-            for name, limit in (("max_length", most), ("positions", positions))
-            if limit is not None}
-    samples = sample_rows(raw.sides, examples, tokenizer)
-    over["overlong"] = overlong
-    return Measured(report, "tokens", sizes, over, samples, warnings, problem)
-
-
-def measure_text(raw: Raw, policy: RowPolicy) -> Measured:
-    """A file of text without a tokenizer."""
-    report, sizes = Report(raw.path, raw.detected, raw.total, rejected_rows=raw.rejected), []
-    for where, parts, key, ranks in zip(raw.where, raw.parts, raw.keys, raw.ranks, strict=True):
-        why = says_nothing(key[1:], ranks) if raw.lists else None
-        if ranks == [1, 2] and key[1] == key[2] and not raw.lists:
-            why = "chosen equals rejected"
-        if why is not None:
-            report.drop(where, why)
-            continue
-        prompt, *responses = (sum(map(len, strings_of(part))) for part in parts)
-        sizes.append(Sizes(prompt, responses, ranks))
-    report.kept, problem = len(sizes), None
-    report.notes += raw.notes
-    if raw.labels:
-        tell_labels(report, raw.labels)
-    try:
-        report.check(policy.max_drop)
-    except UserError as error:
-        if not sizes:
-            raise
-        problem = error
-    return Measured(report, "characters", sizes, None, [], [], problem)
-
-
-# -------------------------------------------------------------------------------------- in numbers
-
-
-def lengths_of(sides: tuple[str, ...], rows: list[Sizes]) -> dict[str, np.ndarray]:
-    """Side -> lengths of it in all rows; no "prompt" beside responses where all are empty.
+def length_facts(names: tuple[str, ...], rows: list[SeenRow]) -> dict:
+    """Minimum to maximum of each part, and a histogram whose last bin takes the long tail.
 
     Args:
-        sides: names of the prompt, of responses of rank 1, and of the others.
+        names: of the prompt, of responses of rank 1, and of the others. The prompt is left out
+            where it is empty beside responses.
     """
-    found: dict[str, list[int]] = {side: [] for side in sides}
+    sizes: dict[str, list[int]] = {name: [] for name in names}
     for row in rows:
-        found["prompt"].append(row.prompt)
-        for length, rank in zip(row.responses, row.ranks, strict=True):
-            found[sides[min(rank, 2)]].append(length)
-    columns = {side: np.array(lengths, dtype=np.int64) for side, lengths in found.items()}
-    alone = len(columns) == 1
-    return {side: v for side, v in columns.items() if side != "prompt" or alone or v.any()}
-
-
-def length_facts(lengths: dict[str, np.ndarray]) -> dict:
-    """Minimum to maximum of each side, and a histogram whose last bin takes the long tail."""
-    together = np.concatenate(list(lengths.values()))
-    low, high = int(together.min()), int(np.quantile(together, 0.95))
+        for length, rank in zip(row.sizes, [0, *row.ranks], strict=True):
+            sizes[names[min(rank, 2)]].append(length)
+    if len(names) > 1 and not any(sizes["prompt"]):
+        del sizes["prompt"]
+    together = np.concatenate(list(sizes.values()))
+    low, high, most = int(together.min()), int(np.quantile(together, 0.95)), int(together.max())
     widths = (digit * 10**power for power in count() for digit in (1, 2, 5))
     width = next(w for w in widths if high // w - low // w < BINS - 1)
-    start = low // width
-    slots = {side: np.minimum(v // width - start, BINS - 1) for side, v in lengths.items()}
-    used = 1 + max(int(slot.max()) for slot in slots.values())
-    edges = [(start + i) * width for i in range(used)]
+    edges = [at * width for at in range(low // width, most // width + 1)][:BINS]
     labels = [str(e) if width == 1 else f"{e:,}-{e + width - 1:,}" for e in edges]
-    if together.max() >= edges[-1] + width:
+    if most >= edges[-1] + width:
         labels[-1] = f"{edges[-1]:,}+"
-    counts = {side: np.bincount(slot, minlength=used).tolist() for side, slot in slots.items()}
-    shape = {
-        side: {"min": int(v.min()), "median": float(np.median(v)),
-               "p95": int(np.quantile(v, 0.95, method="inverted_cdf")), "max": int(v.max())}
-        for side, v in lengths.items()
+    return {
+        "sides": {
+            name: {"min": min(v), "median": float(np.median(v)),
+                   "p95": int(np.quantile(v, 0.95, method="inverted_cdf")), "max": max(v)}
+            for name, v in sizes.items()
+        },
+        "bins": labels,
+        "counts": {
+            name: np.histogram(v, [*edges, np.inf])[0].tolist() for name, v in sizes.items()
+        },
     }
-    return {"sides": shape, "bins": labels, "counts": counts}
 
 
-def pair_facts(rows: list[Sizes], margins: list[float | None]) -> dict:
-    """How far length alone tells which answer is preferred, and what the margins are like.
+def _spread(values: Sequence[float]) -> dict:
+    return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
+
+
+def pair_facts(rows: list[SeenRow], margins: list[float | None]) -> dict:
+    """How far length alone tells which response is preferred, and what the margins are like.
 
     Args:
         rows: pairs, or ranked lists, of which all pairs of different rank count.
     """
-    longer_by = np.concatenate([row.longer_by for row in rows])
+    longer_by = np.array([by for row in rows for by in row.longer_by])
     decided = int(np.count_nonzero(longer_by))
-    given = [m for m in margins if m is not None]
-    shape = (
-        {"min": min(given), "median": float(np.median(given)), "max": max(given)} if given else {}
-    )
+    given = [margin for margin in margins if margin is not None]
+    shape = _spread(given) if given else {}
     return {
         "longer_wins": int((longer_by > 0).sum()), "of_pairs": decided,
         "same_length": len(longer_by) - decided, "chosen_longer_by": float(longer_by.mean()),
@@ -202,10 +225,8 @@ def pair_facts(rows: list[Sizes], margins: list[float | None]) -> dict:
     }
 
 
-def list_facts(rows: list[Sizes]) -> dict:
+def list_facts(rows: list[SeenRow]) -> dict:
     """How many responses the ranked lists have, and how many pairs of them tie."""
     counts = [len(row.ranks) for row in rows]
-    pairs = sum(count * (count - 1) // 2 for count in counts)
-    decided = sum(len(row.longer_by) for row in rows)
-    shape = {"min": min(counts), "median": float(np.median(counts)), "max": max(counts)}
-    return {"responses": shape, "tied_pairs": pairs - decided}
+    ties = sum(n * (n - 1) // 2 for n in counts) - sum(len(row.longer_by) for row in rows)
+    return {"responses": _spread(counts), "tied_pairs": ties}

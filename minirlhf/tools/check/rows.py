@@ -2,196 +2,146 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-
 from minirlhf.batches.preferences import ordered
-from minirlhf.data.examples import (
-    Pair,
-    Prompt,
-    Text,
-    first_row,
-    load_prompts,
-    load_texts,
-    pair_labels,
-    split_rows,
-)
+from minirlhf.data import examples, rankings
 from minirlhf.data.formats import Part, pair_format, prompt_format, text_format
-from minirlhf.data.rankings import (
-    Ranking,
-    best_first,
-    holds_rankings,
-    load_preferences,
-    preference_format,
-    ranking_format,
-)
-from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import json_kind
 from minirlhf.files.rows import Row
-from minirlhf.files.sieve import STRICT, LeftOut, RowPolicy, Sieve
-from minirlhf.models.config import ModelConfig
-from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward_settings import RewardConfig
-from minirlhf.setup.sft_settings import SFTConfig
-
-Example = Pair | Ranking | Prompt | Text
+from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve
 
 
-class Recipe(NamedTuple):
-    """What a recipe reads, and by which settings."""
+class Kind(NamedTuple):
+    """A kind of file."""
 
-    config: type
-    form: Callable  # of a file's first row
-    load: Callable
-    sides: tuple[str, ...]  # names of a row's parts
+    recipe: str  # that reads it
+    form: Callable  # the first row of a file -> its Format
+    load: Callable  # a file -> (its examples, its Report)
+    names: tuple[str, ...]  # of the prompt, of responses of rank 1, and of the others
 
 
-PAIR_SIDES, LIST_SIDES = ("prompt", "chosen", "rejected"), ("prompt", "best", "others")
-RECIPES = {
-    "reward": Recipe(RewardConfig, preference_format, load_preferences, PAIR_SIDES),
-    "sft": Recipe(SFTConfig, text_format, load_texts, ("prompt", "response")),
-    "ppo": Recipe(PPOConfig, prompt_format, load_prompts, ("prompt",)),
+KINDS = {
+    "pairs": Kind("reward", pair_format, examples.load_pairs, ("prompt", "chosen", "rejected")),
+    "lists": Kind(
+        "reward", rankings.ranking_format, rankings.load_rankings, ("prompt", "best", "others")
+    ),
+    "texts": Kind("sft", text_format, examples.load_texts, ("prompt", "response")),
+    "prompts": Kind("ppo", prompt_format, examples.load_prompts, ("prompt",)),
 }
 
 
-class Model(NamedTuple):
-    """What can be known of a folder without its weights."""
+@dataclass(frozen=True)
+class SeenRow:
+    """A row as it stands in the file, or as token ids."""
 
-    config: ModelConfig
-    tokenizer: Tokenizer
-    is_reward: bool
-    parameters: int
-    before_eos: bool  # a reward would be read before eos, so pairs lose theirs
+    where: str
+    parts: list[Part | None]  # prompt or None, and responses, best first
+    ranks: list[int]  # of the responses
+
+    @cached_property
+    def strings(self) -> list[str]:
+        """All its texts; none where it is ids."""
+        turns = [turn["content"] for p in self.parts if is_chat(p) for turn in p]
+        return turns or [part for part in self.parts if isinstance(part, str)]
+
+    @cached_property
+    def key(self) -> tuple:
+        """Hashable, and equal where the parts are."""
+        return tuple(
+            json.dumps(p, sort_keys=True) if is_chat(p) else tuple(p) if isinstance(p, list) else p
+            for p in self.parts
+        )
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Of each part, in tokens or characters."""
+        return [
+            sum(len(turn["content"]) for turn in p) if is_chat(p) else len(p or ())
+            for p in self.parts
+        ]
+
+    @property
+    def longest(self) -> int:
+        """The prompt with its longest response."""
+        return self.sizes[0] + max(self.sizes[1:], default=0)
+
+    @property
+    def longer_by(self) -> list[int]:
+        """By how much the better one of each pair of responses of different rank is longer."""
+        return [self.sizes[1 + i] - self.sizes[1 + j] for i, j in ordered(self.ranks)]
 
 
-class Raw(NamedTuple):
+class SeenFile(NamedTuple):
     """A file as it stands."""
 
-    path: str
-    recipe: str
-    detected: str
-    where: list[str]
-    parts: list[tuple[Part | None, ...]]  # (prompt or None, response, ...), best first
-    ranks: list[list[int]]  # of the responses
-    keys: list[tuple]  # equal where parts are, and fit for a set
+    kind: Kind
+    rows: list[SeenRow]
+    report: Report  # of a file from which nothing is dropped yet
     labels: list[tuple[float | None, float | None]]  # PAIR_LABELS; empty unless they are pairs
-    notes: list[str]  # what was mended
-    rejected: list[LeftOut]  # rows that could not be taken apart
-    lists: bool  # ranked ones
 
     @property
-    def margins(self) -> list[float | None]:
-        return [margin for margin, _ in self.labels]
-
-    @property
-    def sides(self) -> tuple[str, ...]:
-        """Names of the prompt, of responses of rank 1, and of the others."""
-        return LIST_SIDES if self.lists else RECIPES[self.recipe].sides
+    def is_chat(self) -> bool:
+        return is_chat(self.rows[0].parts[-1])
 
     @property
     def is_ids(self) -> bool:
-        sample = self.parts[0][-1]
-        return isinstance(sample, list) and isinstance(sample[0], int)
-
-    @property
-    def total(self) -> int:
-        return len(self.parts) + len(self.rejected)
+        return isinstance(self.rows[0].parts[-1], list) and not self.is_chat
 
 
-class Sizes(NamedTuple):
-    """How long the parts of a row are, in tokens or characters."""
+def is_chat(part: Part | None) -> bool:
+    return isinstance(part, list) and bool(part) and isinstance(part[0], dict)
 
-    prompt: int
-    responses: list[int]
-    ranks: list[int]
 
-    @property
-    def whole(self) -> int:
-        """Of the prompt with its longest response."""
-        return self.prompt + max(self.responses, default=0)
-
-    @property
-    def longer_by(self) -> np.ndarray:
-        """(P,) by how much the better one of each pair of responses is longer."""
-        pairs = ordered(self.ranks)
-        return np.array([self.responses[i] - self.responses[j] for i, j in pairs], dtype=np.int64)
+def row_of(example: examples.Pair | rankings.Ranking | examples.Prompt | examples.Text) -> SeenRow:
+    match example:
+        case examples.Prompt():
+            return SeenRow(example.where, [example.ids], [])
+        case examples.Text(ids=ids, prompt_length=length):
+            return SeenRow(example.where, [ids[:length], ids[length:]], [1])
+    return SeenRow(example.where, [example.prompt_ids, *example.responses], example.ranks)
 
 
 def recipe_of(path: str, policy: RowPolicy = STRICT) -> str:
     """The recipe that reads rows like the first well-formed one of a file."""
-    return first_row(path, recipe_of_row, policy)
+    return examples.first_row(path, _recipe_of_row, policy)
 
 
-def recipe_of_row(row: Row) -> str:
-    """The recipe that reads such rows."""
+def _recipe_of_row(row: Row) -> str:
     columns = row.columns
     if {"chosen", "rejected"} & columns.keys():
         return "reward"
-    for name, recipe in RECIPES.items():
+    for kind in KINDS.values():
         try:
-            used = recipe.form(row).used
+            used = kind.form(row).used
         except UserError:
             continue
         turns = columns["messages"] if used == ("messages",) else None
-        if name == "sft" and turns and (len(turns) < 2 or turns[-1].get("role") != "assistant"):
-            continue  # nobody has answered: a prompt
-        return name
+        answered = not turns or (len(turns) > 1 and turns[-1].get("role") == "assistant")
+        if kind.recipe != "sft" or answered:
+            return kind.recipe
     keys = ", ".join(f"{printable(k, 40)} ({json_kind(v)})" for k, v in columns.items())
-    legal = "legal: chosen with rejected | prompt with responses, best first | prompt with "
-    legal += "completion or response | prompt | messages | text | ids"
-    do = f"{legal}; other names: --columns prompt=question"
+    do = "legal: chosen with rejected | prompt with responses, best first | prompt with completion "
+    do += "or response | prompt | messages | text | ids; other names: --columns prompt=question"
     raise UserError(row.where, f"columns of no known format: {keys}", do)
 
 
-def _key(part: Part | None) -> object:
-    if isinstance(part, list):
-        is_ids = not part or isinstance(part[0], int)
-        return tuple(part) if is_ids else json.dumps(part, sort_keys=True)
-    return part
-
-
-def read_raw(path: str, recipe: str, policy: RowPolicy = STRICT) -> Raw:
+def read_file(path: str, recipe: str, policy: RowPolicy = STRICT) -> SeenFile:
     """All rows of a file, each of the kind that the first one is."""
-    lists = recipe == "reward" and holds_rankings(path, policy)
-    pairs = recipe == "reward" and not lists
-    form = ranking_format if lists else pair_format if pairs else RECIPES[recipe].form
-    sieve = Sieve(policy)
-    split = split_rows(path, form, sieve, also=pair_labels if pairs else None)
-    parts, ranks = [], []
+    kind = next(kind for kind in KINDS.values() if kind.recipe == recipe)
+    if recipe == "reward" and rankings.holds_rankings(path, policy):
+        kind = KINDS["lists"]
+    pairs, sieve, rows = kind == KINDS["pairs"], Sieve(policy), []
+    labels_of = examples.pair_labels if pairs else None
+    split = examples.split_rows(path, kind.form, sieve, also=labels_of)
     for row, (prompt, *responses) in split.rows:
-        order = list(range(1, len(responses) + 1))
-        responses, order = best_first(row, responses) if lists else (responses, order)
-        parts.append((prompt, *responses))
-        ranks.append(order)
-    keys = [tuple(map(_key, part)) for part in parts]
-    labels = [pair_labels(row) for row, _ in split.rows] if pairs else []
-    where = [row.where for row, _ in split.rows]
-    detected, rejected = split.form.detected, sieve.in_order()
-    return Raw(
-        path, recipe, detected, where, parts, ranks, keys, labels, sieve.notes, rejected, lists
-    )
-
-
-def strings_of(part: Part | None) -> list[str]:
-    if isinstance(part, str):
-        return [part]
-    return [turn["content"] for turn in part or () if isinstance(turn, dict)]
-
-
-def ids_of(example: Example) -> tuple[list[int], ...]:
-    """(prompt ids, response ids, ...)."""
-    match example:
-        case Pair() | Ranking():
-            return example.prompt_ids, *example.responses
-        case Text(ids=ids, prompt_length=length):
-            return ids[:length], ids[length:]
-    return (example.ids,)
-
-
-def sizes_of(example: Example) -> Sizes:
-    """How many tokens they are."""
-    prompt, *responses = map(len, ids_of(example))
-    ranks = example.ranks if isinstance(example, Pair | Ranking) else [1] * len(responses)
-    return Sizes(prompt, responses, ranks)
+        ranks = list(range(1, len(responses) + 1))
+        if kind == KINDS["lists"]:
+            responses, ranks = rankings.best_first(row, responses)
+        rows.append(SeenRow(row.where, [prompt, *responses], ranks))
+    report = Report(path, split.form.detected, split.total, rejected_rows=sieve.in_order())
+    report.notes += sieve.notes
+    return SeenFile(kind, rows, report, [labels_of(row) for row, _ in split.rows if pairs])
