@@ -26,7 +26,7 @@ import torch
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.files import folders
-from minirlhf.files.reading import json_kind, strict_json
+from minirlhf.files.reading import strict_json
 from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel
 from minirlhf.rewards.model import model_reward
@@ -40,7 +40,6 @@ from minirlhf.tools.settings import ServeConfig
 PATHS = ("/", "/score", "/v1/score/evaluation")  # the last is LLaMA-Factory's
 BODY_CAP = 16 << 20  # bytes
 REQUEST_TIME = 30.0  # seconds within which a whole request must have come
-REASONS = ("eos", "stop", "length")
 LOOPBACK = ("127.0.0.1", "localhost")
 
 Answer = Callable[[object], dict]
@@ -48,45 +47,44 @@ Answer = Callable[[object], dict]
 
 # ---------------------------------------------------------------------------------------- scoring
 
-
-def _is_prompt(value: object) -> bool:
-    if isinstance(value, str):
-        return True
-    return isinstance(value, list) and value != [] and all(
-        isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
-        for turn in value
-    )
+BODY = 'either {"items": [item, ...]} or {"messages": [text, ...]}, with at least one'
+ITEM = (
+    '{"id": text or whole number, another one for each, "prompt": text or [{"role": text, '
+    '"content": text}, ...], "completion": text, "finish_reason": "eos", "stop" or "length"}'
+)
 
 
-ITEM = {  # key -> (whether a value is legal, which values are)
-    "id": (lambda value: type(value) in (str, int), "text or a whole number"),
-    "prompt": (_is_prompt, 'text, or a list of {"role": text, "content": text}'),
-    "completion": (lambda value: isinstance(value, str), "text"),
-    "finish_reason": (lambda value: value in REASONS, ", ".join(REASONS)),
-}
-
-
-def _check(is_legal: bool, where: str, value: object, legal: str) -> None:
-    if not is_legal:
-        got = repr(printable(value, 80)) if isinstance(value, str) else json_kind(value)
-        raise UserError(where, f"is {got}", legal)
-
-
-def items_of(items: list) -> dict[str | int, dict]:
-    """The items of a request by their ids.
+def completions_of(items: list) -> tuple[list, Completions]:
+    """(ids, texts) of the items of a request.
 
     Raises:
         UserError: an item is not of the form.
     """
-    found: dict[str | int, dict] = {}
+    found: dict[str | int, tuple] = {}
     for i, item in enumerate(items):
-        _check(isinstance(item, dict), f"items[{i}]", item, "an object")
-        item = {"finish_reason": "eos"} | item
-        for key, (is_legal, legal) in ITEM.items():
-            _check(is_legal(item.get(key)), f"items[{i}]: {key}", item.get(key), legal)
-        _check(item["id"] not in found, f"items[{i}]: id", item["id"], "another one for each item")
-        found[item["id"]] = item
-    return found
+        match {"finish_reason": "eos"} | item if isinstance(item, dict) else item:
+            case {
+                "id": str() | int() as id, "prompt": prompt, "completion": str(text),
+                "finish_reason": "eos" | "stop" | "length" as reason,
+            } if _is_prompt(prompt) and not isinstance(id, bool) and id not in found:
+                found[id] = prompt, text, reason
+            case _:
+                raise UserError(f"items[{i}]", f"is {json.dumps(item)[:200]}", ITEM)
+    prompts, texts, reasons = map(list, zip(*found.values(), strict=True))
+    no_ids: list[list[int]] = [[] for _ in found]  # of the policy: the texts are encoded here
+    return list(found), Completions(prompts, no_ids, texts, no_ids, reasons, {})
+
+
+def _is_prompt(value: object) -> bool:
+    match value:
+        case str():
+            return True
+        case [_, *_]:
+            return all(
+                isinstance(turn, dict) and isinstance(turn.get("role"), str)
+                and isinstance(turn.get("content"), str) for turn in value
+            )
+    return False
 
 
 def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: int) -> Answer:
@@ -100,31 +98,24 @@ def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: in
     by_ids = model_reward(model, tokenizer, micro_batch_tokens, name="messages")
 
     def answer(body: object) -> dict:
-        form = [key for key in ("items", "messages") if isinstance(body, dict) and key in body]
-        if len(form) != 1:
-            raise UserError("body", f"is {json_kind(body)} with neither or both forms",
-                            'an object with either "items" or "messages"')
-        rows = body[form[0]]
-        _check(isinstance(rows, list) and rows != [], form[0], rows, "a list of at least one")
-        no_ids: list[list[int]] = [[] for _ in rows]
-        if form == ["items"]:
-            items = items_of(rows)
-            prompts, texts, reasons = (
-                [item[key] for item in items.values()]
-                for key in ("prompt", "completion", "finish_reason")
-            )
-            scores = by_text(Completions(prompts, no_ids, texts, no_ids, reasons, {})).tolist()
-        else:
-            for i, text in enumerate(rows):
-                _check(isinstance(text, str), f"messages[{i}]", text, "text")
-            ids, whole = [tokenizer.encode_marked(text) for text in rows], ["length"] * len(rows)
-            scores = by_ids(Completions(rows, no_ids, rows, ids, whole, {})).tolist()
+        match body:
+            case {"items": [_, *_] as items} if "messages" not in body:
+                ids, batch = completions_of(items)
+                scores = by_text(batch).tolist()
+                reply = [{"id": id, "score": s} for id, s in zip(ids, scores, strict=True)]
+            case {"messages": [_, *_] as texts} if (
+                "items" not in body and all(isinstance(text, str) for text in texts)
+            ):
+                none: list[list[int]] = [[] for _ in texts]
+                ids = [tokenizer.encode_marked(text) for text in texts]
+                as_it_is = ["length"] * len(texts)  # no eos is added
+                scores = reply = by_ids(Completions(texts, none, texts, ids, as_it_is, {})).tolist()
+            case _:
+                raise UserError("body", f"is {json.dumps(body)[:200]}", BODY)
         for i, score in enumerate(scores):
             if not math.isfinite(score):
                 raise UserError(f"score {i}", f"is {score}", "the weights of --model diverged")
-        if form == ["items"]:
-            scores = [{"id": id, "score": s} for id, s in zip(items, scores, strict=True)]
-        return {"scores": scores}
+        return {"scores": reply}
 
     return answer
 
