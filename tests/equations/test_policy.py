@@ -16,25 +16,40 @@ assert_close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
 # ---- clipped_surrogate ----
 
 
-def corners():
-    """Ratios 1.5 and 0.5, each with advantage 1 and -1."""
-    logprobs = f64([[1.5, 1.5, 0.5, 0.5]]).log()
-    return logprobs, torch.zeros_like(logprobs), f64([[1, -1, 1, -1]])
-
-
-def test_clipped_surrogate_by_hand():
-    # -min(1.5, 1.2), -min(-1.5, -1.2), -min(0.5, 0.8), -min(-0.5, -0.8)
-    out = clipped_surrogate(*corners(), 0.2, 0.2)
-    assert_close(out.loss, f64([[-1.2, 1.5, -0.5, 0.8]]))
-    assert_close(out.ratio, f64([[1.5, 1.5, 0.5, 0.5]]))
-    assert out.clipped.tolist() == [[True, False, False, True]]
-
-
-def test_clipped_surrogate_with_an_asymmetric_clip_by_hand():
-    # bounds 0.7 and 1.4; an advantage of 3 scales the loss
-    logprobs, old_logprobs, advantages = corners()
-    out = clipped_surrogate(logprobs, old_logprobs, 3 * advantages, clip_low=0.3, clip_high=0.4)
-    assert_close(out.loss, f64([[-4.2, 4.5, -1.5, 2.1]]))
+@pytest.mark.parametrize(
+    ("ratios", "advantages", "clips", "loss", "clipped", "gradient"),
+    [
+        # the corners: -min(1.5, 1.2), -min(-1.5, -1.2), -min(0.5, 0.8), -min(-0.5, -0.8);
+        # the gradient is zero where clipped, -A · ratio elsewhere
+        ([1.5, 1.5, 0.5, 0.5], [1, -1, 1, -1], (0.2, 0.2), [-1.2, 1.5, -0.5, 0.8],
+         [True, False, False, True], [0, 1.5, -0.5, 0]),
+        # bounds 0.7 and 1.4; an advantage of 3 scales the loss
+        ([1.5, 1.5, 0.5, 0.5], [3, -3, 3, -3], (0.3, 0.4), [-4.2, 4.5, -1.5, 2.1],
+         [True, False, False, True], [0, 4.5, -1.5, 0]),
+        # inside the range, for either sign
+        ([1.19, 1.19, 0.81, 0.81], [1, -1, 1, -1], (0.2, 0.2), [-1.19, 1.19, -0.81, 0.81],
+         [False] * 4, [-1.19, 1.19, -0.81, 0.81]),
+        # without bounds: importance sampling
+        ([1.5, 1.5, 0.5, 0.5], [1, -1, 1, -1], (inf, inf), [-1.5, 1.5, -0.5, 0.5],
+         [False] * 4, [-1.5, 1.5, -0.5, 0.5]),
+        # a clip_low of 1 or more never clips below
+        ([1e-30], [-1], (1.0, 0.2), [0], [False], [0]),
+        ([1e-30], [-1], (3.0, 0.2), [0], [False], [0]),
+        # a dual clip: 8, bounded at -2 · -3 = 6; with A = 2 the clip rules, -2 · 1.2; ratio 2.9
+        # stays below the bound, 5.8; below the range the clip rules as before, 2 · 0.8
+        ([4, 4, 2.9, 0.5], [-2, 2, -2, -2], (0.2, 0.2, 3.0), [6, -2.4, 5.8, 1.6],
+         [True, True, False, True], [0, 0, 5.8, 0]),
+    ],
+)
+def test_clipped_surrogate_by_hand(ratios, advantages, clips, loss, clipped, gradient):
+    logprobs = f64([ratios]).log().requires_grad_()
+    out = clipped_surrogate(logprobs, torch.zeros_like(logprobs), f64([advantages]), *clips)
+    assert_close(out.loss.detach(), f64([loss]))
+    assert_close(out.ratio, f64([ratios]))
+    assert out.clipped.tolist() == [clipped]
+    out.loss.sum().backward()
+    assert_close(logprobs.grad, f64([gradient]))
+    assert logprobs.grad[out.clipped].eq(0).all()
 
 
 def test_clipped_surrogate_ratio_is_new_over_old():
@@ -42,26 +57,6 @@ def test_clipped_surrogate_ratio_is_new_over_old():
     out = clipped_surrogate(f64([0.5]).log(), f64([0.25]).log(), f64([-1]), 0.2, 0.2)
     assert_close(out.ratio, f64([2]))
     assert_close(out.loss, f64([2]))
-
-
-def test_clipped_surrogate_gradient_by_hand():
-    # zero where clipped, -A · ratio elsewhere
-    logprobs, old_logprobs, advantages = corners()
-    logprobs.requires_grad_()
-    clipped_surrogate(logprobs, old_logprobs, 2 * advantages, 0.2, 0.2).loss.sum().backward()
-    assert_close(logprobs.grad, f64([[0, 3, -1, 0]]))
-    assert logprobs.grad[0, 0] == 0 and logprobs.grad[0, 3] == 0
-
-
-def test_clipped_surrogate_inside_the_range_keeps_its_gradient():
-    # ratios 1.19 and 0.81 under clip 0.2: -A · ratio for either sign
-    logprobs = f64([[1.19, 1.19, 0.81, 0.81]]).log().requires_grad_()
-    zeros, advantages = torch.zeros(1, 4).double(), f64([[1, -1, 1, -1]])
-    out = clipped_surrogate(logprobs, zeros, advantages, 0.2, 0.2)
-    out.loss.sum().backward()
-    assert_close(out.loss, f64([[-1.19, 1.19, -0.81, 0.81]]))
-    assert_close(logprobs.grad, f64([[-1.19, 1.19, -0.81, 0.81]]))
-    assert not out.clipped.any()
 
 
 def test_clipped_surrogate_at_ratio_one_is_the_policy_gradient():
@@ -75,45 +70,6 @@ def test_clipped_surrogate_at_ratio_one_is_the_policy_gradient():
     assert_close(logprobs.grad, -advantages)
 
 
-def test_clipped_surrogate_dual_clip_by_hand():
-    # ratio 4 with A = -2: 8, bounded at -2 · -3 = 6; with A = 2 the clip rules, -2 · 1.2; ratio 2.9
-    # stays below the bound, 5.8; below the range the clip rules as before, 2 · 0.8
-    logprobs = f64([[4, 4, 2.9, 0.5]]).log().requires_grad_()
-    advantages = f64([[-2, 2, -2, -2]])
-    out = clipped_surrogate(logprobs, torch.zeros(1, 4).double(), advantages, 0.2, 0.2, 3.0)
-    assert_close(out.loss, f64([[6, -2.4, 5.8, 1.6]]))
-    assert out.clipped.tolist() == [[True, True, False, True]]
-    out.loss.sum().backward()
-    assert_close(logprobs.grad, f64([[0, 0, 5.8, 0]]))  # -A · ratio where it is free
-
-
-def test_clipped_surrogate_dual_clip_bounds_a_ratio_that_overflows():
-    logprobs = torch.tensor([[200.0]], requires_grad=True)
-    out = clipped_surrogate(logprobs, torch.zeros(1, 1), torch.tensor([[-2.0]]), 0.2, 0.2, 3.0)
-    out.loss.sum().backward()
-    assert_close(out.loss, torch.tensor([[6.0]]))
-    assert logprobs.grad.item() == 0
-
-
-@pytest.mark.parametrize("dual_clip", [1.2, 0.5, -1.0, nan])
-def test_clipped_surrogate_refuses_a_dual_clip_inside_the_range(dual_clip):
-    with pytest.raises(ValueError, match=r"dual_clip is .*: above 1 \+ clip_high, 1.2, is legal"):
-        clipped_surrogate(*corners(), 0.2, 0.2, dual_clip)
-
-
-def test_clipped_surrogate_without_bounds_is_importance_sampling():
-    out = clipped_surrogate(*corners(), clip_low=inf, clip_high=inf)
-    assert_close(out.loss, f64([[-1.5, 1.5, -0.5, 0.5]]))
-    assert not out.clipped.any()
-
-
-@pytest.mark.parametrize("clip_low", [1.0, 3.0])
-def test_clipped_surrogate_with_a_clip_low_of_one_never_clips_below(clip_low):
-    out = clipped_surrogate(f64([1e-30]).log(), f64([0]), f64([-1]), clip_low, 0.2)
-    assert_close(out.loss, f64([0]))
-    assert not out.clipped.any()
-
-
 def test_clipped_surrogate_expectation_over_two_tokens():
     # Sampled from old (3/4, 1/4), new (1/4, 3/4), A = (1, 5): E_old[ratio · A] is E_new[A] = 4.
     old, new, advantages = f64([0.75, 0.25]), f64([0.25, 0.75]), f64([1, 5])
@@ -125,22 +81,24 @@ def test_clipped_surrogate_expectation_over_two_tokens():
 
 
 @pytest.mark.parametrize(
-    ("log_ratio", "advantage", "loss", "gradient", "clipped"),
+    ("log_ratio", "advantage", "dual_clip", "loss", "clipped"),
     [
-        (200.0, 2.0, -2.4, 0.0, True),  # the clipped side rules: -2 · 1.2
-        (200.0, 0.0, 0.0, 0.0, False),  # no credit, no loss
-        (200.0, -2.0, inf, 0.0, False),  # the loss is beyond float32: it shows
-        (-200.0, 2.0, 0.0, 0.0, False),  # ratio 0 without clip: -2 · 0
-        (-200.0, 0.0, 0.0, 0.0, False),
-        (-200.0, -2.0, 1.6, 0.0, True),  # the clipped side rules: 2 · 0.8
+        (200.0, 2.0, None, -2.4, True),  # the clipped side rules: -2 · 1.2
+        (200.0, 0.0, None, 0.0, False),  # no credit, no loss
+        (200.0, -2.0, None, inf, False),  # the loss is beyond float32: it shows
+        (200.0, -2.0, 3.0, 6.0, True),  # bounded: -2 · -3
+        (-200.0, 2.0, None, 0.0, False),  # ratio 0 without clip: -2 · 0
+        (-200.0, 0.0, None, 0.0, False),
+        (-200.0, -2.0, None, 1.6, True),  # the clipped side rules: 2 · 0.8
     ],
 )
-def test_clipped_surrogate_of_huge_log_ratios(log_ratio, advantage, loss, gradient, clipped):
+def test_clipped_surrogate_of_huge_log_ratios(log_ratio, advantage, dual_clip, loss, clipped):
     logprobs = torch.tensor([log_ratio], requires_grad=True)  # e^200 overflows float32
-    out = clipped_surrogate(logprobs, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.2)
+    advantages = torch.tensor([advantage])
+    out = clipped_surrogate(logprobs, torch.zeros(1), advantages, 0.2, 0.2, dual_clip)
     out.loss.sum().backward()
     assert_close(out.loss.detach(), torch.tensor([loss]))
-    assert logprobs.grad.item() == gradient
+    assert logprobs.grad.item() == 0
     assert out.clipped.item() is clipped
 
 
@@ -176,65 +134,53 @@ def test_clipped_surrogate_treats_old_logprobs_and_advantages_as_constants():
     assert not out.ratio.requires_grad and out.clipped.dtype == torch.bool
 
 
-def test_clipped_surrogate_refuses_shapes():
-    per_token = torch.zeros(4, 7)
-    with pytest.raises(
-        ValueError,
-        match=r"advantages is \(4,\), logprobs is \(4, 7\): "
-        r"expand per-sequence advantages with \[:, None\]\.expand\(-1, 7\)",
-    ):
-        clipped_surrogate(per_token, per_token, torch.zeros(4), 0.2, 0.2)
-    with pytest.raises(ValueError, match=r"advantages is \(4, 1\), logprobs is \(4, 7\): expand"):
-        clipped_surrogate(per_token, per_token, torch.zeros(4, 1), 0.2, 0.2)
-    with pytest.raises(ValueError, match=r"old_logprobs is \(4, 6\), logprobs is \(4, 7\)"):
-        clipped_surrogate(per_token, torch.zeros(4, 6), per_token, 0.2, 0.2)
-
-
-@pytest.mark.parametrize("value", [-0.1, nan])
-def test_clipped_surrogate_refuses_negative_clips(value):
-    zeros = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match=f"clip_low is {value}: 0 or more is legal"):
-        clipped_surrogate(zeros, zeros, zeros, value, 0.2)
-    with pytest.raises(ValueError, match=f"clip_high is {value}: 0 or more is legal"):
-        clipped_surrogate(zeros, zeros, zeros, 0.2, value)
+@pytest.mark.parametrize(
+    ("shapes", "clips", "message"),
+    [
+        ([(4, 7), (4, 7), 4], (0.2, 0.2), r"advantages is \(4,\), logprobs is \(4, 7\): "
+         r"expand per-sequence advantages with \[:, None\]\.expand\(-1, 7\)"),
+        ([(4, 7), (4, 7), (4, 1)], (0.2, 0.2),
+         r"advantages is \(4, 1\), logprobs is \(4, 7\): expand"),
+        ([(4, 7), (4, 6), (4, 7)], (0.2, 0.2),
+         r"old_logprobs is \(4, 6\), logprobs is \(4, 7\)"),
+        *[([2] * 3, (value, 0.2), f"clip_low is {value}: 0 or more is legal")
+          for value in (-0.1, nan)],
+        *[([2] * 3, (0.2, value), f"clip_high is {value}: 0 or more is legal")
+          for value in (-0.1, nan)],
+        *[([2] * 3, (0.2, 0.2, value), r"dual_clip is .*: above 1 \+ clip_high, 1.2, is legal")
+          for value in (1.2, 0.5, -1.0, nan)],
+    ],
+)
+def test_clipped_surrogate_refuses(shapes, clips, message):
+    with pytest.raises(ValueError, match=message):
+        clipped_surrogate(*map(torch.zeros, shapes), *clips)
 
 
 # ---- clipped_value_loss ----
 
 
-def test_clipped_value_loss_by_hand():
-    # old value 0, clip 1/2, return 3: V = 2 -> clipped to 1/2: 1/2 max(1, 2.5²) = 3.125
-    # V = 6 -> clipped to 1/2: 1/2 max(9, 2.5²) = 4.5; V = 1/4 is inside: 1/2 · 2.75² = 3.78125
-    # return -3, V = -2 -> clipped to -1/2: 1/2 max(1, 2.5²) = 3.125; V = -6: 1/2 · 9
-    values, returns = f64([[2, 6, 0.25, -2, -6]]), f64([[3, 3, 3, -3, -3]])
-    out = clipped_value_loss(values, torch.zeros_like(values), returns, clip=0.5)
-    assert_close(out.loss, f64([[3.125, 4.5, 3.78125, 3.125, 4.5]]))
-    assert out.clipped.tolist() == [[True, False, False, True, False]]
-
-
-def test_clipped_value_loss_range_lies_around_the_old_value():
-    # old value 10, clip 1: V = 12 -> 11; return 14: 1/2 max(2², 3²)
-    out = clipped_value_loss(f64([12]), f64([10]), f64([14]), clip=1.0)
-    assert_close(out.loss, f64([4.5]))
-
-
-def test_clipped_value_loss_gradient_by_hand():
-    # V - R where not clipped: 6 - 3, 1/4 - 3, -6 + 3; else 0
-    values = f64([[2, 6, 0.25, -2, -6]]).requires_grad_()
-    zeros, returns = torch.zeros(1, 5).double(), f64([[3, 3, 3, -3, -3]])
-    clipped_value_loss(values, zeros, returns, clip=0.5).loss.sum().backward()
-    assert_close(values.grad, f64([[0, 3, -2.75, 0, -3]]))
-
-
-@pytest.mark.parametrize("clip", [None, inf])
-def test_clipped_value_loss_without_a_bound_is_half_the_squared_error(clip):
-    # 1/2 · 3² = 4.5, 1/2 · 4² = 8; gradient V - R
-    values = f64([5, -4]).requires_grad_()
-    out = clipped_value_loss(values, f64([0, 0]), f64([2, 0]), clip)
+@pytest.mark.parametrize(
+    ("values", "old", "returns", "clip", "loss", "clipped", "gradient"),
+    [
+        # V = 2 -> 1/2: 1/2 max(1, 2.5²) = 3.125; V = 6 -> 1/2: 1/2 max(9, 2.5²) = 4.5; V = 1/4 is
+        # inside: 1/2 · 2.75² = 3.78125. V = -2 -> -1/2: 3.125; V = -6: 1/2 · 9. The gradient is
+        # V - R where not clipped, else 0
+        ([2, 6, 0.25, -2, -6], 0, [3, 3, 3, -3, -3], 0.5, [3.125, 4.5, 3.78125, 3.125, 4.5],
+         [True, False, False, True, False], [0, 3, -2.75, 0, -3]),
+        # the range lies around the old value: V = 12 -> 11; 1/2 max(2², 3²)
+        ([12], 10, [14], 1.0, [4.5], [True], [0]),
+        # without a bound half the squared error: 1/2 · 3², 1/2 · 4²
+        ([5, -4], 0, [2, 0], None, [4.5, 8], [False] * 2, [3, -4]),
+        ([5, -4], 0, [2, 0], inf, [4.5, 8], [False] * 2, [3, -4]),
+    ],
+)
+def test_clipped_value_loss_by_hand(values, old, returns, clip, loss, clipped, gradient):
+    values = f64([values]).requires_grad_()
+    out = clipped_value_loss(values, torch.full_like(values, old), f64([returns]), clip)
+    assert_close(out.loss.detach(), f64([loss]))
+    assert out.clipped.tolist() == [clipped]
     out.loss.sum().backward()
-    assert_close(out.loss, f64([4.5, 8]))
-    assert_close(values.grad, f64([3, -4]))
-    assert out.clipped.tolist() == [False, False]
+    assert_close(values.grad, f64([gradient]))
 
 
 def test_clipped_value_loss_inside_the_range_is_never_clipped_by_rounding():
@@ -288,14 +234,17 @@ def test_clipped_value_loss_treats_old_values_and_returns_as_constants():
     assert [x.grad is None for x in inputs] == [False, True, True]
 
 
-def test_clipped_value_loss_refuses():
-    per_token = torch.zeros(4, 7)
-    with pytest.raises(ValueError, match=r"returns is \(4,\), values is \(4, 7\): expand per-sequ"):
-        clipped_value_loss(per_token, per_token, torch.zeros(4), 0.2)
-    with pytest.raises(ValueError, match=r"old_values is \(4, 8\), values is \(4, 7\)"):
-        clipped_value_loss(per_token, torch.zeros(4, 8), per_token, None)
-    with pytest.raises(ValueError, match=r"clip is -0\.2: 0 or more is legal"):
-        clipped_value_loss(per_token, per_token, per_token, -0.2)
+@pytest.mark.parametrize(
+    ("shapes", "clip", "message"),
+    [
+        ([(4, 7), (4, 7), 4], 0.2, r"returns is \(4,\), values is \(4, 7\): expand per-sequence"),
+        ([(4, 7), (4, 8), (4, 7)], None, r"old_values is \(4, 8\), values is \(4, 7\)"),
+        ([(4, 7)] * 3, -0.2, r"clip is -0\.2: 0 or more is legal"),
+    ],
+)
+def test_clipped_value_loss_refuses(shapes, clip, message):
+    with pytest.raises(ValueError, match=message):
+        clipped_value_loss(*map(torch.zeros, shapes), clip)
 
 
 # ---- both ----
