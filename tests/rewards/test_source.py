@@ -45,32 +45,30 @@ def refusal(source: str, tmp_path) -> UserError:
 # ---- what a function is given --------------------------------------------------------------------
 
 
-def test_function_gets_what_its_signature_names(tmp_path):
-    source = """
-def both(completions, prompts):
-    return [len(p + c) for p, c in zip(prompts, completions, strict=True)]
-def column(*, answer, weight=2):
-    return [weight * (a or 0) for a in answer]
-def ids(completion_ids, finish_reasons):
-    return [len(i) + (r == "eos") for i, r in zip(completion_ids, finish_reasons, strict=True)]
-"""
-    assert scores_of(source, tmp_path, "both") == [3, 3, 1]
-    assert scores_of(source, tmp_path, "column") == [14, 0, 18]
-    assert scores_of(source, tmp_path, "ids") == [3, 2, 2]
-
-
-def test_a_source_of_weight_0_rewards_no_tokens():
-    def dense(batch):
-        tokens = [[1.0] * len(ids) for ids in batch.response_ids]
-        total = torch.zeros(3)
-        return Scores(total, {"dense": total + 1}, tokens)
-
-    def flat(batch):
-        return tensor([1.0, 2.0, 3.0])
-
-    found = combine([("flat", 1.0, flat), ("dense", 0.0, dense)])(BATCH)
-    assert found.token_rewards is None and found.total.tolist() == [1.0, 2.0, 3.0]
-    assert found.parts["dense"].tolist() == [1.0, 1.0, 1.0]
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def f(completions, prompts):\n"
+         "    return [len(p + c) for p, c in zip(prompts, completions)]", [3, 3, 1]),
+        ("def f(*, answer, weight=2):\n"
+         "    return [weight * (a or 0) for a in answer]", [14, 0, 18]),
+        ("def f(completion_ids, finish_reasons):\n"
+         "    return [len(i) + (r == 'eos') for i, r in zip(completion_ids, finish_reasons)]",
+         [3, 2, 2]),
+        # with **keywords every column; a column cannot take the place of the prompts
+        ("def f(completions, **rest):\n"
+         "    assert sorted(rest) == ['answer', 'completion_ids', 'finish_reasons', 'prompts']\n"
+         "    assert rest['prompts'] == ['ab', 'c', 'd']\n    return [1.5] * len(completions)",
+         [1.5, 1.5, 1.5]),
+        # dataclasses and helpers of its own
+        ("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\n"
+         "class Length:\n    text: str\n    def score(self) -> float:\n"
+         "        return float(len(self.text))\n"
+         "def f(completions):\n    return [Length(c).score() for c in completions]", [1, 2, 0]),
+    ],
+)
+def test_function_gets_what_its_signature_names(source, expected, tmp_path):
+    assert scores_of(source, tmp_path) == expected
 
 
 def test_what_a_function_changes_is_its_own(tmp_path):
@@ -88,16 +86,6 @@ def f(completions, prompts, completion_ids, answer):
     before = copy.deepcopy(batch)
     assert scored(source, tmp_path, batch=batch).total.tolist() == [1.0, 2.0, 3.0]
     assert batch == before
-
-
-def test_function_with_keywords_gets_every_column(tmp_path):
-    source = """
-def f(completions, **rest):
-    assert sorted(rest) == ["answer", "completion_ids", "finish_reasons", "prompts"]
-    assert rest["prompts"] == ["ab", "c", "d"]  # a column cannot take the place of the prompts
-    return [1.5] * len(completions)
-"""
-    assert scores_of(source, tmp_path) == [1.5, 1.5, 1.5]
 
 
 def test_function_that_needs_an_absent_column_is_told_which_there_are(tmp_path):
@@ -128,21 +116,6 @@ def test_function_needs_its_columns_in_every_file():
     with pytest.raises(UserError, match=told):
         function_reward(f, "f", {"p:1": {"rating"}, "h:3": {"other"}})
     function_reward(f, "f", {"p:1": {"rating"}, "h:3": {"rating", "other"}})
-
-
-def test_function_may_define_dataclasses_and_call_its_own_helpers(tmp_path):
-    source = """
-from __future__ import annotations
-from dataclasses import dataclass
-@dataclass
-class Length:
-    text: str
-    def score(self) -> float:
-        return float(len(self.text))
-def f(completions):
-    return [Length(c).score() for c in completions]
-"""
-    assert scores_of(source, tmp_path) == [1, 2, 0]
 
 
 # ---- what it may return --------------------------------------------------------------------------
@@ -199,40 +172,27 @@ def test_function_that_returns_a_number_beyond_float32_stops_the_run(value, tmp_
 # ---- where it fails ------------------------------------------------------------------------------
 
 
-def test_function_that_raises_is_named_with_its_line(tmp_path):
-    source = """
-import json
-def helper(text):
-    return json.loads(text)
-def f(completions):
-    return [helper(c) for c in completions]
-"""
+@pytest.mark.parametrize(
+    ("source", "where", "what"),
+    [
+        # not the line of the json module that raised
+        ("import json\ndef helper(text):\n    return json.loads(text)\n"
+         "def f(completions):\n    return [helper(c) for c in completions]",
+         "reward.py:3", "reward.py:f raised JSONDecodeError"),
+        ("def f(completions, /):\n    return completions", "/reward.py:f", "raised TypeError"),
+        ("import os\nimport no_such_module_here\n", "--reward reward.py:2", "ModuleNotFoundError"),
+        ("import os\n\ndef f(:\n", "--reward reward.py:3", "SyntaxError"),
+        ("g = 3\ndef first(completions): ...\ndef second(completions): ...\n", "/reward.py",
+         "has no function 'f': it has: first, second"),
+        ("g = 3\n", "/reward.py", "has no function 'f': it has: none"),
+    ],
+)
+def test_function_that_fails_is_named_with_its_line(source, where, what, tmp_path):
     error = refusal(source, tmp_path)
-    assert error.where == "reward.py:4"  # not the line of the json module that raised
-    assert "reward.py:f raised JSONDecodeError" in error.what
-    assert error.do == "it was given completions"
+    assert error.where.endswith(where) and what in str(error)
     assert error.code == BAD_INPUT
-
-
-def test_function_that_takes_no_keywords_is_refused_by_name(tmp_path):
-    error = refusal("def f(completions, /):\n    return completions", tmp_path)
-    assert error.where.endswith("reward.py:f")
-    assert "raised TypeError" in error.what
-
-
-def test_file_that_does_not_import_is_refused_with_its_line(tmp_path):
-    error = refusal("import os\nimport no_such_module_here\n", tmp_path)
-    assert error.where == "--reward reward.py:2" and "ModuleNotFoundError" in error.what
-    error = refusal("import os\n\ndef f(:\n", tmp_path)
-    assert error.where == "--reward reward.py:3" and "SyntaxError" in error.what
-
-
-def test_file_without_the_function_is_told_what_it_has(tmp_path):
-    source = "g = 3\ndef first(completions): ...\ndef second(completions): ...\n"
-    with pytest.raises(UserError, match="has no function 'f': it has: first, second"):
-        scores_of(source, tmp_path)
-    with pytest.raises(UserError, match="has no function 'f': it has: none"):
-        scores_of("g = 3\n", tmp_path)
+    if "raised" in what:
+        assert error.do == "it was given completions"
 
 
 def test_function_reward_wraps_any_function():
@@ -317,6 +277,20 @@ def test_combine_logs_a_source_of_weight_0_without_learning_from_it():
     lone = combine([("a", 1.0, gives([1, None, 3])), ("b", 0.0, gives([9, 9, 9]))])
     with pytest.raises(UserError, match=r"reward a, b: none applies to response 1: 'yz': one that"):
         lone(BATCH)
+
+
+def test_a_source_of_weight_0_rewards_no_tokens():
+    def dense(batch):
+        tokens = [[1.0] * len(ids) for ids in batch.response_ids]
+        total = torch.zeros(3)
+        return Scores(total, {"dense": total + 1}, tokens)
+
+    def flat(batch):
+        return tensor([1.0, 2.0, 3.0])
+
+    found = combine([("flat", 1.0, flat), ("dense", 0.0, dense)])(BATCH)
+    assert found.token_rewards is None and found.total.tolist() == [1.0, 2.0, 3.0]
+    assert found.parts["dense"].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_row_that_no_source_applies_to_is_named():
