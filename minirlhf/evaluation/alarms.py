@@ -1,8 +1,8 @@
 """Alarms: what a PPO run's numbers say is going wrong, with the likely cause and what to change.
 
-Each is told once a run. `check_alarms` is a pure function of a history, which is part of the state,
-so a resumed run tells what the uninterrupted one would have told. The comment above a rule names
-the source of its threshold, or says that it is a rule of thumb.
+Each is raised once a run. `check_alarms` is a pure function of a history, which is part of the
+state, so a resumed run raises those of the uninterrupted one. The comment above a rule names the
+source of its threshold, or says that it is a rule of thumb.
 """
 
 from collections.abc import Callable, Mapping
@@ -159,7 +159,7 @@ RULES = (
     # Most of the reward that PPO gains may come from length alone (Singhal et al. 2023,
     # arXiv:2310.03716). Chance gives 20 independent steps r > 0.8 once in 87,000 times.
     Rule("length_drift", ("response_length", "objective/scores"), grows_with_score,
-         "the reward may pay for length: look at the samples, raise kl_coef, mend the reward"),
+         "the reward may pay for length: look at the samples, raise kl_coef, correct the reward"),
     Rule("equal_scores", ("objective/learned_scores_std",), no_spread,
          "nothing tells good texts from bad: check --reward (or, with bootstrap_truncated, whether "
          "any response ends), raise batch_size or temperature"),
@@ -175,14 +175,14 @@ RULES = (
 def check_alarms(
     history: Mapping[str, list[float]], step: int, metrics: Mapping[str, float]
 ) -> tuple[list[Alarm], History]:
-    """What to tell after a step, and the history with that step in it.
+    """The alarms that a step raises, and the history with that step in it.
 
     Args:
         history: as the last call returned it, empty at the start of a run; it is not changed.
         step: its number, from 1.
-        metrics: of that step alone. A rule whose metrics are not all there is not asked.
+        metrics: of that step alone. A rule is skipped where one of its metrics is missing.
     Returns:
-        (alarms that were not told before, history), the history made of lists of numbers.
+        (alarms that this run has not raised before, history), the history made of lists of numbers.
     """
     history = {name: list(values) for name, values in history.items()}
     steps = int(history.get("steps", [0])[0]) + 1

@@ -1,4 +1,7 @@
-"""Held-out preferences scored once: metrics, tables of samples, and what normalises scores."""
+"""Held-out preferences, scored once: metrics, calibration, and tables of pairs.
+
+Shapes: P pairs, M texts.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -46,10 +49,10 @@ def evaluate_preferences(
     """Scores held-out pairs or ranked lists once.
 
     Args:
-        metrics: more of them, a function of (chosen scores (P,), rejected scores (P,), pairs).
+        metrics: adds to them; a function of (chosen scores (P,), rejected scores (P,), pairs).
         collate: examples -> batch, as in training.
     Returns:
-        loss (with the examples' margins and probabilities), those of `preference_metrics`,
+        loss (with the examples' margins and probabilities), the metrics of `preference_metrics`,
         calibration_error; and the scores in the examples' order.
     Raises:
         UserError: a score is not finite (exit code 3).
@@ -91,7 +94,7 @@ def score_moments(
     std, mean = torch.std_mean(scores, correction=0)
     if not std > 0:
         what = f"all {len(scores):,} scores are {float(mean):.6g}"
-        raise UserError(where, what, "such a model tells nothing apart: train it longer")
+        raise UserError(where, what, "such a model prefers nothing: train it longer")
     return float(mean), float(std)
 
 
@@ -106,7 +109,7 @@ def preference_metrics(examples: list[E], scores: list[Tensor]) -> dict[str, flo
 
 
 def ordered_scores(examples: list[E], scores: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Scores of the better and of the worse side of every pair in `as_pairs` order, (P,) each.
+    """(P,) scores of the better and (P,) of the worse response of each pair, in `as_pairs` order.
 
     Args:
         scores: of each example's responses, best first.
@@ -122,11 +125,11 @@ def ordered_scores(examples: list[E], scores: list[Tensor]) -> tuple[Tensor, Ten
 
 
 def score_metrics(better: Tensor, worse: Tensor, scores: Tensor | None = None) -> dict[str, float]:
-    """What scores say about pairs, without their margins.
+    """Accuracy and margins of scores; the margins in the data play no part.
 
     Args:
-        better, worse: (P,) scores of the two sides of each pair.
-        scores: (M,) of each text once; None: both sides of the pairs.
+        better, worse: (P,) scores of the two responses of each pair.
+        scores: (M,) of each text once; None: those of the pairs.
     Returns:
         accuracy (strict), accuracy_half (a tie counts half), ties: fractions of P; margin and
         margin_std: mean and population standard deviation of better - worse; min_reward,
@@ -145,7 +148,7 @@ def score_metrics(better: Tensor, worse: Tensor, scores: Tensor | None = None) -
 
 
 def top1(rankings: list[Ranking], scores: list[Tensor]) -> float:
-    """Fraction of lists of which a response of the best rank scores above all other ranks."""
+    """Fraction of lists where a response of the best rank scores above all of other ranks."""
     right = 0
     for ranking, each in zip(rankings, scores, strict=True):
         best = sum(rank == ranking.ranks[0] for rank in ranking.ranks)
@@ -157,19 +160,19 @@ def top1(rankings: list[Ranking], scores: list[Tensor]) -> float:
 
 
 class Bin(NamedTuple):
-    """Pairs whose confidence lies from low to high; None where there are none."""
+    """Pairs whose confidence lies from low to high."""
 
     low: float
     high: float
     pairs: int
-    confidence: float | None  # mean
-    accuracy: float | None  # fraction that is right, a tie counting half
+    confidence: float | None  # mean; None without pairs
+    accuracy: float | None  # fraction that is right, a tie counting half; None without pairs
 
 
 def calibration_table(chosen: Tensor, rejected: Tensor, bins: int = 10) -> list[Bin]:
-    """How often a reward model is right where it says it is: bins of equal width on [1/2, 1].
+    """How often a reward model is right, by its confidence: bins of equal width on [1/2, 1].
 
-    Arguments as in `calibration_error`.
+    Guo et al. 2017 (arXiv:1706.04599), section 2. Arguments as in `calibration_error`.
     """
     probability = torch.sigmoid(chosen.double() - rejected.double())
     confidence = torch.maximum(probability, 1 - probability)
@@ -190,7 +193,8 @@ def calibration_error(chosen: Tensor, rejected: Tensor, bins: int = 10) -> float
 
         sum_b |sum_{i in b} (right_i - confidence_i)| / N,   confidence = max(P, 1 - P)
 
-    0 says that of the pairs told apart with confidence 0.9, 9 in 10 are told apart rightly.
+    It is 0 if, for instance, 9 in 10 of the pairs that are ordered with confidence 0.9 are ordered
+    rightly.
 
     Args:
         chosen, rejected: (N,) scores.
@@ -227,7 +231,7 @@ def pair_row(result: Evaluation, i: int, tokenizer: Tokenizer | None) -> dict:
 
 
 def pair_table(rows: list[dict]) -> str:
-    """`pair_rows` for a console; the answers only, since both have the same prompt."""
+    """`pair_rows` for a console: the responses only, since both have the same prompt."""
     lines = [f"  {'chosen':<36}  {'rejected':<36}  {'scores':>15}  margin  P(chosen)  tokens"]
     for row in rows:
         chosen, rejected = (printable(row[side], 36) for side in ("chosen", "rejected"))

@@ -82,7 +82,7 @@ def service_reward(
 def request_item(
     service: Service, batch: Completions, i: int, decode: Callable[[Sequence[int]], str]
 ) -> dict | str:
-    """What the service is told of row i, without its id."""
+    """Row i of the batch as a request holds it, without its id."""
     if service.form == "llama-factory":
         return decode(batch.prompt_ids[i] + batch.response_ids[i])
     return {

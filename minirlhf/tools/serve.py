@@ -1,13 +1,13 @@
 """A reward model as a service: `minirlhf serve --model REWARD_FOLDER`, for `--reward http://…`.
 
-POST /score takes the two forms of `minirlhf.rewards.service`, told apart by their keys:
+POST /score takes either form of `minirlhf.rewards.service`:
 
     {"items": [{"id", "prompt", "completion", "finish_reason"}]} -> {"scores": [{"id", "score"}]}
     {"messages": [text]}                                         -> {"scores": [number]}
 
 An item's prompt is a string or a list of messages, which the model's own chat template renders. A
-text of the second form is whole: names of special tokens in it are these tokens, so who writes the
-text can forge them. A refusal is {"error": text} with a status of 4xx.
+text of the second form is whole: a special token's name in it becomes that token, so whoever writes
+the text can forge one. A refusal is {"error": text} with a status of 4xx.
 """
 
 import hmac
@@ -208,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_request(self, *_: object) -> None:
-        """Nothing here: `do_POST` writes one line when it has answered."""
+        """Writes nothing: `do_POST` writes one line when it has answered."""
 
     def log_message(self, format: str, *values: object) -> None:
         line = f"{self.client_address[0]} {getattr(self, 'requestline', '')}: {format % values}"

@@ -166,7 +166,7 @@ def test_score_moments_by_hand():
 def test_score_moments_refuses_scores_that_are_all_alike():
     model = tiny_model()
     torch.nn.init.zeros_(model.score.weight)
-    match = r"^--normalize: all 10 scores are 0: such a model tells nothing apart"
+    match = r"^--normalize: all 10 scores are 0: such a model prefers nothing"
     with pytest.raises(UserError, match=match) as error:
         score_moments(model, [PAIRS], 4096, "--normalize")
     assert error.value.code == BAD_INPUT
