@@ -33,7 +33,7 @@ _PUBLIC = {
     "models.generation": ("Sampling", "Generation", "generate", "decode_steps"),
     "data.tokenizer": ("load_tokenizer", "Tokenizer"),
     "batches.rollouts": ("Rollout", "RolloutBuffer"),
-    "evaluation.rollout": ("PPOStats",),
+    "evaluation.updates": ("PPOStats",),
     "run.meters": ("Meters", "AverageMeter"),
     "run.checkpoint": ("TrainState", "save_checkpoint", "load_checkpoint"),
     "setup.sft_settings": ("SFTConfig",),

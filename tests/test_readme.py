@@ -201,17 +201,16 @@ def test_own_loss_is_the_one_that_is_learned_from(in_a_small_world):
     for group in names["optimizer"].param_groups:
         group["lr"] = 1e-2
     clipped = names["update"](*rollout, iteration=0)
-    names["config"] = names["Reinforce"](**settings)
-    free = names["update"](*rollout, iteration=1)
+    free = names["update"](*rollout, iteration=1, policy_loss=names["reinforce"])
     assert clipped.clipfrac > 0 and free.clipfrac == 0
     # At ratio 1 both losses have one gradient, that of -A log pi: one step from the same weights
     policy, ends = names["policy"], []
     start = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    for config in (PPOConfig, names["Reinforce"]):
+    names["config"] = PPOConfig(epochs=1)
+    for policy_loss in (None, names["reinforce"]):
         policy.load_state_dict(start)
-        names["config"] = config(epochs=1)
         names["optimizer"] = torch.optim.SGD(policy.parameters(), lr=0.1)
-        names["update"](*rollout, iteration=0)
+        names["update"](*rollout, iteration=0, policy_loss=policy_loss)
         ends.append(policy.lm.model.embed_tokens.weight.clone())
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)
     assert not torch.equal(ends[0], start["lm.model.embed_tokens.weight"])

@@ -25,6 +25,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minirlhf.batches.credit import assign_credit
 from minirlhf.batches.preferences import collate_pairs
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer, measure, policy_pass
 from minirlhf.data.examples import Pair
@@ -38,7 +39,7 @@ from minirlhf.models.alignment import pad_right
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, ValueHeadModel
 from minirlhf.models.transformer import CausalLM
-from minirlhf.recipes.ppo import assign_credit, ppo_step
+from minirlhf.recipes.ppo import ppo_step
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests import trl_reference as reference
 from tests.recipes.test_ppo import by_row

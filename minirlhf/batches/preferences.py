@@ -8,7 +8,7 @@ Shapes: N examples, M texts of all of them, K responses of the longest list, P p
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -31,6 +31,8 @@ from minirlhf.models.config import ModelConfig
 
 Example = Pair | Ranking
 E = TypeVar("E", Pair, Ranking)
+# chosen scores (P,), rejected (P,), margin (P,), probability (P,), label smoothing -> (P,)
+PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 LIST_LOSSES = ("plackett-luce", "pairs", "margins", "probabilities")
 NEED_SCORES = ("margins", "probabilities")
 
@@ -114,6 +116,7 @@ class PairBatch(NamedTuple):
     lengths: Tensor  # (2N,)
     margin: Tensor  # (N,) float32
     chosen_probability: Tensor  # (N,) float32
+    pair_loss: PairLoss = bradley_terry_loss
 
     def split(self, scores: Tensor) -> list[Tensor]:
         """(2N,) -> a (2,) for each pair, chosen first."""
@@ -123,7 +126,7 @@ class PairBatch(NamedTuple):
         """(2N,) scores -> (N,) losses."""
         chosen, rejected = scores.chunk(2)
         probability = self.chosen_probability.to(scores)
-        loss = bradley_terry_loss(
+        loss = self.pair_loss(
             chosen, rejected, self.margin.to(scores), probability, label_smoothing
         )
         return loss + center * (chosen + rejected).square() if center else loss  # 0 x inf is nan
@@ -166,6 +169,7 @@ class RankedPairsBatch(NamedTuple):
     worse: Tensor  # (P,)
     margin: Tensor  # (P,) float32
     chosen_probability: Tensor  # (P,) float32
+    pair_loss: PairLoss = bradley_terry_loss
 
     def split(self, scores: Tensor) -> list[Tensor]:
         """(M,) -> a (K,) for each list, without padding."""
@@ -176,7 +180,7 @@ class RankedPairsBatch(NamedTuple):
         better = scores.gather(0, self.better.to(scores.device))
         worse = scores.gather(0, self.worse.to(scores.device))
         probability = self.chosen_probability.to(scores)
-        losses = bradley_terry_loss(
+        losses = self.pair_loss(
             better, worse, self.margin.to(scores), probability, label_smoothing
         )
         loss = torch.stack([each.mean() for each in losses.split(self.pairs)])
@@ -191,18 +195,19 @@ def centering(scores: list[Tensor], coefficient: float) -> Tensor:
     return coefficient * (2 * torch.stack([each.mean() for each in scores])).square()
 
 
-def collate_pairs(pairs: list[Pair]) -> PairBatch:
+def collate_pairs(pairs: list[Pair], pair_loss: PairLoss = bradley_terry_loss) -> PairBatch:
     """Both sides in one batch, so that one forward pass scores them alike."""
     rows = [p.prompt_ids + p.chosen_ids for p in pairs]
     rows += [p.prompt_ids + p.rejected_ids for p in pairs]
     lengths = torch.tensor([len(row) for row in rows])
     margin = torch.tensor([p.margin for p in pairs])
     probability = torch.tensor([p.chosen_probability for p in pairs])
-    return PairBatch(pad_right(rows), lengths, margin, probability)
+    return PairBatch(pad_right(rows), lengths, margin, probability, pair_loss)
 
 
 def collate_rankings(
-    rankings: list[Ranking], loss: str = "plackett-luce"
+    rankings: list[Ranking], loss: str = "plackett-luce",
+    pair_loss: PairLoss = bradley_terry_loss,
 ) -> RankingBatch | RankedPairsBatch:
     """All responses in one batch, so that one forward pass scores them alike.
 
@@ -214,13 +219,17 @@ def collate_rankings(
             probabilities: Bradley-Terry's of each pair, ties too, whose label is the probability
                 sigmoid(difference of the list's own scores).
             Not all responses of a list may tie; such lists are dropped when they are read.
+        pair_loss: of each pair, in the place of Bradley-Terry's.
     Raises:
-        ValueError: margins or probabilities of a list without scores.
+        ValueError: margins or probabilities of a list without scores; a pair_loss where the loss
+            is of the whole order.
     """
     rows = [text for ranking in rankings for text in texts_of(ranking)]
     tokens, lengths = pad_right(rows), torch.tensor([len(row) for row in rows])
     counts = count_texts(rankings)
     if loss == "plackett-luce":
+        if pair_loss is not bradley_terry_loss:
+            raise ValueError("pair_loss: plackett-luce is no loss of pairs; use list_loss pairs")
         ranks = pad_right([ranking.ranks for ranking in rankings])
         mask = torch.arange(ranks.shape[1]) < counts[:, None]
         return RankingBatch(tokens, lengths, ranks, mask)
@@ -242,15 +251,17 @@ def collate_rankings(
     probability = torch.sigmoid(gap) if loss == "probabilities" else torch.ones_like(gap)
     better, worse = torch.tensor(better), torch.tensor(worse)
     return RankedPairsBatch(
-        tokens, lengths, counts.tolist(), pairs, better, worse, margin, probability
+        tokens, lengths, counts.tolist(), pairs, better, worse, margin, probability, pair_loss
     )
 
 
-def collate(examples: list[E], list_loss: str = "plackett-luce") -> Batch:
-    """The batch of whichever kind the examples are; list_loss as in `collate_rankings`."""
+def collate(
+    examples: list[E], list_loss: str = "plackett-luce", pair_loss: PairLoss = bradley_terry_loss
+) -> Batch:
+    """The batch of whichever kind the examples are; the losses as in `collate_rankings`."""
     if isinstance(examples[0], Pair):
-        return collate_pairs(examples)
-    return collate_rankings(examples, list_loss)
+        return collate_pairs(examples, pair_loss)
+    return collate_rankings(examples, list_loss, pair_loss)
 
 
 def bootstrap_weights(seed: int, rows: Tensor, heads: int) -> Tensor:

@@ -1,6 +1,8 @@
-"""What PPO learns from: sampled rows with what was known of them when they were sampled.
+"""What PPO learns from: sampled rows, and the forward passes that measure them.
 
-Shapes: B rows, T tokens of the longest, R tokens of the longest response, N tokens in all.
+Measuring and training use the same function on the same micro-batches, so the first ratio is 1.
+Shapes: B rows, b of a micro-batch, T tokens of the longest, R tokens of the longest response, N
+response tokens in all, D hidden size.
 """
 
 from collections.abc import Callable
@@ -26,7 +28,7 @@ class Rollout(NamedTuple):
     """B rows, left-aligned, with one cell for each of at most R response tokens.
 
     Column t of a (B, R) tensor belongs to response token a_t and to the state before it. The
-    fields that may be None are filled on the way: `passes.measure` and `ppo_update.assign_credit`.
+    fields that may be None are filled on the way, by `measure` and `credit.assign_credit`.
     False cells between True ones are legal: tokens that another wrote, such as a tool's output.
     """
 
@@ -35,7 +37,7 @@ class Rollout(NamedTuple):
     prompt_lengths: Tensor  # (B,) int64, at least 1
     response_mask: Tensor  # (B, R) bool: tokens the policy chose, eos included
     scores: Tensor  # (B,) float32, reward units
-    truncated: Tensor | None = None  # (B,) bool: cut by its length, not ended
+    truncated: Tensor | None = None  # (B,) bool: ended by the length limit, not by eos
     support: RowSupport | None = None  # what could be drawn; None: every token
     sampled_logprobs: Tensor | None = None  # (B, R) nats, as decoding computed them
     given_rewards: Tensor | None = None  # (B, R) float32, of single tokens, beside the score
@@ -124,6 +126,12 @@ class RolloutBuffer:
             lambda micro: micro._replace(**{name: unpack(next(parts), micro.response_mask)})
         )
 
+    def rescale(self, name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Replaces a field by function(its values (N,), an all-True mask (N,)), over all rows: a
+        mean or spread of the whole rollout, which no split into mini-batches can change."""
+        flat = self.tokens(name)
+        self.set_tokens(name, function(flat, torch.ones_like(flat, dtype=torch.bool)))
+
     def row_sums(self, name: str) -> Tensor:
         """(B,) sums over each row's response tokens of a (B, R) field, in the buffer's order."""
         sums = [getattr(m, name).where(m.response_mask, 0).sum(1) for m in self.micro_batches]
@@ -159,18 +167,22 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
     shape = mask.shape + values.shape[1:]
     return values.new_zeros(shape).masked_scatter(cells.expand(shape), values)
 
+
+# ---------------------------------------------------------------------------------- forward passes
+
+
 KL_ESTIMATORS = (*ESTIMATORS, "full")
 
 
 class TokenPass(NamedTuple):
-    logprobs: Tensor  # (b, R) nats, of the law that is sampled; 0 outside the mask
+    logprobs: Tensor  # (b, R) nats, of the distribution that is sampled from; 0 outside the mask
     entropy: Tensor  # (b, R) nats, likewise
     values: Tensor  # (b, R)
     last_values: Tensor | None = None  # (b,) of the state after the last token
     states: Tensor | None = None  # (N, D) before the response tokens, row by row
 
 
-class LawPass(NamedTuple):
+class ResponsePass(NamedTuple):
     logprobs: Tensor  # (b, R) nats
     entropy: Tensor  # (b, R) nats
     states: Tensor  # (N, D)
@@ -179,25 +191,25 @@ class LawPass(NamedTuple):
 def policy_pass(policy: ValueHeadModel, micro: Rollout, temperature: float) -> TokenPass:
     """One forward pass of policy and critic."""
     hidden, values = policy(micro.tokens, micro.lengths)
-    law = response_law(policy.lm, hidden, micro, temperature)
+    response = response_pass(policy.lm, hidden, micro, temperature)
     at_tokens = response_states(values, micro.prompt_lengths, micro.response_mask.shape[1])
     last = response_states(values, micro.lengths, 1)[:, 0]
-    return TokenPass(law.logprobs, law.entropy, at_tokens, last, law.states)
+    return TokenPass(response.logprobs, response.entropy, at_tokens, last, response.states)
 
 
-def response_law(lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float) -> LawPass:
-    """What a model says of the response tokens, given its hidden states; only their logits are
-    computed, on the support that was sampled."""
+def response_pass(lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float) -> ResponsePass:
+    """Log-probs and entropies of the response tokens, from the hidden states; logits are computed
+    for these tokens only, over the support that was sampled from."""
     mask = micro.response_mask
     states = response_states(hidden, micro.prompt_lengths, mask.shape[1])[mask]  # (N, D)
     targets = response_states(micro.tokens, micro.prompt_lengths + 1, mask.shape[1])[mask]  # (N,)
     support = None if micro.support is None else micro.support.flat(mask)
     stats = token_logprobs(lm, states, targets, temperature, support=support)
-    return LawPass(unpack(stats.logprobs, mask), unpack(stats.entropy, mask), states)
+    return ResponsePass(unpack(stats.logprobs, mask), unpack(stats.entropy, mask), states)
 
 
 def kl_to_ref(
-    estimator: str, policy: CausalLM, now: TokenPass | LawPass, ref: CausalLM | None,
+    estimator: str, policy: CausalLM, now: TokenPass | ResponsePass, ref: CausalLM | None,
     micro: Rollout, temperature: float,
 ) -> Tensor:
     """(b, R) nats a token, of the policy to the reference; 0 outside the mask.
@@ -222,9 +234,14 @@ def measure(
     full_kl: bool = False, keep_ref_states: bool = False,
 ) -> None:
     """Fills old_logprobs, old_values, last_values and ref_logprobs, on the micro-batches of the
-    training passes; full_kl and ref_states where they are asked for.
+    training passes.
 
-    ref None: the policy's own base under its adapters.
+    Args:
+        ref: the frozen reference; None: the policy's own base under its adapters.
+        full_kl: fill full_kl, the KL over the whole vocabulary, too.
+        keep_ref_states: fill ref_states, for a full KL in the loss.
+    Raises:
+        UserError: a token was sampled that the reference or the critic does not have.
     """
 
     def fill(micro: Rollout) -> Rollout:
@@ -237,13 +254,13 @@ def measure(
         frozen = policy.lm if ref is None else ref
         with adapters_off(policy) if ref is None else nullcontext():
             hidden = frozen(micro.tokens, lengths=micro.lengths)
-            law = response_law(frozen, hidden, micro, temperature)
+            of_ref = response_pass(frozen, hidden, micro, temperature)
         micro = micro._replace(
             old_logprobs=old.logprobs, old_values=old.values, last_values=old.last_values,
-            ref_logprobs=law.logprobs,
+            ref_logprobs=of_ref.logprobs,
         )
         if full_kl or keep_ref_states:
-            micro = micro._replace(ref_states=unpack(law.states, micro.response_mask))
+            micro = micro._replace(ref_states=unpack(of_ref.states, micro.response_mask))
         if full_kl:
             kl = kl_to_ref("full", policy.lm, old, frozen, micro, temperature)
             micro = micro._replace(full_kl=kl)

@@ -1,5 +1,6 @@
 """Rows become batches: which rows a step takes, how they are cut, and how they are laid out."""
 
+from collections.abc import Iterator
 from math import ceil
 
 import torch
@@ -56,6 +57,20 @@ def epoch_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> li
     whole = [b for b in batches if len(b) == batch_size]
     shuffled = streams.permutation(seed, "batch order", epoch, len(whole)).tolist()
     return [whole[i] for i in shuffled] + short
+
+
+def training_batches(
+    lengths: Tensor, batch_size: int, seed: int, first_step: int = 0
+) -> Iterator[Tensor]:
+    """The batches of step first_step, first_step + 1, … without end, epoch after epoch.
+
+    A step's batch is a function of the arguments of `epoch_batches` alone, so a resumed run goes
+    on with the batches that it would have met.
+    """
+    epoch, position = divmod(first_step, ceil(len(lengths) / batch_size))
+    while True:
+        yield from epoch_batches(lengths, batch_size, seed, epoch)[position:]
+        epoch, position = epoch + 1, 0
 
 
 def next_rows(

@@ -1,25 +1,25 @@
-"""Losses of preference learning and of PPO, one function an equation, unreduced.
+"""Losses of PPO, one function an equation, unreduced.
 
 The caller reduces, in a line of its own. Computed in float32 at least; no argument is changed.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minirlhf.equations.masking import (
-    check_same_shape,
-    grad_where_finite,
-    upcast,
-)
+from minirlhf.equations.masking import check_same_shape, grad_where_finite, upcast
 
 
 class Surrogate(NamedTuple):
     loss: Tensor  # (B, R)
     ratio: Tensor  # (B, R), without gradient
     clipped: Tensor  # (B, R) bool
+
+
+PolicyLoss = Callable[[Tensor, Tensor, Tensor], Surrogate]  # log-probs, old ones, advantages
 
 
 class ValueLoss(NamedTuple):

@@ -1,23 +1,19 @@
-"""Statistics of a rollout beyond what its losses tell, under the names of `minirlhf.run.glossary`.
+"""Statistics of a rollout, under the names of `minirlhf.run.glossary`.
 
 Tokens are weighed alike, whatever row or micro-batch they stand in; nothing outside the response
 mask counts. Spreads are those of the population: one response has spread 0, not NaN.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minirlhf.batches.rollouts import (
-    RolloutBuffer,
-    penalised_kl,
-)
+from minirlhf.batches.rollouts import RolloutBuffer
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.equations.intervals import pearson
 from minirlhf.equations.kl import kl_k1, kl_k3
-from minirlhf.equations.masking import masked_sum
+from minirlhf.evaluation.updates import PPOStats
 from minirlhf.rewards.source import Completions, Scores
 
 
@@ -95,74 +91,6 @@ def quantiles(stem: str, values: Tensor) -> dict[str, float]:
     return {f"{stem}_p{name}": value for name, value in zip(("05", "50", "95"), found, strict=True)}
 
 
-class PPOStats(NamedTuple):
-    """Statistics of one `ppo_step`; means over the response tokens, those of all epochs alike."""
-
-    policy_loss: float
-    value_loss: float
-    kl_loss: float  # kl_coef times the KL where it is a loss; else 0
-    ptx_loss: float  # of the texts that are mixed in, before its weight; 0 without
-    loss: float  # all of them with their weights
-    approxkl: float  # mean of (new - old logprob)^2 / 2, nats
-    policykl: float  # mean of old - new logprob, nats
-    clipfrac: float  # share of tokens whose policy gradient was clipped
-    value_clipfrac: float
-    vpred: float  # value during the updates
-    value_error: float  # mean of (value - return)^2
-    entropy: float  # nats a token
-    ratio: float
-    ratio_var: float
-    grad_norm: float  # mean over optimizer steps, before clipping
-    critic_grad_norm: float  # of a critic with a trunk of its own; else 0: it is in grad_norm
-    explained_variance: float  # 1 - var(returns - old values) / var(returns)
-    non_score_reward: float  # mean over rows of the summed KL penalty, <= 0 on average
-    first_ratio_gap: float  # largest |ratio - 1| before the first optimizer step; 0 if exact
-    epochs: int  # passes made; fewer than asked for where the KL ended them
-
-
-class MiniBatchStats(NamedTuple):
-    """What one mini-batch showed on its way to an optimizer step."""
-
-    sums: dict[str, Tensor]  # over its response tokens
-    tokens: int
-    largest_gap: Tensor  # () largest |ratio - 1|
-    ptx_loss: float
-    grad_norm: float  # before clipping
-    critic_grad_norm: float
-
-    @property
-    def ratio(self) -> float:
-        return 1 + float(self.sums["gap"]) / self.tokens
-
-
-def summarise_updates(
-    updates: list[MiniBatchStats], rollout: RolloutBuffer, kl_estimator: str | None, kl_coef: float,
-    epochs: int, ptx_coef: float,
-) -> PPOStats:
-    """Token means over all updates, and what the rollout itself says."""
-    total = sum(seen.tokens for seen in updates)
-    mean = {k: float(sum(seen.sums[k] for seen in updates)) / total for k in updates[0].sums}
-    gap, gap_sq = mean.pop("gap"), mean.pop("gap_sq")  # squares around 1 keep small variances
-    mean.pop("moved")
-    ptx_loss = sum(seen.ptx_loss for seen in updates) / len(updates)
-    mean["loss"] += ptx_coef * ptx_loss
-    returns, old_values = rollout.tokens("returns"), rollout.tokens("old_values")
-    spread = float(returns.var(correction=0))
-    unexplained = float((returns - old_values).var(correction=0))
-    kl = sum(
-        float(masked_sum(penalised_kl(micro, kl_estimator), micro.response_mask))
-        for micro in rollout.micro_batches
-    )
-    return PPOStats(
-        **mean, ptx_loss=ptx_loss, ratio=1 + gap, ratio_var=max(gap_sq - gap**2, 0.0),
-        grad_norm=sum(seen.grad_norm for seen in updates) / len(updates),
-        critic_grad_norm=sum(seen.critic_grad_norm for seen in updates) / len(updates),
-        explained_variance=1 - unexplained / spread if spread > 0 else 0.0,
-        non_score_reward=-kl_coef * kl / len(rollout),
-        first_ratio_gap=float(updates[0].largest_gap), epochs=epochs,
-    )
-
-
 def summarise(
     stats: PPOStats, completions: Completions, given: Scores, scores: Tensor,
     buffer: RolloutBuffer, sequence_kl: float, tokenizer: Tokenizer, bootstraps: bool,
@@ -171,13 +99,14 @@ def summarise(
 
     Args:
         given: what the reward sources said.
-        scores: (B,) under the rule for cut responses, before they were scaled.
+        scores: (B,) under the rule for truncated responses, before they were scaled.
+        bootstraps: whether the critic's value stands for the score of a truncated response.
     """
     by_token = given.sums - given.total  # (B,)
     scores = scores + by_token
     micros = buffer.micro_batches
     scaled = torch.cat([micro.scores for micro in micros]).cpu()
-    if bootstraps:  # the critic's value stands for the score of a cut response
+    if bootstraps:
         scaled = torch.where(torch.cat([micro.truncated for micro in micros]).cpu(), 0, scaled)
     learned = scaled + by_token[torch.cat([micro.rows for micro in micros]).cpu()]
     responses, tokens = completions.response_ids, len(buffer.tokens("rewards"))

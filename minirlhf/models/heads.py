@@ -36,6 +36,13 @@ class ValueHeadModel(nn.Module):
         weight, bias = self.v_head.weight.to(wide), self.v_head.bias.to(wide)
         return hidden, F.linear(states.to(wide), weight, bias).squeeze(-1)
 
+    def clipped_apart(self) -> list[nn.Module]:
+        """Modules whose gradients are clipped by norms of their own: a critic with its own trunk
+        is another model."""
+        if self.critic is None:
+            return [self]
+        return [self.lm, nn.ModuleList([self.critic, self.v_head])]
+
     def value_parameters(self) -> list[nn.Parameter]:
         """Of the critic alone: its head, and its trunk where that is its own."""
         trunk = [] if self.critic is None else list(self.critic.parameters())

@@ -1,5 +1,6 @@
 """Meters that average what happened since the last log line, and the record a recipe yields."""
 
+import time
 from typing import NamedTuple
 
 
@@ -60,3 +61,21 @@ class Meters:
         for name, (val, total, count) in saved.items():
             meter = self.meters[name] = AverageMeter()
             meter.val, meter.sum, meter.count = val, total, count
+
+
+class Stopwatch:
+    """Seconds of the parts of one step, and what they make of rates."""
+
+    def __init__(self):
+        self.started = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Names what has passed since the last lap."""
+        self.laps[name] = time.perf_counter() - self.started - sum(self.laps.values())
+
+    def clock(self, total: str, **counts: int) -> dict[str, float]:
+        """The laps, all seconds under the name `total`, and each count by the second."""
+        seconds = time.perf_counter() - self.started
+        rates = {name: count / seconds for name, count in counts.items()}
+        return self.laps | {total: seconds} | rates

@@ -1,8 +1,9 @@
 """The optimizer, the learning rate as a function of the step, and gradient clipping."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -10,9 +11,14 @@ from torch.optim.adamw import adamw
 
 from minirlhf.errors import NonFinite
 
-T = TypeVar("T")
 SCHEDULES = ("constant", "linear", "cosine")
 HEADS = ("score", "v_head")  # of a reward model, of a policy's critic
+
+
+class ScheduleSettings(Protocol):
+    learning_rate: float
+    warmup_steps: int
+    schedule: str
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -114,6 +120,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     return peak * factor
 
 
+def follow_schedule(
+    optimizer: torch.optim.Optimizer, step: int, steps: int, config: ScheduleSettings
+) -> float:
+    """Sets the rate of step 0, 1, … steps - 1, and returns it."""
+    rate = learning_rate(step, steps, config.learning_rate, config.warmup_steps, config.schedule)
+    set_learning_rate(optimizer, rate)
+    return rate
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """`rate` for every group, scaled where a group names its own `lr_scale`."""
     for group in optimizer.param_groups:
@@ -151,41 +166,39 @@ def check_finite(where: str, metrics: dict[str, float]) -> None:
             )
 
 
-def update_or_skip(
-    optimizer: torch.optim.Optimizer,
-    accumulate: Callable[[], T],
-    counters: dict[str, int],
-    patience: int,
-    wanted: Callable[[T], bool] | None = None,
-) -> T | None:
-    """One optimizer step, or none where its numbers are not finite, or it is not wanted.
+@contextmanager
+def skip_nonfinite(
+    optimizer: torch.optim.Optimizer, counters: dict[str, int], patience: int
+) -> Iterator[None]:
+    """Around one update: leaves it out where its numbers are not finite, and drops its gradients.
 
     Args:
-        accumulate: leaves the gradient in the parameters, clipped and checked.
         counters: where skips are counted, as `skipped_updates` and `skipped_in_a_row`.
         patience: how many updates in a row may be skipped.
-        wanted: what `accumulate` returned -> whether to make the step; steps that are left out are
-            counted as `skipped_ratio`. None: always.
-    Returns:
-        What `accumulate` returned; None where its numbers were not finite.
     Raises:
-        NonFinite: patience is at its end; the parameters are untouched.
+        NonFinite: one more than that; the parameters are untouched.
     """
-    optimizer.zero_grad()  # of a pass that was dropped half-way
     try:
-        seen = accumulate()
-        if wanted is None or wanted(seen):
-            optimizer.step()
-        else:
-            counters["skipped_ratio"] = counters.get("skipped_ratio", 0) + 1
+        yield
+        counters.pop("skipped_in_a_row", None)
     except NonFinite:
         in_a_row = counters.get("skipped_in_a_row", 0) + 1
         if in_a_row > patience:
             raise
         counters["skipped_in_a_row"] = in_a_row
         counters["skipped_updates"] = counters.get("skipped_updates", 0) + 1
-        return None
     finally:
         optimizer.zero_grad()  # gradients need not be held while others use the memory
-    counters.pop("skipped_in_a_row", None)
-    return seen
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradient is computed for its weights, and no pass keeps what one would need."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

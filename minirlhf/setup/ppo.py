@@ -1,24 +1,38 @@
 """What a PPO run looks at, refuses and tells before it costs anything, and the policy it loads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from minirlhf.batches.demonstrations import with_target
+from minirlhf.batches.demonstrations import TextMix, with_target
+from minirlhf.batches.rollouts import measure
 from minirlhf.data.examples import Prompt, Text, load_prompts, load_texts
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from minirlhf.equations.scores import EndRule, end_rule
 from minirlhf.errors import UserError
+from minirlhf.evaluation.policy import PolicyEvaluation, evaluate_policy
+from minirlhf.evaluation.samples import sample_table
 from minirlhf.files.folders import resolve
 from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.models import pretrained
-from minirlhf.models.heads import ValueHeadModel, critic_from_reward_model
-from minirlhf.models.lora import add_lora
+from minirlhf.models.compiling import compile_blocks
+from minirlhf.models.generation import Sampling
+from minirlhf.models.heads import RewardModel, ValueHeadModel, critic_from_reward_model
+from minirlhf.models.lora import add_lora, merged_copy
+from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards import parse
-from minirlhf.rewards.parse import Spec
-from minirlhf.setup.common import named_files
+from minirlhf.rewards.parse import Spec, load_reward
+from minirlhf.rewards.source import RewardSource
+from minirlhf.run import optim
+from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.folder import Run
+from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic, process_bytes
+from minirlhf.setup import memory_plans
+from minirlhf.setup.common import named_files, write_model
 from minirlhf.setup.ppo_settings import PPOConfig
 
 # ------------------------------------------------------------------------------------------ a run
@@ -264,3 +278,115 @@ def run_facts(
         "dtype": str(dtype).removeprefix("torch."),
         "seed": config.seed,
     }
+
+
+class PPORun(NamedTuple):
+    """A run that is ready to begin: checked, loaded, and nothing written yet."""
+
+    run: Run
+    state: TrainState
+    prompts: list[Prompt]
+    sets: dict[str, list[Prompt]]  # metric prefix -> held-out prompts
+    reward: RewardSource
+    ref: CausalLM | None  # None where the policy has adapters: its base
+    tokenizer: Tokenizer
+    mix: TextMix | None
+    reports: list[Report]  # of the data files
+    facts: dict[str, object]  # what is told before it costs anything
+    evaluate: Callable[..., PolicyEvaluation]  # (prompts=, baseline=)
+    sample_table: Callable[[], list[dict]]
+    export_best: Callable[[], None]
+
+
+def load_run(config: PPOConfig) -> PPORun:
+    """Refuses all that can be refused, the cheapest first, then loads the models."""
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    start = look(config)
+    tokenizer, data = start.tokenizer, start.data
+    # Refused here, before anything is loaded; written to only once all is.
+    r = Run(config, "ppo", start.inputs)
+    make_deterministic(device)
+    fits = count_memory(config, start, dtype, device)
+    reward_models: list[tuple[RewardModel, Path]] = []
+    reward = load_reward(
+        config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,
+        r.folder / "rewards.jsonl", reward_models,
+    )
+    policy = load_policy(config, start.folder, device, dtype)
+    ref = load_reference(config, start.ref_folder, device, dtype)
+    frozen = reward_models + ([] if ref is None else [(ref, start.ref_folder)])
+    if config.offload_frozen:
+        for model, folder in frozen:
+            pretrained.offload(model, folder)
+    if config.compile:
+        compile_blocks(policy, *(model for model, _ in frozen))
+    state = TrainState(policy, ppo_optimizer(policy, config), kl_coef=config.kl_coef)
+    sizes = config.ptx_batch_size, config.micro_batch_tokens
+    mix = TextMix(data.texts, config.ptx_coef, *sizes, config.seed) if data.texts else None
+    # no more rows than in a training step, so that no evaluation takes more memory than one
+    abreast = min(config.rollout_batch_size, config.batch_size)
+    evaluate = partial(
+        evaluate_policy, policy.lm, reward=reward, tokenizer=tokenizer,
+        sampling=sampling_of(config), seed=config.seed, rows_at_once=abreast,
+        measure=partial(measure, policy, ref, temperature=config.temperature),
+        micro_batch_size=config.micro_batch_size, micro_batch_tokens=config.micro_batch_tokens,
+    )
+    table = partial(
+        sample_table, state, data.prompts, reward, tokenizer, sampling_of(config),
+        config.sample_prompts, abreast, config.seed,
+    )
+
+    def export_best() -> None:
+        lm = merged_copy(policy.lm) if config.lora_rank else policy.lm
+        r.export(lambda target: write_model(lm, tokenizer, target), "best")
+
+    facts = run_facts(config, len(data.prompts), policy, fits, device, dtype)
+    facts |= parse.facts(start.specs, tokenizer)
+    return PPORun(r, state, data.prompts, data.sets, reward, ref, tokenizer, mix, data.reports,
+                  facts, evaluate, table, export_best)
+
+
+def count_memory(config: PPOConfig, start: Start, dtype: torch.dtype, device: str) -> str:
+    """Whether the run fits the machine, in words."""
+    data, held = start.data, process_bytes(device)
+    models = memory_plans.ppo_models(config)
+    plan = memory_plans.ppo_plan(
+        config, models, data.longest_prompt, dtype, held, data.longest_text
+    )
+    folders = start.folder, start.ref_folder, *start.critic, *start.scorers
+    return memory_plans.announce(plan, folders, dtype, device)
+
+
+def load_reference(
+    config: PPOConfig, folder: Path, device: str, dtype: torch.dtype
+) -> CausalLM | None:
+    """The frozen reference; None where the policy's base under its adapters is the reference."""
+    if config.ref is None and config.lora_rank:
+        return None
+    return pretrained.load_pretrained(folder, dtype, device).requires_grad_(False)
+
+
+def sampling_of(config: PPOConfig) -> Sampling:
+    """How responses are drawn."""
+    return Sampling(
+        config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.min_p,
+        stop_strings=config.stop, min_new_tokens=config.min_new_tokens,
+    )
+
+
+def rule_for_truncated(config: PPOConfig) -> EndRule:
+    """What becomes of the score of a response that the length limit ended."""
+    return end_rule(config.missing_eos, config.missing_eos_penalty, config.max_new_tokens,
+                    config.missing_eos_buffer)
+
+
+def ppo_optimizer(policy: ValueHeadModel, config: PPOConfig) -> torch.optim.AdamW:
+    """AdamW, with the critic's own rate: a head that starts from zero learns ten times as fast."""
+    if config.critic_learning_rate is not None:
+        scale = config.critic_learning_rate / config.learning_rate
+    else:
+        scale = 1.0 if config.critic else 10.0
+    return optim.make_optimizer(
+        policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon,
+        critic=policy.value_parameters(), critic_lr_scale=scale,
+    )

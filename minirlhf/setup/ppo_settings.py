@@ -1,15 +1,9 @@
 """The settings of PPO, what they refuse, and the small objects that they stand for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
-from torch import Tensor
-
-from minirlhf.equations.policy import Surrogate, clipped_surrogate
-from minirlhf.equations.scores import EndRule, end_rule
-from minirlhf.models.generation import Sampling
 from minirlhf.rewards import parse
 from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import override, setting
@@ -363,29 +357,3 @@ class PPOConfig(
     def reward_kl(self) -> str | None:
         """Estimator of the KL penalty in the rewards; None where the penalty is a loss."""
         return self.kl_estimator if self.kl_in == "reward" else None
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(
-            self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p,
-            stop_strings=self.stop, min_new_tokens=self.min_new_tokens,
-        )
-
-    @property
-    def policy_loss(self) -> Callable[[Tensor, Tensor, Tensor], Surrogate]:
-        """(log-probs, old log-probs, advantages) -> loss."""
-        clips = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        return partial(clipped_surrogate, **clips, dual_clip=self.dual_clip)
-
-    @property
-    def end_rule(self) -> EndRule:
-        return end_rule(
-            self.missing_eos, self.missing_eos_penalty, self.max_new_tokens, self.missing_eos_buffer
-        )
-
-    @property
-    def critic_lr_scale(self) -> float:
-        """Learning rate of the critic as a multiple of the policy's."""
-        if self.critic_learning_rate is not None:
-            return self.critic_learning_rate / self.learning_rate
-        return 1.0 if self.critic else 10.0

@@ -1,7 +1,9 @@
 """setup.reward."""
 
 from functools import partial
+from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -12,11 +14,14 @@ from minirlhf.batches.preferences import (
     collate,
     count_texts,
     count_tokens,
+    kind_of,
+    reads_before_eos,
     row_lengths,
     without_eos,
 )
+from minirlhf.data.batching import total_steps
 from minirlhf.data.rankings import Ranking, load_preferences
-from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from minirlhf.errors import UserError
 from minirlhf.evaluation.reward import (
     Evaluation,
@@ -30,7 +35,12 @@ from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import name_eos
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.lora import add_lora
+from minirlhf.run import optim
+from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.folder import Run
+from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.setup import memory_plans
+from minirlhf.setup.common import named_files
 from minirlhf.setup.memory import Plan
 from minirlhf.setup.reward_settings import RewardConfig
 
@@ -140,3 +150,54 @@ def score_sets(
         prefix: evaluate_preferences(model, rows, config.micro_batch_tokens, collate=collate_lists)
         for prefix, rows in sets.items()
     }
+
+
+class RewardRun(NamedTuple):
+    """A run that is ready to begin: checked, loaded, and nothing written yet."""
+
+    run: Run
+    state: TrainState
+    examples: list[Example]
+    sets: dict[str, list[Example]]  # metric prefix -> held-out examples
+    tokenizer: Tokenizer
+    reports: list[Report]  # of the data files
+    facts: dict[str, object]  # what is told before it costs anything
+    steps: int
+
+
+def load_run(config: RewardConfig) -> RewardRun:
+    """Refuses all that can be refused, the cheapest first, then loads the model."""
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    files = {"": config.data} | named_files(config.eval_data)
+    # Refused here, before anything is loaded; written to only once all is.
+    held_out = [file for name, file in files.items() if name]
+    r = Run(config, "reward", {"data": [config.data], "eval_data": held_out})
+    folder = folders.resolve(config.model)
+    tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
+    r.inputs["model"] = tokenizer_files(folder)
+    before_eos = reads_before_eos(model_config, tokenizer)
+    read = {
+        prefix: load(config, file, tokenizer, model_config, before_eos)
+        for prefix, file in files.items()
+    }
+    sets = {prefix: rows for prefix, (rows, _) in read.items()}
+    examples = sets.pop("")
+    make_deterministic(device)
+    plan = memory_plan(config, model_config, examples, sets, dtype, process_bytes(device))
+    fits = memory_plans.announce(plan, [folder], dtype, device)
+    model = load_start(config, before_eos, device, dtype)
+    optimizer = optim.make_optimizer(
+        model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
+    )
+    steps = total_steps(len(examples), config.batch_size, config.epochs, config.steps)
+    facts = {
+        "examples": len(examples),
+        "epochs": f"{steps / ceil(len(examples) / config.batch_size):.2f}",
+        f"{kind_of(examples)} a step": config.batch_size, "steps": steps,
+        "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "memory": fits, "device": device, "dtype": str(dtype).removeprefix("torch."),
+        "seed": config.seed,
+    }
+    reports = [report for _, report in read.values()]
+    state = TrainState(model, optimizer)
+    return RewardRun(r, state, examples, sets, tokenizer, reports, facts, steps)

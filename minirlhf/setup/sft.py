@@ -2,25 +2,34 @@
 
 import tempfile
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from minirlhf import streams
 from minirlhf.batches.demonstrations import count_tokens, with_target
+from minirlhf.data.batching import total_steps
 from minirlhf.data.examples import Text, load_texts, split_rows
 from minirlhf.data.formats import text_format
-from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files import atomic, folders
 from minirlhf.files.reading import read_json
 from minirlhf.files.sieve import Report, RowPolicy, Sieve
 from minirlhf.models import pretrained
+from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, name_eos
 from minirlhf.models.lora import add_lora
 from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.run import optim
+from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.folder import Run
+from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic, process_bytes
 from minirlhf.setup import memory_plans
+from minirlhf.setup.common import named_files
 from minirlhf.setup.memory import Plan
 from minirlhf.setup.sft_settings import SFTConfig
 
@@ -140,3 +149,56 @@ def load_start(
         add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
     lm.model.checkpointing = config.gradient_checkpointing
     return lm
+
+
+class SFTRun(NamedTuple):
+    """A run that is ready to begin: checked, loaded, and nothing written yet."""
+
+    run: Run
+    state: TrainState
+    texts: list[Text]
+    sets: dict[str, list[Text]]  # metric prefix -> held-out texts
+    tokenizer: Tokenizer
+    reports: list[Report]  # of the data files
+    facts: dict[str, object]  # what is told before it costs anything
+    steps: int
+
+
+def load_run(config: SFTConfig) -> SFTRun:
+    """Refuses all that can be refused, the cheapest first, then loads the model."""
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    files = {"": config.data} | named_files(config.eval_data)
+    inputs = {"data": [config.data], "eval_data": [f for name, f in files.items() if name],
+              "init_config": filter(None, [config.init_config])}
+    # Refused here, before anything is loaded; written to only once all is.
+    r = Run(config, "sft", inputs)
+    tokenizer = choose_tokenizer(config)
+    if source := config.model or config.tokenizer:
+        r.inputs["tokenizer"] = tokenizer_files(folders.resolve(source, weights=False))
+    model_config = choose_config(config, tokenizer)
+    most = model_config.longest_row
+    read = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
+    sets = {prefix: rows for prefix, (rows, _) in read.items()}
+    texts = sets.pop("")
+    make_deterministic(device)
+    plan = memory_plan(config, model_config, texts, sets, dtype, process_bytes(device))
+    start = [folders.resolve(config.model)] if config.model else []
+    fits = memory_plans.announce(plan, start, dtype, device)
+    lm = load_start(config, model_config, tokenizer, dtype).to(device)
+    if config.compile:
+        compile_blocks(lm)
+    optimizer = optim.make_optimizer(
+        lm, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
+    )
+    steps = total_steps(len(texts), config.batch_size, config.epochs, config.steps)
+    lengths, counts = count_tokens(texts)
+    facts = {
+        "examples": len(texts), "tokens": int(lengths.sum()), "targets": int(counts.sum()),
+        "epochs": f"{steps / ceil(len(texts) / config.batch_size):.2f}",
+        "texts a step": config.batch_size, "steps": steps,
+        "trainable parameters": sum(p.numel() for p in lm.parameters() if p.requires_grad),
+        "memory": fits, "device": device, "dtype": str(dtype).removeprefix("torch."),
+        "seed": config.seed,
+    }
+    reports = [report for _, report in read.values()]
+    return SFTRun(r, TrainState(lm, optimizer), texts, sets, tokenizer, reports, facts, steps)

@@ -9,13 +9,13 @@ from torch import nan
 
 from minirlhf import streams
 from minirlhf.batches.collect import columns_of, replay_rows, sample
+from minirlhf.batches.credit import assign_credit
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer, measure, unpack
 from minirlhf.data.examples import Prompt
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.generation import Sampling
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.transformer import CausalLM, initialize
-from minirlhf.recipes.ppo import assign_credit
 from minirlhf.setup.ppo_settings import PPOConfig
 
 T, F = True, False

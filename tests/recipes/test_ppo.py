@@ -8,6 +8,7 @@ from torch import nan, nn
 
 from minirlhf import streams
 from minirlhf.batches.collect import sample, with_scores
+from minirlhf.batches.credit import assign_credit
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer, TokenPass, measure
 from minirlhf.data.examples import Prompt
 from minirlhf.errors import NON_FINITE, UserError
@@ -15,10 +16,11 @@ from minirlhf.models.config import ModelConfig
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.recipes import ppo as recipe
-from minirlhf.recipes.ppo import assign_credit, ppo, ppo_step
+from minirlhf.recipes.ppo import ppo, ppo_step
 from minirlhf.rewards.source import as_scores, function_reward
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.optim import make_optimizer
+from minirlhf.setup.ppo import rule_for_truncated, sampling_of
 from minirlhf.setup.ppo_settings import PPOConfig
 
 T, F = True, False
@@ -104,6 +106,9 @@ class Table(nn.Module):
         self.logprobs = nn.Parameter(torch.tensor(logprobs, dtype=f64))
         self.values = nn.Parameter(torch.tensor(values, dtype=f64))
         self.entropy = torch.tensor(entropy, dtype=f64)
+
+    def clipped_apart(self) -> list[nn.Module]:
+        return [self]
 
 
 def table_pass(policy: Table, micro: Rollout, temperature: float) -> TokenPass:
@@ -283,7 +288,7 @@ def measured(policy, rows=2, tokens=99, ref=None, temperature=1.0) -> RolloutBuf
     prompts = [*PROMPTS, Prompt([5, 6], "y", "p:5", {})]
     keys = streams.key(0, "test", torch.arange(5))
     lm = tiny_lm(f64)  # the texts are those of one model, whatever the policy's dtype
-    _, rollout = sample(lm, prompts, keys, config_of().sampling, Letters(), 5)
+    _, rollout = sample(lm, prompts, keys, sampling_of(config_of()), Letters(), 5)
     assert len(set(rollout.response_lengths.tolist())) > 2
     buffer = RolloutBuffer(rows, tokens)
     buffer.add(rollout._replace(scores=torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])))
@@ -419,14 +424,14 @@ def test_eos_ends_a_response_at_any_slot_and_the_score_lands_on_it():
     prompts = [Prompt([i], "x", "p", {}) for i in (19, 17, 16, 5)]
     config = config_of(max_new_tokens=4, missing_eos_penalty=0.5)
     keys = streams.key(0, "test", torch.arange(4))
-    made, rollout = sample(policy.lm, prompts, keys, config.sampling, Letters(), 4)
+    made, rollout = sample(policy.lm, prompts, keys, sampling_of(config), Letters(), 4)
     assert made.response_ids == [[0], [18, 19, 0], [17, 18, 19, 0], [6, 7, 8, 9]]
     assert made.finish_reasons == ["eos", "eos", "eos", "length"]
     assert rollout.response_mask.sum(1).tolist() == [1, 3, 4, 4]
 
     given = torch.full((4,), 2.0)
     assert rollout.truncated.tolist() == [False, False, False, True]
-    scores = config.end_rule(given, rollout.truncated, rollout.response_lengths)
+    scores = rule_for_truncated(config)(given, rollout.truncated, rollout.response_lengths)
     assert scores.tolist() == [2.0, 2.0, 2.0, 1.5]
     buffer = RolloutBuffer(2, 99)
     buffer.add(rollout._replace(scores=scores))
@@ -441,12 +446,12 @@ def test_rewards_of_tokens_stand_beside_the_score_and_the_kl_penalty():
     prompts = [Prompt([i], "x", "p", {}) for i in (18, 17, 5)]
     config = config_of(max_new_tokens=4, batch_size=3, missing_eos_penalty=0.5)
     keys = streams.key(0, "test", torch.arange(3))
-    made, rollout = sample(policy.lm, prompts, keys, config.sampling, Letters(), 4)
+    made, rollout = sample(policy.lm, prompts, keys, sampling_of(config), Letters(), 4)
     assert made.response_ids == [[19, 0], [18, 19, 0], [6, 7, 8, 9]]
     source = function_reward(lambda completions: [[1, 2], 5, [0, -1, 0, 4]], "f")
 
     scores = as_scores(source(made), made, "step 1")
-    ruled = config.end_rule(scores.total, rollout.truncated, rollout.response_lengths)
+    ruled = rule_for_truncated(config)(scores.total, rollout.truncated, rollout.response_lengths)
     assert ruled.tolist() == [0.0, 5.0, -0.5]  # the last one was cut
     scores = scores._replace(total=ruled)
     rollout = with_scores(rollout, scores)

@@ -34,6 +34,7 @@ from minirlhf.run.checkpoint import load_checkpoint, save_checkpoint, verify
 from minirlhf.run.folder import Run
 from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import validate
+from minirlhf.setup import ppo as loading
 from minirlhf.setup.ppo import prompt_room
 from tests.recipes.test_ppo import (
     PROMPTS,
@@ -653,26 +654,26 @@ def test_main_without_frozen_models_in_memory_changes_no_bit(world, tmp_path, mo
         seen.append((what, *(next(model.parameters()).is_meta for model in models)))
 
     def stepped(policy, *args):
-        look("step", policy, args[-2], *read)
+        look("step", policy, args[-3], *read)
         return step(policy, *args)
 
     def passed(lm, hidden, *rest):
         look("policy" if lm is models[0] else "reference", *models, *read)
-        return law(lm, hidden, *rest)
+        return measured(lm, hidden, *rest)
 
     def sampled(lm, *rest):
         look("sample", lm, *read)
         return draw(lm, *rest)
 
-    models, law, draw = [], rollouts.response_law, recipe.sample
-    start = recipe.load_policy
+    models, measured, draw = [], rollouts.response_pass, recipe.sample
+    start = loading.load_policy
     monkeypatch.setattr("minirlhf.rewards.parse.load_reward_model", loaded)
     monkeypatch.setattr(recipe, "ppo_step", stepped)
     monkeypatch.setattr(recipe, "sample", sampled)
     monkeypatch.setattr(
-        recipe, "load_policy", lambda *args: models.append((p := start(*args)).lm) or p
+        loading, "load_policy", lambda *args: models.append((p := start(*args)).lm) or p
     )
-    monkeypatch.setattr(rollouts, "response_law", passed)
+    monkeypatch.setattr(rollouts, "response_pass", passed)
     assert main(command(world, tmp_path / "away", "--offload-frozen", **settings)) == OK
     assert {row for row in seen if row[0] == "step"} == {("step", False, True, True)}
     assert {row for row in seen if row[0] == "sample"} == {("sample", False, True)}

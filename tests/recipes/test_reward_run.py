@@ -21,7 +21,6 @@ from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel
 from minirlhf.models.pretrained import load_pretrained, load_reward_model, save_pretrained
 from minirlhf.models.transformer import CausalLM, initialize
-from minirlhf.recipes import reward as recipe
 from minirlhf.rewards.parse import load_reward
 from minirlhf.rewards.source import Completions
 from minirlhf.run.folder import Run
@@ -497,6 +496,6 @@ def test_main_refuses_in_one_line_and_writes_nothing(words, match, base, tmp_pat
 
 
 def test_main_refuses_a_folder_before_it_reads_anything(base, whole, capsys, monkeypatch):
-    monkeypatch.setattr(recipe, "load_tokenizer", None)
+    monkeypatch.setattr(setup, "load_tokenizer", None)
     assert run_reward(base, whole, *STEPS) == 2
     assert "is not empty: give another --out, or --resume" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 
 from minirlhf import streams
 from minirlhf.batches.collect import sample
+from minirlhf.batches.credit import assign_credit
 from minirlhf.batches.demonstrations import TextMix
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer, TokenPass, measure, policy_pass
 from minirlhf.data.batching import next_rows
@@ -20,10 +21,11 @@ from minirlhf.models.heads import RewardModel, critic_from_reward_model, initial
 from minirlhf.models.lora import add_lora
 from minirlhf.models.support import RowSupport
 from minirlhf.recipes import ppo as recipe
-from minirlhf.recipes.ppo import assign_credit, ppo, ppo_step
+from minirlhf.recipes.ppo import ppo, ppo_step
 from minirlhf.rewards.source import Scores
 from minirlhf.run.checkpoint import load_checkpoint, save_checkpoint
 from minirlhf.run.optim import make_optimizer
+from minirlhf.setup.ppo import sampling_of
 from tests.recipes.test_ppo import (
     HAND,
     PROMPTS,
@@ -394,7 +396,7 @@ def test_full_kl_is_that_of_what_could_be_drawn():
     """On a support S of the sampled law both laws are renormalised, and the KL runs over S."""
     policy, ref, config = tiny_policy(f64), other_ref(), config_of(top_k=3)
     keys = streams.key(0, "test", torch.arange(len(PROMPTS)))
-    _, rollout = sample(policy.lm, PROMPTS, keys, config.sampling, Letters(), len(PROMPTS))
+    _, rollout = sample(policy.lm, PROMPTS, keys, sampling_of(config), Letters(), len(PROMPTS))
     buffer = RolloutBuffer(2, 99)
     buffer.add(rollout)
     measure(policy, ref, buffer, 1.0, full_kl=True)
@@ -593,8 +595,8 @@ def test_measured_logprobs_are_those_that_were_drawn_from(settings):
     policy, config = tiny_policy(f64), config_of(**settings)
     keys = streams.key(0, "test", torch.arange(4))
     ids = [prompt.ids for prompt in PROMPTS]
-    made = generate(policy.lm, ids, config.sampling, [0], keys)
-    _, rollout = sample(policy.lm, PROMPTS, keys, config.sampling, Letters(), rows_at_once=3)
+    made = generate(policy.lm, ids, sampling_of(config), [0], keys)
+    _, rollout = sample(policy.lm, PROMPTS, keys, sampling_of(config), Letters(), rows_at_once=3)
     buffer = RolloutBuffer(3, 99)
     buffer.add(rollout)
     measure(policy, tiny_lm(f64), buffer, config.temperature)
@@ -627,7 +629,7 @@ def every_answer(policy, sampling, weigh) -> tuple[RolloutBuffer, torch.Tensor]:
 def test_the_kl_of_a_narrowed_law_is_a_kl():
     """Its expectation under the law that is sampled is the divergence of the two narrowed laws; of
     the models' own log-probs the same sum is another number, which may be below 0."""
-    policy, ref, sampling = tiny_policy(f64), other_ref(), config_of(top_k=3).sampling
+    policy, ref, sampling = tiny_policy(f64), other_ref(), sampling_of(config_of(top_k=3))
     buffer, law = every_answer(policy, sampling, lambda ids, law: torch.zeros(len(ids), dtype=f64))
     measure(policy, ref, buffer, 1.0)
     order = torch.cat([micro.rows for micro in buffer.micro_batches])
@@ -656,7 +658,7 @@ def test_the_policy_gradient_is_that_of_the_expected_score_under_the_law_sampled
     def weigh(ids, law):  # a mean over the K rows becomes the expectation
         return value[ids] * law * len(ids)
 
-    buffer, _ = every_answer(policy, config.sampling, weigh)
+    buffer, _ = every_answer(policy, sampling_of(config), weigh)
     measure(policy, tiny_lm(f64), buffer, config.temperature)
     (ids,) = {tuple(row.tolist()) for m in buffer.micro_batches for row in m.support.rows}
     logits = policy.lm.logits(policy.lm(torch.tensor([[3, 4]]))[:, -1])[0, list(ids)]

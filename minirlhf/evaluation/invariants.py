@@ -1,0 +1,45 @@
+"""What must hold in a PPO step: a run that breaks one of these would learn from wrong numbers."""
+
+from torch import Tensor
+
+from minirlhf.errors import BUG, UserError
+from minirlhf.rewards.source import Scores
+
+# Both are exactly 0 on a CPU without --compile. A GPU's kernels, and graphs with and without a
+# gradient, may differ in the last bit.
+RATIO_TOLERANCE = 1e-4
+KL_TOLERANCE = 1e-4  # nats a token
+
+
+def check_token_rewards(given: Scores, changes: dict[str, bool], where: str) -> None:
+    """Settings that change a response's one score know nothing of rewards of its tokens.
+
+    Args:
+        changes: setting -> whether it changes the score.
+    """
+    for name, on in changes.items():
+        if on and given.token_rewards is not None:
+            what = f"changes the score of a response, and a source rewards tokens ({where})"
+            raise UserError(name, what, "leave it out, or return one number a response")
+
+
+def check_start(kl: Tensor) -> None:
+    """At step 0 the policy is its own reference, so every log-ratio must be 0; kl: (N,) nats."""
+    gap = float(kl.abs().max())
+    if not gap <= KL_TOLERANCE:
+        raise UserError(
+            "step 1: objective/kl", f"a token's KL is {gap:.3g} nats before any training",
+            "the reference is not the starting policy; name another one with --ref, "
+            "which turns this check off", BUG,
+        )
+
+
+def check_ratio(where: str, gap: float) -> None:
+    """Before the first update of an iteration the policy is the one that sampled."""
+    if not gap <= RATIO_TOLERANCE:
+        raise UserError(
+            f"{where}: val/ratio",
+            f"the first ratio is off 1 by {gap:.3g}",
+            "training and measuring passes differ: is something random or stateful in the model?",
+            BUG,
+        )

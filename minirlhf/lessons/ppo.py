@@ -1,0 +1,168 @@
+"""PPO for language models on one page, from the prompts to `optimizer.step()`.
+
+    python minirlhf/lessons/ppo.py MODEL DATA REWARD OUT [STEPS]
+
+MODEL is a language model's Hugging Face folder, DATA a file of prompts, REWARD a reward model's
+folder or `file.py:function`, OUT takes the aligned model. This is `minirlhf ppo` with default
+settings, to the last bit of the weights.
+
+An iteration has four acts. Sample: the policy answers B prompts. Score: the reward says how good
+each response is. Measure: policy, critic and reference are read at each response token. Learn: each
+token is credited, and several passes raise the probability of what was better than expected.
+
+Shapes: B prompts of an iteration, b rows of a micro-batch, R tokens of the longest response. Column
+t of a (b, R) tensor belongs to response token a_t and to the state before it, s_t.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: the package is two folders up
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from minirlhf import streams
+from minirlhf.batches.collect import columns_of, sample
+from minirlhf.batches.rollouts import Rollout, RolloutBuffer, measure, policy_pass
+from minirlhf.data.batching import next_rows
+from minirlhf.data.examples import Prompt, load_prompts
+from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.equations.advantages import gae, token_rewards
+from minirlhf.equations.kl import kl_k1
+from minirlhf.equations.masking import masked_standardize, masked_sum
+from minirlhf.equations.policy import clipped_surrogate, clipped_value_loss
+from minirlhf.models.generation import Sampling
+from minirlhf.models.heads import ValueHeadModel
+from minirlhf.models.pretrained import load_pretrained, load_reward_model
+from minirlhf.models.transformer import CausalLM
+from minirlhf.rewards.model import model_reward
+from minirlhf.rewards.parse import load_function, reencoded
+from minirlhf.rewards.source import RewardSource, as_scores
+from minirlhf.run.machine import make_deterministic
+from minirlhf.run.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from minirlhf.setup.common import write_model
+
+SEED = 0
+STEPS = 100  # iterations
+BATCH_SIZE = 64  # B, prompts of an iteration
+MAX_NEW_TOKENS = 64
+TEMPERATURE = 1.0
+EPOCHS = 4  # passes over each rollout, one optimizer step each
+MICRO_BATCH_SIZE, MICRO_BATCH_TOKENS = 8, 4096  # most rows and tokens in one forward pass
+KL_COEF = 0.05  # beta, reward units per nat
+GAMMA, LAM = 1.0, 0.95
+CLIP = 0.2  # epsilon, of the ratio to either side
+VALUE_CLIP, VF_COEF = 0.2, 0.1
+LEARNING_RATE, ADAM_EPSILON = 3e-6, 1e-5  # at the start; the rate falls linearly to 0
+CRITIC_LR_SCALE = 10.0  # the value head starts from zero, on a trunk that is trained already
+MAX_GRAD_NORM = 1.0
+
+
+def ppo(
+    policy: ValueHeadModel, ref: CausalLM, prompts: list[Prompt], reward: RewardSource,
+    tokenizer: Tokenizer, steps: int,
+) -> None:
+    """Raises the reward of the policy's responses, at a price for each nat that it moves away from
+    the reference. Ziegler et al. 2019 (arXiv:1909.08593); Ouyang et al. 2022 (arXiv:2203.02155).
+    """
+    optimizer = make_optimizer(  # AdamW (arXiv:1711.05101)
+        policy, LEARNING_RATE, eps=ADAM_EPSILON,
+        critic=policy.value_parameters(), critic_lr_scale=CRITIC_LR_SCALE,
+    )
+    for step in range(steps):
+        set_learning_rate(optimizer, learning_rate(step, steps, LEARNING_RATE, 0, "linear"))
+
+        # Sample. Each row has a random key of its own, so its text does not depend on its batch.
+        rows = next_rows(step * BATCH_SIZE, BATCH_SIZE, len(prompts), SEED)
+        keys = streams.key(SEED, "rollout", step, rows, torch.arange(BATCH_SIZE))
+        completions, rollout = sample(
+            policy.lm, [prompts[i] for i in rows.tolist()], keys,
+            Sampling(MAX_NEW_TOKENS, TEMPERATURE), tokenizer, rows_at_once=256,
+            columns=columns_of(prompts),
+        )
+
+        # Score: one number a response.
+        scores = as_scores(reward(completions), completions, f"step {step + 1}").total  # (B,)
+        rollout = rollout._replace(scores=scores)
+
+        # Measure. The rollout is cut once into micro-batches, and every pass meets the same ones:
+        # so the first ratio pi / pi_old is exactly 1.
+        buffer = RolloutBuffer(MICRO_BATCH_SIZE, MICRO_BATCH_TOKENS)
+        buffer.add(rollout)
+        measure(policy, ref, buffer, TEMPERATURE)
+
+        # Learn.
+        buffer.update(assign_credit)
+        buffer.rescale("advantages", masked_standardize)  # mean 0, std 1 over the whole rollout
+        for epoch in range(EPOCHS):
+            (mini_batch,) = buffer.minibatches(1, SEED, step, epoch)  # all of it, shuffled
+            tokens = sum(int(micro.response_mask.sum()) for micro in mini_batch)
+            optimizer.zero_grad()
+            for micro in mini_batch:
+                loss = masked_sum(ppo_loss(policy, micro), micro.response_mask) / tokens
+                loss.backward()
+            clip_gradients(policy, MAX_GRAD_NORM, f"step {step + 1}")
+            optimizer.step()
+        kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs")).sum() / BATCH_SIZE
+        print(f"step {step + 1}  scores {scores.mean():.4f}  kl {kl:.4f} nats a response")
+
+
+def assign_credit(micro: Rollout) -> Rollout:
+    """From one score a response to an advantage and a return for each of its tokens."""
+    # k1 = log pi(a_t | s_t) - log pi_ref(a_t | s_t), whose mean over samples is the KL.
+    # Schulman 2020, "Approximating KL divergence"
+    kl = kl_k1(micro.old_logprobs, micro.ref_logprobs)  # (b, R) nats
+
+    # r_t = -beta kl_t, and the score on the last token. Ziegler et al. 2019, eq. 2
+    rewards = token_rewards(micro.scores, kl, micro.response_mask, KL_COEF)  # (b, R)
+
+    # A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+    # Schulman et al. 2016 (arXiv:1506.02438), eq. 16; the return A_t + V(s_t) is V's target
+    credit = gae(rewards, micro.old_values, micro.response_mask, GAMMA, LAM)
+    return micro._replace(
+        rewards=rewards, advantages=credit.advantages, returns=credit.returns
+    )
+
+
+def ppo_loss(policy: ValueHeadModel, micro: Rollout) -> torch.Tensor:
+    """(b, R): the loss of each response token, unreduced. Schulman et al. 2017 (arXiv:1707.06347),
+    eq. 9, without its entropy bonus."""
+    new = policy_pass(policy, micro, TEMPERATURE)  # log-probs and values under today's weights
+
+    # -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A): no gain from moving far. Eq. 7
+    surrogate = clipped_surrogate(new.logprobs, micro.old_logprobs, micro.advantages, CLIP, CLIP)
+
+    # 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2). Huang et al. 2022, "The 37
+    # implementation details of PPO", detail 9
+    value = clipped_value_loss(new.values, micro.old_values, micro.returns, VALUE_CLIP)
+    return VF_COEF * value.loss + surrogate.loss
+
+
+def load_reward(place: str, tokenizer: Tokenizer) -> RewardSource:
+    """A reward model's folder, or file.py:function."""
+    folder = Path(place)
+    if not folder.is_dir():
+        return load_function(place)
+    other = reencoded(folder, tokenizer)  # a reward model with a tokenizer of its own
+    model = load_reward_model(folder, torch.float32)
+    return model_reward(model, load_tokenizer(folder), MICRO_BATCH_TOKENS, other, place)
+
+
+def main(model: str, data: str, reward: str, out: str, steps: str | None = None) -> None:
+    make_deterministic("cpu")
+    tokenizer = load_tokenizer(model)
+    policy = ValueHeadModel(load_pretrained(model, torch.float32))  # a value head on its trunk
+    ref = load_pretrained(model, torch.float32).requires_grad_(False)  # the policy at step 0
+    room = policy.lm.config.longest_row - MAX_NEW_TOKENS
+    prompts, report = load_prompts(data, tokenizer, room, overlong="error")
+    print(report)
+    ppo(policy, ref, prompts, load_reward(reward, tokenizer), tokenizer, int(steps or STEPS))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_model(policy.lm, tokenizer, Path(out))
+
+
+if __name__ == "__main__":
+    if not 5 <= len(sys.argv) <= 6:
+        sys.exit("usage: python ppo.py MODEL DATA REWARD OUT [STEPS]")
+    main(*sys.argv[1:])
