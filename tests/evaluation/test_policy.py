@@ -33,13 +33,17 @@ world = test_ppo_run.world
 # ---- texts ---------------------------------------------------------------------------------------
 
 
-def test_distinct_by_hand():
-    texts = ["the cat the cat", "the dog", "", "dog"]
-    assert distinct(texts, 1) == pytest.approx(3 / 7)
-    # the cat, cat the, the cat, the dog: three kinds of four
-    assert distinct(texts, 2) == pytest.approx(3 / 4)
-    assert distinct(texts, 3) == 1.0
-    assert distinct(texts, 5) == 0.0  # no text has five words
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [
+        (1, 3 / 7),
+        (2, 3 / 4),  # the cat, cat the, the cat, the dog: three kinds of four
+        (3, 1.0),
+        (5, 0.0),  # no text has five words
+    ],
+)
+def test_distinct_by_hand(n, expected):
+    assert distinct(["the cat the cat", "the dog", "", "dog"], n) == pytest.approx(expected)
 
 
 def test_duplicates_by_hand():
@@ -73,7 +77,7 @@ def other_policy() -> ValueHeadModel:
 
 
 def test_evaluate_policy_from_its_texts_alone():
-    """Another derivation: responses drawn one by one, laws of whole rows without a batch."""
+    """Another derivation: responses drawn one by one, log-probs of whole rows without a batch."""
     policy, ref = other_policy(), tiny_lm(torch.float64)
     got = evaluated(policy, late_letters, micro_batch_size=3)
     scores, kl, sizes, ended, texts = [], 0.0, 0, 0, []
@@ -84,10 +88,10 @@ def test_evaluate_policy_from_its_texts_alone():
         scores.append(float(sum(i > 9 for i in ids)))
         whole = torch.tensor([prompt.ids + ids])
         with torch.no_grad():
-            laws = [(lm.logits(lm(whole))[0] / 0.8).log_softmax(-1) for lm in (policy.lm, ref)]
+            logprobs = [(lm.logits(lm(whole))[0] / 0.8).log_softmax(-1) for lm in (policy.lm, ref)]
         for t, token in enumerate(ids):
             at = len(prompt.ids) - 1 + t
-            kl += float(laws[0][at, token] - laws[1][at, token])
+            kl += float(logprobs[0][at, token] - logprobs[1][at, token])
         sizes, ended = sizes + len(ids), ended + (ids[-1] == 0)
         texts.append(Letters().decode(ids))
     assert (got.scores, got.texts) == (scores, texts)
@@ -219,6 +223,14 @@ def evals(out) -> list[dict]:
     return [line for line in timeless(out) if "eval/objective/scores" in line]
 
 
+def is_exported(out, lm) -> bool:
+    """Whether best/ holds these weights."""
+    exported, kept = load_file(out / "best" / "model.safetensors"), lm.state_dict()
+    return exported.keys() == kept.keys() and all(
+        torch.equal(exported[name], kept[name]) for name in kept
+    )
+
+
 def test_main_evaluates_at_the_start_between_and_at_the_end(held, whole, tmp_path):
     assert [line["step"] for line in evals(whole)] == [0, 1, 2, 3, 4]
     start, *later = evals(whole)
@@ -259,10 +271,7 @@ def test_main_keeps_the_policy_of_the_best_evaluation(held, whole):
     means = [line["eval/objective/scores"] for line in evals(whole)]
     best = max(range(1, 5), key=lambda n: means[n])
     assert means[best] > means[0] and best != 4, "choose another seed: nothing is told apart"
-    exported = load_file(whole / "best" / "model.safetensors")
-    kept = policy_at(whole, best, held).lm.state_dict()
-    assert exported.keys() == kept.keys()
-    assert all(torch.equal(exported[name], kept[name]) for name in kept)
+    assert is_exported(whole, policy_at(whole, best, held).lm)
     names = {path.name for path in (whole / "best").iterdir()}
     assert names == {path.name for path in (whole / "model").iterdir()}
     state = json.loads((whole / "checkpoints/step-00000004/state.json").read_text("utf-8"))
@@ -304,10 +313,7 @@ def test_main_keeps_the_best_of_a_run_with_adapters(held, tmp_path):
     means = [line["eval/objective/scores"] for line in evals(out)]
     best = max(range(5), key=lambda n: means[n])
     assert best > 0, "choose another seed: nothing is kept"
-    kept = merge_lora(policy_at(out, best, held, lora=2)).lm.state_dict()
-    exported = load_file(out / "best" / "model.safetensors")
-    assert exported.keys() == kept.keys()
-    assert all(torch.equal(exported[name], kept[name]) for name in kept)
+    assert is_exported(out, merge_lora(policy_at(out, best, held, lora=2)).lm)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
@@ -375,30 +381,22 @@ def test_evaluation_ends_at_a_signal_while_it_measures(monkeypatch, capfd):
         (["--keep-best"], {"eval_every": 0}, "keep_best: goes with --eval-every"),
         ([], {"eval_prompts": 1}, "--eval-prompts: got 1, must be a whole number >= 2 or none"),
         ([], {"eval_data": "absent.jsonl"}, "absent.jsonl: no such file"),
+        ([], {"eval_data": "one.jsonl"}, "1 prompt to evaluate on: give 2 or more"),
+        (["--eval-every", "2"], None, "eval_every: goes with --eval-data"),
+        (["--eval-prompts", "2"], None, "eval_prompts: goes with --eval-data"),
+        (["--keep-best"], None, "keep_best: goes with --eval-data"),
     ],
 )
 def test_main_refuses_an_evaluation_before_it_writes(
-    flags, settings, message, held, tmp_path, capsys
+    flags, settings, message, held, tmp_path, capsys, monkeypatch
 ):
-    assert main(evaluating(held, tmp_path / "run", *flags, **settings)) == BAD_INPUT
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.jsonl").write_text('{"prompt": "A plot", "bonus": 0}\n', encoding="utf-8")
+    out = tmp_path / "run"
+    made = command if settings is None else evaluating
+    assert main(made(held, out, *flags, **settings or {})) == BAD_INPUT
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "flags", [["--eval-every", "2"], ["--eval-prompts", "2"], ["--keep-best"]], ids=lambda f: f[0]
-)
-def test_main_refuses_settings_of_an_evaluation_that_there_is_not(flags, world, tmp_path, capsys):
-    assert main([*command(world, tmp_path / "run"), *flags]) == BAD_INPUT
-    name = flags[0].removeprefix("--").replace("-", "_")
-    assert f"{name}: goes with --eval-data" in capsys.readouterr().err
-
-
-def test_main_refuses_a_held_out_file_of_one_prompt(held, tmp_path, capsys):
-    one = tmp_path / "one.jsonl"
-    one.write_text('{"prompt": "A plot", "bonus": 0}\n', encoding="utf-8")
-    assert main(evaluating(held, tmp_path / "run", eval_data=one)) == BAD_INPUT
-    assert "1 prompt to evaluate on: give 2 or more" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_main_refuses_to_resume_with_other_held_out_prompts(held, tmp_path, capsys):
