@@ -2,6 +2,6 @@
 
 Read advantages.py (per-token rewards, GAE), policy.py (the clipped losses), kl.py and preference.py
 (Bradley-Terry, Plackett-Luce, DPO); then masking.py, which all of them reduce with, scores.py (the
-scale of scores, rules for truncated responses) and intervals.py (win rates, confidence intervals).
+scale of scores, rules for truncated responses) and intervals.py (win rates, correlations).
 Losses come back unreduced. Imports torch, and nothing of the package.
 """
