@@ -1,7 +1,7 @@
 """Continuations of prompts, as JSON lines: `minirlhf sample --model FOLDER --data FILE`.
 
-Lines go to stdout or to --out, all else to stderr. A row's text depends on its prompt, its number
-and the seed, not on the rows it shares a batch with.
+The lines go to --out or to stdout, everything else to stderr. A response depends on its prompt, the
+number of its row and the seed, not on the rows that share its batch.
 """
 
 import json
@@ -30,54 +30,53 @@ def sample(
     lm: CausalLM, tokenizer: Tokenizer, prompts: list[Prompt], sampling: Sampling,
     seed: int = 0, batch_size: int = 16, samples: int = 1,
 ) -> Iterator[dict]:
-    """So many rows a prompt, in order.
+    """Yields `samples` rows for each prompt, in order.
 
     Args:
-        prompts: each with room for sampling.max_new_tokens behind it.
-        seed: row i draws from the key (seed, "sample", i).
-        samples: rows of each prompt; those of a batch read it once.
-    Returns:
-        {prompt: as it stood in the file, or what is left of a text that was cut, response: text
-        before a stop string (for a prompt of messages: the assistant's message), finish_reason: eos
-        | stop | length, tokens: sampled}; and input_ids, prompt_length, tokenizer where a prompt's
-        ids are not those of its text.
+        prompts: each leaves room for sampling.max_new_tokens in the context.
+        seed: row i is drawn with the key (seed, "sample", i).
+        batch_size: rows sampled in parallel; those of one prompt share its forward pass.
+    Yields:
+        prompt: as it stands in the file; of a truncated text, what is left of it.
+        response: the text before a stop string; to a prompt of messages, the assistant's message.
+        finish_reason: "eos", "stop" or "length".
+        tokens: sampled, eos included.
+        input_ids, prompt_length, tokenizer: where not all prompts are encoded from their texts, so
+            that whoever reads the rows takes these ids instead of the texts.
     """
-    # False for prompts that came as ids, or were cut: others then read the ids instead of the text.
-    exact = all(read_again(tokenizer, prompt) == prompt.ids for prompt in prompts)
+    exact = all(encoded_text(tokenizer, prompt) == prompt.ids for prompt in prompts)
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     keys = streams.key(seed, "sample", torch.arange(len(repeated)))
     for start in range(0, len(repeated), batch_size):
         part = repeated[start : start + batch_size]
-        ids = [prompt.ids for prompt in part]
-        rows_keys = keys[start : start + batch_size]
-        made = generate(lm, ids, sampling, tokenizer.eos_ids, rows_keys, tokenizer.decode)
-        rows = zip(part, made.responses(), made.finish_reason, strict=True)
-        for prompt, response, reason in rows:
-            kept = response[:-1] if reason == "eos" else response
-            text = before_stop(tokenizer.decode(kept), sampling.stop_strings)
-            read = response
-            if reason == "stop":  # what stops it is no part of what it says
-                read = tokenizer.encode(text, bos=False) + list(tokenizer.eos_ids[:1])
+        made = generate(lm, [prompt.ids for prompt in part], sampling, tokenizer.eos_ids,
+                        keys[start : start + batch_size], tokenizer.decode)
+        for prompt, ids, reason in zip(part, made.responses(), made.finish_reason, strict=True):
+            text = tokenizer.decode(ids[:-1] if reason == "eos" else ids)
+            text = before_stop(text, sampling.stop_strings)
             is_chat = not isinstance(prompt.text, str)
-            yield {
+            row = {
                 "prompt": prompt.text,
                 "response": [{"role": "assistant", "content": text}] if is_chat else text,
-                "finish_reason": reason, "tokens": len(response),
-                **({} if exact else {"input_ids": prompt.ids + read,
-                                     "prompt_length": len(prompt.ids),
-                                     "tokenizer": tokenizer.fingerprint}),
+                "finish_reason": reason, "tokens": len(ids),
             }
+            if not exact:
+                if reason == "stop":  # the stop string is no part of the response
+                    ids = tokenizer.encode(text, bos=False) + list(tokenizer.eos_ids[:1])
+                row |= {"input_ids": prompt.ids + ids, "prompt_length": len(prompt.ids),
+                        "tokenizer": tokenizer.fingerprint}
+            yield row
 
 
-def read_again(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Ids of a prompt as whoever reads its line finds them."""
+def encoded_text(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Ids of a prompt's text; others than its own where it came as ids, or was truncated."""
     text = prompt.text
     return tokenizer.encode(text) if isinstance(text, str) else tokenizer.encode_chat(text)
 
 
 @contextmanager
 def json_lines(out: str | None) -> Iterator[Callable[[dict], None]]:
-    """A function that writes one JSON line at once, to a new file or, without one, to stdout."""
+    """A function that writes a row as a JSON line at once, to the new file `out` or to stdout."""
     file = sys.stdout if out is None else open(out, "x", encoding="utf-8")
     ascii_only = (getattr(file, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
 

@@ -1,7 +1,7 @@
 """Scores of texts, preference pairs or ranked lists: `minirlhf score --model FOLDER --data FILE`.
 
-Which of them a file holds is told by its columns; the output of `minirlhf sample` is texts. One
-JSON line a row goes to stdout or to --out, a summary and all else to stderr.
+The columns of a file say which of them it holds; the output of `minirlhf sample` is texts. One JSON
+line a row goes to --out or to stdout, a summary and everything else to stderr.
 """
 
 import sys
@@ -41,7 +41,7 @@ from minirlhf.tools.settings import ScoreConfig
 def text_rows(
     model: RewardModel, texts: list[Text], eos_ids: Sequence[int], micro_batch_tokens: int
 ) -> tuple[list[dict], str]:
-    """One {where, score} a text, and the summary."""
+    """({where, score} of each text, summary in a line)."""
     rows = [text.ids for text in texts]
     if model.read_before_eos:
         rows = [strip_eos(ids, eos_ids) or ids for ids in rows]
@@ -56,9 +56,12 @@ def text_rows(
 def preference_rows(
     model: RewardModel, examples: list[Example], eos_ids: Sequence[int], micro_batch_tokens: int
 ) -> tuple[list[dict], str]:
-    """One {where, chosen_score, rejected_score} a pair, or {where, scores, ranks} a ranked list,
-    and the summary; of lists it is what the reward recipe tells of held-out ones, with the loss of
-    the whole order."""
+    """({where, chosen_score, rejected_score} of each pair or {where, scores, ranks} of each ranked
+    list, summary in a line).
+
+    The summary of lists has the metrics that the reward recipe shows of held-out lists; the loss is
+    that of the whole order.
+    """
     if model.read_before_eos:
         examples = [without_eos(example, eos_ids) for example in examples]
     texts = [text for example in examples for text in texts_of(example)]
@@ -84,7 +87,7 @@ def _preference_row(example: Example, scores: Tensor) -> dict:
 
 
 def check_finite(rows: list[dict]) -> None:
-    """Refuses the first score that is not."""
+    """Refuses rows in which a score is not finite."""
     for row in rows:
         found = {name: value for name, value in row.items() if name.endswith("score")}
         found |= {f"scores[{i}]": value for i, value in enumerate(row.get("scores", ()))}

@@ -20,7 +20,7 @@ from minirlhf.setup.groups import (
 
 
 def check_new(out: str | None, flag: str = "--out") -> list[str]:
-    """The problem with a file that is to be made, told before any work is done for it."""
+    """What is wrong with the path of a new file, before any work is done for it."""
     if out and Path(out).exists():
         return [f"{flag}: {out} is there already: give another"]
     if out and not Path(out).parent.is_dir():
@@ -76,7 +76,7 @@ class CheckConfig(
     )
     max_new_tokens: int = override(help="room for the response that ppo needs behind a prompt")
     recipe: str = override(
-        "auto", "recipe that will read the files; auto: told by their columns",
+        "auto", "recipe that will read the files; auto: as their columns say",
         choices=("auto", "reward", "sft", "ppo"),
     )
 

@@ -158,8 +158,8 @@ def samples(
     def seen(row: SeenRow, why: str) -> dict:
         ranked = ("prompt", *(f"rank {rank}" for rank in row.ranks))
         parts = zip(ranked if names[-1] == "others" else names, row.parts, strict=True)
-        return {"where": row.where, "why": why, "sides": [
-            {"side": name, "tokens": len(ids), "text": text(ids),
+        return {"where": row.where, "why": why, "parts": [
+            {"part": name, "tokens": len(ids), "text": text(ids),
              "begins": [[id, text([id])] for id in ids[:2]],
              "ends": [[id, text([id])] for id in ids[2:][-3:]]}
             for name, ids in parts if ids
@@ -192,7 +192,7 @@ def length_facts(names: tuple[str, ...], rows: list[SeenRow]) -> dict:
     if most >= edges[-1] + width:
         labels[-1] = f"{edges[-1]:,}+"
     return {
-        "sides": {
+        "parts": {
             name: {"min": min(v), "median": float(np.median(v)),
                    "p95": int(np.quantile(v, 0.95, method="inverted_cdf")), "max": max(v)}
             for name, v in sizes.items()
@@ -209,7 +209,7 @@ def _spread(values: Sequence[float]) -> dict:
 
 
 def pair_facts(rows: list[SeenRow], margins: list[float | None]) -> dict:
-    """How far length alone tells which response is preferred, and what the margins are like.
+    """How often the longer response is preferred, and what the margins are like.
 
     Args:
         rows: pairs, or ranked lists, of which all pairs of different rank count.

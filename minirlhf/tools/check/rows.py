@@ -45,8 +45,11 @@ class SeenRow:
     @cached_property
     def strings(self) -> list[str]:
         """All its texts; none where it is ids."""
-        turns = [turn["content"] for p in self.parts if is_chat(p) for turn in p]
-        return turns or [part for part in self.parts if isinstance(part, str)]
+        found = []
+        for part in self.parts:
+            found += [turn["content"] for turn in part] if is_chat(part) else []
+            found += [part] if isinstance(part, str) else []
+        return found
 
     @cached_property
     def key(self) -> tuple:

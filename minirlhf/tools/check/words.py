@@ -18,18 +18,18 @@ def _lines(lines: list[str]) -> str:
 
 def _sample(sample: dict) -> list[str]:
     lines = [f"  {sample['where']} ({sample['why']})"]
-    for part in sample["sides"]:
+    for part in sample["parts"]:
         begins, ends = (
             " ".join(f"{printable(repr(word))}:{id}" if word else str(id) for id, word in part[end])
             for end in ("begins", "ends")
         )
         text = printable(part["text"], 10 * len(part["text"]) + 1)
-        text = text + BOUNDARY if part["side"] == "prompt" else BOUNDARY + text
+        text = text + BOUNDARY if part["part"] == "prompt" else BOUNDARY + text
         if len(text) > 2 * WIDTH:
             text = f"{text[: WIDTH - 4]} ...{text[-WIDTH:]}"
         ids = f"{begins}{' ... ' if part['tokens'] > 5 else ' '}{ends}".rstrip()
         shown = [text[:WIDTH], text[WIDTH:], f"{part['tokens']:,} tokens: {ids}"]
-        for label, line in zip_longest([part["side"]], filter(None, shown), fillvalue=""):
+        for label, line in zip_longest([part["part"]], filter(None, shown), fillvalue=""):
             lines.append(f"    {label:<10}{line}")
     return lines
 
@@ -37,7 +37,7 @@ def _sample(sample: dict) -> list[str]:
 def _lengths(unit: str, lengths: dict) -> list[str]:
     heads = "".join(f"{word:>10}" for word in ("min", "median", "p95", "max"))
     lines = ["", f"  {unit:<14}{heads}"]
-    for name, shape in lengths["sides"].items():
+    for name, shape in lengths["parts"].items():
         lines.append(f"    {name:<12}" + "".join(f"{n:>10,.6g}" for n in shape.values()))
     counts = lengths["counts"]
     lines += ["", f"  {unit:<14}" + "".join(f"{name:<{BAR + 10}}" for name in counts)]

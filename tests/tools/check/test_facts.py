@@ -79,7 +79,7 @@ def test_facts_of_pairs_in_characters(write, facts_of):
     assert facts["dropped"] == {"chosen equals rejected": 1}
     assert facts["different_prompts"] == 3
     assert facts["unit"] == "characters"  # of rows 1, 2, 3 and 5: row 4 is dropped
-    assert facts["lengths"]["sides"]["chosen"] == {"min": 3, "median": 4.0, "p95": 13, "max": 13}
+    assert facts["lengths"]["parts"]["chosen"] == {"min": 3, "median": 4.0, "p95": 13, "max": 13}
     assert facts["pairs"] == {
         "longer_wins": 3, "of_pairs": 4, "same_length": 0,
         "chosen_longer_by": 2.75,  # (1 + 1 - 1 + 10) / 4
@@ -108,11 +108,11 @@ def test_facts_of_lists_are_of_all_their_pairs_of_different_rank(write, facts_of
     }
     # of 3, 3, 2 and 2 responses; in row 1 " bad" and " so so" tie, in row 2 both " good"
     assert facts["lists"] == {"responses": {"min": 2, "median": 2.5, "max": 3}, "tied_pairs": 2}
-    sides = facts["lengths"]["sides"]
-    assert list(sides) == ["prompt", "best", "others"]
+    parts = facts["lengths"]["parts"]
+    assert list(parts) == ["prompt", "best", "others"]
     # best: 5 | 5 5 | 13 | 4; others: 4 6 | 4 | 3 | 5
-    assert sides["best"] == {"min": 4, "median": 5.0, "p95": 13, "max": 13}
-    assert sides["others"] == {"min": 3, "median": 4.0, "p95": 6, "max": 6}
+    assert parts["best"] == {"min": 4, "median": 5.0, "p95": 13, "max": 13}
+    assert parts["others"] == {"min": 3, "median": 4.0, "p95": 6, "max": 6}
     assert warned(facts) == [  # rows 2 and 4 prefer " good" and " bad" to each other
         ("a pair that stands there both ways round", 2, 2),
         ("a list with the same response twice", 2, 2),
@@ -124,9 +124,9 @@ def test_facts_of_ids_are_in_tokens_with_and_without_a_model(write, lm, facts_of
     words = ("--model", lm) if with_model else ()
     (pairs,), (lists,) = (facts_of(write(rows), *words) for rows in (IDS, LIST_IDS))
     assert (pairs["unit"], lists["unit"]) == ("tokens", "tokens")
-    assert pairs["lengths"]["sides"]["prompt"] == {"min": 1, "median": 1.0, "p95": 2, "max": 2}
-    assert pairs["lengths"]["sides"]["chosen"] == {"min": 2, "median": 2.0, "p95": 4, "max": 4}
-    assert lists["lengths"]["sides"]["best"] == {"min": 2, "median": 3.0, "p95": 4, "max": 4}
+    assert pairs["lengths"]["parts"]["prompt"] == {"min": 1, "median": 1.0, "p95": 2, "max": 2}
+    assert pairs["lengths"]["parts"]["chosen"] == {"min": 2, "median": 2.0, "p95": 4, "max": 4}
+    assert lists["lengths"]["parts"]["best"] == {"min": 2, "median": 3.0, "p95": 4, "max": 4}
     compared = [[facts["pairs"][name] for name in ("longer_wins", "of_pairs", "same_length")]
                 for facts in (pairs, lists)]
     assert compared == [[1, 2, 1], [2, 3, 1]]  # of the lists: 4-2, 4-2 | 2-2, 2-3
@@ -298,7 +298,7 @@ def test_facts_are_json_without_surprises(write, lm, facts_of):
     (facts,) = facts_of(write(LISTS[:4]), "--model", lm)
     assert json.loads(json.dumps(facts)) == facts
     (first,) = (sample for sample in facts["samples"] if "first" in sample["why"])
-    assert [(side["side"], side["text"]) for side in first["sides"]] == [
+    assert [(part["part"], part["text"]) for part in first["parts"]] == [
         ("prompt", "it was"), ("rank 1", " good<|endoftext|>"),
         ("rank 2", " bad<|endoftext|>"), ("rank 2", " so so<|endoftext|>"),
     ]
