@@ -20,8 +20,8 @@ from minirlhf import load_pretrained, load_reward_model, load_tokenizer
 from minirlhf.batches.rollouts import measure
 from minirlhf.data.examples import load_prompts
 from minirlhf.evaluation.policy import evaluate_policy
-from minirlhf.models.generation import Sampling
 from minirlhf.models.heads import ValueHeadModel
+from minirlhf.models.sampling import Sampling
 from minirlhf.rewards.model import model_reward
 
 

@@ -16,8 +16,9 @@ from minirlhf.data.examples import Pair, Text
 from minirlhf.errors import STOPPED, NonFinite, Stopped, run
 from minirlhf.evaluation.reward import evaluate_preferences
 from minirlhf.models import generation
-from minirlhf.models.generation import Sampling, generate
+from minirlhf.models.generation import generate
 from minirlhf.models.heads import RewardModel
+from minirlhf.models.sampling import Sampling
 from minirlhf.recipes import ppo
 from minirlhf.recipes import ppo as ppo_recipe
 from minirlhf.recipes import reward as reward_recipe

@@ -9,7 +9,8 @@ from minirlhf.batches.rollouts import Rollout, RolloutBuffer, unpack
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.models.alignment import pad_right
-from minirlhf.models.generation import Sampling, before_stop, generate
+from minirlhf.models.generation import generate
+from minirlhf.models.sampling import Sampling, before_stop
 from minirlhf.models.support import stack_supports
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import Completions, Scores

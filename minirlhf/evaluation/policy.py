@@ -19,7 +19,7 @@ from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.equations.intervals import win_rate
 from minirlhf.equations.kl import kl_k1
-from minirlhf.models.generation import Sampling
+from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import Completions, RewardSource, as_scores
 from minirlhf.run.checkpoint import TrainState

@@ -7,7 +7,7 @@ from minirlhf.batches.collect import columns_of, sample
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import printable
-from minirlhf.models.generation import Sampling
+from minirlhf.models.sampling import Sampling
 from minirlhf.rewards.source import RewardSource, as_scores
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.folder import Run

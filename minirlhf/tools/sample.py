@@ -19,7 +19,8 @@ from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.files import folders
 from minirlhf.files.sieve import RowPolicy
 from minirlhf.models import pretrained
-from minirlhf.models.generation import Sampling, before_stop, generate
+from minirlhf.models.generation import generate
+from minirlhf.models.sampling import Sampling, before_stop
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype

@@ -13,8 +13,8 @@ from minirlhf.batches.credit import assign_credit
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer, measure, unpack
 from minirlhf.data.examples import Prompt
 from minirlhf.models.config import ModelConfig
-from minirlhf.models.generation import Sampling
 from minirlhf.models.heads import ValueHeadModel
+from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.setup.ppo_settings import PPOConfig
 

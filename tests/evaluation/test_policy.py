@@ -18,9 +18,10 @@ from minirlhf.errors import BAD_INPUT, NON_FINITE, OK, STOPPED, Stopped, UserErr
 from minirlhf.evaluation import policy as policy_evaluation
 from minirlhf.evaluation.policy import distinct, duplicates, evaluate_policy
 from minirlhf.models import pretrained
-from minirlhf.models.generation import Sampling, generate
+from minirlhf.models.generation import generate
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.lora import add_lora, merge_lora, merged_copy
+from minirlhf.models.sampling import Sampling
 from minirlhf.run.folder import Run
 from minirlhf.run.resume import RunSettings
 from minirlhf.setup.ppo import held_out

@@ -11,17 +11,10 @@ from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.models import generation
 from minirlhf.models.alignment import response_states
 from minirlhf.models.config import ModelConfig
-from minirlhf.models.generation import (
-    Sampling,
-    before_stop,
-    decode_steps,
-    draw,
-    generate,
-    sampling_law,
-    support_of,
-)
+from minirlhf.models.generation import decode_steps, generate
 from minirlhf.models.logprobs import token_logprobs
 from minirlhf.models.pretrained import load_pretrained
+from minirlhf.models.sampling import Sampling, before_stop, draw, sampling_distribution, support_of
 from minirlhf.models.transformer import CausalLM, initialize
 from tests.conftest import PEERS
 
@@ -326,31 +319,31 @@ QUARTERS = torch.tensor([[0.1, 0.4, 0.2, 0.3]], dtype=f64).log()
         (Sampling(1, temperature=0.5, top_p=0.5), [0, 1, 0, 0]),
     ],
 )
-def test_sampling_law_by_hand(sampling, expected):
+def test_sampling_distribution_by_hand(sampling, expected):
     before = QUARTERS.clone()
-    law = sampling_law(QUARTERS, sampling)
+    law = sampling_distribution(QUARTERS, sampling)
     assert_close(law.exp(), torch.tensor([expected], dtype=f64), atol=1e-9)
     assert torch.equal(QUARTERS, before)
 
 
-def test_sampling_law_top_p_stops_where_the_mass_reaches_it():
+def test_sampling_distribution_top_p_stops_where_the_mass_reaches_it():
     # Four equal tokens: two of them have exactly 1/2, the first two in order.
-    law = sampling_law(torch.zeros(1, 4), Sampling(1, top_p=0.5))
+    law = sampling_distribution(torch.zeros(1, 4), Sampling(1, top_p=0.5))
     assert law.exp().tolist() == [[0.5, 0.5, 0, 0]]
 
 
-def test_sampling_law_repetition_penalty_by_hand():
+def test_sampling_distribution_repetition_penalty_by_hand():
     # A positive logit is divided, a negative one multiplied: both become less likely.
     logits = torch.tensor([[2.0, -1.0, 2.0, -1.0]], dtype=f64)
     seen = torch.tensor([[True, True, False, False]])
-    law = sampling_law(logits, Sampling(1, repetition_penalty=2.0), seen)
+    law = sampling_distribution(logits, Sampling(1, repetition_penalty=2.0), seen)
     assert_close(law, torch.tensor([[1.0, -2.0, 2.0, -1.0]], dtype=f64).log_softmax(-1))
-    greedy = sampling_law(logits, Sampling(1, temperature=0, repetition_penalty=2.0), seen)
+    greedy = sampling_distribution(logits, Sampling(1, temperature=0, repetition_penalty=2.0), seen)
     assert greedy[0].exp().tolist() == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("sampling", LAWS)
-def test_sampling_law_is_that_of_transformers(sampling):
+def test_sampling_distribution_is_that_of_transformers(sampling):
     rng = torch.Generator().manual_seed(0)
     for _ in range(20):
         logits = torch.randn(1, 50, generator=rng, dtype=f64) * 3
@@ -358,17 +351,17 @@ def test_sampling_law_is_that_of_transformers(sampling):
         seen = torch.zeros(1, 50, dtype=torch.bool)
         seen[0, tokens] = True
         expected = their_law(tokens.tolist(), logits[0], sampling)
-        assert_close(sampling_law(logits, sampling, seen)[0], expected, atol=1e-9)
+        assert_close(sampling_distribution(logits, sampling, seen)[0], expected, atol=1e-9)
 
 
-def test_sampling_law_greedy_takes_the_first_of_equals():
-    law = sampling_law(torch.tensor([[1.0, 3.0, 3.0]]), Sampling(1, temperature=0))
+def test_sampling_distribution_greedy_takes_the_first_of_equals():
+    law = sampling_distribution(torch.tensor([[1.0, 3.0, 3.0]]), Sampling(1, temperature=0))
     assert law.tolist() == [[-math.inf, 0, -math.inf]]
 
 
-def test_sampling_law_of_bfloat16_is_float32():
+def test_sampling_distribution_of_bfloat16_is_float32():
     logits = torch.tensor([[1.0, 2.0]]).bfloat16()
-    law = sampling_law(logits, Sampling(1))
+    law = sampling_distribution(logits, Sampling(1))
     assert law.dtype == torch.float32
     assert_close(law, logits.float().log_softmax(-1))
 
@@ -382,7 +375,7 @@ LAW = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]]).log()
 def test_support_of_names_what_was_left_or_what_was_taken_away_by_hand():
     def narrowed(banned=None, **settings):
         sampling = Sampling(4, **settings)
-        return support_of(sampling_law(LAW, sampling, banned=banned), sampling)
+        return support_of(sampling_distribution(LAW, sampling, banned=banned), sampling)
 
     # the two most probable tokens of each row
     kept = narrowed(top_k=2)
@@ -481,7 +474,7 @@ def test_draw_uses_the_uniform_of_its_row_and_position():
 def test_draw_has_the_frequencies_of_the_law(sampling, critical):
     n = 50_000
     logits = torch.tensor([0.05, 0.1, 0.5, 0.2, 0.15]).log().expand(n, 5)
-    law = sampling_law(logits, sampling)
+    law = sampling_distribution(logits, sampling)
     counts = torch.bincount(draw(law, keys(n), torch.zeros(n, dtype=torch.int64)), minlength=5)
     masses = [0.05, 0.1, 0.5, 0.2, 0.15]
     if sampling.top_k:

@@ -24,9 +24,9 @@ from minirlhf.errors import BAD_INPUT, BUG, NON_FINITE, OK, STOPPED, UserError
 from minirlhf.evaluation.samples import sample_table, show_samples
 from minirlhf.models import pretrained
 from minirlhf.models.families import config_from_hf
-from minirlhf.models.generation import Sampling
 from minirlhf.models.heads import RewardModel, ValueHeadModel, initialize_score
 from minirlhf.models.lora import add_lora, merge_lora
+from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.recipes import ppo as recipe
 from minirlhf.recipes.ppo import ppo

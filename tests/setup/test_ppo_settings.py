@@ -16,9 +16,10 @@ from minirlhf.data.batching import next_rows
 from minirlhf.data.examples import Text
 from minirlhf.errors import UserError
 from minirlhf.models.alignment import response_states
-from minirlhf.models.generation import generate, sampling_law
+from minirlhf.models.generation import generate
 from minirlhf.models.heads import RewardModel, critic_from_reward_model, initialize_score
 from minirlhf.models.lora import add_lora
+from minirlhf.models.sampling import sampling_distribution
 from minirlhf.models.support import RowSupport
 from minirlhf.recipes import ppo as recipe
 from minirlhf.recipes.ppo import ppo, ppo_step
@@ -608,7 +609,7 @@ def test_measured_logprobs_are_those_that_were_drawn_from(settings):
 def every_answer(policy, sampling, weigh) -> tuple[RolloutBuffer, torch.Tensor]:
     """A rollout of every one-token answer that could be drawn to one prompt, and the law (K,)."""
     hidden = policy.lm(torch.tensor([[3, 4]]))[:, -1]
-    law = sampling_law(policy.lm.logits(hidden), sampling)[0]
+    law = sampling_distribution(policy.lm.logits(hidden), sampling)[0]
     ids = (law > -math.inf).nonzero()[:, 0]
     buffer, K = RolloutBuffer(2, 99), len(ids)
     buffer.add(

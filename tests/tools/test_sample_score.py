@@ -15,9 +15,9 @@ from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.evaluation.reward import evaluate_preferences
 from minirlhf.models.families import config_from_hf
-from minirlhf.models.generation import Sampling
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import load_reward_model, save_pretrained
+from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.recipes.reward import SHOWN
 from minirlhf.rewards.model import score_texts
