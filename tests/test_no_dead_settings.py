@@ -69,7 +69,7 @@ RECIPES = {
         "lora_rank": Change(2),
         "lora_alpha": Change(2.0, {"lora_rank": 2}),
         "gradient_checkpointing": Change(True, shown=True),
-        "compile": Change(True, refused="--compile: torch.compile fails here: no compiler"),
+        "compile": Change(True, refused="torch.compile: fails here: no compiler"),
         "dtype": Change("bfloat16"),
         "device": Change("cuda", refused="--device: 'cuda' cannot be used"),
         "seed": Change(1),

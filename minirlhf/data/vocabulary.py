@@ -231,4 +231,4 @@ class Vocabulary:
             if self.special_text.search(string):
                 what = f"{printable(string, 80)!r} names a special token, which no text shows"
                 do = "an eos ends a response by itself: make it one in generation_config.json"
-                raise UserError("--stop", what, do)
+                raise UserError("stop strings", what, do)

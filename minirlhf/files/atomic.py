@@ -173,7 +173,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         what = f"{free:,} bytes are free, {needed:,} are needed"
-        raise UserError(folder, what, "make room, then go on with --resume", MACHINE)
+        raise UserError(folder, what, "make room, then resume", MACHINE)
 
 
 def replace_file(temporary: Path, final: Path) -> None:

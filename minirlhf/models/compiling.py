@@ -33,8 +33,8 @@ def compile_blocks(*models: nn.Module) -> None:
         torch.compile(torch.exp, dynamic=True)(torch.zeros(3, device=device))
     except Exception as error:  # whatever the compiler's own tools raise
         why = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
-        do = "install a C++ compiler (a GPU needs Triton too), or leave it out"
-        raise UserError("--compile", f"torch.compile fails here: {why}", do, MACHINE) from error
+        do = "install a C++ compiler (a GPU needs Triton too), or do not compile"
+        raise UserError("torch.compile", f"fails here: {why}", do, MACHINE) from error
     for model in models:
         for module in model.modules():
             if isinstance(module, Block):

@@ -163,7 +163,7 @@ def critic_from_reward_model(
     """
     if reward_model.lcb_coef:
         what = f"is an ensemble with a lcb_coef of {reward_model.lcb_coef}, a critic has one head"
-        raise UserError("--critic", what, "give a reward model of one head, or of lcb_coef 0")
+        raise UserError("critic", what, "give a reward model of one head, or of lcb_coef 0")
     policy = ValueHeadModel(lm, copy.deepcopy(reward_model.model))
     policy.v_head.to(reward_model.score.weight)
     with torch.no_grad():

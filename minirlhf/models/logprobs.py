@@ -1,7 +1,10 @@
 """Log-probs of given tokens, their entropy, and the full KL, without ever holding all logits.
 
-The logits of a batch, (N, V), are its largest tensor by far and are needed only as a few numbers a
-token. They are made in pieces, and made again in the backward pass.
+What is computed is no more than `plain_token_logprobs` below. But the logits of a batch, (N, V),
+are its largest tensor by far, and all that is needed of them is two numbers a token. So
+`token_logprobs` makes them in tiles, and makes them again in the backward pass.
+
+Shapes: N tokens, D hidden size, V vocabulary; n and v are those of a tile.
 """
 
 from collections.abc import Iterator
@@ -40,6 +43,17 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def plain_token_logprobs(
+    lm: CausalLM, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+) -> TokenStats:
+    """`token_logprobs` to the letter, for who reads it and for tests: it holds all logits."""
+    wide = widened(hidden.dtype)
+    logits = F.linear(hidden.to(wide), lm.unembedding.to(wide)) / temperature  # (…, V)
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return TokenStats(logprobs.gather(-1, targets[..., None])[..., 0], entropy)
+
+
 def token_logprobs(
     lm: CausalLM, hidden: Tensor, targets: Tensor, temperature: float = 1.0,
     support: Support | None = None, tile: Tile = TILE,
@@ -55,7 +69,7 @@ def token_logprobs(
         lm: whose unembedding W (V, D) is used.
         hidden: (…, D) states before the targets.
         targets: (…) int64 ids.
-        temperature: > 0; that of sampling, so that ratios compare laws actually sampled.
+        temperature: > 0; that of sampling, so that ratios compare what was sampled.
         support: of the positions in their order, where not every token could be drawn; a target
             outside it has log-prob -inf.
         tile: how many logits are held at once.
@@ -69,7 +83,7 @@ def token_logprobs(
             f"targets is {tuple(targets.shape)}, hidden is {tuple(hidden.shape)}: "
             "give one target for each state, targets (…) beside hidden (…, D)"
         )
-    _check_law(temperature, support, targets.numel())
+    _check_distribution(temperature, support, targets.numel())
     states, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if len(ids) and not (ids.min() >= 0 and ids.max() < len(lm.unembedding)):
         raise ValueError(
@@ -84,24 +98,27 @@ def token_kl(
     lm: CausalLM, hidden: Tensor, ref: CausalLM, ref_hidden: Tensor, temperature: float = 1.0,
     chunk: int = CHUNK, support: Support | None = None,
 ) -> Tensor:
-    """KL(policy || ref) of the next token's law at each position, over the whole vocabulary.
+    """KL(policy || ref) of the next token's distribution at each position, summed over all words.
 
         kl = sum_v p_v (log p_v - log q_v),   p = softmax(W h / temperature), q the reference's
 
-    As `token_logprobs` it computes its logits in pieces, here of `chunk` tokens, and computes them
-    again; what is of the reference is constant.
+    As in `token_logprobs` logits are made piece by piece, here of `chunk` tokens, and made again in
+    the backward pass. The reference is a constant.
 
     Args:
         hidden, ref_hidden: (…, D) and (…, D') states before the tokens.
+        temperature, support: as in `token_logprobs`, of both distributions.
     Returns:
         (…) nats, >= 0 up to rounding.
+    Raises:
+        ValueError: shapes that do not fit, a temperature of 0.
     """
     if hidden.shape[:-1] != ref_hidden.shape[:-1]:
         raise ValueError(
             f"ref_hidden is {tuple(ref_hidden.shape)}, hidden is {tuple(hidden.shape)}: "
             "give the reference's state for each of the policy's"
         )
-    _check_law(temperature, support, hidden[..., 0].numel())
+    _check_distribution(temperature, support, hidden[..., 0].numel())
     states, ref_states = (x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden.detach()))
     ref_weight = ref.unembedding.detach()
     kl = _TokenKL.apply(
@@ -110,16 +127,16 @@ def token_kl(
     return kl.view(hidden.shape[:-1])
 
 
-def _check_law(temperature: float, support: Support | None, positions: int) -> None:
+def _check_distribution(temperature: float, support: Support | None, positions: int) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: must be above 0")
     if support is not None and len(support.counts) != positions:
         raise ValueError(f"support is of {len(support.counts)} positions, there are {positions}")
 
 
-def _expectation(law: Tensor, values: Tensor) -> Tensor:
-    """(n,) sum_v law_v values_v of (n, V) each, without a third."""
-    return torch.bmm(law[:, None], values[:, :, None])[:, 0, 0]
+def _expectation(probs: Tensor, values: Tensor) -> Tensor:
+    """(n,) sum_v probs_v values_v of (n, V) each, without a third tensor of that size."""
+    return torch.bmm(probs[:, None], values[:, :, None])[:, 0, 0]
 
 
 class Piece(NamedTuple):
@@ -195,11 +212,11 @@ class _TokenLogprobs(torch.autograd.Function):
             # A piece may hold nothing that could be drawn.
             top[part, at] = logits.amax(-1).clamp_(min=LOWEST)
             logits -= top[part, at, None]
-            law = logits.exp()
-            mass[part, at] = law.sum(-1)
+            weights = logits.exp()
+            mass[part, at] = weights.sum(-1)
             if piece.excluded is not None:
                 logits[piece.excluded] = 0  # 0 x inf is NaN
-            moment[part, at] = _expectation(law, logits)
+            moment[part, at] = _expectation(weights, logits)
         best = top.amax(0)
         share = (top - best).exp()
         total = (share * mass).sum(0)
@@ -218,18 +235,18 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_states = torch.zeros_like(states, dtype=wide)
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for piece in _pieces(states, weight, ctx.temperature, ctx.support, ctx.tile):
-            at, log_law = piece.at, piece.logits
-            log_law -= normalizer[at, None]
+            at, logprobs = piece.at, piece.logits
+            logprobs -= normalizer[at, None]
             if grad_entropy is None:
-                grad_logits = log_law.exp_().mul_(-grad_logprobs[at, None])
+                grad_logits = logprobs.exp_().mul_(-grad_logprobs[at, None])
             else:
-                law = log_law.exp()
+                probs = logprobs.exp()
                 if piece.excluded is not None:
-                    log_law[piece.excluded] = 0
-                per_law = log_law.add_(entropy[at, None]).mul_(-grad_entropy[at, None])
+                    logprobs[piece.excluded] = 0
+                factor = logprobs.add_(entropy[at, None]).mul_(-grad_entropy[at, None])
                 if grad_logprobs is not None:
-                    per_law -= grad_logprobs[at, None]
-                grad_logits = law.mul_(per_law)
+                    factor -= grad_logprobs[at, None]
+                grad_logits = probs.mul_(factor)
             if grad_logprobs is not None:
                 here, column = piece.column(ids)
                 grad_logits.scatter_add_(-1, column, (grad_logprobs[at] * here)[:, None])
@@ -253,29 +270,29 @@ class _TokenKL(torch.autograd.Function):
         ctx.temperature, ctx.chunk, ctx.support = temperature, chunk, support
         kl = states.new_empty(len(states), dtype=widened(states.dtype))
         for at in _slices(len(states), chunk):
-            law, log_ratio = _TokenKL.laws(ctx, states, weight, ref_states, ref_weight, at)
-            kl[at] = _expectation(law, log_ratio)
+            probs, log_ratio = _TokenKL.piece(ctx, states, weight, ref_states, ref_weight, at)
+            kl[at] = _expectation(probs, log_ratio)
         ctx.save_for_backward(states, weight, ref_states, ref_weight, kl)
         return kl
 
     @staticmethod
-    def laws(ctx, states, weight, ref_states, ref_weight, at: slice) -> tuple[Tensor, Tensor]:
-        """(p, log p - log q), (chunk, V) each; both 0 outside the support."""
+    def piece(ctx, states, weight, ref_states, ref_weight, at: slice) -> tuple[Tensor, Tensor]:
+        """(p, log p - log q) of a slice of the tokens, (n, V) each; both 0 outside the support."""
         excluded = None
         if ctx.support is not None:
             excluded = ctx.support.excluded(at, slice(0, len(weight)))
-        laws = []
+        both = []
         for h, w in ((states, weight), (ref_states, ref_weight)):
             wide = widened(states.dtype)
             logits = F.linear(h[at].to(wide) / ctx.temperature, w.to(wide))
             if excluded is not None:
                 logits[excluded] = -torch.inf
-            laws.append(logits.log_softmax(-1))
-        log_law, ref = laws
-        log_ratio = torch.sub(log_law, ref, out=ref)
+            both.append(logits.log_softmax(-1))
+        logprobs, ref_logprobs = both
+        log_ratio = torch.sub(logprobs, ref_logprobs, out=ref_logprobs)
         if excluded is not None:
             log_ratio[excluded] = 0
-        return log_law.exp_(), log_ratio
+        return logprobs.exp_(), log_ratio
 
     @staticmethod
     @once_differentiable
@@ -285,8 +302,8 @@ class _TokenKL(torch.autograd.Function):
         grad_states = torch.zeros_like(states)
         grad_weight = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
         for at in _slices(len(states), ctx.chunk):
-            law, log_ratio = _TokenKL.laws(ctx, states, weight, ref_states, ref_weight, at)
-            grad_logits = log_ratio.sub_(kl[at, None]).mul_(grad_kl[at, None]).mul_(law)
+            probs, log_ratio = _TokenKL.piece(ctx, states, weight, ref_states, ref_weight, at)
+            grad_logits = log_ratio.sub_(kl[at, None]).mul_(grad_kl[at, None]).mul_(probs)
             grad_states[at] = (grad_logits @ rows / ctx.temperature).to(states.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.T, states[at].to(rows.dtype) / ctx.temperature)

@@ -171,7 +171,7 @@ def _check_memory(tensors: dict[str, Tensor], where: Path, dtype: torch.dtype | 
     held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > held:
         what = f"weights of {needed:,} bytes, this machine has {held:,}"
-        raise UserError(where, what, "choose a smaller model, or --dtype bfloat16", MACHINE)
+        raise UserError(where, what, "choose a smaller model, or dtype bfloat16", MACHINE)
 
 
 def describe(folder: str | os.PathLike, reward: bool = False) -> CausalLM | RewardModel:
@@ -195,7 +195,7 @@ def _described(
     score = tensors.get("score.weight")
     if score is not None and not reward:
         raise UserError(folder, "is a reward model, not a language model",
-                        "give the language model; ppo takes one as --reward")
+                        "give the language model; ppo takes a reward model as its reward")
     if score is None and reward:
         raise UserError(
             folder,

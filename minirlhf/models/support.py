@@ -1,8 +1,8 @@
 """Which tokens could be drawn at each position: what top-k, top-p, min-p or a minimum length left.
 
-The law that was sampled is the model's own, renormalised on that set. So that a ratio and a KL
-keep their meaning, new and reference log-probs are renormalised on the very same set. It is stored,
-since it cannot be found again: membership depends on the logits of the policy that sampled.
+The distribution that was sampled is the model's own, renormalised on that set. So that a ratio and
+a KL keep their meaning, new and reference log-probs are renormalised on the very same set. It is
+stored, since it cannot be found again: it depends on the logits of the policy that sampled.
 
 Shapes: B rows, R response tokens of the longest, N positions, M ids in all, V vocabulary.
 """
@@ -48,7 +48,7 @@ class RowSupport(NamedTuple):
     banned: bool = False
 
     def select(self, rows: Tensor, width: int) -> "RowSupport":
-        """These rows (b,), cut to `width` tokens, which all of them fit."""
+        """These rows (b,), of `width` columns, which none of them exceeds."""
         kept = [self.rows[i] for i in rows.tolist()]
         return RowSupport(kept, self.counts[rows, :width], self.banned)
 

@@ -35,7 +35,7 @@ def random_lm(vocabulary: int = 20) -> CausalLM:
     config = ModelConfig("llama", vocabulary, 16, 24, 2, 4, 2, 4, 64, tied_embeddings=False)
     lm = initialize(CausalLM(config).double(), torch.Generator().manual_seed(3))
     with torch.no_grad():
-        lm.lm_head.weight.mul_(20)  # a law that is neither flat nor certain
+        lm.lm_head.weight.mul_(20)  # a distribution that is neither flat nor certain
     return lm
 
 
@@ -55,7 +55,7 @@ def letters(ids: list[int]) -> str:
     return "".join("abcdefghijklmnop"[i] for i in ids)
 
 
-# ---- greedy, the cache, and the law of the model -------------------------------------------------
+# ---- greedy, the cache, and the distribution of the model ----------------------------------------
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -98,7 +98,7 @@ LAWS = [
 
 
 def their_law(tokens: list[int], logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The law that transformers samples from, (V,) log-probs."""
+    """The distribution that transformers samples from, (V,) log-probs."""
     steps = [transformers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
     steps += [transformers.TemperatureLogitsWarper(sampling.temperature)]
     if sampling.top_k:
@@ -122,8 +122,8 @@ def test_logprobs_are_those_of_the_law_sampled(sampling):
         tokens = out.tokens[row, : out.lengths[row]].tolist()
         for t, at in enumerate(range(len(prompt), len(tokens))):
             logits = lm.logits(lm(torch.tensor([tokens[:at]])))[0, -1]
-            law = their_law(tokens[:at], logits, sampling)
-            assert_close(out.logprobs[row, t], law[tokens[at]], atol=1e-9)
+            distribution = their_law(tokens[:at], logits, sampling)
+            assert_close(out.logprobs[row, t], distribution[tokens[at]], atol=1e-9)
         assert (out.logprobs[row, len(tokens) - len(prompt) :] == 0).all()
 
 
@@ -287,7 +287,7 @@ def test_generate_needs_no_pad_id_and_sees_no_padding():
     assert out.finish_reason == ["length", "eos"]
 
 
-# ---- the law sampled, by hand --------------------------------------------------------------------
+# ---- the distribution sampled, by hand -----------------------------------------------------------
 
 QUARTERS = torch.tensor([[0.1, 0.4, 0.2, 0.3]], dtype=f64).log()
 
@@ -321,23 +321,23 @@ QUARTERS = torch.tensor([[0.1, 0.4, 0.2, 0.3]], dtype=f64).log()
 )
 def test_sampling_distribution_by_hand(sampling, expected):
     before = QUARTERS.clone()
-    law = sampling_distribution(QUARTERS, sampling)
-    assert_close(law.exp(), torch.tensor([expected], dtype=f64), atol=1e-9)
+    distribution = sampling_distribution(QUARTERS, sampling)
+    assert_close(distribution.exp(), torch.tensor([expected], dtype=f64), atol=1e-9)
     assert torch.equal(QUARTERS, before)
 
 
 def test_sampling_distribution_top_p_stops_where_the_mass_reaches_it():
     # Four equal tokens: two of them have exactly 1/2, the first two in order.
-    law = sampling_distribution(torch.zeros(1, 4), Sampling(1, top_p=0.5))
-    assert law.exp().tolist() == [[0.5, 0.5, 0, 0]]
+    distribution = sampling_distribution(torch.zeros(1, 4), Sampling(1, top_p=0.5))
+    assert distribution.exp().tolist() == [[0.5, 0.5, 0, 0]]
 
 
 def test_sampling_distribution_repetition_penalty_by_hand():
     # A positive logit is divided, a negative one multiplied: both become less likely.
     logits = torch.tensor([[2.0, -1.0, 2.0, -1.0]], dtype=f64)
     seen = torch.tensor([[True, True, False, False]])
-    law = sampling_distribution(logits, Sampling(1, repetition_penalty=2.0), seen)
-    assert_close(law, torch.tensor([[1.0, -2.0, 2.0, -1.0]], dtype=f64).log_softmax(-1))
+    distribution = sampling_distribution(logits, Sampling(1, repetition_penalty=2.0), seen)
+    assert_close(distribution, torch.tensor([[1.0, -2.0, 2.0, -1.0]], dtype=f64).log_softmax(-1))
     greedy = sampling_distribution(logits, Sampling(1, temperature=0, repetition_penalty=2.0), seen)
     assert greedy[0].exp().tolist() == [0, 0, 1, 0]
 
@@ -355,15 +355,16 @@ def test_sampling_distribution_is_that_of_transformers(sampling):
 
 
 def test_sampling_distribution_greedy_takes_the_first_of_equals():
-    law = sampling_distribution(torch.tensor([[1.0, 3.0, 3.0]]), Sampling(1, temperature=0))
-    assert law.tolist() == [[-math.inf, 0, -math.inf]]
+    logits = torch.tensor([[1.0, 3.0, 3.0]])
+    distribution = sampling_distribution(logits, Sampling(1, temperature=0))
+    assert distribution.tolist() == [[-math.inf, 0, -math.inf]]
 
 
 def test_sampling_distribution_of_bfloat16_is_float32():
     logits = torch.tensor([[1.0, 2.0]]).bfloat16()
-    law = sampling_distribution(logits, Sampling(1))
-    assert law.dtype == torch.float32
-    assert_close(law, logits.float().log_softmax(-1))
+    distribution = sampling_distribution(logits, Sampling(1))
+    assert distribution.dtype == torch.float32
+    assert_close(distribution, logits.float().log_softmax(-1))
 
 
 # ---- draw ----------------------------------------------------------------------------------------
@@ -455,18 +456,18 @@ def test_no_eos_is_drawn_before_the_minimum_length():
 def test_draw_by_hand(masses, u, token, monkeypatch):
     monkeypatch.setattr(streams, "uniform", lambda keys, t: torch.tensor([u], dtype=f64))
     for dtype in (torch.float32, f64):
-        law = torch.tensor([masses], dtype=dtype).log()
+        distribution = torch.tensor([masses], dtype=dtype).log()
         if dtype == f64 or u != 1 - 2**-53:
-            assert draw(law, keys(1), torch.tensor([0])).tolist() == [token]
-    law = torch.tensor([masses]).log()
-    assert law[0, draw(law, keys(1), torch.tensor([0]))] > -math.inf
+            assert draw(distribution, keys(1), torch.tensor([0])).tolist() == [token]
+    distribution = torch.tensor([masses]).log()
+    assert distribution[0, draw(distribution, keys(1), torch.tensor([0]))] > -math.inf
 
 
 def test_draw_uses_the_uniform_of_its_row_and_position():
-    law = torch.full((3, 1000), 1e-3, dtype=f64).log()
+    distribution = torch.full((3, 1000), 1e-3, dtype=f64).log()
     t = torch.tensor([0, 5, 5])
     expected = [int(streams.uniform(keys(3)[i], t[i]) * 1000) for i in range(3)]
-    assert draw(law, keys(3), t).tolist() == expected
+    assert draw(distribution, keys(3), t).tolist() == expected
 
 
 # 99.9 % points of chi-square with 4 and with 2 degrees of freedom.
@@ -474,8 +475,9 @@ def test_draw_uses_the_uniform_of_its_row_and_position():
 def test_draw_has_the_frequencies_of_the_law(sampling, critical):
     n = 50_000
     logits = torch.tensor([0.05, 0.1, 0.5, 0.2, 0.15]).log().expand(n, 5)
-    law = sampling_distribution(logits, sampling)
-    counts = torch.bincount(draw(law, keys(n), torch.zeros(n, dtype=torch.int64)), minlength=5)
+    distribution = sampling_distribution(logits, sampling)
+    drawn = draw(distribution, keys(n), torch.zeros(n, dtype=torch.int64))
+    counts = torch.bincount(drawn, minlength=5)
     masses = [0.05, 0.1, 0.5, 0.2, 0.15]
     if sampling.top_k:
         masses = [0, 0, 0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85]

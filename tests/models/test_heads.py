@@ -228,5 +228,5 @@ def test_critic_from_reward_model_takes_what_normalises_it_and_the_mean_of_an_en
 
 
 def test_critic_from_reward_model_refuses_a_lower_bound():
-    with pytest.raises(UserError, match=r"--critic: is an ensemble with a lcb_coef of 0.5, a crit"):
+    with pytest.raises(UserError, match=r"critic: is an ensemble with a lcb_coef of 0.5, a crit"):
         critic_from_reward_model(make_lm(), make_ensemble(2, 0.5))

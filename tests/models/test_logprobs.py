@@ -5,7 +5,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minirlhf.models.logprobs import Tile, token_kl, token_logprobs, widened
+from minirlhf.models.logprobs import (
+    Tile,
+    plain_token_logprobs,
+    token_kl,
+    token_logprobs,
+    widened,
+)
 from minirlhf.models.support import RowSupport, Support, stack_supports
 from tests.tiny_states import assert_close, f64, make_lm, states, targets
 
@@ -22,7 +28,7 @@ class Unembedding(nn.Module):
 
 
 def test_token_logprobs_by_hand():
-    # Logits (log 3, 0) and (0, log 3): the laws are (3/4, 1/4) and (1/4, 3/4).
+    # Logits (log 3, 0) and (0, log 3): the distributions are (3/4, 1/4) and (1/4, 3/4).
     lm = Unembedding(torch.eye(2, dtype=f64))
     hidden = torch.tensor([[[math.log(3), 0], [0, math.log(3)]]], dtype=f64)
     stats = token_logprobs(lm, hidden, torch.tensor([[0, 0]]))
@@ -32,7 +38,7 @@ def test_token_logprobs_by_hand():
 
 
 def test_token_logprobs_temperature_by_hand():
-    # At temperature 1/2 the logits double: 2 log 3 = log 9, the law is (9/10, 1/10).
+    # At temperature 1/2 the logits double: 2 log 3 = log 9, the distribution is (9/10, 1/10).
     lm = Unembedding(torch.eye(2, dtype=f64))
     hidden = torch.tensor([[math.log(3), 0]], dtype=f64)
     stats = token_logprobs(lm, hidden, torch.tensor([1]), temperature=0.5)
@@ -51,7 +57,7 @@ def test_token_logprobs_gradient_by_hand():
         assert_close(hidden.grad, torch.tensor([[expected, -expected]], dtype=f64))
 
 
-def test_uniform_law_has_the_entropy_of_its_size():
+def test_a_uniform_distribution_has_the_entropy_of_its_size():
     stats = token_logprobs(make_lm(), torch.zeros(3, 16, dtype=f64), torch.tensor([0, 7, 49]))
     assert_close(stats.entropy, torch.full((3,), math.log(50), dtype=f64))
     assert_close(stats.logprobs, torch.full((3,), -math.log(50), dtype=f64))
@@ -64,17 +70,27 @@ def test_token_logprobs_and_gradient_are_those_of_full_logits(tile, temperature)
     weights = torch.arange(12, dtype=f64).view(3, 4)
     leaves = [hidden, lm.unembedding]
 
-    law = (lm.logits(hidden) / temperature).log_softmax(-1)
-    logprobs = law.gather(-1, ids[..., None])[..., 0]
-    entropy = -(law.exp() * law).sum(-1)
+    distribution = (lm.logits(hidden) / temperature).log_softmax(-1)
+    logprobs = distribution.gather(-1, ids[..., None])[..., 0]
+    entropy = -(distribution.exp() * distribution).sum(-1)
     expected = torch.autograd.grad((weights * (logprobs + 0.3 * entropy)).sum(), leaves)
 
+    plain = plain_token_logprobs(lm, hidden, ids, temperature)
+    assert_close(plain.logprobs, logprobs, atol=1e-12)
+    assert_close(plain.entropy, entropy, atol=1e-12)
     stats = token_logprobs(lm, hidden, ids, temperature, tile=Tile(*tile))
     assert_close(stats.logprobs, logprobs, atol=1e-12)
     assert_close(stats.entropy, entropy, atol=1e-12)
     got = torch.autograd.grad((weights * (stats.logprobs + 0.3 * stats.entropy)).sum(), leaves)
     for one, other in zip(got, expected, strict=True):
         assert_close(one, other, atol=1e-11)
+
+
+def test_token_logprobs_are_the_plain_ones_in_float32():
+    lm, hidden, ids = make_lm(torch.float32), states(3, 9, dtype=torch.float32), targets(3, 9)
+    plain = plain_token_logprobs(lm, hidden, ids, 0.7)
+    for one, other in zip(token_logprobs(lm, hidden, ids, 0.7), plain, strict=True):
+        assert_close(one, other, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 0), (2, 3, 2)])
@@ -90,8 +106,8 @@ def test_token_logprobs_of_bfloat16_are_float32_from_float32_logits():
     lm, hidden, ids = make_lm(torch.bfloat16), states(6, dtype=torch.bfloat16), targets(6)
     stats = token_logprobs(lm, hidden, ids)
     assert stats.logprobs.dtype == stats.entropy.dtype == torch.float32
-    law = (hidden.double() @ lm.unembedding.double().T).log_softmax(-1)
-    assert_close(stats.logprobs.double(), law.gather(-1, ids[:, None])[:, 0], atol=1e-5)
+    distribution = (hidden.double() @ lm.unembedding.double().T).log_softmax(-1)
+    assert_close(stats.logprobs.double(), distribution.gather(-1, ids[:, None])[:, 0], atol=1e-5)
     stats.logprobs.sum().backward()
     assert hidden.grad.dtype == torch.bfloat16 and hidden.grad.abs().sum() > 0
     assert widened(torch.float16) == torch.float32 and widened(f64) == f64
@@ -133,7 +149,7 @@ def test_token_logprobs_never_hold_all_logits():
 
 
 def test_token_logprobs_of_logits_that_overflow_by_hand():
-    # exp(1000) is infinite; the law of (1000, 1000 + log 3, -1000, 0) is (1/4, 3/4, 0, 0).
+    # exp(1000) is infinite; the distribution of (1000, 1000 + log 3, -1000, 0) is (1/4, 3/4, 0, 0).
     logits = torch.tensor([[1000, 1000 + math.log(3), -1000, 0]], dtype=f64)
     for tile in (Tile(), Tile(1, 1), Tile(1, 3)):
         lm = Unembedding(torch.eye(4, dtype=f64))
@@ -160,7 +176,7 @@ def test_token_logprobs_refuses():
             token_logprobs(lm, torch.zeros(4, 16), torch.zeros(4, dtype=torch.int64), temperature)
 
 
-# ---- the law that could be sampled ---------------------------------------------------------------
+# ---- the distribution that could be sampled ------------------------------------------------------
 
 
 def support_of(*allowed: list[int], banned: bool = False) -> Support:
@@ -287,11 +303,11 @@ def test_token_kl_and_gradient_are_those_of_full_logits(chunk, temperature, narr
     weight = torch.linspace(-1, 2, 10, dtype=f64).view(2, 5)
     got = torch.autograd.grad((ours * weight).sum(), [hidden, lm.unembedding])
 
-    def law(model, x):
+    def distribution(model, x):
         logits = (x @ model.unembedding.T / temperature).view(10, 50)
         return logits.masked_fill(~allowed, -1e9).log_softmax(-1)
 
-    logp, logq = law(lm, hidden), law(ref, ref_hidden)
+    logp, logq = distribution(lm, hidden), distribution(ref, ref_hidden)
     theirs = (logp.exp() * (logp - logq)).sum(-1).view(2, 5)
     assert_close(ours, theirs)
     expected = torch.autograd.grad((theirs * weight).sum(), [hidden, lm.unembedding])

@@ -227,7 +227,7 @@ def test_a_language_model_is_not_a_reward_model_and_the_reverse(peer, tmp_path):
     with pytest.raises(UserError, match=r"has no 'score.weight': not a reward model"):
         load_reward_model(folder)
     save_pretrained(RewardModel(load_pretrained(folder)), tmp_path)
-    with pytest.raises(UserError, match=r"is a reward model, not a language model.*--reward"):
+    with pytest.raises(UserError, match=r"is a reward model, not a language model.*its reward"):
         load_pretrained(tmp_path)
     assert has_tensor(tensor_files(tmp_path), "score.weight")
     assert not has_tensor(tensor_files(folder), "score.weight")

@@ -129,7 +129,7 @@ def test_plan_ppo_refuses_prompts_without_room_in_a_scorer_of_other_words(model,
     ("flags", "told"),
     [
         (["--reward", "gone.py:g"], "--reward: gone.py does not exist: give file.py:function"),
-        (["--stop", "<|endoftext|>"], "--stop: '<|endoftext|>' names a special token"),
+        (["--stop", "<|endoftext|>"], "stop strings: '<|endoftext|>' names a special token"),
         (["--ref", "other"], "--ref other: has another tokenizer than the policy"),
         (["--critic", "other"], "--critic other: has another tokenizer than the policy"),
     ],

@@ -426,7 +426,7 @@ def test_a_prompt_of_ids_ends_where_its_answer_begins(files, tmp_path):
 def test_a_stop_string_that_no_text_shows_is_refused(files, capsys):
     words = ["sample", "--model", files["LM"], "--prompt", "a", "--stop", "a<|endoftext|>"]
     assert main(list(map(str, words))) == 2
-    assert "--stop: 'a<|endoftext|>' names a special token" in capsys.readouterr().err
+    assert "stop strings: 'a<|endoftext|>' names a special token" in capsys.readouterr().err
 
 
 def test_score_reads_a_turn_that_was_continued(files, capsys, tmp_path):
