@@ -32,9 +32,9 @@ from minirlhf.equations.advantages import gae, token_rewards
 from minirlhf.equations.kl import kl_k1
 from minirlhf.equations.masking import masked_standardize, masked_sum
 from minirlhf.equations.policy import clipped_surrogate, clipped_value_loss
-from minirlhf.models.generation import Sampling
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.pretrained import load_pretrained, load_reward_model
+from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.model import model_reward
 from minirlhf.rewards.parse import load_function, reencoded

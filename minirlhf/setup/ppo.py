@@ -20,9 +20,9 @@ from minirlhf.files.folders import resolve
 from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.models.compiling import compile_blocks
-from minirlhf.models.generation import Sampling
 from minirlhf.models.heads import RewardModel, ValueHeadModel, critic_from_reward_model
 from minirlhf.models.lora import add_lora, merged_copy
+from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards import parse
 from minirlhf.rewards.parse import Spec, load_reward
