@@ -60,7 +60,6 @@ from minirlhf.rewards.source import Completions, RewardSource, Scores, as_scores
 from minirlhf.run import flags, optim, settings
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
-from minirlhf.setup import presets
 from minirlhf.setup.common import write_model
 from minirlhf.setup.ppo import PPORun, load_run, rule_for_truncated, sampling_of
 from minirlhf.setup.ppo_settings import PPOConfig
@@ -338,7 +337,7 @@ def clipped_loss(config: PPOConfig) -> PolicyLoss:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = flags.parse(PPOConfig, argv, "minirlhf ppo", presets.PPO)
+    config = flags.parse(PPOConfig, argv, "minirlhf ppo")
     start = load_run(config)
     r, state, sets = start.run, start.state, start.sets
     with r:

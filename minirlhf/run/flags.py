@@ -7,18 +7,14 @@ every name. Whatever is wrong is told in one line, all of it at once.
 import argparse
 import re
 import sys
-import tomllib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from minirlhf.errors import UserError, printable
-from minirlhf.files.reading import read_text, strict_json
+from minirlhf.errors import UserError
+from minirlhf.run.config_file import explain, find_preset, presets_of, read_settings
 from minirlhf.run.settings import (
-    NO_SECTIONS,
     Problem,
     Setting,
     nearest,
@@ -31,45 +27,35 @@ from minirlhf.run.settings import (
 C = TypeVar("C")
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
-_FILE_CAP = 1 << 20  # bytes; nobody writes a longer file of settings on purpose
 
 
-class Preset(NamedTuple):
-    """Settings as another tool or a paper has them."""
-
-    about: str
-    values: dict[str, tuple[object, str]]  # setting -> (value, where it is from)
-    differs: tuple[str, ...]  # what is not as there, on purpose
-
-
-def parse(
-    config_class: type[C], argv: list[str] | None, prog: str,
-    presets: Mapping[str, Preset] = types.MappingProxyType({}),
-) -> C:
+def parse(config_class: type[C], argv: list[str] | None, prog: str) -> C:
     """The config that a command line asks for; argv None stands for the process's own.
 
     Args:
         config_class: its docstring's first line says in --help what the command does. Where it has
             SHOWN_FIRST, names of settings, --help shows these alone and --help-all the rest too.
-        presets: what --preset can name; with none there is no such flag.
+            Where it has PRESETS, a folder, its files are what --preset can name.
     Raises:
         UserError: every unknown, repeated, missing, mistyped or illegal setting, in one line.
         SystemExit: 0 after --help or --explain-preset.
     """
     settings, words = settings_of(config_class), sys.argv[1:] if argv is None else argv
+    presets = presets_of(config_class)
     parser, flags = _parser(config_class, settings, words, prog, presets)
     given = _read_flags(parser, flags, words, prog)
     if (name := given.pop("explain_preset", None)) is not None:
-        print(explain(name, _find(presets, name, "--explain-preset"), settings))
+        print(explain(find_preset(presets, name, "--explain-preset"), settings))
         raise SystemExit(0)
-    values, where, problems = {}, {}, []
+    files = {}  # name in messages -> file; what a later one holds counts
     if (name := given.pop("preset", None)) is not None:
-        for key, (value, _) in _find(presets, name, "--preset").values.items():
-            values[key], where[key] = value, f"--preset {name}: {settings[key].name}"
+        files[f"--preset {name}"] = find_preset(presets, name, "--preset")
     if (path := given.pop("config", None)) is not None:
-        from_file, places, problems = _read_file(settings, path)
-        values |= from_file
-        where |= places
+        files[path] = path
+    values, where, problems = {}, {}, []
+    for name, path in files.items():
+        from_file, places, wrong = read_settings(settings, path, name)
+        values, where, problems = values | from_file, where | places, problems + wrong
     for name, text in given.items():
         values[name], where[name] = settings[name].from_flag(text), settings[name].flag
     for name, item in settings.items():
@@ -83,37 +69,6 @@ def parse(
     config = config_class(**values)
     validate(config)
     return config
-
-
-def _find(presets: Mapping[str, Preset], name: str, flag: str) -> Preset:
-    if name not in presets:
-        known = ", ".join(presets)
-        raise UserError(
-            flag, f"no preset {shown(name)}", f"{nearest(name, presets)}; presets: {known}"
-        )
-    return presets[name]
-
-
-def explain(name: str, preset: Preset, settings: Mapping[str, Setting]) -> str:
-    """What a preset sets, beside the default here and the source there, and what it cannot."""
-    rows = [("setting", "value", "default", "source")]
-    for key, (value, source) in preset.values.items():
-        rows.append((key, _shown_value(value), _shown_value(settings[key].default), source))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"--preset {name}: {preset.about}"]
-    for row in rows:
-        *cells, source = (f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True))
-        lines.append("  " + "  ".join([*cells, source.rstrip()]))
-    lines.append("Not as there, on purpose:")
-    lines += (f"  {text}" for text in preset.differs)
-    return "\n".join(lines)
-
-
-def _shown_value(value: object) -> str:
-    """As a flag takes it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _read_flags(
@@ -228,40 +183,3 @@ def _help(item: Setting) -> str:
         default = "default: " + ("none" if item.default in (None, ()) else str(item.default))
     facts = "; ".join(fact for fact in (item.bounds, default) if fact)
     return f"{item.help} [{facts}]".lstrip()
-
-
-def _read_file(
-    settings: dict[str, Setting], path: str
-) -> tuple[dict[str, object], dict[str, str], list[Problem]]:
-    """(values, where each stands, problems) of a config file."""
-    values: dict[str, object] = {}
-    where: dict[str, str] = {}
-    problems: list[Problem] = []
-    for key, given in _load(path).items():
-        name, place = key.replace("-", "_"), f"{path}: {printable(key, 80)}"
-        if name not in settings and isinstance(given, dict):
-            problems.append((place, NO_SECTIONS))
-        elif name not in settings:
-            problems.append((place, f"unknown setting: {nearest(name, settings)}"))
-        elif name in values:
-            problems.append((place, "given twice"))
-        else:
-            values[name], where[name] = settings[name].from_file(given), place
-    return values, where, problems
-
-
-def _load(path: str) -> dict[str, Any]:
-    """The top table of a TOML or JSON file."""
-    kind = Path(path).suffix
-    if kind not in (".toml", ".json"):
-        raise UserError(path, "--config reads .toml and .json files only")
-    text = read_text(path, _FILE_CAP)
-    if kind == ".json":
-        table = strict_json(text, path)
-        if not isinstance(table, dict):
-            raise UserError(path, f"holds {shown(table)}", "must be an object of settings")
-        return table
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # not TOML, a huge integer, nested too deeply
-        raise UserError(path, f"not valid TOML: {error}") from None

@@ -1,7 +1,8 @@
-"""The settings of PPO, what they refuse, and the small objects that they stand for."""
+"""The settings of PPO, and what they refuse together."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from minirlhf.rewards import parse
@@ -203,6 +204,7 @@ class PPOConfig(
 ):
     """Align a language model with PPO against a reward."""
 
+    PRESETS: ClassVar = Path(__file__).parent / "presets"
     SHOWN_FIRST: ClassVar = (
         "model", "data", "reward", "eval_data", "eval_every", "steps", "batch_size",
         "max_new_tokens", "kl_coef", "learning_rate", "lora_rank", "seed", "out", "resume",

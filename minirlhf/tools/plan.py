@@ -25,7 +25,7 @@ from minirlhf.run.machine import (
     process_bytes,
 )
 from minirlhf.run.settings import nearest
-from minirlhf.setup import memory, memory_plans, presets
+from minirlhf.setup import memory, memory_plans
 from minirlhf.setup import reward as setup_reward
 from minirlhf.setup import sft as setup_sft
 from minirlhf.setup.common import named_files
@@ -141,8 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(recipe, kind, f"{advice}; give a recipe first: {', '.join(RECIPES)}")
     config_class, plan_of = RECIPES[recipe]
     config = flags.parse(
-        without_files(config_class), words[1:], f"minirlhf plan {recipe}",
-        presets.PPO if recipe == "ppo" else {},
+        without_files(config_class), words[1:], f"minirlhf plan {recipe}"
     )
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     make_deterministic(device)  # as a run does: it imports 70 MB

@@ -1,0 +1,102 @@
+"""Settings that stand in a file: that of --config, and the presets of --preset.
+
+A preset is a config file, too: settings as another tool or a paper has them, one a line, each with
+its source as a comment behind it. Its first line says whose they are, and the comments at its end
+what is not as there, on purpose.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minirlhf.errors import UserError, printable
+from minirlhf.files.reading import read_text, strict_json
+from minirlhf.run.settings import NO_SECTIONS, Problem, Setting, nearest, shown
+
+_CAP = 1 << 20  # bytes; nobody writes a longer file of settings on purpose
+_LINE = re.compile(r"^(\w+) = .*?  # (.+)$", re.MULTILINE)  # of a preset: (setting, source)
+DIFFERS = "Not as there, on purpose:"
+
+
+def read_settings(
+    settings: Mapping[str, Setting], path: str | Path, called: str | None = None
+) -> tuple[dict[str, object], dict[str, str], list[Problem]]:
+    """(values, where each stands, problems) of a config file.
+
+    Args:
+        called: the file's name in messages, where that is not its path.
+    Raises:
+        UserError: the file cannot be read, or is neither TOML nor JSON.
+    """
+    values: dict[str, object] = {}
+    where: dict[str, str] = {}
+    problems: list[Problem] = []
+    for key, given in _load(path).items():
+        name, place = key.replace("-", "_"), f"{called or path}: {printable(key, 80)}"
+        if name not in settings and isinstance(given, dict):
+            problems.append((place, NO_SECTIONS))
+        elif name not in settings:
+            problems.append((place, f"unknown setting: {nearest(name, settings)}"))
+        elif name in values:
+            problems.append((place, "given twice"))
+        else:
+            values[name], where[name] = settings[name].from_file(given), place
+    return values, where, problems
+
+
+def _load(path: str | Path) -> dict[str, Any]:
+    """The top table of a TOML or JSON file."""
+    kind = Path(path).suffix
+    if kind not in (".toml", ".json"):
+        raise UserError(path, "--config reads .toml and .json files only")
+    text = read_text(path, _CAP)
+    if kind == ".json":
+        table = strict_json(text, path)
+        if not isinstance(table, dict):
+            raise UserError(path, f"holds {shown(table)}", "must be an object of settings")
+        return table
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # not TOML, a huge integer, nested too deeply
+        raise UserError(path, f"not valid TOML: {error}") from None
+
+
+def presets_of(config_class: type) -> dict[str, Path]:
+    """Preset -> its file, in the folder that a config class names as its PRESETS."""
+    folder = getattr(config_class, "PRESETS", None)
+    return {} if folder is None else {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
+def find_preset(presets: Mapping[str, Path], name: str, flag: str) -> Path:
+    if name not in presets:
+        known = ", ".join(presets)
+        raise UserError(
+            flag, f"no preset {shown(name)}", f"{nearest(name, presets)}; presets: {known}"
+        )
+    return presets[name]
+
+
+def explain(preset: Path, settings: Mapping[str, Setting]) -> str:
+    """What a preset sets, beside the default here and the source there, and what it cannot."""
+    text, (values, _, _) = preset.read_text("utf-8"), read_settings(settings, preset)
+    about, differs = text.partition("\n")[0], text.partition(f"# {DIFFERS}\n")[2]
+    sources = dict(_LINE.findall(text))
+    rows = [("setting", "value", "default", "source")]
+    for name, value in values.items():
+        default = settings[name].default
+        rows.append((name, _as_flag(value), _as_flag(default), sources.get(name, "")))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"--preset {preset.stem}: {about.removeprefix('# ')}"]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        lines.append("  " + "  ".join(cells).rstrip())
+    lines += [DIFFERS, *(f"  {line.removeprefix('# - ')}" for line in differs.splitlines())]
+    return "\n".join(lines)
+
+
+def _as_flag(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
