@@ -1,24 +1,43 @@
-"""`minirlhf VERB …`: one table of verbs; a verb's module is imported only when it is asked for."""
+"""`minirlhf VERB …`: one table of verbs; a verb's module is imported once its flags are right."""
 
 import importlib
 import sys
+from typing import NamedTuple
 
 from minirlhf import __version__
 from minirlhf.errors import OK, UserError, run
+from minirlhf.run import flags
 from minirlhf.run.settings import nearest
 
-VERBS = {  # verb: (module with a main(argv) -> exit code, what it does)
-    "sft": ("minirlhf.recipes.sft", "fine-tune a language model on demonstrations"),
-    "reward": ("minirlhf.recipes.reward", "train a reward model on pairs or ranked lists"),
-    "ppo": ("minirlhf.recipes.ppo", "align a policy with a reward by PPO"),
-    "check": ("minirlhf.tools.check.command", "look at data as a recipe reads it, before training"),
-    "plan": ("minirlhf.tools.plan", "count the memory of a run, without running it"),
-    "metrics": ("minirlhf.tools.metrics", "tell what each number in the log means"),
-    "coming-from": ("minirlhf.tools.coming_from", "tell where another tool's parameters went"),
-    "sample": ("minirlhf.tools.sample", "write continuations of prompts, as JSON lines"),
-    "score": ("minirlhf.tools.score", "score texts or preferences with a reward model"),
-    "serve": ("minirlhf.tools.serve", "answer requests for scores with a reward model, over HTTP"),
-    "demo": ("minirlhf.tools.demo.command", "train, align and measure a tiny model from nothing"),
+
+class Verb(NamedTuple):
+    module: str  # has a main(argv) -> exit code
+    settings: str  # module:class of its config; "" where main reads its words itself
+    what: str  # it does
+
+
+VERBS = {
+    "sft": Verb("minirlhf.recipes.sft", "minirlhf.setup.sft_settings:SFTConfig",
+                "fine-tune a language model on demonstrations"),
+    "reward": Verb("minirlhf.recipes.reward", "minirlhf.setup.reward_settings:RewardConfig",
+                   "train a reward model on pairs or ranked lists"),
+    "ppo": Verb("minirlhf.recipes.ppo", "minirlhf.setup.ppo_settings:PPOConfig",
+                "align a policy with a reward by PPO"),
+    "check": Verb("minirlhf.tools.check.command", "minirlhf.tools.settings:CheckConfig",
+                  "look at data as a recipe reads it, before training"),
+    "plan": Verb("minirlhf.tools.plan", "", "count the memory of a run, without running it"),
+    "metrics": Verb("minirlhf.tools.metrics", "minirlhf.tools.settings:MetricsConfig",
+                    "tell what each number in the log means"),
+    "coming-from": Verb("minirlhf.tools.coming_from", "",
+                        "tell where another tool's parameters went"),
+    "sample": Verb("minirlhf.tools.sample", "minirlhf.tools.settings:SampleConfig",
+                   "write continuations of prompts, as JSON lines"),
+    "score": Verb("minirlhf.tools.score", "minirlhf.tools.settings:ScoreConfig",
+                  "score texts or preferences with a reward model"),
+    "serve": Verb("minirlhf.tools.serve", "minirlhf.tools.settings:ServeConfig",
+                  "answer requests for scores with a reward model, over HTTP"),
+    "demo": Verb("minirlhf.tools.demo.command", "minirlhf.tools.settings:DemoConfig",
+                 "train, align and measure a tiny model from nothing"),
 }
 
 USAGE = "\n".join(
@@ -27,7 +46,7 @@ USAGE = "\n".join(
         "",
         "RLHF of language models from scratch in pure PyTorch.",
         "",
-        *(f"  {verb:<13}{what}" for verb, (_, what) in VERBS.items()),
+        *(f"  {name:<13}{verb.what}" for name, verb in VERBS.items()),
         "",
         "minirlhf VERB --help lists the settings of a verb; minirlhf --version tells the version.",
     ]
@@ -40,15 +59,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    verb = argv[0] if argv else "--help"
-    if verb in ("-h", "--help"):
+    name, *words = argv or ["--help"]
+    if name in ("-h", "--help"):
         print(USAGE)
-    elif verb == "--version":
+    elif name == "--version":
         print(f"minirlhf {__version__}")
-    elif verb in VERBS:
-        module, _ = VERBS[verb]
-        return importlib.import_module(module).main(argv[1:])
+    elif name in VERBS:
+        verb = VERBS[name]
+        if verb.settings:  # --help and bad flags need not wait until torch is imported
+            module, _, config_class = verb.settings.partition(":")
+            config_class = getattr(importlib.import_module(module), config_class)
+            flags.parse(config_class, words, f"minirlhf {name}")
+        return importlib.import_module(verb.module).main(words)
     else:
-        advice = nearest(verb, (*VERBS, "--help", "--version"))
-        raise UserError(f"minirlhf {verb}", "no such verb", f"{advice}; verbs: {', '.join(VERBS)}")
+        advice = nearest(name, (*VERBS, "--help", "--version"))
+        raise UserError(f"minirlhf {name}", "no such verb", f"{advice}; verbs: {', '.join(VERBS)}")
     return OK

@@ -18,7 +18,7 @@ from minirlhf.models.families import config_from_hf
 from minirlhf.models.transformer import initialize
 
 ROOT = Path(__file__).parents[1]
-RECIPES = [verb for verb, (module, _) in cli.VERBS.items() if ".recipes." in module]
+RECIPES = [name for name, verb in cli.VERBS.items() if ".recipes." in verb.module]
 
 
 def python(*words: str) -> subprocess.CompletedProcess:
@@ -37,7 +37,7 @@ def verb(monkeypatch):
         module = types.ModuleType("tried")
         module.main = main
         monkeypatch.setitem(sys.modules, "tried", module)
-        monkeypatch.setitem(cli.VERBS, "try", ("tried", "tries"))
+        monkeypatch.setitem(cli.VERBS, "try", cli.Verb("tried", "", "tries"))
 
     return put
 
@@ -46,8 +46,8 @@ def verb(monkeypatch):
 def test_main_lists_the_verbs(argv, capsys):
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
-    for name, (_, what) in cli.VERBS.items():
-        assert f"  {name:<13}{what}\n" in out
+    for name, verb in cli.VERBS.items():
+        assert f"  {name:<13}{verb.what}\n" in out
 
 
 def test_main_tells_the_version(capsys):
@@ -104,6 +104,22 @@ def test_main_turns_an_error_into_one_line_and_its_exit_code(error, code, line, 
 def test_main_does_not_import_torch_without_a_verb(argv):
     code = f"from minirlhf import cli; cli.main({argv!r})"
     assert python("-c", code + "; import sys; sys.exit('torch' in sys.modules)").returncode == 0
+
+
+@pytest.mark.parametrize("verb", [name for name, verb in cli.VERBS.items() if verb.settings])
+@pytest.mark.parametrize("word", ["--help", "--modle"])
+def test_neither_help_nor_a_bad_flag_waits_for_torch(verb, word):
+    code = f"""
+import sys
+from minirlhf import cli
+try:
+    code = cli.main([{verb!r}, {word!r}])
+except SystemExit as left:
+    code = left.code
+sys.exit("torch is there" if "torch" in sys.modules else code)
+"""
+    done = python("-c", code)
+    assert done.returncode == (0 if word == "--help" else BAD_INPUT), done.stderr
 
 
 SHAPE = {

@@ -51,7 +51,7 @@ BUILTINS = {"eval", "exec", "compile", "__import__", "breakpoint"}
 IMPORTLIB = {  # why it may import by name
     "minirlhf/__init__.py": "public names are imported when they are asked for",
     "minirlhf/cli.py": "a verb's module, by the table of verbs",
-    "minirlhf/rewards/parse.py": "the user's own file of --reward file.py:f, which is trusted",
+    "minirlhf/rewards/load.py": "the user's own file of --reward file.py:f, which is trusted",
 }
 
 
@@ -270,7 +270,7 @@ def world(tmp_path, monkeypatch):
     Path("shape.json").write_text(json.dumps(SHAPE | {"vocab_size": 300}))
     Path("reward.py").write_text("def score(completions):\n    return [0.0] * len(completions)\n")
     # What they import is not what they do; the last is torch's, once it is to be deterministic.
-    for module in (*(module for module, _ in cli.VERBS.values()), "torch._inductor"):
+    for module in (*(verb.module for verb in cli.VERBS.values()), "torch._inductor"):
         importlib.import_module(module)
     return folder
 

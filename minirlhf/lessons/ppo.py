@@ -36,8 +36,8 @@ from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.pretrained import load_pretrained, load_reward_model
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
+from minirlhf.rewards.load import load_function, reencoded
 from minirlhf.rewards.model import model_reward
-from minirlhf.rewards.parse import load_function, reencoded
 from minirlhf.rewards.source import RewardSource, as_scores
 from minirlhf.run.machine import make_deterministic
 from minirlhf.run.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate

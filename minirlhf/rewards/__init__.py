@@ -1,6 +1,7 @@
 """Where scores come from: any function from completions to a (B,) tensor is a reward source.
 
 Read source.py (what a source is, the sum of several, a Python function as one), model.py (a reward
-model's folder), service.py (rewards over HTTP, their replies kept by journal.py) and parse.py (what
---reward may say). README.md has examples. Imports models, data, run and what lies below them.
+model's folder), service.py (rewards over HTTP, their replies kept by journal.py), parse.py (what
+--reward may say) and load.py (what it names, read). README.md has examples. Imports models, data,
+run and what lies below them.
 """

@@ -1,35 +1,20 @@
-"""What `--reward SOURCE [SOURCE ...]` may say, and the reward source that it stands for.
+"""What `--reward SOURCE [SOURCE ...]` may say, by its spelling alone: load.py reads what it names.
 
 A SOURCE is the folder of a reward model, file.py:function or http(s)://host:port/path; 0.5*SOURCE
 has a weight. A policy learns from their weighted sum; each is logged by itself.
 """
 
-import importlib.util
-import inspect
 import math
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-import torch
-
-from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import resolve
-from minirlhf.files.reading import read_text
-from minirlhf.models.heads import RewardModel
-from minirlhf.models.pretrained import load_reward_model
-from minirlhf.rewards.journal import Journal
-from minirlhf.rewards.model import model_reward
-from minirlhf.rewards.service import Service, service_reward
-from minirlhf.rewards.source import RewardSource, combine, failed_at, function_reward
 
-TOKEN_CAP = 1 << 16  # bytes of the file that holds one
 SERVICE_SETTINGS = (
     "reward_format", "reward_timeout", "reward_connect_timeout", "reward_retries",
     "reward_batch_size", "reward_token_file",
@@ -165,109 +150,3 @@ def problems(config: RewardSettings) -> list[str]:
                 flag = field.name.replace("_", "-")
                 found.append(f"{flag}: is for a service; no --reward is http://host:port/path")
     return found
-
-
-def facts(specs: Sequence[Spec], tokenizer: Tokenizer) -> dict[str, str]:
-    """What a run prints about its rewards before it starts: name -> source."""
-    shown = {}
-    for spec, name in zip(specs, part_names(specs), strict=True):
-        weight = "" if spec.weight == 1 else f"{spec.weight:g} x "
-        differs = spec.kind == "model" and reencoded(resolve(spec.place), tokenizer)
-        own = " (its own tokenizer: texts are re-encoded)" if differs else ""
-        key = "reward" if len(specs) == 1 else f"reward {name}"
-        shown[key] = f"{weight}{printable(spec.place)}{own}"
-    return shown
-
-
-def reencoded(folder: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a reward model has another tokenizer than the policy, and so must score texts."""
-    return load_tokenizer(folder).fingerprint != tokenizer.fingerprint
-
-
-def read_token(path: str) -> str:
-    """The bearer token in a file of one line.
-
-    Raises:
-        UserError: the file holds anything else.
-    """
-    token = read_text(path, TOKEN_CAP).strip()
-    if not re.fullmatch(r"[!-~]+", token):
-        raise UserError(path, "holds no token", "one line of visible ASCII characters")
-    return token
-
-
-def load_function(place: str, columns: Mapping[str, set[str]] | None = None) -> RewardSource:
-    """The reward source of `file.py:function`. The file is run: it is the user's, and trusted.
-
-    Args:
-        columns: as in `function_reward`.
-    Raises:
-        UserError: the file does not import, or has no such function.
-    """
-    file, _, name = place.rpartition(":")
-    name_of_module = f"user_reward.{Path(file).resolve()}"  # two files may have the same name
-    module_spec = importlib.util.spec_from_file_location(name_of_module, file)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses look their module up there
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        what = f"{type(error).__name__}: {printable(error)}"
-        where = f"--reward {failed_at(error) or file}"
-        raise UserError(where, what, "the file must import cleanly") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        defined = [n for n, v in vars(module).items() if inspect.isfunction(v)]
-        raise UserError(
-            f"--reward {file}",
-            f"has no function {name!r}",
-            f"it has: {', '.join(defined) or 'none'}",
-        )
-    return function_reward(function, place, columns)
-
-
-def load_reward(
-    config: RewardSettings,
-    tokenizer: Tokenizer,
-    dtype: torch.dtype,
-    device: str,
-    micro_batch_tokens: int,
-    columns: Mapping[str, set[str]] | None = None,
-    journal: Path | None = None,
-    models: list[tuple[RewardModel, Path]] | None = None,
-) -> RewardSource:
-    """The weighted sum of all sources of `--reward`.
-
-    Args:
-        tokenizer: the policy's. A reward model with another one scores texts, not ids.
-        columns: as in `function_reward`.
-        journal: file that keeps the replies of services, made with the first; None: in memory.
-        models: takes the reward models that are read, with their folders, for `offload`.
-    """
-    specs, replies = [parse_source(source) for source in config.reward], Journal(journal)
-
-    def load(spec: Spec) -> RewardSource:
-        place = locate(spec)
-        if spec.kind == "function":
-            return load_function(spec.place, columns)
-        if spec.kind == "service":
-            service = _service(config, spec)
-            return service_reward(service, partial(tokenizer.decode, skip_special=False), replies)
-        model = load_reward_model(place, dtype, device)
-        if models is not None:
-            models.append((model, place))
-        return model_reward(
-            model, load_tokenizer(place), micro_batch_tokens, reencoded(place, tokenizer),
-            f"--reward {spec.place}",
-        )
-
-    names = part_names(specs)
-    return combine([(n, s.weight, load(s)) for n, s in zip(names, specs, strict=True)])
-
-
-def _service(config: RewardSettings, spec: Spec) -> Service:
-    file = config.reward_token_file
-    return Service(
-        spec.place, config.reward_format, config.reward_timeout, config.reward_connect_timeout,
-        config.reward_retries, config.reward_batch_size, None if file is None else read_token(file),
-    )

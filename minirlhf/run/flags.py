@@ -35,12 +35,15 @@ def parse(config_class: type[C], argv: list[str] | None, prog: str) -> C:
     Args:
         config_class: its docstring's first line says in --help what the command does. Where it has
             SHOWN_FIRST, names of settings, --help shows these alone and --help-all the rest too.
-            Where it has PRESETS, a folder, its files are what --preset can name.
+            Where it has PRESETS, a folder, its files are what --preset can name. Words that come
+            before any flag are values of the setting that it names as FIRST_WORDS.
     Raises:
         UserError: every unknown, repeated, missing, mistyped or illegal setting, in one line.
         SystemExit: 0 after --help or --explain-preset.
     """
     settings, words = settings_of(config_class), sys.argv[1:] if argv is None else argv
+    if (name := getattr(config_class, "FIRST_WORDS", None)) and words[:1] and words[0][:1] != "-":
+        words = [settings[name].flag, *words]
     presets = presets_of(config_class)
     parser, flags = _parser(config_class, settings, words, prog, presets)
     given = _read_flags(parser, flags, words, prog)

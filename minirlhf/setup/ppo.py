@@ -24,8 +24,8 @@ from minirlhf.models.heads import RewardModel, ValueHeadModel, critic_from_rewar
 from minirlhf.models.lora import add_lora, merged_copy
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
-from minirlhf.rewards import parse
-from minirlhf.rewards.parse import Spec, load_reward
+from minirlhf.rewards import load, parse
+from minirlhf.rewards.parse import Spec
 from minirlhf.rewards.source import RewardSource
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
@@ -218,7 +218,7 @@ def look(config: PPOConfig, weights: bool = True) -> Start:
     places = [parse.locate(spec, weights) for spec in specs]
     scorers = [place for place in places if place is not None and place.is_dir()]
     check_models(config, (folder, ref_folder), critic, scorers, tokenizer, weights)
-    others = [place for place in scorers if parse.reencoded(place, tokenizer)]
+    others = [place for place in scorers if load.reencoded(place, tokenizer)]
     same = [place for place in scorers if place not in others]
     room = prompt_room(config, (folder, ref_folder, *critic, *same))
     data = read_data(config, tokenizer, room, pretrained.read_config(folder).longest_row)
@@ -308,7 +308,7 @@ def load_run(config: PPOConfig) -> PPORun:
     make_deterministic(device)
     fits = count_memory(config, start, dtype, device)
     reward_models: list[tuple[RewardModel, Path]] = []
-    reward = load_reward(
+    reward = load.load_reward(
         config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,
         r.folder / "rewards.jsonl", reward_models,
     )
@@ -341,7 +341,7 @@ def load_run(config: PPOConfig) -> PPORun:
         r.export(lambda target: write_model(lm, tokenizer, target), "best")
 
     facts = run_facts(config, len(data.prompts), policy, fits, device, dtype)
-    facts |= parse.facts(start.specs, tokenizer)
+    facts |= load.facts(start.specs, tokenizer)
     return PPORun(r, state, data.prompts, data.sets, reward, ref, tokenizer, mix, data.reports,
                   facts, evaluate, table, export_best)
 

@@ -29,8 +29,8 @@ from minirlhf.files import folders
 from minirlhf.files.reading import strict_json
 from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel
+from minirlhf.rewards.load import read_token
 from minirlhf.rewards.model import model_reward
-from minirlhf.rewards.parse import read_token
 from minirlhf.rewards.service import Timed
 from minirlhf.rewards.source import Completions
 from minirlhf.run import flags

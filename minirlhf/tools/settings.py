@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from minirlhf.run.glossary import METRICS
 from minirlhf.run.resume import OutSettings
@@ -59,6 +60,8 @@ class CheckConfig(
     ModelSettings, DataSettings, LengthSettings, ResponseSettings, RecipeSettings, JsonSettings
 ):
     """Look at data as a recipe will read it."""
+
+    FIRST_WORDS: ClassVar = "data"
 
     model: str | None = override(
         None, "model or reward model; none: only what needs no tokenizer", required=False

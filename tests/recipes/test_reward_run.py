@@ -21,7 +21,7 @@ from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel
 from minirlhf.models.pretrained import load_pretrained, load_reward_model, save_pretrained
 from minirlhf.models.transformer import CausalLM, initialize
-from minirlhf.rewards.parse import load_reward
+from minirlhf.rewards.load import load_reward
 from minirlhf.rewards.source import Completions
 from minirlhf.run.folder import Run
 from minirlhf.setup import reward as setup

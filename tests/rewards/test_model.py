@@ -13,8 +13,9 @@ from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import load_reward_model, save_pretrained
 from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.rewards.load import facts, load_reward
 from minirlhf.rewards.model import end_of, model_reward, reencode
-from minirlhf.rewards.parse import facts, load_reward, parse_source
+from minirlhf.rewards.parse import parse_source
 from minirlhf.rewards.source import Completions
 from minirlhf.setup.ppo import Data, check_reencoded
 from minirlhf.setup.ppo_settings import PPOConfig

@@ -4,15 +4,8 @@ import pytest
 import torch
 
 from minirlhf.errors import UserError
-from minirlhf.rewards.parse import (
-    Spec,
-    load_reward,
-    locate,
-    parse_source,
-    part_names,
-    problems,
-    read_token,
-)
+from minirlhf.rewards.load import load_reward, read_token
+from minirlhf.rewards.parse import Spec, locate, parse_source, part_names, problems
 from minirlhf.rewards.source import Completions
 from minirlhf.setup.ppo_settings import PPOConfig
 

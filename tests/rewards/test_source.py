@@ -9,7 +9,7 @@ import torch
 from torch import nan, tensor
 
 from minirlhf.errors import BAD_INPUT, NON_FINITE, NonFinite, UserError
-from minirlhf.rewards.parse import load_function
+from minirlhf.rewards.load import load_function
 from minirlhf.rewards.source import Completions, Scores, as_scores, combine, function_reward
 
 BATCH = Completions(

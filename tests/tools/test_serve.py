@@ -19,7 +19,7 @@ from minirlhf.cli import main
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import REWARD_SERVICE, UserError
 from minirlhf.models.pretrained import load_reward_model
-from minirlhf.rewards.parse import load_reward
+from minirlhf.rewards.load import load_reward
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.tools.serve import BODY_CAP, Server, answer_with
 from tests.rewards.test_model import MESSAGES, PROMPTS, REASONS, TEXTS, alone, load, sampled

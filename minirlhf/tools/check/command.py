@@ -9,7 +9,6 @@ line that begins with "warning:" names what a recipe accepts and few people mean
 import json
 import sys
 from collections.abc import Iterable
-from itertools import takewhile
 
 from minirlhf.batches.preferences import reads_before_eos
 from minirlhf.data.tokenizer import load_tokenizer
@@ -62,9 +61,6 @@ def limits(config: CheckConfig, recipe: str, model: Model | None) -> tuple[int |
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    files = list(takewhile(lambda word: not word.startswith("-"), argv))
-    argv = ["--data", *files, *argv[len(files) :]] if files else argv
     config = flags.parse(CheckConfig, argv, "minirlhf check")
     auto = config.recipe == "auto"
     policy = RowPolicy.of(config)
