@@ -1,7 +1,8 @@
 """What every run has, whatever it trains.
 
-Read settings.py (a dataclass becomes flags, a file reader and --help), folder.py (the run's folder
-and its log), checkpoint.py (all that changes in a run, and its commit), optim.py (AdamW, learning
-rate, clipping), meters.py and glossary.py (the numbers of the log), machine.py (device and dtype).
+Read settings.py (what a config class declares), flags.py and config_file.py (a command line and a
+file become a config), folder.py (the run's folder and its log), resume.py (what a resumed run may
+change), checkpoint.py (all that changes in a run, and its commit), optim.py (AdamW, learning rate,
+clipping), meters.py and glossary.py (the numbers of the log), machine.py (device and dtype).
 README.md says what a crash loses. Imports equations and files; knows neither models nor data.
 """

@@ -1,7 +1,8 @@
 """What a command reads, refuses and loads before its loop begins.
 
-Read sft.py, reward.py and ppo_settings.py (the settings of each recipe, and what they refuse), then
-ppo.py (all that PPO looks at before it costs anything), presets.py (other trainers' numbers),
-common.py, and memory_plans.py and memory.py (what a run will hold). Imports evaluation and what
+Read groups.py (settings that commands share), then {sft,reward,ppo}_settings.py (the config of each
+recipe, and what it refuses) with presets/ (other trainers' numbers), and sft.py, reward.py and
+ppo.py (what is looked at before it costs anything, then loaded), common.py, memory_plans.py and
+memory.py (what a run will hold). Only the settings import no torch. Imports evaluation and what
 lies below.
 """
