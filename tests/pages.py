@@ -35,7 +35,8 @@ def read(page: Path | str) -> str:
 
 
 def blocks(page: Path | str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE)
+    fence = rf"^```{language}(?: \w+)?\n(.*?)^```"
+    return re.findall(fence, read(page), re.DOTALL | re.MULTILINE)
 
 
 def inline(page: Path | str) -> list[str]:
