@@ -179,15 +179,9 @@ def function_reward(
     known = {p.name for p in parameters}
     needed = {p.name for p in parameters if p.default is p.empty and p.kind in KEYWORDS}
 
-    def check(offered: Iterable[str], where: str | None = None) -> None:
-        if missing := sorted(needed - set(offered)):
-            what = f"needs {', '.join(missing)}, which no prompt has"
-            where, what = (name, what) if where is None else (where, f"{name} {what}")
-            raise UserError(where, what, f"there are {', '.join(offered)}")
-
     columns = columns or {}
     for where, there in columns.items():
-        check([*sorted(there), *OFFERED], where)
+        _check_offered(needed, [*sorted(there), *OFFERED], where, f"{name} ")
     needed_columns = needed & set().union(*columns.values())
 
     def score(batch: Completions) -> Scores:
@@ -200,7 +194,7 @@ def function_reward(
             "finish_reasons": batch.finish_reasons,
         }
         given = {k: v for k, v in offered.items() if takes_all or k in known}
-        check(offered)
+        _check_offered(needed, offered, name)
         try:
             with interrupt.outside():
                 items = function(**copy.deepcopy(given))  # what it changes is its own
@@ -214,6 +208,12 @@ def function_reward(
         return _of_items(items, batch, name)
 
     return score
+
+
+def _check_offered(needed: set[str], offered: Iterable[str], where: str, who: str = "") -> None:
+    if missing := sorted(needed - set(offered)):
+        what = f"{who}needs {', '.join(missing)}, which no prompt has"
+        raise UserError(where, what, f"there are {', '.join(offered)}")
 
 
 def failed_at(error: Exception) -> str:
