@@ -9,6 +9,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -169,6 +170,50 @@ def test_no_module_hides_another(path):
     """A script run by its path has its own folder first on sys.path."""
     if path.stem not in ("__init__", "__main__"):
         assert path.stem not in sys.stdlib_module_names | DEPENDENCIES | LAZY_DEPENDENCIES
+
+
+@pytest.mark.parametrize("wing", [w for w in FLOOR if (ROOT / "minirlhf" / w).is_dir()])
+def test_a_wing_says_what_lives_there(wing):
+    """And in which order to read it, and what it may import."""
+    text = ast.get_docstring(MODULES[f"minirlhf.{wing}"]) or ""
+    assert 3 <= len(text.splitlines()) <= 10
+    assert "mport" in text  # what it may import
+
+
+# ---- how much there is to read -------------------------------------------------------------------
+
+# To understand one PPO step with its math.
+PPO_STEP = (
+    "lessons.ppo", "equations.masking", "equations.kl", "equations.advantages", "equations.policy",
+    "batches.rollouts", "models.alignment", "models.heads",
+)
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines that hold a token, without docstrings, comments and blank lines."""
+    skipped = tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT
+    lines: set[int] = set()
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type not in (*skipped, tokenize.ENDMARKER):
+                lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(TREES[path]):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node):
+            lines.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def test_one_ppo_step_takes_at_most_700_lines():
+    paths = [ROOT / "minirlhf" / f"{name.replace('.', '/')}.py" for name in PPO_STEP]
+    assert sum(map(lines_of_code, paths)) <= 700
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_and_functions_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    functions = [n for n in ast.walk(TREES[path]) if isinstance(n, ast.FunctionDef)]
+    assert not [f.name for f in functions if f.end_lineno - f.lineno + 1 > 60]
 
 
 # ---- what every file must do ---------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""What is learned from.
+"""What is learned from, in batches.
 
-Read rollouts.py (what is kept of a rollout, its micro-batches, the passes that measure it)
-collect.py (sampling one) and credit.py (rewards and advantages of its tokens); preferences.py
-(pairs and ranked lists, each batch with its loss); demonstrations.py (texts, and the language-model
-loss). Imports rewards, models, data and what lies below them.
+Read rollouts.py (what a rollout is, its micro-batches, and the passes that measure it), collect.py
+(sampling one) and credit.py (from scores to advantages); preferences.py (pairs and ranked lists,
+each batch with its loss); demonstrations.py (texts, and the language-model loss). Imports rewards,
+models, data, run and what lies below them.
 """

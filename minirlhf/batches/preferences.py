@@ -1,8 +1,9 @@
-"""Preferences as a reward model meets them: batches, their losses, and what scores say of them.
+"""Preferences as a reward model reads them: batches of pairs or ranked lists, with their losses.
 
-An example is a `Pair` or a `Ranking`: a prompt and responses, best first, with their ranks. What
-differs between the two is how a batch of them is laid out and lost on; all batches answer the same
-two questions, `loss` and `split`, so whoever trains or evaluates need not know which one it is.
+An example is a `Pair` or a `Ranking`: a prompt and its responses, best first, with their ranks. A
+batch holds the texts of N examples and has two methods: `loss`, from the scores of its texts to the
+loss of each example, and `split`, from these scores to those of each example. So the loops that
+train and evaluate are the same for pairs and lists.
 
 Shapes: N examples, M texts of all of them, K responses of the longest list, P pairs, H heads.
 """
@@ -68,7 +69,7 @@ def count_tokens(example: Example) -> int:
 
 
 def micro_batches(examples: list[E], max_tokens: int) -> list[Tensor]:
-    """Index tensors that cut examples into forward passes; the texts of each stay together."""
+    """Index tensors that split examples into forward passes; the texts of each stay together."""
     counts = count_texts(examples)
     return cut_by_tokens(row_lengths(examples), len(examples), max_tokens, counts)
 
@@ -80,12 +81,12 @@ def reads_before_eos(model: ModelConfig, tokenizer: Tokenizer) -> bool:
 
 def without_eos(example: E, eos_ids: tuple[int, ...]) -> E:
     """The example without the eos at the end of its texts, for a model that is read before it."""
-    cut = [strip_eos(ids, eos_ids) for ids in example.responses]
-    if not (example.prompt_ids or all(cut)):
+    stripped = [strip_eos(ids, eos_ids) for ids in example.responses]
+    if not (example.prompt_ids or all(stripped)):
         raise UserError(example.where, "a text of nothing but eos", "remove the row")
     if isinstance(example, Pair):
-        return replace(example, chosen_ids=cut[0], rejected_ids=cut[1])
-    return replace(example, responses=cut)
+        return replace(example, chosen_ids=stripped[0], rejected_ids=stripped[1])
+    return replace(example, responses=stripped)
 
 
 def as_pairs(example: Example) -> list[Pair]:

@@ -44,7 +44,7 @@ class Rollout(NamedTuple):
     old_logprobs: Tensor | None = None  # (B, R) nats, likewise, by the training pass
     ref_logprobs: Tensor | None = None  # (B, R) nats, of the frozen reference
     full_kl: Tensor | None = None  # (B, R) nats, KL(policy || ref) over the vocabulary
-    ref_states: Tensor | None = None  # (B, R, D) of the reference, where a loss needs its whole law
+    ref_states: Tensor | None = None  # (B, R, D) of the reference, for a full KL as a loss
     old_values: Tensor | None = None  # (B, R)
     last_values: Tensor | None = None  # (B,) value of the state after the last token
     rewards: Tensor | None = None  # (B, R), KL penalty and score
@@ -64,22 +64,22 @@ class Rollout(NamedTuple):
         return self.prompt_lengths + self.response_lengths
 
     def select(self, rows: Tensor) -> "Rollout":
-        """These rows (b,), cut to the longest of them."""
+        """These rows (b,), as wide as the longest of them."""
         T = int(self.lengths[rows].max())
         R = int(self.response_lengths[rows].max())
 
-        def cut(name: str, x):
+        def part(name: str, x):
             if x is None:
                 return None
             if name == "support":
                 return x.select(rows, R)
             return x[rows] if x.dim() == 1 else x[rows, : T if name == "tokens" else R]
 
-        return Rollout(*(cut(name, x) for name, x in self._asdict().items()))
+        return Rollout(*(part(name, x) for name, x in self._asdict().items()))
 
 
 class RolloutBuffer:
-    """Rollouts, cut once into micro-batches of rows of like length.
+    """Rollouts, split once into micro-batches of rows of like length.
 
     Old, reference and new log-probs of every epoch are computed on these same micro-batches, and a
     mini-batch is a seeded set of whole ones. So the first ratio is exactly 1 in any dtype: in

@@ -73,12 +73,12 @@ def text_statistics(
         scores: (B,)
     """
     rows, distinct = len(responses), len({tuple(ids) for ids in responses})
-    cut = sum(reason == "length" for reason in finish_reasons)
+    truncated = sum(reason == "length" for reason in finish_reasons)
     r = pearson(scores.tolist(), [len(ids) for ids in responses])
     return {
         "val/num_eos_tokens": float(sum(reason == "eos" for reason in finish_reasons)),
-        "health/eos_rate": (rows - cut) / rows,
-        "health/truncated_rate": cut / rows,
+        "health/eos_rate": (rows - truncated) / rows,
+        "health/truncated_rate": truncated / rows,
         "health/dup_rate": (rows - distinct) / rows,
         "health/reward_len_corr": 0.0 if r is None else r,  # where either is constant
     }

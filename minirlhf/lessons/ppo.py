@@ -86,7 +86,7 @@ def ppo(
         scores = as_scores(reward(completions), completions, f"step {step + 1}").total  # (B,)
         rollout = rollout._replace(scores=scores)
 
-        # Measure. The rollout is cut once into micro-batches, and every pass meets the same ones:
+        # Measure. The rollout is split once into micro-batches, and all passes meet the same ones:
         # so the first ratio pi / pi_old is exactly 1.
         buffer = RolloutBuffer(MICRO_BATCH_SIZE, MICRO_BATCH_TOKENS)
         buffer.add(rollout)

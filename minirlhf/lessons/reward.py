@@ -82,8 +82,8 @@ def main(model: str, data: str, out: str, steps: str | None = None) -> None:
     tokenizer, lm = load_tokenizer(model), load_pretrained(model, torch.float32)
     # Where a tokenizer has no token to spare, other tools pad with eos; texts then end before it.
     before_eos = reads_before_eos(lm.config, tokenizer)
-    cut = partial(without_eos, eos_ids=tokenizer.eos_ids) if before_eos else None
-    pairs, report = load_pairs(data, tokenizer, MAX_LENGTH, overlong="drop", finish=cut)
+    finish = partial(without_eos, eos_ids=tokenizer.eos_ids) if before_eos else None
+    pairs, report = load_pairs(data, tokenizer, MAX_LENGTH, overlong="drop", finish=finish)
     print(report)
     reward_model = RewardModel(lm, before_eos)
     # The head from N(0, 1/(D + 1)): Stiennon et al. 2020 (arXiv:2009.01325).
