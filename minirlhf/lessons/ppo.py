@@ -32,12 +32,14 @@ from minirlhf.equations.advantages import gae, token_rewards
 from minirlhf.equations.kl import kl_k1
 from minirlhf.equations.masking import masked_standardize, masked_sum
 from minirlhf.equations.policy import clipped_surrogate, clipped_value_loss
+from minirlhf.errors import run
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.pretrained import load_pretrained, load_reward_model
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
-from minirlhf.rewards.load import load_function, reencoded
+from minirlhf.rewards.load import load_function, locate, reencoded
 from minirlhf.rewards.model import model_reward
+from minirlhf.rewards.parse import parse_source
 from minirlhf.rewards.source import RewardSource, as_scores
 from minirlhf.run.machine import make_deterministic
 from minirlhf.run.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
@@ -141,8 +143,8 @@ def ppo_loss(policy: ValueHeadModel, micro: Rollout) -> torch.Tensor:
 
 def load_reward(place: str, tokenizer: Tokenizer) -> RewardSource:
     """A reward model's folder, or file.py:function."""
-    folder = Path(place)
-    if not folder.is_dir():
+    folder = locate(parse_source(place))
+    if folder.is_file():
         return load_function(place)
     other = reencoded(folder, tokenizer)  # a reward model with a tokenizer of its own
     model = load_reward_model(folder, torch.float32)
@@ -157,12 +159,13 @@ def main(model: str, data: str, reward: str, out: str, steps: str | None = None)
     room = policy.lm.config.longest_row - MAX_NEW_TOKENS
     prompts, report = load_prompts(data, tokenizer, room, overlong="error")
     print(report)
-    ppo(policy, ref, prompts, load_reward(reward, tokenizer), tokenizer, int(steps or STEPS))
-    Path(out).mkdir(parents=True, exist_ok=True)
+    source = load_reward(reward, tokenizer)
+    Path(out).mkdir(parents=True)  # refused where it exists
+    ppo(policy, ref, prompts, source, tokenizer, int(steps or STEPS))
     write_model(policy.lm, tokenizer, Path(out))
 
 
 if __name__ == "__main__":
     if not 5 <= len(sys.argv) <= 6:
         sys.exit("usage: python ppo.py MODEL DATA REWARD OUT [STEPS]")
-    main(*sys.argv[1:])
+    sys.exit(run(lambda: main(*sys.argv[1:])))

@@ -30,6 +30,7 @@ from minirlhf.data.batching import training_batches
 from minirlhf.data.examples import Pair, load_pairs
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.equations.preference import bradley_terry_loss
+from minirlhf.errors import run
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import load_pretrained
 from minirlhf.run.machine import make_deterministic
@@ -88,12 +89,12 @@ def main(model: str, data: str, out: str, steps: str | None = None) -> None:
     reward_model = RewardModel(lm, before_eos)
     # The head from N(0, 1/(D + 1)): Stiennon et al. 2020 (arXiv:2009.01325).
     initialize_score(reward_model, streams.generator(SEED, "reward head"))
+    Path(out).mkdir(parents=True)  # refused where it exists
     train_reward_model(reward_model, pairs, int(steps or ceil(len(pairs) / BATCH_SIZE)))
-    Path(out).mkdir(parents=True, exist_ok=True)
     write_model(reward_model, tokenizer, Path(out))
 
 
 if __name__ == "__main__":
     if not 4 <= len(sys.argv) <= 5:
         sys.exit("usage: python reward.py MODEL DATA OUT [STEPS]")
-    main(*sys.argv[1:])
+    sys.exit(run(lambda: main(*sys.argv[1:])))

@@ -20,6 +20,7 @@ from minirlhf.batches.demonstrations import collate_texts, count_tokens, target_
 from minirlhf.data.batching import cut_by_tokens, training_batches
 from minirlhf.data.examples import Text, load_texts
 from minirlhf.data.tokenizer import load_tokenizer
+from minirlhf.errors import run
 from minirlhf.models.pretrained import load_pretrained
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run.machine import make_deterministic
@@ -70,12 +71,12 @@ def main(model: str, data: str, out: str, steps: str | None = None) -> None:
     tokenizer, lm = load_tokenizer(model), load_pretrained(model, torch.float32)
     texts, report = load_texts(data, tokenizer, MAX_LENGTH, overlong="drop")
     print(report)
+    Path(out).mkdir(parents=True)  # refused where it exists
     sft(lm, texts, int(steps or ceil(len(texts) / BATCH_SIZE)))  # or one epoch
-    Path(out).mkdir(parents=True, exist_ok=True)
     write_model(lm, tokenizer, Path(out))
 
 
 if __name__ == "__main__":
     if not 4 <= len(sys.argv) <= 5:
         sys.exit("usage: python sft.py MODEL DATA OUT [STEPS]")
-    main(*sys.argv[1:])
+    sys.exit(run(lambda: main(*sys.argv[1:])))

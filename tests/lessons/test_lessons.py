@@ -14,7 +14,7 @@ import minirlhf
 from minirlhf import streams
 from minirlhf.cli import main
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
-from minirlhf.errors import OK
+from minirlhf.errors import BAD_INPUT, OK
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import load_pretrained, save_pretrained
@@ -85,6 +85,8 @@ def test_lesson_trains_the_weights_of_its_recipe(recipe, steps, reward, world, t
 
     lesson = runpy.run_path(str(PACKAGE / "lessons" / f"{recipe}.py"), run_name="lesson")
     given = [] if steps is None else [str(steps)]
+    with pytest.raises(FileExistsError):  # before it trains for nothing
+        lesson["main"](model, data, *source, str(tmp_path), *given)
     lesson["main"](model, data, *source, str(tmp_path / "lesson"), *given)
 
     trained = (tmp_path / "lesson" / "model.safetensors").read_bytes()
@@ -134,8 +136,15 @@ def test_a_file_runs_by_its_path_from_a_bare_clone(file, clone, tmp_path):
     assert done.stdout.strip() == str(clone / "minirlhf" / "__init__.py")
 
 
-def test_a_lesson_without_arguments_says_what_it_takes(clone, tmp_path):
-    command = [sys.executable, str(clone / "minirlhf/lessons/ppo.py")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "usage: python ppo.py MODEL DATA REWARD OUT [STEPS]\n"
+@pytest.mark.parametrize("words", [["minirlhf/lessons/ppo.py"], ["-m", "minirlhf.lessons.ppo"]])
+def test_a_lesson_says_what_it_takes_and_what_is_wrong(words, clone, tmp_path):
+    def python(*arguments: str) -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, *words, *arguments], cwd=clone, capture_output=True,
+                              text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    assert python() == (1, "", "usage: python ppo.py MODEL DATA REWARD OUT [STEPS]\n")
+    code, out, error = python("no-such", "d.jsonl", "r.py:f", str(tmp_path / "out"))
+    assert code == BAD_INPUT and not out and not (tmp_path / "out").exists()
+    assert error.startswith("error: no-such/tokenizer.json: no such file")
+    assert error.count("\n") == 1
