@@ -1,6 +1,6 @@
 """The parts of a row -> ids: each part by itself, so that the boundary between them is exact.
 
-An answer ends with eos, unless it is cut to fit: then its text does not end there.
+An answer ends with eos, unless it is truncated: then its text does not end there.
 """
 
 from collections.abc import Sequence
@@ -115,7 +115,7 @@ def strip_eos(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
 def _checked(
     row: Row, part: tuple[list[int] | None, ...], tokenizer: Tokenizer | None
 ) -> tuple[list[int], ...]:
-    """Ids that came as ids: of this tokenizer, where a row tells, and each with a token."""
+    """Ids that came as ids, if they are this tokenizer's: by the row's word, and by their size."""
     if tokenizer is not None:
         made_by = row.columns.get("tokenizer") if was_sampled(row) else None
         if made_by not in (None, tokenizer.fingerprint):
@@ -131,7 +131,7 @@ def _checked(
 def fit(
     prompt: list[int], responses: list[list[int]], max_length: int, overlong: str, lead: list[int]
 ) -> tuple[list[int], list[list[int]], str | None]:
-    """(prompt, responses, None) cut to max_length, or the reason why the row is dropped."""
+    """(prompt, responses, None) truncated to max_length, or with the reason to drop the row."""
     if overlong == "drop":
         return prompt, responses, "longer than max_length"
     if overlong == "truncate_response":

@@ -1,8 +1,8 @@
 """A data file -> the ids of its examples: preference pairs, prompts, texts.
 
-Prompt and response are encoded apart and their ids joined (encoding.py).
-Texts end alike everywhere: with eos, unless they were cut. What is dropped or cut is counted in the
-Report; every fault of a row is an error with file:line.
+Prompt and response are encoded apart and their ids joined (encoding.py). A text ends with eos,
+unless it is truncated. The Report counts what is dropped or truncated; every fault of a row is an
+error with file:line.
 """
 
 from collections.abc import Callable
@@ -103,7 +103,7 @@ class Encoded(NamedTuple):
     prompt_ids: list[int]
     responses: list[list[int]]
     columns: dict
-    cut: bool = False  # to max_length
+    truncated: bool = False  # to max_length
 
 
 def load_pairs(
@@ -120,8 +120,8 @@ def load_pairs(
         path: .jsonl, .json, .csv, .tsv or .txt, or one of these with .gz behind.
         tokenizer: None is enough for a file of token ids, which are taken as they are.
         max_length: tokens of prompt + answer, eos included; None: no limit.
-        overlong: "drop", "truncate_prompt_left", "truncate_response" or "error". A cut answer has
-            no eos, since its text did not end there.
+        overlong: "drop", "truncate_prompt_left", "truncate_response" or "error". A truncated answer
+            has no eos, since its text did not end there.
         policy: what becomes of malformed rows, how much may be left out, and how the file calls its
             columns.
         finish: a last change of each pair; a UserError that it raises is a fault of the row.
@@ -186,7 +186,7 @@ def load_prompts(
         text = e.prompt
         if isinstance(text, list) and isinstance(text[0], int):
             text = tokenizer.decode(e.prompt_ids, skip_special=False) if tokenizer else ""
-        elif isinstance(text, str) and e.cut:  # rewards see what the policy sees, but of messages
+        elif isinstance(text, str) and e.truncated:  # rewards see what the policy sees
             text = tokenizer.decode(e.prompt_ids)
         return Prompt(e.prompt_ids, text, e.row.where, e.columns)
 
@@ -317,7 +317,7 @@ def load_examples(
         prompt_ids, *responses = ids
         length = len(prompt_ids) + max(map(len, responses), default=0)
         why = None
-        if cut := max_length is not None and length > max_length:
+        if truncated := max_length is not None and length > max_length:
             if overlong == "error":
                 what = f"{length} tokens, max_length is {max_length}"
                 raise UserError(row.where, what, "shorten the row, or choose another overlong")
@@ -328,13 +328,13 @@ def load_examples(
             report.drop(row.where, why)
             continue
         others = {k: v for k, v in row.columns.items() if k not in split.form.used}
-        example = make(Encoded(row, prompt, prompt_ids, responses, others, cut))
+        example = make(Encoded(row, prompt, prompt_ids, responses, others, truncated))
         try:
             examples.append(example if finish is None else finish(example))
         except UserError as error:
             sieve.reject(error, row.raw)
             continue
-        report.cut += cut
+        report.cut += truncated
     report.kept = len(examples)
     report.rejected_rows = sieve.in_order()
     report.notes += sieve.notes

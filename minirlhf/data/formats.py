@@ -1,7 +1,7 @@
 """Which kind of data a file holds, told by the columns of its first row, and the parts of a row.
 
 A row's parts are (prompt or None, response, ...): strings, lists of messages or lists of token ids.
-Nothing here knows a tokenizer.
+Nothing here knows a tokenizer. README.md shows a row of each kind.
 """
 
 import json
@@ -62,12 +62,14 @@ class Format(NamedTuple):
 
 
 def wrong_column(row: Row, key: str, legal: str) -> UserError:
+    """The error for a column that is missing or of another type."""
     got = f"is {json_kind(row.columns[key])}" if key in row.columns else "is missing"
     keys = ", ".join(printable(name, 40) for name in row.columns) or "none"
     return UserError(row.where, f"{key} {got}", f"{legal}; keys present: {keys}")
 
 
 def string_part(row: Row, key: str, may_be_empty: bool = False) -> str:
+    """The text of a column."""
     value = row.columns.get(key)
     if not isinstance(value, str):
         raise wrong_column(row, key, "needs a string")
@@ -77,7 +79,7 @@ def string_part(row: Row, key: str, may_be_empty: bool = False) -> str:
 
 
 def messages_part(row: Row, key: str, may_be_empty: bool = False) -> Messages:
-    """Turns of a dialogue; the last one must say something, unless it may be empty."""
+    """The messages of a column; the last one must say something, unless it may be empty."""
     value = row.columns.get(key)
     if not isinstance(value, list):
         raise wrong_column(row, key, "needs a list of messages")
@@ -99,7 +101,7 @@ def messages_part(row: Row, key: str, may_be_empty: bool = False) -> Messages:
 
 
 def ids_part(row: Row, key: str, mask: str | None = None, may_be_empty: bool = False) -> list[int]:
-    """Token ids, without those that stand under a 0 of the mask column, where there is one."""
+    """The token ids of a column, without those where the mask column, if there is one, has 0."""
     value = row.columns.get(key)
     if not isinstance(value, list):
         raise wrong_column(row, key, "needs a list of token ids")
@@ -173,6 +175,7 @@ def part_kind(value: object) -> str:
 
 
 def unknown_columns(row: Row, legal: str) -> UserError:
+    """The error for a first row that is of no known kind."""
     keys = ", ".join(
         f"{printable(name, 40)} ({json_kind(value)})" for name, value in row.columns.items()
     )
@@ -184,7 +187,7 @@ def unknown_columns(row: Row, legal: str) -> UserError:
 
 
 def _transcripts(row: Row) -> tuple[str, str, str]:
-    """Cuts two HH transcripts behind the last answer mark of what they share."""
+    """Splits two HH transcripts behind the last answer mark of what they share."""
     chosen, rejected = string_part(row, "chosen"), string_part(row, "rejected")
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shared = next((at for at, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
@@ -198,7 +201,7 @@ def _transcripts(row: Row) -> tuple[str, str, str]:
 
 
 def _dialogues(row: Row) -> tuple[Messages, Messages, Messages]:
-    """Cuts two dialogues behind the turns they share, where the assistant speaks next in both."""
+    """Splits two dialogues behind the turns that they share, where the assistant speaks next."""
     chosen, rejected = messages_part(row, "chosen"), messages_part(row, "rejected")
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1]["role"] != "assistant":
@@ -216,8 +219,8 @@ def _dialogues(row: Row) -> tuple[Messages, Messages, Messages]:
 
 
 def was_sampled(row: Row) -> bool:
-    """Whether `minirlhf sample` wrote the row: its response may have ended at once, or been cut,
-    and goes on in a prompt's last turn where that is the assistant's."""
+    """Whether `minirlhf sample` wrote the row. Then its response may be empty or truncated, and
+    continues the prompt's last turn where that is the assistant's."""
     columns = row.columns
     return "response" in columns and columns.get("finish_reason") in ("eos", "stop", "length")
 

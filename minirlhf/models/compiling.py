@@ -1,9 +1,9 @@
 """`torch.compile` for the blocks of a decoder: one graph serves all blocks, in every size.
 
-A graph must not depend on the past. A run that is resumed meets other sizes first than the run that
-was never stopped: graphs made for the sizes met so far would round differently from then on. So
-every size is a symbol from the first call on, no two are taken for one because they were equal
-once, and nothing is tuned by timing it.
+A graph must not depend on what came before. A resumed run meets other sizes first than a run that
+was never stopped, and graphs for the sizes met so far would round otherwise. So every size is a
+symbol from the first call on, no two sizes are one symbol because they were equal once, and nothing
+is tuned by timing it.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""What reads the hidden states beside the unembedding: a value per state, a score per row."""
+"""Heads on a language model's hidden states: a value of each state, a score of each row.
+
+Shapes: B rows, T tokens, D hidden size.
+"""
 
 import copy
 
@@ -14,10 +17,10 @@ from minirlhf.models.transformer import CausalLM, Decoder
 
 class ValueHeadModel(nn.Module):
     """Policy and critic: `model(tokens)` -> (hidden (B, T, D) of the policy, values (B, T)).
-    With `lengths` (B,) nothing is computed for padding, as in `Decoder`.
 
-    The critic reads the policy's own hidden states, through a head that starts at zero, so that the
-    first values are 0. Or it has a trunk of its own, as `critic_from_reward_model` gives it.
+    With `lengths` (B,) nothing is computed for padding, as in `Decoder`. The critic is a head on
+    the policy's hidden states. It starts at zero, and so do the values. Or the critic has a decoder
+    of its own, as `critic_from_reward_model` gives it.
     """
 
     def __init__(self, lm: CausalLM, critic: Decoder | None = None):
@@ -44,17 +47,17 @@ class ValueHeadModel(nn.Module):
         return [self.lm, nn.ModuleList([self.critic, self.v_head])]
 
     def value_parameters(self) -> list[nn.Parameter]:
-        """Of the critic alone: its head, and its trunk where that is its own."""
+        """The critic's own parameters: its head, and its decoder where it has one."""
         trunk = [] if self.critic is None else list(self.critic.parameters())
         return [*self.v_head.parameters(), *trunk]
 
 
 class RewardModel(nn.Module):
-    """Trunk of a language model with a scalar head: `model(tokens, lengths)` -> scores (B,).
+    """A decoder with a scalar head on each row's last token: `model(tokens, lengths)` -> scores (B,).
 
-    Hugging Face calls it `…ForSequenceClassification` with one label, and that is how it is saved.
-    Where the tokenizer has no token to spare for padding, Hugging Face pads with eos and reads the
-    score before it; `read_before_eos` says that this model was trained on texts without their eos.
+    It is saved as Hugging Face's `…ForSequenceClassification` with one label. Where a tokenizer has
+    no token to spare for padding, Hugging Face pads with eos and reads the score before it. So
+    `read_before_eos` says that this model was trained on texts without their eos.
 
     Several heads on the trunk are an ensemble, whose score is a lower confidence bound: texts on
     which the heads disagree are scored lower, since there a policy finds what only looks good.
@@ -85,8 +88,12 @@ class RewardModel(nn.Module):
         self.score = nn.Linear(lm.config.hidden_size, heads, bias=False).to(lm.unembedding)
 
     def head_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """tokens (B, T) left-aligned; lengths (B,) in 1..T. What each head says of each row's last
-        token: (B, heads), not normalised."""
+        """What each head says of each row's last token, (B, heads), not normalised.
+
+        Args:
+            tokens: (B, T) left-aligned.
+            lengths: (B,) in 1..T.
+        """
         if lengths.shape != tokens.shape[:1]:
             raise ValueError(
                 f"lengths is {tuple(lengths.shape)}, tokens is {tuple(tokens.shape)}: "
@@ -110,8 +117,9 @@ class RewardModel(nn.Module):
 
 
 def initialize_score(model: RewardModel, *rngs: torch.Generator) -> RewardModel:
-    """Heads drawn from N(0, 1/(D + 1)), as Stiennon et al. 2020 (arXiv:2009.01325), each from a
-    generator of its own; same model.
+    """Draws the heads from N(0, 1/(D + 1)), each with a generator of its own; same model.
+
+    Stiennon et al. 2020 (arXiv:2009.01325).
 
     Raises:
         ValueError: not as many generators as heads.
@@ -126,11 +134,11 @@ def initialize_score(model: RewardModel, *rngs: torch.Generator) -> RewardModel:
 
 
 def normalize_scores(model: RewardModel, mean: float, std: float) -> RewardModel:
-    """Makes scores that had this mean and standard deviation have 0 and 1; same model.
+    """Gives scores of this mean and standard deviation the mean 0 and deviation 1; same model.
 
-    As Ziegler et al. 2019 (arXiv:1909.08593): a policy then meets the same scale whatever the
-    reward model. The scale goes into the heads' weights, where other tools see it too; a head
-    without bias has no room for the mean, so that stays beside them.
+    As Ziegler et al. 2019 (arXiv:1909.08593): then a policy meets the same scale, whatever the
+    reward model. The scale goes into the heads' weights, where other tools see it too. A head has
+    no bias, so the mean is kept beside it.
 
     Raises:
         ValueError: std is not above 0.
@@ -148,11 +156,11 @@ def normalize_scores(model: RewardModel, mean: float, std: float) -> RewardModel
 def critic_from_reward_model(
     lm: CausalLM, reward_model: RewardModel, trainable: bool = True
 ) -> ValueHeadModel:
-    """A critic with a trunk of its own, a copy of the reward model (arXiv:2403.17031, detail 22).
+    """A critic with a decoder of its own, a copy of the reward model (arXiv:2403.17031, detail 22).
 
-    The first value of a state is the score of the text so far, which foretells the final score
-    from the first token on; a head that starts from zero has to learn that first. The mean of an
-    ensemble and what normalises a score are linear, so they go into the one head.
+    Its value of a state is at first the score of the text so far: a guess at the final score that a
+    head from zero would have to learn. The mean of an ensemble and what normalises a score are
+    linear, so they go into the one head.
 
     Args:
         lm: the policy.

@@ -1,4 +1,5 @@
-"""Low-rank adapters: Hu et al. 2021 (arXiv:2106.09685). Train two thin matrices beside each layer.
+"""Low-rank adapters: two thin matrices are trained beside each layer. Hu et al. 2021
+(arXiv:2106.09685).
 
 The base weights stay as they are, so they are also the reference policy: under `adapters_off` the
 model computes what it computed before `add_lora`, without a second copy. There is no dropout.

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: config.json, tensors by the names of each family, scalar heads.
+"""Hugging Face folders in and out: language models and reward models.
 
 Reading is strict both ways: a missing, extra or mis-shaped tensor is an error that names it.
 """
@@ -21,19 +21,20 @@ from minirlhf.files.folders import inside, resolve
 from minirlhf.files.reading import read_json
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, config_to_hf
+from minirlhf.models.gpt2_names import from_gpt2, to_gpt2
 from minirlhf.models.heads import RewardModel, ValueHeadModel
 from minirlhf.models.lora import has_lora
+from minirlhf.models.reward_config import REWARD_KEYS, reward_keys, reward_model_of
 from minirlhf.models.stored import JSON_CAP, read_tensors, tensor_files
 from minirlhf.models.transformer import CausalLM, shapes_only
 
 LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d{1,9})\.")
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be
-REWARD_KEYS = ("reward_heads", "reward_lcb_coef", "reward_mean", "reward_std")  # of config.json
-LARGEST = 1e30  # of a number there
 VALUE_HEAD = {"weight": "v_head.summary.weight", "bias": "v_head.summary.bias"}  # TRL's names
 
 
 def read_config(folder: Path) -> ModelConfig:
+    """The sizes and switches of a folder's model."""
     path = inside(folder, "config.json")
     if not path.exists():
         raise UserError(folder, "has no config.json", "give a Hugging Face model folder")
@@ -41,7 +42,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def rounded(folders: Iterable[Path], dtype: torch.dtype) -> list[str]:
-    """A line for each folder whose weights lose digits in `dtype`: what fine-tuning added to a
+    """A warning for each folder whose weights lose digits in `dtype`: what fine-tuning added to a
     weight is often less than half a step of bfloat16."""
     name = str(dtype).removeprefix("torch.")
     return [
@@ -52,52 +53,6 @@ def rounded(folders: Iterable[Path], dtype: torch.dtype) -> list[str]:
             for t in read_tensors(tensor_files(folder)).values()
         )
     ]
-
-
-def _gpt2_names(config: ModelConfig) -> dict[str, str]:
-    """Our name -> GPT-2's, for tensors that are one to one."""
-    names = {
-        "model.embed_tokens.weight": "transformer.wte.weight",
-        "model.embed_positions.weight": "transformer.wpe.weight",
-    }
-    parts = {
-        "input_layernorm": "ln_1", "self_attn.o_proj": "attn.c_proj",
-        "post_attention_layernorm": "ln_2",
-        "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
-    }
-    for kind in ("weight", "bias"):
-        names[f"model.norm.{kind}"] = f"transformer.ln_f.{kind}"
-        for i in range(config.num_layers):
-            for ours, theirs in parts.items():
-                names[f"model.layers.{i}.{ours}.{kind}"] = f"transformer.h.{i}.{theirs}.{kind}"
-    return names
-
-
-def from_gpt2(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-2 keeps weights transposed ("Conv1D") and query, key and value fused."""
-    tensors, out = dict(tensors), {}
-    for ours, theirs in _gpt2_names(config).items():
-        tensor = tensors.pop(theirs)
-        out[ours] = tensor.t() if "_proj.weight" in ours else tensor
-    for i in range(config.num_layers):
-        for kind in ("weight", "bias"):
-            fused = tensors.pop(f"transformer.h.{i}.attn.c_attn.{kind}")
-            for part, tensor in zip("qkv", fused.chunk(3, dim=-1), strict=True):
-                out[f"model.layers.{i}.self_attn.{part}_proj.{kind}"] = tensor.t()
-    return {**out, **tensors}
-
-
-def to_gpt2(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_gpt2`."""
-    tensors, out = dict(tensors), {}
-    for ours, theirs in _gpt2_names(config).items():
-        tensor = tensors.pop(ours)
-        out[theirs] = tensor.t() if "_proj.weight" in ours else tensor
-    for i in range(config.num_layers):
-        for kind in ("weight", "bias"):
-            parts = [tensors.pop(f"model.layers.{i}.self_attn.{p}_proj.{kind}") for p in "qkv"]
-            out[f"transformer.h.{i}.attn.c_attn.{kind}"] = torch.cat([p.t() for p in parts], dim=-1)
-    return {**out, **tensors}
 
 
 def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -120,7 +75,7 @@ def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _check(module: CausalLM | RewardModel, tensors: dict[str, Tensor], where: Path) -> None:
-    """Names, shapes and dtypes must be those of a module built on the meta device."""
+    """Raises UserError where names, shapes or dtypes are not those of the module."""
     wanted = module.state_dict()
     if module.config.family == "gpt2":
         wanted = to_gpt2(module.config, wanted)  # the names a reader finds in files
@@ -147,7 +102,7 @@ def _fill(
     where: Path,
     dtype: torch.dtype | None,
 ) -> None:
-    """Moves tensors that `_check` let pass into a module built on the meta device."""
+    """Puts tensors that `_check` let pass into a module that is on the meta device."""
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
     if dtype is None and len(kinds) > 1:
         raise UserError(where, f"mixes {' and '.join(kinds)}", "choose one dtype")
@@ -155,7 +110,7 @@ def _fill(
     if module.config.family == "gpt2":
         tensors = from_gpt2(module.config, tensors)
     # Copied out of the mapped file: its addresses are unaligned, and the last bit of a matrix
-    # product depends on alignment, so a model read from another file would differ by rounding.
+    # product depends on alignment, so the same weights from another file would round otherwise.
     rows = torch.contiguous_format
     as_asked = {
         n: t.to(dtype or t.dtype, copy=True, memory_format=rows) for n, t in tensors.items()
@@ -188,8 +143,8 @@ def describe(folder: str | os.PathLike, reward: bool = False) -> CausalLM | Rewa
 def _described(
     folder: Path, reward: bool
 ) -> tuple[CausalLM | RewardModel, dict[str, Tensor], Tensor | None]:
-    """(model on the meta device, its tensors, mapped, and an unembedding stored beside a tied one),
-    names and shapes being right."""
+    """(model on the meta device, its tensors as mapped files, a stored unembedding beside a tied
+    embedding or None); names and shapes are right."""
     config = read_config(folder)
     tensors, stored = stored_tensors(folder, config), None
     score = tensors.get("score.weight")
@@ -205,44 +160,11 @@ def _described(
     with shapes_only():
         module: CausalLM | RewardModel = CausalLM(config)
         if reward:
-            module = _reward_model(module, score, folder)
+            module = reward_model_of(module, score, folder)
     if config.tied_embeddings and not reward:
         stored = tensors.pop("lm_head.weight", None)
     _check(module, tensors, folder)
     return module, tensors, stored
-
-
-def _reward_model(lm: CausalLM, score: Tensor, folder: Path) -> RewardModel:
-    """Its head, or heads where config.json says that they are an ensemble, and what normalises it.
-
-    Raises:
-        UserError: several labels, whose average is no reward; a key that does not fit.
-    """
-    source, where = lm.config.source, folder / "config.json"
-    heads = source.get("reward_heads", 1)
-    if type(heads) is not int or heads < 1:
-        raise UserError(
-            f"{where}: reward_heads", f"is {printable(repr(heads), 80)}", "needs an integer from 1"
-        )
-    if score.shape[:1] != (heads,):
-        legal = "one output: shape (1, hidden_size)" if heads == 1 else f"{heads} outputs"
-        what = f"'score.weight' is {tuple(score.shape)}"
-        raise UserError(folder, what, f"a reward model has {legal}")
-    numbers = {"reward_lcb_coef": 0.0, "reward_mean": 0.0, "reward_std": 1.0}
-    for key, default in numbers.items():
-        value = numbers[key] = source.get(key, default)
-        got = f"is {printable(repr(value), 80)}"
-        if type(value) not in (int, float) or not abs(value) <= LARGEST:
-            raise UserError(f"{where}: {key}", got, "needs a finite number")
-    lcb_coef, mean, std = numbers.values()
-    if lcb_coef < 0 or (lcb_coef and heads == 1):
-        legal = "0 for a single head, else 0 or more"
-        raise UserError(f"{where}: reward_lcb_coef", f"is {lcb_coef}", legal)
-    if not std > 0:
-        raise UserError(f"{where}: reward_std", f"is {std}", "needs a number above 0")
-    model = RewardModel(lm, bool(source.get("read_before_eos", False)), heads, float(lcb_coef))
-    model.reward_mean, model.reward_std = float(mean), float(std)
-    return model
 
 
 def load_pretrained(
@@ -287,8 +209,8 @@ def load_reward_model(
     return model.to(device or "cpu")
 
 
-class Home(NamedTuple):
-    """Where an offloaded model is read from, and what it is then."""
+class Origin(NamedTuple):
+    """Where an offloaded model is read from, and the device and dtype that it then gets."""
 
     folder: Path
     device: torch.device
@@ -296,23 +218,23 @@ class Home(NamedTuple):
 
 
 def offload(model: CausalLM | RewardModel, folder: Path) -> None:
-    """A frozen model leaves memory. From then on it is there within `in_memory` only.
+    """Frees the memory of a frozen model. It can be used within `in_memory` only, then.
 
     Args:
-        folder: that it was loaded from, whose files must not change.
+        folder: that it was loaded from; it is read from there again, so its files must not change.
     """
     first = next(model.parameters())
-    model.home = Home(folder, first.device, first.dtype)
+    model.origin = Origin(folder, first.device, first.dtype)
     model.to("meta")
 
 
 @contextmanager
 def in_memory(*models: CausalLM | RewardModel) -> Iterator[None]:
-    """Those of the models that were offloaded are in memory for as long as the context lasts."""
+    """Reads those of the models that were offloaded, and frees them again at its end."""
     away = [model for model in models if next(model.parameters()).is_meta]
     try:
         for model in away:
-            _refill(model, *model.home)
+            _refill(model, *model.origin)
         yield
     finally:
         for model in away:
@@ -359,7 +281,7 @@ def save_pretrained(
     if isinstance(model, RewardModel):
         base = re.sub(r"(ForCausalLM|LMHeadModel)$", "", config["architectures"][0])
         config["architectures"] = [base + "ForSequenceClassification"]
-        config = {k: v for k, v in config.items() if k not in REWARD_KEYS} | _reward_keys(model)
+        config = {k: v for k, v in config.items() if k not in REWARD_KEYS} | reward_keys(model)
     if pad_token_id is not None:
         config["pad_token_id"] = pad_token_id
     try:
@@ -372,19 +294,3 @@ def save_pretrained(
         raise UserError(folder, f"cannot be written ({error})", "disk full?", MACHINE) from error
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def _reward_keys(model: RewardModel) -> dict:
-    """What config.json says of a score; a single head that is not normalised needs none of ours."""
-    labels = [f"LABEL_{head}" for head in range(model.heads)]
-    keys = {
-        "id2label": {str(head): label for head, label in enumerate(labels)},
-        "label2id": {label: head for head, label in enumerate(labels)},
-        "problem_type": "regression",  # else vLLM puts a sigmoid on the score
-        "read_before_eos": model.read_before_eos,
-    }
-    if model.heads > 1:  # other tools see that many numbers for a text, and no reward
-        keys |= {"reward_heads": model.heads, "reward_lcb_coef": model.lcb_coef}
-    if (model.reward_mean, model.reward_std) != (0.0, 1.0):
-        keys |= {"reward_mean": model.reward_mean, "reward_std": model.reward_std}
-    return keys

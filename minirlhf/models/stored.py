@@ -1,4 +1,4 @@
-"""The files of a model's folder: where they are, which of them count, and their tensors.
+"""The safetensors files of a model's folder: which of them count, and their tensors.
 
 A file is believed for what it holds, not for its name: a header is checked before the library
 allocates by it, a pickle is refused whatever it is called, and no link leads out of a model's

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Support(NamedTuple):
-    """Of N positions: the ids that could be drawn, or, where those are few, that could not."""
+    """Of N positions: the ids that could be drawn, or, if `banned`, the few that could not."""
 
     ids: Tensor  # (M,) int32, position by position
     counts: Tensor  # (N,) int64, how many of them belong to each position

@@ -222,8 +222,8 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """Decoder with an unembedding: `lm(tokens)` -> hidden (B, T, D); `lm.logits(hidden)` -> (…, V).
 
-    The two are apart because the logits of a prompt are never needed and those of a response only
-    as one log-prob each (`logprobs.token_logprobs`).
+    The two are apart since nobody needs the logits of a prompt, nor more of a response's than a
+    log-prob a token (`logprobs.token_logprobs`).
     """
 
     def __init__(self, config: ModelConfig):
@@ -259,8 +259,9 @@ class _NoInitialization(TorchFunctionMode):
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Models that are built in here have shapes and no weights, on torch's meta device. To draw
-    none there is not only for speed: torch imports its compiler for it, 70 MB."""
+    """Models that are built within have shapes and no weights: they are on torch's meta device.
+
+    Initial weights are not drawn there either: for that, torch would import its compiler, 70 MB."""
     with torch.device("meta"), _NoInitialization():
         yield
 
