@@ -334,7 +334,7 @@ def load_examples(
         except UserError as error:
             sieve.reject(error, row.raw)
             continue
-        report.cut += truncated
+        report.truncated += truncated
     report.kept = len(examples)
     report.rejected_rows = sieve.in_order()
     report.notes += sieve.notes

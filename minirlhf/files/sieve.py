@@ -169,7 +169,7 @@ class Report:
     rows: int
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    cut: int = 0
+    truncated: int = 0
     notes: list[str] = field(default_factory=list)
     dropped_rows: list[LeftOut] = field(default_factory=list)
     rejected_rows: list[LeftOut] = field(default_factory=list)
@@ -208,6 +208,6 @@ class Report:
     def __str__(self) -> str:
         lines = [f"detected: {self.detected} · {self.rows:,} rows · kept {self.kept:,}"]
         lines += [f"{kind + ':':<9} {count}" for kind, count in self.left_out()]
-        lines += [f"cut:      {self.cut:,} to max_length"] if self.cut else []
+        lines += [f"truncated: {self.truncated:,} to max_length"] if self.truncated else []
         lines += [f"note:     {note}" for note in self.notes]
         return "\n".join([printable(self.path), *(f"  {printable(line, 400)}" for line in lines)])

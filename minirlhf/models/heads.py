@@ -53,7 +53,7 @@ class ValueHeadModel(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """A decoder with a scalar head on each row's last token: `model(tokens, lengths)` -> scores (B,).
+    """A decoder with a scalar head on the last token of a row: `model(tokens, lengths)` -> (B,).
 
     It is saved as Hugging Face's `…ForSequenceClassification` with one label. Where a tokenizer has
     no token to spare for padding, Hugging Face pads with eos and reads the score before it. So

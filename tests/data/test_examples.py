@@ -232,7 +232,7 @@ def fit(write, tokenizer, overlong, max_length, prompt="pppp", chosen="ccc", rej
 def test_overlong_leaves_a_row_of_exactly_max_length(write, tokenizer):
     for overlong in ("drop", "truncate_prompt_left", "truncate_response", "error"):
         (pair,), report = fit(write, tokenizer, overlong, 8)
-        assert (len(pair[0]), report.cut, report.dropped) == (4, 0, {})
+        assert (len(pair[0]), report.truncated, report.dropped) == (4, 0, {})
 
 
 def test_overlong_drop_counts(write, tokenizer):
@@ -243,7 +243,7 @@ def test_overlong_drop_counts(write, tokenizer):
 def test_overlong_truncate_prompt_left_keeps_answers_whole(write, tokenizer):
     (pair,), report = fit(write, tokenizer, "truncate_prompt_left", 6, prompt="abcd")
     assert pair == (spell("cd"), [*spell("ccc"), EOS], [*spell("r"), EOS])
-    assert report.cut == 1
+    assert report.truncated == 1
     kept, report = fit(write, tokenizer, "truncate_prompt_left", 4)
     assert (kept, report.dropped) == ([], {"no room for the prompt within max_length": 1})
 
@@ -251,14 +251,14 @@ def test_overlong_truncate_prompt_left_keeps_answers_whole(write, tokenizer):
 def test_overlong_truncate_response_cuts_without_eos(write, tokenizer):
     (pair,), report = fit(write, tokenizer, "truncate_response", 6)
     assert pair == (spell("pppp"), spell("cc"), [*spell("r"), EOS])  # a cut text has no end
-    assert report.cut == 1
+    assert report.truncated == 1
     kept, report = fit(write, tokenizer, "truncate_response", 4)
     assert (kept, report.dropped) == ([], {"prompt alone fills max_length": 1})
 
 
 def test_overlong_truncate_response_drops_answers_made_equal(write, tokenizer):
     kept, report = fit(write, tokenizer, "truncate_response", 6, chosen="xxa", rejected="xxb")
-    assert (kept, report.cut, report.dropped) == ([], 0, {"chosen equals rejected": 1})
+    assert (kept, report.truncated, report.dropped) == ([], 0, {"chosen equals rejected": 1})
 
 
 def test_overlong_error_names_the_row(write, tokenizer):
@@ -344,7 +344,7 @@ def test_the_text_of_a_prompt_that_was_cut_is_what_is_left(write, tokenizer):
     path = write({"prompt": "abcdef"}, {"prompt": "xy"})
     prompts, report = load_prompts(path, tokenizer, 3, "truncate_prompt_left")
     assert [(p.ids, p.text) for p in prompts] == [(spell("def"), "def"), (spell("xy"), "xy")]
-    assert report.cut == 1
+    assert report.truncated == 1
 
 
 def test_a_message_lacks_what_is_null(write, tokenizer):
@@ -495,7 +495,7 @@ def test_report_prints_one_block():
         "a.jsonl",
         "  detected: texts (text) · 20,000 rows · kept 19,990",
         "  dropped:  10 (longer than max_length)",
-        "  cut:      3 to max_length",
+        "  truncated: 3 to max_length",
         "  note:     margin missing in 2 rows: they count as 0",
     ]
 

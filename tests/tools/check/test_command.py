@@ -24,7 +24,7 @@ def test_check_shows_rows_with_boundary_and_last_tokens(write, lm, look):
     ids = lines[lines.index("    response  >>> good\\n<|endoftext|>") + 1]
     assert ids.endswith(" '<|endoftext|>':0")
     assert "  rows.jsonl:2 (longest)" in lines
-    assert "  cut:      1 to max_length" in lines
+    assert "  truncated: 1 to max_length" in lines
     assert "  longer than max_length 48: 1 (50.0%); overlong: truncate_response" in lines
     assert lines[-1] == "ok: 2 of 2 rows can be used"
 

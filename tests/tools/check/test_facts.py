@@ -150,7 +150,7 @@ def test_check_counts_rows_beyond_the_limits(write, lm, facts_of, rows, words, b
     assert facts["limits"]["positions"] == {"tokens": 48, "rows_beyond": 0}
     dropped = len(rows) - kept
     assert facts["dropped"] == ({"longer than max_length": dropped} if dropped else {})
-    assert (facts["kept"], facts["cut"]) == (kept, cut)
+    assert (facts["kept"], facts["truncated"]) == (kept, cut)
 
 
 @pytest.mark.parametrize(("words", "most", "beyond"), [([], 8, 1), (["--max-length", 3], 3, 2)])
