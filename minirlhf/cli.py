@@ -15,6 +15,11 @@ class Verb(NamedTuple):
     settings: str  # module:class of its config; "" where main reads its words itself
     what: str  # it does
 
+    def config(self) -> type:
+        """The class of its settings."""
+        module, _, name = self.settings.partition(":")
+        return getattr(importlib.import_module(module), name)
+
 
 VERBS = {
     "sft": Verb("minirlhf.recipes.sft", "minirlhf.setup.sft_settings:SFTConfig",
@@ -67,9 +72,7 @@ def _dispatch(argv: list[str]) -> int:
     elif name in VERBS:
         verb = VERBS[name]
         if verb.settings:  # --help and bad flags need not wait until torch is imported
-            module, _, config_class = verb.settings.partition(":")
-            config_class = getattr(importlib.import_module(module), config_class)
-            flags.parse(config_class, words, f"minirlhf {name}")
+            flags.parse(verb.config(), words, f"minirlhf {name}")
         return importlib.import_module(verb.module).main(words)
     else:
         advice = nearest(name, (*VERBS, "--help", "--version"))

@@ -166,7 +166,7 @@ LINES = [  # a command line, what is told
     ("sample --model lm --data prompts.jsonl --prompt a", "give exactly one of --data and --promp"),
     ("sample --model lm --prompt '' --max-new-tokens 4", "--prompt: has 0 tokens: must have 1 to"),
     (f"sample --model lm --prompt {'a' * 46} --max-new-tokens 4", "--prompt: has 46 tokens: must "),
-    ("sample --model lm --prompt a --stop ''", "--stop: got an empty string, which every text con"),
+    ("sample --model lm --prompt a --stop ''", "stop: got an empty string, which every text cont"),
     ("sample --model lm --prompt a --max-new-tokens 49", "--max-new-tokens: is 49: the model has "),
     ("sample --model lm --data prompts.jsonl --max-new-tokens 4 --max-length 99",
      "--max-length: is 99, the model has room for 45 before the new tokens"),

@@ -10,6 +10,7 @@ needs another default, sentence or range says so by `override`. No group imports
 from dataclasses import dataclass
 
 from minirlhf.files.sieve import column_problems
+from minirlhf.rewards import parse
 from minirlhf.run.settings import setting
 
 
@@ -77,6 +78,10 @@ class EvaluationSettings:
     eval_every: int = setting(
         0, "steps from one evaluation to the next; 0: evaluate at the end only", at_least=0
     )
+
+    def check(self) -> list[str]:
+        alone = self.eval_every and not self.eval_data
+        return ["eval_every: goes with --eval-data"] if alone else []
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,9 @@ class SamplingSettings(ResponseSettings):
         (), "strings that end a response", metavar="TEXT", resume="start"
     )
 
+    def check(self) -> list[str]:
+        return [] if all(self.stop) else ["stop: got an empty string, which every text contains"]
+
 
 @dataclass(frozen=True)
 class RewardSourceSettings:
@@ -195,6 +203,9 @@ class RewardSourceSettings:
         resume="free",
     )
 
+    def check(self) -> list[str]:
+        return parse.problems(self)
+
 
 @dataclass(frozen=True)
 class KLSettings:
@@ -218,6 +229,17 @@ class KLSettings:
     kl_horizon: float = setting(
         10_000.0, "responses over which an adaptive kl_coef changes by at most a fifth", above=0
     )
+
+    def check(self) -> list[str]:
+        problems = []
+        if self.kl_in == "loss" and self.kl_estimator in ("k1", "abs"):
+            problems.append(
+                f"kl_in loss with kl_estimator {self.kl_estimator}: the gradient of that estimate "
+                "is not the KL's (k1's is 0 on average); use k2 or full, or k3 as GRPO does"
+            )
+        if self.kl_target is not None and self.kl_coef == 0:
+            problems.append("kl_target: kl_coef is 0, which no factor can move; use one above 0")
+        return problems
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,13 @@ class PolicyEvaluationSettings(EvaluationSettings):
         False, "export the policy of the best evaluation so far to best/", resume="start"
     )
 
+    def check(self) -> list[str]:
+        if self.eval_data:
+            late = "keep_best: goes with --eval-every, the policy at the end is in model/"
+            return [late] if self.keep_best and not self.eval_every else []
+        given = {"eval_prompts": self.eval_prompts, "keep_best": self.keep_best}
+        return [f"{name}: goes with --eval-data" for name, value in given.items() if value]
+
 
 @dataclass(frozen=True)
 class PPOModelSettings:
@@ -74,6 +81,17 @@ class RolloutSettings(SamplingSettings):
         256, "most responses that are sampled in parallel", at_least=1
     )
 
+    def check(self) -> list[str]:
+        problems = []
+        if self.top_k == 1 or self.min_p == 1:
+            name, use = ("top_k", "0, or 2 or more") if self.top_k == 1 else ("min_p", "less")
+            problems.append(f"{name} 1: one token is left to draw, whose log-prob is 0 whatever "
+                            f"the policy; use {use}")
+        if self.min_new_tokens > self.max_new_tokens:
+            problems.append(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "
+                            f"{self.max_new_tokens}: lower one or raise the other")
+        return problems
+
 
 @dataclass(frozen=True)
 class ScoreSettings:
@@ -98,6 +116,14 @@ class ScoreSettings:
     score_clip: float | None = setting(
         None, "clip scores, after scaling, to plus or minus this; none: no clipping", above=0
     )
+
+    def check(self) -> list[str]:
+        if self.missing_eos == "ramp" and self.missing_eos_penalty == 0:
+            return ["missing_eos ramp: missing_eos_penalty is 0, a ramp to nothing; use one above "
+                    "0"]
+        if self.missing_eos != "ramp" and self.missing_eos_buffer:
+            return ["missing_eos_buffer goes with missing_eos ramp"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -146,6 +172,11 @@ class UpdateSettings:
         above=0,
     )
 
+    def check(self) -> list[str]:
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            return [f"dual_clip {self.dual_clip:g}: must be above 1 + clip_high {self.clip_high:g}"]
+        return []
+
 
 @dataclass(frozen=True)
 class CriticSettings:
@@ -169,6 +200,10 @@ class MixSettings:
     )
     ptx_coef: float = setting(0.0, "weight of the loss on the texts of ptx_data", at_least=0)
     ptx_batch_size: int = setting(16, "texts of ptx_data in an update", at_least=1)
+
+    def check(self) -> list[str]:
+        both = (self.ptx_data is None) == (self.ptx_coef == 0)
+        return [] if both else ["ptx_data and ptx_coef go together: give both, or neither"]
 
 
 @dataclass(frozen=True)
@@ -239,71 +274,10 @@ class PPOConfig(
         return self.kl_target is not None if name == "kl_coef" else bool(self.eval_data)
 
     def check(self) -> list[str]:
-        return [
-            *self._sampling_problems(), *self._reward_problems(), *self._update_problems(),
-            *self._evaluation_problems(), *parse.problems(self),
-        ]
+        return [*self._size_problems(), *self._kl_problems(), *self._critic_problems(),
+                *self._score_problems()]
 
-    def _sampling_problems(self) -> Iterator[str]:
-        if self.top_k == 1 or self.min_p == 1:
-            name, use = ("top_k", "0, or 2 or more") if self.top_k == 1 else ("min_p", "less")
-            yield (
-                f"{name} 1: one token is left to draw, whose log-prob is 0 whatever the policy; "
-                f"use {use}"
-            )
-        if not all(self.stop):
-            yield "stop: got an empty string, which every text contains"
-        if self.min_new_tokens > self.max_new_tokens:
-            yield (
-                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "
-                f"{self.max_new_tokens}: lower one or raise the other"
-            )
-
-    def _reward_problems(self) -> Iterator[str]:
-        if self.kl_in == "loss" and self.kl_estimator in ("k1", "abs"):
-            yield (
-                f"kl_in loss with kl_estimator {self.kl_estimator}: the gradient of that estimate "
-                "is not the KL's (k1's is 0 on average); use k2 or full, or k3 as GRPO does"
-            )
-        own = self.lora_rank and self.ref is None  # the policy under its adapters is the reference
-        if self.offload_frozen and self.kl_in == "loss" and self.kl_estimator == "full" and not own:
-            yield "offload_frozen: a full KL in the loss reads the reference in each update"
-        if self.kl_target is not None and self.kl_coef == 0:
-            yield "kl_target: kl_coef is 0, which no factor can move; use one above 0"
-        if self.kl_target is not None and self.batch_size >= 5 * self.kl_horizon:
-            yield (
-                f"kl_horizon {self.kl_horizon:g} is too short for batch_size {self.batch_size}: "
-                f"kl_coef could fall to 0 in one step; use more than {self.batch_size / 5:g}"
-            )
-        if self.missing_eos == "ramp" and not 1 <= self.missing_eos_buffer <= self.max_new_tokens:
-            yield (
-                f"missing_eos ramp: missing_eos_buffer is {self.missing_eos_buffer}, must be from "
-                f"1 to max_new_tokens {self.max_new_tokens}"
-            )
-        if self.missing_eos == "ramp" and self.missing_eos_penalty == 0:
-            yield "missing_eos ramp: missing_eos_penalty is 0, a ramp to nothing; use one above 0"
-        if self.missing_eos != "ramp" and self.missing_eos_buffer:
-            yield "missing_eos_buffer goes with missing_eos ramp"
-        rescaled = self.score_scaling != "none" or self.score_clip is not None
-        if self.bootstrap_truncated and self.critic and (rescaled or self.whiten_rewards):
-            yield (
-                "bootstrap_truncated: a critic from a reward model values cut responses in that "
-                "model's scale; leave out score_scaling, score_clip and whiten_rewards"
-            )
-        weighed = len(self.reward) == 1 and parse.parse_source(self.reward[0]).weight != 1
-        if not self.train_critic and (rescaled or weighed or self.whiten_rewards):
-            yield (
-                "no-train-critic: its values stay in the reward model's scale; leave out "
-                "score_scaling, score_clip, whiten_rewards and the reward's weight"
-            )
-        eos_rule = self.missing_eos_penalty > 0 or self.missing_eos != "subtract"
-        if self.bootstrap_truncated and eos_rule:
-            yield (
-                "bootstrap_truncated: a cut response then has no score that a missing_eos rule "
-                "could change; leave out one of them"
-            )
-
-    def _update_problems(self) -> Iterator[str]:
+    def _size_problems(self) -> Iterator[str]:
         rows, micro, minis = self.batch_size, self.micro_batch_size, self.mini_batches
         if micro * minis > rows:
             legal = [f"batch_size {micro * minis}"]
@@ -313,13 +287,6 @@ class PPOConfig(
                 f"batch_size {rows} is less than {minis} mini_batches of micro_batch_size {micro}: "
                 f"use {' or '.join(legal)}"
             )
-        if self.compile and self.dtype == "bfloat16":
-            yield (
-                "compile with bfloat16: graphs with and without a gradient round apart, and the "
-                "first ratio is then not 1; leave out one of them"
-            )
-        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-            yield f"dual_clip {self.dual_clip:g}: must be above 1 + clip_high {self.clip_high:g}"
         if self.epochs == self.mini_batches == 1:
             acts = {"max_ratio": self.max_ratio, "dual_clip": self.dual_clip}
             for name in (name for name, value in acts.items() if value is not None):
@@ -332,8 +299,28 @@ class PPOConfig(
             yield "early_stop_kl: there is one epoch, and none after it to leave out"
         elif self.early_stop_kl is not None and self.epochs == 2 and self.mini_batches == 1:
             yield "early_stop_kl: one mini-batch moves nothing before the last of two epochs"
-        if (self.ptx_data is None) != (self.ptx_coef == 0):
-            yield "ptx_data and ptx_coef go together: give both, or neither"
+        if self.critic_warmup_steps >= self.steps:
+            yield (
+                f"critic_warmup_steps {self.critic_warmup_steps}: the policy would never learn, "
+                f"there are {self.steps} steps"
+            )
+        if self.compile and self.dtype == "bfloat16":
+            yield (
+                "compile with bfloat16: graphs with and without a gradient round apart, and the "
+                "first ratio is then not 1; leave out one of them"
+            )
+
+    def _kl_problems(self) -> Iterator[str]:
+        own = self.lora_rank and self.ref is None  # the policy under its adapters is the reference
+        if self.offload_frozen and self.kl_in == "loss" and self.kl_estimator == "full" and not own:
+            yield "offload_frozen: a full KL in the loss reads the reference in each update"
+        if self.kl_target is not None and self.batch_size >= 5 * self.kl_horizon:
+            yield (
+                f"kl_horizon {self.kl_horizon:g} is too short for batch_size {self.batch_size}: "
+                f"kl_coef could fall to 0 in one step; use more than {self.batch_size / 5:g}"
+            )
+
+    def _critic_problems(self) -> Iterator[str]:
         if self.critic is None and not self.train_critic:
             yield "no-train-critic: goes with --critic, a value head has to learn"
         if not self.train_critic and (self.critic_learning_rate or self.critic_warmup_steps):
@@ -341,21 +328,28 @@ class PPOConfig(
                 "no-train-critic: leave out critic_learning_rate and critic_warmup_steps (of a "
                 "preset: give --critic-learning-rate none)"
             )
-        if self.critic_warmup_steps >= self.steps:
+        rescaled = self.score_scaling != "none" or self.score_clip is not None
+        if self.bootstrap_truncated and self.critic and (rescaled or self.whiten_rewards):
             yield (
-                f"critic_warmup_steps {self.critic_warmup_steps}: the policy would never learn, "
-                f"there are {self.steps} steps"
+                "bootstrap_truncated: a critic from a reward model values truncated responses in "
+                "that model's scale; leave out score_scaling, score_clip and whiten_rewards"
+            )
+        weighed = len(self.reward) == 1 and parse.parse_source(self.reward[0]).weight != 1
+        if not self.train_critic and (rescaled or weighed or self.whiten_rewards):
+            yield (
+                "no-train-critic: its values stay in the reward model's scale; leave out "
+                "score_scaling, score_clip, whiten_rewards and the reward's weight"
             )
 
-    def _evaluation_problems(self) -> Iterator[str]:
-        if not self.eval_data:
-            given = {"eval_every": self.eval_every, "eval_prompts": self.eval_prompts,
-                     "keep_best": self.keep_best}
-            yield from (f"{name}: goes with --eval-data" for name, value in given.items() if value)
-        elif self.keep_best and not self.eval_every:
-            yield "keep_best: goes with --eval-every, the policy at the end is in model/"
-
-    @property
-    def reward_kl(self) -> str | None:
-        """Estimator of the KL penalty in the rewards; None where the penalty is a loss."""
-        return self.kl_estimator if self.kl_in == "reward" else None
+    def _score_problems(self) -> Iterator[str]:
+        if self.missing_eos == "ramp" and not 1 <= self.missing_eos_buffer <= self.max_new_tokens:
+            yield (
+                f"missing_eos ramp: missing_eos_buffer is {self.missing_eos_buffer}, must be from "
+                f"1 to max_new_tokens {self.max_new_tokens}"
+            )
+        eos_rule = self.missing_eos_penalty > 0 or self.missing_eos != "subtract"
+        if self.bootstrap_truncated and eos_rule:
+            yield (
+                "bootstrap_truncated: a truncated response then has no score that a missing_eos "
+                "rule could change; leave out one of them"
+            )

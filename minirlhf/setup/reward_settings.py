@@ -90,6 +90,4 @@ class RewardConfig(
             problems.append(f"lcb_coef: got {self.lcb_coef}, {do} 0.01")
         if self.normalize == "eval" and not self.eval_data:
             problems.append("normalize: got 'eval', there is no eval_data: give it, or train")
-        if self.eval_every and not self.eval_data:
-            problems.append("eval_every: goes with --eval-data")
         return problems

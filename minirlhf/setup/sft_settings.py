@@ -68,6 +68,4 @@ class SFTConfig(
             problems.append("--tokenizer goes with --init-config: a --model has its own")
         if self.init_config is not None and self.lora_rank:
             problems.append("--lora-rank goes with --model: random weights need training in full")
-        if self.eval_every and not self.eval_data:
-            problems.append("eval_every: goes with --eval-data")
         return problems

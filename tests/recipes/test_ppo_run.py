@@ -221,7 +221,7 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
         ({"min_new_tokens": 7}, "min_new_tokens 7 is above max_new_tokens 6: lower one or raise"),
         (
             {"bootstrap_truncated": True, "critic": "c", "score_scaling": "normalize"},
-            "bootstrap_truncated: a critic from a reward model values cut responses in that model",
+            "bootstrap_truncated: a critic from a reward model values truncated responses in that",
         ),
         (
             {"bootstrap_truncated": True, "critic": "c", "whiten_rewards": True},
@@ -247,7 +247,7 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
         ({"missing_eos_buffer": 3}, "missing_eos_buffer goes with missing_eos ramp"),
         (
             {"bootstrap_truncated": True, "missing_eos_penalty": 1.0},
-            "bootstrap_truncated: a cut response then has no score that a missing_eos rule",
+            "bootstrap_truncated: a truncated response then has no score that a missing_eos rule",
         ),
         ({"bootstrap_truncated": True, "missing_eos": "replace"}, "leave out one of them"),
         ({"dual_clip": 1.2}, r"dual_clip 1.2: must be above 1 \+ clip_high 0.2"),

@@ -4,12 +4,13 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
 from minirlhf.errors import BAD_INPUT, UserError
 from minirlhf.run.flags import parse
-from minirlhf.run.settings import as_dict, nearest, setting, validate
+from minirlhf.run.settings import as_dict, nearest, override, setting, settings_of, validate
 
 
 @dataclass
@@ -205,6 +206,80 @@ def test_help_shows_settings_in_order_with_range_and_default(capsys, monkeypatch
     ]
     places = [shown.index(fact) for fact in facts]
     assert places == sorted(places)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes: how much at once."""
+
+    rows: int = setting(4, "rows at once", at_least=1)
+    note: str | None = setting(None, "a line", choices=("a", "b"))
+
+    def check(self) -> list[str]:
+        return ["rows 13: choose another"] if self.rows == 13 else []
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps. How many."""
+
+    steps: int | None = setting(None, "steps of the run", at_least=1, resume="free")
+
+
+@dataclass(frozen=True)
+class Grouped(Sizes, Steps):
+    """Tries groups."""
+
+    SHOWN_FIRST: ClassVar = ("rows", "name")
+
+    name: str = setting("x", "its name")
+    steps: int = override(7, at_most=9)
+    rows: int = override(help="rows of a step")
+
+
+def test_override_changes_what_it_names_and_leaves_the_rest():
+    found = settings_of(Grouped)
+    assert list(found) == ["rows", "note", "steps", "name"]  # as the bases stand, its own last
+    rows, steps = found["rows"], found["steps"]
+    assert (rows.default, rows.help, rows.limits) == (4, "rows of a step", {">=": 1})
+    assert (steps.default, steps.help, steps.limits) == (7, "steps of the run", {"<=": 9})
+    assert (steps.optional, steps.resume, rows.resume) == (False, "free", "ask")
+    assert [item.group for item in found.values()] == ["Sizes", "Sizes", "Steps", ""]
+    assert settings_of(Steps)["steps"].default is None
+    assert Grouped(rows=5) == Grouped(rows=5, steps=7, name="x", note=None)
+
+
+def test_override_of_nothing_is_a_mistake():
+    with pytest.raises((TypeError, RuntimeError), match=r"inherits no setting|__set_name__"):
+
+        @dataclass(frozen=True)
+        class Lonely(Steps):
+            stpes: int = override(3)
+
+
+def test_setting_knows_four_rules_of_resuming():
+    with pytest.raises(ValueError, match="resume is 'never': one of free, ask, start, fixed"):
+        setting(1, resume="never")
+
+
+def test_a_group_checks_itself_in_every_config_that_has_it():
+    with pytest.raises(UserError, match=r"^rows 13: choose another$"):
+        validate(Grouped(rows=13))
+
+
+@pytest.mark.parametrize(
+    ("word", "shown", "hidden"),
+    [("--help", ["Sizes:", "--rows", "--name", "2 more settings: minirlhf try --help-all"],
+      ["Steps:", "--steps", "--note"]),
+     ("--help-all", ["Sizes:", "--rows", "--note", "Steps:", "--steps", "--name"], ["more"])],
+)
+def test_help_shows_the_first_settings_and_help_all_every_one(word, shown, hidden, capsys):
+    with pytest.raises(SystemExit):
+        read(word, config_class=Grouped)
+    out = capsys.readouterr().out
+    assert "Tries groups." in out
+    places = [out.index(text) for text in shown]
+    assert places == sorted(places) and not [text for text in hidden if text in out]
 
 
 # ---- files ---------------------------------------------------------------------------------------

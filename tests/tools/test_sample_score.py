@@ -562,7 +562,7 @@ def test_sample_takes_empty_prompts_where_something_stands_before_them(files, ca
     [
         ("sample --model LM", "give exactly one of --data and --prompt"),
         ("sample --model LM --data PROMPTS --prompt x", "give exactly one of --data and --prompt"),
-        ("sample --model LM --prompt x --stop=", "--stop: got an empty string"),
+        ("sample --model LM --prompt x --stop=", "stop: got an empty string"),
         ("sample --model LM --prompt x --out PROMPTS", "prompts.jsonl is there already"),
         ("sample --model LM --prompt x --samples 0", "--samples: got 0, must be"),
         ("sample --model LM --prompt x --samples 2 --temperature 0",
