@@ -178,42 +178,23 @@ PAYLOADS = [
     "{{ raise_exception.__globals__.os.system('id') }}", "{{ tojson.__globals__ }}",
     "{{ ['{0.__globals__}'.format]|map('attr', '__self__')|list }}",
     # more text than anyone has memory for
-    "{{ 'a' * 10**9 }}", "{{ 10**9 * [0] }}", "{{ 'a'|center(10**9) }}", "{{ 'a'.ljust(10**9) }}",
-    "{{ '%999999999d' % 1 }}", "{{ '%*d' % (10**9, 1) }}", "{{ '%(a)999999999d' % {'a': 1} }}",
-    "{{ '{:999999999}'.format(1) }}", "{{ '{:{}}'.format(1, '999999999') }}",
-    "{{ '%999999999d'|format(1) }}", "{{ ('{:999}' * 99999).format(*range(99999)) }}",
-    "{{ '\t'.expandtabs(10**9) }}", "{{ 'a\nb'|indent(10**9) }}", "{{ [1]|tojson(indent=10**9) }}",
-    "{{ [0]|batch(10**9, 0)|list }}", "{{ [0]|slice(10**9)|list }}", "{{ (1).to_bytes(10**9) }}",
-    MILLION + "{{ x.replace('a', x) }}", MILLION + "{{ x.join(x) }}",
-    MILLION + "{{ x|list|join(x) }}",
-    "{{ lipsum(10**6) }}", "{{ range(10**8)|list }}", "{{ strftime_now('%c' * 99999) }}",
+    "{{ '{:{}}'.format(1, '999999999') }}", "{{ ('{:999}' * 99999).format(*range(99999)) }}",
+    "{{ [1]|tojson(indent=10**9) }}", "{{ [0]|slice(10**9)|list }}", "{{ (1).to_bytes(10**9) }}",
+    MILLION + "{{ x.replace('a', x) }}", MILLION + "{{ x|list|join(x) }}",
+    "{% set f = '%999d' * 1000000 %}{{ strftime_now(f)|length }}",
     START + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x|length }}",
-    START + "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x|length }}",
-    "{% for i in range(3000) %}{{ 'x' * 1000 }}{% endfor %}",
     "{% set x %}{% for i in range(20000) %}" + "a" * 5000 + "{% endfor %}{% endset %}{{ x }}",
     # small values that are large when they are written out, compared or hashed
     START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x|string|length }}",
-    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x ~ '' }}",
     START + "{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}{{ ns.x|tojson }}",
-    START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ {}[ns.x] }}",
     START + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ raise_exception(ns.x) }}",
-    TWINS + "{{ ns.x == ns.y }}", TWINS + "{{ ns.x is eq ns.y }}", TWINS + "{{ ns.x in [ns.y] }}",
-    TWINS + "{{ [ns.x].index(ns.y) }}", TWINS + "{{ [ns.x, ns.y]|unique|list|length }}",
     START + "{% set ns.t = (ns.t, ns.t) %}{% endfor %}{{ {ns.t: 1}|length }}",
-    START + "{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}", "{{ namespace(x=namespace()) }}",
+    START + "{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}", TWINS + "{{ ns.x == ns.y }}",
     # more work than anyone has time for
-    "{{ 9**9**9**9 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ 'a' in range(10**12) }}",
-    "{% set a = range(999)|list %}{% for x in a %}{% for y in a %}{% for z in a %}{% endfor %}"
-    "{% endfor %}{% endfor %}",
-    "{% for i in range(999) %}{% for j in range(999) if j > 9999 %}{% endfor %}{% endfor %}",
-    "{% for i in range(99999) %}" + "{% set a = i %}" * 3000 + "{% endfor %}",
     "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(99) }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% block a %}{{ self.a() }}{% endblock %}",
     "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{{ loop([1, 2]) }}{% endfor %}",
-    OFTEN + "{% if x == x[::-1] %}{% endif %}{% endfor %}", OFTEN + "{{ 'b' in x }}{% endfor %}",
-    OFTEN + "{% set y = x[1:] %}{% endfor %}", OFTEN + "{% set y = x.upper() %}{% endfor %}",
-    OFTEN + "{% set y = x|lower %}{% endfor %}", OFTEN + "{{ x.count('b') }}{% endfor %}",
+    OFTEN + "{% set y = x.upper() %}{% endfor %}", "{{ 'a' in range(10**12) }}",
     # no program at all
     "{{ " + "(" * 20000 + ")" * 20000, "{% if 1 %}" * 3000 + "{% endif %}" * 3000, "{" * 60000,
     "{{ " + "[" * 500 + "]" * 500 + " }}", "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
@@ -228,12 +209,10 @@ def test_a_hostile_template_is_rendered_or_refused(tmp_path, strict):
     assert run_cases(range(len(PAYLOADS)), make, tmp_path) == []
 
 
-def test_the_process_neither_writes_files_nor_knows_the_package(tmp_path):
-    assert chat_template.template_worker.__file__.endswith("template_worker.py")
-    process = start()
-    if sys.platform == "linux":
-        maps = Path(f"/proc/{process.pid}/maps").read_text()
-        assert "jinja2" not in maps and "torch" not in maps and "tokenizers" not in maps
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_process_imports_nothing_of_the_package():
+    maps = Path(f"/proc/{start().pid}/maps").read_text()
+    assert "torch" not in maps and "tokenizers" not in maps
 
 
 # ---- the process ---------------------------------------------------------------------------------
