@@ -13,7 +13,7 @@ from minirlhf.data.formats import Messages
 from minirlhf.data.special_names import swap_names, unused_character
 from minirlhf.data.vocabulary import EOS, NAMES, PAD, Vocabulary
 from minirlhf.errors import UserError, printable
-from minirlhf.files.folders import CODE_KEYS, inside
+from minirlhf.files.folders import CODE_KEYS, file_inside
 from minirlhf.files.reading import read_json, read_text
 
 FILE_CAP = 256 << 20  # bytes of tokenizer.json; the largest in use have about 35 MB
@@ -41,7 +41,7 @@ class Tokenizer(Vocabulary):
 
     def __init__(self, folder: Path, source: str, config: dict, eos_ids: list[int]):
         super().__init__(folder, source, config, eos_ids)
-        own = inside(self.folder, "chat_template.jinja")
+        own = file_inside(self.folder, "chat_template.jinja")
         configured = self._config.get("chat_template")
         if isinstance(configured, list):  # [{"name": ..., "template": ...}]
             named = [t for t in configured if isinstance(t, dict) and t.get("name") == "default"]
@@ -248,7 +248,7 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 def _object(folder: Path, name: str) -> dict:
     """A JSON object from a file that may be absent."""
-    path = inside(folder, name)
+    path = file_inside(folder, name)
     if not path.exists():
         return {}
     value = read_json(path, OBJECT_CAP)
@@ -279,7 +279,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             included, than config.json gives the model embeddings.
     """
     folder = Path(folder)
-    path = inside(folder, "tokenizer.json")
+    path = file_inside(folder, "tokenizer.json")
     if not path.exists():
         raise UserError(path, "no such file", "give a folder with a tokenizer.json")
     own = {n: v for n, v in _object(folder, "tokenizer_config.json").items() if v is not None}

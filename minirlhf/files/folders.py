@@ -52,7 +52,7 @@ def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
         raise UserError(name, what, "check the path, or the name and the network") from error
 
 
-def inside(folder: Path, name: str) -> Path:
+def file_inside(folder: Path, name: str) -> Path:
     """The path of a file of a model's folder, which no link may lead out of.
 
     Otherwise a folder from elsewhere could show a file of this machine as its own, and have it

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minirlhf.errors import MACHINE, UserError, printable
-from minirlhf.files.folders import inside, resolve
+from minirlhf.files.folders import file_inside, resolve
 from minirlhf.files.reading import read_json
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, config_to_hf
@@ -35,7 +35,7 @@ VALUE_HEAD = {"weight": "v_head.summary.weight", "bias": "v_head.summary.bias"} 
 
 def read_config(folder: Path) -> ModelConfig:
     """The sizes and switches of a folder's model."""
-    path = inside(folder, "config.json")
+    path = file_inside(folder, "config.json")
     if not path.exists():
         raise UserError(folder, "has no config.json", "give a Hugging Face model folder")
     return config_from_hf(read_json(path, JSON_CAP), path)
@@ -129,7 +129,7 @@ def _check_memory(tensors: dict[str, Tensor], where: Path, dtype: torch.dtype | 
         raise UserError(where, what, "choose a smaller model, or dtype bfloat16", MACHINE)
 
 
-def describe(folder: str | os.PathLike, reward: bool = False) -> CausalLM | RewardModel:
+def without_weights(folder: str | os.PathLike, reward: bool = False) -> CausalLM | RewardModel:
     """The model of a folder without its weights, on the meta device; only headers are read.
 
     Raises:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minirlhf.errors import UserError, printable
-from minirlhf.files.folders import HARMLESS, inside
+from minirlhf.files.folders import HARMLESS, file_inside
 from minirlhf.files.reading import read_json
 
 JSON_CAP = 4 << 20  # bytes of config.json and of an index: each tensor takes about 100
@@ -25,10 +25,10 @@ DATA_END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,20})')
 
 def tensor_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in the order of its index."""
-    single = inside(folder, "model.safetensors")
+    single = file_inside(folder, "model.safetensors")
     if single.exists():  # before an index: that one may be left over from an earlier save
         return [single]
-    index = inside(folder, "model.safetensors.index.json")
+    index = file_inside(folder, "model.safetensors.index.json")
     if index.exists():
         values = read_json(index, JSON_CAP)
         shards = values.get("weight_map") if isinstance(values, dict) else None
@@ -50,7 +50,7 @@ def _shard(index: Path, tensor: str, shard: object) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}\.safetensors", str(shard)):
         shown = printable(repr(shard), 80)
         raise UserError(index, f"{what} {shown}", "shards are plain file names")
-    path = inside(index.parent, shard)
+    path = file_inside(index.parent, shard)
     if not path.is_file():
         raise UserError(index, f"{what} {printable(shard, 80)}, which is missing", "download it")
     return path

@@ -85,13 +85,13 @@ def check_models(
         do = "set eos_token in tokenizer_config.json, or give --stop"
         raise UserError(tokenizer.folder, what, do)
     for lm in lms if weights else ():
-        pretrained.describe(lm)
+        pretrained.without_weights(lm)
     words = [pretrained.read_config(lm).vocab_size for lm in lms]
     if config.kl_estimator == "full" and len(set(words)) > 1:
         what = f"has {words[1]:,} tokens, the policy {words[0]:,}"
         raise UserError(f"--ref {config.ref}", what, "use another --kl-estimator than full")
     for reward_model in (*critics, *scorers) if weights else ():
-        pretrained.describe(reward_model, reward=True)
+        pretrained.without_weights(reward_model, reward=True)
 
 
 class Data(NamedTuple):

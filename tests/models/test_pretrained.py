@@ -15,13 +15,13 @@ from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, config_to_hf
 from minirlhf.models.heads import RewardModel, ValueHeadModel, normalize_scores
 from minirlhf.models.pretrained import (
-    describe,
     in_memory,
     load_pretrained,
     load_reward_model,
     offload,
     rounded,
     save_pretrained,
+    without_weights,
 )
 from minirlhf.models.stored import has_tensor, tensor_files
 from minirlhf.models.transformer import CausalLM
@@ -261,7 +261,7 @@ def test_an_ensemble_comes_back_and_transformers_reads_its_heads(peer, tmp_path)
     expected = theirs(ROW).logits
     torch.testing.assert_close(model.head_scores(ROW, length), expected, rtol=0, atol=1e-4)
     assert config_in(tmp_path).keys() & OURS == {"reward_heads", "reward_lcb_coef"}
-    assert describe(tmp_path, reward=True).heads == 3
+    assert without_weights(tmp_path, reward=True).heads == 3
 
 
 @torch.no_grad()

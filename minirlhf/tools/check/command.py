@@ -36,7 +36,7 @@ def check_model(name: str, recipes: Iterable[str]) -> Model:
     folder = folders.resolve(name)  # with the weights, whose headers are read
     config = pretrained.read_config(folder)
     is_reward = stored.has_tensor(stored.tensor_files(folder), "score.weight")
-    module = pretrained.describe(folder, is_reward)
+    module = pretrained.without_weights(folder, is_reward)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if is_reward and (others := set(recipes) - {"reward"}):
         what = f"is a reward model, but {min(others)} trains a language model"
