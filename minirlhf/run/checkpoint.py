@@ -39,7 +39,10 @@ _known_whole: set[str] = set()
 
 @dataclass
 class TrainState:
-    """All that changes during a run and that later steps depend on; changed by the recipe only.
+    """All that changes during a run and that later steps depend on.
+
+    The recipe changes it. `Run`, which writes what the recipe reports, changes what that leaves
+    behind: the lengths of the logs, the window of the meters, a step that is not reported.
 
     What is a function of (seed, step, sample) is derived, not stored: data order, sampling noise,
     mini-batch order, learning rate. So a recipe's generator can be dropped at any yield, rebuilt
@@ -63,6 +66,18 @@ class TrainState:
 
     def count(self, event: str, n: int = 1) -> None:
         self.counters[event] = self.counters.get(event, 0) + n
+
+    def before_report(self) -> dict[str, object]:
+        """What the report of a step changes, as it stands."""
+        return {"meters": self.meters.as_dict(), "log_bytes": dict(self.log_bytes),
+                "best": self.best, "health": self.health}
+
+    def take_back(self, before: dict, step: Step) -> None:
+        """Undoes a report that was cut short; a resumed run makes it."""
+        self.meters.load(before["meters"])
+        self.log_bytes = before["log_bytes"]
+        self.best, self.health = before["best"], before["health"]
+        self.unreported = step._asdict()
 
 
 def _is_count(value: object) -> bool:

@@ -229,10 +229,9 @@ class Run:
         ]
         for name, rows in (("rejected.jsonl", rejected), ("dropped.jsonl", dropped)):
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            path, temporary = self.folder / name, self.folder / f"{atomic.TEMPORARY}{name}"
+            path = self.folder / name
             if text.encode() != (path.read_bytes() if path.exists() else b""):
-                atomic.write_text(temporary, text)
-                atomic.replace_file(temporary, path)
+                self.write_file(name, text)
 
     def say(self, text: str) -> None:
         """Prints above the progress bar. A run that nobody reads any more stops as at a signal."""
@@ -277,19 +276,16 @@ class Run:
         Then the resumed run writes it: an evaluation may take longer than the one who sent the
         signal will wait. The same where a reward service fails.
         """
-        meters, log_bytes = state.meters.as_dict(), dict(state.log_bytes)
-        best, health = state.best, state.health
+        before = state.before_report()
         try:
             yield
             state.unreported = None
         except (Stopped, UserError) as error:
             if isinstance(error, UserError) and not _of_service(error):
                 raise
-            state.meters.load(meters)
-            state.log_bytes, state.best, state.health = log_bytes, best, health
-            for name, length in log_bytes.items():
+            state.take_back(before, step)
+            for name, length in state.log_bytes.items():
                 atomic.truncate(self.folder / name, length)
-            state.unreported = step._asdict()
             if isinstance(error, UserError):
                 raise
 

@@ -1,4 +1,4 @@
-"""setup.common."""
+"""What the recipes share before their loops and after them: held-out files, the finished model."""
 
 from pathlib import Path
 

@@ -129,8 +129,8 @@ class AdapterSettings:
     """Adapters: LoRA (Hu et al. 2021, arXiv:2106.09685)."""
 
     lora_rank: int = setting(
-        0, "rank of the LoRA adapters, the only weights then trained; 0: train all weights",
-        at_least=0, at_most=4096, resume="fixed",
+        0, "rank of the LoRA adapters that are trained in place of the weights; 0: train the "
+        "weights", at_least=0, at_most=4096, resume="fixed",
     )
     lora_alpha: float = setting(
         32.0, "adapter outputs are multiplied by lora_alpha / lora_rank", above=0, resume="fixed"
@@ -223,7 +223,7 @@ class KLSettings:
         choices=("reward", "loss"),
     )
     kl_target: float | None = setting(
-        None, "adapt kl_coef so that the KL of a response comes to this many nats; none: keep it",
+        None, "adapt kl_coef until the KL of a response is this many nats; none: kl_coef stays",
         above=0,
     )
     kl_horizon: float = setting(

@@ -262,6 +262,9 @@ class PPOConfig(
         100, "iterations: each samples a rollout and learns from it", at_least=1
     )
     batch_size: int = override(64, "prompts sampled in an iteration", resume="ask")
+    temperature: float = override(
+        help="logits are divided by it before the softmax, in sampling and in every log-prob"
+    )
     learning_rate: float = override(3e-6)
     warmup_steps: int = override(help="iterations over which the learning rate rises to its peak")
     adam_epsilon: float = override(1e-5)

@@ -72,7 +72,8 @@ class RewardConfig(
     )
     batch_size: int = override(help="pairs or lists in an optimizer step")
     lora_rank: int = override(
-        help="rank of the LoRA adapters, trained with the head alone; 0: train all weights"
+        help="rank of the LoRA adapters that are trained with the head, in place of the weights; "
+        "0: train the weights"
     )
     show_samples: int = setting(
         4, "held-out pairs that each evaluation prints with their scores; -1: all", at_least=-1,
