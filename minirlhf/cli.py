@@ -30,7 +30,6 @@ VERBS = {
                 "align a policy with a reward by PPO"),
     "check": Verb("minirlhf.tools.check.command", "minirlhf.tools.settings:CheckConfig",
                   "look at data as a recipe reads it, before training"),
-    "plan": Verb("minirlhf.tools.plan", "", "count the memory of a run, without running it"),
     "metrics": Verb("minirlhf.tools.metrics", "minirlhf.tools.settings:MetricsConfig",
                     "tell what each number in the log means"),
     "coming-from": Verb("minirlhf.tools.coming_from", "",

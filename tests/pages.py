@@ -119,7 +119,7 @@ def config_of(verb: str, monkeypatch: pytest.MonkeyPatch) -> type:
     with monkeypatch.context() as patch:
         patch.setattr(flags, "parse", stop)
         try:
-            importlib.import_module(VERBS[verb][0]).main(["ppo"] if verb == "plan" else [])
+            importlib.import_module(VERBS[verb][0]).main([])
         except Parsed as end:
             return end.args[0]
         except SystemExit:

@@ -329,14 +329,6 @@ def test_check_tells_without_a_model_what_is_odd_about_rows(run):
             assert told in out, told
 
 
-def test_plan_reads_data_by_the_same_policy(run):
-    argv = ["plan", "sft", "--model", "lm", "--data", dirty(TEXT), "--max-length", "40"]
-    code, _, err = run(argv)
-    assert code == 2 and err.startswith("error: d.jsonl:2: not valid JSON")
-    code, out, _ = run([*argv, "--bad-rows", "skip"])
-    assert code == 0 and "rejected: 2 (first: d.jsonl:2: " in out
-
-
 # ---- settings ------------------------------------------------------------------------------------
 
 

@@ -248,7 +248,7 @@ COMMANDS = {
     "ppo, own reward": "ppo --model lm --data rows.jsonl --reward reward.py:score --out own "
     "--steps 1 --batch-size 2 --micro-batch-size 2 --max-new-tokens 4",
     "check": "check --model lm --data rows.jsonl --recipe reward",
-    "plan": "plan reward --model lm --data rows.jsonl",
+    "dry run": "reward --model lm --data rows.jsonl --out dry/run --dry-run",
     "sample": "sample --model lm --data rows.jsonl --max-new-tokens 4 --out sampled.jsonl",
     "score": "score --model rm --data rows.jsonl --out scored.jsonl",
 }

@@ -37,7 +37,7 @@ OUTSIDE = "|".join(
     (
         r"\b(started|seconds|clock|log_bytes\['metrics\.jsonl'\])",  # the time, and its digits
         r"\b(argv|resume)\b",  # whether the run was told to resume
-        r"^main: (fits|held|plan\.held)\b",  # memory of the process and the machine, measured
+        r"^main: start\.facts\['memory'\]",  # of the process and the machine, measured
         r"^main: r\.before\b",  # settings of the last start, to tell what has changed
         r"^main: results\b",  # of the last evaluation, which a resumed run makes anew
         r"^minirlhf\.run\.checkpoint\['_known_whole'\]",  # what was verified

@@ -339,7 +339,7 @@ def clipped_loss(config: PPOConfig) -> PolicyLoss:
 def main(argv: list[str] | None = None) -> int:
     config = flags.parse(PPOConfig, argv, "minirlhf ppo")
     start = load_run(config)
-    r, state, sets = start.run, start.state, start.sets
+    config, r, state, sets = start.config, start.run, start.state, start.sets
     with r:
         r.list_left_out(start.reports)
         r.facts(start.facts)
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
             merge_lora(state.model)
         lm, tokenizer = state.model.lm, start.tokenizer
         model = r.export(lambda target: write_model(lm, tokenizer, target))
-        print(f"aligned model in {model}")
+        r.done("aligned model", model)
     return OK
 
 

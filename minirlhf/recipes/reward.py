@@ -194,13 +194,13 @@ def finish(
     folder = r.export(write)
     for name, text in files.items():
         r.write_file(name, text)
-    print(f"reward model in {folder}")
+    r.done("reward model", folder)
 
 
 def main(argv: list[str] | None = None) -> int:
     config = flags.parse(RewardConfig, argv, "minirlhf reward")
     start, results = load_run(config), None
-    r, state = start.run, start.state
+    config, r, state = start.config, start.run, start.state
     with r:
         r.list_left_out(start.reports)
         r.facts(start.facts)

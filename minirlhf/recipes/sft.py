@@ -128,7 +128,7 @@ def evaluate_all(
 def main(argv: list[str] | None = None) -> int:
     config = flags.parse(SFTConfig, argv, "minirlhf sft")
     start = load_run(config)
-    r, state, tokenizer = start.run, start.state, start.tokenizer
+    config, r, state, tokenizer = start.config, start.run, start.state, start.tokenizer
     with r:
         if config.model is None and config.tokenizer is None:
             keep_tokenizer(tokenizer, r.folder)
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.lora_rank:
             merge_lora(state.model)
         written = r.export(lambda target: write_model(state.model, tokenizer, target))
-        print(f"language model in {written}")
+        r.done("language model", written)
     return OK
 
 

@@ -96,18 +96,16 @@ def _check_url(url: str) -> None:
             raise UserError(f"--reward {printable(url)}", what, "http://host:port/path, or https")
 
 
-def locate(spec: Spec, weights: bool = True) -> Path | None:
+def locate(spec: Spec) -> Path | None:
     """The folder (as `resolve` finds it) or file that must exist; None for a service.
 
-    Args:
-        weights: whether a folder's weights must be there, too.
     Raises:
         UserError: it does not exist, or the file names no function.
     """
     if spec.kind == "service":
         return None
     if spec.kind == "model":
-        return resolve(spec.place, weights)
+        return resolve(spec.place)
     if spec.place.endswith(".py"):
         do = f"give {spec.place}:function"
         raise UserError("--reward", f"{spec.place} names no function", do)

@@ -73,16 +73,15 @@ class Run:
         self.record: Record | None = None  # of this start, once it is entered
         self.state: TrainState | None = None  # once restored
         self.started = time.perf_counter()
-        self._check_folder()
+        self.check_folder()
 
     @property
     def stopped(self) -> bool:
         """Whether a signal has asked to stop: what there is to save is the state of a yield."""
         return interrupt.requested()
 
-    def _check_folder(self) -> None:
-        """Refuses a folder that is not this run's to write in."""
-        facts = self.folder / "run.json"
+    def check_place(self) -> None:
+        """Refuses a place where no folder can be made, or that a model is read from."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(self.folder, "is not a folder", "give another --out")
         above = next(parent for parent in self.folder.absolute().parents if parent.exists())
@@ -92,6 +91,11 @@ class Run:
             if inside(self.folder, Path(place)):
                 what = f"is {flag} {place} or lies in it"
                 raise UserError(self.folder, what, "give another --out")
+
+    def check_folder(self) -> None:
+        """Refuses a folder that is not this run's to write in."""
+        self.check_place()
+        facts = self.folder / "run.json"
         if self.config.resume and facts.exists():
             self.before = read_record(facts, self.recipe)
             self.changed = changed_settings(self.before, self.config, facts)
@@ -113,7 +117,7 @@ class Run:
         atomic.make_folder(self.folder)
         self._lock = self._take_lock()
         try:
-            self._check_folder()  # another run may have come and gone since the first look
+            self.check_folder()  # another run may have come and gone since the first look
             atomic.sweep(self.folder)
             atomic.sweep(self.folder / "checkpoints")  # a finished run sweeps none by saving
             self._write_facts()
@@ -345,6 +349,10 @@ class Run:
             atomic.fsync(path)
         atomic.commit_folder(temporary, final)
         return final
+
+    def done(self, what: str, folder: Path) -> None:
+        """Tells what the run has made, and where it is."""
+        print(f"{what} in {folder}")
 
 
 def _of_service(error: BaseException | None) -> bool:

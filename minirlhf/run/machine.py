@@ -44,7 +44,7 @@ def make_deterministic(device: str) -> None:
     sampling, and cuBLAS wants a workspace setting.
 
     It imports 70 MB, which the optimizer would import anyway: called late, so that a refusal need
-    not wait for it, and before `process_bytes`, so that the plan counts it.
+    not wait for it, and before `process_bytes`, so that the estimate counts it.
     """
     torch.use_deterministic_algorithms(device == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -41,6 +41,10 @@ class RunSettings(OutSettings):
     )
     keep: int = setting(2, "how many of the newest checkpoints are kept", at_least=2, resume="free")
     resume: bool = setting(False, "go on from the newest checkpoint in --out", resume="free")
+    dry_run: bool = setting(
+        False, "make two steps on the longest rows, print peak memory and time, and leave no file",
+        resume="free",
+    )
     allow_data_change: bool = setting(
         False, "resume although data files have changed", resume="free"
     )

@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 import torch
 
-from minirlhf.batches.demonstrations import TextMix, with_target
+from minirlhf.batches.demonstrations import TextMix
 from minirlhf.batches.rollouts import measure
-from minirlhf.data.examples import Prompt, Text, load_prompts, load_texts
+from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from minirlhf.equations.scores import EndRule, end_rule
 from minirlhf.errors import UserError
 from minirlhf.evaluation.policy import PolicyEvaluation, evaluate_policy
 from minirlhf.evaluation.samples import sample_table
 from minirlhf.files.folders import resolve
-from minirlhf.files.sieve import Report, RowPolicy
+from minirlhf.files.sieve import Report
 from minirlhf.models import pretrained
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.heads import RewardModel, ValueHeadModel, critic_from_reward_model
@@ -29,25 +29,13 @@ from minirlhf.rewards.parse import Spec
 from minirlhf.rewards.source import RewardSource
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.dry_run import DryRun
 from minirlhf.run.folder import Run
-from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic, process_bytes
-from minirlhf.setup import memory_plans
-from minirlhf.setup.common import named_files, write_model
+from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
+from minirlhf.setup import longest, memory
+from minirlhf.setup.common import write_model
+from minirlhf.setup.ppo_data import Data, read_data
 from minirlhf.setup.ppo_settings import PPOConfig
-
-# ------------------------------------------------------------------------------------------ a run
-
-
-def held_out(prompts: list[Prompt], most: int | None, file: str) -> list[Prompt]:
-    """The first prompts of a held-out file.
-
-    Raises:
-        UserError: there are fewer than 2.
-    """
-    if len(prompts) < 2:
-        what = f"{len(prompts)} prompt to evaluate on"
-        raise UserError(file, what, "give 2 or more: a standard error needs them")
-    return prompts[:most]
 
 
 def prompt_room(config: PPOConfig, folders: Sequence[Path]) -> int:
@@ -63,14 +51,13 @@ def prompt_room(config: PPOConfig, folders: Sequence[Path]) -> int:
 
 def check_models(
     config: PPOConfig, lms: Sequence[Path], critics: Sequence[Path], scorers: Sequence[Path],
-    tokenizer: Tokenizer, weights: bool,
+    tokenizer: Tokenizer,
 ) -> None:
     """What can be known of the models before any weight is read.
 
     Args:
         lms: policy and reference.
         critics, scorers: reward models, none or one of the first.
-        weights: as in `look`.
     """
     for flag, name, folders in (
         ("--ref", config.ref, lms[1:]),
@@ -84,83 +71,14 @@ def check_models(
         what = "names no eos token, so that no response could end"
         do = "set eos_token in tokenizer_config.json, or give --stop"
         raise UserError(tokenizer.folder, what, do)
-    for lm in lms if weights else ():
+    for lm in lms:
         pretrained.without_weights(lm)
     words = [pretrained.read_config(lm).vocab_size for lm in lms]
     if config.kl_estimator == "full" and len(set(words)) > 1:
         what = f"has {words[1]:,} tokens, the policy {words[0]:,}"
         raise UserError(f"--ref {config.ref}", what, "use another --kl-estimator than full")
-    for reward_model in (*critics, *scorers) if weights else ():
+    for reward_model in (*critics, *scorers):
         pretrained.without_weights(reward_model, reward=True)
-
-
-class Data(NamedTuple):
-    """What a run reads beside its models."""
-
-    prompts: list[Prompt]
-    sets: dict[str, list[Prompt]]  # metric prefix -> held-out prompts
-    texts: list[Text]  # mixed into the updates; none without ptx_data
-    files: dict[str, list[str]]  # setting -> files that it names
-    reports: list[Report]
-
-    @property
-    def every_prompt(self) -> list[Prompt]:
-        """Of training and evaluation."""
-        return [prompt for prompts in (self.prompts, *self.sets.values()) for prompt in prompts]
-
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens, over training and evaluation."""
-        return max(len(prompt.ids) for prompt in self.every_prompt)
-
-    @property
-    def columns(self) -> dict[str, set[str]]:
-        """file:line of the first prompt of each file -> columns that any of its prompts has."""
-        return {
-            prompts[0].where: {name for prompt in prompts for name in prompt.columns}
-            for prompts in (self.prompts, *self.sets.values())
-        }
-
-    @property
-    def longest_text(self) -> int:
-        """Tokens; 0 without texts."""
-        return max((len(text.ids) for text in self.texts), default=0)
-
-
-def read_data(config: PPOConfig, tokenizer: Tokenizer, room: int, longest_row: int) -> Data:
-    """All rows of all files, each file's report printed.
-
-    Args:
-        room: most tokens of a prompt.
-        longest_row: most tokens of a text.
-    """
-    policy = RowPolicy.of(config)
-    files = {"": config.data, **named_files(config.eval_data, "/")}
-    sets, texts, reports = {}, [], []
-    for prefix, file in files.items():
-        rows, report = load_prompts(file, tokenizer, room, config.overlong, policy=policy)
-        print(report)
-        sets[prefix] = held_out(rows, config.eval_prompts, file) if prefix else rows
-        reports.append(report)
-    if config.ptx_data is not None:
-        texts, report = read_texts(config, tokenizer, longest_row)
-        reports.append(report)
-    held_out_files = [file for prefix, file in files.items() if prefix]
-    names = {"data": [config.data], "eval_data": held_out_files,
-             "ptx_data": [config.ptx_data] if config.ptx_data else []}
-    return Data(sets.pop(""), sets, texts, names, reports)
-
-
-def read_texts(
-    config: PPOConfig, tokenizer: Tokenizer, longest_row: int
-) -> tuple[list[Text], Report]:
-    """Those that are mixed into the updates; the file's report is printed."""
-    texts, report = load_texts(
-        config.ptx_data, tokenizer, longest_row, config.overlong, policy=RowPolicy.of(config),
-        finish=with_target,
-    )
-    print(report)
-    return texts, report
 
 
 def check_reencoded(config: PPOConfig, scorers: Sequence[Path], data: Data) -> None:
@@ -202,22 +120,18 @@ class Start(NamedTuple):
     inputs: dict[str, list]  # setting -> files and folders that it names
 
 
-def look(config: PPOConfig, weights: bool = True) -> Start:
+def look(config: PPOConfig) -> Start:
     """What a run starts from; refuses all that can be refused before anything is loaded, the
-    cheapest first.
-
-    Args:
-        weights: False for a plan, which asks for no weights, so that their headers are not read.
-    """
-    folder = resolve(config.model, weights)
-    ref_folder = folder if config.ref is None else resolve(config.ref, weights)
+    cheapest first."""
+    folder = resolve(config.model)
+    ref_folder = folder if config.ref is None else resolve(config.ref)
     tokenizer = load_tokenizer(folder)
     tokenizer.check_stops(config.stop)
-    critic = [] if config.critic is None else [resolve(config.critic, weights)]
+    critic = [] if config.critic is None else [resolve(config.critic)]
     specs = [parse.parse_source(source) for source in config.reward]
-    places = [parse.locate(spec, weights) for spec in specs]
+    places = [parse.locate(spec) for spec in specs]
     scorers = [place for place in places if place is not None and place.is_dir()]
-    check_models(config, (folder, ref_folder), critic, scorers, tokenizer, weights)
+    check_models(config, (folder, ref_folder), critic, scorers, tokenizer)
     others = [place for place in scorers if load.reencoded(place, tokenizer)]
     same = [place for place in scorers if place not in others]
     room = prompt_room(config, (folder, ref_folder, *critic, *same))
@@ -283,6 +197,7 @@ def run_facts(
 class PPORun(NamedTuple):
     """A run that is ready to begin: checked, loaded, and nothing written yet."""
 
+    config: PPOConfig  # of a dry run its own
     run: Run
     state: TrainState
     prompts: list[Prompt]
@@ -304,9 +219,11 @@ def load_run(config: PPOConfig) -> PPORun:
     start = look(config)
     tokenizer, data = start.tokenizer, start.data
     # Refused here, before anything is loaded; written to only once all is.
-    r = Run(config, "ppo", start.inputs)
+    r = (DryRun if config.dry_run else Run)(config, "ppo", start.inputs)
+    if config.dry_run:
+        config, tokenizer, data = longest.of_ppo(r, config, tokenizer, data)
     make_deterministic(device)
-    fits = count_memory(config, start, dtype, device)
+    fits = announce_memory(config, start, dtype, device)
     reward_models: list[tuple[RewardModel, Path]] = []
     reward = load.load_reward(
         config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,
@@ -342,19 +259,20 @@ def load_run(config: PPOConfig) -> PPORun:
 
     facts = run_facts(config, len(data.prompts), policy, fits, device, dtype)
     facts |= load.facts(start.specs, tokenizer)
-    return PPORun(r, state, data.prompts, data.sets, reward, ref, tokenizer, mix, data.reports,
-                  facts, evaluate, table, export_best)
+    return PPORun(config, r, state, data.prompts, data.sets, reward, ref, tokenizer, mix,
+                  data.reports, facts, evaluate, table, export_best)
 
 
-def count_memory(config: PPOConfig, start: Start, dtype: torch.dtype, device: str) -> str:
-    """Whether the run fits the machine, in words."""
-    data, held = start.data, process_bytes(device)
-    models = memory_plans.ppo_models(config)
-    plan = memory_plans.ppo_plan(
-        config, models, data.longest_prompt, dtype, held, data.longest_text
-    )
+def announce_memory(config: PPOConfig, start: Start, dtype: torch.dtype, device: str) -> str:
+    """What the run says of its memory; errors as `memory.announce`."""
+    read, data = pretrained.read_config, start.data
+    own = config.ref is None and config.lora_rank  # the policy is its own reference
+    frozen = [read(folder) for folder in (*start.scorers, *([] if own else [start.ref_folder]))]
+    critic = read(start.critic[0]) if start.critic else None
+    estimate = memory.of_ppo(config, read(start.folder), critic, frozen, data.longest_prompt,
+                             data.longest_text, dtype)
     folders = start.folder, start.ref_folder, *start.critic, *start.scorers
-    return memory_plans.announce(plan, folders, dtype, device)
+    return memory.announce(estimate, folders, dtype, device)
 
 
 def load_reference(

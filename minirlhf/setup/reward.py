@@ -12,7 +12,6 @@ from minirlhf.batches.preferences import (
     NEED_SCORES,
     Example,
     collate,
-    count_texts,
     count_tokens,
     kind_of,
     reads_before_eos,
@@ -37,11 +36,11 @@ from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.lora import add_lora
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.dry_run import DryRun
 from minirlhf.run.folder import Run
-from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic, process_bytes
-from minirlhf.setup import memory_plans
+from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
+from minirlhf.setup import longest, memory
 from minirlhf.setup.common import named_files
-from minirlhf.setup.memory import Plan
 from minirlhf.setup.reward_settings import RewardConfig
 
 
@@ -78,20 +77,6 @@ def check_loss(config: RewardConfig, path: str, examples: list[Example]) -> None
         what = f"is {config.label_smoothing}, but {path} holds ranked lists"
         do = "only the label of a pair can be smoothed: leave it out, or give --list-loss pairs"
         raise UserError("--label-smoothing", what, do)
-
-
-def memory_plan(
-    config: RewardConfig, model: ModelConfig, examples: list[Example],
-    sets: dict[str, list[Example]], dtype: torch.dtype, held: int,
-) -> Plan:
-    """What a run over these examples and held-out sets will hold; held: as in `reward_plan`."""
-    every = [examples, *sets.values()]
-    scored = every if config.normalize == "train" else every[1:]
-    return memory_plans.reward_plan(
-        config, model, max(int(row_lengths(rows).max()) for rows in every), dtype, held,
-        max(map(len, scored), default=0), max(int(count_texts(rows).max()) for rows in every),
-        memory_plans.heaviest(list(map(count_tokens, examples)), config.batch_size),
-    )
 
 
 def load_start(
@@ -155,6 +140,7 @@ def score_sets(
 class RewardRun(NamedTuple):
     """A run that is ready to begin: checked, loaded, and nothing written yet."""
 
+    config: RewardConfig  # of a dry run its own
     run: Run
     state: TrainState
     examples: list[Example]
@@ -171,7 +157,8 @@ def load_run(config: RewardConfig) -> RewardRun:
     files = {"": config.data} | named_files(config.eval_data)
     # Refused here, before anything is loaded; written to only once all is.
     held_out = [file for name, file in files.items() if name]
-    r = Run(config, "reward", {"data": [config.data], "eval_data": held_out})
+    inputs = {"data": [config.data], "eval_data": held_out}
+    r = (DryRun if config.dry_run else Run)(config, "reward", inputs)
     folder = folders.resolve(config.model)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
     r.inputs["model"] = tokenizer_files(folder)
@@ -183,8 +170,13 @@ def load_run(config: RewardConfig) -> RewardRun:
     sets = {prefix: rows for prefix, (rows, _) in read.items()}
     examples = sets.pop("")
     make_deterministic(device)
-    plan = memory_plan(config, model_config, examples, sets, dtype, process_bytes(device))
-    fits = memory_plans.announce(plan, [folder], dtype, device)
+    if config.dry_run:
+        config, examples, sets = longest.of_training(
+            r, config, examples, sets, longest.of_preferences
+        )
+    tokens = list(map(count_tokens, examples))
+    estimate = memory.of_training("reward", config, model_config, tokens, dtype)
+    fits = memory.announce(estimate, [folder], dtype, device)
     model = load_start(config, before_eos, device, dtype)
     optimizer = optim.make_optimizer(
         model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
@@ -200,4 +192,4 @@ def load_run(config: RewardConfig) -> RewardRun:
     }
     reports = [report for _, report in read.values()]
     state = TrainState(model, optimizer)
-    return RewardRun(r, state, examples, sets, tokenizer, reports, facts, steps)
+    return RewardRun(config, r, state, examples, sets, tokenizer, reports, facts, steps)

@@ -26,11 +26,11 @@ from minirlhf.models.lora import add_lora
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.dry_run import DryRun
 from minirlhf.run.folder import Run
-from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic, process_bytes
-from minirlhf.setup import memory_plans
+from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
+from minirlhf.setup import longest, memory
 from minirlhf.setup.common import named_files
-from minirlhf.setup.memory import Plan
 from minirlhf.setup.sft_settings import SFTConfig
 
 
@@ -123,18 +123,6 @@ def load(
     return texts, report
 
 
-def memory_plan(
-    config: SFTConfig, model: ModelConfig, texts: list[Text], sets: dict[str, list[Text]],
-    dtype: torch.dtype, held: int,
-) -> Plan:
-    """What a run over these texts and held-out sets will hold; held: as in `sft_plan`."""
-    longest = max(int(count_tokens(rows)[0].max()) for rows in (texts, *sets.values()))
-    return memory_plans.sft_plan(
-        config, model, longest, dtype, held, max(map(len, sets.values()), default=0),
-        memory_plans.heaviest(count_tokens(texts)[0].tolist(), config.batch_size),
-    )
-
-
 def load_start(
     config: SFTConfig, model_config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype
 ) -> CausalLM:
@@ -154,6 +142,7 @@ def load_start(
 class SFTRun(NamedTuple):
     """A run that is ready to begin: checked, loaded, and nothing written yet."""
 
+    config: SFTConfig  # of a dry run its own
     run: Run
     state: TrainState
     texts: list[Text]
@@ -171,7 +160,7 @@ def load_run(config: SFTConfig) -> SFTRun:
     inputs = {"data": [config.data], "eval_data": [f for name, f in files.items() if name],
               "init_config": filter(None, [config.init_config])}
     # Refused here, before anything is loaded; written to only once all is.
-    r = Run(config, "sft", inputs)
+    r = (DryRun if config.dry_run else Run)(config, "sft", inputs)
     tokenizer = choose_tokenizer(config)
     if source := config.model or config.tokenizer:
         r.inputs["tokenizer"] = tokenizer_files(folders.resolve(source, weights=False))
@@ -181,9 +170,12 @@ def load_run(config: SFTConfig) -> SFTRun:
     sets = {prefix: rows for prefix, (rows, _) in read.items()}
     texts = sets.pop("")
     make_deterministic(device)
-    plan = memory_plan(config, model_config, texts, sets, dtype, process_bytes(device))
+    if config.dry_run:
+        config, texts, sets = longest.of_training(r, config, texts, sets, longest.of_texts)
+    tokens = count_tokens(texts)[0].tolist()
+    estimate = memory.of_training("sft", config, model_config, tokens, dtype)
     start = [folders.resolve(config.model)] if config.model else []
-    fits = memory_plans.announce(plan, start, dtype, device)
+    fits = memory.announce(estimate, start, dtype, device)
     lm = load_start(config, model_config, tokenizer, dtype).to(device)
     if config.compile:
         compile_blocks(lm)
@@ -201,4 +193,5 @@ def load_run(config: SFTConfig) -> SFTRun:
         "seed": config.seed,
     }
     reports = [report for _, report in read.values()]
-    return SFTRun(r, TrainState(lm, optimizer), texts, sets, tokenizer, reports, facts, steps)
+    state = TrainState(lm, optimizer)
+    return SFTRun(config, r, state, texts, sets, tokenizer, reports, facts, steps)

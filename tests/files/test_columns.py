@@ -106,7 +106,7 @@ def test_a_policy_refuses_words_that_cannot_be_meant():
 VERBS = {"sft": TEXT, "new": TEXT, "reward": PAIR, "ppo": PROMPT, "sample": PROMPT, "score": PAIR}
 
 
-@pytest.mark.parametrize("verb", [*COMMANDS, "check", "plan"])
+@pytest.mark.parametrize("verb", [*COMMANDS, "check"])
 def test_every_verb_takes_other_names(verb, run, tmp_path):
     row = VERBS.get(verb, PAIR)
     names = [f"{name}=their_{name}" for name in row]
@@ -115,8 +115,7 @@ def test_every_verb_takes_other_names(verb, run, tmp_path):
     if verb in COMMANDS:
         argv = words(verb, data="d.jsonl")
     else:
-        argv = [verb, "d.jsonl"] if verb == "check" else [verb, "reward", "--data", "d.jsonl"]
-        argv += ["--model", "lm"]
+        argv = [verb, "d.jsonl", "--model", "lm"]
     code, _, told = run(argv)
     assert code == 2 and told.startswith("error: d.jsonl:1: columns of no known format: their_")
     assert "other names: --columns prompt=question" in told

@@ -1,6 +1,7 @@
-"""What one tensor takes: by hand on a tiny model, and against what torch really keeps."""
+"""The estimate of a run's memory: by hand on a tiny model, and what is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,13 +9,13 @@ from torch import bfloat16, float32
 
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.models.config import ModelConfig
-from minirlhf.models.heads import ValueHeadModel
-from minirlhf.models.logprobs import token_logprobs
-from minirlhf.models.lora import add_lora
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run.machine import Machine
 from minirlhf.setup import memory
-from minirlhf.setup.memory import Part, Plan
+from minirlhf.setup.memory import Estimate, Part
+from minirlhf.setup.ppo_settings import PPOConfig
+from minirlhf.setup.reward_settings import RewardConfig
+from minirlhf.setup.sft_settings import SFTConfig
 
 # 40 embeddings; q 16, k 8, v 8, o 16; three MLP matrices of 24; three norms of 4: 172 parameters
 TINY = ModelConfig(
@@ -22,65 +23,60 @@ TINY = ModelConfig(
     num_kv_heads=1, head_dim=2, max_positions=64,
 )
 UNTIED = replace(TINY, tied_embeddings=False)
-GPT2 = replace(
-    TINY, family="gpt2", norm="layer", positions="learned", gated_mlp=False, num_kv_heads=2,
-    activation="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True,
+WIDE = replace(
+    TINY, vocab_size=50, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4,
+    num_kv_heads=2, head_dim=8,
 )
 FAMILIES = {
-    "llama": TINY,
-    "untied": UNTIED,
-    "qwen2": replace(TINY, qkv_bias=True),
-    "qwen3": replace(TINY, qk_norm=True, num_layers=2, head_dim=4),
-    "gpt2": GPT2,
+    "llama": WIDE,
+    "qwen3": replace(WIDE, qk_norm=True, head_dim=16),
+    "gpt2": replace(
+        WIDE, family="gpt2", norm="layer", positions="learned", gated_mlp=False, num_kv_heads=4,
+        activation="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True,
+    ),
 }
 
-# ---- one tensor ----------------------------------------------------------------------------------
+
+def sizes(parts: list[Part]) -> dict[str, int]:
+    return {part.name: part.bytes for part in parts}
 
 
-def test_parameters_are_counted_once_where_tied():
+# ---- the models ----------------------------------------------------------------------------------
+
+
+def test_parameters_are_counted_once_where_tied_and_adapters_by_rank():
     assert memory.parameters(TINY) == 172
     assert memory.parameters(UNTIED) == 212
-    assert memory.trunk_parameters(TINY) == memory.trunk_parameters(UNTIED) == 172
+    # rank times in plus out: q 4+4, k 4+2, v 4+2, o 4+4, gate 4+6, up 4+6, down 6+4
+    assert memory.parameters(TINY, 1) == 58
+    assert memory.parameters(TINY, 3) == 174
 
 
-def test_adapter_parameters_are_rank_times_in_plus_out():
-    # q 4+4, k 4+2, v 4+2, o 4+4, gate 4+6, up 4+6, down 6+4
-    assert memory.adapter_parameters(TINY, 1) == 58
-    assert memory.adapter_parameters(TINY, 3) == 174
+def test_parameters_allocates_no_weights(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.nn.Embedding, "reset_parameters",
+                        lambda self: made.append(self.weight.device.type))
+    memory.parameters(TINY)
+    assert set(made) == {"meta"}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rank", "expected"),
-    [
-        # two norms of (4 + 4) x 4 + 4 B; 2 x 4 + 4 x 4 + 4 x 6 numbers; 2 heads; norm; state
-        (float32, 0, 72 + 4 * 48 + 8 + 36 + 16),
-        # no normed x; one number a layer for each of 7 adapters; the first norm keeps nothing
-        (float32, 1, 40 + 4 * 48 + 8 + 28 + 16),
-        # norms of 4 x (4 + 2) + 4 B, twice, and once more at the end
-        (bfloat16, 0, 56 + 2 * 48 + 8 + 28 + 16),
-    ],
-)
-def test_kept_per_token_by_hand(dtype, rank, expected):
-    assert memory.kept_per_token(TINY, dtype, rank) == expected
+def test_kept_per_token_by_hand():
+    block = 6 * 4 + 4 * 2 * 2 + 4 * 6  # around the norms; q, k, v and output; in the MLP
+    assert memory.kept_per_token(TINY, float32) == 4 * block
+    assert memory.kept_per_token(TINY, bfloat16) == 2 * block + 2 * 2 * 4  # norms read float32
+    # q and k of 2 and 1 heads are normed, too
+    assert memory.kept_per_token(replace(TINY, qk_norm=True), float32) == 4 * (block + 2 * 6)
+    assert memory.kept_per_token(replace(TINY, gated_mlp=False), float32) == 4 * (block - 2 * 6)
+    deep = replace(TINY, num_layers=9)
+    assert memory.kept_per_token(deep, float32) == 9 * 4 * block
+    assert memory.kept_per_token(deep, float32, checkpointing=True) == 4 * (block + 9 * 4)
 
 
-def test_kept_per_token_with_checkpointing_is_one_block_and_each_input():
-    plain, deep = (memory.kept_per_token(replace(TINY, num_layers=n), float32) for n in (1, 2))
-    block = deep - plain
-    deep = memory.kept_per_token(replace(TINY, num_layers=9), float32, checkpointing=True)
-    assert deep == plain + 9 * 4 * 4  # inputs of 4 channels; plain holds the one block
-    assert 9 * 4 * 4 < 8 * block
-
-
-@pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("dtype", [float32, bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kept_per_token_is_what_autograd_keeps(family, dtype, rank):
+def test_kept_per_token_is_within_a_quarter_of_what_autograd_keeps(family, dtype):
     config, rows, width = FAMILIES[family], 3, 7
     lm = initialize(CausalLM(config), torch.Generator().manual_seed(0)).to(dtype)
-    model = ValueHeadModel(lm)
-    if rank:
-        add_lora(model, rank, 8.0)
     kept = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -88,107 +84,148 @@ def test_kept_per_token_is_what_autograd_keeps(family, dtype, rank):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        output = model(torch.zeros(rows, width, dtype=torch.int64))
+        output = lm(torch.zeros(rows, width, dtype=torch.int64))
     rotary = lm.model.rotary
-    known = [*model.parameters(), *((rotary.cos, rotary.sin) if rotary else ())]
-    for x in known:
+    for x in [*lm.parameters(), *((rotary.cos, rotary.sin) if rotary else ())]:
         kept.pop(x.untyped_storage()._cdata, None)
-    # Indices and the head's float32 weight are left out of the plan: they are small.
-    total = sum(x.untyped_storage().nbytes() for x in kept.values() if x.dtype != torch.int64)
-    total -= 4 * config.hidden_size if dtype == bfloat16 else 0
-    assert total == rows * width * memory.kept_per_token(config, dtype, rank)
-    assert output[1].requires_grad
+    total = sum(x.untyped_storage().nbytes() for x in kept.values())
+    estimated = rows * width * memory.kept_per_token(config, dtype)
+    assert 0.75 * total < estimated < 1.25 * total
+    assert output.requires_grad
 
 
-def test_passing_per_token_is_the_larger_of_attention_and_mlp():
-    assert memory.passing_per_token(TINY, float32) == 4 * (8 + 4 * 4 + 2 * 2)
-    wide = replace(TINY, intermediate_size=20)
-    assert memory.passing_per_token(wide, float32) == 4 * (8 + 3 * 20)
-    assert memory.passing_per_token(wide, bfloat16, rank=2) == 2 * (8 + 4 * 20)
-    assert memory.passing_per_token(replace(wide, gated_mlp=False), float32) == 4 * (8 + 2 * 20)
+# ---- the recipes ---------------------------------------------------------------------------------
+
+
+def test_of_training_by_hand():
+    estimate = memory.of_training("sft", SFTConfig(batch_size=2), TINY, [3, 5, 2], float32)
+    assert sizes(estimate.peak) == {
+        "weights": 172 * 4, "moments": 2 * 172 * 4,
+        "gradients": (172 + 40) * 4,  # of the embeddings twice
+        "activations": 8 * 256 + 3 * 8 * 10 * 4,  # the two longest; 3 tiles of 8 x 10 logits
+    }
+    assert estimate.total == 688 + 1376 + 848 + 3008
+    small = replace(SFTConfig(batch_size=2), micro_batch_tokens=7)
+    small = memory.of_training("sft", small, UNTIED, [3, 5, 2], float32)
+    assert sizes(small.peak)["gradients"] == 212 * 4
+    assert sizes(small.peak)["activations"] == 7 * 256 + 3 * 7 * 10 * 4
+
+
+def test_of_training_of_a_reward_model_reads_no_logits_and_holds_the_longest_row():
+    config = RewardConfig(micro_batch_tokens=1)
+    estimate = memory.of_training("reward", config, TINY, [3, 5, 2], float32)
+    assert sizes(estimate.peak)["gradients"] == 172 * 4
+    assert sizes(estimate.peak)["activations"] == 5 * 256
+
+
+def test_of_training_with_adapters_trains_little():
+    config = SFTConfig(lora_rank=2)
+    found = sizes(memory.of_training("sft", config, TINY, [5], float32).peak)
+    assert (found["weights"], found["moments"], found["gradients"]) == (688, 2 * 464, 464)
+
+
+def test_of_training_in_half_precision_has_float32_masters_and_gradients():
+    found = sizes(memory.of_training("sft", SFTConfig(), UNTIED, [5], bfloat16).peak)
+    assert found["weights"] == 212 * 2
+    assert found["moments"] == 2 * 212 * 4 + 212 * 4  # and the masters
+    assert found["gradients"] == 212 * 4
+
+
+SETTINGS = PPOConfig(batch_size=4, max_new_tokens=3, micro_batch_size=2)
+
+
+def test_of_ppo_by_hand():
+    estimate = memory.of_ppo(SETTINGS, TINY, None, [TINY, TINY], 2, 0, float32)
+    assert sizes(estimate.parts) == {
+        "weights": 688, "moments": 1376, "gradients": 848,
+        "activations": 10 * 256 + 3 * 10 * 10 * 4,  # 2 rows of 2 + 3 tokens
+        "frozen models": 2 * 688,
+        # keys and values of 2 numbers for each of 5 tokens; 4 copies of 10 logits
+        "KV cache and logits of sampling": 4 * (5 * 16 + 4 * 10 * 4),
+    }
+    assert estimate.total == 688 + 1376 + 848 + 3760 + 1376  # in an update
+    assert "KV cache and logits of sampling" not in sizes(estimate.peak)
+
+
+def test_of_ppo_peaks_in_sampling_where_many_rows_stand_side_by_side():
+    config = replace(SETTINGS, batch_size=900, rollout_batch_size=800)
+    estimate = memory.of_ppo(config, TINY, None, [], 2, 0, float32)
+    assert estimate.total == 688 + 1376 + 800 * 240
+
+
+def test_of_ppo_offloaded_holds_the_largest_frozen_model_while_nothing_learns():
+    config = replace(SETTINGS, offload_frozen=True)
+    estimate = memory.of_ppo(config, TINY, None, [TINY, UNTIED], 2, 0, float32)
+    assert sizes(estimate.parts)["frozen models"] == 212 * 4
+    assert "frozen models" not in sizes(estimate.peak)
+    huge = replace(TINY, vocab_size=10_000)
+    estimate = memory.of_ppo(config, TINY, None, [TINY, huge], 2, 0, float32)
+    assert estimate.total == 688 + 1376 + memory.parameters(huge) * 4
+
+
+def test_of_ppo_counts_a_critic_as_a_second_trunk_that_adapters_freeze():
+    found = sizes(memory.of_ppo(SETTINGS, TINY, TINY, [], 2, 0, float32).parts)
+    assert (found["weights"], found["moments"]) == (2 * 688, 2 * 1376)
+    assert found["activations"] == 2 * 10 * 256 + 1200
+    config = replace(SETTINGS, lora_rank=2)
+    found = sizes(memory.of_ppo(config, TINY, TINY, [], 2, 0, float32).parts)
+    assert (found["weights"], found["moments"]) == (2 * 688, 2 * 464)
+    assert found["activations"] == 10 * 256 + 1200
+
+
+def test_of_ppo_takes_the_larger_micro_batch_of_rollouts_and_texts():
+    config = replace(SETTINGS, ptx_batch_size=3)
+    found = sizes(memory.of_ppo(config, TINY, None, [], 2, 7, float32).parts)
+    assert found["activations"] == 21 * 256 + 3 * 21 * 10 * 4
+
+
+# ---- what is told, and refused -------------------------------------------------------------------
+
+ESTIMATE = Estimate("ppo", [
+    Part("weights", 3_000_000_000, "take a smaller model"),
+    Part("activations", 5_000_000_000, "lower --rows", "update"),
+    Part("KV cache", 2_000_000_000, "lower --side", "sampling"),
+])
+
+
+def test_peak_is_the_phase_that_holds_most():
+    assert [part.name for part in ESTIMATE.peak] == ["weights", "activations"]
+    assert ESTIMATE.total == 8_000_000_000
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tokens", "trained", "entropy", "forward", "backward"),
-    [
-        (float32, 3, False, False, 2 * 120, 120),
-        (float32, 3, True, False, 2 * 120, 120 + 160),
-        (float32, 3, True, True, 2 * 120, 2 * 120 + 160),
-        (float32, 512, True, False, 2 * 20480, 20480 + 160),
-        (float32, 513, True, False, 3 * 20480, 2 * 20480 + 160),
-        (bfloat16, 3, False, False, 2 * 120 + 160, 120 + 160),
-    ],
+    ("free", "warns"), [(8_000_000_000, False), (7_999_999_999, True), (6_000_000_000, True)]
 )
-def test_logits_held_by_hand(dtype, tokens, trained, entropy, forward, backward):
-    planned = memory.logits_held(TINY, dtype, tokens, trained, entropy)
-    assert planned[:2] == (forward, backward)
+def test_check_fits_warns_where_an_estimate_is_above_what_is_free(free, warns):
+    told = memory.check_fits(ESTIMATE, Machine(free, "MemAvailable"))
+    assert told == [
+        f"memory: ppo needs about 8.0 GB, {free / 1e9:.1f} GB are free (MemAvailable): "
+        "largest are the activations, 5.0 GB: lower --rows"
+    ] * warns
 
 
-def peak_of(work) -> int:
-    """Largest number of bytes that the CPU's allocator had handed out more than before."""
-    with torch.autograd.profiler.profile(profile_memory=True) as seen:
-        work()
-    events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
-@pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("tokens", [40, 1100])
-def test_logits_held_is_what_the_allocator_hands_out(tokens, entropy):
-    config = replace(TINY, vocab_size=2000)
-    lm = initialize(CausalLM(config), torch.Generator().manual_seed(0))
-    hidden, ids = torch.zeros(tokens, 4, requires_grad=True), torch.zeros(tokens).long()
-    planned = memory.logits_held(config, float32, tokens, True, entropy)
-    stats = []
-    forward = peak_of(lambda: stats.append(token_logprobs(lm, hidden, ids)))
-    loss = stats[0].logprobs.sum() + (stats[0].entropy.sum() if entropy else 0)
-    backward = peak_of(loss.backward)
-    assert planned.forward <= forward <= 1.05 * planned.forward
-    assert planned.backward <= backward <= 1.05 * planned.backward
-
-
-@pytest.mark.parametrize(
-    ("rows", "longest", "most", "cells"), [(2, 5, 100, 10), (9, 5, 30, 30), (2, 50, 30, 50)]
-)
-def test_largest_cells_is_bound_by_rows_tokens_or_one_row(rows, longest, most, cells):
-    assert memory.largest_cells(rows, longest, most) == cells
-
-
-# ---- what is printed, and refused ----------------------------------------------------------------
-
-PLAN = Plan(
-    "ppo", ("load", "loss", "save"),
-    (Part("weights", 3_000_000_000, "750,000,000 x 4 B", ("load", "loss", "save"), "halve"),
-     Part("activations", 4_000_000_000, "1,000 tokens x 4,000,000 B", ("loss",), "lower --rows"),
-     Part("critic", 0, "", ("load",), "")),
-    500_000_000,
-)
-
-
-def test_plan_prints_a_line_a_part_and_the_totals():
-    assert str(PLAN).splitlines() == [
-        "memory of ppo, GB",
-        "  process         0.50  libraries, tokenizer and data, measured",
-        "  weights         3.00  750,000,000 x 4 B",
-        "  activations     4.00  1,000 tokens x 4,000,000 B",
-        "  phases       load 3.50, loss 7.50 (peak), save 3.50",
-    ]
-
-
-def test_verdict_says_what_is_needed_beside_what_the_process_holds():
-    told = memory.verdict(PLAN, Machine(7_000_000_000, "MemAvailable"))
-    assert told == "needs 7.00 GB more, 7.00 GB are free (MemAvailable)"
-
-
-def test_verdict_refuses_naming_the_largest_part_and_what_lowers_it():
+def test_check_fits_refuses_what_cannot_fit_naming_the_largest_part_and_what_lowers_it():
     with pytest.raises(UserError) as refused:
-        memory.verdict(PLAN, Machine(6_999_999_999, "ulimit -v"))
+        memory.check_fits(ESTIMATE, Machine(5_999_999_999, "ulimit -v"))
     assert refused.value.code == MACHINE
     assert str(refused.value) == (
-        "memory: ppo needs 7.00 GB, 7.00 GB are free (ulimit -v): largest are the activations, "
-        "4.00 GB: lower --rows"
+        "memory: ppo needs about 8.0 GB, 6.0 GB are free (ulimit -v): largest are the "
+        "activations, 5.0 GB: lower --rows"
     )
+
+
+@pytest.mark.parametrize("free", [0, 7_000_000_000, 9_000_000_000])
+def test_announce_warns_and_tells_what_the_process_will_hold(monkeypatch, capsys, free):
+    rounded = ["a: weights are rounded", "b: weights are rounded"]
+    monkeypatch.setattr(memory.pretrained, "rounded", lambda folders, dtype: rounded)
+    monkeypatch.setattr(memory, "free_memory", lambda device: Machine(free, device))
+    monkeypatch.setattr(memory, "process_bytes", lambda device: 300_000_000)
+    if not free:
+        with pytest.raises(UserError, match=r"0\.0 GB are free \(cpu\)"):
+            memory.announce(ESTIMATE, [Path("a")], bfloat16, "cpu")
+        return
+    told = memory.announce(ESTIMATE, [Path("a")], bfloat16, "cpu")
+    assert told == "about 8.3 GB; --dry-run measures it"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"warning: {line}" for line in rounded]
+    assert [line[:21] for line in lines[2:]] == ["warning: memory: ppo "] * (free < 8_000_000_000)

@@ -1,0 +1,92 @@
+"""What a PPO run reads beside its models: prompts, held-out prompts, texts that are mixed in."""
+
+from typing import NamedTuple
+
+from minirlhf.batches.demonstrations import with_target
+from minirlhf.data.examples import Prompt, Text, load_prompts, load_texts
+from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.errors import UserError
+from minirlhf.files.sieve import Report, RowPolicy
+from minirlhf.setup.common import named_files
+from minirlhf.setup.ppo_settings import PPOConfig
+
+
+class Data(NamedTuple):
+    """What a run reads beside its models."""
+
+    prompts: list[Prompt]
+    sets: dict[str, list[Prompt]]  # metric prefix -> held-out prompts
+    texts: list[Text]  # mixed into the updates; none without ptx_data
+    files: dict[str, list[str]]  # setting -> files that it names
+    reports: list[Report]
+
+    @property
+    def every_prompt(self) -> list[Prompt]:
+        """Of training and evaluation."""
+        return [prompt for prompts in (self.prompts, *self.sets.values()) for prompt in prompts]
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens, over training and evaluation."""
+        return max(len(prompt.ids) for prompt in self.every_prompt)
+
+    @property
+    def columns(self) -> dict[str, set[str]]:
+        """file:line of the first prompt of each file -> columns that any of its prompts has."""
+        return {
+            prompts[0].where: {name for prompt in prompts for name in prompt.columns}
+            for prompts in (self.prompts, *self.sets.values())
+        }
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens; 0 without texts."""
+        return max((len(text.ids) for text in self.texts), default=0)
+
+
+def read_data(config: PPOConfig, tokenizer: Tokenizer, room: int, longest_row: int) -> Data:
+    """All rows of all files, each file's report printed.
+
+    Args:
+        room: most tokens of a prompt.
+        longest_row: most tokens of a text.
+    """
+    policy = RowPolicy.of(config)
+    files = {"": config.data, **named_files(config.eval_data, "/")}
+    sets, texts, reports = {}, [], []
+    for prefix, file in files.items():
+        rows, report = load_prompts(file, tokenizer, room, config.overlong, policy=policy)
+        print(report)
+        sets[prefix] = held_out(rows, config.eval_prompts, file) if prefix else rows
+        reports.append(report)
+    if config.ptx_data is not None:
+        texts, report = read_texts(config, tokenizer, longest_row)
+        reports.append(report)
+    held_out_files = [file for prefix, file in files.items() if prefix]
+    names = {"data": [config.data], "eval_data": held_out_files,
+             "ptx_data": [config.ptx_data] if config.ptx_data else []}
+    return Data(sets.pop(""), sets, texts, names, reports)
+
+
+def read_texts(
+    config: PPOConfig, tokenizer: Tokenizer, longest_row: int
+) -> tuple[list[Text], Report]:
+    """Those that are mixed into the updates; the file's report is printed."""
+    texts, report = load_texts(
+        config.ptx_data, tokenizer, longest_row, config.overlong, policy=RowPolicy.of(config),
+        finish=with_target,
+    )
+    print(report)
+    return texts, report
+
+
+def held_out(prompts: list[Prompt], most: int | None, file: str) -> list[Prompt]:
+    """The first prompts of a held-out file.
+
+    Raises:
+        UserError: there are fewer than 2.
+    """
+    if len(prompts) < 2:
+        what = f"{len(prompts)} prompt to evaluate on"
+        raise UserError(file, what, "give 2 or more: a standard error needs them")
+    return prompts[:most]
