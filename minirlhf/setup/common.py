@@ -31,7 +31,7 @@ def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(folder)
     names = ("bos_token_id", "pad_token_id")
     ids = {n: lm.config.source[n] for n in names if lm.config.source.get(n) is not None}
-    before = folders.inside(tokenizer.folder, "generation_config.json")
+    before = folders.file_inside(tokenizer.folder, "generation_config.json")
     others = read_json(before) if before.exists() else {}
     eos = {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
     atomic.write_json(folder / "generation_config.json", ids | others | eos)
