@@ -14,7 +14,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from functools import lru_cache
 
@@ -55,7 +55,7 @@ def make_environment():
 
     def plain(value):
         """Other objects have no text but their address, which differs from run to run."""
-        if not isinstance(value, str | int | float | list | tuple | dict | Undefined | None):
+        if not isinstance(value, Collection | int | float | Undefined | None):
             raise Refused(f"writes a {type(value).__name__} as a text")
         return value
 

@@ -89,10 +89,10 @@ class Tokenizer(Vocabulary):
                 return [error] * len(chats)
         # What a template writes behind the turn may look like the turn's own text, or the turn be
         # empty: a character that stands nowhere else shows where it ends.
-        marks = [
-            unused_character(messages) if add and messages
-            and messages[-1].get("role") == "assistant" else "" for messages, add in chats
-        ]
+        marks = []
+        for messages, add in chats:
+            is_open = add and messages and messages[-1].get("role") == "assistant"
+            marks.append(unused_character(messages) if is_open else "")
         texts = self._template.render([
             (_marked(messages, mark), add and not mark, self.special_tokens)
             for (messages, add), mark in zip(chats, marks, strict=True)

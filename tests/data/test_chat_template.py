@@ -46,6 +46,7 @@ def test_a_template_has_what_transformers_offers(monkeypatch):
     loop = "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
     assert render(loop) == "01"
     assert render("{% generation %}a{{ bos_token }}{% endgeneration %}", bos_token="b") == "ab"
+    assert render("{{ range(2) }}{{ 'a'.encode() }}{{ (1, none) }}") == "range(0, 2)b'a'(1, None)"
     assert render("  {% if tools is none %}\nx\n  {% endif %}\n") == "x\n"  # blocks are trimmed
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400000")  # 1000 days after 1970-01-01
     assert render("{{ strftime_now('%Y-%m') }}") == "1972-09"
@@ -309,3 +310,10 @@ def test_a_template_that_takes_too_much_ends_the_file_whatever_becomes_of_bad_ro
     match = r"rows.jsonl:2: .*chat_template.jinja\): chat template failed: more than 0.1 s of work"
     with pytest.raises(TemplateOverrun, match=match):
         load_texts(path, load_tokenizer(tmp_path / "m"), None, "drop", RowPolicy(bad_rows="skip"))
+
+
+def test_a_rendering_lasts_no_longer_than_it_may_whatever_it_waits_for(strict, monkeypatch):
+    monkeypatch.setattr(chat_template, "SECONDS", 60.0)
+    monkeypatch.setattr(chat_template, "LONGEST", 0.2)
+    with pytest.raises(TemplateOverrun, match=r"^t: chat template failed: more than 0\.2 s$"):
+        render(LOOPS)

@@ -276,7 +276,7 @@ def test_eos_beats_a_stop_string():
         ("abc", (), "abc"),
     ],
 )
-def test_cut_at_stop_by_hand(text, stops, expected):
+def test_before_stop_by_hand(text, stops, expected):
     assert before_stop(text, stops) == expected
 
 
