@@ -41,7 +41,7 @@ def names(lines: list[dict]) -> dict[str, bool]:
 def test_every_number_in_a_log_has_a_definition(recipe, lines):
     for name, clock in names(lines[recipe]).items():
         found = definition(recipe, name)
-        assert found is not None, f"{name}: define it in minirlhf/run/glossary.py"
+        assert found is not None, f"{name}: define it in minirlhf/run/glossary.tsv"
         assert found.clock is clock, name
 
 
