@@ -75,7 +75,8 @@ class Stopwatch:
         self.laps[name] = time.perf_counter() - self.started - sum(self.laps.values())
 
     def clock(self, total: str, **counts: int) -> dict[str, float]:
-        """The laps, all seconds under the name `total`, and each count by the second."""
-        seconds = time.perf_counter() - self.started
+        """The laps, their sum (of a watch without laps what has passed) under the name `total`, and
+        each count by the second."""
+        seconds = sum(self.laps.values()) or time.perf_counter() - self.started
         rates = {name: count / seconds for name, count in counts.items()}
         return self.laps | {total: seconds} | rates

@@ -2,7 +2,7 @@
 
 import json
 
-from minirlhf.run.meters import AverageMeter, Meters
+from minirlhf.run.meters import AverageMeter, Meters, Stopwatch
 
 
 def test_average_meter_weighs_by_n():
@@ -39,3 +39,18 @@ def test_meters_round_trip_through_json_to_the_last_bit():
     for window in (meters, other):
         window.update({"loss": 0.7}, 3)
     assert other.flush() == meters.flush()
+
+
+def test_stopwatch_laps_add_up_to_its_total(monkeypatch):
+    now = iter([10.0, 11.0, 13.5, 13.5])
+    monkeypatch.setattr("minirlhf.run.meters.time.perf_counter", lambda: next(now))
+    watch = Stopwatch()
+    watch.lap("sample")
+    watch.lap("learn")
+    assert watch.clock("step", rows=7) == {"sample": 1.0, "learn": 2.5, "step": 3.5, "rows": 2.0}
+
+
+def test_stopwatch_without_laps_tells_what_has_passed(monkeypatch):
+    now = iter([10.0, 12.0])
+    monkeypatch.setattr("minirlhf.run.meters.time.perf_counter", lambda: next(now))
+    assert Stopwatch().clock("step", tokens=8) == {"step": 2.0, "tokens": 4.0}
