@@ -410,18 +410,6 @@ def test_special_tokens_of_a_million_characters_are_refused(small):
         load_tokenizer(small)
 
 
-def test_a_prefix_without_a_token_is_refused(small):
-    template = {
-        "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "B", "type_id": 1}}],
-        "single": [{"SpecialToken": {"id": "<b>", "type_id": 0}},
-                   {"Sequence": {"id": "A", "type_id": 0}}],
-        "special_tokens": {"<b>": {"id": "<b>", "ids": [99999], "tokens": ["<b>"]}},
-    }
-    edit(small / "tokenizer.json", post_processor=template)
-    with pytest.raises(UserError, match=r"tokenizer.json: puts the id 99999 before a text"):
-        load_tokenizer(small)
-
-
 def test_a_panic_of_the_library_is_one_line(small, capfd):
     single = [{"SpecialToken": {"id": "<gone>", "type_id": 0}}]
     template = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
@@ -448,20 +436,6 @@ def test_a_signal_inside_the_library_is_no_refusal(leaving, small):
 
     with pytest.raises(leaving):
         load_tokenizer(small)._guard(leave)
-
-
-@pytest.mark.parametrize(
-    "template, told",
-    [
-        (5, "chat_template is 5: a string, or a list of named ones"),
-        ({"default": "x"}, "chat_template is {'default': 'x'}: a string"),
-        ([{"name": "default", "template": ["x"]}], r"chat_template is \['x'\]"),
-    ],
-)
-def test_a_chat_template_that_is_no_text_is_refused(template, told, small):
-    edit(small / "tokenizer_config.json", chat_template=template)
-    with pytest.raises(UserError, match=told):
-        load_tokenizer(small)
 
 
 def test_a_stray_key_of_another_kind_of_tokenizer_is_ignored(small):

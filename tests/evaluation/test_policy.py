@@ -24,7 +24,7 @@ from minirlhf.models.lora import add_lora, merge_lora, merged_copy
 from minirlhf.models.sampling import Sampling
 from minirlhf.run.folder import Run
 from minirlhf.run.resume import RunSettings
-from minirlhf.setup.ppo import held_out
+from minirlhf.setup.ppo_data import held_out
 from tests.recipes import test_ppo_run
 from tests.recipes.test_ppo import PROMPTS, Letters, letter_d, tiny_lm, tiny_policy
 from tests.recipes.test_ppo_run import command, leftovers, lines, policy_at, timeless
