@@ -178,6 +178,12 @@ def test_a_wing_says_what_lives_there(wing):
     text = ast.get_docstring(MODULES[f"minirlhf.{wing}"]) or ""
     assert 3 <= len(text.splitlines()) <= 10
     assert "mport" in text  # what it may import
+    # and names each of its files, in the order to read them; {sft,ppo}_settings.py names two
+    named = set(re.findall(r"(?<![\w}])\w+\.py", text))
+    for group, rest in re.findall(r"\{([\w,]+)\}(\w+\.py)", text):
+        named |= {f"{first}{rest}" for first in group.split(",")}
+    files = (ROOT / "minirlhf" / wing).glob("*.py")
+    assert named == {path.name for path in files} - {"__init__.py"}
 
 
 # ---- how much there is to read -------------------------------------------------------------------
