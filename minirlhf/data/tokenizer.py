@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face folder: its vocabulary and its chat template, in and out."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -152,12 +152,15 @@ class Tokenizer(Vocabulary):
 
     def encode_dialogues(
         self, dialogues: Sequence[Dialogue]
-    ) -> list[tuple[list[int], ...] | UserError]:
+    ) -> Iterator[tuple[list[int], ...] | UserError]:
         """`encode_dialogue` of many, in less time than one by one; what one raises stands in the
         place of its ids."""
-        if len(dialogues) > BATCH:
-            batches = (dialogues[i : i + BATCH] for i in range(0, len(dialogues), BATCH))
-            return [ids for batch in batches for ids in self.encode_dialogues(batch)]
+        for start in range(0, len(dialogues), BATCH):
+            yield from self._encode_batch(dialogues[start : start + BATCH])
+
+    def _encode_batch(
+        self, dialogues: Sequence[Dialogue]
+    ) -> list[tuple[list[int], ...] | UserError]:
         swapped = [swap_names([d.prompt, *d.responses], self.special_text) for d in dialogues]
         chats: list[tuple[Messages, bool]] = []
         for dialogue, ((prompt, *responses), _) in zip(dialogues, swapped, strict=True):

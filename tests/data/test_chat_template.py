@@ -304,7 +304,7 @@ def test_a_template_that_takes_too_much_ends_the_file_whatever_becomes_of_bad_ro
     source = f"{{% for m in messages %}}{{{{ m['content'] }}}}{bomb}{{% endfor %}}"
     (tmp_path / "m" / "chat_template.jinja").write_text(source)
     rows = [[{"role": "user", "content": said}, {"role": "assistant", "content": "x"}]
-            for said in ("a", "bomb", "b")]
+            for said in ("a", "bomb", "b", *["bomb"] * 500)]  # the first is enough
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     match = r"rows.jsonl:2: .*chat_template.jinja\): chat template failed: more than 0.1 s of work"
