@@ -27,12 +27,9 @@ RUNS = {
     "ppo": ("ppo", "prompts", 24, PPO),
     "ppo, lora": ("ppo", "prompts", 24, f"{PPO} --lora-rank 16"),
     "ppo, offloaded": ("ppo", "prompts", 24, f"{PPO} --offload-frozen"),
-    "ppo, stops": ("ppo", "prompts", 24, f'{PPO} --stop . ! ?'),
+    "ppo, stops": ("ppo", "prompts", 24, f"{PPO} --stop . ! ?"),
     "reward": ("reward", "pairs_train", 64, "--batch-size 8"),
     "reward, lora": ("reward", "pairs_train", 64, "--batch-size 8 --lora-rank 16"),
-    "reward, held out": (
-        "reward", "pairs_train", 64, "--batch-size 8 --eval-data {data}/movie_pairs_eval.jsonl",
-    ),
     "sft": ("sft", "sentences", 128, "--batch-size 16"),
     "sft, lora": ("sft", "sentences", 128, "--batch-size 16 --lora-rank 16"),
     "sft, checkpointing": ("sft", "sentences", 128, "--batch-size 32 --gradient-checkpointing"),
@@ -84,7 +81,7 @@ def main() -> None:
     print("| run | its peak, GB | dry run | ratio | estimate | ratio |\n|---|---|---|---|---|---|")
     for name in args.only:
         recipe, kind, rows, words = RUNS[name]
-        line = [word.format(reward=args.reward, data=args.data) for word in words.split()]
+        line = [word.format(reward=args.reward) for word in words.split()]
         found = compare(recipe, Path(args.data) / f"movie_{kind}.jsonl", rows,
                         [*line, "--model", args.model])
         results[name] = {"recipe": recipe, "flags": words, "rows": rows} | found

@@ -85,8 +85,8 @@ def learning(
     twice = model.vocab_size * model.hidden_size * (unembeds and model.tied_embeddings and not rank)
     masters = trained * wide if dtype.itemsize < wide else 0
     tile = 3 * min(tokens, TILE.tokens) * min(model.vocab_size, TILE.words) * wide * unembeds
-    kept = tokens * kept_per_token(model, dtype, config.gradient_checkpointing)
-    kept *= 2 if critic and not rank else 1
+    trunks = 2 if critic and not rank else 1
+    kept = trunks * tokens * kept_per_token(model, dtype, config.gradient_checkpointing)
     fewer = "lower --lora-rank" if rank else "give --lora-rank 16"
     return [
         Part("weights", (own + critic) * dtype.itemsize, "take a smaller model"),
@@ -130,13 +130,11 @@ def of_ppo(
 
 def announce(estimate: Estimate, folders: Iterable[Path], dtype: torch.dtype, device: str) -> str:
     """What a run says of its memory; warns of weights that `dtype` rounds, and of a tight machine.
-
-    Raises:
-        UserError: not even three quarters of the estimate are free (exit code 4).
-    """
+    Raises UserError (exit code 4) where not even three quarters of the estimate are free."""
     for line in [*pretrained.rounded(folders, dtype), *check_fits(estimate, free_memory(device))]:
         print(f"warning: {line}")
-    return f"about {gb(process_bytes(device) + estimate.total)} GB; --dry-run measures it"
+    held = (process_bytes(device) + estimate.total) / 1e9
+    return f"about {held:.1f} GB; --dry-run measures it"
 
 
 def check_fits(estimate: Estimate, here: Machine) -> list[str]:
@@ -144,12 +142,9 @@ def check_fits(estimate: Estimate, here: Machine) -> list[str]:
     if estimate.total <= here.free:
         return []
     part = max(estimate.peak, key=lambda part: part.bytes)
-    needs = f"{estimate.recipe} needs about {gb(estimate.total)} GB, {gb(here.free)} GB are free"
-    do = f"largest are the {part.name}, {gb(part.bytes)} GB: {part.lower}"
+    what = f"{estimate.recipe} needs about {estimate.total / 1e9:.1f} GB, "
+    what += f"{here.free / 1e9:.1f} GB are free ({here.limit})"
+    do = f"largest are the {part.name}, {part.bytes / 1e9:.1f} GB: {part.lower}"
     if SURE * estimate.total > here.free:
-        raise UserError("memory", f"{needs} ({here.limit})", do, MACHINE)
-    return [f"memory: {needs} ({here.limit}): {do}"]
-
-
-def gb(size: int) -> str:
-    return f"{size / 1e9:.1f}"
+        raise UserError("memory", what, do, MACHINE)
+    return [f"memory: {what}: {do}"]

@@ -17,7 +17,8 @@ from minirlhf.rewards.load import facts, load_reward
 from minirlhf.rewards.model import end_of, model_reward, reencode
 from minirlhf.rewards.parse import parse_source
 from minirlhf.rewards.source import Completions
-from minirlhf.setup.ppo import Data, check_reencoded
+from minirlhf.setup.ppo import check_reencoded
+from minirlhf.setup.ppo_data import Data
 from minirlhf.setup.ppo_settings import PPOConfig
 
 SHAPE = {
