@@ -3,14 +3,11 @@
 A page is a README: the front door, or the one of a wing beside its code.
 """
 
-import importlib
 import json
 import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
-
-import pytest
 
 from minirlhf import streams
 from minirlhf.cli import VERBS
@@ -26,7 +23,6 @@ PAGES = [
                  *sorted((ROOT / "benchmarks").glob("**/README.md")))
 ]
 MODEL = "real/SmolLM2-135M-Instruct"  # as benchmarks/prepare.py calls it
-REQUIRED = ("model", "data", "reward", "out")  # what "…" stands for in `minirlhf ppo … --resume`
 ALWAYS = {"--config", "--preset", "--explain-preset", "--help", "--help-all", "--version"}
 
 
@@ -84,58 +80,18 @@ def script_source(script: str) -> str:
     return "\n".join([text, *(file.read_text("utf-8") for file in files if file.is_file())])
 
 
-class Parsed(Exception):
-    """Raised in the place of what a verb would do with its settings."""
+def parse(verb: str, words: list[str]) -> None:
+    """Reads a command's settings as its verb does, and runs nothing."""
+    if VERBS[verb].settings:
+        flags.parse(VERBS[verb].config(), words, f"minirlhf {verb}")
 
 
-def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
-    """The settings of `minirlhf WORDS`; None of a verb without any. Nothing is run."""
-    read_settings = flags.parse
-
-    def stop(*args: object, **more: object) -> None:
-        raise Parsed(read_settings(*args, **more))
-
-    verb, *rest = words
-    names = {field.name for field in fields(config_of(verb, monkeypatch))}
-    if "…" in rest:
-        given = [f"--{name}" for name in REQUIRED if name in names and f"--{name}" not in rest]
-        rest = [word for word in rest if word != "…"] + [w for flag in given for w in (flag, "x")]
-    monkeypatch.setattr(flags, "parse", stop)
-    try:
-        importlib.import_module(VERBS[verb][0]).main(rest)
-    except (Parsed, SystemExit) as end:
-        return end.args[0]
-    finally:
-        monkeypatch.setattr(flags, "parse", read_settings)
-    return None
-
-
-def config_of(verb: str, monkeypatch: pytest.MonkeyPatch) -> type:
-    """The class of a verb's settings."""
-
-    def stop(config: type, *args: object, **more: object) -> None:
-        raise Parsed(config)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(flags, "parse", stop)
-        try:
-            importlib.import_module(VERBS[verb][0]).main([])
-        except Parsed as end:
-            return end.args[0]
-        except SystemExit:
-            pass
-    return Parsed  # a verb without settings
-
-
-def all_flags(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+def all_flags() -> set[str]:
     """Every flag of every verb."""
-    found = set(ALWAYS)
-    for verb in VERBS:
-        config = config_of(verb, monkeypatch)
-        for field in fields(config) if config is not Parsed else ():
-            name = field.name.replace("_", "-")
-            found |= {f"--{name}", f"--no-{name}"}
-    return found
+    names = {field.name for verb in VERBS.values() if verb.settings
+             for field in fields(verb.config())}
+    names = {name.replace("_", "-") for name in names}
+    return {f"--{name}" for name in names} | {f"--no-{name}" for name in names} | ALWAYS
 
 
 # ------------------------------------------------------------------------------------ a small world

@@ -55,7 +55,7 @@ def test_shell_commands_exist_and_accept_their_settings(page, tmp_path, monkeypa
     for words in pages.commands(page):
         program, *rest = words
         if program == "minirlhf":
-            pages.parse(rest, monkeypatch)
+            pages.parse(rest[0], rest[1:])
         elif program == "python" and rest[0].endswith(".py"):
             source = pages.script_source(rest[0])
             for flag in (word for word in rest if word.startswith("--")):
@@ -65,8 +65,8 @@ def test_shell_commands_exist_and_accept_their_settings(page, tmp_path, monkeypa
 
 
 @every_page
-def test_flags_in_a_sentence_are_of_a_verb_or_a_script(page, monkeypatch):
-    known = pages.all_flags(monkeypatch)
+def test_flags_in_a_sentence_are_of_a_verb_or_a_script(page):
+    known = pages.all_flags()
     scripts = (ROOT / "benchmarks").glob("*.py")
     known |= set(re.findall(r"--[a-z0-9-]+", "".join(map(pages.read, scripts))))
     for code in pages.inline(page):
