@@ -60,17 +60,20 @@ def epoch_batches(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> li
 
 
 def training_batches(
-    lengths: Tensor, batch_size: int, seed: int, first_step: int = 0
+    lengths: Tensor, batch_size: int, seed: int, step: int = 0
 ) -> Iterator[Tensor]:
-    """The batches of step first_step, first_step + 1, … without end, epoch after epoch.
+    """The batches of this step, of the next, … without end, epoch after epoch.
 
     A step's batch is a function of the arguments of `epoch_batches` alone, so a resumed run goes
     on with the batches that it would have met.
     """
-    epoch, position = divmod(first_step, ceil(len(lengths) / batch_size))
+    batches: list[Tensor] = []
     while True:
-        yield from epoch_batches(lengths, batch_size, seed, epoch)[position:]
-        epoch, position = epoch + 1, 0
+        epoch, position = divmod(step, ceil(len(lengths) / batch_size))
+        if position == 0 or not batches:
+            batches = epoch_batches(lengths, batch_size, seed, epoch)
+        yield batches[position]
+        step += 1
 
 
 def next_rows(
