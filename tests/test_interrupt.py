@@ -32,7 +32,7 @@ from minirlhf.run.meters import Step
 from minirlhf.run.resume import RunSettings
 from minirlhf.setup import reward, sft
 from tests.evaluation.test_policy import evaluated
-from tests.recipes.test_ppo import (
+from tests.tiny_ppo import (
     PROMPTS,
     Letters,
     config_of,

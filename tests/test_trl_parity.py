@@ -42,7 +42,7 @@ from minirlhf.models.transformer import CausalLM
 from minirlhf.recipes.ppo import ppo_step
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests import trl_reference as reference
-from tests.recipes.test_ppo import by_row
+from tests.tiny_ppo import by_row
 from tests.trl_reference import (
     KL_COEF,
     NEW,

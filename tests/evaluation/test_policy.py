@@ -14,6 +14,7 @@ from minirlhf import streams
 from minirlhf.batches.rollouts import measure
 from minirlhf.cli import main
 from minirlhf.data.examples import Prompt
+from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import BAD_INPUT, NON_FINITE, OK, STOPPED, Stopped, UserError
 from minirlhf.evaluation import policy as policy_evaluation
 from minirlhf.evaluation.policy import distinct, duplicates, evaluate_policy
@@ -25,11 +26,11 @@ from minirlhf.models.sampling import Sampling
 from minirlhf.run.folder import Run
 from minirlhf.run.resume import RunSettings
 from minirlhf.setup.ppo_data import held_out
-from tests.recipes import test_ppo_run
-from tests.recipes.test_ppo import PROMPTS, Letters, letter_d, tiny_lm, tiny_policy
-from tests.recipes.test_ppo_run import command, leftovers, lines, policy_at, timeless
+from tests import tiny_ppo
+from tests.tiny_folders import leftovers, read_lines, timeless
+from tests.tiny_ppo import PROMPTS, Letters, command, letter_d, policy_at, tiny_lm, tiny_policy
 
-world = test_ppo_run.world
+world = tiny_ppo.world
 
 # ---- texts ---------------------------------------------------------------------------------------
 
@@ -244,14 +245,14 @@ def test_main_evaluates_at_the_start_between_and_at_the_end(held, whole, tmp_pat
     assert later[-1]["eval/objective/kl"] != 0
     out = tmp_path / "run"
     assert main(evaluating(held, out, eval_every=0, log_every=4)) == OK
-    assert [line["step"] for line in lines(out / "metrics.jsonl")] == [0, 4]
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [0, 4]
     assert evals(out)[1]["eval/objective/scores"] == later[-1]["eval/objective/scores"]
 
 
 def test_main_compares_with_the_scores_of_the_start(held, whole):
     """The last evaluation once more, from the last checkpoint and the folder that it began with."""
     start = ValueHeadModel(pretrained.load_pretrained(held / "policy"))
-    end, tokenizer = policy_at(whole, 4, held), test_ppo_run.load_tokenizer(held / "policy")
+    end, tokenizer = policy_at(whole, 4, held), load_tokenizer(held / "policy")
     prompts = [Prompt(tokenizer.encode("A plot" + "?" * i), "", "", {}) for i in range(6)]
     scores = []
     for policy in (start, end):
@@ -297,7 +298,7 @@ def test_main_names_its_sets_and_takes_so_many_prompts_of_each(held, whole, tmp_
     assert main(argv) == OK
     printed = capsys.readouterr().out
     assert "  eval/a: 2 prompts  scores" in printed and "  eval/b: 2 prompts  scores" in printed
-    start = lines(tmp_path / "run" / "metrics.jsonl")[0]
+    start = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
     # both files begin with the same two prompts, and their keys are those of their places
     for name in ("objective/scores", "objective/kl", "distinct_1"):
         assert start[f"eval/a/{name}"] == start[f"eval/b/{name}"]
@@ -412,7 +413,7 @@ def test_main_refuses_to_resume_with_other_held_out_prompts(held, tmp_path, caps
 
 def test_keep_best_takes_only_what_is_better(tmp_path, capsys):
     written = []
-    state = test_ppo_run.state_of(tiny_policy(), test_ppo_run.config_of())
+    state = tiny_ppo.state_of(tiny_policy(), tiny_ppo.config_of())
     with Run(RunSettings(out=str(tmp_path / "out")), "ppo") as r:
         for score in (1.0, 0.5, 1.0, 2.0, 2.0, 1.5, 2.5):
             metrics = {"eval/a/objective/scores": score, "eval/b/objective/scores": -score}

@@ -1,301 +1,143 @@
 """PPO's numbers: by hand, against another derivation, at the edges, and as they are reported."""
 
 import math
+from math import log
 
 import pytest
 import torch
-from torch import nan, nn
+from torch import nan
 
 from minirlhf import streams
 from minirlhf.batches.collect import sample, with_scores
 from minirlhf.batches.credit import assign_credit
-from minirlhf.batches.rollouts import Rollout, RolloutBuffer, TokenPass, measure
+from minirlhf.batches.rollouts import RolloutBuffer, measure
 from minirlhf.data.examples import Prompt
 from minirlhf.errors import NON_FINITE, UserError
-from minirlhf.models.config import ModelConfig
 from minirlhf.models.heads import ValueHeadModel
-from minirlhf.models.transformer import CausalLM, initialize
-from minirlhf.recipes import ppo as recipe
-from minirlhf.recipes.ppo import ppo, ppo_step
+from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import as_scores, function_reward
-from minirlhf.run.checkpoint import TrainState
-from minirlhf.run.optim import make_optimizer
 from minirlhf.setup.ppo import rule_for_truncated, sampling_of
-from minirlhf.setup.ppo_settings import PPOConfig
-
-T, F = True, False
-f64 = torch.float64
-PROMPTS = [
-    Prompt(ids, "x", f"p:{i}", {}) for i, ids in enumerate([[3, 4], [5], [6, 7, 8, 9], [2, 2, 9]])
-]
-
-
-class Letters:
-    """Ids 0 to 19 as letters; id 0 is eos and has no text."""
-
-    eos_ids, vocab_size = (0,), 20
-
-    def decode(self, ids):
-        return "".join("_bcdefghijklmnopqrst"[i] for i in ids if i)
-
-
-def assert_close(got, expected, atol=1e-6):
-    expected = torch.as_tensor(expected, dtype=got.dtype)
-    torch.testing.assert_close(got, expected, rtol=0, atol=atol, equal_nan=True)
-
-
-def config_of(**settings) -> PPOConfig:
-    values = {
-        "model": "m", "data": "d", "reward": ("r",), "out": "o", "batch_size": 4, "epochs": 2,
-        "micro_batch_size": 2, "max_new_tokens": 6, "steps": 4, "learning_rate": 1e-2,
-        "adam_epsilon": 1e-8,
-    }
-    return PPOConfig(**{**values, **settings})
-
-
-def tiny_lm(dtype=torch.float32, **changes) -> CausalLM:
-    shape = {
-        "family": "llama", "vocab_size": 20, "hidden_size": 32, "intermediate_size": 48,
-        "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "max_positions": 64,
-        "tied_embeddings": False,
-    }
-    lm = initialize(CausalLM(ModelConfig(**{**shape, **changes})), torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        lm.lm_head.weight.mul_(8)  # a law that is neither flat nor certain
-    return lm.to(dtype)
-
-
-def tiny_policy(dtype=torch.float32) -> ValueHeadModel:
-    policy = ValueHeadModel(tiny_lm(dtype))
-    with torch.no_grad():
-        policy.v_head.weight.copy_(torch.linspace(-0.1, 0.1, 32))
-    return policy
-
-
-def parameters(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def letter_d(completions) -> torch.Tensor:
-    """A reward: how often a response holds the id 4."""
-    return torch.tensor([float(ids.count(4)) for ids in completions.response_ids])
-
-
-def state_of(policy: ValueHeadModel, config: PPOConfig) -> TrainState:
-    return TrainState(policy, make_optimizer(policy, config.learning_rate))
-
-
-def run_steps(config: PPOConfig, reward=letter_d, tokenizer=None, prompts=PROMPTS, policy=None):
-    """Steps of a whole run from `tiny_policy`, and its state at the end."""
-    policy, tokenizer = policy or tiny_policy(), tokenizer or Letters()
-    state = state_of(policy, config)
-    ref = tiny_lm(next(policy.parameters()).dtype)
-    return list(ppo(state, prompts, reward, ref, tokenizer, config)), state
-
+from tests.tiny_ppo import (
+    Letters,
+    assert_close,
+    assert_rows,
+    by_row,
+    config_of,
+    f64,
+    hand_buffer,
+    hand_config,
+    hand_step,
+    letter_d,
+    measured,
+    moved_table,
+    parameters,
+    plain_step,
+    run_steps,
+    state_of,
+    steps_from,
+    tiny_lm,
+    tiny_policy,
+)
 
 # ---- two rows by hand ----------------------------------------------------------------------------
 
 
-class Table(nn.Module):
-    """A policy whose log-probs and values are its parameters, one a cell."""
-
-    critic = lm = None
-
-    def __init__(self, logprobs, values, entropy):
-        super().__init__()
-        self.logprobs = nn.Parameter(torch.tensor(logprobs, dtype=f64))
-        self.values = nn.Parameter(torch.tensor(values, dtype=f64))
-        self.entropy = torch.tensor(entropy, dtype=f64)
-
-    def clipped_apart(self) -> list[nn.Module]:
-        return [self]
-
-
-def table_pass(policy: Table, micro: Rollout, temperature: float) -> TokenPass:
-    cells = (policy.logprobs, policy.entropy, policy.values)
-    return TokenPass(*(x[micro.rows, : micro.response_mask.shape[1]] for x in cells))
-
-
-def hand_buffer(micro_batch_size: int = 2) -> RolloutBuffer:
-    """A response of two tokens and one of one; what lies outside the mask is NaN."""
-    buffer = RolloutBuffer(micro_batch_size, 99)
-    buffer.add(
-        Rollout(
-            rows=torch.arange(2),
-            tokens=torch.tensor([[1, 2, 3], [4, 5, 0]]),
-            prompt_lengths=torch.tensor([1, 1]),
-            response_mask=torch.tensor([[T, T], [T, F]]),
-            scores=torch.tensor([1.0, -1.0], dtype=f64),
-            old_logprobs=torch.tensor([[-1.0, -2.0], [-0.5, nan]], dtype=f64),
-            ref_logprobs=torch.tensor([[-1.5, -1.0], [-0.7, nan]], dtype=f64),
-            old_values=torch.tensor([[0.2, 0.4], [0.1, nan]], dtype=f64),
-        )
-    )
-    return buffer
-
-
-HAND = config_of(
-    gamma=0.5, lam=0.5, kl_coef=0.1, whiten_advantages=False, max_grad_norm=None, epochs=1
-)
-
-
-def by_row(buffer: RolloutBuffer, name: str) -> list[list[float]]:
-    rows = {}
-    for micro in buffer.micro_batches:
-        for b, row in enumerate(micro.rows.tolist()):
-            rows[row] = getattr(micro, name)[b][micro.response_mask[b]]
-    return [rows[row] for row in sorted(rows)]
-
-
 def test_assign_credit_by_hand():
     buffer = hand_buffer()
-    assign_credit(buffer, HAND, kl_coef=0.1)
+    assign_credit(buffer, hand_config(), kl_coef=0.1)
     # KL 0.5, -1 and 0.2 at 0.1 a nat; the scores 1 and -1 on each row's last token
-    first, second = by_row(buffer, "rewards")
-    assert_close(first, [-0.05, 1.1])
-    assert_close(second, [-1.02])
+    assert_rows(buffer, "rewards", [[-0.05, 1.1], [-1.02]])
     # A_1 = 1.1 - 0.4;  A_0 = (-0.05 + 0.5 · 0.4 - 0.2) + 0.25 · 0.7
-    first, second = by_row(buffer, "advantages")
-    assert_close(first, [0.125, 0.7])
-    assert_close(second, [-1.12])
-    first, second = by_row(buffer, "returns")
-    assert_close(first, [0.325, 1.1])
-    assert_close(second, [-1.02])
+    assert_rows(buffer, "advantages", [[0.125, 0.7], [-1.12]])
+    assert_rows(buffer, "returns", [[0.325, 1.1], [-1.02]])
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_assign_credit_whitens_over_the_whole_buffer_by_hand(micro_batch_size):
     buffer = hand_buffer(micro_batch_size)
-    assign_credit(buffer, config_of(gamma=0.5, lam=0.5), kl_coef=0.1)
+    assign_credit(buffer, hand_config(whiten_advantages=True), kl_coef=0.1)
     # mean -0.295 / 3, variance 1.760025 / 3 - mean² = 0.5770056, deviation 0.7596088
-    first, second = by_row(buffer, "advantages")
-    assert_close(first, [0.2940110, 1.0509796])
-    assert_close(second, [-1.3449906])
-    assert_close(by_row(buffer, "returns")[0], [0.325, 1.1])  # never whitened
-
-
-def moved_table() -> Table:
-    """Ratios 1.5, 0.5 and 0.5; values 0.5, 0.8 and 0.1."""
-    logprobs = [[-1 + math.log(1.5), -2 + math.log(0.5)], [-0.5 + math.log(0.5), 0.0]]
-    return Table(logprobs, [[0.5, 0.8], [0.1, 0.0]], [[1.0, 2.0], [3.0, nan]])
+    assert_rows(buffer, "advantages", [[0.2940110, 1.0509796], [-1.3449906]])
+    assert_rows(buffer, "returns", [[0.325, 1.1], [-1.02]])  # never whitened
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_ppo_step_by_hand(micro_batch_size, monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
-    policy = moved_table()
-    before = policy.logprobs.detach().clone(), policy.values.detach().clone()
-    buffer = hand_buffer(micro_batch_size)
-    stats = ppo_step(policy, torch.optim.SGD(policy.parameters(), lr=1.0), buffer, HAND)
-
-    # A = 0.125 at ratio 1.5: clipped to 1.2; 0.7 at 0.5: free; -1.12 at 0.5: clipped to 0.8
-    assert stats.policy_loss == pytest.approx((-0.15 - 0.35 + 0.896) / 3, abs=1e-7)
-    # (0.5 - 0.325)² / 2; 0.8 clipped to 0.6: (0.6 - 1.1)² / 2; (0.1 + 1.02)² / 2
-    assert stats.value_loss == pytest.approx((0.0153125 + 0.125 + 0.6272) / 3, abs=1e-7)
-    assert stats.loss == pytest.approx(0.132 + 0.1 * 0.2558375, abs=1e-7)
-    logs = math.log(1.5) ** 2 + 2 * math.log(0.5) ** 2
-    assert stats.approxkl == pytest.approx(logs / 2 / 3, abs=1e-7)
-    assert stats.policykl == pytest.approx(-math.log(1.5 * 0.5 * 0.5) / 3, abs=1e-7)
-    assert stats.clipfrac == pytest.approx(2 / 3, abs=1e-7)
-    assert stats.value_clipfrac == pytest.approx(1 / 3, abs=1e-7)
-    assert stats.entropy == pytest.approx(2.0, abs=1e-7)
-    assert stats.vpred == pytest.approx(1.4 / 3, abs=1e-7)
-    # the same errors as in the loss, but none of them clipped: 0.8 - 1.1 is -0.3
-    assert stats.value_error == pytest.approx((0.030625 + 0.09 + 1.2544) / 3, abs=1e-7)
-    assert stats.ratio == pytest.approx(2.5 / 3, abs=1e-7)
-    # squares (2.25 + 0.25 + 0.25) / 3 less the squared mean
-    assert stats.ratio_var == pytest.approx(2.75 / 3 - (2.5 / 3) ** 2, abs=1e-7)
-    assert stats.first_ratio_gap == pytest.approx(0.5, abs=1e-7)
-    # deviations of the advantages 1.760025 - 0.295² / 3, of the returns 2.30135, both times 3
-    assert stats.explained_variance == pytest.approx(1 - 1.7310167 / 2.30135, abs=1e-6)
-    # rows' KL: 0.5 - 1 and 0.2, mean -0.15
-    assert stats.non_score_reward == pytest.approx(0.1 * 0.15, abs=1e-7)
-
+def test_ppo_step_by_hand(micro_batch_size):
+    step = hand_step(hand_config(), buffer=hand_buffer(micro_batch_size))
     # Gradients over 3 tokens: -A · ratio where free; 0.1 · (V - R) where free
     policy_gradient = torch.tensor([[0.0, -0.7 * 0.5 / 3], [0.0, 0.0]], dtype=f64)
     value_gradient = torch.tensor([[0.1 * 0.175 / 3, 0.0], [0.1 * 1.12 / 3, 0.0]], dtype=f64)
-    assert_close(before[0] - policy.logprobs.detach(), policy_gradient)
-    assert_close(before[1] - policy.values.detach(), value_gradient)
+    assert_close(step.logprobs, -policy_gradient)
+    assert_close(step.values, -value_gradient)
     squares = policy_gradient.square().sum() + value_gradient.square().sum()
-    assert stats.grad_norm == pytest.approx(float(squares.sqrt()), abs=1e-7)
+    expected = {
+        # A = 0.125 at ratio 1.5: clipped to 1.2; 0.7 at 0.5: free; -1.12 at 0.5: clipped to 0.8
+        "policy_loss": (-0.15 - 0.35 + 0.896) / 3,
+        # (0.5 - 0.325)² / 2; 0.8 clipped to 0.6: (0.6 - 1.1)² / 2; (0.1 + 1.02)² / 2
+        "value_loss": (0.0153125 + 0.125 + 0.6272) / 3,
+        "loss": 0.132 + 0.1 * 0.2558375,
+        "approxkl": (log(1.5) ** 2 + 2 * log(0.5) ** 2) / 2 / 3,
+        "policykl": -log(1.5 * 0.5 * 0.5) / 3,
+        "clipfrac": 2 / 3,
+        "value_clipfrac": 1 / 3,
+        "entropy": 2.0,
+        "vpred": 1.4 / 3,
+        # the same errors as in the loss, but none of them clipped: 0.8 - 1.1 is -0.3
+        "value_error": (0.030625 + 0.09 + 1.2544) / 3,
+        "ratio": 2.5 / 3,
+        "ratio_var": 2.75 / 3 - (2.5 / 3) ** 2,  # 2.75: 2.25 + 0.25 + 0.25
+        "first_ratio_gap": 0.5,
+        # deviations of the advantages 1.760025 - 0.295² / 3, of the returns 2.30135, both times 3
+        "explained_variance": 1 - (1.760025 - 0.295**2 / 3) / 2.30135,
+        "non_score_reward": 0.1 * 0.15,  # rows' KL: 0.5 - 1 and 0.2, mean -0.15
+        "grad_norm": float(squares.sqrt()),
+    }
+    found = step.stats._asdict()
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-7)
 
 
-def test_ppo_step_weighs_each_optimizer_step_by_its_own_tokens(monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
-    policy = moved_table()
-    before = policy.values.detach().clone()
-    config = config_of(**vars(HAND) | {"mini_batches": 2, "micro_batch_size": 1, "batch_size": 2})
-    ppo_step(policy, torch.optim.SGD(policy.parameters(), lr=1.0), hand_buffer(1), config)
-    expected = torch.tensor([[0.1 * 0.175 / 2, 0.0], [0.1 * 1.12 / 1, 0.0]], dtype=f64)
-    assert_close(before - policy.values.detach(), expected)
+def test_ppo_step_takes_its_kl_coef_from_the_argument_before_the_config():
+    buffer = hand_buffer()
+    assert hand_step(hand_config(), buffer=buffer, kl_coef=0).stats.non_score_reward == 0
+    assert_rows(buffer, "rewards", [[0.0, 1.0], [-1.0]])
 
 
-def test_ppo_step_takes_its_kl_coef_from_the_argument_before_the_config(monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
-    policy, buffer = moved_table(), hand_buffer()
-    stats = ppo_step(policy, torch.optim.SGD(policy.parameters(), lr=0.0), buffer, HAND, kl_coef=0)
-    assert stats.non_score_reward == 0
-    assert_close(by_row(buffer, "rewards")[0], [0.0, 1.0])
-
-
-def test_ppo_step_makes_epochs_times_mini_batches_steps_and_clears_the_gradient(monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
+def test_ppo_step_makes_epochs_times_mini_batches_steps_and_clears_the_gradient():
     policy, taken = moved_table(), []
 
     class Counting(torch.optim.SGD):
         def step(self):
             taken.append(float(self.param_groups[0]["params"][1].grad.abs().sum()))
 
-    config = config_of(**vars(HAND) | {"mini_batches": 2, "micro_batch_size": 1, "epochs": 3})
-    stats = ppo_step(policy, Counting(policy.parameters(), lr=1.0), hand_buffer(1), config)
-    # the one row's 0.1 · 0.175 / 2, the other's 0.1 · 1.12 / 1: each once an epoch
+    config = hand_config(mini_batches=2, micro_batch_size=1, batch_size=2, epochs=3)
+    stats = hand_step(config, policy, hand_buffer(1), optimizer=Counting).stats
+    # each weighed by its own tokens: 0.1 · 0.175 / 2 and 0.1 · 1.12 / 1, each once an epoch
     expected = 3 * [0.00875] + 3 * [0.112]
     assert sorted(taken) == pytest.approx(expected, abs=1e-9)
     assert all(p.grad is None for p in policy.parameters())
     assert stats.policy_loss == pytest.approx(0.132, abs=1e-7)  # nothing moved: every epoch alike
 
 
-def test_ppo_step_explains_no_variance_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
-    buffer, policy = hand_buffer(), moved_table()
+def test_ppo_step_explains_no_variance_where_there_is_none():
+    buffer, zero = hand_buffer(), torch.zeros(2, 2)
     buffer.update(
-        lambda m: m._replace(
-            scores=torch.zeros(2), ref_logprobs=m.old_logprobs, old_values=0 * m.scores[:, None]
-            + torch.zeros(2, 2),
-        )
+        lambda m: m._replace(scores=zero[0], ref_logprobs=m.old_logprobs, old_values=zero)
     )
-    stats = ppo_step(policy, torch.optim.SGD(policy.parameters(), lr=0.0), buffer, HAND)
-    assert stats.explained_variance == 0
-    assert stats.policy_loss == 0
+    stats = hand_step(hand_config(), buffer=buffer).stats
+    assert (stats.explained_variance, stats.policy_loss) == (0, 0)
 
 
-def test_ppo_step_refuses_a_loss_that_is_not_finite_before_it_is_applied(monkeypatch):
-    monkeypatch.setattr(recipe, "policy_pass", table_pass)
+def test_ppo_step_refuses_a_loss_that_is_not_finite_before_it_is_applied():
     policy, buffer = moved_table(), hand_buffer()
     before = parameters(policy)
     buffer.update(lambda m: m._replace(scores=torch.tensor([nan, 1.0])))
     with pytest.raises(UserError, match=r"step 6 \(rollout rows 1, 0\): loss: is nan") as caught:
-        ppo_step(policy, torch.optim.SGD(policy.parameters(), lr=1.0), buffer, HAND, iteration=5)
+        hand_step(hand_config(), policy, buffer, iteration=5)
     assert caught.value.code == NON_FINITE
     assert torch.equal(parameters(policy), before)
 
 
 # ---- a real model --------------------------------------------------------------------------------
-
-
-def measured(policy, rows=2, tokens=99, ref=None, temperature=1.0) -> RolloutBuffer:
-    """A sampled and measured rollout of 5 rows of unequal lengths."""
-    prompts = [*PROMPTS, Prompt([5, 6], "y", "p:5", {})]
-    keys = streams.key(0, "test", torch.arange(5))
-    lm = tiny_lm(f64)  # the texts are those of one model, whatever the policy's dtype
-    _, rollout = sample(lm, prompts, keys, sampling_of(config_of()), Letters(), 5)
-    assert len(set(rollout.response_lengths.tolist())) > 2
-    buffer = RolloutBuffer(rows, tokens)
-    buffer.add(rollout._replace(scores=torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])))
-    measure(
-        policy, tiny_lm(policy.v_head.weight.dtype) if ref is None else ref, buffer, temperature
-    )
-    return buffer
 
 
 def test_measure_reads_the_value_behind_the_last_token():
@@ -308,29 +150,17 @@ def test_measure_reads_the_value_behind_the_last_token():
             assert_close(micro.last_values[b], value[0], atol=1e-9)
 
 
-def plain_step(buffer: RolloutBuffer, policy: ValueHeadModel, **settings):
-    """One step of gradient descent with rate 1: (minus the gradient, stats)."""
-    config = config_of(**{"epochs": 1, "max_grad_norm": None, **settings})
-    before = parameters(policy)
-    stats = ppo_step(policy, torch.optim.SGD(policy.parameters(), lr=1.0), buffer, config)
-    return parameters(policy) - before, stats
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, f64])
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 99), (2, 99), (5, 999), (5, 12)])
-def test_first_ratio_is_exactly_one(dtype, rows, tokens):
+def test_first_ratio_is_exactly_one_and_equal_models_have_no_kl(dtype, rows, tokens):
     policy = tiny_policy(dtype)
-    _, stats = plain_step(measured(policy, rows, tokens), policy)
+    buffer = measured(policy, rows, tokens)
+    assert torch.equal(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
+    _, stats = plain_step(buffer, policy)
     assert stats.first_ratio_gap == 0
     assert (stats.ratio, stats.ratio_var, stats.approxkl, stats.clipfrac) == (1, 0, 0, 0)
     assert stats.value_clipfrac == 0
     assert stats.policy_loss == pytest.approx(0, abs=1e-6)  # minus the mean of white advantages
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, f64])
-def test_measure_finds_exactly_no_kl_between_equal_models(dtype):
-    buffer = measured(tiny_policy(dtype))
-    assert torch.equal(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -345,12 +175,12 @@ def test_first_gradient_is_the_vanilla_policy_gradient(temperature):
             n = int(micro.response_mask[b].sum())
             ids = micro.tokens[b, : P + n]
             hidden = policy.lm(ids[None])[0]
-            laws = (policy.lm.logits(hidden) / temperature).log_softmax(-1)
+            logs = (policy.lm.logits(hidden) / temperature).log_softmax(-1)
             values = policy.v_head(hidden)[:, 0]
             for t in range(n):
                 chosen, before = int(ids[P + t]), P - 1 + t
                 error = values[before] - micro.returns[b, t]
-                loss = loss - micro.advantages[b, t] * laws[before, chosen] + 0.3 * error**2 / 2
+                loss = loss - micro.advantages[b, t] * logs[before, chosen] + 0.3 * error**2 / 2
                 count += 1
     gradient = torch.autograd.grad(loss / count, list(policy.parameters()))
     expected = -torch.cat([g.flatten() for g in gradient])
@@ -418,50 +248,46 @@ def counting_lm() -> CausalLM:
     return lm
 
 
+def counted(first: list[int], config, source):
+    """(responses, finish reasons, rollout, scores) of a policy that counts on from these ids."""
+    prompts = [Prompt([i], "x", "p", {}) for i in first]
+    keys, lm = streams.key(0, "test", torch.arange(len(first))), counting_lm()
+    made, rollout = sample(lm, prompts, keys, sampling_of(config), Letters(), 4)
+    scores = as_scores(source(made), made, "step 1")
+    rule = rule_for_truncated(config)
+    ruled = rule(scores.total, rollout.truncated, rollout.response_lengths)
+    scores = scores._replace(total=ruled)
+    return made, with_scores(rollout, scores), scores
+
+
+def rewards_of(rollout, config) -> list[list[float]]:
+    """Of a policy that is its own reference, so that there is no KL."""
+    buffer = RolloutBuffer(2, 99)
+    buffer.add(rollout)
+    measure(ValueHeadModel(counting_lm()), counting_lm(), buffer, 1.0)
+    assign_credit(buffer, config, kl_coef=1.0)
+    return [row.tolist() for row in by_row(buffer, "rewards")]
+
+
 def test_eos_ends_a_response_at_any_slot_and_the_score_lands_on_it():
-    policy = ValueHeadModel(counting_lm())
-    # eos first, in the middle, in the last of 4 slots, and not at all
-    prompts = [Prompt([i], "x", "p", {}) for i in (19, 17, 16, 5)]
     config = config_of(max_new_tokens=4, missing_eos_penalty=0.5)
-    keys = streams.key(0, "test", torch.arange(4))
-    made, rollout = sample(policy.lm, prompts, keys, sampling_of(config), Letters(), 4)
+    # eos first, in the middle, in the last of 4 slots, and not at all
+    made, rollout, _ = counted([19, 17, 16, 5], config, lambda c: torch.full((4,), 2.0))
     assert made.response_ids == [[0], [18, 19, 0], [17, 18, 19, 0], [6, 7, 8, 9]]
     assert made.finish_reasons == ["eos", "eos", "eos", "length"]
     assert rollout.response_mask.sum(1).tolist() == [1, 3, 4, 4]
-
-    given = torch.full((4,), 2.0)
     assert rollout.truncated.tolist() == [False, False, False, True]
-    scores = rule_for_truncated(config)(given, rollout.truncated, rollout.response_lengths)
-    assert scores.tolist() == [2.0, 2.0, 2.0, 1.5]
-    buffer = RolloutBuffer(2, 99)
-    buffer.add(rollout._replace(scores=scores))
-    measure(policy, counting_lm(), buffer, 1.0)
-    assign_credit(buffer, config, kl_coef=1.0)
-    rewards = [row.tolist() for row in by_row(buffer, "rewards")]
-    assert rewards == [[2.0], [0, 0, 2.0], [0, 0, 0, 2.0], [0, 0, 0, 1.5]]
+    assert rollout.scores.tolist() == [2.0, 2.0, 2.0, 1.5]
+    assert rewards_of(rollout, config) == [[2.0], [0, 0, 2.0], [0, 0, 0, 2.0], [0, 0, 0, 1.5]]
 
 
 def test_rewards_of_tokens_stand_beside_the_score_and_the_kl_penalty():
-    policy = ValueHeadModel(counting_lm())
-    prompts = [Prompt([i], "x", "p", {}) for i in (18, 17, 5)]
     config = config_of(max_new_tokens=4, batch_size=3, missing_eos_penalty=0.5)
-    keys = streams.key(0, "test", torch.arange(3))
-    made, rollout = sample(policy.lm, prompts, keys, sampling_of(config), Letters(), 4)
-    assert made.response_ids == [[19, 0], [18, 19, 0], [6, 7, 8, 9]]
     source = function_reward(lambda completions: [[1, 2], 5, [0, -1, 0, 4]], "f")
-
-    scores = as_scores(source(made), made, "step 1")
-    ruled = rule_for_truncated(config)(scores.total, rollout.truncated, rollout.response_lengths)
-    assert ruled.tolist() == [0.0, 5.0, -0.5]  # the last one was cut
-    scores = scores._replace(total=ruled)
-    rollout = with_scores(rollout, scores)
-    buffer = RolloutBuffer(2, 99)
-    buffer.add(rollout)
-    measure(policy, counting_lm(), buffer, 1.0)
-    assign_credit(buffer, config, kl_coef=1.0)
-    rewards = [row.tolist() for row in by_row(buffer, "rewards")]
-    assert rewards == [[1.0, 2.0], [0, 0, 5.0], [0, -1.0, 0, 3.5]]
-    # the same policy as the reference: only what is above has been added
+    made, rollout, scores = counted([18, 17, 5], config, source)
+    assert made.response_ids == [[19, 0], [18, 19, 0], [6, 7, 8, 9]]
+    assert rollout.scores.tolist() == [0.0, 5.0, -0.5]  # the last one was truncated
+    assert rewards_of(rollout, config) == [[1.0, 2.0], [0, 0, 5.0], [0, -1.0, 0, 3.5]]
     assert scores.sums.tolist() == [3.0, 5.0, 2.5]
 
 
@@ -480,10 +306,10 @@ class Endless(Letters):
         ({"lam": 0.0, "kl_coef": 0.0, "whiten_advantages": False}, letter_d, Letters()),
         ({"batch_size": 9, "micro_batch_size": 4, "mini_batches": 2}, letter_d, Letters()),
     ],
-    ids=["equal", "one row", "one token", "one of each", "all cut", "plain", "few prompts"],
+    ids=["equal", "one row", "one token", "one of each", "all truncated", "plain", "few prompts"],
 )
 def test_ppo_stays_finite_at_the_edges(settings, reward, tokenizer):
-    steps, state = run_steps(config_of(steps=2, **settings), reward, tokenizer)
+    steps, state = run_steps(config_of(steps=2, **settings), reward, tokenizer=tokenizer)
     for step in steps:
         assert all(map(math.isfinite, step.metrics.values()))
     assert torch.isfinite(parameters(state.model)).all()
@@ -557,7 +383,7 @@ def test_metrics_count_ids_without_a_token():
 def test_learning_rate_falls_over_all_steps_and_no_further():
     rates, config = [], config_of(steps=4, learning_rate=0.8)
     state = state_of(tiny_policy(), config)
-    for step in ppo(state, PROMPTS, letter_d, tiny_lm(), Letters(), config):
+    for step in steps_from(state, config):
         assert {group["lr"] for group in state.optimizer.param_groups} == {step.metrics["lr"]}
         rates.append(step.metrics["lr"])
     assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
@@ -576,8 +402,3 @@ def test_adaptive_kl_moves_the_coefficient_after_the_rollout_that_used_it():
     assert state.kl_coef == pytest.approx(expected[2] * (1 + error * 4 / 8))
     reward = steps[2].metrics["objective/non_score_reward"]
     assert reward == pytest.approx(-expected[2] * kl, abs=1e-6)
-
-
-def test_kl_coef_stays_without_a_target():
-    _, state = run_steps(config_of(steps=2, kl_coef=0.5))
-    assert state.kl_coef == 0.5
