@@ -1,4 +1,4 @@
-"""batches.collect."""
+"""Sampling a rollout: responses as text for reward sources, as tensors for learning."""
 
 from collections.abc import Sequence
 

@@ -4,11 +4,12 @@
 
 MODEL is a language model's Hugging Face folder, DATA a file of prompts, REWARD a reward model's
 folder or `file.py:function`, OUT takes the aligned model. This is `minirlhf ppo` with default
-settings, to the last bit of the weights.
+settings on a CPU, to the last bit of the weights.
 
-An iteration has four acts. Sample: the policy answers B prompts. Score: the reward says how good
-each response is. Measure: policy, critic and reference are read at each response token. Learn: each
-token is credited, and several passes raise the probability of what was better than expected.
+An iteration has five parts. Sample: the policy answers B prompts. Score: the reward says how good
+each response is. Measure: policy, critic and reference are read at each response token. Credit:
+each token gets an advantage. Update: several passes raise the probability of tokens that were
+better than expected.
 
 Shapes: B prompts of an iteration, b rows of a micro-batch, R tokens of the longest response. Column
 t of a (b, R) tensor belongs to response token a_t and to the state before it, s_t.
@@ -23,7 +24,7 @@ if not __package__:  # run by its path: the package is two folders up
 import torch
 
 from minirlhf import streams
-from minirlhf.batches.collect import columns_of, sample
+from minirlhf.batches.collect import columns_of, sample, with_scores
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer, measure, policy_pass
 from minirlhf.data.batching import next_rows
 from minirlhf.data.examples import Prompt, load_prompts
@@ -51,11 +52,11 @@ BATCH_SIZE = 64  # B, prompts of an iteration
 MAX_NEW_TOKENS = 64
 TEMPERATURE = 1.0
 EPOCHS = 4  # passes over each rollout, one optimizer step each
-MICRO_BATCH_SIZE, MICRO_BATCH_TOKENS = 8, 4096  # most rows and tokens in one forward pass
+MICRO_BATCH_SIZE, MICRO_BATCH_TOKENS = 8, 4096  # most rows, most tokens (padding too) in a pass
 KL_COEF = 0.05  # beta, reward units per nat
 GAMMA, LAM = 1.0, 0.95
 CLIP = 0.2  # epsilon, of the ratio to either side
-VALUE_CLIP, VF_COEF = 0.2, 0.1
+VALUE_CLIP, VF_COEF = 0.2, 0.1  # the clip is in reward units
 LEARNING_RATE, ADAM_EPSILON = 3e-6, 1e-5  # at the start; the rate falls linearly to 0
 CRITIC_LR_SCALE = 10.0  # the value head starts from zero, on a trunk that is trained already
 MAX_GRAD_NORM = 1.0
@@ -72,55 +73,63 @@ def ppo(
         policy, LEARNING_RATE, eps=ADAM_EPSILON,
         critic=policy.value_parameters(), critic_lr_scale=CRITIC_LR_SCALE,
     )
-    for step in range(steps):
-        set_learning_rate(optimizer, learning_rate(step, steps, LEARNING_RATE, 0, "linear"))
+    for iteration in range(steps):
+        set_learning_rate(optimizer, learning_rate(iteration, steps, LEARNING_RATE, 0, "linear"))
 
         # Sample. Each row has a random key of its own, so its text does not depend on its batch.
-        rows = next_rows(step * BATCH_SIZE, BATCH_SIZE, len(prompts), SEED)
-        keys = streams.key(SEED, "rollout", step, rows, torch.arange(BATCH_SIZE))
+        rows = next_rows(iteration * BATCH_SIZE, BATCH_SIZE, len(prompts), SEED)
+        keys = streams.key(SEED, "rollout", iteration, rows, torch.arange(BATCH_SIZE))
         completions, rollout = sample(
             policy.lm, [prompts[i] for i in rows.tolist()], keys,
             Sampling(MAX_NEW_TOKENS, TEMPERATURE), tokenizer, rows_at_once=256,
-            columns=columns_of(prompts),
+            columns=columns_of(prompts),  # the data's other fields, for reward functions
         )
 
-        # Score: one number a response.
-        scores = as_scores(reward(completions), completions, f"step {step + 1}").total  # (B,)
-        rollout = rollout._replace(scores=scores)
+        # Score: one number per response (or per token, where a reward function gives these).
+        scores = as_scores(reward(completions), completions, f"step {iteration + 1}")
+        rollout = with_scores(rollout, scores)
 
-        # Measure. The rollout is split once into micro-batches, and all passes meet the same ones:
-        # so the first ratio pi / pi_old is exactly 1.
+        # Measure. old_logprobs are not those of decoding, which differ by rounding: `policy_pass`,
+        # which also trains, computes them anew on the micro-batches of training. So before the
+        # first optimizer.step() every ratio pi / pi_old is exactly 1, and nothing is clipped.
         buffer = RolloutBuffer(MICRO_BATCH_SIZE, MICRO_BATCH_TOKENS)
         buffer.add(rollout)
         measure(policy, ref, buffer, TEMPERATURE)
 
-        # Learn.
+        # Credit.
         buffer.update(assign_credit)
         buffer.rescale("advantages", masked_standardize)  # mean 0, std 1 over the whole rollout
+
+        # Update. Each token weighs the same, so a long response weighs more than a short one.
         for epoch in range(EPOCHS):
-            (mini_batch,) = buffer.minibatches(1, SEED, step, epoch)  # all of it, shuffled
+            (mini_batch,) = buffer.minibatches(1, SEED, iteration, epoch)  # all of it, shuffled
             tokens = sum(int(micro.response_mask.sum()) for micro in mini_batch)
             optimizer.zero_grad()
             for micro in mini_batch:
                 loss = masked_sum(ppo_loss(policy, micro), micro.response_mask) / tokens
                 loss.backward()
-            clip_gradients(policy, MAX_GRAD_NORM, f"step {step + 1}")
+            clip_gradients(policy, MAX_GRAD_NORM, f"step {iteration + 1}")
             optimizer.step()
         kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs")).sum() / BATCH_SIZE
-        print(f"step {step + 1}  scores {scores.mean():.4f}  kl {kl:.4f} nats a response")
+        mean = scores.sums.mean()  # like the KL, of the policy before this update
+        print(f"step {iteration + 1}  scores {mean:.4f}  kl {kl:.4f} nats per response")
 
 
 def assign_credit(micro: Rollout) -> Rollout:
-    """From one score a response to an advantage and a return for each of its tokens."""
+    """From one score per response to an advantage and a return for each of its tokens."""
     # k1 = log pi(a_t | s_t) - log pi_ref(a_t | s_t), whose mean over samples is the KL.
     # Schulman 2020, "Approximating KL divergence"
     kl = kl_k1(micro.old_logprobs, micro.ref_logprobs)  # (b, R) nats
 
     # r_t = -beta kl_t, and the score on the last token. Ziegler et al. 2019, eq. 2
     rewards = token_rewards(micro.scores, kl, micro.response_mask, KL_COEF)  # (b, R)
+    if micro.given_rewards is not None:
+        rewards = rewards + micro.given_rewards
 
     # A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
-    # Schulman et al. 2016 (arXiv:1506.02438), eq. 16; the return A_t + V(s_t) is V's target
+    # Schulman et al. 2016 (arXiv:1506.02438), eq. 16; the return A_t + V(s_t) is V's target.
+    # V after the last token is 0, also where MAX_NEW_TOKENS truncated the response: a reward model
+    # scores such a response without eos, and nothing is taken off its score.
     credit = gae(rewards, micro.old_values, micro.response_mask, GAMMA, LAM)
     return micro._replace(
         rewards=rewards, advantages=credit.advantages, returns=credit.returns
@@ -128,15 +137,15 @@ def assign_credit(micro: Rollout) -> Rollout:
 
 
 def ppo_loss(policy: ValueHeadModel, micro: Rollout) -> torch.Tensor:
-    """(b, R): the loss of each response token, unreduced. Schulman et al. 2017 (arXiv:1707.06347),
-    eq. 9, without its entropy bonus."""
+    """(b, R): the loss of each response token, unreduced: minus eq. 9 of Schulman et al. 2017
+    (arXiv:1707.06347), without its entropy bonus; its c_1 is VF_COEF / 2."""
     new = policy_pass(policy, micro, TEMPERATURE)  # log-probs and values under today's weights
 
     # -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A): no gain from moving far. Eq. 7
     surrogate = clipped_surrogate(new.logprobs, micro.old_logprobs, micro.advantages, CLIP, CLIP)
 
-    # 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2). Huang et al. 2022, "The 37
-    # implementation details of PPO", detail 9
+    # 1/2 max((V - return)^2, (clip(V, V_old - c, V_old + c) - return)^2), c = VALUE_CLIP.
+    # Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9
     value = clipped_value_loss(new.values, micro.old_values, micro.returns, VALUE_CLIP)
     return VF_COEF * value.loss + surrogate.loss
 
@@ -146,9 +155,9 @@ def load_reward(place: str, tokenizer: Tokenizer) -> RewardSource:
     folder = locate(parse_source(place))
     if folder.is_file():
         return load_function(place)
-    other = reencoded(folder, tokenizer)  # a reward model with a tokenizer of its own
+    own_tokenizer = reencoded(folder, tokenizer)  # then it scores texts, not token ids
     model = load_reward_model(folder, torch.float32)
-    return model_reward(model, load_tokenizer(folder), MICRO_BATCH_TOKENS, other, place)
+    return model_reward(model, load_tokenizer(folder), MICRO_BATCH_TOKENS, own_tokenizer, place)
 
 
 def main(model: str, data: str, reward: str, out: str, steps: str | None = None) -> None:
@@ -156,8 +165,8 @@ def main(model: str, data: str, reward: str, out: str, steps: str | None = None)
     tokenizer = load_tokenizer(model)
     policy = ValueHeadModel(load_pretrained(model, torch.float32))  # a value head on its trunk
     ref = load_pretrained(model, torch.float32).requires_grad_(False)  # the policy at step 0
-    room = policy.lm.config.longest_row - MAX_NEW_TOKENS
-    prompts, report = load_prompts(data, tokenizer, room, overlong="error")
+    max_prompt_length = policy.lm.config.longest_row - MAX_NEW_TOKENS
+    prompts, report = load_prompts(data, tokenizer, max_prompt_length, overlong="error")
     print(report)
     source = load_reward(reward, tokenizer)
     Path(out).mkdir(parents=True)  # refused where it exists

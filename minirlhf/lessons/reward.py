@@ -3,8 +3,8 @@
     python minirlhf/lessons/reward.py MODEL DATA OUT [STEPS]
 
 MODEL is a language model's Hugging Face folder, DATA a file of preference pairs (prompt, chosen,
-rejected, with or without margin), OUT takes the reward model. This is `minirlhf reward` with
-default settings, to the last bit of the weights.
+rejected; margin and chosen_probability where there are any), OUT takes the reward model. This is
+`minirlhf reward` with default settings on a CPU, to the last bit of the weights.
 """
 
 import sys
@@ -39,7 +39,7 @@ from minirlhf.setup.reward import write_model
 
 SEED = 0
 BATCH_SIZE = 16  # pairs in an optimizer step
-MICRO_BATCH_TOKENS = 4096  # most tokens in one forward pass
+MICRO_BATCH_TOKENS = 4096  # most tokens, padding too, in one forward pass
 LEARNING_RATE = 1e-5  # at the start; it falls linearly to 0
 MAX_GRAD_NORM = 1.0
 MAX_LENGTH = 1024  # tokens; longer pairs are left out
@@ -56,7 +56,7 @@ def train_reward_model(model: RewardModel, pairs: list[Pair], steps: int) -> Non
         total = 0.0
         optimizer.zero_grad()
         for part in micro_batches(batch, MICRO_BATCH_TOKENS):
-            loss = pair_loss(model, [batch[i] for i in part.tolist()]) / len(batch)
+            loss = summed_loss(model, [batch[i] for i in part.tolist()]) / len(batch)
             loss.backward()
             total += loss.item()
         clip_gradients(model, MAX_GRAD_NORM, "reward")
@@ -64,24 +64,26 @@ def train_reward_model(model: RewardModel, pairs: list[Pair], steps: int) -> Non
         print(f"step {step + 1}  loss {total:.4f}")  # log 2 where all scores are equal
 
 
-def pair_loss(model: RewardModel, pairs: list[Pair]) -> torch.Tensor:
-    """The sum over pairs of the negative log-probability that people prefer what they preferred.
+def summed_loss(model: RewardModel, pairs: list[Pair]) -> torch.Tensor:
+    """The sum over pairs of the negative log-probability that the chosen response is preferred.
     Bradley and Terry 1952; the margin m: Touvron et al. 2023 (arXiv:2307.09288), eq. 2.
 
-        loss = -log sigmoid(r(chosen) - r(rejected) - m)
+        loss = -log sigmoid(d),   d = r(chosen) - r(rejected) - m
+        with a probability q that the label is right:   -q log sigmoid(d) - (1 - q) log sigmoid(-d)
 
     A text's score r is read at its last token, which alone has seen all of it.
     """
     batch = collate_pairs(pairs)  # N chosen texts, then N rejected ones: one pass scores them all
     chosen, rejected = model(batch.tokens, batch.lengths).chunk(2)  # (N,) each
-    margin, probability = batch.margin, batch.chosen_probability  # 0 and 1 without such columns
+    margin, probability = batch.margin, batch.chosen_probability  # m, q: 0 and 1 by default
     return bradley_terry_loss(chosen, rejected, margin, probability).sum()
 
 
 def main(model: str, data: str, out: str, steps: str | None = None) -> None:
     make_deterministic("cpu")
     tokenizer, lm = load_tokenizer(model), load_pretrained(model, torch.float32)
-    # Where a tokenizer has no token to spare, other tools pad with eos; texts then end before it.
+    # transformers reads a score at the last token that is no padding. A tokenizer without a token
+    # to spare pads with eos, so that the token before eos is read: then train on texts without it.
     before_eos = reads_before_eos(lm.config, tokenizer)
     finish = partial(without_eos, eos_ids=tokenizer.eos_ids) if before_eos else None
     pairs, report = load_pairs(data, tokenizer, MAX_LENGTH, overlong="drop", finish=finish)

@@ -3,7 +3,8 @@
     python minirlhf/lessons/sft.py MODEL DATA OUT [STEPS]
 
 MODEL is a Hugging Face folder, DATA a file of texts or of prompts with responses, OUT takes the
-trained model. This is `minirlhf sft` with default settings, to the last bit of the weights.
+trained model. This is `minirlhf sft` with default settings on a CPU, to the last bit of the
+weights.
 """
 
 import sys
@@ -29,18 +30,17 @@ from minirlhf.setup.common import write_model
 
 SEED = 0
 BATCH_SIZE = 16  # texts in an optimizer step
-MICRO_BATCH_TOKENS = 4096  # most tokens in one forward pass
+MICRO_BATCH_TOKENS = 4096  # most tokens, padding too, in one forward pass
 LEARNING_RATE = 2e-5  # at the start; it falls linearly to 0
 MAX_GRAD_NORM = 1.0
 MAX_LENGTH = 1024  # tokens; longer texts are left out
 
 
 def sft(lm: CausalLM, texts: list[Text], steps: int) -> None:
-    """Maximises the likelihood of the target tokens: those of the response, or of the whole text
-    where there is no prompt."""
+    """Maximises the likelihood of the target tokens: those of the response, its eos too, or all but
+    the first of a text without prompt."""
     optimizer = make_optimizer(lm, LEARNING_RATE)  # AdamW (arXiv:1711.05101)
-    lengths, _ = count_tokens(texts)
-    batches = training_batches(lengths, BATCH_SIZE, SEED)  # an epoch after the other, shuffled
+    batches = training_batches(count_tokens(texts)[0], BATCH_SIZE, SEED)  # shuffled each epoch
     for step, rows in enumerate(islice(batches, steps)):
         set_learning_rate(optimizer, learning_rate(step, steps, LEARNING_RATE, 0, "linear"))
         batch = [texts[i] for i in rows.tolist()]
@@ -58,7 +58,7 @@ def sft(lm: CausalLM, texts: list[Text], steps: int) -> None:
 
 def sft_loss(lm: CausalLM, texts: list[Text], targets: int) -> torch.Tensor:
     """The micro-batch's share of the mean loss over all targets of the optimizer step, so that no
-    split into micro-batches changes the gradient. Ouyang et al. 2022 (arXiv:2203.02155), sec. 3.5.
+    split into micro-batches changes the gradient. SFT of Ouyang et al. 2022 (arXiv:2203.02155).
 
         loss = -(sum over target tokens of log pi(token | the tokens before it)) / targets
     """

@@ -29,6 +29,10 @@ REWARD = """
 def short(completions, finish_reasons, mood):
     bonus = [0.5 if reason == "eos" else 0.0 for reason in finish_reasons]
     return [b + m - len(text) / 64 for text, b, m in zip(completions, bonus, mood)]
+
+
+def tokens(completion_ids):
+    return [[i % 5 - 2 for i in ids] for ids in completion_ids]
 """
 
 
@@ -71,6 +75,7 @@ CASES = [  # recipe, steps (None: the default of both), reward
     ("reward", 5, None),
     ("ppo", 2, "reward.py:short"),
     ("ppo", 1, "judge"),
+    ("ppo", 1, "reward.py:tokens"),
 ]
 
 
