@@ -15,7 +15,7 @@ from torch import Tensor
 from minirlhf import interrupt, streams
 from minirlhf.data.batching import cut_by_tokens
 from minirlhf.equations.kl import ESTIMATORS
-from minirlhf.models.alignment import check_known, response_states
+from minirlhf.models.alignment import check_known, response_states, response_tokens
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.logprobs import token_kl, token_logprobs
 from minirlhf.models.lora import adapters_off
@@ -37,11 +37,11 @@ class Rollout(NamedTuple):
     prompt_lengths: Tensor  # (B,) int64, at least 1
     response_mask: Tensor  # (B, R) bool: tokens the policy chose, eos included
     scores: Tensor  # (B,) float32, reward units
-    truncated: Tensor | None = None  # (B,) bool: ended by the length limit, not by eos
+    truncated: Tensor | None = None  # (B,) bool: ended by the length limit, by no eos
     support: RowSupport | None = None  # what could be drawn; None: every token
     sampled_logprobs: Tensor | None = None  # (B, R) nats, as decoding computed them
     given_rewards: Tensor | None = None  # (B, R) float32, of single tokens, beside the score
-    old_logprobs: Tensor | None = None  # (B, R) nats, likewise, by the training pass
+    old_logprobs: Tensor | None = None  # (B, R) nats, by the pass that trains: the ratio uses these
     ref_logprobs: Tensor | None = None  # (B, R) nats, of the frozen reference
     full_kl: Tensor | None = None  # (B, R) nats, KL(policy || ref) over the vocabulary
     ref_states: Tensor | None = None  # (B, R, D) of the reference, for a full KL as a loss
@@ -81,7 +81,7 @@ class Rollout(NamedTuple):
 class RolloutBuffer:
     """Rollouts, split once into micro-batches of rows of like length.
 
-    Old, reference and new log-probs of every epoch are computed on these same micro-batches, and a
+    Old and reference log-probs, and the new ones of every epoch, are computed on these, and a
     mini-batch is a seeded set of whole ones. So the first ratio is exactly 1 in any dtype: in
     bfloat16 the same row in another batch shape differs by a quarter of the clip range.
 
@@ -202,7 +202,7 @@ def response_pass(lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: flo
     for these tokens only, over the support that was sampled from."""
     mask = micro.response_mask
     states = response_states(hidden, micro.prompt_lengths, mask.shape[1])[mask]  # (N, D)
-    targets = response_states(micro.tokens, micro.prompt_lengths + 1, mask.shape[1])[mask]  # (N,)
+    targets = response_tokens(micro.tokens, micro.prompt_lengths, mask.shape[1])[mask]  # (N,)
     support = None if micro.support is None else micro.support.flat(mask)
     stats = token_logprobs(lm, states, targets, temperature, support=support)
     return ResponsePass(unpack(stats.logprobs, mask), unpack(stats.entropy, mask), states)

@@ -71,7 +71,8 @@ def gae(
 ) -> Advantages:
     """Generalised advantage estimation. Schulman et al. 2016 (arXiv:1506.02438), eq. 16.
 
-        delta_t = r_t + gamma V_t+1 - V_t,   A_t = delta_t + gamma lam A_t+1,   R_t = A_t + V_t
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t = delta_t + gamma lam A_{t+1},   ret_t = A_t + V_t
 
     Here t + 1 is the row's next True token: False cells in between, such as a tool's output, are
     skipped as if the row had been written without them. Zeroing them instead would let the value

@@ -1,13 +1,14 @@
 """Estimators of KL(policy || ref) from the policy's own samples, and the adaptive coefficient.
 
-All take log-probs of the sampled tokens, d = logprobs - ref_logprobs, in nats, one number a
+All take log-probs of the sampled tokens, d = logprobs - ref_logprobs, in nats, one number per
 token. Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html), whose ratio r
 is ref / policy, so that his log r is -d.
 
-As a reward penalty take kl_k1: its expectation enters the return. As a loss term take kl_k2: its
-gradient is that of the KL in expectation, while kl_k1's is 0 and kl_k3's is that of another
-divergence. No clamp anywhere: an overflow shows as infinity. `logprobs.token_kl` is no estimate but
-the sum over the vocabulary.
+In the reward take kl_k1: the policy gradient of the return is then that of -KL(policy || ref),
+since the gradient of kl_k1 itself has expectation 0. As a loss take kl_k2: its gradient is that of
+the KL in expectation, while kl_k1's is 0 and kl_k3's is that of KL(ref || policy). No clamp
+anywhere: an overflow shows as infinity. `logprobs.token_kl` is no estimate but the sum over the
+vocabulary.
 """
 
 import math
@@ -82,7 +83,7 @@ class AdaptiveKL:
     Args:
         coef: the coefficient, > 0 (a 0 could never move); changed by `update`.
         target: nats a sequence, > 0: KL summed over tokens, then averaged over sequences.
-        horizon: episodes, > 0: the coefficient moves by at most a fifth of n / horizon an update.
+        horizon: responses, > 0: the coefficient moves by at most a fifth of n / horizon an update.
     Raises:
         ValueError: an argument is out of its range.
 
@@ -109,7 +110,7 @@ class AdaptiveKL:
 
         Args:
             kl: nats a sequence, measured on the rollout; a mean of kl_k1 may be below 0.
-            n: episodes in the rollout, over all processes.
+            n: responses in the rollout.
         Raises:
             ValueError: kl is not finite, or n is not between 1 and 5 · horizon, where the
                 coefficient could reach 0.

@@ -1,4 +1,4 @@
-"""Losses of PPO, one function an equation, unreduced.
+"""Losses of PPO, one function per equation, unreduced.
 
 The caller reduces, in a line of its own. Computed in float32 at least; no argument is changed.
 """
@@ -35,23 +35,23 @@ def clipped_surrogate(
     asymmetric clip: DAPO (arXiv:2503.14476), sec. 3.1; dual clip: Ye et al. 2020
     (arXiv:1912.09729), eq. 5.
 
-        loss_t = -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
-        r_t = exp(logprobs_t - old_logprobs_t)
+        loss_t = -min(ratio_t A_t, clip(ratio_t, 1 - clip_low, 1 + clip_high) A_t)
+        ratio_t = exp(logprobs_t - old_logprobs_t)
         with a dual clip, where A_t < 0:   loss_t = min(loss_t, -dual_clip A_t)
 
     Args:
         logprobs: (B, R) nats, log-prob of each response token under the policy being trained;
             carries the gradient.
-        old_logprobs: (B, R) nats, the same at sampling time, same temperature; constants.
+        old_logprobs: (B, R) nats, the same under the weights that sampled; constants.
         advantages: (B, R), treated as constants.
         clip_low, clip_high: ratio units, >= 0; a clip_low of 1 or more never clips.
         dual_clip: ratio units, above 1 + clip_high; bounds the loss of a bad token that became much
             more probable. None: no bound, as in the first paper.
     Returns:
         Surrogate(loss, ratio, clipped), each (B, R); `ratio` has no gradient; `clipped` is bool,
-        True where clipping makes the gradient zero: r > 1 + clip_high with A > 0, or
-        r < 1 - clip_low or r > dual_clip with A < 0. Masked positions are not treated: reduce with
-        `masked_mean`.
+        True where clipping makes the gradient zero: ratio > 1 + clip_high with A > 0, or
+        ratio < 1 - clip_low or ratio > dual_clip with A < 0. Masked positions are not treated:
+        reduce with `masked_mean`.
         There is no clamp but the clip. With a finite clip_high, a ratio that overflows gives the
         clipped loss if A > 0, 0 if A = 0, and without a dual clip an infinite loss, which is the
         truth, if A < 0. A loss that is not finite has gradient zero, so that a mask can drop it.
@@ -78,6 +78,8 @@ def clipped_surrogate(
     highest = math.inf if dual_clip is None else math.log(dual_clip)  # where A < 0
     good, bad = advantages > 0, advantages < 0
     clipped = (good & (log_ratio > high)) | (bad & ((log_ratio < low) | (log_ratio > highest)))
+    # The minimum is the clipped term where `clipped`, a constant there, and else the ratio's term.
+    # Where A is 0 the clipped one is taken, which is finite: 0 · inf is NaN.
     bounded = log_ratio.detach().clamp(low, high)
     bounded = torch.where(bad & (log_ratio > highest), highest, bounded)
     log_ratio = grad_where_finite(log_ratio, advantages * ratio)
@@ -91,14 +93,14 @@ def clipped_value_loss(
     """Value loss per token, unreduced, that does not reward leaving the old value by more than
     clip. Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9 (not in the paper).
 
-        loss_t = 1/2 max((V_t - R_t)², (clip(V_t, V_old_t - clip, V_old_t + clip) - R_t)²)
+        loss_t = 1/2 max((V_t - ret_t)², (clip(V_t, V_old_t - clip, V_old_t + clip) - ret_t)²)
 
     Args:
         values: (B, R) reward units, V(s_t) now; carries the gradient.
-        old_values: (B, R), the same at sampling time, treated as constants.
+        old_values: (B, R), the same under the weights that sampled; constants.
         returns: (B, R), the targets, treated as constants.
         clip: reward units, >= 0, so it means little unless rewards are scaled; None: no clip, the
-            plain 1/2 (V_t - R_t)².
+            plain 1/2 (V_t - ret_t)².
     Returns:
         ValueLoss(loss, clipped), each (B, R); `clipped` is bool, True where the gradient is zero.
         Masked positions are not treated: reduce with `masked_mean`. A loss that is not finite has

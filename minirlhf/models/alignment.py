@@ -42,11 +42,25 @@ def response_states(hidden: Tensor, prompt_lengths: Tensor, width: int) -> Tenso
     >>> response_states(states, torch.tensor([2]), 2)
     tensor([[11, 12]])
     """
-    index = prompt_lengths[:, None] - 1 + torch.arange(width, device=hidden.device)
-    index = index.clamp(max=hidden.shape[1] - 1)  # (B, R)
+    return _window(hidden, prompt_lengths - 1, width)
+
+
+def response_tokens(tokens: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
+    """(B, T) ids -> (B, R) ids of the response tokens; mask the columns behind a row's response.
+
+    >>> response_tokens(torch.tensor([[5, 6, 7, 8]]), torch.tensor([2]), 2)
+    tensor([[7, 8]])
+    """
+    return _window(tokens, prompt_lengths, width)
+
+
+def _window(x: Tensor, start: Tensor, width: int) -> Tensor:
+    """x[b, start_b : start_b + width] of each row, the last column again behind its end."""
+    index = start[:, None] + torch.arange(width, device=x.device)
+    index = index.clamp(max=x.shape[1] - 1)  # (B, R)
     # gather, because the backward of indexing with repeated indices differs from run to run
-    shape = index.shape + hidden.shape[2:]
-    return hidden.gather(1, index.view(index.shape + (1,) * (hidden.dim() - 2)).expand(shape))
+    shape = index.shape + x.shape[2:]
+    return x.gather(1, index.view(index.shape + (1,) * (x.dim() - 2)).expand(shape))
 
 
 def check_known(tokens: Tensor, words: int, who: str) -> None:
