@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from tests import bad_inputs
@@ -86,17 +85,10 @@ def cut(count: int) -> Spoil:
     return spoil
 
 
-def header(value: object, length: int | None = None) -> Spoil:
+def header(value: object) -> Spoil:
     """Weights of a header that may lie."""
     text = value.encode() if isinstance(value, str) else json.dumps(value).encode()
-    size = len(text) if length is None else length
-    return file("model.safetensors", size.to_bytes(8, "little") + text + bytes(64))
-
-
-def long_header(folder: Path) -> None:
-    with open(folder / "model.safetensors", "wb") as weights:
-        weights.write((17 << 20).to_bytes(8, "little") + b"{")
-        weights.truncate(20 << 20)
+    return file("model.safetensors", len(text).to_bytes(8, "little") + text + bytes(64))
 
 
 def index(weight_map: object) -> Spoil:
@@ -133,46 +125,32 @@ ROPE = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_fac
 CONFIGS = [  # what is changed in config.json, key that is named, what is told of it
     ({"model_type": ABSENT}, "model_type", "is None: supported: llama, mistral, qwen2, qwen3, gpt"),
     ({"model_type": "gemma"}, "model_type", "is 'gemma': supported: llama, mistral"),
-    ({"model_type": "bert"}, "model_type", "is 'bert': supported: llama, mistral"),
     ({"model_type": 3}, "model_type", "is 3: supported: llama, mistral"),
     ({"model_type": ["llama"]}, "model_type", "is ['llama']: supported: llama, mistral"),
     ({"model_type": "gpt2"}, "n_embd", f"is None: {SIZE}"),
     ({"hidden_size": ABSENT}, "hidden_size", f"is None: {SIZE}"),
     ({"hidden_size": "8"}, "hidden_size", f"is '8': {SIZE}"),
     ({"hidden_size": 8.0}, "hidden_size", f"is 8.0: {SIZE}"),
-    ({"hidden_size": -8}, "hidden_size", f"is -8: {SIZE}"),
     ({"hidden_size": 0}, "hidden_size", f"is 0: {SIZE}"),
     ({"hidden_size": True}, "hidden_size", f"is True: {SIZE}"),
-    ({"hidden_size": None}, "hidden_size", f"is None: {SIZE}"),
     ({"hidden_size": 10**12}, "hidden_size", f"is 1000000000000: {SIZE}"),
-    ({"hidden_size": [8]}, "hidden_size", f"is [8]: {SIZE}"),
     ({"hidden_size": 7}, "hidden_size", "is 7: must be a multiple of the 2 attention heads"),
     ({"num_attention_heads": 3}, "hidden_size", "is 8: must be a multiple of the 3 attention"),
-    ({"num_attention_heads": 0}, "num_attention_heads", f"is 0: {SIZE}"),
-    ({"num_attention_heads": ABSENT}, "num_attention_heads", f"is None: {SIZE}"),
     ({"num_attention_heads": 8}, "head_dim", "is 1: must be even: rotary positions turn pairs"),
     ({"num_key_value_heads": 3}, "num_key_value_heads", "is 3: must divide the 2 attention heads"),
-    ({"num_key_value_heads": "2"}, "num_key_value_heads", f"is '2': {SIZE}"),
     ({"num_hidden_layers": 0}, "num_hidden_layers", "is 0: must be an integer from 1 to 1024"),
-    ({"num_hidden_layers": "1"}, "num_hidden_layers", "is '1': must be an integer from 1 to 1024"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers", "is 1000000000: must be an integer"),
-    ({"vocab_size": ABSENT}, "vocab_size", f"is None: {MANY}"),
     ({"vocab_size": 10**10}, "vocab_size", f"is 10000000000: {MANY}"),
     ({"vocab_size": 257}, "vocab_size", "is 257: must be at least the tokenizer's 258"),
-    ({"intermediate_size": 0}, "intermediate_size", f"is 0: {SIZE}"),
     ({"intermediate_size": 10**12}, "intermediate_size", f"is 1000000000000: {SIZE}"),
-    ({"max_position_embeddings": 0}, "max_position_embeddings", f"is 0: {MANY}"),
     ({"max_position_embeddings": "4k"}, "max_position_embeddings", f"is '4k': {MANY}"),
     ({"rms_norm_eps": -1}, "rms_norm_eps", "is -1: must be a positive number"),
-    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps", "is '1e-5': must be a positive number"),
     ({"hidden_act": "relu6"}, "hidden_act", "is 'relu6': supported: silu, swish, gelu, gelu_new"),
     ({"hidden_act": ["silu"]}, "hidden_act", "is ['silu']: supported: silu, swish"),
     ({"rope_theta": 0}, "rope_theta", "is 0: must be a positive number"),
-    ({"rope_theta": "1e4"}, "rope_theta", "is '1e4': must be a positive number"),
     ({"rope_scaling": "linear"}, "rope_scaling", "is 'linear': must be one object, the same for"),
     ({"rope_scaling": {"type": "su"}}, "rope_scaling: rope_type", "is 'su': supported: default, "),
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor", "is None: rope_type linear"),
-    ({"rope_scaling": {"type": "linear", "factor": -1}}, "rope_scaling: factor", "is -1: must be"),
     ({"rope_scaling": ROPE}, "rope_scaling: low_freq_factor", "is 4: must be below high_freq_"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings", "is 'yes': must be true or false"),
     ({"attention_bias": 1}, "attention_bias", "is 1: must be true or false"),
@@ -180,7 +158,6 @@ CONFIGS = [  # what is changed in config.json, key that is named, what is told o
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "is 0.5: not implemented; supported"),
     ({"pretraining_tp": 2}, "pretraining_tp", "is 2: not implemented; supported: 1"),
     ({"head_dim": 3}, "head_dim", "is 3: must be even: rotary positions turn pairs of channels"),
-    ({"head_dim": "4"}, "head_dim", f"is '4': {SIZE}"),
     ({"model_type": "mistral", "sliding_window": -1}, "sliding_window", f"is -1: {MANY}"),
     ({"model_type": "qwen2", "layer_types": "full"}, "layer_types", "is 'full': must be a list"),
 ]
@@ -228,14 +205,6 @@ WEIGHTS = [  # how the folder of a language model is spoiled, what is told of it
     (instead("model.safetensors", os.mkdir), "m/model.safetensors: not a regular file"),
     (instead("model.safetensors", os.mkfifo), "m/model.safetensors: not a regular file"),
     (instead("model.safetensors", lambda p: p.symlink_to("/dev/zero")), "m/model.safetensors: "),
-    (both(without("model.safetensors"), file("pytorch_model.bin", b"PK\3\4")),
-     "m/pytorch_model.bin: pickle files are not read: convert the model to safetensors"),
-    (both(without("model.safetensors"), file("model.pt", b"\x80\2")),
-     "m/model.pt: pickle files are not read"),
-    (file("model.safetensors", b"PK\3\4" + bytes(50)),
-     "m/model.safetensors: pickle files are not read"),
-    (file("model.safetensors", b"\x80\2}q\0." + bytes(50)),
-     "m/model.safetensors: pickle files are not read"),
     (both(without("model.safetensors"), file("model.gguf", b"GGUF")),
      "m: has no model.safetensors"),
     (both(without("model.safetensors", "config.json"), file("adapter_config.json", '{"r": 8}')),
@@ -245,37 +214,17 @@ WEIGHTS = [  # how the folder of a language model is spoiled, what is told of it
     (file("model.safetensors", LFS), f"m/model.safetensors: {LIES}"),
     (file("model.safetensors", HTML), f"m/model.safetensors: {LIES}"),
     (file("model.safetensors", b""), f"m/model.safetensors: {LIES}"),
-    (file("model.safetensors", b"1234567"), f"m/model.safetensors: {LIES}"),
-    (cut(1), f"m/model.safetensors: {LIES}: 1 bytes shorter than its header says"),
-    (cut(100), f"m/model.safetensors: {LIES}: 100 bytes shorter than its header says"),
-    (header("{}", 2**40), f"m/model.safetensors: {LIES}: 1,099,511,627,"),
-    (header("{}", 2**64 - 1), f"m/model.safetensors: {LIES}: 18,446,744,073,709,551,"),
     (header("hello"), f"m/model.safetensors: {LIES} "),
-    (header([]), f"m/model.safetensors: {LIES} "),
     (header({"a": F32 | {"data_offsets": [0, 12]}}), f"m/model.safetensors: {LIES} "),
     (header({"a": F32 | {"shape": [-4]}}), f"m/model.safetensors: {LIES} "),
     (header({"a": F32 | {"dtype": "X9"}}), f"m/model.safetensors: {LIES} "),
     (header({"a": F32 | {"shape": [2**62, 2**62]}}), f"m/model.safetensors: {LIES} "),
-    (header('{"dtype"' + ',"dtype"' * 200_000),
-     "m/model.safetensors: a safetensors header of more than 200,000 tensors"),
-    (long_header, "m/model.safetensors: a safetensors header of 17,825,792 bytes: at most 16,777,"),
-    (tensors(lambda held: held.pop(Q)), f"m: lacks '{Q}': incomplete download, or another model's"),
-    (tensors(lambda held: held.pop(HEAD)), f"m: lacks '{HEAD}': incomplete download, or another"),
     (tensors(lambda held: held.update(x=held.pop(Q))), f"m: lacks '{Q}'; has 'x', which this arch"),
-    (tensors(lambda held: held.update(x=torch.zeros(2))), "m: has 'x', which this architecture"),
-    (tensors(lambda held: held.update({Q: held[Q][:4]})),
-     f"m: '{Q}' is (4, 8), config.json asks for (8, 8): incomplete download, or another model's"),
-    (tensors(lambda held: held.update({Q: held[Q].to(torch.int8)})), f"m: '{Q}' is torch.int8"),
-    (tensors(lambda held: held.update({Q: held[Q].to(torch.float8_e4m3fn)})),
-     f"m: '{Q}' is torch.float8_e4m3fn"),
     (tensors(lambda held: [held.update({f"base_model.{n}": held.pop(n)}) for n in list(held)]),
      "m: lacks 'model.embed_tokens.weight'; lacks "),
-    (config(hidden_size=16), "m: 'model.embed_tokens.weight' is (258, 8), config.json asks for (258"
-     ", 16); "),
     (config(vocab_size=300), "m: 'model.embed_tokens.weight' is (258, 8), config.json asks for (300"
      ", 8); "),
     (config(num_hidden_layers=2), "m: holds 1 layers, config.json asks for 2: incomplete download"),
-    (config(num_key_value_heads=1), "m: 'model.layers.0.self_attn.k_proj.weight' is (8, 8), confi"),
     (config(attention_bias=True), "m: lacks 'model.layers.0.self_attn.q_proj.bias'"),
     (config(model_type="qwen2"), "m: lacks 'model.layers.0.self_attn.q_proj.bias'"),
     (config(tie_word_embeddings=True), f"m: '{HEAD}' differs from the embedding it is tied to: se"),
@@ -284,16 +233,8 @@ WEIGHTS = [  # how the folder of a language model is spoiled, what is told of it
 INDEXES = [  # model.safetensors.index.json or its weight_map, what is told of it
     ("", ":1: not valid JSON at column 1: Expecting value"),
     (LFS, ":1: not valid JSON at column 1: a git-lfs pointer"),
-    ("[]", ": has no weight_map: incomplete download?"),
     ("{}", ": has no weight_map: incomplete download?"),
-    ([], ": has no weight_map: incomplete download?"),
     ({}, ": has no weight_map: incomplete download?"),
-    ({Q: "../lm/model.safetensors"}, f": '{Q}' is in '../lm/model.safetensors': shards are plain"),
-    ({Q: "/etc/passwd"}, f": '{Q}' is in '/etc/passwd': shards are plain file names"),
-    ({Q: ".."}, f": '{Q}' is in '..': shards are plain file names"),
-    ({Q: 3}, f": '{Q}' is in 3: shards are plain file names"),
-    ({Q: None}, f": '{Q}' is in None: shards are plain file names"),
-    ({Q: "pytorch_model.bin"}, f": '{Q}' is in 'pytorch_model.bin': shards are plain file names"),
     ({Q: "9" * 250 + ".safetensors"}, f": '{Q}' is in '{'9' * 78}…: shards are plain file names"),
     ({Q: "b.safetensors"}, f": '{Q}' is in b.safetensors, which is missing: download it"),
 ]
@@ -388,11 +329,6 @@ PREFIX = {"type": "TemplateProcessing", "single": [START, FIRST], "pair": [FIRST
 UNNAMED = PREFIX | {"single": [START], "pair": [], "special_tokens": {}}
 NAMELESS = PREFIX | {"special_tokens": {"<s>": {"id": "<s>", "ids": [999], "tokens": ["<s>"]}}}
 TOKENIZERS = [  # how the folder is spoiled, what is told of it
-    (file("tokenizer.json", ""), "m/tokenizer.json:1: not valid JSON at column 1: Expecting value"),
-    (file("tokenizer.json", "{"), "m/tokenizer.json:1: not valid JSON at column 2: Expecting prop"),
-    (file("tokenizer.json", LFS), "m/tokenizer.json:1: not valid JSON at column 1: a git-lfs poin"),
-    (file("tokenizer.json", HTML), "m/tokenizer.json:1: not valid JSON at column 1: it looks like"),
-    (file("tokenizer.json", b"\n\x0a\x0d\xff"), "m/tokenizer.json: not UTF-8 at byte 3"),
     (file("tokenizer.json", "[]"), "m/tokenizer.json: "),
     (file("tokenizer.json", "null"), "m/tokenizer.json: "),
     (file("tokenizer.json", "{}"), "m/tokenizer.json: "),

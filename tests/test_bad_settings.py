@@ -19,6 +19,7 @@ from minirlhf.setup.sft_settings import SFTConfig
 from minirlhf.tools.settings import SampleConfig, ScoreConfig
 from tests import bad_inputs
 from tests.bad_inputs import COMMANDS, PAIR, PROMPT, TEXT, json_lines, named, words
+from tests.tiny_folders import change_json
 
 world, refused = bad_inputs.world, bad_inputs.refused
 
@@ -32,66 +33,34 @@ WHOLE = "must be a whole number >= 1 or none"
 DTYPES = "must be one of auto, float32, bfloat16"
 FLAGS = [  # added to a right `minirlhf sft`, what is told
     ("--steps 1e3", f"--steps: got '1e3', {WHOLE}"),
-    ("--steps 1.0", f"--steps: got '1.0', {WHOLE}"),
     ("--steps 0", f"--steps: got 0, {WHOLE}"),
-    ("--steps -1", f"--steps: got -1, {WHOLE}"),
-    ("--steps −5", f"--steps: got '−5', {WHOLE}"),
-    ("--steps ten", f"--steps: got 'ten', {WHOLE}"),
-    ("--steps 1,000", f"--steps: got '1,000', {WHOLE}"),
-    ("--steps ''", f"--steps: got '', {WHOLE}"),
     ("--steps=", f"--steps: got '', {WHOLE}"),
     ("--steps", "--steps: expected one value"),
     ("--steps 1 --steps 2", "--steps: given twice"),
     ("--batch_size 2 --batch-size 3", "--batch-size: given twice"),
-    ("--model lm", "--model: given twice"),
     ("--learning-rate nan", "--learning-rate: got nan, must be a finite number > 0"),
-    ("--learning-rate inf", "--learning-rate: got inf, must be a finite number > 0"),
-    ("--learning-rate 0", "--learning-rate: got 0.0, must be a finite number > 0"),
-    ("--learning-rate -1e-5", "--learning-rate: got -1e-05, must be a finite number > 0"),
-    ("--learning-rate 1e-5x", "--learning-rate: got '1e-5x', must be a finite number > 0"),
-    ("--learning-rate 1,5", "--learning-rate: got '1,5', must be a finite number > 0"),
-    ("--learning-rate −1e-5", "--learning-rate: got '−1e-5', must be a finite number > 0"),
-    ("--learning-rate 1/2", "--learning-rate: got '1/2', must be a finite number > 0"),
     ("--learning-rate 1e-400", "--learning-rate: got 0.0, must be a finite number > 0"),
     ("--epochs none", "--epochs: got 'none', must be a finite number > 0"),
-    ("--seed 1.5", "--seed: got '1.5', must be a whole number"),
     ("--seed 99999999999999999999", "--seed: got 99999999999999999999, must be a whole number of"),
-    ("--keep 1", "--keep: got 1, must be a whole number >= 2"),
     ("--dtype fp16", f"--dtype: got 'fp16', {DTYPES}"),
-    ("--dtype float16", f"--dtype: got 'float16', {DTYPES}"),
-    ("--dtype bf16", f"--dtype: got 'bf16', {DTYPES}"),
-    ("--dtype torch.float32", f"--dtype: got 'torch.float32', {DTYPES}"),
     ("--device gpu", "--device: 'gpu' cannot be used ("),
     ("--device cuda:99", "--device: 'cuda:99' cannot be used ("),
     ("--device ''", "--device: '' cannot be used ("),
     ("--columns", "--columns: expected at least one value"),
     ("--columns question", "columns: got 'question', must be NAME=COLUMN, as in prompt=question"),
     ("--columns prompt=", "columns: got 'prompt=', must be NAME=COLUMN, as in prompt=question"),
-    ("--columns =question", "columns: got '=question', must be NAME=COLUMN, as in prompt=question"),
     ("--columns promt=question", "columns: no 'promt' is read: the nearest is prompt"),
     ("--columns question=prompt", "columns: no 'question' is read: the nearest is "),
     ("--columns text=a text=b", "columns: two for text: a and b"),
-    ("--columns text=a --columns text=a", "columns: two for text: a and a"),
     ("--columns prompt=a completion=a", "columns: 'a' is given for two names"),
     ("--columns text=a=b", "texts.jsonl:1: no column 'a=b' to take as text: keys present: text"),
-    ("--schedule cosin", "--schedule: got 'cosin', must be one of constant, linear, cosine"),
-    ("--overlong cut", "--overlong: got 'cut', must be one of drop, truncate_prompt_left, trunc"),
-    ("--lora-rank 8.0", "--lora-rank: got '8.0', must be a whole number >= 0"),
-    ("--max-length 1", "--max-length: got 1, must be a whole number >= 2"),
-    ("--vocab-size 100", "--vocab-size: got 100, must be a whole number >= 258"),
-    ("--eval-data", "--eval-data: expected at least one value"),
     ("--eval-data ''", "--eval-data: got '', must be the name of a file"),
-    ("--eval-data nowhere.jsonl", "nowhere.jsonl: no such file"),
-    ("--eval-data a=nowhere.jsonl", "nowhere.jsonl: no such file"),
     ("--eval-data a=", "''"),
     ("--eval-data texts.jsonl texts.jsonl", "--eval-data: two sets are called 'eval': name each"),
-    ("--eval-data a=texts.jsonl a=texts.jsonl", "--eval-data: two sets are called 'a': name each"),
     ("--resume yes", "minirlhf sft: unexpected argument 'yes'"),
     ("--resume=true", "--resume: got 'true', takes no value: give --resume or --no-resume"),
     ("--no-resume=1", "--no-resume: got '1', takes no value: give --resume or --no-resume"),
     ("--lr 1e-5", "--lr: unknown flag: the nearest is --learning-rate"),
-    ("--bs 2", "--bs: unknown flag: the nearest is --batch-size"),
-    ("--lora_rnk 8", "--lora-rnk: unknown flag: the nearest is --lora-rank"),
     ("-steps 3", "minirlhf sft: unexpected argument '-steps': the nearest is --steps; "),
     ("–steps=3", "minirlhf sft: unexpected argument '–steps=3': the nearest is --steps"),
     ("---steps 3", "---steps: unknown flag: the nearest is --steps"),
@@ -105,31 +74,11 @@ FLAGS = [  # added to a right `minirlhf sft`, what is told
     ("--config texts.jsonl", "texts.jsonl: --config reads .toml and .json files only"),
 ]
 PPO_FLAGS = [  # added to a right `minirlhf ppo`, what is told
-    ("--no-train-critic", "no-train-critic: goes with --critic, a value head has to learn"),
-    ("--train-critic=false", "--train-critic: got 'false', takes no value: give --train-critic or"),
-    ("--temperature 0", "--temperature: got 0.0, must be a finite number > 0"),
-    ("--min-new-tokens 99", "min_new_tokens 99 is above max_new_tokens"),
     ("--kl-in loss", "kl_in loss with kl_estimator k1: the gradient of that estimate"),
-    ("--ptx-coef 1", "ptx_data and ptx_coef go together: give both, or neither"),
-    ("--mini-batches 8", "batch_size 2 is less than 8 mini_batches of micro_batch_size 2: use bat"),
-    ("--kl-in loss --kl-estimator full --offload-frozen", "offload_frozen: a full KL in the loss"),
-    ("--kl-target 6 --kl-coef 0", "kl_target: kl_coef is 0, which no factor can move"),
-    ("--kl-target 6 --kl-horizon 0.1", "kl_horizon 0.1 is too short for batch_size 2"),
-    ("--gamma 1.1", "--gamma: got 1.1, must be a finite number > 0 and <= 1"),
-    ("--lam -1", "--lam: got -1.0, must be a finite number >= 0 and <= 1"),
-    ("--clip-low 2", "--clip-low: got 2.0, must be a finite number >= 0 and <= 1"),
-    ("--value-clip 0", "--value-clip: got 0.0, must be a finite number > 0 or none"),
-    ("--epochs 1.5", "--epochs: got '1.5', must be a whole number >= 1"),
-    ("--stop", "--stop: expected at least one value"),
-    ("--overlong truncate_response", "--overlong: got 'truncate_response', must be one of error, "),
     ("--max-prompt-length 3", "prompts.jsonl:1: 8 tokens, max_length is 3"),
     ("--eval-data a", "a: not a data file: its name has no ending"),
-    ("--eval-data nowhere.jsonl", "nowhere.jsonl: no such file"),
-    ("--eval-data prompts.jsonl prompts.jsonl", "--eval-data: two sets are called 'eval': name"),
     ("--eval-every 5", "eval_every: goes with --eval-data"),
     ("--keep-best --eval-data prompts.jsonl", "keep_best: goes with --eval-every, the policy at"),
-    ("--critic nowhere", "nowhere: no such folder: give a model folder or a hub name"),
-    ("--ref ''", "--ref: got '', must be the name of a folder"),
 ]
 
 
@@ -151,13 +100,10 @@ PPO = "ppo --model lm --data prompts.jsonl --out out --batch-size 2 --micro-batc
     "--max-new-tokens 4 --reward"
 NO_FOLDER = "no such folder: give a model folder or a hub name (owner/name)"
 LINES = [  # a command line, what is told
-    ("train", "minirlhf train: no such verb: the nearest is "),
     ("SFT", "minirlhf SFT: no such verb: the nearest is sft; verbs: sft, reward, ppo, "),
     ("rewrad", "minirlhf rewrad: no such verb: the nearest is reward"),
     ("-v", "minirlhf -v: no such verb: the nearest is --version"),
-    ("--model lm", "minirlhf --model: no such verb: the nearest is "),
     ("sft", "--data: required, but not given; --out: required, but not given"),
-    ("sft reward", "minirlhf sft: unexpected argument 'reward'"),
     ("reward", "--model: required, but not given; --data: required, but not given; --out: requi"),
     ("ppo", "--model: required, but not given; --data: required, but not given; --reward: req"),
     ("sample", "--model: required, but not given"),
@@ -171,15 +117,10 @@ LINES = [  # a command line, what is told
     ("sample --model lm --data prompts.jsonl --max-new-tokens 4 --max-length 99",
      "--max-length: is 99, the model has room for 45 before the new tokens"),
     ("sample --model lm --prompt a --out texts.jsonl", "--out: texts.jsonl is there already: give"),
-    ("sample --model lm --prompt a --top-p 0", "--top-p: got 0.0, must be a finite number > 0 and"),
-    ("sample --model lm --prompt a --limit 0", "--limit: got 0, must be a whole number >= 1 or no"),
-    ("sample --model nowhere --prompt a", f"nowhere: {NO_FOLDER}"),
-    ("score --model rm --data nowhere.jsonl", "nowhere.jsonl: no such file"),
     ("score --model rm --data pairs.jsonl --max-length 99", "--max-length: is 99: the model has 4"),
     ("score --model rm --data pairs.jsonl --out rm", "--out: rm is there already: give another"),
     ("sft --data texts.jsonl --out out", "give exactly one of --model and --init-config"),
     (f"{SFT}", "--out: required, but not given"),
-    (f"{SFT} --out ''", "--out: got '', must be the name of a dir"),
     (f"{SFT} --out texts.jsonl", "texts.jsonl: is not a folder: give another --out"),
     (f"{SFT} --out lm", "lm: is --model lm or lies in it: give another --out"),
     (f"{SFT} --out lm --resume", "lm: is --model lm or lies in it: give another --out"),
@@ -187,11 +128,9 @@ LINES = [  # a command line, what is told
     ("sample --model lm --prompt a --max-new-tokens 4 --out no/where", "--out: no is no folder"),
     ("score --model rm --data pairs.jsonl --out no/where", "--out: no is no folder"),
     ("sft --model lm --data lm --out out", "lm: a folder: legal: .jsonl .json .csv .tsv"),
-    ("sft --model lm --data '' --out out", "--data: got '', must be the name of a file"),
     ("sft --model texts.jsonl --data lm --out out", "texts.jsonl: is a file: give the folder that"),
     ("sft --model lm/config.json --data texts.jsonl --out out", "lm/config.json: is a file: give"),
     ("sft --model nowhere --data texts.jsonl --out out", f"nowhere: {NO_FOLDER}"),
-    ("sft --model '' --data texts.jsonl --out out", "--model: got '', must be the name of a folde"),
     ("sft --model https://huggingface.co/a/b --data texts.jsonl --out out",
      f"https://huggingface.co/a/b: {NO_FOLDER}"),
     ("sft --init-config lm --data texts.jsonl --out out", "lm: a folder: give a regular file"),
@@ -205,12 +144,9 @@ LINES = [  # a command line, what is told
      "lm/config.json: vocab_size: is 258: must be at least the tokenizer's 260"),
     ("demo --scale 2", "--scale: got 2.0, must be a finite number > 0 and <= 1"),
     ("demo --out lm", "lm: is there already: remove it, or give another --out"),
-    (f"{PPO} ''", "--reward: got '', must be the name of a source"),
-    (f"{PPO} nowhere", f"nowhere: {NO_FOLDER}"),
     (f"{PPO} nowhere.py:f", "--reward: nowhere.py does not exist: give file.py:function"),
     (f"{PPO} reward.py", "--reward: reward.py names no function: give reward.py:function"),
     (f"{PPO} reward.py:", "--reward reward.py: has no function '': it has: length"),
-    (f"{PPO} reward.py:nothing", "--reward reward.py: has no function 'nothing': it has: length"),
     (f"{PPO} reward.py:number", "--reward reward.py: has no function 'number': it has: length"),
     (f"{PPO} texts.jsonl", "texts.jsonl: is a file: give the folder that holds config.json"),
     (f"{PPO} texts.jsonl:f", f"texts.jsonl:f: {NO_FOLDER}"),
@@ -221,24 +157,18 @@ LINES = [  # a command line, what is told
     (f"{PPO} 0*rm", "reward: all weights are 0; give one source that counts"),
     (f"{PPO} rm --reward-retries 2", "reward-retries: is for a service; no --reward is http://"),
     (f"{PPO} http://localhost:1 --reward-token-file no", "no: no such file"),
-    (f"{PPO} http://localhost:1 --reward-format xml", "--reward-format: got 'xml', must be one of"),
-    (f"{PPO} http://localhost:1 --reward-timeout 0", "--reward-timeout: got 0.0, must be a finite"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("line", "told"),
-    named(LINES),
-)
+@pytest.mark.parametrize(("line", "told"), named(LINES))
 def test_a_bad_command_line_is_refused(line, told, refused):
     assert refused(shlex.split(line)).startswith(told)
 
 
 def test_an_output_folder_inside_the_model_is_refused(refused, world):
     shutil.copytree(world / "lm", "own")
-    assert refused(words("sft", model="own", out="own/out")).startswith(
-        "own/out: is --model own or lies in it: give another --out"
-    )
+    line = refused(words("sft", model="own", out="own/out"))
+    assert line.startswith("own/out: is --model own or lies in it: give another --out")
 
 
 BROKEN_CODE = [  # content of the file of --reward, what is told
@@ -262,30 +192,16 @@ RIGHT = {"model": "lm", "data": "texts.jsonl", "out": "out"}
 SECTIONS = "is a table: settings stand at the top of the file, in no section"
 TOML = [  # added to a right file, what is told behind its name
     ("steps = 0", f"steps: got 0, {WHOLE}"),
-    ("steps = 1.0", f"steps: got 1.0, {WHOLE}"),
-    ("steps = '1'", f"steps: got '1', {WHOLE}"),
-    ("steps = true", f"steps: got true, {WHOLE}"),
     ("lr = 1", "lr: unknown setting: the nearest is learning_rate"),
-    ("learning-rate = nan", "learning-rate: got nan, must be a finite number > 0"),
-    ("learning_rate = '1e-5'", "learning_rate: got '1e-5', must be a finite number > 0"),
     ("learning-rate = 1e-3\nlearning_rate = 1e-3", "learning_rate: given twice"),
     ("[train]\nsteps = 1", f"train: {SECTIONS}"),
     ("[steps]\nlast = 1", f"steps: {SECTIONS}"),
     ("steps = 1\nsteps = 2", "not valid TOML: "),
-    ("steps", "not valid TOML: "),
-    ("steps =", "not valid TOML: "),
-    ("steps: 1", "not valid TOML: "),
     ("model = lm", "not valid TOML: "),
     ("steps = " + "9" * 5000, "not valid TOML: "),
     ("eval_data = 1", "eval_data: got 1, must be text or a list of text"),
-    ("eval_data = [1]", "eval_data: got [1], must be text or a list of text"),
     ("eval_data = ''", "eval_data: got '', must be the name of a file"),
     ("eval_data = ['']", "eval_data: got '', must be the name of a file"),
-    ("resume = 'yes'", "resume: got 'yes', must be true or false"),
-    ("resume = 1", "resume: got 1, must be true or false"),
-    ("dtype = 'fp16'", f"dtype: got 'fp16', {DTYPES}"),
-    ("seed = 2026-01-01", "seed: got 2026-01-01, must be a whole number"),
-    ("tokenizer = ''", "tokenizer: got '', must be the name of a folder"),
     ('tokenizer = "a\\u0000b"', "tokenizer: got 'a\\x00b', must be text or none"),
 ]
 JSON = [  # content of a file, what is told behind its name
@@ -413,7 +329,7 @@ def another(field: dataclasses.Field, value: object) -> object:
 
 
 EVERYWHERE = {"out", "resume", "log_every", "save_every", "keep", "device", "allow_data_change",
-              "allow_setting_change", "gradient_checkpointing"}
+              "allow_setting_change", "gradient_checkpointing", "dry_run"}
 WEIGHTS = {"model", "lora_rank", "lora_alpha", "dtype"}  # a checkpoint's are of them
 ROWS = {"seed", "overlong", "columns", "bad_rows", "fix_text", "allow_empty_prompt"}
 PLACE = ROWS | {"batch_size", "max_length"}  # sft and reward count their place in these rows
@@ -574,25 +490,22 @@ def test_held_out_prompts_need_the_reward_s_columns_before_any_weight(refused, n
     assert line.startswith(told)
 
 
-def test_the_room_of_a_reward_model_that_reencodes_is_looked_at_before_any_weight(
-    refused, no_weights, world
+@pytest.mark.parametrize(
+    ("source", "room", "told"),
+    [
+        # "The film" has 8 tokens, and 4 are sampled
+        ("other", 12,
+         "held.jsonl:2: 9 tokens once --reward narrow re-encodes them, and 4 new: it reads 12: "
+         "lower max_prompt_length or max_new_tokens"),
+        ("rm", 6, "prompts.jsonl:1: 8 tokens"),
+    ],
+    ids=["re-encodes", "same tokenizer"],
+)
+def test_the_room_of_the_reward_model_is_looked_at_before_any_weight(
+    source, room, told, refused, no_weights, world
 ):
     narrow = Path("narrow")
-    shutil.copytree(world / "other", narrow)
-    values = json.loads((narrow / "config.json").read_text("utf-8"))
-    (narrow / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 12}))
-    # "The film" has 8 tokens, and 4 are sampled
+    shutil.copytree(world / source, narrow)
+    change_json(narrow / "config.json", max_position_embeddings=room)
     Path("held.jsonl").write_text(json_lines(PROMPT, {"prompt": "!" * 9}), encoding="utf-8")
-    line = refused(words("ppo", reward="narrow", eval_data="held.jsonl"))
-    assert line == (
-        "held.jsonl:2: 9 tokens once --reward narrow re-encodes them, and 4 new: it reads 12: "
-        "lower max_prompt_length or max_new_tokens"
-    )
-
-
-def test_the_room_of_the_reward_model_is_looked_at_before_any_weight(refused, no_weights, world):
-    narrow = Path("narrow")
-    shutil.copytree(world / "rm", narrow)
-    values = json.loads((narrow / "config.json").read_text("utf-8"))
-    (narrow / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 6}))
-    assert refused(words("ppo", reward="narrow")).startswith("prompts.jsonl:1: 8 tokens")
+    assert refused(words("ppo", reward="narrow", eval_data="held.jsonl")).startswith(told)

@@ -175,16 +175,6 @@ def test_killed_run_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch, lora)
         assert (out / "model" / name).read_bytes() == expected
 
 
-def test_resume_of_a_finished_run_changes_nothing(base, whole, capsys):
-    before = {p: p.read_bytes() for p in (whole / "model").iterdir()}
-    logs = (whole / "metrics.jsonl").read_bytes()
-    sets = ("--eval-data", f"seen={base[1]}", base[2])
-    assert run_reward(base, whole, *EVALUATED, *sets, "--show-samples", -1, "--resume") == 0
-    assert "no steps left to do" in capsys.readouterr().out
-    assert {p: p.read_bytes() for p in (whole / "model").iterdir()} == before
-    assert (whole / "metrics.jsonl").read_bytes() == logs
-
-
 def test_a_signal_saves_and_exits_75_and_resume_ends_the_run(base, tmp_path, monkeypatch):
     save, out = Run.save, tmp_path / "run"
 
@@ -443,56 +433,6 @@ def test_a_run_on_the_pairs_of_ranked_lists(base, tmp_path, capsys):
         assert not (tmp_path / "refused").exists()
     words = ("--data", ordered, "--list-loss", "pairs", "--label-smoothing", 0.1)
     assert run_reward(base, tmp_path / "smooth pairs", *STEPS, *words) == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "match"),
-    [
-        (["--model", "NONE"], "none: no such folder"),
-        (["--data", "NONE"], "none: not a data file"),
-        (["--data", "BROKEN"], "broken.jsonl:2: not valid JSON"),
-        (["--data", "EQUAL"], "equal.jsonl: no row left of 1: dropped: 1 (chosen equals rejected)"),
-        (["--data", "NAN"], "nan.jsonl:1: "),
-        (["--data", "LONG"], "long.jsonl: a row of 61 tokens, the model reads 48: give --max-len"),
-        (["--eval-data", "NONE"], "none: not a data file"),
-        (["--eval-data", "GOOD", "GOOD"], "two sets are called 'eval'"),
-        (["--batch-size", "0"], "--batch-size: got 0, must be a whole number >= 1"),
-        (["--learning-rate", "nan"], "--learning-rate: got nan, must be a finite number > 0"),
-        (["--lerning-rate", "1"], "--lerning-rate: unknown flag: the nearest is --learning-rate"),
-        (["--schedule", "step"], "--schedule: got 'step', must be one of constant, linear, cosine"),
-        (["--device", "tpu"], "--device: 'tpu' cannot be used"),
-        (["--model", "SMALL"], "vocab_size: is 11: must be at least the tokenizer's"),
-        (["--model", "DAMAGED"], "lacks 'model.norm.weight'"),
-    ],
-)
-def test_main_refuses_in_one_line_and_writes_nothing(words, match, base, tmp_path, capsys):
-    good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
-    files = {"NONE": tmp_path / "none", "GOOD": base[1]}
-    for name, text in {
-        "BROKEN": good + "\n{", "EQUAL": good.replace("c\"}", "b\"}"),
-        "NAN": good.replace("}", ', "margin": NaN}'),
-        "LONG": json.dumps({"chosen_ids": [7] * 61, "rejected_ids": [8]}),
-    }.items():
-        files[name] = tmp_path / f"{name.lower()}.jsonl"
-        files[name].write_text(text, encoding="utf-8")
-    tokenizer = load_tokenizer(base[0])
-    for name, vocabulary in (("SMALL", V), ("DAMAGED", tokenizer.vocab_size)):
-        files[name] = tmp_path / name.lower()
-        lm = initialize(
-            CausalLM(config_from_hf({**TINY, "vocab_size": vocabulary})), torch.Generator()
-        )
-        if name == "DAMAGED":
-            del lm.model.norm.weight
-        save_pretrained(lm, files[name])
-        tokenizer.save(files[name])
-    words = [str(files.get(word, word)) for word in words]
-    model = words.pop(1) if words[0] == "--model" else None
-    words = words[1:] if model else words
-    out = tmp_path / "out" / "run"
-    assert run_reward(base, out, *words, model=model) == 2
-    told = capsys.readouterr().err
-    assert match in told and told.count("\n") == 1 and told.startswith("error: ")
-    assert not out.parent.exists()
 
 
 def test_main_refuses_a_folder_before_it_reads_anything(base, whole, capsys, monkeypatch):

@@ -357,50 +357,5 @@ def test_main_with_lora_writes_a_merged_model_that_changed(base, tmp_path):
     assert changed and all("_proj" in name for name in changed)
 
 
-@pytest.mark.parametrize(
-    ("words", "match"),
-    [
-        ([], "give exactly one of --model and --init-config"),
-        (["--model", "BASE", "--init-config", "INIT"], "exactly one of --model and --init-config"),
-        (["--model", "BASE", "--tokenizer", "BASE"], "--tokenizer goes with --init-config"),
-        (["--init-config", "INIT", "--lora-rank", "2"], "--lora-rank goes with --model"),
-        (["--init-config", "INIT", "--vocab-size", "257"], "must be a whole number >= 258"),
-        (["--init-config", "NONE"], "none.json: no such file"),
-        (["--init-config", "LIST"], "list.json: is a list: must be a JSON object"),
-        (["--init-config", "INIT", "--tokenizer", "NONE"], "no such folder"),
-        (["--init-config", "SMALL", "--tokenizer", "BASE"],
-         "small.json: vocab_size: is 279: must be at least the tokenizer's 280"),
-        (["--init-config", "BARE"], "num_attention_heads: is None"),
-        (["--model", "NONE"], "no such folder"),
-        (["--model", "BASE", "--data", "IDS"], "ids.jsonl:1: has no token after the first"),
-        (["--init-config", "INIT", "--data", "IDS"],
-         "ids.jsonl:1: holds token ids, from which no tokenizer can be trained: give --tokenizer"),
-        (["--model", "BASE", "--data", "LONG"],
-         "long.jsonl: a row of 61 tokens, the model reads 32: give --max-length 32"),
-        (["--model", "BASE", "--eval-data", "DATA", "DATA"], "two sets are called 'eval'"),
-        (["--model", "BASE", "--device", "tpu"], "--device: 'tpu' cannot be used"),
-    ],
-)
-def test_main_refuses(words, match, base, tmp_path, capsys):
-    files = {"BASE": base[0], "DATA": base[1], "NONE": tmp_path / "none.json"}
-    for name, value in {
-        "INIT": TINY, "LIST": [1], "SMALL": TINY | {"vocab_size": 279},
-        "BARE": {"model_type": "llama", "hidden_size": 16},
-    }.items():
-        files[name] = tmp_path / f"{name.lower()}.json"
-        files[name].write_text(json.dumps(value), encoding="utf-8")
-    files["IDS"] = write_lines(tmp_path / "ids.jsonl", [{"input_ids": [7]}])
-    ids = [{"input_ids": list(range(61))}]
-    files["LONG"] = write_lines(tmp_path / "long.jsonl", ids)
-    words = [str(files.get(word, word)) for word in words]
-    if "--data" not in words:
-        words += ["--data", base[1]]
-    out = tmp_path / "run"
-    assert run_sft(*words, "--out", out, "--steps", 1) == 2
-    told = capsys.readouterr().err
-    assert match in told and told.count("\n") == 1
-    assert not out.exists()
-
-
 def test_config_defaults_are_legal():
     assert validate(config_of()) is None
