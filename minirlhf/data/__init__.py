@@ -1,8 +1,7 @@
 """From rows of a file to token ids.
 
 Read examples.py (what a recipe is given), formats.py (which columns a row may have), encoding.py
-(parts of a row to ids) and tokenizer.py, which is a vocabulary.py with a chat_template.py:
-special_names.py keeps messages from naming control tokens, template_worker.py renders. Then
-rankings.py (ranked lists) and batching.py (which rows a step takes). README.md has the formats.
-Imports errors, streams and files; knows neither models nor run.
+(parts of a row to ids) and tokenizer.py, which is a vocabulary.py with a chat_template.py, whose
+process is template_worker.py. Then rankings.py (ranked lists) and batching.py (which rows a step
+takes). README.md has the formats. Imports errors, streams and files; knows neither models nor run.
 """

@@ -19,10 +19,7 @@ Parts = tuple[Part | None, ...]  # (prompt or None, response, ...)
 
 
 def encode(
-    path: str | Path,
-    rows: list[tuple[Row, Parts]],
-    tokenizer: Tokenizer | None,
-    sieve: Sieve,
+    path: str | Path, rows: list[tuple[Row, Parts]], tokenizer: Tokenizer | None, sieve: Sieve,
 ) -> tuple[list[tuple[list[int], ...] | None], list[int]]:
     """((prompt ids, response ids, ...) of each row, None where the sieve took it;
     ids that the tokenizer puts before a text)."""

@@ -107,12 +107,8 @@ class Encoded(NamedTuple):
 
 
 def load_pairs(
-    path: str | Path,
-    tokenizer: Tokenizer | None,
-    max_length: int | None,
-    overlong: str,
-    policy: RowPolicy = STRICT,
-    finish: Callable[[Pair], Pair] | None = None,
+    path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
+    policy: RowPolicy = STRICT, finish: Callable[[Pair], Pair] | None = None,
 ) -> tuple[list[Pair], Report]:
     """Preference pairs of a file. Pairs whose two answers are equal are dropped and counted.
 
@@ -168,12 +164,8 @@ def _equal_sides(row: Row, responses: list[list[int]]) -> str | None:
 
 
 def load_prompts(
-    path: str | Path,
-    tokenizer: Tokenizer | None,
-    max_length: int | None,
-    overlong: str,
-    policy: RowPolicy = STRICT,
-    finish: Callable[[Prompt], Prompt] | None = None,
+    path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
+    policy: RowPolicy = STRICT, finish: Callable[[Prompt], Prompt] | None = None,
 ) -> tuple[list[Prompt], Report]:
     """Prompts of a file, arguments as in `load_pairs`; `overlong` cannot be "truncate_response"."""
     if overlong == "truncate_response":
@@ -194,12 +186,8 @@ def load_prompts(
 
 
 def load_texts(
-    path: str | Path,
-    tokenizer: Tokenizer | None,
-    max_length: int | None,
-    overlong: str,
-    policy: RowPolicy = STRICT,
-    finish: Callable[[Text], Text] | None = None,
+    path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
+    policy: RowPolicy = STRICT, finish: Callable[[Text], Text] | None = None,
 ) -> tuple[list[Text], Report]:
     """Texts of a file for supervised training, arguments as in `load_pairs`."""
     sieve = Sieve(policy)
@@ -224,9 +212,7 @@ class Split(NamedTuple):
 
 
 def split_rows(
-    path: str | Path,
-    detect: Callable[[Row, bool], Format],
-    sieve: Sieve,
+    path: str | Path, detect: Callable[[Row, bool], Format], sieve: Sieve,
     also: Callable[[Row], object] | None = None,
 ) -> Split:
     """Reads a whole file and takes its rows apart; its first well-formed row tells its kind.
@@ -286,14 +272,8 @@ def first_row(path: str | Path, tell: Callable[[Row], T], policy: RowPolicy = ST
 
 
 def load_examples(
-    path: str | Path,
-    split: Split,
-    make: Callable[[Encoded], T],
-    finish: Callable[[T], T] | None,
-    tokenizer: Tokenizer | None,
-    max_length: int | None,
-    overlong: str,
-    sieve: Sieve,
+    path: str | Path, split: Split, make: Callable[[Encoded], T], finish: Callable[[T], T] | None,
+    tokenizer: Tokenizer | None, max_length: int | None, overlong: str, sieve: Sieve,
     drop: Callable[[Row, list[list[int]]], str | None] | None = None,
 ) -> tuple[list[T], Report]:
     """Examples of a file's rows; what is not said here as in `load_pairs`.

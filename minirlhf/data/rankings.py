@@ -236,12 +236,8 @@ def best_first(row: Row, responses: Sequence[R]) -> tuple[list[R], list[int]]:
 
 
 def load_rankings(
-    path: str | Path,
-    tokenizer: Tokenizer | None,
-    max_length: int | None,
-    overlong: str,
-    policy: RowPolicy = STRICT,
-    finish: Callable[[Ranking], Ranking] | None = None,
+    path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
+    policy: RowPolicy = STRICT, finish: Callable[[Ranking], Ranking] | None = None,
 ) -> tuple[list[Ranking], Report]:
     """Ranked lists of a file, arguments and errors as in `load_pairs`.
 
@@ -286,12 +282,8 @@ def holds_rankings(path: str | Path, policy: RowPolicy = STRICT) -> bool:
 
 
 def load_preferences(
-    path: str | Path,
-    tokenizer: Tokenizer | None,
-    max_length: int | None,
-    overlong: str,
-    policy: RowPolicy = STRICT,
-    finish: Callable[[E], E] | None = None,
+    path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
+    policy: RowPolicy = STRICT, finish: Callable[[E], E] | None = None,
 ) -> tuple[list[Pair] | list[Ranking], Report]:
     """Pairs or ranked lists, as the first well-formed row is; arguments as in `load_pairs`."""
     load = load_rankings if holds_rankings(path, policy) else load_pairs

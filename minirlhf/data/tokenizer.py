@@ -10,8 +10,7 @@ import tokenizers
 
 from minirlhf.data.chat_template import ChatTemplate, plain_template
 from minirlhf.data.formats import Messages
-from minirlhf.data.special_names import swap_names, unused_character
-from minirlhf.data.vocabulary import EOS, NAMES, PAD, Vocabulary
+from minirlhf.data.vocabulary import EOS, NAMES, PAD, Vocabulary, swap_names, unused_character
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import CODE_KEYS, file_inside
 from minirlhf.files.reading import read_json, read_text
@@ -314,18 +313,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     made.train_from_iterator(
         texts,
         tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[EOS, PAD],
-            initial_alphabet=bytes_.alphabet(),
+            vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=bytes_.alphabet(),
             show_progress=False,
         ),
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
-        "pad_token": PAD,
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer.json").write_text(made.to_str(), encoding="utf-8")

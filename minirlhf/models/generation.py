@@ -52,12 +52,8 @@ class Generation(NamedTuple):
 
 @torch.no_grad()
 def decode_steps(
-    lm: CausalLM,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    eos_ids: Sequence[int],
-    keys: Tensor,
-    decode: Callable[[list[int]], str] | None = None,
+    lm: CausalLM, prompts: Sequence[Sequence[int]], sampling: Sampling, eos_ids: Sequence[int],
+    keys: Tensor, decode: Callable[[list[int]], str] | None = None,
 ) -> Iterator[DecodeStep]:
     """Yields one token a step for every row that has not ended; ended rows leave the batch.
 
@@ -168,9 +164,7 @@ class _Ends:
         self.sampling, self.decode = sampling, decode
         self.responses: list[list[int]] = [[] for _ in range(rows)]
 
-    def reasons(
-        self, rows: Tensor, drawn: Tensor, is_eos: Tensor, length: int
-    ) -> list[str | None]:
+    def reasons(self, rows: Tensor, drawn: Tensor, is_eos: Tensor, length: int) -> list[str | None]:
         """eos | stop | length, or None, for each of the rows; all arguments (A,).
 
         Args:
@@ -197,12 +191,8 @@ class _Ends:
 
 
 def generate(
-    lm: CausalLM,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    eos_ids: Sequence[int],
-    keys: Tensor,
-    decode: Callable[[list[int]], str] | None = None,
+    lm: CausalLM, prompts: Sequence[Sequence[int]], sampling: Sampling, eos_ids: Sequence[int],
+    keys: Tensor, decode: Callable[[list[int]], str] | None = None,
 ) -> Generation:
     """Collects `decode_steps` (same arguments, same errors) into left-aligned rows.
 

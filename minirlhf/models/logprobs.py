@@ -121,9 +121,7 @@ def token_kl(
     _check_distribution(temperature, support, hidden[..., 0].numel())
     states, ref_states = (x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden.detach()))
     ref_weight = ref.unembedding.detach()
-    kl = _TokenKL.apply(
-        states, lm.unembedding, ref_states, ref_weight, temperature, chunk, support
-    )
+    kl = _TokenKL.apply(states, lm.unembedding, ref_states, ref_weight, temperature, chunk, support)
     return kl.view(hidden.shape[:-1])
 
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from minirlhf import streams
 from minirlhf.models.heads import RewardModel, ValueHeadModel
-from minirlhf.models.linear import Linear, linear
 from minirlhf.models.logprobs import widened
-from minirlhf.models.transformer import CausalLM
+from minirlhf.models.transformer import CausalLM, Linear, linear
 
 Model = TypeVar("Model", CausalLM, ValueHeadModel, RewardModel)
 

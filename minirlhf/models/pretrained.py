@@ -20,11 +20,15 @@ from minirlhf.errors import MACHINE, UserError, printable
 from minirlhf.files.folders import file_inside, resolve
 from minirlhf.files.reading import read_json
 from minirlhf.models.config import ModelConfig
-from minirlhf.models.families import config_from_hf, config_to_hf
-from minirlhf.models.gpt2_names import from_gpt2, to_gpt2
-from minirlhf.models.heads import RewardModel, ValueHeadModel
+from minirlhf.models.families import config_from_hf, config_to_hf, from_gpt2, to_gpt2
+from minirlhf.models.heads import (
+    REWARD_KEYS,
+    RewardModel,
+    ValueHeadModel,
+    reward_keys,
+    reward_model_of,
+)
 from minirlhf.models.lora import has_lora
-from minirlhf.models.reward_config import REWARD_KEYS, reward_keys, reward_model_of
 from minirlhf.models.stored import JSON_CAP, read_tensors, tensor_files
 from minirlhf.models.transformer import CausalLM, shapes_only
 
@@ -97,9 +101,7 @@ def _check(module: CausalLM | RewardModel, tensors: dict[str, Tensor], where: Pa
 
 
 def _fill(
-    module: CausalLM | RewardModel,
-    tensors: dict[str, Tensor],
-    where: Path,
+    module: CausalLM | RewardModel, tensors: dict[str, Tensor], where: Path,
     dtype: torch.dtype | None,
 ) -> None:
     """Puts tensors that `_check` let pass into a module that is on the meta device."""
@@ -153,8 +155,7 @@ def _described(
                         "give the language model; ppo takes a reward model as its reward")
     if score is None and reward:
         raise UserError(
-            folder,
-            "has no 'score.weight': not a reward model",
+            folder, "has no 'score.weight': not a reward model",
             "train one with `minirlhf reward`, or give a folder with a score head",
         )
     with shapes_only():
@@ -187,8 +188,7 @@ def load_pretrained(
         tied = tensors.get(embedding, stored)
         if stored.dtype != tied.dtype or not torch.equal(stored, tied):
             raise UserError(
-                folder,
-                "'lm_head.weight' differs from the embedding it is tied to",
+                folder, "'lm_head.weight' differs from the embedding it is tied to",
                 "set tie_word_embeddings to false in config.json",
             )
     _fill(lm, tensors, folder, dtype)
@@ -251,8 +251,7 @@ def _refill(
 
 
 def save_pretrained(
-    model: CausalLM | ValueHeadModel | RewardModel,
-    folder: str | os.PathLike,
+    model: CausalLM | ValueHeadModel | RewardModel, folder: str | os.PathLike,
     pad_token_id: int | None = None,
 ) -> None:
     """Writes a Hugging Face folder that transformers loads to the same numbers.

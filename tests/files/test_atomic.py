@@ -334,8 +334,7 @@ def test_sweep_ends_replacements(tmp_path, operations):
     found = {p.name: (p / "text").read_text("utf-8") for p in tmp_path.iterdir()}
     assert found == {"a": ".old-a", "b": "b"}
     assert operations == [
-        ("rename", ".old-a -> a"), ("fsync", tmp_path.name),
-        ("rename", ".old-b -> .trash-.old-b"),
+        ("rename", ".old-a -> a"), ("fsync", tmp_path.name), ("rename", ".old-b -> .trash-.old-b")
     ]
 
 

@@ -74,11 +74,8 @@ def test_read_file_refuses_what_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     for name, what in (
-        ("pipe.jsonl", "not a regular file"),
-        ("loop.jsonl", "cannot be read"),
-        ("none.jsonl", "no such file"),
-        ("", "a folder"),
-        ("nul\0.jsonl", "cannot be read"),
+        ("pipe.jsonl", "not a regular file"), ("loop.jsonl", "cannot be read"),
+        ("none.jsonl", "no such file"), ("", "a folder"), ("nul\0.jsonl", "cannot be read"),
     ):
         with pytest.raises(UserError, match=what):
             read_file(tmp_path / name)

@@ -197,9 +197,7 @@ def test_initialize_score_refuses_another_number_of_generators(count):
 @torch.no_grad()
 def test_normalize_scores_shifts_and_scales_what_the_model_says(heads, lcb_coef):
     model, tokens, lengths = (
-        make_ensemble(heads, lcb_coef),
-        targets(4, 6),
-        torch.tensor([1, 4, 6, 2]),
+        make_ensemble(heads, lcb_coef), targets(4, 6), torch.tensor([1, 4, 6, 2])
     )
     before, weight = model(tokens, lengths), model.score.weight.clone()
     assert normalize_scores(model, 3.0, 2.0) is model

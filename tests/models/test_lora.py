@@ -7,10 +7,9 @@ from torch import nn
 from minirlhf.errors import UserError
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, ValueHeadModel, critic_from_reward_model
-from minirlhf.models.linear import Linear
 from minirlhf.models.lora import LoRALinear, adapters_off, add_lora, has_lora, merge_lora
 from minirlhf.models.pretrained import load_pretrained, load_reward_model, save_pretrained
-from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.models.transformer import CausalLM, Linear, initialize
 from minirlhf.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from minirlhf.run.optim import make_optimizer
 from minirlhf.streams import generator

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minirlhf.models.alignment import pad_right
 from minirlhf.models.cache import KVCache
@@ -10,7 +11,18 @@ from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.pretrained import load_pretrained
 from minirlhf.models.rotary import RotaryTable, rotary_frequencies
-from minirlhf.models.transformer import CausalLM, RMSNorm, initialize, rotate, shapes_only
+from minirlhf.models.transformer import (
+    BLOCKS,
+    MOST_COLUMNS,
+    MOST_ROWS,
+    CausalLM,
+    Linear,
+    RMSNorm,
+    initialize,
+    linear,
+    rotate,
+    shapes_only,
+)
 from tests.conftest import PEERS
 
 f64 = torch.float64
@@ -218,10 +230,7 @@ def test_sliding_window_allows_rows_up_to_it_and_refuses_longer():
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"positions": "learned"},
-        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-    ],
+    [{"positions": "learned"}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}],
 )
 def test_positions_the_model_does_not_define_are_refused(changes):
     lm = tiny(**changes)
@@ -352,3 +361,51 @@ def test_shapes_only_gives_the_models_shapes_without_weights(changes):
     assert shapes[0] == shapes[1]
     # Outside, weights are drawn as ever.
     assert whole.model.embed_tokens.weight.std() > 0.5
+
+
+# ---- the linear layer ----------------------------------------------------------------------------
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=f64)
+
+
+@pytest.mark.parametrize("tokens", [1, MOST_COLUMNS + 1])
+def test_linear_by_hand(tokens):
+    # Output j is row j of W times x, plus j: 1 · 10 + 0 · 1 + 0, 0 · 10 + 1 · 1 + 1, …
+    rows = [[1, 0], [0, 1], [1, 1], [2, 0], [0, 2], [2, 2], [3, 0], [0, 3]]
+    weight, bias = torch.tensor(rows, dtype=f64), torch.arange(8, dtype=f64)
+    x = torch.tensor([10, 1], dtype=f64).expand(tokens, 1, 2)
+    with torch.no_grad():
+        got = linear(x, weight, bias)
+    assert got.tolist() == [[[10, 2, 13, 23, 6, 27, 36, 10]]] * tokens
+
+
+TOKENS = [0, 1, 2, MOST_COLUMNS, MOST_COLUMNS + 1, MOST_ROWS, MOST_ROWS + 1]
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("out", [BLOCKS, 5 * BLOCKS, BLOCKS + 1, 3])
+def test_linear_is_the_plain_product_for_any_number_of_tokens(tokens, out):
+    x, weight, bias = numbers(tokens, 1, 6), numbers(out, 6), numbers(out)
+    with torch.no_grad():
+        assert_close(linear(x, weight), F.linear(x, weight), 1e-12)
+        assert_close(linear(x, weight, bias), F.linear(x, weight, bias), 1e-12)
+        strided = numbers(1, tokens, 6).transpose(0, 1)
+        assert_close(linear(strided, weight), F.linear(strided, weight), 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6), (5, 1, 6)])
+def test_whole_rows_are_computed_alike_with_and_without_a_gradient(shape):
+    layer, x = Linear(6, 16).to(f64), numbers(*shape).requires_grad_()
+    trained = layer(x)
+    with torch.no_grad():
+        measured = layer(x)
+    if shape == (5, 1, 6):
+        assert_close(measured, trained, 1e-12)
+    else:
+        assert torch.equal(measured, trained)
+    trained.square().sum().backward()
+    # d sum y^2 / dx = 2 y W
+    assert_close(x.grad, (2 * trained @ layer.weight).detach(), 1e-12)
+    assert layer.weight.grad is not None and layer.bias.grad is not None
