@@ -22,13 +22,8 @@ def columns_of(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def sample(
-    lm: CausalLM,
-    prompts: list[Prompt],
-    keys: Tensor,
-    sampling: Sampling,
-    tokenizer: Tokenizer,
-    rows_at_once: int,
-    columns: Sequence[str] | None = None,
+    lm: CausalLM, prompts: list[Prompt], keys: Tensor, sampling: Sampling, tokenizer: Tokenizer,
+    rows_at_once: int, columns: Sequence[str] | None = None,
 ) -> tuple[Completions, Rollout]:
     """Responses to the prompts: as text for reward sources, as tensors (scores 0) for learning.
 

@@ -22,10 +22,7 @@ from minirlhf.data.encoding import strip_eos
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import Ranking
 from minirlhf.data.tokenizer import Tokenizer
-from minirlhf.equations.preference import (
-    bradley_terry_loss,
-    plackett_luce_loss,
-)
+from minirlhf.equations.preference import bradley_terry_loss, plackett_luce_loss
 from minirlhf.errors import UserError
 from minirlhf.models.alignment import pad_right
 from minirlhf.models.config import ModelConfig
@@ -126,10 +123,8 @@ class PairBatch(NamedTuple):
     def loss(self, scores: Tensor, label_smoothing: float = 0.0, center: float = 0.0) -> Tensor:
         """(2N,) scores -> (N,) losses."""
         chosen, rejected = scores.chunk(2)
-        probability = self.chosen_probability.to(scores)
-        loss = self.pair_loss(
-            chosen, rejected, self.margin.to(scores), probability, label_smoothing
-        )
+        margin, probability = self.margin.to(scores), self.chosen_probability.to(scores)
+        loss = self.pair_loss(chosen, rejected, margin, probability, label_smoothing)
         return loss + center * (chosen + rejected).square() if center else loss  # 0 x inf is nan
 
 
@@ -180,10 +175,8 @@ class RankedPairsBatch(NamedTuple):
         """(M,) scores -> (N,) means over a list's pairs; of two responses what a pair's are."""
         better = scores.gather(0, self.better.to(scores.device))
         worse = scores.gather(0, self.worse.to(scores.device))
-        probability = self.chosen_probability.to(scores)
-        losses = self.pair_loss(
-            better, worse, self.margin.to(scores), probability, label_smoothing
-        )
+        margin, probability = self.margin.to(scores), self.chosen_probability.to(scores)
+        losses = self.pair_loss(better, worse, margin, probability, label_smoothing)
         loss = torch.stack([each.mean() for each in losses.split(self.pairs)])
         return loss + centering(self.split(scores), center) if center else loss
 
@@ -207,8 +200,7 @@ def collate_pairs(pairs: list[Pair], pair_loss: PairLoss = bradley_terry_loss) -
 
 
 def collate_rankings(
-    rankings: list[Ranking], loss: str = "plackett-luce",
-    pair_loss: PairLoss = bradley_terry_loss,
+    rankings: list[Ranking], loss: str = "plackett-luce", pair_loss: PairLoss = bradley_terry_loss
 ) -> RankingBatch | RankedPairsBatch:
     """All responses in one batch, so that one forward pass scores them alike.
 

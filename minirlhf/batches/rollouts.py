@@ -147,10 +147,8 @@ class RolloutBuffer:
             ValueError: there are fewer micro-batches than that.
         """
         if count > len(self.micro_batches):
-            raise ValueError(
-                f"{count} mini-batches need as many micro-batches, there are "
-                f"{len(self.micro_batches)}: lower micro_batch_size or mini_batches"
-            )
+            there = f"there are {len(self.micro_batches)}: lower micro_batch_size or mini_batches"
+            raise ValueError(f"{count} mini-batches need as many micro-batches, {there}")
         stream = f"mini-batches of iteration {iteration}"
         parts: list[list[Rollout]] = [[] for _ in range(count)]
         sizes = [0] * count
@@ -169,9 +167,6 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------- forward passes
-
-
-KL_ESTIMATORS = (*ESTIMATORS, "full")
 
 
 class TokenPass(NamedTuple):
@@ -215,7 +210,8 @@ def kl_to_ref(
     """(b, R) nats a token, of the policy to the reference; 0 outside the mask.
 
     Args:
-        estimator: one of KL_ESTIMATORS; "full" needs micro.ref_states and ref's unembedding.
+        estimator: a name in `kl.ESTIMATORS`, or "full", which needs micro.ref_states and ref's
+            unembedding.
         ref: None where the policy has adapters: they leave the unembedding as it is.
     """
     mask = micro.response_mask
@@ -274,7 +270,7 @@ def penalised_kl(micro: Rollout, estimator: str | None) -> Tensor:
     """(b, R) nats a token: the KL penalty in the rewards of a measured rollout.
 
     Args:
-        estimator: one of KL_ESTIMATORS; None where the penalty is a loss, and no part of rewards.
+        estimator: as in `kl_to_ref`; None where the penalty is a loss, and no part of rewards.
     """
     if estimator is None:
         return torch.zeros_like(micro.old_logprobs)

@@ -62,11 +62,7 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
 
 
 def gae(
-    rewards: Tensor,
-    values: Tensor,
-    response_mask: Tensor,
-    gamma: float,
-    lam: float,
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float,
     bootstrap: Tensor | None = None,
 ) -> Advantages:
     """Generalised advantage estimation. Schulman et al. 2016 (arXiv:1506.02438), eq. 16.

@@ -59,11 +59,8 @@ def masked_standardize(x: Tensor, mask: Tensor) -> Tensor:
     >>> masked_standardize(tensor([1.0, 3.0, nan]), tensor([True, True, False]))
     tensor([-1.,  1.,  0.])
     """
-    check_same_shape(x=x, mask=mask)
-    check_mask(mask=mask)
-    x = upcast(x)
-    standardized, _ = _standardize(x.masked_select(mask))
-    return torch.zeros_like(x).masked_scatter(mask, standardized)
+    standardized, _ = _standardize(x, mask)
+    return standardized.new_zeros(mask.shape).masked_scatter(mask, standardized)
 
 
 def masked_rescale(x: Tensor, mask: Tensor) -> Tensor:
@@ -79,15 +76,15 @@ def masked_rescale(x: Tensor, mask: Tensor) -> Tensor:
     >>> masked_rescale(tensor([6.0, 10.0, nan]), tensor([True, True, False]))
     tensor([7., 9., 0.])
     """
+    standardized, mean = _standardize(x, mask)
+    return standardized.new_zeros(mask.shape).masked_scatter(mask, standardized + mean)
+
+
+def _standardize(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The K True cells (K,) standardized, and the mean that was taken off."""
     check_same_shape(x=x, mask=mask)
     check_mask(mask=mask)
-    x = upcast(x)
-    standardized, mean = _standardize(x.masked_select(mask))
-    return torch.zeros_like(x).masked_scatter(mask, standardized + mean)
-
-
-def _standardize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) -> (K,) standardized, and the mean that was taken off."""
+    x = upcast(x).masked_select(mask)
     shifted = x - x[:1]  # so that equal numbers are exact zeros: their mean is rounded, 0 is not
     centred = shifted - shifted.mean()
     return centred / (centred.square().mean() + _EPS).sqrt(), x[:1] + shifted.mean()

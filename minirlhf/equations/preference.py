@@ -33,11 +33,8 @@ class DPOLoss(NamedTuple):
 
 
 def bradley_terry_loss(
-    chosen_rewards: Tensor,
-    rejected_rewards: Tensor,
-    margin: float | Tensor = 0.0,
-    chosen_probability: float | Tensor = 1.0,
-    label_smoothing: float = 0.0,
+    chosen_rewards: Tensor, rejected_rewards: Tensor, margin: float | Tensor = 0.0,
+    chosen_probability: float | Tensor = 1.0, label_smoothing: float = 0.0,
 ) -> Tensor:
     """Reward-model loss per pair. Ouyang et al. 2022 (arXiv:2203.02155), eq. 1; margin: Touvron et
     al. 2023 (arXiv:2307.09288), eq. 2; label smoothing: Wang et al. 2024 (arXiv:2401.06080), of
@@ -145,12 +142,8 @@ def preference_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Acc
 
 
 def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+    beta: float, label_smoothing: float = 0.0,
 ) -> DPOLoss:
     """Direct preference optimisation per pair. Rafailov et al. 2023 (arXiv:2305.18290), eq. 7;
     label smoothing: Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
@@ -174,10 +167,8 @@ def dpo_loss(
     DPOLoss(loss=tensor([0.3133]), chosen_rewards=tensor([1.]), rejected_rewards=tensor([0.]))
     """
     check_same_shape(
-        policy_chosen=policy_chosen,
-        policy_rejected=policy_rejected,
-        ref_chosen=ref_chosen,
-        ref_rejected=ref_rejected,
+        policy_chosen=policy_chosen, policy_rejected=policy_rejected,
+        ref_chosen=ref_chosen, ref_rejected=ref_rejected,
     )
     check_vector(policy_chosen=policy_chosen)
     if not (math.isfinite(beta) and beta > 0):

@@ -13,8 +13,6 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-SCALINGS = ("none", "scale", "normalize")
-MISSING_EOS = ("subtract", "replace", "ramp")
 EndRule = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores, truncated, lengths (B,) -> (B,)
 
 
@@ -107,9 +105,7 @@ class RunningMoments:
         return list(astuple(self))
 
 
-def scale_scores(
-    scores: Tensor, how: str, clip: float | None, moments: RunningMoments
-) -> Tensor:
+def scale_scores(scores: Tensor, how: str, clip: float | None, moments: RunningMoments) -> Tensor:
     """Scores in units of their running spread, then bounded, as in TRL 0.9.
 
     Args:

@@ -57,8 +57,7 @@ def mean_above(limit: float, steps: int, shown: str = "{:.2f}") -> Test:
     def test(seen: Seen) -> str | None:
         window = seen.recent(steps)
         if window and mean(window) > limit:
-            value = shown.format(mean(window))
-            return f"{seen.name} is {value} on average over {steps} steps"
+            return f"{seen.name} is {shown.format(mean(window))} on average over {steps} steps"
         return None
 
     return test
@@ -70,8 +69,7 @@ def mean_fell(share: float, shown: str = "{:.2f}") -> Test:
     def test(seen: Seen) -> str | None:
         window, start = seen.recent(5), mean(seen.first)
         if window and mean(window) < share * start:
-            values = f"from {shown.format(start)} to {shown.format(mean(window))}"
-            return f"{seen.name} fell {values}"
+            return f"{seen.name} fell from {shown.format(start)} to {shown.format(mean(window))}"
         return None
 
     return test

@@ -38,8 +38,7 @@ def check_ratio(where: str, gap: float) -> None:
     """Before the first update of an iteration the policy is the one that sampled."""
     if not gap <= RATIO_TOLERANCE:
         raise UserError(
-            f"{where}: val/ratio",
-            f"the first ratio is off 1 by {gap:.3g}",
+            f"{where}: val/ratio", f"the first ratio is off 1 by {gap:.3g}",
             "training and measuring passes differ: is something random or stateful in the model?",
             BUG,
         )

@@ -140,9 +140,7 @@ def duplicates(texts: list[str]) -> float:
 
 
 def evaluate_sets(
-    r: Run,
-    state: TrainState,
-    sets: dict[str, list[Prompt]],
+    r: Run, state: TrainState, sets: dict[str, list[Prompt]],
     evaluate: Callable[..., PolicyEvaluation],
 ) -> dict[str, float]:
     """Every held-out set, one line of the console each; the metrics under their prefixes.

@@ -40,9 +40,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate_preferences(
-    model: RewardModel,
-    examples: list[E],
-    micro_batch_tokens: int = 4096,
+    model: RewardModel, examples: list[E], micro_batch_tokens: int = 4096,
     metrics: Callable[[Tensor, Tensor, list[Pair]], dict[str, float]] | None = None,
     collate: Callable[[list[E]], Batch] = collate,
 ) -> Evaluation:
@@ -159,6 +157,9 @@ def top1(rankings: list[Ranking], scores: list[Tensor]) -> float:
 # -------------------------------------------------------------------------------------- calibration
 
 
+BINS = 10
+
+
 class Bin(NamedTuple):
     """Pairs whose confidence lies from low to high."""
 
@@ -169,38 +170,36 @@ class Bin(NamedTuple):
     accuracy: float | None  # fraction that is right, a tie counting half; None without pairs
 
 
-def calibration_table(chosen: Tensor, rejected: Tensor, bins: int = 10) -> list[Bin]:
-    """How often a reward model is right, by its confidence: bins of equal width on [1/2, 1].
+def calibration_table(chosen: Tensor, rejected: Tensor) -> list[Bin]:
+    """How often a reward model is right, by its confidence: ten bins of equal width on [1/2, 1].
+    Guo et al. 2017 (arXiv:1706.04599), section 2.
 
-    Guo et al. 2017 (arXiv:1706.04599), section 2. Arguments as in `calibration_error`.
+    Args:
+        chosen, rejected: (N,) scores.
     """
     probability = torch.sigmoid(chosen.double() - rejected.double())
     confidence = torch.maximum(probability, 1 - probability)
     right = (chosen > rejected).double() + 0.5 * (chosen == rejected)
-    index = ((2 * confidence - 1) * bins).long().clamp(max=bins - 1)  # (N,)
+    index = ((2 * confidence - 1) * BINS).long().clamp(max=BINS - 1)  # (N,)
     table = []
-    for number in range(bins):
+    for number in range(BINS):
         here = index == number
-        count, edges = int(here.sum()), (0.5 + 0.5 * at / bins for at in (number, number + 1))
+        count, edges = int(here.sum()), (0.5 + 0.5 * at / BINS for at in (number, number + 1))
         means = (float(confidence[here].mean()), float(right[here].mean())) if count else ()
         table.append(Bin(*edges, count, *(means or (None, None))))
     return table
 
 
-def calibration_error(chosen: Tensor, rejected: Tensor, bins: int = 10) -> float:
-    """Expected calibration error of P(chosen) = sigmoid(chosen - rejected). Guo et al. 2017
-    (arXiv:1706.04599), eq. 3.
+def calibration_error(chosen: Tensor, rejected: Tensor) -> float:
+    """Expected calibration error of P(chosen) = sigmoid(chosen - rejected), over the bins b of
+    `calibration_table`. Guo et al. 2017 (arXiv:1706.04599), eq. 3.
 
         sum_b |sum_{i in b} (right_i - confidence_i)| / N,   confidence = max(P, 1 - P)
 
     It is 0 if, for instance, 9 in 10 of the pairs that are ordered with confidence 0.9 are ordered
     rightly.
-
-    Args:
-        chosen, rejected: (N,) scores.
-        bins: of `calibration_table`.
     """
-    table = calibration_table(chosen, rejected, bins)
+    table = calibration_table(chosen, rejected)
     gaps = (row.pairs * abs(row.accuracy - row.confidence) for row in table if row.pairs)
     return sum(gaps) / len(chosen)
 

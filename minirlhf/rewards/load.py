@@ -18,7 +18,7 @@ from minirlhf.models.heads import RewardModel
 from minirlhf.models.pretrained import load_reward_model
 from minirlhf.rewards.journal import Journal
 from minirlhf.rewards.model import model_reward
-from minirlhf.rewards.parse import RewardSettings, Spec, locate, parse_source, part_names
+from minirlhf.rewards.parse import RewardSourceSettings, Spec, locate, parse_source, part_names
 from minirlhf.rewards.service import Service, service_reward
 from minirlhf.rewards.source import RewardSource, combine, failed_at, function_reward
 
@@ -75,24 +75,16 @@ def load_function(place: str, columns: Mapping[str, set[str]] | None = None) -> 
         raise UserError(where, what, "the file must import cleanly") from error
     function = getattr(module, name, None)
     if not callable(function):
-        defined = [n for n, v in vars(module).items() if inspect.isfunction(v)]
-        raise UserError(
-            f"--reward {file}",
-            f"has no function {name!r}",
-            f"it has: {', '.join(defined) or 'none'}",
-        )
+        defined = ", ".join(n for n, v in vars(module).items() if inspect.isfunction(v))
+        what = f"has no function {name!r}"
+        raise UserError(f"--reward {file}", what, f"it has: {defined or 'none'}")
     return function_reward(function, place, columns)
 
 
 def load_reward(
-    config: RewardSettings,
-    tokenizer: Tokenizer,
-    dtype: torch.dtype,
-    device: str,
-    micro_batch_tokens: int,
-    columns: Mapping[str, set[str]] | None = None,
-    journal: Path | None = None,
-    models: list[tuple[RewardModel, Path]] | None = None,
+    config: RewardSourceSettings, tokenizer: Tokenizer, dtype: torch.dtype, device: str,
+    micro_batch_tokens: int, columns: Mapping[str, set[str]] | None = None,
+    journal: Path | None = None, models: list[tuple[RewardModel, Path]] | None = None,
 ) -> RewardSource:
     """The weighted sum of all sources of `--reward`.
 
@@ -109,7 +101,12 @@ def load_reward(
         if spec.kind == "function":
             return load_function(spec.place, columns)
         if spec.kind == "service":
-            service = _service(config, spec)
+            file = config.reward_token_file
+            service = Service(
+                spec.place, config.reward_format, config.reward_timeout,
+                config.reward_connect_timeout, config.reward_retries, config.reward_batch_size,
+                None if file is None else read_token(file),
+            )
             return service_reward(service, partial(tokenizer.decode, skip_special=False), replies)
         model = load_reward_model(place, dtype, device)
         if models is not None:
@@ -121,11 +118,3 @@ def load_reward(
 
     names = part_names(specs)
     return combine([(n, s.weight, load(s)) for n, s in zip(names, specs, strict=True)])
-
-
-def _service(config: RewardSettings, spec: Spec) -> Service:
-    file = config.reward_token_file
-    return Service(
-        spec.place, config.reward_format, config.reward_timeout, config.reward_connect_timeout,
-        config.reward_retries, config.reward_batch_size, None if file is None else read_token(file),
-    )

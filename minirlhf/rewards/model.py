@@ -78,10 +78,8 @@ def model_reward(
     model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: int, own_tokenizer: bool = False,
     name: str = "--reward",
 ) -> RewardSource:
-    """Scores of a reward model.
-
-    Texts end as in its training: with its own eos, or without one where the response is truncated.
-    A response that a stop string ended is scored as the text before it, with eos.
+    """Texts end as in the model's training: with its own eos, or without one where the response is
+    truncated. A response that a stop string ended is scored as the text before it, with eos.
 
     Args:
         tokenizer: the reward model's.

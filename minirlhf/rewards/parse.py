@@ -7,30 +7,60 @@ has a weight. A policy learns from their weighted sum; each is logged by itself.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import resolve
-
-SERVICE_SETTINGS = (
-    "reward_format", "reward_timeout", "reward_connect_timeout", "reward_retries",
-    "reward_batch_size", "reward_token_file",
-)
+from minirlhf.run.settings import setting
 
 
-class RewardSettings(Protocol):
-    """The settings of a recipe that name its rewards."""
+@dataclass(frozen=True)
+class RewardSourceSettings:
+    """Reward: what scores a response."""
 
-    reward: tuple[str, ...]
-    reward_format: str
-    reward_timeout: float
-    reward_connect_timeout: float
-    reward_retries: int
-    reward_batch_size: int
-    reward_token_file: str | None
+    reward: tuple[str, ...] = setting(
+        (), "reward-model folder, file.py:function or http://host:port/path; several are added, "
+        "each with its weight, as in '0.5*SOURCE' (in quotes: some shells expand the *)",
+        metavar="SOURCE", required=True, resume="start",
+    )
+    reward_format: str = setting(
+        "ids", "JSON form of the requests to a reward service",
+        choices=("ids", "llama-factory"), resume="start",
+    )
+    reward_timeout: float = setting(
+        60.0, "seconds within which a reward service must reply", above=0, at_most=86400,
+        resume="free",
+    )
+    reward_connect_timeout: float = setting(
+        5.0, "seconds within which a reward service must accept a connection", above=0,
+        at_most=86400, resume="free",
+    )
+    reward_retries: int = setting(
+        4, "how often a failed request to a reward service is repeated", at_least=0, at_most=100,
+        resume="free",
+    )
+    reward_batch_size: int = setting(
+        64, "texts in one request to a reward service", at_least=1, resume="free"
+    )
+    reward_token_file: str | None = setting(
+        None, "file that holds the bearer token of a reward service", metavar="FILE",
+        resume="free",
+    )
+
+    def check(self) -> list[str]:
+        specs, found = [parse_source(source) for source in self.reward], []
+        part_names(specs)
+        if specs and not any(spec.weight for spec in specs):
+            found.append("reward: all weights are 0; give one source that counts")
+        if specs and not any(spec.kind == "service" for spec in specs):
+            for field in fields(RewardSourceSettings)[1:]:  # all but `reward`
+                if getattr(self, field.name) != field.default:
+                    flag = field.name.replace("_", "-")
+                    found.append(f"{flag}: is for a service; no --reward is http://host:port/path")
+        return found
 
 
 class Spec(NamedTuple):
@@ -133,18 +163,3 @@ def part_names(specs: Sequence[Spec]) -> list[str]:
             raise UserError("--reward", f"{name} stands twice", "give each source once, and by "
                             "names that differ in their first 100 characters")
     return names
-
-
-def problems(config: RewardSettings) -> list[str]:
-    """What is wrong with the settings taken together, for a config's own check()."""
-    specs = [parse_source(source) for source in config.reward]
-    part_names(specs)
-    found = []
-    if specs and not any(spec.weight for spec in specs):
-        found.append("reward: all weights are 0; give one source that counts")
-    if specs and not any(spec.kind == "service" for spec in specs):
-        for field in fields(config):
-            if field.name in SERVICE_SETTINGS and getattr(config, field.name) != field.default:
-                flag = field.name.replace("_", "-")
-                found.append(f"{flag}: is for a service; no --reward is http://host:port/path")
-    return found

@@ -34,7 +34,6 @@ EXPECTED = {
     "ids": '{"scores": [{"id": ..., "score": number}, ...]} with exactly the ids of the request',
     "llama-factory": '{"scores": [number, ...]} with one number for each text, in their order',
 }
-FORMS = tuple(EXPECTED)
 REPLY_CAP = 16 << 20  # bytes
 LONGEST_PAUSE = 10.0  # seconds between two attempts
 
@@ -59,7 +58,6 @@ def service_reward(
 
     Args:
         decode: ids -> text with its special tokens, by the policy's tokenizer; for llama-factory.
-        journal: keeps the replies.
     Raises:
         UserError: when called and the service fails (exit code 5).
     """
@@ -106,11 +104,11 @@ def ask(service: Service, items: dict[str, dict | str]) -> dict[str, float]:
     Raises:
         UserError: anything but one finite number for each of them came (exit code 5).
     """
+    request: dict = {"model": "model"}  # the name that LLaMA-Factory sends
     if service.form == "ids":
-        request: dict = {"items": [{"id": key} | item for key, item in items.items()]}
+        request["items"] = [{"id": key} | item for key, item in items.items()]
     else:
-        request = {"messages": list(items.values())}
-    request = {"model": "model"} | request  # the name that LLaMA-Factory sends
+        request["messages"] = list(items.values())
     body, reply = json.dumps(request, ensure_ascii=False, allow_nan=False).encode(), b""
     try:
         reply = post(service, body)

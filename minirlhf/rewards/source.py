@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import interrupt
-from minirlhf.errors import BAD_INPUT, NON_FINITE, NonFinite, UserError, printable
+from minirlhf.errors import NON_FINITE, NonFinite, UserError, printable
 
 KEYWORDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 OFFERED = ("prompts", "completions", "completion_ids", "finish_reasons")  # beside the columns
@@ -153,9 +153,6 @@ def combine(sources: list[tuple[str, float, RewardSource]]) -> RewardSource:
     return score
 
 
-# ------------------------------------------------------------------------------- Python functions
-
-
 def function_reward(
     function: Callable, name: str, columns: Mapping[str, set[str]] | None = None
 ) -> RewardSource:
@@ -188,10 +185,8 @@ def function_reward(
         offered = {
             **{column: [None] * len(batch.completions) for column in sorted(needed_columns)},
             **batch.columns,
-            "prompts": batch.prompts,
-            "completions": batch.completions,
-            "completion_ids": batch.response_ids,
-            "finish_reasons": batch.finish_reasons,
+            "prompts": batch.prompts, "completions": batch.completions,
+            "completion_ids": batch.response_ids, "finish_reasons": batch.finish_reasons,
         }
         given = {k: v for k, v in offered.items() if takes_all or k in known}
         _check_offered(needed, offered, name)
@@ -199,12 +194,9 @@ def function_reward(
             with interrupt.outside():
                 items = function(**copy.deepcopy(given))  # what it changes is its own
         except Exception as error:
-            raise UserError(
-                failed_at(error) or name,
-                f"{name} raised {type(error).__name__}: {printable(error)}",
-                f"it was given {', '.join(given)}",
-                BAD_INPUT,
-            ) from error
+            what = f"{name} raised {type(error).__name__}: {printable(error)}"
+            do = f"it was given {', '.join(given)}"
+            raise UserError(failed_at(error) or name, what, do) from error
         return _of_items(items, batch, name)
 
     return score

@@ -10,7 +10,6 @@ needs another default, sentence or range says so by `override`. No group imports
 from dataclasses import dataclass
 
 from minirlhf.files.sieve import column_problems
-from minirlhf.rewards import parse
 from minirlhf.run.settings import setting
 
 
@@ -168,43 +167,6 @@ class SamplingSettings(ResponseSettings):
 
     def check(self) -> list[str]:
         return [] if all(self.stop) else ["stop: got an empty string, which every text contains"]
-
-
-@dataclass(frozen=True)
-class RewardSourceSettings:
-    """Reward: what scores a response."""
-
-    reward: tuple[str, ...] = setting(
-        (), "reward-model folder, file.py:function or http://host:port/path; several are added, "
-        "each with its weight, as in '0.5*SOURCE' (in quotes: some shells expand the *)",
-        metavar="SOURCE", required=True, resume="start",
-    )
-    reward_format: str = setting(
-        "ids", "JSON form of the requests to a reward service",
-        choices=("ids", "llama-factory"), resume="start",
-    )
-    reward_timeout: float = setting(
-        60.0, "seconds within which a reward service must reply", above=0, at_most=86400,
-        resume="free",
-    )
-    reward_connect_timeout: float = setting(
-        5.0, "seconds within which a reward service must accept a connection", above=0,
-        at_most=86400, resume="free",
-    )
-    reward_retries: int = setting(
-        4, "how often a failed request to a reward service is repeated", at_least=0, at_most=100,
-        resume="free",
-    )
-    reward_batch_size: int = setting(
-        64, "texts in one request to a reward service", at_least=1, resume="free"
-    )
-    reward_token_file: str | None = setting(
-        None, "file that holds the bearer token of a reward service", metavar="FILE",
-        resume="free",
-    )
-
-    def check(self) -> list[str]:
-        return parse.problems(self)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from minirlhf.rewards import parse
+from minirlhf.rewards.parse import RewardSourceSettings, parse_source
 from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import override, setting
 from minirlhf.setup.groups import (
@@ -18,7 +18,6 @@ from minirlhf.setup.groups import (
     MemorySettings,
     ModelSettings,
     OptimizerSettings,
-    RewardSourceSettings,
     SamplingSettings,
     SeedSettings,
     StepSettings,
@@ -337,7 +336,7 @@ class PPOConfig(
                 "bootstrap_truncated: a critic from a reward model values truncated responses in "
                 "that model's scale; leave out score_scaling, score_clip and whiten_rewards"
             )
-        weighed = len(self.reward) == 1 and parse.parse_source(self.reward[0]).weight != 1
+        weighed = len(self.reward) == 1 and parse_source(self.reward[0]).weight != 1
         if not self.train_critic and (rescaled or weighed or self.whiten_rewards):
             yield (
                 "no-train-critic: its values stay in the reward model's scale; leave out "

@@ -4,7 +4,6 @@ import pytest
 from torch import tensor
 
 from minirlhf.equations.scores import (
-    MISSING_EOS,
     RunningMoments,
     end_rule,
     ramp_overlong,
@@ -34,10 +33,6 @@ def test_rules_for_truncated_responses_by_hand(how, expected):
     more = {"longest": 10, "buffer": 4} if how == "ramp" else {}
     assert function(SCORES, TRUNCATED, LENGTHS, penalty=0.5, **more).tolist() == expected
     assert SCORES.tolist() == [2.0, 2.0, -1.0]
-
-
-def test_each_rule_has_a_name():
-    assert MISSING_EOS == ("subtract", "replace", "ramp")
 
 
 def test_running_moments_by_hand():

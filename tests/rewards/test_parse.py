@@ -5,7 +5,7 @@ import torch
 
 from minirlhf.errors import UserError
 from minirlhf.rewards.load import load_reward, read_token
-from minirlhf.rewards.parse import Spec, locate, parse_source, part_names, problems
+from minirlhf.rewards.parse import RewardSourceSettings, Spec, locate, parse_source, part_names
 from minirlhf.rewards.source import Completions
 from minirlhf.setup.ppo_settings import PPOConfig
 
@@ -114,16 +114,16 @@ def test_locate_finds_files_and_folders(tmp_path):
     assert locate(parse_source("http://h/p")) is None
 
 
-def test_problems_are_told_of_settings_that_would_do_nothing():
-    assert problems(PPOConfig(reward=("http://h/p",), reward_retries=2)) == []
-    found = problems(PPOConfig(reward=("a",), reward_retries=2, reward_token_file="t"))
+def test_check_tells_of_settings_that_would_do_nothing():
+    assert RewardSourceSettings(reward=("http://h/p",), reward_retries=2).check() == []
+    found = RewardSourceSettings(reward=("a",), reward_retries=2, reward_token_file="t").check()
     assert found == [
         "reward-retries: is for a service; no --reward is http://host:port/path",
         "reward-token-file: is for a service; no --reward is http://host:port/path",
     ]
-    found = problems(PPOConfig(reward=("0*a", "0*b")))
+    found = RewardSourceSettings(reward=("0*a", "0*b")).check()
     assert found == ["reward: all weights are 0; give one source that counts"]
-    assert problems(PPOConfig()) == []
+    assert RewardSourceSettings().check() == []
 
 
 def test_two_files_of_the_same_name_and_two_functions_are_summed(tmp_path):
