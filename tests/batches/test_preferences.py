@@ -35,59 +35,41 @@ def test_collate_pairs_by_hand():
     ]
     assert batch.lengths.tolist() == [5, 2, 3, 3]
     assert batch.margin.tolist() == [0.5, 0.0]
-
-
-def test_split_gives_each_pair_its_two_scores():
-    batch = collate_pairs(PAIRS[:3])
     scores = scored_by_last_token(tiny_model())(batch.tokens, batch.lengths)
-    assert [each.tolist() for each in batch.split(scores)] == [[5, 6], [8, 1], [4, 1]]
+    assert [each.tolist() for each in batch.split(scores)] == [[5, 6], [8, 1]]
 
 
 @pytest.mark.parametrize("examples", [PAIRS, LISTS], ids=["pairs", "lists"])
 def test_scores_are_those_of_each_text_alone(examples):
     model, batch = tiny_model(), collate(examples)
-    for example, scores in zip(
-        examples, batch.split(model(batch.tokens, batch.lengths)), strict=True
-    ):
+    split = batch.split(model(batch.tokens, batch.lengths))
+    for example, scores in zip(examples, split, strict=True):
         for ids, score in zip(texts_of(example), scores, strict=True):
             alone = model(torch.tensor([ids]), torch.tensor([len(ids)]))
             torch.testing.assert_close(score[None], alone, rtol=0, atol=1e-12)
 
 
-def pair_batch(chosen, rejected, margin, probability=None):
-    """A batch without texts, and its scores."""
-    probability = torch.ones(len(margin)) if probability is None else probability
-    batch = collate_pairs(PAIRS[: len(margin)])
-    batch = batch._replace(margin=margin, chosen_probability=probability)
-    return batch, torch.cat((chosen, rejected))
+RIGHT, WRONG = math.log(4 / 3), math.log(4)  # sigmoid(log 3) = 3/4
 
 
-def test_pair_loss_by_hand():
-    batch, scores = pair_batch(
-        torch.tensor([2.0, 1.0]), torch.tensor([1.0, -1.0]), torch.tensor([1.0, 2.0])
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "margin", "probability", "smoothing", "center", "expected"),
+    [
+        # -log sigmoid(2 - 1 - 1) = -log sigmoid(1 + 1 - 2) = log 2; 0.5 (2 + 1)^2, (1 - 1)^2
+        ([2, 1], [1, -1], [1, 2], [1, 1], 0.0, 0.5, [math.log(2) + 4.5, math.log(2)]),
+        # soft labels; smoothed by 1/4 they are 3/4, 1/2 and 1/4
+        ([math.log(3)] * 3, [0] * 3, [0] * 3, [1, 0.5, 0], 0.0, 0.0,
+         [RIGHT, (RIGHT + WRONG) / 2, WRONG]),
+        ([math.log(3)] * 3, [0] * 3, [0] * 3, [1, 0.5, 0], 0.25, 0.0,
+         [0.75 * RIGHT + 0.25 * WRONG, (RIGHT + WRONG) / 2, 0.25 * RIGHT + 0.75 * WRONG]),
+    ],
+)
+def test_pair_loss_by_hand(chosen, rejected, margin, probability, smoothing, center, expected):
+    batch = collate_pairs(PAIRS[: len(chosen)])._replace(
+        margin=torch.tensor(margin), chosen_probability=torch.tensor(probability)
     )
-    # -log sigmoid(2 - 1 - 1) = -log sigmoid(1 + 1 - 2) = log 2; 0.5 (2 + 1)^2 = 4.5, (1 - 1)^2 = 0
-    expected = torch.tensor([math.log(2) + 4.5, math.log(2)])
-    torch.testing.assert_close(batch.loss(scores, 0.0, 0.5), expected)
-
-
-def test_pair_loss_of_soft_labels_by_hand():
-    chosen, rejected = torch.tensor([math.log(3.0)] * 3), torch.zeros(3)
-    batch, scores = pair_batch(chosen, rejected, torch.zeros(3), torch.tensor([1.0, 0.5, 0.0]))
-    right, wrong = math.log(4 / 3), math.log(4)  # sigmoid(log 3) = 3/4
-    expected = torch.tensor([right, (right + wrong) / 2, wrong])
-    torch.testing.assert_close(batch.loss(scores), expected)
-    # smoothed by 1/4: labels of 3/4, 1/2 and 1/4
-    expected = [0.75 * right + 0.25 * wrong, (right + wrong) / 2, 0.25 * right + 0.75 * wrong]
-    torch.testing.assert_close(batch.loss(scores, 0.25), torch.tensor(expected))
-
-
-def test_pair_loss_centre_term_is_zero_only_where_scores_are_opposite():
-    chosen, rejected = torch.tensor([3.0, 3.0, 0.0, -2.0]), torch.tensor([-3.0, 3.0, 0.0, 2.5])
-    batch, scores = pair_batch(chosen, rejected, torch.zeros(4))
-    extra = batch.loss(scores, 0.0, 1.0) - batch.loss(scores, 0.0, 0.0)
-    expected = torch.tensor([0.0, 36.0, 0.0, 0.25])  # 0^2, 6^2, 0^2, (1/2)^2
-    torch.testing.assert_close(extra, expected, rtol=0, atol=1e-5)
+    scores = torch.tensor([*chosen, *rejected], dtype=torch.float32)
+    torch.testing.assert_close(batch.loss(scores, smoothing, center), torch.tensor(expected))
 
 
 # ---- ranked lists --------------------------------------------------------------------------------
@@ -188,35 +170,28 @@ def test_scores_of_a_list_as_probabilities_by_hand():
     torch.testing.assert_close(scores.grad, torch.zeros_like(scores), rtol=0, atol=1e-7)
 
 
-def test_lists_without_scores_are_refused_where_the_loss_needs_them():
+def test_lists_are_refused_by_losses_that_need_scores_or_labels():
     for loss in NEED_SCORES:
         with pytest.raises(ValueError, match=f"^t:1 has no scores: {loss} needs them"):
             collate(LISTS, loss)
-
-
-def test_ranking_loss_refuses_smoothing():
     with pytest.raises(ValueError, match=r"label_smoothing is 0.1: only pairs have a label"):
         collate_rankings(LISTS).loss(torch.zeros(9), 0.1)
 
 
 def test_counts_of_examples_by_hand():
-    assert row_lengths(LISTS).tolist() == [3, 3, 4] and row_lengths(PAIRS).tolist() == [
-        5,
-        3,
-        8,
-        4,
-        3,
-    ]
+    assert row_lengths(LISTS).tolist() == [3, 3, 4]
+    assert row_lengths(PAIRS).tolist() == [5, 3, 8, 4, 3]
     assert count_texts(LISTS).tolist() == [4, 3, 2] and count_texts(PAIRS).tolist() == [2] * 5
     assert [count_tokens(e) for e in (*LISTS, PAIRS[0])] == [10, 7, 6, 8]
 
 
-def test_micro_batches_keep_the_texts_of_a_list_together():
+@pytest.mark.parametrize(
+    ("most", "parts"),
     # 4 texts of at most 3 tokens, 3 of 3, 2 of 4: shortest first, the longest decides the width
-    assert [part.tolist() for part in micro_batches(LISTS, 21)] == [[0, 1], [2]]
-    assert [part.tolist() for part in micro_batches(LISTS, 20)] == [[0], [1, 2]]
-    assert [part.tolist() for part in micro_batches(LISTS, 1)] == [[0], [1], [2]]
-    assert [part.tolist() for part in micro_batches(LISTS, 36)] == [[0, 1, 2]]
+    [(1, [[0], [1], [2]]), (20, [[0], [1, 2]]), (21, [[0, 1], [2]]), (36, [[0, 1, 2]])],
+)
+def test_micro_batches_keep_the_texts_of_a_list_together(most, parts):
+    assert [part.tolist() for part in micro_batches(LISTS, most)] == parts
 
 
 def test_as_pairs_are_all_of_different_rank():
@@ -232,17 +207,12 @@ def test_as_pairs_are_all_of_different_rank():
     assert [pair.margin for pair in as_pairs(scored)] == [1.5, 1.5]
 
 
-SCORES = [torch.tensor(x) for x in ([9.0, 5.0, 5.0, 6.0], [8.0, 9.0, 1.0], [7.0, 7.0])]
-
-
-def test_ordered_scores_follow_as_pairs():
-    better, worse = ordered_scores(LISTS, SCORES)
+def test_preference_metrics_of_lists_by_hand():
+    scores = [torch.tensor(x) for x in ([9.0, 5.0, 5.0, 6.0], [8.0, 9.0, 1.0], [7.0, 7.0])]
+    better, worse = ordered_scores(LISTS, scores)
     assert better.tolist() == [9, 9, 9, 5, 5, 5, 8, 8, 7]
     assert worse.tolist() == [5, 5, 6, 5, 6, 6, 9, 1, 7]
-
-
-def test_preference_metrics_of_lists_by_hand():
-    found = preference_metrics(LISTS, SCORES)
+    found = preference_metrics(LISTS, scores)
     # of 9 pairs 9>5 9>5 9>6 8>1 are right, 5=5 and 7=7 tie; of 3 lists the first is won at the top
     assert (found["accuracy"], found["ties"]) == pytest.approx((4 / 9, 2 / 9), rel=0, abs=1e-12)
     assert found["top1"] == pytest.approx(1 / 3, rel=0, abs=1e-12)
@@ -287,11 +257,8 @@ def test_without_eos_by_hand():
 # ---- the bootstrap -------------------------------------------------------------------------------
 
 
-def test_bootstrap_weights_of_one_head_are_ones():
-    assert bootstrap_weights(3, torch.tensor([5, 0]), 1).tolist() == [[1.0], [1.0]]
-
-
 def test_bootstrap_weights_are_a_function_of_seed_row_and_head():
+    assert bootstrap_weights(3, torch.tensor([5, 0]), 1).tolist() == [[1.0], [1.0]]  # one head
     rows = torch.arange(200)
     found = bootstrap_weights(0, rows, 3)
     assert torch.equal(bootstrap_weights(0, rows.flip(0)[:7], 3), found.flip(0)[:7])
