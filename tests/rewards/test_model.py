@@ -20,25 +20,25 @@ from minirlhf.rewards.source import Completions
 from minirlhf.setup.ppo import check_reencoded
 from minirlhf.setup.ppo_data import Data
 from minirlhf.setup.ppo_settings import PPOConfig
+from tests.rewards.test_source import BATCH
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
 }
-BATCH = Completions(
-    prompts=["ab", "c", "d"],
-    prompt_ids=[[67, 68], [69], [70]],
-    completions=["x", "yz", ""],
-    response_ids=[[90, 0], [91, 92], [0]],
-    finish_reasons=["eos", "length", "eos"],
-    columns={},
-)
 
 
-def test_a_token_that_a_reward_model_lacks_is_named(folder):
-    score = model_reward(load_reward_model(folder), load_tokenizer(folder), 64)
-    with pytest.raises(UserError, match=r"^vocabulary: token 258 was sampled, the .* has 258"):
-        score(BATCH._replace(response_ids=[[90, 0], [91, 258], [0]]))
+def save_reward_model(path, vocab_size: int, seed: int):
+    rng = torch.Generator().manual_seed(seed)
+    lm = initialize(CausalLM(config_from_hf({**SHAPE, "vocab_size": vocab_size})), rng)
+    save_pretrained(initialize_score(RewardModel(lm), rng), path, pad_token_id=1)
+    return path
+
+
+def set_template(folder, template: str):
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(config | {"chat_template": template}), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,10 @@ def folder(tmp_path_factory):
     """A random reward model whose tokenizer has one token a byte; eos is 0."""
     path = tmp_path_factory.mktemp("reward")
     train_tokenizer([], 258, path)
-    rng = torch.Generator().manual_seed(0)
-    lm = initialize(CausalLM(config_from_hf(SHAPE)), rng)
-    save_pretrained(initialize_score(RewardModel(lm), rng), path, pad_token_id=1)
-    return path
+    return save_reward_model(path, 258, seed=0)
 
 
-def alone(folder, ids: list[int], read_before_eos: bool = False) -> float:
+def alone(folder, ids: list[int]) -> float:
     """The score of one row by itself."""
     model = load_reward_model(folder)
     with torch.no_grad():
@@ -77,8 +74,8 @@ def test_model_reward_is_the_reward_model_on_each_row_by_itself(folder, tokens):
     expected = [alone(folder, row) for row in rows]
     assert len(set(expected)) == 3
     assert reward_of(folder, BATCH, tokens=tokens) == pytest.approx(expected, abs=1e-6)
-    source = load(folder, load_tokenizer(folder), tokens)
-    assert source(BATCH).total.tolist() == pytest.approx(expected, abs=1e-6)
+    found = load(folder, load_tokenizer(folder), tokens)(BATCH).total
+    assert found.tolist() == pytest.approx(expected, abs=1e-6) and not found.requires_grad
 
 
 def test_model_reward_reads_before_eos_where_the_model_was_trained_so(folder):
@@ -96,9 +93,7 @@ def test_model_reward_ends_a_text_with_the_eos_of_its_training(folder, before):
 
 def test_model_reward_ends_messages_as_its_template_does(folder, tmp_path):
     two = shutil.copytree(folder, tmp_path / "two")
-    config = json.loads((two / "tokenizer_config.json").read_text("utf-8"))
-    config["chat_template"] = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}"
-    (two / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    set_template(two, "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}")
     (two / "generation_config.json").write_text('{"eos_token_id": [0, 1]}', encoding="utf-8")
     tokenizer = load_tokenizer(two)
     assert tokenizer.eos_ids == (0, 1)
@@ -107,8 +102,7 @@ def test_model_reward_ends_messages_as_its_template_does(folder, tmp_path):
     found = model_reward(load_reward_model(two), tokenizer, 64)(batch)
     assert found.tolist() == pytest.approx([alone(two, [67, 1, 90, 1])], abs=1e-6)
     # A template that refuses the prompt has no end to say: what was drawn counts, if it is one.
-    config["chat_template"] = "{{ raise_exception('no') }}"
-    (two / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    set_template(two, "{{ raise_exception('no') }}")
     refusing = load_tokenizer(two)
     assert [end_of(refusing, messages, drawn) for drawn in (0, 1, 7)] == [0, 1, 0]
 
@@ -116,16 +110,9 @@ def test_model_reward_ends_messages_as_its_template_does(folder, tmp_path):
 @pytest.mark.parametrize("before", [False, True])
 def test_model_reward_scores_a_stopped_text_as_one_that_ended_there(folder, before):
     encode = load_tokenizer(folder).encode
-    batch = Completions(
-        ["p"], [encode("p")], ["good"], [encode("good\n\nQ")], ["stop"], {}
-    )
+    batch = Completions(["p"], [encode("p")], ["good"], [encode("good\n\nQ")], ["stop"], {})
     ended = encode("p") + encode("good") + ([] if before else [0])
     assert reward_of(folder, batch, before) == pytest.approx([alone(folder, ended)], abs=1e-6)
-
-
-def test_model_reward_has_no_gradient(folder):
-    model = load_reward_model(folder)
-    assert not model_reward(model, load_tokenizer(folder), 64)(BATCH).requires_grad
 
 
 def test_load_reward_refuses_a_language_model(folder, tmp_path):
@@ -136,10 +123,19 @@ def test_load_reward_refuses_a_language_model(folder, tmp_path):
         load(tmp_path, tokenizer)
 
 
-def test_model_reward_refuses_a_row_longer_than_the_model_reads(folder):
-    batch = BATCH._replace(prompt_ids=[[67] * 63, [69], [70]])
-    with pytest.raises(UserError, match="text 0 has 65 tokens: the reward model reads 1 to 64"):
-        reward_of(folder, batch)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_ids": [[67] * 63, [69], [70]]},
+         "text 0 has 65 tokens: the reward model reads 1 to 64"),
+        ({"prompt_ids": [[67], [], [70]], "response_ids": [[0], [], [0]]}, "text 1 has 0 tokens"),
+        ({"response_ids": [[90, 0], [91, 258], [0]]},
+         r"^vocabulary: token 258 was sampled, the .* has 258"),
+    ],
+)
+def test_model_reward_refuses_what_the_model_cannot_read(changes, message, folder):
+    with pytest.raises(UserError, match=message):
+        reward_of(folder, BATCH._replace(**changes))
 
 
 def test_model_reward_refuses_a_tokenizer_without_eos(folder):
@@ -160,12 +156,8 @@ def words(tmp_path_factory):
     """A reward model whose tokenizer has tokens of several bytes, and a chat template."""
     path = tmp_path_factory.mktemp("words")
     tokenizer = train_tokenizer(["the film was good", "the plot was bad"] * 9, 280, path)
-    config = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
-    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT}))
-    rng = torch.Generator().manual_seed(3)
-    lm = initialize(CausalLM(config_from_hf({**SHAPE, "vocab_size": tokenizer.vocab_size})), rng)
-    save_pretrained(initialize_score(RewardModel(lm), rng), path, pad_token_id=1)
-    return path
+    set_template(path, CHAT)
+    return save_reward_model(path, tokenizer.vocab_size, seed=3)
 
 
 def sampled(tokenizer, prompts: list[str], texts: list[str], reasons: list[str]) -> Completions:
@@ -268,28 +260,17 @@ def test_check_reencoded_wants_room_for_the_prompt_and_the_new_tokens(words, cha
     fits = PPOConfig(max_new_tokens=64 - size)  # of 64 positions
     check_reencoded(fits, [words], data_of("q", text, held_out=["q"]))
     told = rf"{size} tokens once --reward .*words.* re-encodes them, and {65 - size} new: it reads"
-    for where, data in (
-        ("p:2", data_of("q", text)), ("h:1", data_of("q", held_out=[text, text]))
-    ):
+    held_out = data_of("q", held_out=[text, text])
+    for where, data in (("p:2", data_of("q", text)), ("h:1", held_out)):
         with pytest.raises(UserError, match=f"^{where}: {told}"):
             check_reencoded(PPOConfig(max_new_tokens=65 - size), [words], data)
 
 
 def test_check_reencoded_names_the_prompt_that_the_template_refuses(words, tmp_path):
     shutil.copytree(words, tmp_path / "own")
-    path = tmp_path / "own/tokenizer_config.json"
-    config = json.loads(path.read_text("utf-8"))
-    config["chat_template"] = "{{ raise_exception('no system here') }}"
-    path.write_text(json.dumps(config), encoding="utf-8")
+    set_template(tmp_path / "own", "{{ raise_exception('no system here') }}")
     with pytest.raises(UserError, match=r"^p:2: .*no system here"):
         check_reencoded(PPOConfig(max_new_tokens=8), [tmp_path / "own"], data_of("q", MESSAGES))
-
-
-def test_a_text_without_any_token_is_an_error(folder):
-    tokenizer, model = load_tokenizer(folder), load_reward_model(folder)
-    batch = sampled(tokenizer, [""], [""], ["length"])
-    with pytest.raises(UserError, match="text 0 has 0 tokens"):
-        model_reward(model, tokenizer, 64, own_tokenizer=True)(batch)
 
 
 def test_facts_say_that_texts_are_reencoded(folder, words):

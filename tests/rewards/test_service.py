@@ -14,13 +14,7 @@ import pytest
 
 from minirlhf.errors import REWARD_SERVICE, UserError
 from minirlhf.rewards.journal import Journal
-from minirlhf.rewards.service import (
-    EXPECTED,
-    REPLY_CAP,
-    Service,
-    key_of,
-    service_reward,
-)
+from minirlhf.rewards.service import EXPECTED, REPLY_CAP, Service, key_of, service_reward
 from minirlhf.rewards.source import Completions
 
 BATCH = Completions(
@@ -156,11 +150,10 @@ def test_ids_form_sends_every_item_with_its_id_and_takes_any_order():
     assert request.body["model"] == "model" and request.body.keys() == {"model", "items"}
     items = request.body["items"]
     assert len({item.pop("id") for item in items}) == 3
+    columns = BATCH.prompts, BATCH.completions, BATCH.finish_reasons, [7, None, 9]
     assert items == [
         {"prompt": p, "completion": c, "finish_reason": f, "columns": {"answer": a}}
-        for p, c, f, a in zip(
-            BATCH.prompts, BATCH.completions, BATCH.finish_reasons, [7, None, 9], strict=True
-        )
+        for p, c, f, a in zip(*columns, strict=True)
     ]
 
 
@@ -180,9 +173,8 @@ def test_target_keeps_path_and_query():
 
 
 def test_requests_have_at_most_so_many_texts_and_none_twice():
-    batch = Completions(
-        ["p"] * 5, [[1]] * 5, ["a", "bb", "a", "ccc", "bb"], [[2]] * 5, ["eos"] * 5, {}
-    )
+    texts = ["a", "bb", "a", "ccc", "bb"]
+    batch = Completions(["p"] * 5, [[1]] * 5, texts, [[2]] * 5, ["eos"] * 5, {})
     with stub(Request.good) as server:
         source = service_reward(service(server.url, batch_size=2), decode, Journal())
         assert source(batch).tolist() == [1.5, 2.5, 1.5, 3.5, 2.5]
@@ -207,16 +199,12 @@ def test_key_is_of_all_that_is_asked_and_of_whom():
         '{"form":"ids","item":{"columns":{},"completion":"b","finish_reason":"eos","prompt":"a"},'
         '"url":"http://h/p"}'
     )
-    assert key_of(here, item) == sha256sum(text)
+    assert key_of(here, item) == hashlib.sha256(text.encode()).hexdigest()
     others = [(here, item | {name: "other"}) for name in item]
     others += [(service("http://h/q"), item), (service("http://h/p", form="llama-factory"), item)]
     assert len({key_of(here, item), *(key_of(*other) for other in others)}) == 7
     patient = service("http://h/p", timeout=9, token="t", batch_size=1)
     assert key_of(patient, item) == key_of(here, item)
-
-
-def sha256sum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_replies_are_in_the_journal_before_they_are_used(tmp_path):
