@@ -22,10 +22,7 @@ from minirlhf.batches.preferences import (
     without_eos,
 )
 from minirlhf.errors import UserError
-from minirlhf.evaluation.reward import ordered_scores, preference_metrics, score_metrics, top1
 from tests.tiny_reward import LISTS, PAIRS, pair, ranking, scored_by_last_token, tiny_model
-
-# ---- batches and loss ----------------------------------------------------------------------------
 
 
 def test_collate_pairs_by_hand():
@@ -70,9 +67,6 @@ def test_pair_loss_by_hand(chosen, rejected, margin, probability, smoothing, cen
     )
     scores = torch.tensor([*chosen, *rejected], dtype=torch.float32)
     torch.testing.assert_close(batch.loss(scores, smoothing, center), torch.tensor(expected))
-
-
-# ---- ranked lists --------------------------------------------------------------------------------
 
 
 def test_collate_rankings_by_hand():
@@ -207,43 +201,6 @@ def test_as_pairs_are_all_of_different_rank():
     assert [pair.margin for pair in as_pairs(scored)] == [1.5, 1.5]
 
 
-def test_preference_metrics_of_lists_by_hand():
-    scores = [torch.tensor(x) for x in ([9.0, 5.0, 5.0, 6.0], [8.0, 9.0, 1.0], [7.0, 7.0])]
-    better, worse = ordered_scores(LISTS, scores)
-    assert better.tolist() == [9, 9, 9, 5, 5, 5, 8, 8, 7]
-    assert worse.tolist() == [5, 5, 6, 5, 6, 6, 9, 1, 7]
-    found = preference_metrics(LISTS, scores)
-    # of 9 pairs 9>5 9>5 9>6 8>1 are right, 5=5 and 7=7 tie; of 3 lists the first is won at the top
-    assert (found["accuracy"], found["ties"]) == pytest.approx((4 / 9, 2 / 9), rel=0, abs=1e-12)
-    assert found["top1"] == pytest.approx(1 / 3, rel=0, abs=1e-12)
-    # each text once: (9 + 5 + 5 + 6 + 8 + 9 + 1 + 7 + 7) / 9
-    assert found["mean_reward"] == pytest.approx(57 / 9, rel=0, abs=1e-12)
-    assert (found["min_reward"], found["max_reward"]) == (1.0, 9.0)
-    assert "top1" not in preference_metrics(PAIRS[:1], [torch.tensor([1.0, 2.0])])
-
-
-def test_top1_is_won_by_any_of_the_best_that_tie():
-    tied = [ranking([1], [[2], [3], [4]], [1, 1, 2])]
-    assert top1(tied, [torch.tensor([0.0, 2.0, 1.0])]) == 1.0
-    assert top1(tied, [torch.tensor([0.0, 1.0, 1.0])]) == 0.0
-
-
-# ---- pairs ---------------------------------------------------------------------------------------
-
-
-def test_score_metrics_by_hand():
-    # right, tie, wrong, right
-    chosen, rejected = torch.tensor([3.0, 1.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 4.0, -2.0])
-    assert score_metrics(chosen, rejected) == pytest.approx(
-        {
-            "accuracy": 0.5, "accuracy_half": 0.625, "ties": 0.25,
-            "margin": 0.5,  # (2 + 0 - 4 + 4) / 4
-            "margin_std": math.sqrt(8.75),  # (4 + 0 + 16 + 16) / 4 - 0.5^2
-            "min_reward": -2.0, "mean_reward": 1.25, "max_reward": 4.0,  # 10 / 8
-        }, rel=0, abs=1e-12,
-    )
-
-
 def test_without_eos_by_hand():
     cut = without_eos(pair([1], [2, 0], [0, 3]), (0, 9))
     assert (cut.prompt_ids, cut.chosen_ids, cut.rejected_ids) == ([1], [2], [0, 3])
@@ -252,9 +209,6 @@ def test_without_eos_by_hand():
         without_eos(pair([], [2], [0]), (0,))
     cut = without_eos(ranking([1], [[2, 0], [0], [3]], [1, 2, 2]), (0,))
     assert cut.responses == [[2], [], [3]] and cut.ranks == [1, 2, 2]
-
-
-# ---- the bootstrap -------------------------------------------------------------------------------
 
 
 def test_bootstrap_weights_are_a_function_of_seed_row_and_head():

@@ -47,9 +47,6 @@ def buffer_of(rollout: Rollout, rows: int = 2, tokens: int = 6) -> RolloutBuffer
     return buffer
 
 
-# ---- cutting -------------------------------------------------------------------------------------
-
-
 def test_add_cuts_rows_of_like_length_and_trims_them():
     # shortest first: rows 3, 0 of 2 and 3 tokens fill 2 x 3 = 6 cells; rows 1 and 2 would need 10
     first, second, third = buffer_of(by_hand()).micro_batches
@@ -94,9 +91,6 @@ def test_lengths_span_tokens_that_the_policy_did_not_choose():
     assert cut.response_mask.tolist() == [[F, T], [T, F]]
 
 
-# ---- fields --------------------------------------------------------------------------------------
-
-
 def test_tokens_lists_the_cells_under_the_mask_and_set_tokens_is_its_inverse():
     buffer = buffer_of(by_hand())
     assert buffer.tokens("old_values").tolist() == [7, 1, 2, 3, 4, 5, 6]
@@ -116,9 +110,6 @@ def test_unpack_puts_values_under_the_mask_and_carries_the_gradient():
     assert cells.tolist() == [[0, 1, 0], [2, 0, 3]]
     (cells * torch.tensor([[9.0, 4, 9], [5, 9, 6]])).sum().backward()
     assert values.grad.tolist() == [4, 5, 6]
-
-
-# ---- mini-batches --------------------------------------------------------------------------------
 
 
 def many_rows(count: int = 23) -> RolloutBuffer:
@@ -155,8 +146,6 @@ def test_minibatches_refuse_more_than_there_are_micro_batches():
     with pytest.raises(ValueError, match=r"13 mini-batches need as many .*, there are 12"):
         many_rows().minibatches(13, 0, 0, 0)
 
-
-# ---- sampling ------------------------------------------------------------------------------------
 
 PROMPTS = [
     Prompt([3, 4], "cd", "p:1", {"answer": 7}),
@@ -230,9 +219,6 @@ def test_sample_cuts_a_stop_string_from_the_text_and_keeps_it_in_the_ids():
     assert made.completions[1] == free.completions[1][:2]
     assert made.response_ids[1] == free.response_ids[1][:4]
     assert rollout.response_mask[1].sum() == 4
-
-
-# ---- replay --------------------------------------------------------------------------------------
 
 
 def test_replay_rows_are_enough_to_compute_the_advantages_again():

@@ -126,12 +126,6 @@ def test_gae_garbage_under_the_mask_changes_nothing(garbage):
     assert torch.equal(clean.returns, dirty.returns)
 
 
-def test_gae_bootstrap_of_zero_is_terminal():
-    rewards, values, mask = random_rows()
-    with_zero = gae(rewards, values, mask, 0.9, 0.8, bootstrap=torch.zeros(5).double())
-    assert torch.equal(with_zero.advantages, gae(rewards, values, mask, 0.9, 0.8).advantages)
-
-
 def test_gae_does_not_depend_on_padding_or_row_order():
     rewards, values, mask = random_rows()
     out = gae(rewards, values, mask, 0.9, 0.8)
@@ -208,11 +202,6 @@ def test_group_advantages_are_exact_zeros_where_scores_agree(value, divide_by_st
     scores = torch.tensor([value] * 7 + [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     out = group_advantages(scores, 7, divide_by_std)
     assert out[:7].tolist() == [0] * 7 and out[7:].ne(0).all()
-
-
-def test_group_advantages_do_not_depend_on_a_shift_of_the_scores():
-    scores = f64([1, 5, 2, 8])
-    assert_close(group_advantages(scores + 100, 2), group_advantages(scores, 2))
 
 
 def test_group_advantages_of_integer_scores():

@@ -18,9 +18,6 @@ def close(expected):
     return pytest.approx(expected, rel=0, abs=1e-9)
 
 
-# ---- wilson_interval -----------------------------------------------------------------------------
-
-
 def test_wilson_interval_by_hand():
     # n = 4, p = 1/2, z = 2: (1/2 + 1/2 ± 2 sqrt(1/16 + 4/64)) / 2 = 1/2 ± sqrt(1/8)
     assert wilson_interval(2, 4, 2.0) == close((0.5 - 8**-0.5, 0.5 + 8**-0.5))
@@ -38,9 +35,6 @@ def test_wilson_interval_never_leaves_0_to_1():
     for count in range(1, 200):
         low, high = wilson_interval(0, count).low, wilson_interval(count, count).high
         assert 0 <= low < 1e-12 and 1 - 1e-12 < high <= 1
-
-
-# ---- win_rate ------------------------------------------------------------------------------------
 
 
 def pairs(won: int, tied: int, lost: int) -> tuple[list[float], list[float]]:
@@ -112,9 +106,6 @@ def test_win_rate_covers_the_truth_as_often_as_it_says(p, q):
 def test_win_rate_refuses_what_are_no_pairs(scores, baseline, message):
     with pytest.raises(ValueError, match=message):
         win_rate(scores, baseline)
-
-
-# ---- correlations --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,6 @@ def close(expected, **more):
     return pytest.approx(expected, rel=0, abs=1e-6, **more)
 
 
-# ---- numbers -------------------------------------------------------------------------------------
-
-
 def test_accuracy_by_puts_as_many_pairs_in_each_bucket():
     values = torch.tensor([7, 1, 5, 3, 2, 8, 6, 4])
     right = values >= 4
@@ -60,9 +57,6 @@ def test_worst_pairs_are_mistakes_only_the_most_confident_first():
     chosen, rejected = torch.tensor([1.0, 5, 2, 0, 3]), torch.tensor([2.0, 1, 6, 0, 4])
     assert worst_pairs(chosen, rejected) == [2, 0, 4]  # by 4, 1 and 1; the tie is no mistake
     assert worst_pairs(chosen, rejected, 1) == [2]
-
-
-# ---- the card ------------------------------------------------------------------------------------
 
 
 def by_last_token(examples) -> Evaluation:

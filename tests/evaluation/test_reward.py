@@ -14,9 +14,38 @@ from minirlhf.evaluation.reward import (
     evaluate_preferences,
     pair_rows,
     pair_table,
+    score_metrics,
     score_moments,
+    top1,
 )
-from tests.tiny_reward import LISTS, PAIRS, pair, scored_by_last_token, tiny_model, weights
+from tests.tiny_reward import (
+    LISTS,
+    PAIRS,
+    pair,
+    ranking,
+    scored_by_last_token,
+    tiny_model,
+    weights,
+)
+
+
+def test_score_metrics_by_hand():
+    # right, tie, wrong, right
+    chosen, rejected = torch.tensor([3.0, 1.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 4.0, -2.0])
+    assert score_metrics(chosen, rejected) == pytest.approx(
+        {
+            "accuracy": 0.5, "accuracy_half": 0.625, "ties": 0.25,
+            "margin": 0.5,  # (2 + 0 - 4 + 4) / 4
+            "margin_std": math.sqrt(8.75),  # (4 + 0 + 16 + 16) / 4 - 0.5^2
+            "min_reward": -2.0, "mean_reward": 1.25, "max_reward": 4.0,  # 10 / 8
+        }, rel=0, abs=1e-12,
+    )
+
+
+def test_top1_is_won_by_any_of_the_best_that_tie():
+    tied = [ranking([1], [[2], [3], [4]], [1, 1, 2])]
+    assert top1(tied, [torch.tensor([0.0, 2.0, 1.0])]) == 1.0
+    assert top1(tied, [torch.tensor([0.0, 1.0, 1.0])]) == 0.0
 
 
 def test_calibration_error_by_hand():
@@ -51,15 +80,19 @@ def test_calibration_table_by_hand():
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
+LAST_TOKEN = scored_by_last_token(tiny_model())
+
+
 def test_evaluate_by_hand():
     # scores are the last ids: (5, 6) (8, 1) (4, 1) (1, 2) (7, 5)
-    result = evaluate_preferences(scored_by_last_token(tiny_model()), PAIRS, micro_batch_tokens=20)
+    result = evaluate_preferences(LAST_TOKEN, PAIRS, micro_batch_tokens=20)
     assert result.chosen.tolist() == [5, 8, 4, 1, 7]
     assert result.rejected.tolist() == [6, 1, 1, 2, 5]
     differences = ((-1, 0.5), (7, 0), (3, 1.5), (-1, 0.25), (2, 0))  # and margins
     loss = sum(math.log1p(math.exp(m - d)) for d, m in differences) / 5
     assert result.metrics["loss"] == pytest.approx(loss, abs=1e-6)
     assert (result.metrics["accuracy"], result.metrics["margin"]) == (0.6, 2.0)
+    assert "top1" not in result.metrics
     assert (result.metrics["min_reward"], result.metrics["max_reward"]) == (1.0, 8.0)
 
 
@@ -87,7 +120,7 @@ def test_evaluate_adds_ones_own_metrics():
         return {"hard_accuracy": float((chosen > rejected)[hard].double().mean())}
 
     pairs = [pair([], [i], [4], hard=i > 3) for i in range(1, 7)]
-    result = evaluate_preferences(scored_by_last_token(tiny_model()), pairs, metrics=by_column)
+    result = evaluate_preferences(LAST_TOKEN, pairs, metrics=by_column)
     assert result.metrics["hard_accuracy"] == pytest.approx(2 / 3)  # 4 ties, 5 and 6 win
     assert result.metrics["accuracy"] == pytest.approx(2 / 6)
 
@@ -117,14 +150,13 @@ def test_pair_table_is_one_line_a_pair_and_safe_for_a_terminal():
     rows[0]["chosen"] = "\x1b[31mred\n" + "x" * 99
     lines = pair_table(rows).split("\n")
     assert len(lines) == 3 and "\x1b" not in lines[1]
-    assert lines[2].split() == (
-        "[7, 8] [9, 10, 1] 0.000 1.000 0 0.269 2/3".split()  # 0.269 = sigmoid(-1)
-    )
+    row = "[7, 8] [9, 10, 1] 0.000 1.000 0 0.269 2/3"  # 0.269 = sigmoid(-1)
+    assert lines[2].split() == row.split()
 
 
 def test_evaluate_lists_by_hand():
     # last ids: 9 5 3 2 in order; 2 chosen before 8 and 6; 7 6
-    result = evaluate_preferences(scored_by_last_token(tiny_model()), LISTS, micro_batch_tokens=9)
+    result = evaluate_preferences(LAST_TOKEN, LISTS, micro_batch_tokens=9)
     assert result.scores.tolist() == [9, 5, 3, 2, 2, 8, 6, 7, 6]
     assert result.lengths.tolist() == [2, 3, 2, 3, 3, 2, 2, 4, 2]
     assert result.chosen.tolist() == [9, 9, 9, 5, 5, 3, 2, 2, 7]
@@ -132,6 +164,7 @@ def test_evaluate_lists_by_hand():
     assert [p.where for p in result.pairs] == ["t:1"] * 6 + ["t:2"] * 2 + ["t:3"]
     assert result.metrics["accuracy"] == pytest.approx(7 / 9, rel=0, abs=1e-12)
     assert result.metrics["top1"] == pytest.approx(2 / 3, rel=0, abs=1e-12)
+    assert result.metrics["mean_reward"] == pytest.approx(48 / 9, rel=0, abs=1e-12)  # a text once
 
     def factor(best, *others):
         return math.log(sum(math.exp(s - best) for s in (best, *others)))
@@ -143,7 +176,7 @@ def test_evaluate_lists_by_hand():
 def test_evaluate_loss_knows_soft_labels():
     pairs = [pair([1], [3], [2]) for _ in range(2)]
     pairs[1] = replace(pairs[1], chosen_probability=0.25)
-    loss = evaluate_preferences(scored_by_last_token(tiny_model()), pairs).metrics["loss"]
+    loss = evaluate_preferences(LAST_TOKEN, pairs).metrics["loss"]
     right, wrong = math.log1p(math.exp(-1)), math.log1p(math.exp(1))
     assert loss == pytest.approx((right + 0.25 * right + 0.75 * wrong) / 2, abs=1e-6)
 
@@ -157,13 +190,10 @@ def test_evaluate_scores_by_the_lower_bound_and_what_normalises_it():
     assert after.metrics["accuracy"] == before.metrics["accuracy"]
 
 
-def test_score_moments_by_hand():
+def test_score_moments_by_hand_and_of_scores_that_are_all_alike():
     # 5 6 8 1 4 1 1 2 7 5: sum 40, squares 222
-    mean, std = score_moments(scored_by_last_token(tiny_model()), [PAIRS], 4096, "--normalize")
-    assert (mean, std) == pytest.approx((4.0, math.sqrt(22.2 - 16)), rel=0, abs=1e-9)
-
-
-def test_score_moments_refuses_scores_that_are_all_alike():
+    found = score_moments(LAST_TOKEN, [PAIRS], 4096, "--normalize")
+    assert found == pytest.approx((4.0, math.sqrt(22.2 - 16)), rel=0, abs=1e-9)
     model = tiny_model()
     torch.nn.init.zeros_(model.score.weight)
     match = r"^--normalize: all 10 scores are 0: such a model prefers nothing"

@@ -3,7 +3,6 @@
 import copy
 import math
 
-import numpy
 import pytest
 import torch
 from torch import nan, tensor
@@ -38,9 +37,6 @@ def refusal(source: str, tmp_path) -> UserError:
     with pytest.raises(UserError) as caught:
         scores_of(source, tmp_path)
     return caught.value
-
-
-# ---- what a function is given --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,9 +107,6 @@ def test_function_needs_its_columns_in_every_file():
     function_reward(f, "f", {"p:1": {"rating"}, "h:3": {"rating", "other"}})
 
 
-# ---- what it may return --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "value",
     [
@@ -159,9 +152,6 @@ def test_function_that_returns_a_number_beyond_float32_stops_the_run(value, tmp_
     assert error.code == NON_FINITE
 
 
-# ---- where it fails ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("source", "where", "what"),
     [
@@ -183,14 +173,6 @@ def test_function_that_fails_is_named_with_its_line(source, where, what, tmp_pat
     assert error.code == BAD_INPUT
     if "raised" in what:
         assert error.do == "it was given completions"
-
-
-def test_function_reward_wraps_any_function():
-    reward = function_reward(lambda completions: numpy.arange(3), "counter")
-    assert reward(BATCH).total.tolist() == [0, 1, 2]
-
-
-# ---- what does not apply, and rewards of tokens --------------------------------------------------
 
 
 def assert_same(found: torch.Tensor, expected: list[float]) -> None:
@@ -221,9 +203,6 @@ def test_metrics_are_over_the_rows_that_apply():
     parts = {"a": tensor([1.0, nan, 4.0]), "b": tensor([nan, nan, nan])}
     found = Scores(torch.zeros(3), parts).metrics()
     assert found == {"rewards/a/mean": 2.5, "rewards/a/std": 1.5}
-
-
-# ---- sums of several -----------------------------------------------------------------------------
 
 
 def gives(items: list, name: str = "f"):
@@ -295,9 +274,6 @@ def test_combine_refuses_a_sum_as_a_source():
     inner = combine([("a", 1.0, gives([1, 2, 3])), ("b", 1.0, gives([1, 2, 3]))])
     with pytest.raises(ValueError, match="c has 2 parts: combine single sources"):
         combine([("c", 1.0, inner)])(BATCH)
-
-
-# ---- what any function may return ----------------------------------------------------------------
 
 
 def test_as_scores_takes_a_tensor_for_its_only_part():
