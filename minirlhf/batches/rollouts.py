@@ -169,6 +169,9 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------- forward passes
 
 
+KL_ESTIMATORS = (*ESTIMATORS, "full")
+
+
 class TokenPass(NamedTuple):
     logprobs: Tensor  # (b, R) nats, of the distribution that is sampled from; 0 outside the mask
     entropy: Tensor  # (b, R) nats, likewise
@@ -210,8 +213,7 @@ def kl_to_ref(
     """(b, R) nats a token, of the policy to the reference; 0 outside the mask.
 
     Args:
-        estimator: a name in `kl.ESTIMATORS`, or "full", which needs micro.ref_states and ref's
-            unembedding.
+        estimator: one of KL_ESTIMATORS; "full" needs micro.ref_states and ref's unembedding.
         ref: None where the policy has adapters: they leave the unembedding as it is.
     """
     mask = micro.response_mask
@@ -270,7 +272,7 @@ def penalised_kl(micro: Rollout, estimator: str | None) -> Tensor:
     """(b, R) nats a token: the KL penalty in the rewards of a measured rollout.
 
     Args:
-        estimator: as in `kl_to_ref`; None where the penalty is a loss, and no part of rewards.
+        estimator: one of KL_ESTIMATORS; None where the penalty is a loss, and no part of rewards.
     """
     if estimator is None:
         return torch.zeros_like(micro.old_logprobs)

@@ -13,6 +13,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+SCALINGS = ("none", "scale", "normalize")
+MISSING_EOS = ("subtract", "replace", "ramp")
 EndRule = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores, truncated, lengths (B,) -> (B,)
 
 

@@ -34,6 +34,7 @@ EXPECTED = {
     "ids": '{"scores": [{"id": ..., "score": number}, ...]} with exactly the ids of the request',
     "llama-factory": '{"scores": [number, ...]} with one number for each text, in their order',
 }
+FORMS = tuple(EXPECTED)
 REPLY_CAP = 16 << 20  # bytes
 LONGEST_PAUSE = 10.0  # seconds between two attempts
 
