@@ -15,7 +15,7 @@ from minirlhf.data.examples import Prompt
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import initialize
 from minirlhf.setup.ppo_settings import PPOConfig
-from tests.recipes.test_ppo import tiny_lm, tiny_policy
+from tests.tiny_ppo import tiny_lm, tiny_policy
 
 T, F = True, False
 
