@@ -79,6 +79,8 @@ PPO_FLAGS = [  # added to a right `minirlhf ppo`, what is told
     ("--eval-data a", "a: not a data file: its name has no ending"),
     ("--eval-every 5", "eval_every: goes with --eval-data"),
     ("--keep-best --eval-data prompts.jsonl", "keep_best: goes with --eval-every, the policy at"),
+    ("--keep-best", "keep_best: goes with --eval-data"),
+    ("--eval-prompts 2", "eval_prompts: goes with --eval-data"),
 ]
 
 
