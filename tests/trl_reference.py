@@ -260,12 +260,20 @@ def compute() -> dict:
     return {"trl": version("trl")} | rounded(REFERENCES[version("trl")]())
 
 
+def shown(value: object, indent: str = "") -> str:
+    """JSON with a key a line and each list on one."""
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    inner = indent + " "
+    lines = [f"{inner}{json.dumps(key)}: {shown(each, inner)}" for key, each in value.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     with open(sys.argv[1], "w", encoding="utf-8") as file:
-        json.dump(compute(), file, indent=1)
-        file.write("\n")
+        file.write(shown(compute()) + "\n")
 
 
 if __name__ == "__main__":

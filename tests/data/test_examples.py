@@ -6,16 +6,10 @@ import re
 import pytest
 
 from minirlhf.data.examples import Pair, Prompt, Text, load_pairs, load_prompts, load_texts
-from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
+from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report, RowPolicy
-
-EOS = 0
-
-
-def spell(text):
-    """Ids of ASCII text: "!" to "~" from 2 on; byte 0 is 190, so newline 200 and space 222."""
-    return [190 + ord(c) if c in "\n " else 2 + ord(c) - ord("!") for c in text]
+from tests.data.conftest import EOS, spell
 
 
 def user(text):
@@ -24,28 +18,6 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([], 258, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return load_tokenizer(folder)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows, name="a.jsonl"):
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
 
 
 # ------------------------------------------------------------------------------------------- pairs

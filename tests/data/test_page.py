@@ -9,7 +9,6 @@ import pytest
 import minirlhf.data
 from minirlhf.data.examples import load_prompts, load_texts
 from minirlhf.data.rankings import load_preferences
-from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 
 PAGE = (Path(minirlhf.data.__file__).parent / "README.md").read_text("utf-8")
 LOAD = {"Texts": load_texts, "Preferences": load_preferences, "Prompts": load_prompts}
@@ -22,12 +21,8 @@ ROWS = [  # (first word of the heading, a row in its section)
 
 
 @pytest.mark.parametrize(("kind", "row"), ROWS)
-def test_a_row_of_the_page_is_read(kind, row, tmp_path):
-    train_tokenizer([], 258, tmp_path / "t")
-    (tmp_path / "rows.jsonl").write_text(row)
-    examples, report = LOAD[kind](
-        tmp_path / "rows.jsonl", load_tokenizer(tmp_path / "t"), None, "drop"
-    )
+def test_a_row_of_the_page_is_read(kind, row, tokenizer, write):
+    examples, report = LOAD[kind](write(json.loads(row)), tokenizer, None, "drop")
     assert report.kept == 1
     carried = json.loads(row).keys() & {"answer"}
     assert examples[0].columns.keys() == carried

@@ -1,39 +1,14 @@
 """Ranked lists: each kind of row -> responses best first and their ranks, and every refusal."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import Ranking, load_preferences, load_rankings
-from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import LeftOut, RowPolicy
-
-EOS = 0
-
-
-def spell(text):
-    """Ids of ASCII text: "!" to "~" from 2 on; byte 0 is 190, so newline 200 and space 222."""
-    return [190 + ord(c) if c in "\n " else 2 + ord(c) - ord("!") for c in text]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([], 258, folder)
-    return load_tokenizer(folder)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows, name="a.jsonl"):
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
+from tests.data.conftest import EOS, spell
 
 
 def answers(ranking):

@@ -10,6 +10,7 @@ import tokenizers
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.data.vocabulary import swap_names
 from minirlhf.errors import UserError
+from tests.data.conftest import spell
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -21,35 +22,20 @@ HOSTILE = [
 ]
 
 
-def spell(text):
-    """Ids of ASCII text. Ids 0 and 1 are special; the byte-level alphabet is sorted by its
-    characters: "!" to "~" stand for themselves from id 2; 94 + 12 + 82 of them end at 189; then
-    come the bytes without a character of their own, from byte 0 at 190: newline 200, space 222."""
-    return [190 + ord(c) if c in "\n " else 2 + ord(c) - ord("!") for c in text]
-
-
 def edit(path, **changes):
     values = json.loads(path.read_text()) if path.exists() else {}
     values |= changes
     path.write_text(json.dumps({k: v for k, v in values.items() if v != "remove"}))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A tokenizer folder without any merge: one token a byte."""
-    folder = tmp_path_factory.mktemp("bytes")
-    train_tokenizer([], 258, folder)
-    return folder
+@pytest.fixture
+def plain(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "plain")
 
 
 @pytest.fixture
-def plain(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "plain")
-
-
-@pytest.fixture
-def chat(trained, tmp_path):
-    folder = shutil.copytree(trained, tmp_path / "chat")
+def chat(folder, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / "chat")
     added = [
         {"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
          "normalized": False, "special": True}

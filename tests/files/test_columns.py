@@ -1,12 +1,9 @@
 """`--columns`: every column under another name, every verb, and what is refused of a file."""
 
-import json
-
 import pytest
 
 from minirlhf.data.examples import load_pairs, load_prompts, load_texts
 from minirlhf.data.rankings import load_preferences
-from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.rows import read_rows
 from minirlhf.files.sieve import COLUMNS, RowPolicy, Sieve, column_names, column_problems
@@ -35,22 +32,6 @@ ROWS = [  # who reads it, a row of each kind
     (load_preferences, {"prompt": "p", "completions": [{"response": "a", "score": 1},
                                                        {"response": "b", "score": 2}]}),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([], 258, folder)
-    return load_tokenizer(folder)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows):
-        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return tmp_path / "a.jsonl"
-
-    return write
 
 
 @pytest.mark.parametrize(("load", "row"), ROWS, ids=[", ".join(row) for _, row in ROWS])

@@ -8,27 +8,15 @@ import pytest
 
 from minirlhf.data.examples import Pair, load_pairs, load_prompts, load_texts, split_rows
 from minirlhf.data.formats import text_format
-from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
+from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.rows import read_rows
 from minirlhf.files.sieve import LeftOut, RowPolicy, Sieve
 from minirlhf.setup.ppo_settings import PPOConfig
+from tests.data.conftest import EOS
 
 SKIP, FIX, EMPTY = (RowPolicy(bad_rows="skip"), RowPolicy(fix_text=True),
                     RowPolicy(allow_empty_prompt=True))
-EOS = 0
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([], 258, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return load_tokenizer(folder)
 
 
 def write(folder, text, name="a.jsonl"):

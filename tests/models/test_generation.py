@@ -17,14 +17,10 @@ from minirlhf.models.pretrained import load_pretrained
 from minirlhf.models.sampling import Sampling, before_stop, draw, sampling_distribution, support_of
 from minirlhf.models.transformer import CausalLM, initialize
 from tests.conftest import PEERS
+from tests.tiny_states import assert_close, f64
 
-f64 = torch.float64
 PROMPTS = [[5, 98, 0, 41, 7], [63], [12, 12, 90, 3, 3, 3, 8, 1]]
 GREEDY = Sampling(12, temperature=0)
-
-
-def assert_close(got, expected, atol=1e-6):
-    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
 
 
 def keys(n: int, start: int = 0) -> torch.Tensor:

@@ -24,18 +24,14 @@ from minirlhf.models.transformer import (
     shapes_only,
 )
 from tests.conftest import PEERS
+from tests.tiny_states import assert_close, f64
 
-f64 = torch.float64
 RNG = torch.Generator().manual_seed(0)
 ROWS = [torch.randint(99, (n,), generator=RNG).tolist() for n in (1, 5, 12, 16)]
 TINY = ModelConfig(
     family="llama", vocab_size=11, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=2,
     num_kv_heads=1, head_dim=4, max_positions=32,
 )
-
-
-def assert_close(got, expected, atol=1e-6):
-    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
 
 
 def tiny(**changes):

@@ -1,0 +1,1 @@
+from tests.data.conftest import folder, tokenizer, write  # noqa: F401
