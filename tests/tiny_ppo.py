@@ -94,12 +94,13 @@ def state_of(policy: nn.Module, config: PPOConfig) -> TrainState:
 
 def steps_from(
     state: TrainState, config: PPOConfig, reward=letter_d, prompts=PROMPTS, tokenizer=None,
-    ref="its own", mix=None,
+    ref="its own", mix=None, policy_loss=None,
 ) -> Iterator[Step]:
     """The loop of a run that goes on at the state's step; its reference is a `tiny_lm`."""
     if ref == "its own":
         ref = tiny_lm(next(state.model.parameters()).dtype)
-    return recipe.ppo(state, prompts, reward, ref, tokenizer or Letters(), config, mix)
+    tokenizer = tokenizer or Letters()
+    return recipe.ppo(state, prompts, reward, ref, tokenizer, config, mix, policy_loss)
 
 
 def run_steps(config: PPOConfig, reward=letter_d, policy=None, **more):

@@ -22,7 +22,11 @@ from minirlhf.data.encoding import strip_eos
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import Ranking
 from minirlhf.data.tokenizer import Tokenizer
-from minirlhf.equations.preference import bradley_terry_loss, plackett_luce_loss
+from minirlhf.equations.masking import check_same_shape
+from minirlhf.equations.preference import (
+    bradley_terry_loss,
+    plackett_luce_loss,
+)
 from minirlhf.errors import UserError
 from minirlhf.models.alignment import pad_right
 from minirlhf.models.config import ModelConfig
@@ -123,8 +127,9 @@ class PairBatch(NamedTuple):
     def loss(self, scores: Tensor, label_smoothing: float = 0.0, center: float = 0.0) -> Tensor:
         """(2N,) scores -> (N,) losses."""
         chosen, rejected = scores.chunk(2)
-        margin, probability = self.margin.to(scores), self.chosen_probability.to(scores)
-        loss = self.pair_loss(chosen, rejected, margin, probability, label_smoothing)
+        loss = loss_of_pairs(
+            self.pair_loss, chosen, rejected, self.margin, self.chosen_probability, label_smoothing
+        )
         return loss + center * (chosen + rejected).square() if center else loss  # 0 x inf is nan
 
 
@@ -175,13 +180,24 @@ class RankedPairsBatch(NamedTuple):
         """(M,) scores -> (N,) means over a list's pairs; of two responses what a pair's are."""
         better = scores.gather(0, self.better.to(scores.device))
         worse = scores.gather(0, self.worse.to(scores.device))
-        margin, probability = self.margin.to(scores), self.chosen_probability.to(scores)
-        losses = self.pair_loss(better, worse, margin, probability, label_smoothing)
+        losses = loss_of_pairs(
+            self.pair_loss, better, worse, self.margin, self.chosen_probability, label_smoothing
+        )
         loss = torch.stack([each.mean() for each in losses.split(self.pairs)])
         return loss + centering(self.split(scores), center) if center else loss
 
 
 Batch = PairBatch | RankingBatch | RankedPairsBatch
+
+
+def loss_of_pairs(
+    pair_loss: PairLoss, chosen: Tensor, rejected: Tensor, margin: Tensor, probability: Tensor,
+    label_smoothing: float,
+) -> Tensor:
+    """(P,) losses; refuses a pair_loss that gives anything else."""
+    loss = pair_loss(chosen, rejected, margin.to(chosen), probability.to(chosen), label_smoothing)
+    check_same_shape(chosen=chosen, pair_loss=loss)
+    return loss
 
 
 def centering(scores: list[Tensor], coefficient: float) -> Tensor:

@@ -14,9 +14,11 @@ from minirlhf.equations.masking import check_same_shape, grad_where_finite, upca
 
 
 class Surrogate(NamedTuple):
-    loss: Tensor  # (B, R)
-    ratio: Tensor  # (B, R), without gradient
-    clipped: Tensor  # (B, R) bool
+    """What a policy loss returns; the loss alone is minimised, the rest is measured."""
+
+    loss: Tensor  # (B, R), unreduced
+    ratio: Tensor  # (B, R) pi / pi_old, without gradient: val/ratio, max_ratio, the first one is 1
+    clipped: Tensor  # (B, R) bool, where the loss has no gradient: policy/clipfrac
 
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor], Surrogate]  # log-probs, old ones, advantages

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from minirlhf.equations.policy import Surrogate
 from minirlhf.errors import BUG, UserError
 from minirlhf.rewards.source import Scores
 
@@ -9,6 +10,23 @@ from minirlhf.rewards.source import Scores
 # gradient, may differ in the last bit.
 RATIO_TOLERANCE = 1e-4
 KL_TOLERANCE = 1e-4  # nats a token
+
+
+def check_policy_loss(found: object, logprobs: Tensor) -> None:
+    """What a policy loss must return for a micro-batch; logprobs: (b, R).
+
+    Raises:
+        ValueError: it returned something else.
+    """
+    if not isinstance(found, Surrogate):
+        raise ValueError(f"policy_loss gave {type(found).__name__}: return a Surrogate")
+    for name, x in found._asdict().items():
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        if shape != tuple(logprobs.shape):
+            legal = f"one number per token, {tuple(logprobs.shape)}, is needed"
+            raise ValueError(f"policy_loss gave a {name} that is {shape}: {legal}, unreduced")
+    if logprobs.requires_grad and not found.loss.requires_grad:
+        raise ValueError("policy_loss gave a loss without gradient: detach no log-prob in it")
 
 
 def check_token_rewards(given: Scores, changes: dict[str, bool], where: str) -> None:

@@ -60,7 +60,7 @@ class MiniBatchStats:
 
     def add(self, micro: Rollout, token: TokenLosses, loss: Tensor) -> None:
         """Adds a micro-batch; loss: (), its share of the loss of the step."""
-        mask, gap = micro.response_mask, token.surrogate.ratio - 1
+        mask, gap = micro.response_mask, token.surrogate.ratio.detach() - 1
         log_ratio = token.new.logprobs.detach() - micro.old_logprobs
         parts = {
             "policy_loss": token.surrogate.loss, "value_loss": token.value.loss,

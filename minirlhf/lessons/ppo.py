@@ -18,8 +18,8 @@ t of a (b, R) tensor belongs to response token a_t and to the state before it, s
 import sys
 from pathlib import Path
 
-if not __package__:  # run by its path: the package is two folders up
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+if not __package__ and Path(__file__).parts[-3] == "minirlhf":  # run by its path
+    sys.path[0] = str(Path(__file__).parents[2])
 
 import torch
 
@@ -33,7 +33,7 @@ from minirlhf.equations.advantages import gae, token_rewards
 from minirlhf.equations.kl import kl_k1
 from minirlhf.equations.masking import masked_standardize, masked_sum
 from minirlhf.equations.policy import clipped_surrogate, clipped_value_loss
-from minirlhf.errors import run
+from minirlhf.errors import UserError, run
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.pretrained import load_pretrained, load_reward_model
 from minirlhf.models.sampling import Sampling
@@ -166,6 +166,8 @@ def main(model: str, data: str, reward: str, out: str, steps: str | None = None)
     policy = ValueHeadModel(load_pretrained(model, torch.float32))  # a value head on its trunk
     ref = load_pretrained(model, torch.float32).requires_grad_(False)  # the policy at step 0
     max_prompt_length = policy.lm.config.longest_row - MAX_NEW_TOKENS
+    if max_prompt_length < 1:
+        raise UserError(model, f"reads too few tokens for {MAX_NEW_TOKENS} new ones")
     prompts, report = load_prompts(data, tokenizer, max_prompt_length, overlong="error")
     print(report)
     source = load_reward(reward, tokenizer)

@@ -12,8 +12,8 @@ from itertools import islice
 from math import ceil
 from pathlib import Path
 
-if not __package__:  # run by its path: the package is two folders up
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+if not __package__ and Path(__file__).parts[-3] == "minirlhf":  # run by its path
+    sys.path[0] = str(Path(__file__).parents[2])
 
 import torch
 

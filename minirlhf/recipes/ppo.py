@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-if not __package__:  # run by its path: the package is two folders up
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+if not __package__ and Path(__file__).parts[-3] == "minirlhf":  # run by its path
+    sys.path[0] = str(Path(__file__).parents[2])
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ from minirlhf.equations.masking import masked_sum
 from minirlhf.equations.policy import PolicyLoss, clipped_surrogate, clipped_value_loss
 from minirlhf.equations.scores import EndRule, RunningMoments, scale_scores
 from minirlhf.errors import OK, STOPPED, NonFinite, run
+from minirlhf.evaluation import invariants
 from minirlhf.evaluation.alarms import check_alarms
-from minirlhf.evaluation.invariants import check_ratio, check_start, check_token_rewards
 from minirlhf.evaluation.policy import evaluate_sets, keep_best
 from minirlhf.evaluation.rollout import summarise
 from minirlhf.evaluation.samples import show_samples
@@ -84,8 +84,9 @@ def ppo(
         tokenizer: of the policy; decodes what reward sources see.
         config: only its training settings are read.
         mix: texts whose loss is added to each update; config.ptx_data is not read here.
-        policy_loss: (logprobs, old_logprobs, advantages), (B, R) each -> Surrogate; None: the
-            clipped surrogate with config's clips.
+        policy_loss: (logprobs, old_logprobs, advantages), (b, R) each, of a micro-batch, 0 or
+            whatever outside its response mask -> Surrogate; None: the clipped surrogate with
+            config's clips, which a loss of your own does not read.
         end_rule: (scores, truncated, lengths), (B,) each -> scores (B,) of responses that may be
             truncated; None: config.missing_eos.
     Raises:
@@ -108,7 +109,7 @@ def ppo(
         watch.lap("time/measure")
         stats = ppo_step(policy, state.optimizer, buffer, config, state.step, kl_coef,
                          state.counters, ref, mix, policy_loss)
-        check_ratio(where, stats.first_ratio_gap)
+        invariants.check_ratio(where, stats.first_ratio_gap)
         metrics = summarise(stats, completions, given, scores, buffer, sequence_kl, tokenizer,
                             config.bootstrap_truncated)
         advance(state, sequence_kl, moments, config)
@@ -148,7 +149,7 @@ def score_rollout(
         scores (B,) under the rule, before they are scaled; the moments of all scores, these among
         them; the rollout with its scaled scores.
     """
-    check_token_rewards(given, {
+    invariants.check_token_rewards(given, {
         "score_scaling": config.score_scaling != "none",
         "score_clip": config.score_clip is not None,
         "missing_eos replace": config.missing_eos == "replace",
@@ -177,7 +178,7 @@ def measure_rollout(
             keep_ref_states=full and config.kl_in == "loss")
     kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))  # (N,)
     if iteration == 0 and config.ref is None:
-        check_start(kl)
+        invariants.check_start(kl)
     return buffer, float(kl.sum()) / config.batch_size
 
 
@@ -315,6 +316,7 @@ def token_losses(update: Update, micro: Rollout) -> TokenLosses:
     config = update.config
     new = policy_pass(update.policy, micro, config.temperature)
     surrogate = update.policy_loss(new.logprobs, micro.old_logprobs, micro.advantages)
+    invariants.check_policy_loss(surrogate, new.logprobs)
     value = clipped_value_loss(new.values, micro.old_values, micro.returns, config.value_clip)
     kl_loss = torch.zeros_like(micro.old_logprobs)  # where the KL is in the reward
     if config.kl_in == "loss":
@@ -336,7 +338,8 @@ def clipped_loss(config: PPOConfig) -> PolicyLoss:
 # ------------------------------------------------------------------------------- the command line
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, policy_loss: PolicyLoss | None = None) -> int:
+    """The command; policy_loss: as in `ppo`, for a script of your own."""
     config = flags.parse(PPOConfig, argv, "minirlhf ppo")
     start = load_run(config)
     config, r, state, sets = start.config, start.run, start.state, start.sets
@@ -353,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.sample_every and state.step == 0 and not state.log_bytes["samples.jsonl"]:
             show_samples(r, state, start.sample_table())
         steps = ppo(state, start.prompts, start.reward, start.ref, start.tokenizer, config,
-                    start.mix)
+                    start.mix, policy_loss)
         for step in r.bar(steps, state, config.steps):
             last = step.number == config.steps
             with r.report(state, step):

@@ -18,8 +18,8 @@ from itertools import islice
 from math import ceil
 from pathlib import Path
 
-if not __package__:  # run by its path: the package is two folders up
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+if not __package__ and Path(__file__).parts[-3] == "minirlhf":  # run by its path
+    sys.path[0] = str(Path(__file__).parents[2])
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from minirlhf import interrupt
 from minirlhf.batches import preferences
 from minirlhf.batches.preferences import Batch, Example, PairLoss, bootstrap_weights
 from minirlhf.data.batching import total_steps, training_batches
-from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.equations.preference import bradley_terry_loss
 from minirlhf.errors import OK, STOPPED, run
 from minirlhf.evaluation.card import card_files
@@ -44,7 +43,6 @@ from minirlhf.models.heads import normalize_scores
 from minirlhf.models.lora import merge_lora
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
-from minirlhf.run.folder import Run
 from minirlhf.run.meters import Step, Stopwatch
 from minirlhf.setup.reward import RewardRun, load_run, score_sets, write_model
 from minirlhf.setup.reward_settings import RewardConfig
@@ -71,6 +69,8 @@ def reward(
     """
     if not examples:
         raise ValueError("examples is empty: give at least one")
+    if collate is not None and pair_loss is not bradley_terry_loss:
+        raise ValueError("pair_loss and collate: give one, a batch of collate has its own loss")
     collate = collate or partial(
         preferences.collate, list_loss=config.list_loss, pair_loss=pair_loss
     )
@@ -139,17 +139,14 @@ def update_weights(
 
 
 def evaluate_all(
-    r: Run,
-    state: TrainState,
-    sets: dict[str, list[Example]],
-    config: RewardConfig,
-    tokenizer: Tokenizer,
+    start: RewardRun, config: RewardConfig, pair_loss: PairLoss
 ) -> dict[str, Evaluation]:
     """Every held-out set by its prefix; tells the metrics and a table of pairs."""
-    results = score_sets(state.model, sets, config)
+    r, state = start.run, start.state
+    results = score_sets(state.model, start.sets, config, pair_loss)
     for prefix, result in results.items():
-        held_out = sets[prefix]
-        rows = pair_rows(result, tokenizer, config.show_samples)
+        held_out = start.sets[prefix]
+        rows = pair_rows(result, start.tokenizer, config.show_samples)
         if rows:
             r.say(pair_table(rows))
             r.write_samples(state, [{"step": state.step, "set": prefix} | row for row in rows])
@@ -161,7 +158,8 @@ def evaluate_all(
 
 
 def finish(
-    start: RewardRun, config: RewardConfig, results: dict[str, Evaluation] | None
+    start: RewardRun, config: RewardConfig, results: dict[str, Evaluation] | None,
+    pair_loss: PairLoss,
 ) -> None:
     """Normalises the trained model, writes its folder, and the card of what was held out.
 
@@ -182,7 +180,7 @@ def finish(
         facts["normalized"] = {"over": config.normalize, "mean": mean, "std": std}
         print(f"scores of {config.normalize} had mean {mean:.4f} and std {std:.4f}: normalised")
     if results is None or config.lora_rank or config.normalize != "none":  # not this model's
-        results = score_sets(model, sets, config)
+        results = score_sets(model, sets, config, pair_loss)
     by_name = {prefix.removesuffix("_"): result for prefix, result in results.items()}
     files = card_files(facts, by_name, tokenizer)
 
@@ -197,7 +195,8 @@ def finish(
     r.done("reward model", folder)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, pair_loss: PairLoss = bradley_terry_loss) -> int:
+    """The command; pair_loss: as in `reward`, for a script of your own."""
     config = flags.parse(RewardConfig, argv, "minirlhf reward")
     start, results = load_run(config), None
     config, r, state = start.config, start.run, start.state
@@ -205,14 +204,14 @@ def main(argv: list[str] | None = None) -> int:
         r.list_left_out(start.reports)
         r.facts(start.facts)
         r.restore(state)
-        for step in r.bar(reward(state, start.examples, config), state, start.steps):
+        for step in r.bar(reward(state, start.examples, config, pair_loss), state, start.steps):
             last = step.number == start.steps
             steady = ("learning_rate", "epoch", "num_tokens", "skipped_updates")
             extra = {name: step.metrics[name] for name in steady}
             evaluating = last or (config.eval_every and step.number % config.eval_every == 0)
             with r.report(state, step):
                 if evaluating:
-                    results = evaluate_all(r, state, start.sets, config, start.tokenizer)
+                    results = evaluate_all(start, config, pair_loss)
                     for prefix, result in results.items():
                         extra |= {prefix + name: v for name, v in result.metrics.items()}
                 if evaluating or step.number % config.log_every == 0:
@@ -222,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         if r.stopped:
             r.save(state)
             return STOPPED
-        finish(start, config, results)
+        finish(start, config, results, pair_loss)
     return OK
 
 

@@ -11,8 +11,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-RECIPES = ("ppo", "reward", "sft")
-
 
 class Metric(NamedTuple):
     """One number of metrics.jsonl. A word in capitals in the name stands for any word."""
@@ -27,11 +25,11 @@ class Metric(NamedTuple):
 
 
 def _read() -> dict[str, tuple[Metric, ...]]:
-    found: dict[str, list[Metric]] = {recipe: [] for recipe in RECIPES}
+    found: dict[str, list[Metric]] = {}
     _, *lines = Path(__file__).with_suffix(".tsv").read_text("utf-8").splitlines()
     for recipes, *cells, when, clock in (line.split("\t") for line in lines):
         for recipe in recipes.split():
-            found[recipe].append(Metric(*cells, when or None, bool(clock)))
+            found.setdefault(recipe, []).append(Metric(*cells, when or None, bool(clock)))
     return {recipe: tuple(metrics) for recipe, metrics in found.items()}
 
 

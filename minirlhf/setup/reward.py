@@ -1,4 +1,4 @@
-"""setup.reward."""
+"""What a reward model's run reads, refuses and loads, and how its model is written."""
 
 from functools import partial
 from math import ceil
@@ -11,6 +11,7 @@ from minirlhf import streams
 from minirlhf.batches.preferences import (
     NEED_SCORES,
     Example,
+    PairLoss,
     collate,
     count_tokens,
     kind_of,
@@ -127,10 +128,10 @@ def write_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def score_sets(
-    model: RewardModel, sets: dict[str, list[Example]], config: RewardConfig
+    model: RewardModel, sets: dict[str, list[Example]], config: RewardConfig, pair_loss: PairLoss
 ) -> dict[str, Evaluation]:
     """Every held-out set by its prefix."""
-    collate_lists = partial(collate, list_loss=config.list_loss)
+    collate_lists = partial(collate, list_loss=config.list_loss, pair_loss=pair_loss)
     return {
         prefix: evaluate_preferences(model, rows, config.micro_batch_tokens, collate=collate_lists)
         for prefix, rows in sets.items()

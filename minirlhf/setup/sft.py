@@ -1,4 +1,4 @@
-"""setup.sft."""
+"""What a run of supervised fine-tuning reads, refuses and loads: data, tokenizer, model."""
 
 import tempfile
 from collections.abc import Iterator

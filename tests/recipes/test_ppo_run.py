@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from minirlhf.batches import rollouts
 from minirlhf.cli import main
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
+from minirlhf.equations.policy import Surrogate
 from minirlhf.errors import BAD_INPUT, BUG, NON_FINITE, OK, STOPPED
 from minirlhf.models import pretrained
 from minirlhf.models.heads import ValueHeadModel
@@ -29,7 +30,7 @@ from minirlhf.setup import ppo as loading
 from minirlhf.setup.ppo import prompt_room
 from tests import tiny_ppo
 from tests.tiny_folders import leftovers, read_lines, save_scorer, timeless
-from tests.tiny_ppo import REWARD, SHAPE, command, config_of, parameters, policy_at
+from tests.tiny_ppo import REWARD, SHAPE, command, config_of, parameters, policy_at, run_steps
 
 world = tiny_ppo.world
 
@@ -428,3 +429,42 @@ def test_prompt_room_leaves_the_response_in_the_model(changes, settings, room, t
     (tmp_path / "long" / "config.json").write_text(json.dumps(long))
     for folders in ((tmp_path, tmp_path), (tmp_path / "long", tmp_path)):
         assert prompt_room(config_of(**settings), folders) == room
+
+# ---- losses of one's own -------------------------------------------------------------------------
+
+
+def surrogate_of(**changes):
+    def loss(logprobs, old_logprobs, advantages):
+        ratio = torch.exp(logprobs - old_logprobs)
+        good = Surrogate(-ratio * advantages, ratio, torch.zeros_like(ratio).bool())
+        return good._replace(**{name: change(good) for name, change in changes.items()})
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("policy_loss", "told"),
+    [
+        (lambda new, old, advantages: -new * advantages, "Tensor: return a Surrogate"),
+        (surrogate_of(loss=lambda s: s.loss.mean()), r"a loss that is \(\): one number"),
+        (surrogate_of(loss=lambda s: s.loss.sum(1)), r"a loss that is \(2,\): one number"),
+        (surrogate_of(clipped=lambda s: None), "a clipped that is NoneType"),
+        (surrogate_of(loss=lambda s: s.loss.detach()), "without gradient"),
+    ],
+)
+def test_ppo_refuses_a_policy_loss_that_gives_something_else(policy_loss, told):
+    with pytest.raises(ValueError, match=f"policy_loss gave .*{told}"):
+        run_steps(config_of(steps=1), policy_loss=policy_loss)
+
+
+def test_main_learns_from_a_policy_loss_of_ones_own(world, tmp_path):
+    """The surrogate without its clips: as with clips that nothing reaches, and not as with tight
+    ones."""
+    weights = []
+    for name, clip, policy_loss in (
+        ("own", 1e-9, surrogate_of()), ("wide", 1e9, None), ("tight", 1e-9, None)
+    ):
+        argv = command(world, tmp_path / name, steps=2, clip_low=min(clip, 1), clip_high=clip)
+        assert recipe.main(argv[1:], policy_loss=policy_loss) == OK
+        weights.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]

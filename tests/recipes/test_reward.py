@@ -160,6 +160,33 @@ def test_custom_collate_decides_what_the_model_sees():
     assert step.metrics["max_reward"] == 9.0 and step.metrics["min_reward"] == 1.0
 
 
+def hinge(chosen, rejected, margin, probability, label_smoothing):
+    return torch.relu(1 + margin - (chosen - rejected))
+
+
+def test_pair_loss_is_the_one_that_is_learned_from_by_hand():
+    # The last token's id is the score (see tiny_reward), so hinge is 0 where chosen is 1 + margin
+    # above rejected, and else 1 + margin - (chosen - rejected).
+    model = scored_by_last_token(tiny_model())
+    expected = 0.0
+    for p in PAIRS:
+        gap = p.chosen_ids[-1] - p.rejected_ids[-1]
+        expected += max(0.0, 1 + p.margin - gap) / len(PAIRS)
+    step = next(reward(state_of(model), PAIRS, config_of(batch_size=5), pair_loss=hinge))
+    assert step.metrics["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_pair_loss_must_give_a_loss_a_pair_and_goes_with_no_collate():
+    state, config = state_of(tiny_model()), config_of(batch_size=5)
+    wrong = reward(state, PAIRS, config, pair_loss=lambda chosen, *_: chosen.mean())
+    with pytest.raises(ValueError, match=r"pair_loss is \(\), chosen is \(5,\)"):
+        next(wrong)
+    with pytest.raises(ValueError, match="pair_loss and collate: give one"):
+        next(reward(state, PAIRS, config, pair_loss=hinge, collate=collate_pairs))
+    with pytest.raises(ValueError, match="plackett-luce is no loss of pairs"):
+        next(reward(state, LISTS, config, pair_loss=hinge))
+
+
 # ---- lists, soft labels, ensembles ---------------------------------------------------------------
 
 
