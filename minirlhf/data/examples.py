@@ -15,9 +15,8 @@ from minirlhf.data.formats import (
     Format,
     Messages,
     Part,
-    chosen_probability,
-    margin,
     pair_format,
+    pair_labels,
     prompt_format,
     text_format,
 )
@@ -152,11 +151,6 @@ def tell_labels(report: Report, labels: list[tuple[float | None, float | None]])
     report.detected = report.detected.replace("rejected)", ", ".join(["rejected", *named]) + ")")
     if unlikely := sum(q is not None and q < 0.5 for _, q in labels):
         report.notes.append(f"chosen_probability below 1/2 in {unlikely:,} rows: rejected leads")
-
-
-def pair_labels(row: Row) -> tuple[float | None, float | None]:
-    """A row's numbers of PAIR_LABELS, in their order; raises a UserError where one is no label."""
-    return margin(row), chosen_probability(row)
 
 
 def _equal_sides(row: Row, responses: list[list[int]]) -> str | None:

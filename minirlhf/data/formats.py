@@ -68,6 +68,11 @@ def wrong_column(row: Row, key: str, legal: str) -> UserError:
     return UserError(row.where, f"{key} {got}", f"{legal}; keys present: {keys}")
 
 
+def wrong_value(row: Row, key: str, value: object, legal: str) -> UserError:
+    """The error for a value that is of no legal kind or size."""
+    return UserError(row.where, f"{key} is {printable(json.dumps(value), 40)}", legal)
+
+
 def string_part(row: Row, key: str, may_be_empty: bool = False) -> str:
     """The text of a column."""
     value = row.columns.get(key)
@@ -107,8 +112,7 @@ def ids_part(row: Row, key: str, mask: str | None = None, may_be_empty: bool = F
         raise wrong_column(row, key, "needs a list of token ids")
     for at, id in enumerate(value):
         if type(id) is not int or id < 0:
-            what = f"{key}[{at}] is {printable(json.dumps(id), 40)}"
-            raise UserError(row.where, what, "a token id is an integer from 0")
+            raise wrong_value(row, f"{key}[{at}]", id, "a token id is an integer from 0")
     if mask in row.columns:
         kept = row.columns[mask]
         if not isinstance(kept, list):
@@ -118,8 +122,7 @@ def ids_part(row: Row, key: str, mask: str | None = None, may_be_empty: bool = F
             raise UserError(row.where, what, "they must be as many")
         for at, bit in enumerate(kept):
             if type(bit) not in (int, bool) or bit not in (0, 1):
-                what = f"{mask}[{at}] is {printable(json.dumps(bit), 40)}"
-                raise UserError(row.where, what, "needs 0 or 1")
+                raise wrong_value(row, f"{mask}[{at}]", bit, "needs 0 or 1")
         value = [id for id, bit in zip(value, kept, strict=True) if bit]
     if not (value or may_be_empty):
         raise UserError(row.where, f"{key} is empty", REMOVE)
@@ -145,24 +148,17 @@ def _optional_number(row: Row, key: str, low: float, high: float, legal: str) ->
     return number
 
 
-def margin(row: Row) -> float | None:
-    """The row's margin in reward units, None where it has none.
+def pair_labels(row: Row) -> tuple[float | None, float | None]:
+    """(a pair's margin in reward units, the probability that chosen is the better answer); None
+    where the row has none.
 
     Raises:
-        UserError: not a finite float32.
+        UserError: a margin that is no finite float32, a probability that is not from 0 to 1.
     """
-    legal = "needs a finite number, or no margin"
-    return _optional_number(row, "margin", -LARGEST, LARGEST, legal)
-
-
-def chosen_probability(row: Row) -> float | None:
-    """The probability that the row's chosen answer is the better one, None where it has none.
-
-    Raises:
-        UserError: not a number from 0 to 1.
-    """
-    legal = "needs a number from 0 to 1, or no chosen_probability"
-    return _optional_number(row, "chosen_probability", 0.0, 1.0, legal)
+    finite = "needs a finite number, or no margin"
+    share = "needs a number from 0 to 1, or no chosen_probability"
+    by = _optional_number(row, "margin", -LARGEST, LARGEST, finite)
+    return by, _optional_number(row, "chosen_probability", 0.0, 1.0, share)
 
 
 def part_kind(value: object) -> str:
@@ -225,20 +221,15 @@ def was_sampled(row: Row) -> bool:
     return "response" in columns and columns.get("finish_reason") in ("eos", "stop", "length")
 
 
-def _may_be_empty(row: Row, key: str, empty_prompt: bool) -> bool:
-    return empty_prompt if key == "prompt" else key == "response" and was_sampled(row)
+def _columns(
+    read: Callable[[Row, str, bool], Part], keys: tuple[str, ...], empty_prompt: bool = False
+) -> Callable[[Row], tuple[Part, ...]]:
+    """Reads each of these columns of a row by string_part or messages_part."""
 
+    def may_be_empty(row: Row, key: str) -> bool:
+        return empty_prompt if key == "prompt" else key == "response" and was_sampled(row)
 
-def _strings(*keys: str, empty_prompt: bool = False) -> Callable[[Row], tuple[str, ...]]:
-    return lambda row: tuple(
-        string_part(row, key, _may_be_empty(row, key, empty_prompt)) for key in keys
-    )
-
-
-def _turns(*keys: str, empty_prompt: bool = False) -> Callable[[Row], tuple[Messages, ...]]:
-    return lambda row: tuple(
-        messages_part(row, key, _may_be_empty(row, key, empty_prompt)) for key in keys
-    )
+    return lambda row: tuple(read(row, key, may_be_empty(row, key)) for key in keys)
 
 
 def _id_pairs(columns: dict, empty_prompt: bool) -> Format | None:
@@ -272,10 +263,10 @@ def pair_format(row: Row, empty_prompt: bool = False) -> Format:
     match kinds:
         case ["text", "text", "text"]:
             detected = "preference pairs (prompt, chosen, rejected)"
-            return Format(detected, three, _strings(*three, empty_prompt=empty_prompt))
+            return Format(detected, three, _columns(string_part, three, empty_prompt))
         case ["messages", "messages", "messages"]:
             detected = "preference pairs of messages (prompt, chosen, rejected)"
-            return Format(detected, three, _turns(*three, empty_prompt=empty_prompt))
+            return Format(detected, three, _columns(messages_part, three, empty_prompt))
         case [None, "messages", "messages"]:
             detected = "preference dialogues (chosen, rejected), the shared turns as prompt"
             return Format(detected, both, _dialogues, absent=("prompt",))
@@ -286,7 +277,7 @@ def pair_format(row: Row, empty_prompt: bool = False) -> Format:
             detected = "preference transcripts (chosen, rejected), split at the last shared answer"
             return Format(detected, both, _transcripts, absent=("prompt",))
         case [None, "text", "text"]:
-            whole = _strings(*both)
+            whole = _columns(string_part, both)
             detected = "preference pairs (chosen, rejected)"
             return Format(detected, both, lambda row: (None, *whole(row)), absent=("prompt",))
     legal = "chosen and rejected with or without prompt (all strings or all messages), or ids in "
@@ -311,15 +302,13 @@ def prompt_format(row: Row, empty_prompt: bool = False) -> Format:
     if "input_ids" in row.columns:
         used = ("input_ids", "attention_mask", "prompt_length")
         return Format("tokenised prompts (input_ids)", used, _prompt_of_ids)
+    turns = "prompts of messages, a last turn of the assistant is continued"
     for key in ("prompt", "messages", "text"):
         match part_kind(row.columns.get(key)):
             case "text":
-                string = partial(string_part, may_be_empty=empty_prompt)
-                return _column(key, string, "prompts")
+                return _column(key, partial(string_part, may_be_empty=empty_prompt), "prompts")
             case "messages":
-                detected = "prompts of messages, a last turn of the assistant is continued"
-                messages = partial(messages_part, may_be_empty=empty_prompt)
-                return _column(key, messages, detected)
+                return _column(key, partial(messages_part, may_be_empty=empty_prompt), turns)
     legal = "prompt (a string or messages) | messages | text | prompt_ids | input_ids"
     raise unknown_columns(row, legal)
 
@@ -327,11 +316,14 @@ def prompt_format(row: Row, empty_prompt: bool = False) -> Format:
 def _prompt_of_ids(row: Row) -> tuple[list[int]]:
     """All ids, or those before the answer in a row that `minirlhf sample` wrote."""
     ids = ids_part(row, "input_ids", "attention_mask")
-    length = row.columns.get("prompt_length", len(ids))
-    if type(length) is not int or not 1 <= length <= len(ids):
-        what = f"prompt_length is {printable(json.dumps(length), 40)}"
-        raise UserError(row.where, what, f"needs an integer from 1 to {len(ids)}")
-    return (ids[:length],)
+    return (ids[: _prompt_length(row, len(ids), 1, len(ids))],)
+
+
+def _prompt_length(row: Row, default: int, least: int, most: int) -> int:
+    length = row.columns.get("prompt_length", default)
+    if type(length) is not int or not least <= length <= most:
+        raise wrong_value(row, "prompt_length", length, f"needs an integer from {least} to {most}")
+    return length
 
 
 def _last_answer(row: Row) -> tuple[Messages, Messages]:
@@ -350,10 +342,7 @@ def _tokenised(row: Row) -> tuple[list[int] | None, list[int]]:
             what = f"has {name}, which is not read here"
             do = "leave it out, and give prompt_length: how many ids stand before the loss"
             raise UserError(row.where, what, do)
-    length = row.columns.get("prompt_length", 0)
-    if type(length) is not int or not 0 <= length < len(ids):
-        what = f"prompt_length is {printable(json.dumps(length), 40)}"
-        raise UserError(row.where, what, f"needs an integer from 0 to {len(ids) - 1}")
+    length = _prompt_length(row, 0, 0, len(ids) - 1)
     return (ids[:length], ids[length:]) if length else (None, ids)
 
 
@@ -369,10 +358,10 @@ def text_format(row: Row, empty_prompt: bool = False) -> Format:
         match [part_kind(columns.get(key)) for key in keys]:
             case ["text", "text"]:
                 detected = f"prompts with answers ({', '.join(keys)})"
-                return Format(detected, keys, _strings(*keys, empty_prompt=empty_prompt))
+                return Format(detected, keys, _columns(string_part, keys, empty_prompt))
             case ["messages", "messages"]:
                 detected = f"prompts with answers, in messages ({', '.join(keys)})"
-                return Format(detected, keys, _turns(*keys, empty_prompt=empty_prompt))
+                return Format(detected, keys, _columns(messages_part, keys, empty_prompt))
     if part_kind(columns.get("messages")) == "messages":
         detected = "dialogues (messages), loss on the last turn of the assistant only"
         return Format(detected, ("messages",), _last_answer)

@@ -10,7 +10,6 @@ Kinds of rows, of which the first one decides for the file:
     query, sample0, sample1, ..., best      token ids (lm-human-preferences)
 """
 
-import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,9 +36,10 @@ from minirlhf.data.formats import (
     string_part,
     unknown_columns,
     wrong_column,
+    wrong_value,
 )
 from minirlhf.data.tokenizer import Tokenizer
-from minirlhf.errors import UserError, printable
+from minirlhf.errors import UserError
 from minirlhf.files.reading import json_kind
 from minirlhf.files.rows import Row
 from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve
@@ -94,6 +94,7 @@ def ranking_format(row: Row, empty_prompt: bool = False) -> Format:
     columns, label = row.columns, _label(row)
     shown = f", {label}" if label else ", best first"
     prompt = part_kind(columns.get("prompt"))
+    read = string_part if prompt == "text" else messages_part
     if "query" in columns and "sample0" in columns:
         count = next(i for i in range(len(columns) + 1) if f"sample{i}" not in columns)
         keys = ("query", *(f"sample{i}" for i in range(count)))
@@ -102,13 +103,11 @@ def ranking_format(row: Row, empty_prompt: bool = False) -> Format:
     elif prompt in ("text", "messages") and "responses" in columns:
         keys, used = ("prompt", "responses"), ("prompt", "responses", *LABELS)
         detected = f"ranked lists (prompt, responses{shown})"
-        read = string_part if prompt == "text" else messages_part
     elif prompt in ("text", "messages") and "completions" in columns:
         if label:
             raise UserError(row.where, f"has completions and {label}", "keep the one that counts")
         keys = used = ("prompt", "completions")
         detected = "ranked lists (prompt, completions of response and score)"
-        read = string_part if prompt == "text" else messages_part
     else:
         raise unknown_columns(row, LEGAL)
     read_prompt = partial(read, may_be_empty=empty_prompt)
@@ -132,11 +131,6 @@ def ranking_format(row: Row, empty_prompt: bool = False) -> Format:
         return (read_prompt(row, keys[0]), *responses)
 
     return Format(detected, used, parts)
-
-
-def preference_format(row: Row, empty_prompt: bool = False) -> Format:
-    """The kind of file, of pairs or of ranked lists, that starts with this row."""
-    return (ranking_format if is_ranking(row) else pair_format)(row, empty_prompt)
 
 
 def _label(row: Row) -> str | None:
@@ -182,14 +176,14 @@ def ranks_of(row: Row, count: int) -> list[int]:
     if label in ("best", "choice"):
         if type(value) is not int or not 0 <= value < count:
             legal = f"needs an integer from 0 to {count - 1}: the index of the best response"
-            raise UserError(row.where, f"{label} is {printable(json.dumps(value), 40)}", legal)
+            raise wrong_value(row, label, value, legal)
         return [1 if at == value else 2 for at in range(count)]
     if not isinstance(value, list):
         raise wrong_column(row, label, "needs a list of numbers")
     numbers = _numbers(row, label, value, count)
     for at, number in enumerate(numbers):
         if type(number) is not int or number < 1:
-            raise UserError(row.where, f"ranks[{at}] is {number}", "needs an integer from 1, best")
+            raise wrong_value(row, f"ranks[{at}]", number, "needs an integer from 1, best")
     return _dense(numbers)
 
 
@@ -217,9 +211,8 @@ def _numbers(row: Row, key: str, values: list, count: int, largest: float = LARG
         raise UserError(row.where, f"{len(values)} {key}, {count} responses", "needs as many")
     for at, value in enumerate(values):
         if type(value) not in (int, float) or not abs(value) <= largest:
-            got = printable(json.dumps(value), 40)
-            what = f"{key}[{at}] is {got}"
-            raise UserError(row.where, what, f"needs a finite number of at most {largest:.3g}")
+            legal = f"needs a finite number of at most {largest:.3g}"
+            raise wrong_value(row, f"{key}[{at}]", value, legal)
     return values
 
 
@@ -275,8 +268,10 @@ def holds_rankings(path: str | Path, policy: RowPolicy = STRICT) -> bool:
     and errors as in `first_row`."""
 
     def tell(row: Row) -> bool:
-        preference_format(row, policy.allow_empty_prompt).split(row)  # refuses a malformed one
-        return is_ranking(row)
+        ranked = is_ranking(row)
+        detect = ranking_format if ranked else pair_format
+        detect(row, policy.allow_empty_prompt).split(row)  # refuses a malformed one
+        return ranked
 
     return first_row(path, tell, policy)
 
