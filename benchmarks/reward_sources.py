@@ -20,7 +20,7 @@ from pathlib import Path
 FUNCTION = """
 import torch
 from minirlhf import load_reward_model, load_tokenizer
-from minirlhf.batching import pad_right
+from minirlhf.models.alignment import pad_right
 
 model, tokenizer = load_reward_model({folder!r}, torch.float32), load_tokenizer({folder!r})
 

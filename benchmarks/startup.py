@@ -39,7 +39,7 @@ def child(verb: str, argv: list[str]) -> None:
     from minirlhf.cli import VERBS
     from minirlhf.run.folder import Run
 
-    main = importlib.import_module(VERBS[verb][0]).main
+    main = importlib.import_module(VERBS[verb].module).main
     ends["modules"] = time.time()
     importing, use = 0.0, torch.use_deterministic_algorithms
 
@@ -92,10 +92,11 @@ def parts_of_start(verb: str, argv: list[str]) -> dict[str, float]:
 def prepare(folder: Path, rows: int) -> dict[str, list[str]]:
     """The demo's files and two models of two steps; verb -> its flags, without --out."""
     from minirlhf.tools.demo import command, film_judge
+    from minirlhf.tools.settings import DemoConfig
 
     data = folder / "data"
     if not data.exists():
-        command.write_world(data, 2, seed=0)
+        command.write_world(DemoConfig(out=str(folder)))
         command.write_rows(data / "pairs.jsonl", film_judge.preferences(rows, 0))
     minirlhf, steps = [sys.executable, "-m", "minirlhf"], ["--steps", "2"]
     sft = ["--init-config", f"{data}/tiny-model.json", "--vocab-size", "1024",

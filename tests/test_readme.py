@@ -104,6 +104,16 @@ def test_lengths_of_files_are_true_to_a_tenth(page):
         assert abs(real - int(lines)) <= 0.1 * real, f"{name} has {real} lines"
 
 
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").rglob("*.py")), ids=str)
+def test_benchmarks_import_what_is_there(script):
+    """Within functions and texts too."""
+    found = re.findall(r"from (minirlhf[\w.]*) import (\([^)]*\)|[^\n]+)", pages.read(script))
+    for module, names in found:
+        for name in re.findall(r"\w+", re.sub(r" as \w+", "", names)):
+            home = importlib.import_module(module)
+            assert hasattr(home, name) or importlib.import_module(f"{module}.{name}")
+
+
 # -------------------------------------------------------------------------------- the front door
 
 
