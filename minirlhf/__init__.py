@@ -3,7 +3,8 @@
 Who reads begins at README.md, "Read it in this order". Who runs types `minirlhf --help`. Each
 folder is a wing whose own docstring says what lives there; it imports only from wings below it:
 
-    tools > recipes > setup > evaluation > batches > rewards > models, data, run > equations, files
+    tools > recipes, lessons > setup > evaluation > batches > rewards > models, data, run >
+    equations, files
 
 Public names are imported from their modules on first use (PEP 562), so that `import minirlhf`, and
 with it `minirlhf --help`, does not wait for torch.

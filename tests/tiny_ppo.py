@@ -199,7 +199,7 @@ class Table(nn.Module):
         self.values = nn.Parameter(torch.tensor(values, dtype=f64))
         self.entropy = torch.tensor(entropy, dtype=f64)
 
-    def clipped_apart(self) -> list[nn.Module]:
+    def gradient_groups(self) -> list[nn.Module]:
         return [self]
 
 

@@ -35,7 +35,7 @@ from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import load_pretrained
 from minirlhf.run.machine import make_deterministic
 from minirlhf.run.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
-from minirlhf.setup.reward import write_model
+from minirlhf.setup.reward import write_reward_model
 
 SEED = 0
 BATCH_SIZE = 16  # pairs in an optimizer step
@@ -93,7 +93,7 @@ def main(model: str, data: str, out: str, steps: str | None = None) -> None:
     initialize_score(reward_model, streams.generator(SEED, "reward head"))
     Path(out).mkdir(parents=True)  # refused where it exists
     train_reward_model(reward_model, pairs, int(steps or ceil(len(pairs) / BATCH_SIZE)))
-    write_model(reward_model, tokenizer, Path(out))
+    write_reward_model(reward_model, tokenizer, Path(out))
 
 
 if __name__ == "__main__":

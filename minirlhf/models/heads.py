@@ -44,7 +44,7 @@ class ValueHeadModel(nn.Module):
         weight, bias = self.v_head.weight.to(wide), self.v_head.bias.to(wide)
         return hidden, F.linear(states.to(wide), weight, bias).squeeze(-1)
 
-    def clipped_apart(self) -> list[nn.Module]:
+    def gradient_groups(self) -> list[nn.Module]:
         """Modules whose gradients are clipped by norms of their own: a critic with its own trunk
         is another model."""
         if self.critic is None:

@@ -302,7 +302,7 @@ def update_weights(
     if update.mix is not None:
         stats.ptx_loss = update.mix.backward(policy.lm, number)
         optim.check_finite(where, {"ptx_loss": stats.ptx_loss})
-    norms = [optim.clip_gradients(m, config.max_grad_norm, where) for m in policy.clipped_apart()]
+    norms = [optim.clip_gradients(m, config.max_grad_norm, where) for m in policy.gradient_groups()]
     stats.grad_norm, stats.critic_grad_norm = (*norms, 0.0)[:2]
     if config.max_ratio is None or stats.ratio <= config.max_ratio:
         update.optimizer.step()

@@ -44,7 +44,7 @@ from minirlhf.models.lora import merge_lora
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
-from minirlhf.setup.reward import RewardRun, load_run, score_sets, write_model
+from minirlhf.setup.reward import RewardRun, load_run, score_sets, write_reward_model
 from minirlhf.setup.reward_settings import RewardConfig
 
 SHOWN = ("accuracy", "top1", "ties", "loss", "margin", "calibration_error")
@@ -185,7 +185,7 @@ def finish(
     files = card_files(facts, by_name, tokenizer)
 
     def write(target: Path) -> None:
-        write_model(model, tokenizer, target)
+        write_reward_model(model, tokenizer, target)
         for name, text in files.items():
             atomic.write_text(target / name, text)
 

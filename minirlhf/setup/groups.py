@@ -1,4 +1,4 @@
-"""Settings that several commands share, each declared once: default, help, range, resume rule.
+"""Groups of settings, each setting declared once: default, help, range, resume rule.
 
 A command's config inherits the groups that it needs, so its settings stay flat
 (`config.learning_rate`), and `--help` shows each group under its heading, the words of its

@@ -115,7 +115,7 @@ def load_start(
     return model
 
 
-def write_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:
+def write_reward_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:
     """A folder that transformers loads to the same scores: all its files name one pad token."""
     pad = None if model.read_before_eos else tokenizer.spare_pad_token()
     if pad is None:

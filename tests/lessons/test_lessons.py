@@ -19,7 +19,7 @@ from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import load_pretrained, save_pretrained
 from minirlhf.models.transformer import CausalLM, initialize
-from minirlhf.setup.reward import write_model
+from minirlhf.setup.reward import write_reward_model
 from tests.kill_harness import SHAPE
 
 PACKAGE = Path(minirlhf.__file__).parent
@@ -52,7 +52,7 @@ def world(tmp_path_factory):
                     torch.Generator().manual_seed(0))
     save_pretrained(lm, folder / "model")
     judge = RewardModel(load_pretrained(folder / "model"))
-    write_model(initialize_score(judge, torch.Generator().manual_seed(1)),
+    write_reward_model(initialize_score(judge, torch.Generator().manual_seed(1)),
                 load_tokenizer(folder / "model"), folder / "judge")
     rows = {
         "sft": [{"prompt": sentence(i, 3), "response": sentence(i + 50, 2 + i % 5)}

@@ -26,7 +26,7 @@ from minirlhf.rewards.source import Completions
 from minirlhf.run.folder import Run
 from minirlhf.setup import reward as setup
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward import load_start, write_model
+from minirlhf.setup.reward import load_start, write_reward_model
 from minirlhf.setup.reward_settings import RewardConfig
 from tests.conftest import make_peer
 
@@ -287,12 +287,12 @@ def test_head_depends_on_the_seed_alone(base):
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
-def test_write_model_of_ids_only_names_no_pad_token(base, tmp_path):
+def test_write_reward_model_of_ids_only_names_no_pad_token(base, tmp_path):
     tokenizer = load_tokenizer(base[0])
     tokenizer.eos_ids = ()
     model = RewardModel(load_pretrained(base[0]))
     model.read_before_eos = True
-    write_model(model, tokenizer, tmp_path)
+    write_reward_model(model, tokenizer, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text("utf-8")).get("pad_token_id") is None
 
 
