@@ -158,10 +158,6 @@ class Vocabulary:
 
     def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[list[int]]:
         """`encode` of many texts at once, in parallel."""
-        prefix = self._prefix if bos else []
-        return [prefix + ids for ids in self._plain(texts)]
-
-    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         self._backend.encode_special_tokens = True
         encode, rows = self._backend.encode_batch_fast, []
         for start in range(0, len(texts), BATCH):
@@ -170,7 +166,7 @@ class Vocabulary:
         for row, text in enumerate(texts):
             if not self._control.isdisjoint(rows[row]):
                 rows[row] = self._spelled(text)
-        return rows
+        return [self._prefix + ids for ids in rows] if bos else rows
 
     def _spelled(self, text: str) -> list[int]:
         """For vocabularies with special names as ordinary pieces: cuts each after one letter."""
@@ -201,7 +197,7 @@ class Vocabulary:
             if any(mark in words for mark in swapped):
                 for mark, name in swapped.items():
                     words = words.replace(mark, name)
-                stretch = self._plain([words])[0]
+                stretch = self.encode(words, bos=False)
             out += [*stretch, *ids[i : i + 1]]
             start, begun = last, i + 1
         return out

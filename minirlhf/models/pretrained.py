@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -209,14 +208,6 @@ def load_reward_model(
     return model.to(device or "cpu")
 
 
-class Origin(NamedTuple):
-    """Where an offloaded model is read from, and the device and dtype that it then gets."""
-
-    folder: Path
-    device: torch.device
-    dtype: torch.dtype
-
-
 def offload(model: CausalLM | RewardModel, folder: Path) -> None:
     """Frees the memory of a frozen model. It can be used within `in_memory` only, then.
 
@@ -224,7 +215,7 @@ def offload(model: CausalLM | RewardModel, folder: Path) -> None:
         folder: that it was loaded from; it is read from there again, so its files must not change.
     """
     first = next(model.parameters())
-    model.origin = Origin(folder, first.device, first.dtype)
+    model.origin = folder, first.device, first.dtype
     model.to("meta")
 
 

@@ -37,6 +37,7 @@ def test_load_pairs_appends_eos_and_carries_columns(write, tokenizer):
 
 
 U, V, A, B = user("q"), user("s"), assistant("a"), assistant("b")
+PAIR = {"chosen": "c", "rejected": "r"}
 # The plain template writes "role: content" lines, eos behind an answer, "assistant:" at the end.
 Q = spell("user: q\nassistant:")
 TRANSCRIPT = "\n\nHuman: q\n\nAssistant: k\n\nHuman: s\n\nAssistant:"
@@ -99,18 +100,16 @@ def test_load_pairs_takes_ids_as_they_are_without_a_tokenizer(write, row, expect
 
 
 def test_load_pairs_reads_the_margin_of_each_row(write, tokenizer):
-    row = {"chosen": "c", "rejected": "r"}
-    path = write(row, row | {"margin": 1.5}, row | {"margin": None}, row | {"margin": -1})
+    path = write(PAIR, *(PAIR | {"margin": margin} for margin in (1.5, None, -1)))
     pairs, report = load_pairs(path, tokenizer, 8, "drop")
     assert [pair.margin for pair in pairs] == [0.0, 1.5, 0.0, -1.0]
     assert report.detected == "preference pairs (chosen, rejected, margin)"
     assert report.notes == ["margin missing in 2 rows: they count as 0"]
-    assert load_pairs(write(row), tokenizer, 8, "drop")[1].notes == []
+    assert load_pairs(write(PAIR), tokenizer, 8, "drop")[1].notes == []
 
 
 def test_load_pairs_reads_the_probability_of_each_row(write, tokenizer):
-    row = {"chosen": "c", "rejected": "r"}
-    path = write(row, row | {"chosen_probability": 0.75}, row | {"chosen_probability": 0})
+    path = write(PAIR, *(PAIR | {"chosen_probability": share} for share in (0.75, 0)))
     pairs, report = load_pairs(path, tokenizer, 8, "drop")
     assert [pair.chosen_probability for pair in pairs] == [1.0, 0.75, 0.0]
     assert [pair.columns for pair in pairs] == [{}, {}, {}]
@@ -119,19 +118,23 @@ def test_load_pairs_reads_the_probability_of_each_row(write, tokenizer):
         "chosen_probability missing in 1 rows: they count as 1",
         "chosen_probability below 1/2 in 1 rows: rejected leads",
     ]
-    both, report = load_pairs(write(row | {"chosen_probability": 0.75, "margin": 2}), tokenizer, 8,
-                              "drop")
+    path = write(PAIR | {"chosen_probability": 0.75, "margin": 2})
+    both, report = load_pairs(path, tokenizer, 8, "drop")
     assert report.detected == "preference pairs (chosen, rejected, margin, chosen_probability)"
     assert (both[0].margin, both[0].chosen_probability) == (2.0, 0.75)
 
 
-@pytest.mark.parametrize("p", ["1", True, [1], 1.5, -0.25, 10**400])
-def test_load_pairs_refuses_what_is_no_probability(write, tokenizer, p):
-    row = {"chosen": "c", "rejected": "r"}
-    with pytest.raises(
-        UserError, match=r"a\.jsonl:2: chosen_probability is .*: needs a number from 0 to 1"
-    ):
-        load_pairs(write(row, row | {"chosen_probability": p}), tokenizer, 8, "drop")
+NO_NUMBERS = ["1", True, [1], 10**400]
+NO_LABELS = [("margin", each, "needs a finite number") for each in NO_NUMBERS]
+NO_LABELS += [("chosen_probability", each, "needs a number from 0 to 1")
+              for each in (*NO_NUMBERS, 1.5, -0.25)]
+
+
+@pytest.mark.parametrize(("label", "value", "told"), NO_LABELS)
+def test_load_pairs_refuses_a_label_that_is_none(write, tokenizer, label, value, told):
+    path = write(PAIR, PAIR | {label: value})
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: {label} is .*: {told}"):
+        load_pairs(path, tokenizer, 8, "drop")
 
 
 def test_load_pairs_keeps_the_labels_of_rows_that_share_a_line(tmp_path, tokenizer):
@@ -141,13 +144,6 @@ def test_load_pairs_keeps_the_labels_of_rows_that_share_a_line(tmp_path, tokeniz
     path.write_text(json.dumps(rows))
     pairs, _ = load_pairs(path, tokenizer, 8, "drop")
     assert [(pair.margin, pair.chosen_probability) for pair in pairs] == [(1.0, 0.25), (2.0, 0.5)]
-
-
-@pytest.mark.parametrize("margin", ["1", True, [1], 10**400])
-def test_load_pairs_refuses_a_margin_that_is_no_finite_number(write, tokenizer, margin):
-    row = {"chosen": "c", "rejected": "r"}
-    with pytest.raises(UserError, match=r"a\.jsonl:2: margin is .*needs a finite number"):
-        load_pairs(write(row, row | {"margin": margin}), tokenizer, 8, "drop")
 
 
 def test_load_pairs_reads_numbers_out_of_a_text_table(tmp_path, tokenizer):
@@ -372,8 +368,9 @@ def test_texts_do_not_get_a_second_eos(write, folder, tokenizer):
 
 # --------------------------------------------------------------------------------------- refusals
 
-PAIR = {"chosen": "c", "rejected": "r"}
 DIALOGUES = {"chosen": [U, A], "rejected": [U, B]}
+SPOKEN = {"chosen": TRANSCRIPT + "a", "rejected": TRANSCRIPT + "b"}
+IDS = {"chosen_ids": [1], "rejected_ids": [2]}
 
 
 @pytest.mark.parametrize(
@@ -399,20 +396,14 @@ DIALOGUES = {"chosen": [U, A], "rejected": [U, B]}
          "chosen and rejected share no turns"),
         (load_pairs, DIALOGUES, DIALOGUES | {"chosen": [U, assistant("")]},
          "last message is empty"),
-        (load_pairs, {"chosen": TRANSCRIPT + "a", "rejected": TRANSCRIPT + "b"}, PAIR, "share no"),
-        (load_pairs, {"chosen": TRANSCRIPT + "a", "rejected": TRANSCRIPT + "b"},
-         {"chosen": TRANSCRIPT + "a", "rejected": TRANSCRIPT}, "rejected has an empty answer"),
-        (load_pairs, {"chosen_ids": [1], "rejected_ids": [2]},
-         {"chosen_ids": [-1], "rejected_ids": [2]},
+        (load_pairs, SPOKEN, PAIR, "share no"),
+        (load_pairs, SPOKEN, SPOKEN | {"rejected": TRANSCRIPT}, "rejected has an empty answer"),
+        (load_pairs, IDS, IDS | {"chosen_ids": [-1]},
          r"chosen_ids\[0\] is -1: a token id is an integer from 0"),
-        (load_pairs, {"chosen_ids": [1], "rejected_ids": [2]},
-         {"chosen_ids": "1", "rejected_ids": [2]}, "chosen_ids is a string: needs a list"),
-        (load_pairs, {"chosen_ids": [1], "rejected_ids": [2]},
-         {"chosen_ids": [True], "rejected_ids": [2]}, r"chosen_ids\[0\] is true: a token id"),
-        (load_pairs, {"chosen_ids": [1], "rejected_ids": [2]},
-         {"chosen_ids": [], "rejected_ids": [2]}, "chosen_ids is empty"),
-        (load_pairs, {"chosen_ids": [1], "rejected_ids": [2]},
-         {"chosen_ids": [258], "rejected_ids": [2]},
+        (load_pairs, IDS, IDS | {"chosen_ids": "1"}, "chosen_ids is a string: needs a list"),
+        (load_pairs, IDS, IDS | {"chosen_ids": [True]}, r"chosen_ids\[0\] is true: a token id"),
+        (load_pairs, IDS, IDS | {"chosen_ids": []}, "chosen_ids is empty"),
+        (load_pairs, IDS, IDS | {"chosen_ids": [258]},
          "token id 258: the tokenizer has the ids 0 to 257"),
         (load_pairs, {"input_ids_chosen": [1], "input_ids_rejected": [2]},
          {"input_ids_chosen": [1, 3], "input_ids_rejected": [2], "attention_mask_chosen": [1]},

@@ -54,29 +54,19 @@ def letters(ids: list[int]) -> str:
 # ---- greedy, the cache, and the distribution of the model ----------------------------------------
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_greedy_text_is_that_of_transformers(name, peer):
+@pytest.mark.parametrize(
+    ("name", "new", "penalty"),
+    [*((name, 12, 1.0) for name in PEERS), ("llama", 30, 1.3), ("llama", 30, 0.8)],
+)
+def test_greedy_text_is_that_of_transformers(name, new, penalty, peer):
     theirs, folder = peer(name)
     prompts = [p[:4] for p in PROMPTS] if name == "mistral-window" else PROMPTS
-    out = generate(load_pretrained(folder), prompts, GREEDY, [], keys(3))
+    sampling = Sampling(new, temperature=0, repetition_penalty=penalty)
+    out = generate(load_pretrained(folder), prompts, sampling, [], keys(3))
     for prompt, response in zip(prompts, out.responses(), strict=True):
         row = torch.tensor([prompt])
         expected = theirs.generate(
-            row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=12,
-            pad_token_id=0,
-        )
-        assert response == expected[0, len(prompt) :].tolist()
-
-
-@pytest.mark.parametrize("penalty", [1.3, 0.8])
-def test_greedy_text_with_a_repetition_penalty_is_that_of_transformers(penalty, peer):
-    theirs, folder = peer("llama")
-    sampling = replace(GREEDY, max_new_tokens=30, repetition_penalty=penalty)
-    out = generate(load_pretrained(folder), PROMPTS, sampling, [], keys(3))
-    for prompt, response in zip(PROMPTS, out.responses(), strict=True):
-        row = torch.tensor([prompt])
-        expected = theirs.generate(
-            row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=30,
+            row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=new,
             pad_token_id=0, repetition_penalty=penalty,
         )
         assert response == expected[0, len(prompt) :].tolist()
@@ -205,19 +195,22 @@ def test_decode_steps_drops_rows_that_ended():
     assert reasons == [[None, "eos", None], [None, None], ["eos", None], ["eos"]]
 
 
-def test_generate_keeps_a_stop_string_through_the_token_that_completes_it():
-    # From b: c d e f ...; "de" spans two tokens. From k: l m n ...: "n" is one token.
-    sampling = Sampling(6, stop_strings=("de", "n", "zz"))
-    out = generate(counting_lm(), [[1], [10], [4]], sampling, [15], keys(3), letters)
-    assert [letters(r) for r in out.responses()] == ["cde", "lmn", "fghijk"]
-    assert out.finish_reason == ["stop", "stop", "length"]
-
-
-def test_stop_strings_are_sought_in_the_response_alone():
-    # The prompt ends in "c", the response begins with "d": "cd" is not in the response.
-    sampling = Sampling(3, stop_strings=("cd",))
-    out = generate(counting_lm(), [[1, 2]], sampling, [], keys(1), letters)
-    assert letters(out.responses()[0]) == "def" and out.finish_reason == ["length"]
+@pytest.mark.parametrize(
+    ("prompts", "new", "stops", "eos", "responses", "reasons"),
+    [
+        # It is kept through the token that completes it. From b: c d e f ...; "de" spans two
+        # tokens. From k: l m n ...: "n" is one token.
+        ([[1], [10], [4]], 6, ("de", "n", "zz"), 15, ["cde", "lmn", "fghijk"],
+         ["stop", "stop", "length"]),
+        # The prompt ends in "c", the response begins with "d": "cd" is not in the response.
+        ([[1, 2]], 3, ("cd",), 15, ["def"], ["length"]),
+        ([[1]], 6, ("c",), 2, ["c"], ["eos"]),  # eos beats a stop string
+    ],
+)
+def test_stop_strings_by_hand(prompts, new, stops, eos, responses, reasons):
+    sampling = Sampling(new, stop_strings=stops)
+    out = generate(counting_lm(), prompts, sampling, [eos], keys(len(prompts)), letters)
+    assert [letters(r) for r in out.responses()] == responses and out.finish_reason == reasons
 
 
 def test_a_stop_string_may_end_inside_a_token():
@@ -230,23 +223,10 @@ def test_a_stop_string_may_end_inside_a_token():
     assert before_stop(words(out.responses()[0]), sampling.stop_strings) == ""
 
 
-def test_stop_strings_are_found_late_and_over_many_tokens():
-    # A character may take four byte-level tokens; here each token is one byte of "😀", the letter
-    # 'a' before it 20 times, and some tokens are nothing at all.
-    smile = list("😀".encode())
-
-    def decode(ids: list[int]) -> str:
-        table = {i: bytes([b]) for i, b in zip((12, 13, 14, 15), smile, strict=True)}
-        return b"".join(table.get(i, b"") for i in ids).decode(errors="replace")
-
-    sampling = Sampling(20, stop_strings=("😀",))
-    out = generate(counting_lm(), [[0]], sampling, [], keys(1), decode)
-    assert out.responses() == [list(range(1, 16))] and out.finish_reason == ["stop"]
-
-
-def test_stop_strings_of_many_tokens_some_of_which_are_nothing():
-    # Three characters of four bytes each, and three tokens without any text among them.
-    text, nothing = "😀😁😂", (3, 7, 11)
+# Characters of four byte-level tokens each. Of the 15 tokens from 1 on some are nothing at all:
+# those before a single character, or three among those of three characters.
+@pytest.mark.parametrize(("text", "nothing"), [("😀", range(1, 12)), ("😀😁😂", (3, 7, 11))])
+def test_stop_strings_of_many_tokens_some_of_which_are_nothing(text, nothing):
     held = dict(zip((i for i in range(1, 16) if i not in nothing), text.encode(), strict=True))
 
     def decode(ids: list[int]) -> str:
@@ -255,12 +235,6 @@ def test_stop_strings_of_many_tokens_some_of_which_are_nothing():
     sampling = Sampling(20, stop_strings=(text,))
     out = generate(counting_lm(), [[0]], sampling, [], keys(1), decode)
     assert out.responses() == [list(range(1, 16))] and out.finish_reason == ["stop"]
-
-
-def test_eos_beats_a_stop_string():
-    sampling = Sampling(6, stop_strings=("c",))
-    out = generate(counting_lm(), [[1]], sampling, [2], keys(1), letters)
-    assert out.finish_reason == ["eos"]
 
 
 @pytest.mark.parametrize(
@@ -322,10 +296,12 @@ def test_sampling_distribution_by_hand(sampling, expected):
     assert torch.equal(QUARTERS, before)
 
 
-def test_sampling_distribution_top_p_stops_where_the_mass_reaches_it():
+def test_sampling_distribution_takes_the_first_of_equals():
     # Four equal tokens: two of them have exactly 1/2, the first two in order.
     distribution = sampling_distribution(torch.zeros(1, 4), Sampling(1, top_p=0.5))
     assert distribution.exp().tolist() == [[0.5, 0.5, 0, 0]]
+    greedy = sampling_distribution(torch.tensor([[1.0, 3.0, 3.0]]), Sampling(1, temperature=0))
+    assert greedy.tolist() == [[-math.inf, 0, -math.inf]]
 
 
 def test_sampling_distribution_repetition_penalty_by_hand():
@@ -348,12 +324,6 @@ def test_sampling_distribution_is_that_of_transformers(sampling):
         seen[0, tokens] = True
         expected = their_law(tokens.tolist(), logits[0], sampling)
         assert_close(sampling_distribution(logits, sampling, seen)[0], expected, atol=1e-9)
-
-
-def test_sampling_distribution_greedy_takes_the_first_of_equals():
-    logits = torch.tensor([[1.0, 3.0, 3.0]])
-    distribution = sampling_distribution(logits, Sampling(1, temperature=0))
-    assert distribution.tolist() == [[-math.inf, 0, -math.inf]]
 
 
 def test_sampling_distribution_of_bfloat16_is_float32():

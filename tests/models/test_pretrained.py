@@ -55,6 +55,12 @@ def same(one: CausalLM, two: CausalLM) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
+def store(folder, changes: dict[str, torch.Tensor]) -> None:
+    """Puts tensors beside those of a folder, or in their place."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | changes, folder / "model.safetensors")
+
+
 @pytest.fixture
 def copy(peer, tmp_path):
     """A copy of a peer's folder that a test may spoil."""
@@ -115,9 +121,7 @@ def test_load_pretrained_reads_gpt2_of_the_first_days(peer, copy):
 
 def test_load_pretrained_ignores_the_frequencies_that_old_llamas_store(peer, copy):
     folder = copy("llama")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    save_file(tensors, folder / "model.safetensors")
+    store(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     assert same(load_pretrained(folder), load_pretrained(peer("llama")[1]))
 
 
@@ -126,9 +130,9 @@ def test_load_pretrained_accepts_a_tied_head_stored_twice(name, peer, copy):
     folder = copy(name)
     tensors = load_file(folder / "model.safetensors")
     tied = next(t for n, t in tensors.items() if "embed_tokens" in n or "wte" in n)
-    save_file({**tensors, "lm_head.weight": tied.clone()}, folder / "model.safetensors")
+    store(folder, {"lm_head.weight": tied.clone()})
     assert same(load_pretrained(folder), load_pretrained(peer(name)[1]))
-    save_file({**tensors, "lm_head.weight": tied + 1}, folder / "model.safetensors")
+    store(folder, {"lm_head.weight": tied + 1})
     with pytest.raises(UserError, match=r"'lm_head.weight' differs from the embedding.*tie_word"):
         load_pretrained(folder)
 
@@ -149,9 +153,7 @@ def test_dtype_is_the_files_unless_asked(dtype, peer, tmp_path):
 
 def test_mixed_dtypes_need_one_to_be_chosen(copy):
     folder = copy()
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
-    save_file(tensors, folder / "model.safetensors")
+    store(folder, {"model.norm.weight": torch.ones(32, dtype=torch.bfloat16)})
     with pytest.raises(UserError, match="mixes bfloat16 and float32: choose one dtype"):
         load_pretrained(folder)
     lm = load_pretrained(folder, dtype=torch.float32)
@@ -272,8 +274,8 @@ def test_what_normalises_scores_comes_back(peer, tmp_path):
     assert torch.equal(again(ROW, length), model(ROW, length))
     assert (again.reward_mean, again.reward_std) == (1.5, 1.0)
     # another tool may leave the scale beside the head
-    path = tmp_path / "one" / "config.json"
-    path.write_text(json.dumps(config_in(tmp_path / "one") | {"reward_mean": 1, "reward_std": 4}))
+    edited = config_in(tmp_path / "one") | {"reward_mean": 1, "reward_std": 4}
+    write_config(tmp_path / "one", edited)
     raw = model(ROW, length) + 1.5
     torch.testing.assert_close(load_reward_model(tmp_path / "one")(ROW, length), (raw - 1) / 4)
     # trained further without being normalised, nothing of it is left
@@ -289,7 +291,7 @@ def test_a_single_head_needs_no_key_of_ours(peer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "match"),
+    ("changes", "match"),  # of an ensemble of three
     [
         ({"reward_heads": 2}, r"'score.weight' is \(3, 32\): a reward model has 2 outputs"),
         ({"reward_heads": 1}, r"'score.weight' is \(3, 32\): a reward model has one output"),
@@ -306,14 +308,14 @@ def test_a_single_head_needs_no_key_of_ours(peer, tmp_path):
 )
 def test_an_ensemble_whose_config_does_not_fit_is_refused(peer, tmp_path, changes, match):
     save_pretrained(make_ensemble(peer("llama")[1]), tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config_in(tmp_path) | changes))
+    write_config(tmp_path, config_in(tmp_path) | changes)
     with pytest.raises(UserError, match=match):
         load_reward_model(tmp_path)
 
 
 def test_a_lower_bound_of_a_single_head_is_refused(peer, tmp_path):
     save_pretrained(RewardModel(load_pretrained(peer("llama")[1])), tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config_in(tmp_path) | {"reward_lcb_coef": 1}))
+    write_config(tmp_path, config_in(tmp_path) | {"reward_lcb_coef": 1})
     with pytest.raises(UserError, match=r"reward_lcb_coef: is 1: 0 for a single head"):
         load_reward_model(tmp_path)
 
@@ -403,9 +405,7 @@ def test_many_problems_are_counted(copy):
 
 def test_tensors_of_integers_are_refused(copy):
     folder = copy()
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
-    save_file(tensors, folder / "model.safetensors")
+    store(folder, {"model.norm.weight": torch.ones(32, dtype=torch.int8)})
     with pytest.raises(UserError, match=r"'model.norm.weight' is torch.int8"):
         load_pretrained(folder)
 
@@ -576,7 +576,7 @@ def test_the_largest_sizes_allowed_fit_an_element_count():
 def test_config_json_must_be_there_and_an_object(copy):
     folder = copy()
     write_config(folder, [1])
-    with pytest.raises(UserError, match=r"config.json: is a list: must be a JSON object"):
+    with pytest.raises(UserError, match=r"config\.json: is a list: must be a JSON object$"):
         load_pretrained(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json:1: not valid JSON"):
@@ -584,11 +584,6 @@ def test_config_json_must_be_there_and_an_object(copy):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no config.json: give a Hugging Face model folder"):
         load_pretrained(folder)
-
-
-def test_config_from_hf_refuses_what_is_no_object():
-    with pytest.raises(UserError, match=r"^c\.json: is a list: must be a JSON object$"):
-        config_from_hf([LLAMA], "c.json")
 
 
 def test_save_pretrained_tells_an_error_of_the_library_in_one_line(tmp_path, monkeypatch):
