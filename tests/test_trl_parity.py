@@ -413,7 +413,7 @@ def test_reward_loss_metrics_and_gradient_are_trls(name, margin, center):
     assert float(loss.detach()) == pytest.approx(theirs["loss"], **NEAR)
     gradient = [float(x) for x in reference.projected(model, loss)]
     assert gradient == pytest.approx(theirs["gradient"], **NEAR)
-    metrics = score_metrics(*scores.detach().chunk(2))
+    metrics = score_metrics(*scores.detach().chunk(2), scores.detach())
     assert {n: metrics[n] for n in theirs["metrics"]} == pytest.approx(theirs["metrics"], **NEAR)
     assert theirs["metrics"].keys() == {
         "min_reward", "mean_reward", "max_reward", "accuracy", "margin"

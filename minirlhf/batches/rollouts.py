@@ -175,15 +175,9 @@ KL_ESTIMATORS = (*ESTIMATORS, "full")
 class TokenPass(NamedTuple):
     logprobs: Tensor  # (b, R) nats, of the distribution that is sampled from; 0 outside the mask
     entropy: Tensor  # (b, R) nats, likewise
-    values: Tensor  # (b, R)
+    values: Tensor | None = None  # (b, R); None where the critic is not read
     last_values: Tensor | None = None  # (b,) of the state after the last token
     states: Tensor | None = None  # (N, D) before the response tokens, row by row
-
-
-class ResponsePass(NamedTuple):
-    logprobs: Tensor  # (b, R) nats
-    entropy: Tensor  # (b, R) nats
-    states: Tensor  # (N, D)
 
 
 def policy_pass(policy: ValueHeadModel, micro: Rollout, temperature: float) -> TokenPass:
@@ -192,10 +186,10 @@ def policy_pass(policy: ValueHeadModel, micro: Rollout, temperature: float) -> T
     response = response_pass(policy.lm, hidden, micro, temperature)
     at_tokens = response_states(values, micro.prompt_lengths, micro.response_mask.shape[1])
     last = response_states(values, micro.lengths, 1)[:, 0]
-    return TokenPass(response.logprobs, response.entropy, at_tokens, last, response.states)
+    return response._replace(values=at_tokens, last_values=last)
 
 
-def response_pass(lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float) -> ResponsePass:
+def response_pass(lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float) -> TokenPass:
     """Log-probs and entropies of the response tokens, from the hidden states; logits are computed
     for these tokens only, over the support that was sampled from."""
     mask = micro.response_mask
@@ -203,12 +197,13 @@ def response_pass(lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: flo
     targets = response_tokens(micro.tokens, micro.prompt_lengths, mask.shape[1])[mask]  # (N,)
     support = None if micro.support is None else micro.support.flat(mask)
     stats = token_logprobs(lm, states, targets, temperature, support=support)
-    return ResponsePass(unpack(stats.logprobs, mask), unpack(stats.entropy, mask), states)
+    logprobs, entropy = unpack(stats.logprobs, mask), unpack(stats.entropy, mask)
+    return TokenPass(logprobs, entropy, states=states)
 
 
 def kl_to_ref(
-    estimator: str, policy: CausalLM, now: TokenPass | ResponsePass, ref: CausalLM | None,
-    micro: Rollout, temperature: float,
+    estimator: str, policy: CausalLM, now: TokenPass, ref: CausalLM | None, micro: Rollout,
+    temperature: float,
 ) -> Tensor:
     """(b, R) nats a token, of the policy to the reference; 0 outside the mask.
 

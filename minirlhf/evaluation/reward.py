@@ -122,19 +122,19 @@ def ordered_scores(examples: list[E], scores: list[Tensor]) -> tuple[Tensor, Ten
     return flat[at[0]], flat[at[1]]
 
 
-def score_metrics(better: Tensor, worse: Tensor, scores: Tensor | None = None) -> dict[str, float]:
+def score_metrics(better: Tensor, worse: Tensor, scores: Tensor) -> dict[str, float]:
     """Accuracy and margins of scores; the margins in the data play no part.
 
     Args:
         better, worse: (P,) scores of the two responses of each pair.
-        scores: (M,) of each text once; None: those of the pairs.
+        scores: (M,) of each text once.
     Returns:
         accuracy (strict), accuracy_half (a tie counts half), ties: fractions of P; margin and
         margin_std: mean and population standard deviation of better - worse; min_reward,
         mean_reward, max_reward: over the scores.
     """
     accuracy = preference_accuracy(better, worse)
-    every = (torch.cat((better, worse)) if scores is None else scores).double()
+    every = scores.double()
     margin = better.double() - worse.double()
     values = {
         "margin": margin.mean(), "margin_std": margin.std(correction=0),

@@ -27,7 +27,7 @@ from minirlhf.run.folder import Run
 from minirlhf.run.resume import RunSettings
 from minirlhf.setup.ppo_data import held_out
 from tests import tiny_ppo
-from tests.tiny_folders import leftovers, read_lines, timeless
+from tests.tiny_folders import leftovers, read_lines, timeless, write_lines
 from tests.tiny_ppo import PROMPTS, Letters, command, letter_d, policy_at, tiny_lm, tiny_policy
 
 world = tiny_ppo.world
@@ -180,8 +180,7 @@ def held(world):
     """The world with two held-out files and a reward that nearly every text changes."""
     for name, count in (("short", 3), ("long", 6)):
         rows = [{"prompt": "A plot" + "?" * i, "bonus": i / 8} for i in range(count)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (world / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_lines(world / f"{name}.jsonl", rows)
     (world / "letters.py").write_text(REWARD, encoding="utf-8")
     return world
 

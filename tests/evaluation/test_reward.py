@@ -32,7 +32,8 @@ from tests.tiny_reward import (
 def test_score_metrics_by_hand():
     # right, tie, wrong, right
     chosen, rejected = torch.tensor([3.0, 1.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 4.0, -2.0])
-    assert score_metrics(chosen, rejected) == pytest.approx(
+    found = score_metrics(chosen, rejected, torch.cat((chosen, rejected)))
+    assert found == pytest.approx(
         {
             "accuracy": 0.5, "accuracy_half": 0.625, "ties": 0.25,
             "margin": 0.5,  # (2 + 0 - 4 + 4) / 4

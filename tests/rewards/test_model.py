@@ -1,6 +1,5 @@
 """Reward models as reward sources: by the policy's ids, or by texts in a tokenizer of their own."""
 
-import json
 import shutil
 
 import pytest
@@ -9,10 +8,7 @@ import torch
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
-from minirlhf.models.families import config_from_hf
-from minirlhf.models.heads import RewardModel, initialize_score
-from minirlhf.models.pretrained import load_reward_model, save_pretrained
-from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.models.pretrained import load_reward_model
 from minirlhf.rewards.load import facts, load_reward
 from minirlhf.rewards.model import end_of, model_reward, reencode
 from minirlhf.rewards.parse import parse_source
@@ -21,6 +17,7 @@ from minirlhf.setup.ppo import check_reencoded
 from minirlhf.setup.ppo_data import Data
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests.rewards.test_source import BATCH
+from tests.tiny_folders import change_json, save_lm, save_scorer
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48,
@@ -28,17 +25,8 @@ SHAPE = {
 }
 
 
-def save_reward_model(path, vocab_size: int, seed: int):
-    rng = torch.Generator().manual_seed(seed)
-    lm = initialize(CausalLM(config_from_hf({**SHAPE, "vocab_size": vocab_size})), rng)
-    save_pretrained(initialize_score(RewardModel(lm), rng), path, pad_token_id=1)
-    return path
-
-
-def set_template(folder, template: str):
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(config | {"chat_template": template}), encoding="utf-8")
+def set_template(folder, template: str) -> None:
+    change_json(folder / "tokenizer_config.json", chat_template=template)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +34,8 @@ def folder(tmp_path_factory):
     """A random reward model whose tokenizer has one token a byte; eos is 0."""
     path = tmp_path_factory.mktemp("reward")
     train_tokenizer([], 258, path)
-    return save_reward_model(path, 258, seed=0)
+    save_scorer(path, SHAPE)
+    return path
 
 
 def alone(folder, ids: list[int]) -> float:
@@ -94,7 +83,7 @@ def test_model_reward_ends_a_text_with_the_eos_of_its_training(folder, before):
 def test_model_reward_ends_messages_as_its_template_does(folder, tmp_path):
     two = shutil.copytree(folder, tmp_path / "two")
     set_template(two, "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}")
-    (two / "generation_config.json").write_text('{"eos_token_id": [0, 1]}', encoding="utf-8")
+    change_json(two / "generation_config.json", eos_token_id=[0, 1])
     tokenizer = load_tokenizer(two)
     assert tokenizer.eos_ids == (0, 1)
     messages = [{"role": "user", "content": "a"}]
@@ -118,7 +107,7 @@ def test_model_reward_scores_a_stopped_text_as_one_that_ended_there(folder, befo
 def test_load_reward_refuses_a_language_model(folder, tmp_path):
     tokenizer = load_tokenizer(folder)
     tokenizer.save(tmp_path)
-    save_pretrained(CausalLM(config_from_hf(SHAPE)), tmp_path)
+    save_lm(tmp_path, SHAPE)
     with pytest.raises(UserError, match="not a reward model"):
         load(tmp_path, tokenizer)
 
@@ -157,7 +146,8 @@ def words(tmp_path_factory):
     path = tmp_path_factory.mktemp("words")
     tokenizer = train_tokenizer(["the film was good", "the plot was bad"] * 9, 280, path)
     set_template(path, CHAT)
-    return save_reward_model(path, tokenizer.vocab_size, seed=3)
+    save_scorer(path, SHAPE, seed=3, vocab_size=tokenizer.vocab_size)
+    return path
 
 
 def sampled(tokenizer, prompts: list[str], texts: list[str], reasons: list[str]) -> Completions:
