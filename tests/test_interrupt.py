@@ -1,10 +1,11 @@
 """A signal ends a run where all that has begun can be dropped, and never inside an update."""
 
-import copy
 import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from minirlhf.models import generation
 from minirlhf.models.generation import generate
 from minirlhf.models.heads import RewardModel
 from minirlhf.models.sampling import Sampling
-from minirlhf.recipes import ppo
 from minirlhf.recipes import ppo as ppo_recipe
 from minirlhf.recipes import reward as reward_recipe
 from minirlhf.recipes import sft as sft_recipe
@@ -33,12 +33,11 @@ from minirlhf.run.resume import RunSettings
 from minirlhf.setup import reward, sft
 from tests.evaluation.test_policy import evaluated
 from tests.tiny_ppo import (
-    PROMPTS,
     Letters,
     config_of,
-    letter_d,
     parameters,
     state_of,
+    steps_from,
     tiny_lm,
     tiny_policy,
 )
@@ -83,34 +82,24 @@ def test_listening_forgets_an_earlier_signal(capfd):
         interrupt.check()
 
 
-def test_outside_is_left_where_it_stands(capfd):
-    with interrupt.listening(), pytest.raises(Stopped), interrupt.outside():
-        stop()
-        raise AssertionError("went on")
-
-
-def test_outside_is_not_entered_after_a_signal(capfd):
-    with interrupt.listening():
-        stop()
-        with pytest.raises(Stopped), interrupt.outside():
-            raise AssertionError("went in")
-
-
-def test_a_signal_after_outside_waits_for_the_next_look(capfd):
-    with interrupt.listening():
-        with interrupt.outside():
-            pass
-        stop()
-        assert interrupt.requested()
-
-
-def test_no_except_exception_swallows_a_stop(capfd):
+def test_outside_is_left_where_it_stands_though_every_exception_is_caught(capfd):
     with interrupt.listening(), pytest.raises(Stopped):
         try:
             with interrupt.outside():
                 stop()
+                raise AssertionError("went on")
         except Exception:
             raise AssertionError("swallowed") from None
+
+
+def test_outside_is_not_entered_after_a_signal(capfd):
+    with interrupt.listening():
+        with interrupt.outside():
+            pass
+        stop()  # which waits for the next look
+        assert interrupt.requested()
+        with pytest.raises(Stopped), interrupt.outside():
+            raise AssertionError("went in")
 
 
 def test_run_turns_a_stop_into_its_exit_code():
@@ -179,19 +168,39 @@ def test_a_reward_function_that_sleeps_is_left_at_once(capfd):
         function_reward(sleeper, "sleeper")(completions())
 
 
-@pytest.mark.parametrize("recipe", ["sft", "reward"])
-def test_a_signal_before_the_update_drops_the_step(recipe, capfd, monkeypatch):
-    if recipe == "sft":
-        model, rows, module = tiny_lm(), TEXTS, sft_recipe
-        config = sft.SFTConfig(batch_size=4, micro_batch_tokens=3)
-        steps, name = sft_recipe.sft, "target_stats"
-    else:
-        model, rows, module = scorer(), PAIRS, RewardModel
-        config = reward.RewardConfig(batch_size=4, micro_batch_tokens=4)
-        steps, name = reward_recipe.reward, "head_scores"
-    state = TrainState(model, optim.make_optimizer(model, 0.1))
-    before, passes, real = parameters(model), [], getattr(module, name)
-    fresh = copy.deepcopy(model)
+class Case(NamedTuple):
+    """A recipe on a tiny model: what computes a pass of it is `owner.name`."""
+
+    model: torch.nn.Module
+    rows: list
+    steps: Callable
+    config: type
+    owner: object
+    name: str
+
+    def state(self) -> TrainState:
+        return TrainState(self.model, optim.make_optimizer(self.model, 0.1))
+
+
+def sft_case() -> Case:
+    return Case(tiny_lm(), TEXTS, sft_recipe.sft, sft.SFTConfig, sft_recipe, "target_stats")
+
+
+def reward_case() -> Case:
+    model = scorer()
+    torch.nn.init.ones_(model.score.weight)
+    steps, config = reward_recipe.reward, reward.RewardConfig
+    return Case(model, PAIRS, steps, config, RewardModel, "head_scores")
+
+
+each_case = pytest.mark.parametrize("make", [sft_case, reward_case], ids=["sft", "reward"])
+
+
+@each_case
+def test_a_signal_before_the_update_drops_the_step(make, capfd, monkeypatch):
+    case, fresh, passes = make(), make(), []
+    config = case.config(batch_size=4, micro_batch_tokens=4)
+    state, before, real = case.state(), parameters(case.model), getattr(case.owner, case.name)
 
     def counted(*arguments):
         passes.append(1)
@@ -199,17 +208,19 @@ def test_a_signal_before_the_update_drops_the_step(recipe, capfd, monkeypatch):
             stop()
         return real(*arguments)
 
-    monkeypatch.setattr(module, name, counted)
+    monkeypatch.setattr(case.owner, case.name, counted)
     with interrupt.listening(), pytest.raises(Stopped):
-        next(steps(state, rows, config))
+        next(case.steps(state, case.rows, config))
     assert len(passes) == 2  # of four micro-batches
-    assert torch.equal(parameters(model), before)
+    assert torch.equal(parameters(case.model), before)
     assert (state.step, state.samples, state.counters) == (0, 0, {})
     assert state.meters.as_dict() == {}
     # The pass that was dropped left no gradient that could leak into the next one.
-    fresh = TrainState(fresh, optim.make_optimizer(fresh, 0.1))
     monkeypatch.undo()
-    assert next(steps(state, rows, config)).metrics == next(steps(fresh, rows, config)).metrics
+    again, other = (
+        next(case.steps(s, case.rows, config)).metrics for s in (state, fresh.state())
+    )
+    assert again == other
 
 
 @pytest.mark.parametrize("at", range(1, 5))
@@ -228,23 +239,17 @@ def test_ppo_drops_the_rollout_before_its_first_update_and_finishes_after_it(
             stop()
         return real(*arguments)
 
-    monkeypatch.setattr(ppo, "policy_pass", counted)
+    monkeypatch.setattr(ppo_recipe, "policy_pass", counted)
     monkeypatch.setattr(passes_module, "policy_pass", counted)
-    loop = ppo_recipe.ppo(state, PROMPTS, letter_d, tiny_lm(), Letters(), config)
+    loop, done = steps_from(state, config), int(at == 4)
     with interrupt.listening():
-        if at == 4:
+        if done:
             assert next(loop).number == 1
-            assert len(passes) == 2 + 4
-            with pytest.raises(Stopped):  # the next one does not begin
-                next(loop)
-            assert len(passes) == 6
-            assert state.step == 1 and not torch.equal(parameters(state.model), before)
-        else:
-            with pytest.raises(Stopped):
-                next(loop)
-            assert at <= len(passes) <= 3
-            assert (state.step, state.samples, state.counters) == (0, 0, {})
-            assert torch.equal(parameters(state.model), before)
+        with pytest.raises(Stopped):  # after a whole step the next one does not begin
+            next(loop)
+    assert len(passes) == 2 + 4 if done else at <= len(passes) <= 3
+    assert (state.step, state.samples, state.counters) == (done, 4 * done, {})
+    assert torch.equal(parameters(state.model), before) is not bool(done)
 
 
 # ---- the report of a step ------------------------------------------------------------------------
@@ -286,52 +291,40 @@ def logs(out) -> tuple[list, str]:
     )
 
 
+def reported(out, total: int, signal_at: int | None = None, resume: bool = False):
+    """(state, numbers of the steps that were reported) of a run of so many steps."""
+    state, numbers = toy_state(), []
+    with toy_run(out, resume) as r:
+        r.restore(state)
+        for step in r.bar(trained(state, total), state, total):
+            numbers.append(step.number)
+            report(r, state, step, signal_at)
+        assert r.stopped is (signal_at is not None)
+    return state, numbers
+
+
 def test_a_report_that_a_signal_cuts_short_is_written_by_the_resumed_run(tmp_path, capfd):
     whole, out = tmp_path / "whole", tmp_path / "cut"
-    state = toy_state()
-    with toy_run(whole) as r:
-        r.restore(state)
-        for step in r.bar(trained(state, 3), state, 3):
-            report(r, state, step)
-    state = toy_state()
-    with toy_run(out) as r:
-        r.restore(state)
-        for step in r.bar(trained(state, 3), state, 3):
-            report(r, state, step, signal_at=2)
-        assert r.stopped and state.step == 2
-        # nothing of step 2 is left in the logs, and the open window has its number again
-        assert [line["step"] for line in logs(out)[0]] == [1]
-        assert logs(out)[1] == '{"a": 1}\n{"end": 1}\n'
-        assert state.meters.as_dict() == {"loss": [0.25, 0.25, 1]}
-        assert (state.best, state.health) == (0.125, {"step 1": [0.125]})
-        assert state.unreported == {
-            "number": 2, "metrics": {"loss": 0.25}, "clock": {"step_time": 0.5},
-            "samples": [{"a": 2}],
-        }
-    state = toy_state()
-    with toy_run(out, resume=True) as r:
-        r.restore(state)
-        assert state.step == 2
-        numbers = []
-        for step in r.bar(trained(state, 3), state, 3):
-            numbers.append(step.number)
-            report(r, state, step)
+    reported(whole, 3)
+    state, _ = reported(out, 3, signal_at=2)
+    # nothing of step 2 is left in the logs, and the open window has its number again
+    assert state.step == 2 and [line["step"] for line in logs(out)[0]] == [1]
+    assert logs(out)[1] == '{"a": 1}\n{"end": 1}\n'
+    assert state.meters.as_dict() == {"loss": [0.25, 0.25, 1]}
+    assert (state.best, state.health) == (0.125, {"step 1": [0.125]})
+    assert state.unreported == {
+        "number": 2, "metrics": {"loss": 0.25}, "clock": {"step_time": 0.5}, "samples": [{"a": 2}],
+    }
+    state, numbers = reported(out, 3, resume=True)
     assert numbers == [2, 3] and state.unreported is None
     assert list(state.health) == ["step 1", "step 2", "step 3"]
     assert logs(out) == logs(whole)
 
 
 def test_the_last_report_too_is_written_by_the_resumed_run(tmp_path, capfd):
-    state = toy_state()
-    with toy_run(tmp_path) as r:
-        r.restore(state)
-        for step in r.bar(trained(state, 1), state, 1):
-            report(r, state, step, signal_at=1)
+    reported(tmp_path, 1, signal_at=1)
     capfd.readouterr()
-    state = toy_state()
-    with toy_run(tmp_path, resume=True) as r:
-        r.restore(state)
-        assert [step.number for step in r.bar(trained(state, 1), state, 1)] == [1]
+    assert reported(tmp_path, 1, resume=True)[1] == [1]
     assert "no steps left" not in capfd.readouterr().out
 
 
@@ -367,54 +360,39 @@ def test_skip_nonfinite_counts_up_to_its_patience():
     assert weight.item() == 0.5
 
 
-@pytest.mark.parametrize("recipe", ["sft", "reward"])
-def test_a_step_starts_from_no_gradient(recipe):
+@each_case
+def test_a_step_starts_from_no_gradient(make):
     """Whatever a pass that was dropped half-way has left in the parameters."""
     weights = []
     for left in (False, True):
-        if recipe == "sft":
-            model, rows, steps = tiny_lm(), TEXTS, sft_recipe.sft
-            config = sft.SFTConfig(batch_size=2, epochs=1.0)
-        else:
-            model, rows, steps = scorer(), PAIRS, reward_recipe.reward
-            torch.nn.init.ones_(model.score.weight)
-            config = reward.RewardConfig(batch_size=2, epochs=1.0)
+        case = make()
         if left:
-            for parameter in model.parameters():
+            for parameter in case.model.parameters():
                 parameter.grad = torch.full_like(parameter, 100.0)
-        next(steps(TrainState(model, optim.make_optimizer(model, 0.1)), rows, config))
-        weights.append(parameters(model))
+        next(case.steps(case.state(), case.rows, case.config(batch_size=2, epochs=1.0)))
+        weights.append(parameters(case.model))
     assert torch.equal(*weights)
 
 
-@pytest.mark.parametrize("recipe", ["sft", "reward"])
-def test_a_step_without_finite_numbers_is_skipped_and_told(recipe, monkeypatch):
-    if recipe == "sft":
-        model, rows, module, name = tiny_lm(), TEXTS, sft_recipe, "target_stats"
-        config = sft.SFTConfig(batch_size=2, epochs=1.0, skip_nonfinite=1)
-        steps = sft_recipe.sft
-    else:
-        model, rows, module, name = scorer(), PAIRS, RewardModel, "head_scores"
-        config = reward.RewardConfig(batch_size=2, epochs=1.0, skip_nonfinite=1)
-        steps = reward_recipe.reward
-    state, real, calls = TrainState(model, optim.make_optimizer(model, 0.1)), None, []
-    real = getattr(module, name)
+@each_case
+def test_a_step_without_finite_numbers_is_skipped_and_told(make, monkeypatch):
+    case, calls = make(), []
+    state, before, real = case.state(), parameters(case.model), getattr(case.owner, case.name)
 
     def poisoned(*arguments):
         calls.append(1)
         out = real(*arguments)
         if len(calls) > 1:
             return out
-        return out * nan if recipe == "reward" else out._replace(logprobs=out.logprobs * nan)
+        return out._replace(logprobs=out.logprobs * nan) if hasattr(out, "logprobs") else out * nan
 
-    monkeypatch.setattr(module, name, poisoned)
-    before = parameters(model)
-    loop = steps(state, rows, config)
+    monkeypatch.setattr(case.owner, case.name, poisoned)
+    loop = case.steps(state, case.rows, case.config(batch_size=2, epochs=1.0, skip_nonfinite=1))
     first = next(loop)
-    assert torch.equal(parameters(model), before)
+    assert torch.equal(parameters(case.model), before)
     assert first.metrics["skipped_updates"] == 1 and "loss" not in first.metrics
     assert state.meters.as_dict() == {} and state.samples == 2
     second = next(loop)
     assert second.metrics["skipped_updates"] == 1 and "loss" in second.metrics
-    assert not torch.equal(parameters(model), before)
+    assert not torch.equal(parameters(case.model), before)
     assert next(loop, None) is None
