@@ -1,4 +1,4 @@
-"""Tiny models and rows in folders, and what a run leaves in its own."""
+"""Tiny models and rows in folders, what a run leaves in its own, and a run that is rebuilt."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,8 @@ from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import save_pretrained
 from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from minirlhf.run.meters import Step
 
 
 def random_lm(shape: dict, seed: int = 0, **changes) -> CausalLM:
@@ -49,3 +51,17 @@ def timeless(out: Path) -> list[dict]:
 
 def leftovers(out: Path) -> list[str]:
     return [p.name for p in out.rglob("*") if p.name.startswith((".tmp", ".trash"))]
+
+
+def rebuilt_at_each_step(fresh, steps_of, folder) -> tuple[list[Step], TrainState]:
+    """Steps of a run whose generator is dropped at each yield, and whose state is then saved and
+    loaded into a fresh one; the state at the end."""
+    state, steps = fresh(), []
+    while step := next(steps_of(state), None):
+        steps.append(step)
+        commit = save_checkpoint(state, folder)
+        state = fresh()
+        for parameter in filter(lambda p: p.requires_grad, state.model.parameters()):
+            parameter.data.fill_(9.0)  # nothing but the checkpoint may matter
+        load_checkpoint(state, commit)
+    return steps, state

@@ -23,7 +23,7 @@ from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.lora import add_lora
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.recipes import ppo as recipe
-from minirlhf.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from minirlhf.run.checkpoint import TrainState, load_checkpoint
 from minirlhf.run.meters import Step
 from minirlhf.run.optim import make_optimizer
 from minirlhf.setup.ppo import sampling_of
@@ -107,18 +107,6 @@ def run_steps(config: PPOConfig, reward=letter_d, policy=None, **more):
     """Steps of a whole run from `tiny_policy`, and its state at the end."""
     state = state_of(policy or tiny_policy(), config)
     return list(steps_from(state, config, reward, **more)), state
-
-
-def rebuilt_at_each_step(fresh, steps_of, folder) -> tuple[list[Step], TrainState]:
-    """Steps of a run whose generator is dropped at each yield, and whose state is then saved and
-    loaded into a fresh one; the state at the end."""
-    state, steps = fresh(), []
-    while step := next(steps_of(state), None):
-        steps.append(step)
-        commit = save_checkpoint(state, folder)
-        state = fresh()
-        load_checkpoint(state, commit)
-    return steps, state
 
 
 # ---- a rollout that was sampled ------------------------------------------------------------------

@@ -19,6 +19,7 @@ from minirlhf.run.folder import Run
 from minirlhf.run.optim import make_optimizer
 from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import validate
+from tests.tiny_folders import rebuilt_at_each_step
 from tests.tiny_ppo import (
     PROMPTS,
     Letters,
@@ -26,7 +27,6 @@ from tests.tiny_ppo import (
     letter_d,
     measured,
     parameters,
-    rebuilt_at_each_step,
     run_steps,
     state_of,
     steps_from,

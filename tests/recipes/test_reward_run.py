@@ -17,10 +17,8 @@ from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import STOPPED
 from minirlhf.evaluation.reward import evaluate_preferences
 from minirlhf.files import atomic
-from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel
-from minirlhf.models.pretrained import load_pretrained, load_reward_model, save_pretrained
-from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.models.pretrained import load_pretrained, load_reward_model
 from minirlhf.rewards.load import load_reward
 from minirlhf.rewards.source import Completions
 from minirlhf.run.folder import Run
@@ -29,12 +27,9 @@ from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward import load_start, write_reward_model
 from minirlhf.setup.reward_settings import RewardConfig
 from tests.conftest import make_peer
+from tests.tiny_folders import read_lines, save_lm, timeless, write_lines
+from tests.tiny_reward import TINY
 
-TINY = {
-    "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "max_position_embeddings": 48,
-}
-V = 11
 WORDS = ("good", "bad", "long", "dull", "fine", "warm")
 
 
@@ -44,8 +39,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     texts = [f"the film was {a} and {b}." for a in WORDS for b in WORDS]
     tokenizer = train_tokenizer(texts, 290, folder)
-    config = config_from_hf({**TINY, "vocab_size": tokenizer.vocab_size, "eos_token_id": 0})
-    save_pretrained(initialize(CausalLM(config), torch.Generator().manual_seed(0)), folder)
+    save_lm(folder, TINY, vocab_size=tokenizer.vocab_size, eos_token_id=0)
     rows = [
         {"prompt": "the film was", "chosen": f" {a} and good.", "rejected": f" {b}.",
          "margin": i / 4, "rating": i}
@@ -54,27 +48,11 @@ def base(tmp_path_factory):
     return folder, write_lines(folder / "d.jsonl", rows), write_lines(folder / "e.jsonl", rows[:3])
 
 
-def write_lines(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 def run_reward(base, out, *words, model=None) -> int:
     given = ["--model", model or base[0], "--out", out, *words]
     if "--data" not in words:
         given += ["--data", base[1]]
     return main(["reward", *map(str, given)])
-
-
-def without_clock(path) -> bytes:
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return "".join(json.dumps({k: v for k, v in line.items() if k != "clock"}) for line in lines)
-
-
-def test_columns_of_the_file_pass_through(base):
-    pairs, _ = load_pairs(base[1], load_tokenizer(base[0]), 64, "error")
-    assert [p.columns for p in pairs] == [{"rating": i} for i in range(6)]
-    assert [p.margin for p in pairs] == [i / 4 for i in range(6)]
 
 
 STEPS = ("--steps", 6, "--save-every", 2, "--log-every", 1, "--batch-size", 2,
@@ -104,7 +82,7 @@ def test_main_writes_what_it_says(base, whole):
     assert facts["recipe"] == "reward" and facts["settings"]["steps"] == 6
     tokenizer = {str(p) for p in base[0].iterdir() if p.suffix == ".json" and "index" not in p.name}
     assert set(facts["inputs"]) == {*base[1:], *tokenizer}
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = read_lines(whole / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     of_training = {
         "step", "clock", "loss", "accuracy", "accuracy_half", "ties", "margin", "margin_std",
@@ -135,7 +113,7 @@ def test_main_evaluates_once_after_the_last_step(base, tmp_path, monkeypatch):
 
 
 def test_main_evaluates_the_model_that_it_writes(base, whole):
-    last = json.loads((whole / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    last = read_lines(whole / "metrics.jsonl")[-1]
     pairs, _ = load_pairs(base[2], load_tokenizer(whole / "model"), 64, "error")
     again = evaluate_preferences(load_reward_model(whole / "model"), pairs).metrics
     # another batching of nothing: the same rows in the same order
@@ -143,7 +121,7 @@ def test_main_evaluates_the_model_that_it_writes(base, whole):
 
 
 def test_main_shows_all_samples(whole):
-    rows = [json.loads(line) for line in (whole / "samples.jsonl").read_text("utf-8").splitlines()]
+    rows = read_lines(whole / "samples.jsonl")
     assert [(row["step"], row["set"]) for row in rows] == (
         [(3, "eval_seen_")] * 6 + [(3, "eval_")] * 3 + [(6, "eval_seen_")] * 6 + [(6, "eval_")] * 3
     )
@@ -151,9 +129,8 @@ def test_main_shows_all_samples(whole):
     assert rows[0]["rejected"] == " bad." and rows[1]["margin"] == 0.25
 
 
-@pytest.mark.parametrize("lora", [(), ("--lora-rank", 2)], ids=["full", "lora"])
-def test_killed_run_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch, lora):
-    words = (*EVALUATED, *lora, "--eval-data", base[2])
+def test_a_run_with_adapters_killed_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch):
+    words = (*EVALUATED, "--lora-rank", 2, "--eval-data", base[2])
     assert run_reward(base, tmp_path / "whole", *words) == 0
     log, out = Run.log, tmp_path / "killed"
 
@@ -168,11 +145,9 @@ def test_killed_run_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch, lora)
     monkeypatch.undo()
     assert not (out / "model").exists()
     assert run_reward(base, out, *words, "--resume") == 0
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert without_clock(out / name) == without_clock(tmp_path / "whole" / name)
-    for name in ("model.safetensors", "config.json"):
-        expected = (tmp_path / "whole" / "model" / name).read_bytes()
-        assert (out / "model" / name).read_bytes() == expected
+    assert json.dumps(timeless(out)) == json.dumps(timeless(tmp_path / "whole"))
+    for name in ("samples.jsonl", "model/model.safetensors", "model/config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_signal_saves_and_exits_75_and_resume_ends_the_run(base, tmp_path, monkeypatch):
@@ -188,8 +163,7 @@ def test_a_signal_saves_and_exits_75_and_resume_ends_the_run(base, tmp_path, mon
     monkeypatch.undo()
     assert not (out / "model").exists()
     assert run_reward(base, out, *STEPS, "--resume") == 0
-    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in timeless(out)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_lora_trains_the_head_and_adapters_and_writes_a_merged_model(base, tmp_path):
@@ -234,7 +208,7 @@ def our_scores(base, folder) -> torch.Tensor:
 
 
 def whole_texts(base, end: str) -> list[str]:
-    rows = [json.loads(line) for line in Path(base[1]).read_text("utf-8").splitlines()]
+    rows = read_lines(Path(base[1]))
     return [row["prompt"] + row[side] + end for row in rows for side in ("chosen", "rejected")]
 
 
@@ -264,7 +238,7 @@ def test_model_without_a_spare_pad_token_is_read_before_eos_as_transformers_does
     ours = our_scores(base, out / "model")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     # what was trained is what is read: the run's own evaluation saw the same scores
-    last = json.loads((out / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    last = read_lines(out / "metrics.jsonl")[-1]
     seen = ours.view(-1, 2)[:3]
     assert last["eval_margin"] == pytest.approx(float((seen[:, 0] - seen[:, 1]).mean()), abs=1e-6)
 
@@ -396,7 +370,7 @@ def test_a_run_on_ranked_lists_is_evaluated_on_lists_and_on_pairs(base, tmp_path
     assert run_reward(base, out, *words) == 0
     told = capsys.readouterr().out
     assert "lists a step" in told and "eval_lists: 4 lists  accuracy" in told
-    last = json.loads((out / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    last = read_lines(out / "metrics.jsonl")[-1]
     assert {"top1", "eval_lists_top1", "eval_accuracy"} <= last.keys() and "eval_top1" not in last
     words = (*STEPS, "--data", lists, "--label-smoothing", 0.1)
     assert run_reward(base, tmp_path / "smooth", *words) == 2
@@ -411,8 +385,7 @@ def test_a_run_on_the_pairs_of_ranked_lists(base, tmp_path, capsys):
     losses = {}
     for loss in LIST_LOSSES:
         assert run_reward(base, tmp_path / loss, *words, "--list-loss", loss) == 0
-        last = (tmp_path / loss / "metrics.jsonl").read_text("utf-8").splitlines()[-1]
-        losses[loss] = json.loads(last)["eval_lists_loss"]
+        losses[loss] = timeless(tmp_path / loss)[-1]["eval_lists_loss"]
         card = json.loads((tmp_path / loss / "card.json").read_text("utf-8"))
         assert card["sets"]["eval_lists"]["loss"] == losses[loss]
     # A whole order costs the logarithm of many choices, a margin more than none, a likely label the

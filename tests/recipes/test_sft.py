@@ -16,9 +16,10 @@ from minirlhf.models.families import config_from_hf
 from minirlhf.models.pretrained import load_pretrained, save_pretrained
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.recipes.sft import evaluate, sft
-from minirlhf.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.settings import validate
 from minirlhf.setup.sft_settings import SFTConfig
+from tests.tiny_folders import rebuilt_at_each_step, timeless, write_lines
 
 TINY = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -48,11 +49,6 @@ def config_of(**settings) -> SFTConfig:
 
 def adam_state(lm: CausalLM) -> TrainState:
     return TrainState(lm, torch.optim.AdamW(lm.parameters(), weight_decay=0.0))
-
-
-def write_lines(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -215,19 +211,14 @@ def test_sft_goes_on_bit_for_bit_from_any_yield(tmp_path):
     config = config_of(steps=6, batch_size=2, learning_rate=0.01, warmup_steps=1)
     whole = adam_state(tiny_lm())
     expected = [step.metrics for step in sft(whole, TEXTS, config)]
-    state, metrics = adam_state(tiny_lm()), []
-    for _ in range(6):
-        step = next(sft(state, TEXTS, config))  # this generator is never asked again
-        metrics.append(step.metrics)
-        commit = save_checkpoint(state, tmp_path)
-        state = adam_state(tiny_lm())
-        load_checkpoint(state, commit)
-    assert metrics == expected
+    steps, state = rebuilt_at_each_step(
+        lambda: adam_state(tiny_lm()), lambda state: sft(state, TEXTS, config), tmp_path
+    )
+    assert [step.metrics for step in steps] == expected
     assert state.step == 6 and state.samples == whole.samples
     assert state.meters.as_dict() == whole.meters.as_dict()
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(state.model.state_dict()[name], tensor), name
-    assert list(sft(state, TEXTS, config)) == []
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -235,11 +226,6 @@ def test_sft_goes_on_bit_for_bit_from_any_yield(tmp_path):
 
 def run_sft(*words) -> int:
     return main(["sft", *map(str, words)])
-
-
-def metrics_of(out) -> list[dict]:
-    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "clock"} for line in lines]
 
 
 def weights_of(out) -> bytes:
@@ -286,7 +272,7 @@ def test_main_from_nothing_learns_and_evaluates_named_sets(base, tmp_path):
                    "--eval-data", *sets, "--out", out, "--epochs", 40, "--batch-size", 8,
                    "--learning-rate", 0.01, "--eval-every", 60, "--log-every", 1)
     assert code == 0
-    lines = metrics_of(out)
+    lines = timeless(out)
     assert len(lines) == 120  # 40 passes over 24 texts, 8 a step
     assert lines[0]["loss"] == pytest.approx(math.log(300), abs=0.2)
     assert lines[-1]["loss"] < 1.0
@@ -326,7 +312,7 @@ def test_main_resumed_with_its_own_tokenizer_equals_the_whole_run(base, tmp_path
     monkeypatch.setattr("minirlhf.setup.sft.train_tokenizer", None)  # it must be read back
     assert start(out, "--resume") == 0
     assert weights_of(out) == weights_of(tmp_path / "whole")
-    assert metrics_of(out) == metrics_of(tmp_path / "whole")
+    assert timeless(out) == timeless(tmp_path / "whole")
 
 
 def test_main_continues_a_model_and_keeps_its_configs(base, tmp_path):
