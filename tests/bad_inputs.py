@@ -10,15 +10,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from minirlhf import cli
 from minirlhf.data.tokenizer import train_tokenizer
 from minirlhf.errors import BAD_INPUT
-from minirlhf.models import pretrained
-from minirlhf.models.families import config_from_hf
-from minirlhf.models.heads import RewardModel, initialize_score
-from minirlhf.models.transformer import CausalLM, initialize
+from tests.tiny_folders import save_lm, save_scorer
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 258, "hidden_size": 8, "intermediate_size": 12,
@@ -74,14 +70,9 @@ def json_lines(*rows: object) -> str:
 def make_world(folder: Path) -> Path:
     """A language model, its reward model, one of another tokenizer, and a file for each verb."""
     for name, texts, size in (("lm", [], 258), ("rm", [], 258), ("other", ["some words"] * 9, 260)):
-        tokenizer = train_tokenizer(texts, size, folder / name)
-        lm = CausalLM(config_from_hf({**SHAPE, "vocab_size": tokenizer.vocab_size}))
-        initialize(lm, torch.Generator().manual_seed(0))
-        if name == "lm":
-            pretrained.save_pretrained(lm, folder / name)
-        else:
-            scorer = initialize_score(RewardModel(lm), torch.Generator().manual_seed(1))
-            pretrained.save_pretrained(scorer, folder / name, pad_token_id=1)
+        vocabulary = train_tokenizer(texts, size, folder / name).vocab_size
+        save = save_lm if name == "lm" else save_scorer
+        save(folder / name, SHAPE, vocab_size=vocabulary)
     files = {
         "texts.jsonl": json_lines(TEXT, TEXT), "pairs.jsonl": json_lines(PAIR, PAIR),
         "prompts.jsonl": json_lines(PROMPT, PROMPT), "reward.py": REWARD,
@@ -90,6 +81,11 @@ def make_world(folder: Path) -> Path:
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
     return folder
+
+
+def write(name: str, content: str | bytes) -> str:
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return name
 
 
 def listing(*folders: Path) -> dict[str, tuple[int, int]]:

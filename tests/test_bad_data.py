@@ -2,12 +2,11 @@
 
 import gzip
 import os
-from pathlib import Path
 
 import pytest
 
 from tests import bad_inputs
-from tests.bad_inputs import COMMANDS, PAIR, PROMPT, TEXT, json_lines, named, words
+from tests.bad_inputs import COMMANDS, PAIR, PROMPT, TEXT, json_lines, named, words, write
 
 world, refused = bad_inputs.world, bad_inputs.refused
 
@@ -20,18 +19,12 @@ IDS = {"input_ids": [1, 2]}
 ID_PAIR = {"chosen_ids": [1, 2], "rejected_ids": [1, 3]}
 
 
-def write(name: str, content: str | bytes) -> str:
-    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return name
-
-
 # ---- a line that is no JSON object ---------------------------------------------------------------
 
 QUOTES = "Expecting property name enclosed in double quotes"
 LINES = [  # second line of a .jsonl file, what is told of it
     ('{"text": "b"', "not valid JSON at column 13: Expecting ',' delimiter"),
     ("{'text': 'b'}", f"not valid JSON at column 2: {QUOTES}"),
-    ('{text: "b"}', f"not valid JSON at column 2: {QUOTES}"),
     ('{"text": "b",}', "not valid JSON at column "),
     ('{"text": "b"} {"text": "c"}', "not valid JSON at column 15: text after it"),
     ('{"text": "b"},', "not valid JSON at column 14: text after it"),
@@ -40,23 +33,18 @@ LINES = [  # second line of a .jsonl file, what is told of it
     ('{"text": "\\x41"}', "not valid JSON at column 11: Invalid \\escape"),
     ('{"text": "\\u12"}', "not valid JSON at column 1"),
     ('{"text": None}', "not valid JSON at column 10: Expecting value"),
-    ('{"text": True}', "not valid JSON at column 10: Expecting value"),
-    ('{"text": undefined}', "not valid JSON at column 10: Expecting value"),
     ('{"text": 01}', "not valid JSON at column 11: Expecting ',' delimiter"),
     ('{"text" "b"}', "not valid JSON at column 9: Expecting ':' delimiter"),
     ("// a comment", "not valid JSON at column 1: Expecting value"),
-    ("text: b", "not valid JSON at column 1: Expecting value"),
     ("{", "not valid JSON: a lone '{': write a whole JSON object a line, or an array of them in a"),
     ("[", "not valid JSON: a lone '[': write a whole JSON object a line, or an array of them in a"),
     ('{"text": NaN}', "NaN is not JSON"),
     ('{"text": "b", "n": Infinity}', "Infinity is not JSON"),
-    ('{"text": "b", "n": -Infinity}', "-Infinity is not JSON"),
     ('{"text": "b", "n": 1e999}', "number 1e999 is not finite"),
     ('{"text": "b", "text": "c"}', "key 'text' stands twice in one object"),
     ('{"text": "b", "x": {"y": 1, "y": 1}}', "key 'y' stands twice in one object"),
     ('{"text": "b", "n": ' + "9" * 5000 + "}", "an integer of thousands of digits"),
     ('{"text": ' + "[" * 64 + "]" * 64 + "}", "nested deeper than 64 levels"),
-    ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested deeper than 64 levels"),
     ('{"text": "\\ud83d"}', "half of a surrogate pair (\\ud83d) in a string"),
     ('{"\\udc00": "b"}', "half of a surrogate pair (\\udc00) in a string"),
     ('"a string"', "a row must be a JSON object, got a string: like"),
@@ -65,7 +53,6 @@ LINES = [  # second line of a .jsonl file, what is told of it
     ("true", "a row must be a JSON object, got true or false: like"),
     ("7", "a row must be a JSON object, got a number: like"),
     (b'{"text": "caf\xe9"}', "not UTF-8 at byte 13: save the file as UTF-8"),
-    (b'{"text": "\xc0\x80"}', "not UTF-8 at byte 10: save the file as UTF-8"),
 ]
 
 
@@ -206,62 +193,35 @@ KINDS = "legal: .jsonl .json .csv .tsv .txt, each also with .gz behind"
 ONE = "d.csv:1: one column, named "
 FILES = [  # verb, file name, content, what is told
     ("sft", "d.jsonl", "", "d.jsonl: no rows"),
-    ("sft", "d.jsonl", "\n \n\n", "d.jsonl: no rows"),
-    ("sft", "d.jsonl", b"\xef\xbb\xbf", "d.jsonl: no rows"),
     ("sft", "d.jsonl", LFS, "d.jsonl:1: not valid JSON at column 1: a git-lfs pointer instead of"),
     ("sft", "d.txt", LFS, "d.txt:1: is no text: a git-lfs pointer instead of the file: run"),
     ("sft", "d.txt", "<!doctype html>\n", "d.txt:1: is no text: it looks like a web page"),
     ("sft", "d.jsonl", "<!DOCTYPE html>\n", "d.jsonl:1: not valid JSON at column 1: it looks like a"
      " web page: download the file itself"),
-    ("sft", "d.jsonl", b"PK\3\4\x14\0", "d.jsonl:1: not valid JSON at column 1: it looks like a z"),
     ("sft", "d.jsonl", b"PAR1\x15\4", "d.jsonl:1: not valid JSON at column 1: it looks like Parq"),
-    ("sft", "d.jsonl", gzip.compress(b"{}"), "d.jsonl:1: not UTF-8 at byte 1: it looks like gzip: "
-     "let its name end in .gz"),
     ("sft", "d.jsonl", b"\x80\4\x95", "d.jsonl:1: not UTF-8 at byte 0: save the file as UTF-8"),
-    ("sft", "d.jsonl", json_lines(TEXT).encode("utf-16"), "d.jsonl:1: not UTF-8 at byte 0: it looks"
-     " like UTF-16: save it as UTF-8"),
     ("sft", "d.jsonl", "text\nThe film.\n", "d.jsonl:1: not valid JSON at column 1: Expecting val"),
-    ("sft", "d.jsonl", '[{"text": "a"}]\n', "d.jsonl:1: a row must be a JSON object, got a list"),
-    ("sft", "d.jsonl", '[\n{"text": "a"}\n]\n', "d.jsonl:1: not valid JSON: a lone '[': write a"),
     ("sft", "d\x1b[31m.jsonl", "{}", "d\\x1b[31m.jsonl:1: columns of no known format"),
-    ("sft", "d.json", "", "d.json: no rows"),
-    ("sft", "d.json", "[]", "d.json: no rows"),
-    ("sft", "d.json", "[1, 2]", "d.json:1: a row must be a JSON object, got a number"),
-    ("sft", "d.json", '"text"', "d.json:1: a row must be a JSON object, got a string"),
     ("sft", "d.json", '{"text": "a"', "d.json:1: not valid JSON at column 13: Expecting ','"),
-    ("sft", "d.json", '[{"text": "a"}', "d.json:1: not valid JSON: rows in [ ], with ',' between"),
-    ("sft", "d.json", '[{"text": "a"}\n{"text": "b"}]', "d.json:2: not valid JSON: rows in [ ]"),
-    ("sft", "d.json", '[{"text": "a"},\n]', "d.json:2: not valid JSON at column 1: Expecting valu"),
-    ("sft", "d.json", '[{"text": "a"}] x', "d.json:1: not valid JSON: rows in [ ], with ','"),
     ("sft", "d.json", '[{"text": "a"},\n{"text": 3}]', "d.json:2: text is a number: needs a strin"),
     ("sft", "d.json", '{\n  "data": [\n', "d.json:1: not valid JSON: a lone '{': write a"),
     ("sft", "d.json", '{"text": ["a"]}', "d.json:1: columns of no known format: text (a list)"),
     ("reward", "d.csv", "prompt;chosen;rejected\na;b;c\n",
      ONE + "'prompt;chosen;rejected': put ',' between columns, not ';'"),
-    ("reward", "d.csv", b"\xef\xbb\xbfprompt;chosen;rejected\r\na;b;c\r\n", ONE + "'prompt;chosen"),
     ("reward", "d.csv", "sep=;\nprompt;chosen;rejected\na;b;c\n", ONE + "'sep=;': put ','"),
     ("reward", "d.csv", "prompt\tchosen\trejected\na\tb\tc\n", ONE + "'prompt\\tchosen\\trejected"),
     ("reward", "d.tsv", "prompt,chosen\na,b\n", "d.tsv:1: one column, named 'prompt,chosen': put "),
-    ("reward", "d.csv", json_lines(PAIR), "d.csv:1: a column named '{\"prompt\": \"The film\"': J"),
     ("reward", "d.csv", "prompt,chosen,rejected\na,b\n", "d.csv:2: 2 fields: the header names 3"),
-    ("reward", "d.csv", "prompt,chosen,rejected\na,b,c,d\n", "d.csv:2: 4 fields: the header names"),
-    ("reward", "d.csv", 'prompt,chosen,rejected\na,"b,c\n', "d.csv:2: not valid CSV: unexpected e"),
-    ("reward", "d.csv", 'prompt,chosen,rejected\na,"b"x,c\n', "d.csv:2: not valid CSV: ',' expect"),
     ("reward", "d.csv", "prompt,chosen,chosen\na,b,c\n", "d.csv:1: column names must be non-empty"),
-    ("reward", "d.csv", "prompt,chosen,\na,b,c\n", "d.csv:1: column names must be non-empty"),
-    ("reward", "d.csv", "prompt,chosen,rejected\n", "d.csv: no rows"),
     ("reward", "d.csv", "a,b,c\nd,e,f\n", "d.csv:2: columns of no known format: a (a string), b"),
     ("reward", "d.csv", "prompt,chosen,rejected\na,b,\n", "d.csv:2: rejected is empty: remove the"),
     ("reward", "d.csv", 'prompt,chosen,rejected,margin\na,b,c,"1,5"\n', "d.csv:2: margin is '1,5'"),
     ("reward", "d.csv", "prompt,chosen,rejected,margin\na,b,c,nan\n", "d.csv:2: margin is 'nan': "),
     ("reward", "d.csv", b"prompt,chosen,rejected\n\xc4,b,c\n", "d.csv:2: not UTF-8 at byte 0: sav"),
-    ("sft", "d.txt", "", "d.txt: no rows"),
     ("sft", "d.txt", b"a\nb\xff\n", "d.txt:2: not UTF-8 at byte 1: save the file as UTF-8"),
     ("sft", "d.jsonl.gz", json_lines(TEXT), "d.jsonl.gz: damaged gzip file: Not a gzipped file"),
-    ("sft", "d.jsonl.gz", gzip.compress(b"{}")[:-9], "d.jsonl.gz: damaged gzip file: Compressed"),
     ("sft", "d.jsonl.gz", gzip.compress(b'{"text": "a"}\n3'), "d.jsonl.gz:2: a row must be a JSON"),
     ("sft", "d.gz", gzip.compress(b"{}"), f"d.gz: not a data file: ends in '.gz': {KINDS}"),
-    ("sft", "d.tar.gz", b"", "d.tar.gz: not a data file: ends in '.gz'"),
     ("sft", "d", "{}", f"d: not a data file: its name has no ending: {KINDS}"),
     *(("sft", f"d{ending}", b"", f"d{ending}: not a data file: ends in '{ending}'")
       for ending in (".py", ".parquet", ".arrow", ".xlsx", ".zip", ".yaml", ".pkl", ".pt", ".bz2")),

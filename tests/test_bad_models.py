@@ -121,45 +121,19 @@ def refuses(refused, world):
 # ---- config.json ---------------------------------------------------------------------------------
 
 SIZE, MANY = "must be an integer from 1 to 1048576", "must be an integer from 1 to 2147483648"
-ROPE = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}
+# More are in tests/models/test_pretrained.py.
 CONFIGS = [  # what is changed in config.json, key that is named, what is told of it
     ({"model_type": ABSENT}, "model_type", "is None: supported: llama, mistral, qwen2, qwen3, gpt"),
-    ({"model_type": "gemma"}, "model_type", "is 'gemma': supported: llama, mistral"),
-    ({"model_type": 3}, "model_type", "is 3: supported: llama, mistral"),
-    ({"model_type": ["llama"]}, "model_type", "is ['llama']: supported: llama, mistral"),
     ({"model_type": "gpt2"}, "n_embd", f"is None: {SIZE}"),
-    ({"hidden_size": ABSENT}, "hidden_size", f"is None: {SIZE}"),
     ({"hidden_size": "8"}, "hidden_size", f"is '8': {SIZE}"),
-    ({"hidden_size": 8.0}, "hidden_size", f"is 8.0: {SIZE}"),
-    ({"hidden_size": 0}, "hidden_size", f"is 0: {SIZE}"),
-    ({"hidden_size": True}, "hidden_size", f"is True: {SIZE}"),
     ({"hidden_size": 10**12}, "hidden_size", f"is 1000000000000: {SIZE}"),
-    ({"hidden_size": 7}, "hidden_size", "is 7: must be a multiple of the 2 attention heads"),
-    ({"num_attention_heads": 3}, "hidden_size", "is 8: must be a multiple of the 3 attention"),
-    ({"num_attention_heads": 8}, "head_dim", "is 1: must be even: rotary positions turn pairs"),
-    ({"num_key_value_heads": 3}, "num_key_value_heads", "is 3: must divide the 2 attention heads"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers", "is 0: must be an integer from 1 to 1024"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers", "is 1000000000: must be an integer"),
     ({"vocab_size": 10**10}, "vocab_size", f"is 10000000000: {MANY}"),
     ({"vocab_size": 257}, "vocab_size", "is 257: must be at least the tokenizer's 258"),
-    ({"intermediate_size": 10**12}, "intermediate_size", f"is 1000000000000: {SIZE}"),
     ({"max_position_embeddings": "4k"}, "max_position_embeddings", f"is '4k': {MANY}"),
-    ({"rms_norm_eps": -1}, "rms_norm_eps", "is -1: must be a positive number"),
-    ({"hidden_act": "relu6"}, "hidden_act", "is 'relu6': supported: silu, swish, gelu, gelu_new"),
-    ({"hidden_act": ["silu"]}, "hidden_act", "is ['silu']: supported: silu, swish"),
-    ({"rope_theta": 0}, "rope_theta", "is 0: must be a positive number"),
-    ({"rope_scaling": "linear"}, "rope_scaling", "is 'linear': must be one object, the same for"),
-    ({"rope_scaling": {"type": "su"}}, "rope_scaling: rope_type", "is 'su': supported: default, "),
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor", "is None: rope_type linear"),
-    ({"rope_scaling": ROPE}, "rope_scaling: low_freq_factor", "is 4: must be below high_freq_"),
-    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings", "is 'yes': must be true or false"),
-    ({"attention_bias": 1}, "attention_bias", "is 1: must be true or false"),
     ({"quantization_config": {"bits": 4}}, "quantization_config", "is {'bits': 4}: not impl"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "is 0.5: not implemented; supported"),
-    ({"pretraining_tp": 2}, "pretraining_tp", "is 2: not implemented; supported: 1"),
     ({"head_dim": 3}, "head_dim", "is 3: must be even: rotary positions turn pairs of channels"),
     ({"model_type": "mistral", "sliding_window": -1}, "sliding_window", f"is -1: {MANY}"),
-    ({"model_type": "qwen2", "layer_types": "full"}, "layer_types", "is 'full': must be a list"),
 ]
 
 

@@ -20,6 +20,7 @@ from minirlhf.models.families import config_from_hf, config_to_hf
 from minirlhf.models.pretrained import load_pretrained
 from minirlhf.models.stored import has_tensor
 from tests.fuzzer import LLAMA, fuzz, make_world, read_model
+from tests.tiny_folders import change_json
 from tests.watched import run_cases
 
 
@@ -35,11 +36,6 @@ def world(tmp_path_factory):
 def copy(world, tmp_path):
     """A copy of a folder of the world that a test may spoil."""
     return lambda name: shutil.copytree(world / name, tmp_path / name)
-
-
-def edit(path: Path, **changes: object) -> None:
-    values = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(values | changes))
 
 
 # ---- what watches the rest -----------------------------------------------------------------------
@@ -200,7 +196,7 @@ def test_a_pickle_is_refused_whatever_its_name(name, protocol, copy, tmp_path):
     path = folder / name.replace("shard", "a.safetensors")
     (folder / "model.safetensors").unlink()
     if name == "shard":
-        edit(folder / "model.safetensors.index.json", weight_map={"x": path.name})
+        change_json(folder / "model.safetensors.index.json", weight_map={"x": path.name})
     if protocol == "torch":
         torch.save(canary, path)
     else:
@@ -230,7 +226,7 @@ OUTSIDE = [
 def test_an_index_names_plain_files_only(name, copy):
     folder = copy("shards")
     shutil.copy(next(folder.glob("m-*.safetensors")), folder.parent / "m.safetensors")
-    edit(folder / "model.safetensors.index.json", weight_map={"x\n": name})
+    change_json(folder / "model.safetensors.index.json", weight_map={"x\n": name})
     with pytest.raises(UserError, match=r"index.json: 'x\\n' is in .*: shards are plain") as error:
         load_pretrained(folder)
     assert str(error.value).isprintable()
@@ -335,9 +331,10 @@ def test_keys_that_name_code_are_neither_followed_nor_kept(copy, tmp_path):
         "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
         "_attn_implementation_internal": "owner/kernel", "trust_remote_code": True,
     }
-    edit(folder / "config.json", **code)
+    change_json(folder / "config.json", **code)
     train_tokenizer([], 262, tmp_path / "t")
-    edit(tmp_path / "t" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]})
+    named = {"AutoTokenizer": ["evil.T", None]}
+    change_json(tmp_path / "t" / "tokenizer_config.json", auto_map=named)
     found = run_cases([0], lambda _: ("code", lambda: read_model("llama")(tmp_path)), tmp_path)
     assert found == []
     assert not (tmp_path / "canary").exists()
@@ -357,7 +354,7 @@ def small(tmp_path, monkeypatch):
     train_tokenizer([], 258, tmp_path / "m")
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"}
     Path("rows.jsonl").write_text(json.dumps(row))
-    edit(tmp_path / "m" / "config.json", **LLAMA)
+    change_json(tmp_path / "m" / "config.json", **LLAMA)
     return tmp_path / "m"
 
 
@@ -373,7 +370,7 @@ VERBS = {
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("rows", [257, 258, 259])
 def test_every_command_refuses_ids_without_an_embedding(verb, rows, small, capsys):
-    edit(small / "config.json", vocab_size=rows)
+    change_json(small / "config.json", vocab_size=rows)
     assert main(VERBS[verb].split()) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     short = "m/config.json: vocab_size: is 257: must be at least the tokenizer's 258"
@@ -386,18 +383,20 @@ def test_added_tokens_need_embeddings_as_well(small):
     added = {"content": "<x>", "single_word": False, "lstrip": False, "rstrip": False,
              "normalized": False, "special": True}
     source = json.loads((small / "tokenizer.json").read_text())
-    edit(small / "tokenizer.json", added_tokens=[*source["added_tokens"], added | {"id": 258}])
-    edit(small / "config.json", vocab_size=258)
+    tokens = [*source["added_tokens"], added | {"id": 258}]
+    change_json(small / "tokenizer.json", added_tokens=tokens)
+    change_json(small / "config.json", vocab_size=258)
     with pytest.raises(UserError, match="vocab_size: is 258: must be at least the tokenizer's 259"):
         load_tokenizer(small)
-    edit(small / "config.json", vocab_size=259)
+    change_json(small / "config.json", vocab_size=259)
     assert load_tokenizer(small).vocab_size == 259
 
 
 def test_special_tokens_of_a_million_characters_are_refused(small):
     source = json.loads((small / "tokenizer.json").read_text())
     first = source["added_tokens"][0]
-    edit(small / "tokenizer.json", added_tokens=[first, first | {"id": 1, "content": "x " * 65530}])
+    long = first | {"id": 1, "content": "x " * 65530}
+    change_json(small / "tokenizer.json", added_tokens=[first, long])
     match = r"tokenizer.json: special tokens of 131,073 characters: at most 131,072"
     with pytest.raises(UserError, match=match):  # <|endoftext|> has 13
         load_tokenizer(small)
@@ -406,7 +405,7 @@ def test_special_tokens_of_a_million_characters_are_refused(small):
 def test_a_panic_of_the_library_is_one_line(small, capfd):
     single = [{"SpecialToken": {"id": "<gone>", "type_id": 0}}]
     template = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
-    edit(small / "tokenizer.json", post_processor=template)
+    change_json(small / "tokenizer.json", post_processor=template)
     with pytest.raises(UserError, match=r"refused by the tokenizers library: no entry found for"):
         load_tokenizer(small)
     assert capfd.readouterr().err == ""  # Rust would tell of it as well
@@ -433,8 +432,8 @@ def test_a_signal_inside_the_library_is_no_refusal(leaving, small):
 
 def test_a_stray_key_of_another_kind_of_tokenizer_is_ignored(small):
     model = json.loads((small / "tokenizer.json").read_text())["model"]
-    edit(small / "tokenizer.json", model=model | {"unk_id": 0})  # Unigram's, in a BPE
-    edit(small / "tokenizer_config.json", chat_template=[{"name": [], "template": "x"}, 5])
+    change_json(small / "tokenizer.json", model=model | {"unk_id": 0})  # Unigram's, in a BPE
+    change_json(small / "tokenizer_config.json", chat_template=[{"name": [], "template": "x"}, 5])
     assert load_tokenizer(small).template_origin == "plain fallback"
 
 
@@ -449,7 +448,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("template", BROKEN.values(), ids=BROKEN)
 def test_a_template_that_rewrites_the_prompt_is_refused_by_row(template, small, tmp_path):
-    edit(small / "tokenizer_config.json", chat_template=template)
+    change_json(small / "tokenizer_config.json", chat_template=template)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "t.jsonl").write_text(f"\n{json.dumps({'messages': turns})}\n")
     match = r"t.jsonl:2: .*writes the prompt differently once an answer follows"

@@ -11,10 +11,10 @@ from minirlhf import cli
 from minirlhf.files import atomic
 from minirlhf.files.sieve import RowPolicy
 from minirlhf.setup.sft import raw_texts
-from minirlhf.setup.sft_settings import SFTConfig
 from tests import bad_inputs
-from tests.bad_inputs import PAIR, PROMPT, TEXT, json_lines, named, words
+from tests.bad_inputs import PAIR, PROMPT, TEXT, json_lines, named, words, write
 from tests.test_bad_data import LINES, ROWS
+from tests.tiny_folders import read_lines
 
 world, refused = bad_inputs.world, bad_inputs.refused
 RECIPES = {"sft": TEXT, "new": TEXT, "reward": PAIR, "ppo": PROMPT}
@@ -36,13 +36,8 @@ def run(world, tmp_path, monkeypatch, capfd):
     return command
 
 
-def write(name: str, content: str | bytes) -> str:
-    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return name
-
-
 def listed(name: str) -> list[dict]:
-    return [json.loads(line) for line in Path(name).read_text("utf-8").splitlines()]
+    return read_lines(Path(name))
 
 
 def dirty(good: dict, name: str = "d.jsonl") -> str:
@@ -143,14 +138,6 @@ def test_a_start_cut_short_before_its_lists_is_made_good_by_resume(run, monkeypa
 def test_a_tokenizer_is_trained_on_the_rows_that_are_left(run):
     data = write("d.jsonl", json_lines(TEXT) + "{\n" + json_lines({"text": 3}, {"text": "b"}))
     assert list(raw_texts(data, RowPolicy(bad_rows="skip"))) == [TEXT["text"], "b"]
-
-
-def test_a_text_with_nothing_to_learn_is_a_malformed_row(run):
-    data = write("d.jsonl", json_lines({"input_ids": [1, 2]}, {"input_ids": [1]}))
-    assert run(words("sft", data=data, **SKIP))[0] == 0
-    assert [row["reason"] for row in listed("out/rejected.jsonl")] == [
-        "has no token after the first: remove the row"
-    ]
 
 
 def test_a_pair_of_nothing_but_eos_is_a_malformed_row(run, monkeypatch):
@@ -321,17 +308,3 @@ def test_check_tells_without_a_model_what_is_odd_about_rows(run):
             "rejected, margin, chosen_probability)",
         ):
             assert told in out, told
-
-
-# ---- settings ------------------------------------------------------------------------------------
-
-
-def test_what_is_left_out_may_not_change_on_resume(run):
-    argv = words("sft", data=dirty(TEXT), max_length=40, **SKIP)
-    assert run(argv)[0] == 0
-    code, _, err = run([*argv, "--max-drop", "0.9", "--resume"])
-    assert code == 2 and "run.json: max_drop was 1.0, is 0.9: resume with the settings of" in err
-
-
-def test_nothing_is_left_out_by_default():
-    assert RowPolicy.of(SFTConfig()) == RowPolicy("error", False, False, 1.0)

@@ -18,15 +18,12 @@ import torch
 
 from minirlhf.cli import main
 from minirlhf.errors import BAD_INPUT, MACHINE, NON_FINITE, OK
-from minirlhf.models.families import config_from_hf
-from minirlhf.models.heads import RewardModel, initialize_score
-from minirlhf.models.pretrained import save_pretrained
-from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.setup import memory
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.setup.sft_settings import SFTConfig
 from tests.kill_harness import ROWS, SHAPE, make_world
+from tests.tiny_folders import save_lm, save_scorer, write_lines
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 BASE = {
@@ -208,17 +205,15 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     for name in ("other", "rm"):
         shutil.copytree(folder / "model", folder / name)
-        lm = CausalLM(config_from_hf({**SHAPE, "vocab_size": 258}))
-        lm = initialize(lm, torch.Generator().manual_seed(1))
-        scorer = initialize_score(RewardModel(lm), torch.Generator().manual_seed(2))
-        save_pretrained(lm if name == "other" else scorer, folder / name)
+    save_lm(folder / "other", SHAPE, 1, vocab_size=258)
+    save_scorer(folder / "rm", SHAPE, 1, 2, vocab_size=258)
     shutil.copytree(folder / "model", folder / "ending")  # half of the tokens end a response
     vocabulary = json.loads((folder / "model" / "tokenizer.json").read_text())["model"]["vocab"]
     ends = [i for token, i in vocabulary.items() if token not in set("It was!Ġ")][:130]
     config = json.dumps({"eos_token_id": ends})
     (folder / "ending" / "generation_config.json").write_text(config)
-    texts = "".join(json.dumps(row) + "\n" for row in ROWS["texts"])
-    (folder / "texts.jsonl").write_text(texts)
+    write_lines(folder / "texts.jsonl", ROWS["texts"])
+    write_lines(folder / "lists.jsonl", ROWS["lists"])
     (folder / "tiny.json").write_text(json.dumps(SHAPE))
     for recipe, rows in (("sft", "texts"), ("reward", "pairs"), ("ppo", "prompts")):
         lines = [json.dumps(row) + "\n" for row in ROWS[rows]]
@@ -231,8 +226,6 @@ def world(tmp_path_factory):
         (folder / recipe).mkdir()
         for name, some in files.items():
             (folder / recipe / f"{name}.jsonl").write_text("".join(some))
-    lists = "".join(json.dumps(row) + "\n" for row in ROWS["lists"])
-    (folder / "lists.jsonl").write_text(lists)
     with (folder / "reward.py").open("a") as file:
         file.write("\ndef short(completions):\n    return [-len(t) for t in completions]\n")
     return folder

@@ -6,19 +6,14 @@ half watches every command at work.
 
 import ast
 import importlib
-import json
 import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 from minirlhf import cli
-from minirlhf.data.tokenizer import train_tokenizer
-from minirlhf.models import pretrained
-from minirlhf.models.families import config_from_hf
-from minirlhf.models.heads import RewardModel, initialize_score
-from minirlhf.models.transformer import CausalLM, initialize
+from tests.bad_inputs import make_world
+from tests.tiny_folders import change_json, write_lines
 from tests.watched import run_cases
 
 ROOT = Path(__file__).parents[1]
@@ -230,11 +225,6 @@ def test_modules_are_imported_by_name_only_where_it_is_said_why():
 
 # ---- the commands at work ------------------------------------------------------------------------
 
-SHAPE = {
-    "model_type": "llama", "vocab_size": 258, "hidden_size": 8, "intermediate_size": 12,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 48,
-    "eos_token_id": 0,
-}
 ROW = {"prompt": "The film", "chosen": " was good.", "rejected": " was bad.", "response": " was."}
 COMMANDS = {
     "sft": "sft --model lm --data rows.jsonl --eval-data rows.jsonl --out sft --steps 1",
@@ -245,7 +235,7 @@ COMMANDS = {
     "--micro-batch-size 2 --max-new-tokens 4 --sample-every 1",
     "ppo, resumed": "ppo --model lm --data rows.jsonl --reward rm --out ppo --steps 1 "
     "--batch-size 2 --micro-batch-size 2 --max-new-tokens 4 --sample-every 1 --resume",
-    "ppo, own reward": "ppo --model lm --data rows.jsonl --reward reward.py:score --out own "
+    "ppo, own reward": "ppo --model lm --data rows.jsonl --reward reward.py:length --out own "
     "--steps 1 --batch-size 2 --micro-batch-size 2 --max-new-tokens 4",
     "check": "check --model lm --data rows.jsonl --recipe reward",
     "dry run": "reward --model lm --data rows.jsonl --out dry/run --dry-run",
@@ -261,14 +251,9 @@ def world(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for name in ("lm", "rm"):
-        train_tokenizer([], 258, folder / name)
-        lm = initialize(CausalLM(config_from_hf(SHAPE)), torch.Generator().manual_seed(0))
-        scorer = initialize_score(RewardModel(lm), torch.Generator().manual_seed(1))
-        pretrained.save_pretrained(lm if name == "lm" else scorer, folder / name)
-    Path("rows.jsonl").write_text("".join(json.dumps(ROW) + "\n" for _ in range(2)))
-    Path("shape.json").write_text(json.dumps(SHAPE | {"vocab_size": 300}))
-    Path("reward.py").write_text("def score(completions):\n    return [0.0] * len(completions)\n")
+    make_world(folder)
+    write_lines(Path("rows.jsonl"), [ROW, ROW])
+    change_json(Path("shape.json"), vocab_size=300)
     # What they import is not what they do; the last is torch's, once it is to be deterministic.
     for module in (*(verb.module for verb in cli.VERBS.values()), "torch._inductor"):
         importlib.import_module(module)
