@@ -124,8 +124,7 @@ def load_pairs(
         UserError: a fault in a row (file:line), no row left, more left out than the policy
             allows, or an illegal setting.
     """
-    sieve = Sieve(policy)
-    split = split_rows(path, pair_format, sieve, also=pair_labels)
+    split = split_rows(path, pair_format, Sieve(policy), also=pair_labels)
 
     def make(e: Encoded) -> Pair:
         by, probability = pair_labels(e.row)
@@ -134,7 +133,7 @@ def load_pairs(
         return Pair(e.prompt_ids, *e.responses, by or 0.0, e.row.where, others, probability)
 
     pairs, report = load_examples(
-        path, split, make, finish, tokenizer, max_length, overlong, sieve, _equal_sides
+        split, make, finish, tokenizer, max_length, overlong, drop=_equal_sides
     )
     tell_labels(report, [pair_labels(row) for row, _ in split.rows])
     return pairs, report
@@ -165,8 +164,7 @@ def load_prompts(
     if overlong == "truncate_response":
         legal = "drop, truncate_prompt_left or error: prompts have no response"
         raise UserError("overlong", f"is {overlong!r}", legal)
-    sieve = Sieve(policy)
-    split = split_rows(path, prompt_format, sieve)
+    split = split_rows(path, prompt_format, Sieve(policy))
 
     def make(e: Encoded) -> Prompt:
         text = e.prompt
@@ -176,7 +174,7 @@ def load_prompts(
             text = tokenizer.decode(e.prompt_ids)
         return Prompt(e.prompt_ids, text, e.row.where, e.columns)
 
-    return load_examples(path, split, make, finish, tokenizer, max_length, overlong, sieve)
+    return load_examples(split, make, finish, tokenizer, max_length, overlong)
 
 
 def load_texts(
@@ -184,14 +182,13 @@ def load_texts(
     policy: RowPolicy = STRICT, finish: Callable[[Text], Text] | None = None,
 ) -> tuple[list[Text], Report]:
     """Texts of a file for supervised training, arguments as in `load_pairs`."""
-    sieve = Sieve(policy)
-    split = split_rows(path, text_format, sieve)
+    split = split_rows(path, text_format, Sieve(policy))
 
     def make(e: Encoded) -> Text:
         length = 0 if e.prompt is None else len(e.prompt_ids)
         return Text(e.prompt_ids + e.responses[0], length, e.row.where, e.columns)
 
-    return load_examples(path, split, make, finish, tokenizer, max_length, overlong, sieve)
+    return load_examples(split, make, finish, tokenizer, max_length, overlong)
 
 
 # ---------------------------------------------------------------------------- a file, taken apart
@@ -200,9 +197,11 @@ def load_texts(
 class Split(NamedTuple):
     """The rows of a file that are of its kind, with their parts."""
 
+    path: str | Path
     form: Format
     rows: list[tuple[Row, Parts]]
     total: int  # rows that were read, those that the sieve kept back included
+    sieve: Sieve
 
 
 def split_rows(
@@ -231,7 +230,7 @@ def split_rows(
             sieve.reject(error, row.raw)
     if not split:
         raise Report(str(path), "", total, rejected_rows=sieve.in_order()).nothing_left()
-    return Split(form, split, total)
+    return Split(path, form, split, total, sieve)
 
 
 PROMPTS = ("instruction", "question", "query", "input", "context", "system")  # elsewhere
@@ -266,26 +265,26 @@ def first_row(path: str | Path, tell: Callable[[Row], T], policy: RowPolicy = ST
 
 
 def load_examples(
-    path: str | Path, split: Split, make: Callable[[Encoded], T], finish: Callable[[T], T] | None,
-    tokenizer: Tokenizer | None, max_length: int | None, overlong: str, sieve: Sieve,
+    split: Split, make: Callable[[Encoded], T], finish: Callable[[T], T] | None,
+    tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     drop: Callable[[Row, list[list[int]]], str | None] | None = None,
 ) -> tuple[list[T], Report]:
     """Examples of a file's rows; what is not said here as in `load_pairs`.
 
     Args:
         make: a row and its ids -> the example.
-        sieve: that of `split_rows`.
         drop: row, ids of its responses as they would be trained -> why it is dropped, or None.
     """
     if overlong not in OVERLONG:
         raise UserError("overlong", f"is {overlong!r}", f"legal: {', '.join(OVERLONG)}")
     if max_length is not None and max_length < 1:
         raise UserError("max_length", f"is {max_length}", "needs at least 1")
-    encoded, lead = encode(path, split.rows, tokenizer, sieve)
-    report = Report(str(path), split.form.detected, split.total)
+    path, form, rows, total, sieve = split
+    encoded, lead = encode(path, rows, tokenizer, sieve)
+    report = Report(str(path), form.detected, total)
     report.notes += unread_prompt(split)
     examples = []
-    for (row, (prompt, *_)), ids in zip(split.rows, encoded, strict=True):
+    for (row, (prompt, *_)), ids in zip(rows, encoded, strict=True):
         if ids is None:
             continue  # the sieve has it
         prompt_ids, *responses = ids
@@ -301,7 +300,7 @@ def load_examples(
         if why is not None:
             report.drop(row.where, why)
             continue
-        others = {k: v for k, v in row.columns.items() if k not in split.form.used}
+        others = {k: v for k, v in row.columns.items() if k not in form.used}
         example = make(Encoded(row, prompt, prompt_ids, responses, others, truncated))
         try:
             examples.append(example if finish is None else finish(example))

@@ -237,8 +237,7 @@ def load_rankings(
     Lists that say nothing are dropped and counted: all responses tie, or two that are equal have
     different ranks.
     """
-    sieve = Sieve(policy)
-    split = split_rows(path, ranking_format, sieve)
+    split = split_rows(path, ranking_format, Sieve(policy))
 
     def make(e: Encoded) -> Ranking:
         responses, ranks = best_first(e.row, e.responses)
@@ -249,7 +248,7 @@ def load_rankings(
     def drop(row: Row, responses: list[list[int]]) -> str | None:
         return says_nothing(list(map(tuple, responses)), ranks_of(row, len(responses)))
 
-    return load_examples(path, split, make, finish, tokenizer, max_length, overlong, sieve, drop)
+    return load_examples(split, make, finish, tokenizer, max_length, overlong, drop)
 
 
 def says_nothing(responses: Sequence[Hashable], ranks: list[int]) -> str | None:

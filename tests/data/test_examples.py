@@ -52,23 +52,14 @@ TRANSCRIPT = "\n\nHuman: q\n\nAssistant: k\n\nHuman: s\n\nAssistant:"
         # a prompt column beside whole dialogues is not what the template would write: ignored
         ({"prompt": "q", "chosen": [U, A], "rejected": [U, B]}, (Q, spell(" a"), spell(" b"))),
         # one dialogue goes on where the other ends: both keep the turn that differs in what follows
-        (
-            {"chosen": [U, A], "rejected": [U, A, V, B]},
-            (Q, spell(" a"), [*spell(" a"), EOS, *spell("\nuser: s\nassistant: b")]),
-        ),
+        ({"chosen": [U, A], "rejected": [U, A, V, B]},
+         (Q, spell(" a"), [*spell(" a"), EOS, *spell("\nuser: s\nassistant: b")])),
         # after the shared [q, a] the user speaks: the shared part ends before the answer instead
-        (
-            {"chosen": [U, A, V, A], "rejected": [U, A, user("t"), A]},
-            (
-                Q,
-                [*spell(" a"), EOS, *spell("\nuser: s\nassistant: a")],
-                [*spell(" a"), EOS, *spell("\nuser: t\nassistant: a")],
-            ),
-        ),
-        (
-            {"chosen": TRANSCRIPT + " yes", "rejected": TRANSCRIPT + " yet"},
-            (spell(TRANSCRIPT), spell(" yes"), spell(" yet")),
-        ),
+        ({"chosen": [U, A, V, A], "rejected": [U, A, user("t"), A]},
+         (Q, [*spell(" a"), EOS, *spell("\nuser: s\nassistant: a")],
+          [*spell(" a"), EOS, *spell("\nuser: t\nassistant: a")])),
+        ({"chosen": TRANSCRIPT + " yes", "rejected": TRANSCRIPT + " yet"},
+         (spell(TRANSCRIPT), spell(" yes"), spell(" yet"))),
     ],
 )
 def test_load_pairs_finds_the_prompt(write, tokenizer, row, expected):
@@ -80,13 +71,8 @@ def test_load_pairs_finds_the_prompt(write, tokenizer, row, expected):
 @pytest.mark.parametrize(
     "row, expected",
     [
-        (
-            {
-                "input_ids_chosen": [5, 6, 1], "attention_mask_chosen": [1, 1, 0],
-                "input_ids_rejected": [1, 7], "attention_mask_rejected": [0, 1],
-            },
-            ([], [5, 6], [7]),
-        ),
+        ({"input_ids_chosen": [5, 6, 1], "attention_mask_chosen": [1, 1, 0],
+          "input_ids_rejected": [1, 7], "attention_mask_rejected": [0, 1]}, ([], [5, 6], [7])),
         ({"input_ids_chosen": [5], "input_ids_rejected": [7, 0]}, ([], [5], [7, 0])),
         ({"chosen_ids": [5], "rejected_ids": [7]}, ([], [5], [7])),
         ({"prompt_ids": [9], "chosen_ids": [5], "rejected_ids": [7]}, ([9], [5], [7])),
@@ -455,10 +441,8 @@ def test_report_prints_one_block():
     report = Report("a.jsonl", "texts (text)", 20_000, 19_990, {"longer than max_length": 10}, 3)
     report.notes.append("margin missing in 2 rows: they count as 0")
     assert str(report).splitlines() == [
-        "a.jsonl",
-        "  detected: texts (text) · 20,000 rows · kept 19,990",
-        "  dropped:  10 (longer than max_length)",
-        "  truncated: 3 to max_length",
+        "a.jsonl", "  detected: texts (text) · 20,000 rows · kept 19,990",
+        "  dropped:  10 (longer than max_length)", "  truncated: 3 to max_length",
         "  note:     margin missing in 2 rows: they count as 0",
     ]
 

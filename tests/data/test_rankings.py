@@ -132,18 +132,12 @@ def test_load_rankings_cuts_responses_that_may_then_be_equal(write, tokenizer):
         (LISTED | {"prompt": " "}, r"prompt is empty"),
         ({"responses": ["a", "b"]}, r"columns of no known format: .*legal: prompt \(a string or"),
         ({"prompt": "p", "completions": ["a", "b"]}, r"completions\[0\] is a string: needs {resp"),
-        (
-            {"prompt": "p", "completions": [{"response": "a"}]},
-            r"completions\[0\] is response: need",
-        ),
-        (
-            {"prompt": "p", "completions": [{"response": c, "score": None} for c in "ab"]},
-            r"completions\[0\] is null: needs a finite number",
-        ),
-        (
-            {"prompt": "p", "best": 0, "completions": [{"response": c, "score": 1} for c in "ab"]},
-            r"has completions and best: keep the one that counts",
-        ),
+        ({"prompt": "p", "completions": [{"response": "a"}]},
+         r"completions\[0\] is response: need"),
+        ({"prompt": "p", "completions": [{"response": c, "score": None} for c in "ab"]},
+         r"completions\[0\] is null: needs a finite number"),
+        ({"prompt": "p", "best": 0, "completions": [{"response": c, "score": 1} for c in "ab"]},
+         r"has completions and best: keep the one that counts"),
         (LISTED | {"scores": [1, 3e38, 0]}, r"scores\[1\] is 3e\+38: needs .* at most 1.7e\+38"),
         (QUERY | {"best": 3}, r"best is 3: needs an integer from 0 to 2"),
         (QUERY | {"best": 0, "sample1": [-1]}, r"sample1\[0\] is -1: a token id is an integer"),
@@ -157,14 +151,10 @@ def test_load_rankings_refuses(write, tokenizer, row, match):
 @pytest.mark.parametrize(
     ("second", "match"),
     [
-        (
-            LISTED,
-            r"a.jsonl:2: has none of ranks, scores, best, choice, unlike the first row: detec",
-        ),
-        (
-            LISTED | {"scores": [1, 2, 3]},
-            r"a.jsonl:2: has scores, unlike the first row: detected: ",
-        ),
+        (LISTED,
+         r"a.jsonl:2: has none of ranks, scores, best, choice, unlike the first row: detec"),
+        (LISTED | {"scores": [1, 2, 3]},
+         r"a.jsonl:2: has scores, unlike the first row: detected: "),
         ({"prompt": "p", "ranks": [1]}, r"a.jsonl:2: responses is missing: needs a list"),
     ],
 )

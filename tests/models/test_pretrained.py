@@ -455,10 +455,8 @@ def test_config_defaults_are_those_of_transformers():
         ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}, 8),
         ({"model_type": "qwen2", "use_sliding_window": True}, 4096),
         ({"model_type": "qwen3", "sliding_window": 8, "layer_types": ["full_attention"] * 2}, None),
-        (
-            {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True,
-             "layer_types": ["full_attention", "sliding_attention"]}, 8,
-        ),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True,
+          "layer_types": ["full_attention", "sliding_attention"]}, 8),
         ({"model_type": "mistral", "sliding_window": None}, None),
         ({"model_type": "mistral", "sliding_window": 8}, 8),
     ],
