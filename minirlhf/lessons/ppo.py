@@ -33,7 +33,7 @@ from minirlhf.equations.advantages import gae, token_rewards
 from minirlhf.equations.kl import kl_k1
 from minirlhf.equations.masking import masked_standardize, masked_sum
 from minirlhf.equations.policy import clipped_surrogate, clipped_value_loss
-from minirlhf.errors import UserError, run
+from minirlhf.errors import BAD_INPUT, UserError, run
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.pretrained import load_pretrained, load_reward_model
 from minirlhf.models.sampling import Sampling
@@ -177,6 +177,7 @@ def main(model: str, data: str, reward: str, out: str, steps: str | None = None)
 
 
 if __name__ == "__main__":
-    if not 5 <= len(sys.argv) <= 6:
-        sys.exit("usage: python ppo.py MODEL DATA REWARD OUT [STEPS]")
+    if len(sys.argv) - 1 not in (4, 5) or not "".join(sys.argv[5:] or "1").isdecimal():
+        print("usage: python ppo.py MODEL DATA REWARD OUT [STEPS]", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     sys.exit(run(lambda: main(*sys.argv[1:])))

@@ -30,7 +30,7 @@ from minirlhf.data.batching import training_batches
 from minirlhf.data.examples import Pair, load_pairs
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.equations.preference import bradley_terry_loss
-from minirlhf.errors import run
+from minirlhf.errors import BAD_INPUT, run
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import load_pretrained
 from minirlhf.run.machine import make_deterministic
@@ -97,6 +97,7 @@ def main(model: str, data: str, out: str, steps: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if not 4 <= len(sys.argv) <= 5:
-        sys.exit("usage: python reward.py MODEL DATA OUT [STEPS]")
+    if len(sys.argv) - 1 not in (3, 4) or not "".join(sys.argv[4:] or "1").isdecimal():
+        print("usage: python reward.py MODEL DATA OUT [STEPS]", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     sys.exit(run(lambda: main(*sys.argv[1:])))

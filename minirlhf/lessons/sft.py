@@ -21,7 +21,7 @@ from minirlhf.batches.demonstrations import collate_texts, count_tokens, target_
 from minirlhf.data.batching import cut_by_tokens, training_batches
 from minirlhf.data.examples import Text, load_texts
 from minirlhf.data.tokenizer import load_tokenizer
-from minirlhf.errors import run
+from minirlhf.errors import BAD_INPUT, run
 from minirlhf.models.pretrained import load_pretrained
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run.machine import make_deterministic
@@ -77,6 +77,7 @@ def main(model: str, data: str, out: str, steps: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if not 4 <= len(sys.argv) <= 5:
-        sys.exit("usage: python sft.py MODEL DATA OUT [STEPS]")
+    if len(sys.argv) - 1 not in (3, 4) or not "".join(sys.argv[4:] or "1").isdecimal():
+        print("usage: python sft.py MODEL DATA OUT [STEPS]", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     sys.exit(run(lambda: main(*sys.argv[1:])))

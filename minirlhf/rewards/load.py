@@ -69,7 +69,7 @@ def load_function(place: str, columns: Mapping[str, set[str]] | None = None) -> 
     sys.modules[module_spec.name] = module  # dataclasses look their module up there
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # exit() would end the run without a word
         what = f"{type(error).__name__}: {printable(error)}"
         where = f"--reward {failed_at(error) or file}"
         raise UserError(where, what, "the file must import cleanly") from error

@@ -193,7 +193,7 @@ def function_reward(
         try:
             with interrupt.outside():
                 items = function(**copy.deepcopy(given))  # what it changes is its own
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # exit() would end the run without a word
             what = f"{name} raised {type(error).__name__}: {printable(error)}"
             do = f"it was given {', '.join(given)}"
             raise UserError(failed_at(error) or name, what, do) from error
@@ -208,7 +208,7 @@ def _check_offered(needed: set[str], offered: Iterable[str], where: str, who: st
         raise UserError(where, what, f"there are {', '.join(offered)}")
 
 
-def failed_at(error: Exception) -> str:
+def failed_at(error: BaseException) -> str:
     """file:line in the user's file, not in a library that it calls; "" if there is none."""
     if isinstance(error, SyntaxError) and Path(str(error.filename)).is_file():
         return f"{Path(error.filename).name}:{error.lineno}"

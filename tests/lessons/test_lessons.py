@@ -148,7 +148,8 @@ def test_a_lesson_says_what_it_takes_and_what_is_wrong(words, clone, tmp_path):
                               text=True)
         return done.returncode, done.stdout, done.stderr
 
-    assert python() == (1, "", "usage: python ppo.py MODEL DATA REWARD OUT [STEPS]\n")
+    usage = BAD_INPUT, "", "usage: python ppo.py MODEL DATA REWARD OUT [STEPS]\n"
+    assert python() == python("m", "d", "r", "o", "ten") == usage
     code, out, error = python("no-such", "d.jsonl", "r.py:f", str(tmp_path / "out"))
     assert code == BAD_INPUT and not out and not (tmp_path / "out").exists()
     assert error.startswith("error: no-such/tokenizer.json: no such file")

@@ -160,6 +160,7 @@ def test_function_that_returns_a_number_beyond_float32_stops_the_run(value, tmp_
          "def f(completions):\n    return [helper(c) for c in completions]",
          "reward.py:3", "reward.py:f raised JSONDecodeError"),
         ("def f(completions, /):\n    return completions", "/reward.py:f", "raised TypeError"),
+        ("def f(completions):\n    raise SystemExit(0)", "reward.py:2", "raised SystemExit: 0"),
         ("import os\nimport no_such_module_here\n", "--reward reward.py:2", "ModuleNotFoundError"),
         ("import os\n\ndef f(:\n", "--reward reward.py:3", "SyntaxError"),
         ("g = 3\ndef first(completions): ...\ndef second(completions): ...\n", "/reward.py",
