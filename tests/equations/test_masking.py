@@ -109,14 +109,14 @@ def test_whitening_gradient_is_zero_in_masked_cells(whiten, kept_mean):
 
 @pytest.mark.parametrize("function", REDUCTIONS + WHITENINGS)
 def test_masking_refuses_other_shapes_and_dtypes(function):
-    with pytest.raises(ValueError, match=r"mask is \(2,\), x is \(2, 3\): expand per-sequence mas"):
-        function(torch.zeros(2, 3), torch.ones(2, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"mask is \(2, 1\), x is \(2, 3\): expand .*\.expand\(-1"):
-        function(torch.zeros(2, 3), torch.ones(2, 1, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"mask is \(3, 1\), x is \(1, 3\): give mask the shape"):
-        function(torch.zeros(1, 3), torch.ones(3, 1, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"mask is \(3,\), x is \(\): give mask the shape"):
-        function(torch.zeros(()), torch.ones(3, dtype=torch.bool))
+    for x, mask, message in (
+        ((2, 3), (2,), r"mask is \(2,\), x is \(2, 3\): expand per-sequence mask with"),
+        ((2, 3), (2, 1), r"mask is \(2, 1\), x is \(2, 3\): expand .*\.expand\(-1"),
+        ((1, 3), (3, 1), r"mask is \(3, 1\), x is \(1, 3\): give mask the shape"),
+        ((), (3,), r"mask is \(3,\), x is \(\): give mask the shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(torch.zeros(x), torch.ones(mask, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"mask is torch.float32: bool is needed.*mask\.bool\(\)"):
         function(torch.zeros(2), torch.ones(2))
 

@@ -93,9 +93,9 @@ def test_describe_correlates_each_text_once():
     lengths, scores = [3, 2, 2, 4, 2], [2, 8, 6, 7, 6]
     mean = (13 / 5, 29 / 5)
     products = [(a - mean[0]) * (b - mean[1]) for a, b in zip(lengths, scores, strict=True)]
-    spread = [sum((v - m) ** 2 for v in values) for values, m in zip((lengths, scores), mean)]  # noqa: B905
-    expected = sum(products) / math.sqrt(spread[0] * spread[1])
-    assert card["length_score_pearson"] == close(expected)
+    spread = [sum((v - m) ** 2 for v in values)
+              for values, m in ((lengths, mean[0]), (scores, mean[1]))]
+    assert card["length_score_pearson"] == close(sum(products) / math.sqrt(math.prod(spread)))
     assert (card["pairs"], card["texts"], card["top1"]) == (3, 5, 0.5)
 
 
