@@ -50,10 +50,9 @@ def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
     _one_a_row("scores", scores, response_mask)
     empty = (~response_mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(
-            f"row {empty[0]} of response_mask has no True token ({len(empty)} such rows): "
-            f"a score needs a token to land on; a response has at least its EOS"
-        )
+        got = f"row {empty[0]} of response_mask has no True token ({len(empty)} such rows)"
+        do = "a score needs a token to land on; a response has at least its EOS"
+        raise ValueError(f"{got}: {do}")
     columns = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = torch.where(response_mask, columns, -1).amax(dim=1)  # (B,)
     penalty = torch.where(response_mask, -kl_coef * upcast(kl).detach(), 0)
@@ -142,10 +141,8 @@ def group_advantages(scores: Tensor, group_size: int, divide_by_std: bool = True
     rows, rest = len(scores), len(scores) % group_size
     if rest:
         legal = [n for n in (rows - rest, rows - rest + group_size) if n > 0]
-        raise ValueError(
-            f"scores has {rows} rows, not a multiple of group_size {group_size}: "
-            f"use {' or '.join(map(str, legal))}"
-        )
+        got = f"scores has {rows} rows, not a multiple of group_size {group_size}"
+        raise ValueError(f"{got}: use {' or '.join(map(str, legal))}")
     grouped = upcast(scores).detach().view(-1, group_size)
     shifted = grouped - grouped[:, :1]  # so that equal scores are exact zeros
     advantages = shifted - shifted.mean(dim=1, keepdim=True)
@@ -156,7 +153,5 @@ def group_advantages(scores: Tensor, group_size: int, divide_by_std: bool = True
 
 def _one_a_row(name: str, x: Tensor, mask: Tensor) -> None:
     if x.shape != mask.shape[:1]:
-        raise ValueError(
-            f"{name} is {tuple(x.shape)}, response_mask is {tuple(mask.shape)}: "
-            f"one number a row is needed, ({len(mask)},)"
-        )
+        got = f"{name} is {tuple(x.shape)}, response_mask is {tuple(mask.shape)}"
+        raise ValueError(f"{got}: one number a row is needed, ({len(mask)},)")

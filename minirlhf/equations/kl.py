@@ -118,10 +118,9 @@ class AdaptiveKL:
         if not math.isfinite(kl):
             raise ValueError(f"kl is {kl}: a finite number is needed; check the log-probs")
         if not 1 <= n < self.horizon / self._MAX_ERROR:
-            raise ValueError(
-                f"n is {n}, horizon is {self.horizon}: n must be at least 1 and below 5 · horizon; "
-                f"a horizon well above n moves the coefficient slowly"
-            )
+            legal = "n must be at least 1 and below 5 · horizon"
+            do = "a horizon well above n moves the coefficient slowly"
+            raise ValueError(f"n is {n}, horizon is {self.horizon}: {legal}; {do}")
         error = min(max(kl / self.target - 1, -self._MAX_ERROR), self._MAX_ERROR)
         self.coef *= 1 + error * n / self.horizon
 

@@ -98,10 +98,8 @@ def check_same_shape(**tensors: Tensor) -> None:
     (first, reference), *others = tensors.items()
     for name, x in others:
         if x.shape != reference.shape:
-            raise ValueError(
-                f"{name} is {tuple(x.shape)}, {first} is {tuple(reference.shape)}: "
-                f"{_how_to_reshape(name, x, reference)}"
-            )
+            got = f"{name} is {tuple(x.shape)}, {first} is {tuple(reference.shape)}"
+            raise ValueError(f"{got}: {_how_to_reshape(name, x, reference)}")
 
 
 def _how_to_reshape(name: str, x: Tensor, reference: Tensor) -> str:
@@ -131,9 +129,8 @@ def check_matrix(**tensors: Tensor) -> None:
 def check_mask(**masks: Tensor) -> None:
     for name, mask in masks.items():
         if mask.dtype != torch.bool:
-            raise ValueError(
-                f"{name} is {mask.dtype}: bool is needed, True = counts; use {name}.bool()"
-            )
+            do = f"bool is needed, True = counts; use {name}.bool()"
+            raise ValueError(f"{name} is {mask.dtype}: {do}")
 
 
 def upcast(x: Tensor) -> Tensor:
