@@ -392,15 +392,12 @@ def test_a_resumed_run_changes_what_is_free_and_no_more_without_leave(
 NOT_OURS = "out/run.json: is not of a sft run: give another --out"
 RUN_JSON = [  # content of run.json in the folder of --out, what is told
     ("", "out/run.json:1: not valid JSON at column 1: Expecting value"),
-    ('{"recipe": "sft", ', "out/run.json:1: not valid JSON at column 1"),
     ("[]", NOT_OURS),
-    ("{}", NOT_OURS),
     ('{"recipe": "ppo", "settings": {}}', NOT_OURS),
     ('{"recipe": "sft"}', "out/run.json: has no settings: give another --out"),
     ('{"recipe": "sft", "settings": {"model": "rm"}}', "out/run.json: model was 'rm', is 'lm': "),
     ('{"recipe": "sft", "settings": {}, "inputs": []}', "out/run.json: has no list of its inputs"),
     ('{"recipe": "sft", "settings": {}, "data_changes": 1}', "out/run.json: has no list of its in"),
-    ('{"recipe": "sft", "settings": 3}', "out/run.json: has no settings: give another --out"),
 ]
 
 

@@ -104,6 +104,7 @@ def test_ppo_step_takes_its_kl_coef_from_the_argument_before_the_config():
 
 def test_ppo_step_makes_epochs_times_mini_batches_steps_and_clears_the_gradient():
     policy, taken = moved_table(), []
+    policy.values.grad = torch.ones(2, 2, dtype=f64)  # which others left
 
     class Counting(torch.optim.SGD):
         def step(self):

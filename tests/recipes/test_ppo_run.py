@@ -295,30 +295,6 @@ def test_main_goes_on_with_other_settings_where_that_is_allowed(world, tmp_path,
     assert [line["lr"] for line in lines] == [1e-3, 1e-3, 1e-4, 1e-4]
 
 
-@pytest.mark.parametrize(
-    ("beside", "change"),
-    [
-        ({"kl_target": 5}, {"kl_coef": 0.7}),  # the run's own has moved since
-        ({"eval_data": "held_out"}, {"temperature": 0.5}),  # later answers are compared
-        ({"eval_data": "held_out"}, {"columns": "prompt=prompt"}),  # nor may other prompts be read
-        ({}, {"eval_data": "held_out"}),
-        ({"eval_data": "held_out"}, {"max_prompt_length": 40}),
-    ],
-    ids=["kl_coef", "temperature", "columns", "eval_data", "max_prompt_length"],
-)
-def test_main_never_changes_what_a_run_remembers(beside, change, world, tmp_path, capsys):
-    held_out = shutil.copy(world / "prompts.jsonl", tmp_path / "held_out.jsonl")
-    start, other = (
-        {name: held_out if name == "eval_data" else value for name, value in given.items()}
-        for given in ({"steps": 2, **beside}, {"steps": 2, **beside, **change})
-    )
-    assert main(command(world, tmp_path / "run", **start)) == OK
-    again = command(world, tmp_path / "run", "--resume", "--allow-setting-change", **other)
-    assert main(again) == BAD_INPUT
-    told = capsys.readouterr().err
-    assert f"{next(iter(change))} was" in told and "--allow-setting-change" not in told
-
-
 def test_main_exports_a_lora_run_merged(world, tmp_path):
     out = tmp_path / "run"
     assert main(command(world, out, steps=2, lora_rank=2, log_every=1)) == OK
