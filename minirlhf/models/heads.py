@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from minirlhf.errors import UserError, printable
 from minirlhf.models.alignment import response_states
+from minirlhf.models.families import LARGEST
 from minirlhf.models.logprobs import widened
 from minirlhf.models.transformer import CausalLM, Decoder
 
 REWARD_KEYS = ("reward_heads", "reward_lcb_coef", "reward_mean", "reward_std")  # ours
-LARGEST = 1e30  # of a number
 
 
 class ValueHeadModel(nn.Module):
