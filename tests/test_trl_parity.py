@@ -214,7 +214,7 @@ def test_ratios_are_trls():
 def test_statistics_of_the_rollout_are_trls():
     stats, _, buffer = stepped()
     theirs = PPO["stats"]
-    kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
+    kl = kl_k1(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs"))
     assert float(kl.sum()) / 3 == pytest.approx(theirs["objective/kl"], **NEAR)
     entropy = -float(buffer.row_sums("old_logprobs").mean())
     assert entropy == pytest.approx(theirs["objective/entropy"], **NEAR)

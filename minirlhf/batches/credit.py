@@ -48,9 +48,9 @@ def assign_credit(buffer: RolloutBuffer, config: CreditSettings, kl_coef: float)
         out = gae(micro.rewards, micro.old_values, mask, config.gamma, config.lam, end)
         return micro._replace(advantages=out.advantages, returns=out.returns)
 
-    buffer.update(reward_tokens)
+    buffer.map(reward_tokens)
     if config.whiten_rewards:
-        buffer.rescale("rewards", masked_rescale)
-    buffer.update(credit)
+        buffer.over_all("rewards", masked_rescale)
+    buffer.map(credit)
     if config.whiten_advantages:
-        buffer.rescale("advantages", masked_standardize)
+        buffer.over_all("advantages", masked_standardize)

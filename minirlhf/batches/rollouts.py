@@ -110,27 +110,27 @@ class RolloutBuffer:
         parts = cut_by_tokens(rollout.lengths, self.micro_batch_size, self.micro_batch_tokens)
         self.micro_batches += [rollout.select(part) for part in parts]
 
-    def update(self, function: Callable[[Rollout], Rollout]) -> None:
+    def map(self, function: Callable[[Rollout], Rollout]) -> None:
         """Replaces each micro-batch by the function's result, as to fill its fields."""
         self.micro_batches = [function(micro) for micro in self.micro_batches]
 
-    def tokens(self, name: str) -> Tensor:
+    def flat(self, name: str) -> Tensor:
         """(N,) the field's values at all response tokens of the buffer, in its order."""
         return torch.cat([getattr(m, name)[m.response_mask] for m in self.micro_batches])
 
-    def set_tokens(self, name: str, values: Tensor) -> None:
-        """The inverse of `tokens`; cells outside the mask become 0."""
+    def set_flat(self, name: str, values: Tensor) -> None:
+        """The inverse of `flat`; cells outside the mask become 0."""
         sizes = [int(m.response_mask.sum()) for m in self.micro_batches]
         parts = iter(values.split(sizes))
-        self.update(
+        self.map(
             lambda micro: micro._replace(**{name: unpack(next(parts), micro.response_mask)})
         )
 
-    def rescale(self, name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def over_all(self, name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Replaces a field by function(its values (N,), an all-True mask (N,)), over all rows: a
         mean or spread of the whole rollout, which no split into mini-batches can change."""
-        flat = self.tokens(name)
-        self.set_tokens(name, function(flat, torch.ones_like(flat, dtype=torch.bool)))
+        values = self.flat(name)
+        self.set_flat(name, function(values, torch.ones_like(values, dtype=torch.bool)))
 
     def row_sums(self, name: str) -> Tensor:
         """(B,) sums over each row's response tokens of a (B, R) field, in the buffer's order."""
@@ -260,7 +260,7 @@ def measure(
         return micro if keep_ref_states else micro._replace(ref_states=None)
 
     with nullcontext() if ref is None else in_memory(ref):
-        buffer.update(fill)
+        buffer.map(fill)
 
 
 def penalised_kl(micro: Rollout, estimator: str | None) -> Tensor:

@@ -76,7 +76,7 @@ def evaluate_policy(
         buffer = RolloutBuffer(micro_batch_size, micro_batch_tokens)
         buffer.add(rollout)
         measure(buffer)
-        log_ratios = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
+        log_ratios = kl_k1(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs"))
         kl += float(log_ratios.double().sum())
     check_finite("evaluation", {"objective/kl": kl})
     metrics = answer_metrics(parts, scores, kl, baseline)

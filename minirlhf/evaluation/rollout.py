@@ -24,9 +24,9 @@ def rollout_statistics(buffer: RolloutBuffer) -> dict[str, float]:
         buffer: sampled and measured, with its returns.
     """
     rows = len(buffer)
-    old, ref = buffer.tokens("old_logprobs").double(), buffer.tokens("ref_logprobs").double()
-    sampled = buffer.tokens("sampled_logprobs").double()
-    values, returns = buffer.tokens("old_values").double(), buffer.tokens("returns").double()
+    old, ref = buffer.flat("old_logprobs").double(), buffer.flat("ref_logprobs").double()
+    sampled = buffer.flat("sampled_logprobs").double()
+    values, returns = buffer.flat("old_values").double(), buffer.flat("returns").double()
     row_kl = buffer.row_sums("old_logprobs").double() - buffer.row_sums("ref_logprobs").double()
     prompts = torch.cat([micro.prompt_lengths for micro in buffer.micro_batches]).double()
     responses = torch.cat([micro.response_mask.sum(1) for micro in buffer.micro_batches]).double()
@@ -105,7 +105,7 @@ def summarise(
     if bootstraps:
         scaled = torch.where(torch.cat([micro.truncated for micro in micros]).cpu(), 0, scaled)
     learned = scaled + by_token[torch.cat([micro.rows for micro in micros]).cpu()]
-    responses, tokens = completions.response_ids, len(buffer.tokens("rewards"))
+    responses, tokens = completions.response_ids, len(buffer.flat("rewards"))
     unknown = sum(i >= tokenizer.vocab_size for ids in responses for i in ids)
     return given.metrics() | {
         **rollout_statistics(buffer),

@@ -113,7 +113,7 @@ def summarise_updates(
     mean.pop("k3")
     ptx_loss = sum(seen.ptx_loss for seen in updates) / len(updates)
     mean["loss"] += ptx_coef * ptx_loss
-    returns, old_values = rollout.tokens("returns"), rollout.tokens("old_values")
+    returns, old_values = rollout.flat("returns"), rollout.flat("old_values")
     spread = float(returns.var(correction=0))
     unexplained = float((returns - old_values).var(correction=0))
     kl = sum(

@@ -97,8 +97,8 @@ def ppo(
         measure(policy, ref, buffer, TEMPERATURE)
 
         # Credit.
-        buffer.update(assign_credit)
-        buffer.rescale("advantages", masked_standardize)  # mean 0, std 1 over the whole rollout
+        buffer.map(assign_credit)
+        buffer.over_all("advantages", masked_standardize)  # mean 0, std 1 over the whole rollout
 
         # Update. Each token weighs the same, so a long response weighs more than a short one.
         for epoch in range(EPOCHS):
@@ -110,7 +110,7 @@ def ppo(
                 loss.backward()
             clip_gradients(policy, MAX_GRAD_NORM, f"step {iteration + 1}")
             optimizer.step()
-        kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs")).sum() / BATCH_SIZE
+        kl = kl_k1(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs")).sum() / BATCH_SIZE
         mean = scores.sums.mean()  # like the KL, of the policy before this update
         print(f"step {iteration + 1}  scores {mean:.4f}  kl {kl:.4f} nats per response")
 

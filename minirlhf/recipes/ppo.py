@@ -176,7 +176,7 @@ def measure_rollout(
     full = config.kl_estimator == "full"
     measure(policy, ref, buffer, config.temperature, full_kl=full and config.kl_in == "reward",
             keep_ref_states=full and config.kl_in == "loss")
-    kl = kl_k1(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))  # (N,)
+    kl = kl_k1(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs"))  # (N,)
     if iteration == 0 and config.ref is None:
         invariants.check_start(kl)
     return buffer, float(kl.sum()) / config.batch_size

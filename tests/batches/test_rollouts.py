@@ -93,9 +93,9 @@ def test_lengths_span_tokens_that_the_policy_did_not_choose():
 
 def test_tokens_lists_the_cells_under_the_mask_and_set_tokens_is_its_inverse():
     buffer = buffer_of(by_hand())
-    assert buffer.tokens("old_values").tolist() == [7, 1, 2, 3, 4, 5, 6]
-    buffer.set_tokens("returns", torch.arange(7.0))
-    assert buffer.tokens("returns").tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert buffer.flat("old_values").tolist() == [7, 1, 2, 3, 4, 5, 6]
+    buffer.set_flat("returns", torch.arange(7.0))
+    assert buffer.flat("returns").tolist() == [0, 1, 2, 3, 4, 5, 6]
     cells = [[[0.0], [1.0]], [[2.0, 3.0, 4.0]], [[5.0, 6.0]]]
     assert [m.returns.tolist() for m in buffer.micro_batches] == cells
 

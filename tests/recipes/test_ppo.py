@@ -121,7 +121,7 @@ def test_ppo_step_makes_epochs_times_mini_batches_steps_and_clears_the_gradient(
 
 def test_ppo_step_explains_no_variance_where_there_is_none():
     buffer, zero = hand_buffer(), torch.zeros(2, 2)
-    buffer.update(
+    buffer.map(
         lambda m: m._replace(scores=zero[0], ref_logprobs=m.old_logprobs, old_values=zero)
     )
     stats = hand_step(hand_config(), buffer=buffer).stats
@@ -131,7 +131,7 @@ def test_ppo_step_explains_no_variance_where_there_is_none():
 def test_ppo_step_refuses_a_loss_that_is_not_finite_before_it_is_applied():
     policy, buffer = moved_table(), hand_buffer()
     before = parameters(policy)
-    buffer.update(lambda m: m._replace(scores=torch.tensor([nan, 1.0])))
+    buffer.map(lambda m: m._replace(scores=torch.tensor([nan, 1.0])))
     with pytest.raises(UserError, match=r"step 6 \(rollout rows 1, 0\): loss: is nan") as caught:
         hand_step(hand_config(), policy, buffer, iteration=5)
     assert caught.value.code == NON_FINITE
@@ -156,7 +156,7 @@ def test_measure_reads_the_value_behind_the_last_token():
 def test_first_ratio_is_exactly_one_and_equal_models_have_no_kl(dtype, rows, tokens):
     policy = tiny_policy(dtype)
     buffer = measured(policy, rows, tokens)
-    assert torch.equal(buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs"))
+    assert torch.equal(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs"))
     _, stats = plain_step(buffer, policy)
     assert stats.first_ratio_gap == 0
     assert (stats.ratio, stats.ratio_var, stats.approxkl, stats.clipfrac) == (1, 0, 0, 0)
@@ -211,7 +211,7 @@ def test_advantages_are_the_same_for_any_split(rows, minis):
     plain_step(split, policy, mini_batches=minis)
     for one, other in zip(by_row(whole, "advantages"), by_row(split, "advantages"), strict=True):
         assert_close(one, other, atol=1e-6)
-    flat = split.tokens("advantages").double()
+    flat = split.flat("advantages").double()
     assert float(flat.mean()) == pytest.approx(0, abs=1e-6)
     assert float(flat.std(correction=0)) == pytest.approx(1, abs=1e-6)
 
@@ -225,9 +225,9 @@ def test_padding_ids_change_no_bit(pad):
         (micro,) = buffer.micro_batches
         outside = torch.arange(micro.tokens.shape[1]) >= micro.lengths[:, None]
         assert outside.any()
-        buffer.update(lambda m, o=outside, i=id: m._replace(tokens=m.tokens.masked_fill(o, i)))
+        buffer.map(lambda m, o=outside, i=id: m._replace(tokens=m.tokens.masked_fill(o, i)))
         measure(policy, tiny_lm(), buffer, 1.0)
-        results.append((*plain_step(buffer, policy), buffer.tokens("ref_logprobs")))
+        results.append((*plain_step(buffer, policy), buffer.flat("ref_logprobs")))
     (moved, stats, ref), (other_moved, other_stats, other_ref) = results
     assert torch.equal(moved, other_moved)
     assert stats == other_stats

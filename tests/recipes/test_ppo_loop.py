@@ -136,10 +136,10 @@ def test_lora_reference_is_the_policy_without_its_adapters():
     now = dict(policy.named_parameters())
     assert all(torch.equal(now[name], before) for name, before in base.items())
     buffer = measured(policy)
-    own = buffer.tokens("ref_logprobs")
+    own = buffer.flat("ref_logprobs")
     measure(policy, None, buffer, 1.0)
-    assert torch.equal(buffer.tokens("ref_logprobs"), own)  # as a copy of the base gives
-    assert not torch.equal(buffer.tokens("old_logprobs"), own)
+    assert torch.equal(buffer.flat("ref_logprobs"), own)  # as a copy of the base gives
+    assert not torch.equal(buffer.flat("old_logprobs"), own)
 
 
 def test_measure_refuses_no_reference_for_a_policy_without_adapters():

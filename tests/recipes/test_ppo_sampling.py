@@ -93,7 +93,7 @@ def test_full_kl_is_that_of_what_could_be_drawn():
     inside = logs >= logs.topk(3, dim=-1).values[:, -1:]
     p, q = (x.masked_fill(~inside, -torch.inf).log_softmax(-1) for x in (logs, ref_logs))
     kl = torch.where(inside, p.exp() * (p - q), 0).sum(-1)
-    assert_close(buffer.tokens("full_kl"), kl.detach(), atol=1e-9)
+    assert_close(buffer.flat("full_kl"), kl.detach(), atol=1e-9)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def test_the_kl_of_a_narrowed_distribution_is_a_kl():
     buffer, p, ids = every_answer(policy, sampling, lambda ids, p: torch.zeros_like(p))
     measure(policy, ref, buffer, 1.0)
     order = torch.cat([micro.rows for micro in buffer.micro_batches])
-    old, reference = buffer.tokens("old_logprobs"), buffer.tokens("ref_logprobs")
+    old, reference = buffer.flat("old_logprobs"), buffer.flat("ref_logprobs")
     assert_close(old.exp(), p[order])
     p_all, q_all = (lm.logits(lm(torch.tensor([[3, 4]]))[:, -1])[0].log_softmax(-1)
                     for lm in (policy.lm, ref))

@@ -73,7 +73,7 @@ def test_rewards_by_hand(settings, rewards, micro_batch_size):
 def test_bootstrap_truncated_by_hand():
     buffer = hand_buffer()
     truncated, ends = torch.tensor([True, False]), torch.tensor([0.6, 9.0], dtype=f64)
-    buffer.update(lambda m: m._replace(truncated=truncated[m.rows], last_values=ends[m.rows]))
+    buffer.map(lambda m: m._replace(truncated=truncated[m.rows], last_values=ends[m.rows]))
     assign_credit(buffer, hand_config(bootstrap_truncated=True), kl_coef=0.1)
     # The truncated row has no score: 0.1 alone at its end, and the value 0.6 of what would follow:
     # A_1 = 0.1 + 0.5 · 0.6 - 0.4 = 0;  A_0 = -0.05 + 0.5 · 0.4 - 0.2 + 0.25 · 0
@@ -283,7 +283,7 @@ def test_full_kl_in_the_reward_is_that_of_the_whole_distribution(temperature):
     logs, ref_logs = full_distributions(policy, ref, buffer, temperature)
     kl = (logs.exp() * (logs - ref_logs)).sum(-1)
     assert kl.min() > 0
-    assert_close(buffer.tokens("full_kl"), kl.detach(), atol=1e-9)
+    assert_close(buffer.flat("full_kl"), kl.detach(), atol=1e-9)
     assert all(micro.ref_states is None for micro in buffer.micro_batches)  # not held for nothing
     assign_credit(buffer, config_of(kl_estimator="full"), kl_coef=0.5)
     for micro in buffer.micro_batches:
