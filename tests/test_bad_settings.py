@@ -131,6 +131,7 @@ LINES = [  # a command line, what is told
     ("score --model rm --data pairs.jsonl --out no/where", "--out: no is no folder"),
     ("sft --model lm --data lm --out out", "lm: a folder: legal: .jsonl .json .csv .tsv"),
     ("sft --model texts.jsonl --data lm --out out", "texts.jsonl: is a file: give the folder that"),
+    ("sft --model rm --data texts.jsonl --out out", "rm: is a reward model, not a language model"),
     ("sft --model lm/config.json --data texts.jsonl --out out", "lm/config.json: is a file: give"),
     ("sft --model nowhere --data texts.jsonl --out out", f"nowhere: {NO_FOLDER}"),
     ("sft --model https://huggingface.co/a/b --data texts.jsonl --out out",
