@@ -357,7 +357,7 @@ def test_trls_losses_by_hand():
     assert 0 < clipped < TOKENS and 0 < value_clipped < TOKENS
 
 
-def laws(phase: float) -> list[Tensor]:
+def distributions(phase: float) -> list[Tensor]:
     """(n, V) log-probs before each response token of each row, without a batch."""
     lm, out = language_model(phase), []
     with torch.no_grad():
@@ -368,10 +368,10 @@ def laws(phase: float) -> list[Tensor]:
 
 
 def test_trls_full_kl_and_entropy_by_hand():
-    for row, (old, ref) in enumerate(zip(laws(OLD), laws(REF), strict=True)):
+    for row, (old, ref) in enumerate(zip(distributions(OLD), distributions(REF), strict=True)):
         kl = (old.exp() * (old - ref)).sum(-1).tolist()
         assert PPO["penalties"]["full"][row] == pytest.approx(kl, **NEAR)
-    entropies = [float(-(law.exp() * law).sum()) for law in laws(NEW)]
+    entropies = [float(-(logs.exp() * logs).sum()) for logs in distributions(NEW)]
     assert PPO["stats"]["policy/entropy"] == pytest.approx(sum(entropies) / TOKENS, **NEAR)
 
 

@@ -103,7 +103,7 @@ def bigram_lm() -> CausalLM:
 def test_evaluate_is_the_mean_over_tokens_by_hand():
     lm = bigram_lm()
     texts = [Text([2, 3, 3], 0, "a", {}), Text([1, 2, 5, 1], 2, "b", {})]
-    # After 2 the law is (1/2 for 3, 1 for the ten others) / 10.5; after any other token
+    # After 2 the distribution is (1/2 for 3, 1 for the ten others) / 10.5; after any other token
     # (2, 1 …) / 12. Targets: 3 after 2, 3 after 3; 5 after 2, 1 after 5. 2 after 1 is a prompt's.
     losses = [math.log(21), math.log(6), math.log(10.5), math.log(12)]
     # rmsnorm's epsilon of 1e-6 scales the channels by 1 - 5e-7
@@ -145,10 +145,10 @@ def test_sft_step_is_the_same_for_any_micro_batch(tokens):
 def test_sft_tells_means_over_tokens_for_any_micro_batch(tokens):
     lm, losses, entropies = tiny_lm(), [], []
     for text in TEXTS:
-        law = lm.logits(lm(torch.tensor([text.ids])))[0].log_softmax(-1).detach()
+        logs = lm.logits(lm(torch.tensor([text.ids])))[0].log_softmax(-1).detach()
         for t in range(max(text.prompt_length, 1), len(text.ids)):
-            losses.append(float(-law[t - 1, text.ids[t]]))
-            entropies.append(float(-(law[t - 1].exp() * law[t - 1]).sum()))
+            losses.append(float(-logs[t - 1, text.ids[t]]))
+            entropies.append(float(-(logs[t - 1].exp() * logs[t - 1]).sum()))
     config = config_of(steps=1, batch_size=5, micro_batch_tokens=tokens)
     metrics = next(sft(adam_state(lm), TEXTS, config)).metrics
     assert metrics["loss"] == pytest.approx(sum(losses) / 14, abs=1e-9)
