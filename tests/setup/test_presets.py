@@ -28,7 +28,7 @@ NUMBERS = {  # from the papers and the tools, not from the files under test
 }
 
 
-@pytest.mark.parametrize("name", NUMBERS.keys() | PRESETS.keys())
+@pytest.mark.parametrize("name", sorted(NUMBERS.keys() | PRESETS.keys()))
 def test_a_preset_reaches_the_config_with_the_numbers_of_its_source(name):
     config = parse(PPOConfig, [*NEEDED, "--preset", name], "minirlhf ppo")
     values, _, problems = read_settings(SETTINGS, PRESETS[name])
