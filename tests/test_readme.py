@@ -35,7 +35,7 @@ def test_links_lead_to_files_and_headings(page):
 def test_data_blocks_are_valid(page):
     for block in pages.blocks(page, "json"):
         for line in [block] if block.lstrip().startswith("{\n") else block.splitlines():
-            json.loads(line)
+            assert json.loads(line), "an example is never empty"
 
 
 @every_page

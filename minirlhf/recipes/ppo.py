@@ -119,7 +119,7 @@ def ppo(
         metrics |= {event: state.counters.get(event, 0) for event in EVENTS}
         watch.lap("time/update")
         tokens = int(rollout.response_mask.sum())
-        clock = watch.clock("time/step", eps=config.batch_size, tok_per_s=tokens)
+        clock = watch.clock("time/step", {"eps": config.batch_size, "tok_per_s": tokens})
         replay = replay_rows(completions, buffer) if config.save_rollouts else []
         del buffer, rollout  # or they would lie beside the next step's
         rows = [{"step": state.step, "kind": "rollout"} | row for row in replay]

@@ -92,7 +92,8 @@ def reward(
         epoch = state.step / ceil(N / config.batch_size)
         metrics |= {"learning_rate": rate, "epoch": epoch}
         metrics |= {name: state.counters.get(name, 0) for name in ("num_tokens", "skipped_updates")}
-        yield Step(state.step, metrics, watch.clock("step_time", tok_per_s=tokens_here), [])
+        clock = watch.clock("step_time", {"tok_per_s": tokens_here})
+        yield Step(state.step, metrics, clock, [])
 
 
 def update_weights(

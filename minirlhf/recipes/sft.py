@@ -68,7 +68,8 @@ def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Ste
         state.count("num_tokens", tokens_here)
         metrics |= {"learning_rate": rate, "epoch": state.step / per_epoch}
         metrics |= {name: state.counters.get(name, 0) for name in ("num_tokens", "skipped_updates")}
-        yield Step(state.step, metrics, watch.clock("step_time", tok_per_s=tokens_here), [])
+        clock = watch.clock("step_time", {"tok_per_s": tokens_here})
+        yield Step(state.step, metrics, clock, [])
 
 
 def update_weights(state: TrainState, batch: list[Text], config: SFTConfig) -> dict[str, float]:

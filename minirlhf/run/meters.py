@@ -74,7 +74,7 @@ class Stopwatch:
         """Names what has passed since the last lap."""
         self.laps[name] = time.perf_counter() - self.started - sum(self.laps.values())
 
-    def clock(self, total: str, **counts: int) -> dict[str, float]:
+    def clock(self, total: str, counts: dict[str, int]) -> dict[str, float]:
         """The laps, their sum (of a watch without laps what has passed) under the name `total`, and
         each count by the second."""
         seconds = sum(self.laps.values()) or time.perf_counter() - self.started

@@ -47,10 +47,11 @@ def test_stopwatch_laps_add_up_to_its_total(monkeypatch):
     watch = Stopwatch()
     watch.lap("sample")
     watch.lap("learn")
-    assert watch.clock("step", rows=7) == {"sample": 1.0, "learn": 2.5, "step": 3.5, "rows": 2.0}
+    clock = watch.clock("step", {"rows": 7})
+    assert clock == {"sample": 1.0, "learn": 2.5, "step": 3.5, "rows": 2.0}
 
 
 def test_stopwatch_without_laps_tells_what_has_passed(monkeypatch):
     now = iter([10.0, 12.0])
     monkeypatch.setattr("minirlhf.run.meters.time.perf_counter", lambda: next(now))
-    assert Stopwatch().clock("step", tokens=8) == {"step": 2.0, "tokens": 4.0}
+    assert Stopwatch().clock("step", {"tokens": 8}) == {"step": 2.0, "tokens": 4.0}

@@ -165,7 +165,7 @@ A, B = (  # sha256 of "1" and of "2"
 )
 
 
-def refused(match: str, *arguments, **changes) -> None:
+def check_refused(match: str, *arguments, **changes) -> None:
     with pytest.raises(UserError, match=match), start(*arguments, **changes):
         pass
 
@@ -180,7 +180,7 @@ def test_resume_goes_on_with_changed_data_where_that_is_allowed_and_says_so(tmp_
     for path in (data, held_out):
         path.write_text("2", encoding="utf-8")
         told = f"{path.name}: has changed since the run began: give another --out, or --allow-data-"
-        refused(told, out, True, inputs)
+        check_refused(told, out, True, inputs)
         before = (out / "run.json").read_bytes()
         with start(out, True, inputs, allow_data_change=True):
             pass
@@ -196,7 +196,7 @@ def test_resume_goes_on_with_changed_data_where_that_is_allowed_and_says_so(tmp_
     changes = [{"file": str(path), "was": A, "is": B} for path in (data, held_out)]
     assert facts["data_changes"] == changes
     data.write_text("1", encoding="utf-8")
-    refused("has changed", out, True, inputs)
+    check_refused("has changed", out, True, inputs)
 
 
 def test_allow_data_change_is_no_leave_to_change_anything_else(tmp_path):
@@ -207,7 +207,7 @@ def test_allow_data_change_is_no_leave_to_change_anything_else(tmp_path):
     source.write_text("2", encoding="utf-8")
     leave = {"allow_data_change": True, "allow_setting_change": True}
     told = r"reward\.py: has changed since the run.*--out$"
-    refused(told, out, True, {"model": [source]}, **leave)
+    check_refused(told, out, True, {"model": [source]}, **leave)
 
 
 def test_provenance_names_data_by_what_it_was_and_is(tmp_path):
@@ -238,10 +238,10 @@ def test_allow_setting_change_is_leave_to_mend_a_reward_source(folder, tmp_path)
     file.write_text("2", encoding="utf-8")
     again = True, {"reward": [source]}
     told = "has changed since the run began: give another --out, or --allow-setting-change"
-    refused(told, out / "Toy", *again, **named)
+    check_refused(told, out / "Toy", *again, **named)
     allowed = named | {"allow_setting_change": True}
     told = r"has changed since the run began: give another --out$"
-    refused(told, out / "Remembering", *again, config=Remembering, **allowed)
+    check_refused(told, out / "Remembering", *again, config=Remembering, **allowed)
     with start(out / "Toy", *again, **allowed):
         pass
     other = tmp_path / "other.py"
@@ -259,7 +259,8 @@ def test_held_out_data_that_a_state_remembers_may_not_change(tmp_path):
     with start(out, inputs=inputs, **allowed):
         pass
     data.write_text("2", encoding="utf-8")
-    refused(r"has changed since the run began: give another --out$", out, True, inputs, **allowed)
+    told = r"has changed since the run began: give another --out$"
+    check_refused(told, out, True, inputs, **allowed)
 
 
 def test_resume_takes_inputs_that_an_older_version_kept_no_sum_of(tmp_path):
@@ -272,7 +273,7 @@ def test_resume_takes_inputs_that_an_older_version_kept_no_sum_of(tmp_path):
     with start(out, True, inputs) as run:
         assert len(run.record.inputs) == 2
     tokenizer.write_text("[]", encoding="utf-8")
-    refused(r"tokenizer\.json: has changed since the run began", out, True, inputs)
+    check_refused(r"tokenizer\.json: has changed since the run began", out, True, inputs)
 
 
 def test_resume_refuses_a_frozen_model_that_changed(tmp_path):
@@ -288,9 +289,9 @@ def test_resume_refuses_a_frozen_model_that_changed(tmp_path):
         pass
     told = r"model\.safetensors: has changed since the run began"
     (model / "model.safetensors").write_bytes(b"Weights")
-    refused(told, out, True, {"model": [model]})
+    check_refused(told, out, True, {"model": [model]})
     (model / "model.safetensors").unlink()
-    refused(told, out, True, {"model": [model]})
+    check_refused(told, out, True, {"model": [model]})
 
 
 def test_a_run_is_not_written_into_a_folder_that_it_reads(tmp_path):
