@@ -6,8 +6,8 @@ from minirlhf.equations.policy import Surrogate
 from minirlhf.errors import BUG, UserError
 from minirlhf.rewards.source import Scores
 
-# Both are exactly 0 on a CPU without --compile. A GPU's kernels, and graphs with and without a
-# gradient, may differ in the last bit.
+# What is checked is exactly 0 on a CPU without --compile. A GPU's kernels, and compiled graphs with
+# and without a gradient, may differ in the last bit: that much is let pass.
 RATIO_TOLERANCE = 1e-4
 KL_TOLERANCE = 1e-4  # nats a token
 

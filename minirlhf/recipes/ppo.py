@@ -84,9 +84,9 @@ def ppo(
         tokenizer: of the policy; decodes what reward sources see.
         config: only its training settings are read.
         mix: texts whose loss is added to each update; config.ptx_data is not read here.
-        policy_loss: (logprobs, old_logprobs, advantages), (b, R) each, of a micro-batch, 0 or
-            whatever outside its response mask -> Surrogate; None: the clipped surrogate with
-            config's clips, which a loss of your own does not read.
+        policy_loss: (logprobs, old_logprobs, advantages), (b, R) each, of one micro-batch ->
+            Surrogate, of which only the cells under the response mask count; None: the clipped
+            surrogate with config's clips.
         end_rule: (scores, truncated, lengths), (B,) each -> scores (B,) of responses that may be
             truncated; None: config.missing_eos.
     Raises:

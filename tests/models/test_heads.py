@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from minirlhf.errors import UserError
-from minirlhf.models.alignment import response_states
+from minirlhf.models.alignment import response_states, response_tokens
 from minirlhf.models.heads import (
     RewardModel,
     ValueHeadModel,
@@ -25,6 +25,12 @@ def test_response_states_by_hand():
     assert response_states(values, torch.tensor([1, 4]), 3).tolist() == [[0, 1, 2], [13, 14, 14]]
     hidden = torch.stack((values, -values), dim=-1)
     assert response_states(hidden, torch.tensor([2, 3]), 2)[1].tolist() == [[12, -12], [13, -13]]
+
+
+def test_response_tokens_by_hand():
+    # Row 0: prompt of 2, so its response begins at index 2; behind a row's end its last id again.
+    ids = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
+    assert response_tokens(ids, torch.tensor([2, 3]), 2).tolist() == [[12, 13], [23, 23]]
 
 
 def test_response_states_gradient_by_hand():
