@@ -9,7 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 from minirlhf.data.chat_template import TemplateOverrun
-from minirlhf.data.formats import Part, was_sampled
+from minirlhf.data.formats import was_sampled
+from minirlhf.data.parts import Part
 from minirlhf.data.tokenizer import Dialogue, Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.rows import Row

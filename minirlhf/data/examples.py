@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from minirlhf.data.encoding import Parts, encode, fit
-from minirlhf.data.formats import (
-    Format,
-    Messages,
-    Part,
-    pair_format,
-    pair_labels,
-    prompt_format,
-    text_format,
-)
+from minirlhf.data.formats import Format, pair_format, pair_labels, prompt_format, text_format
+from minirlhf.data.parts import Messages, Part
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.rows import Row, read_rows

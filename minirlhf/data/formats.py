@@ -1,26 +1,31 @@
-"""Which kind of data a file holds, told by the columns of its first row, and the parts of a row.
+"""Which kind of data a file holds, told by the columns of its first row.
 
-A row's parts are (prompt or None, response, ...): strings, lists of messages or lists of token ids.
-Nothing here knows a tokenizer. README.md shows a row of each kind.
+A row's parts are (prompt or None, response, ...), each as parts.py reads it. README.md shows a row
+of each kind.
 """
 
-import json
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from minirlhf.data.parts import (
+    LARGEST,
+    REMOVE,
+    Messages,
+    Part,
+    ids_part,
+    messages_part,
+    optional_number,
+    part_kind,
+    string_part,
+    wrong_value,
+)
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import json_kind
 from minirlhf.files.rows import Row
 
-Messages = list[dict]
-Part = str | Messages | list[int]
-
 ANSWER = "\n\nAssistant:"  # how Anthropic's HH transcripts (arXiv:2204.05862) begin an answer
-REMOVE = "remove the row or fill it in"
 LOSS_MASKS = ("labels", "completion_mask", "assistant_masks")  # of tokenised texts elsewhere
-LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which margins are trained with
 # (prompt or None, chosen, its mask, rejected, its mask): TRL's collator, TRL 1.x, LLaMA-Factory
 ID_PAIRS = (
     ("prompt_ids", "input_ids_chosen", "attention_mask_chosen",
@@ -61,93 +66,6 @@ class Format(NamedTuple):
 # -------------------------------------------------------------------------------- columns of a row
 
 
-def wrong_column(row: Row, key: str, legal: str) -> UserError:
-    """The error for a column that is missing or of another type."""
-    got = f"is {json_kind(row.columns[key])}" if key in row.columns else "is missing"
-    keys = ", ".join(printable(name, 40) for name in row.columns) or "none"
-    return UserError(row.where, f"{key} {got}", f"{legal}; keys present: {keys}")
-
-
-def wrong_value(row: Row, key: str, value: object, legal: str) -> UserError:
-    """The error for a value that is of no legal kind or size."""
-    return UserError(row.where, f"{key} is {printable(json.dumps(value), 40)}", legal)
-
-
-def string_part(row: Row, key: str, may_be_empty: bool = False) -> str:
-    """The text of a column."""
-    value = row.columns.get(key)
-    if not isinstance(value, str):
-        raise wrong_column(row, key, "needs a string")
-    if not (value.strip() or may_be_empty):
-        raise UserError(row.where, f"{key} is empty", REMOVE)
-    return value
-
-
-def messages_part(row: Row, key: str, may_be_empty: bool = False) -> Messages:
-    """The messages of a column; the last one must say something, unless it may be empty."""
-    value = row.columns.get(key)
-    if not isinstance(value, list):
-        raise wrong_column(row, key, "needs a list of messages")
-    if not value:
-        raise UserError(row.where, f"{key} is empty", REMOVE)
-    for number, message in enumerate(value):
-        where = f"{key}[{number}]"
-        if not isinstance(message, dict):
-            found = json_kind(message)
-            raise UserError(row.where, f"{where} is {found}", "needs {role: ..., content: ...}")
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                got = json_kind(message[name]) if name in message else "missing"
-                raise UserError(row.where, f"{where}: {name} is {got}", "needs a string")
-    if not (value[-1]["content"].strip() or may_be_empty):
-        raise UserError(row.where, f"{key}: the last message is empty", REMOVE)
-    # Tables write null for what a message lacks; templates ask whether it is there.
-    return [{name: v for name, v in message.items() if v is not None} for message in value]
-
-
-def ids_part(row: Row, key: str, mask: str | None = None, may_be_empty: bool = False) -> list[int]:
-    """The token ids of a column, without those where the mask column, if there is one, has 0."""
-    value = row.columns.get(key)
-    if not isinstance(value, list):
-        raise wrong_column(row, key, "needs a list of token ids")
-    for at, id in enumerate(value):
-        if type(id) is not int or id < 0:
-            raise wrong_value(row, f"{key}[{at}]", id, "a token id is an integer from 0")
-    if mask in row.columns:
-        kept = row.columns[mask]
-        if not isinstance(kept, list):
-            raise wrong_column(row, mask, "needs a list of 0 and 1")
-        if len(kept) != len(value):
-            what = f"{mask} has {len(kept)} numbers, {key} has {len(value)}"
-            raise UserError(row.where, what, "they must be as many")
-        for at, bit in enumerate(kept):
-            if type(bit) not in (int, bool) or bit not in (0, 1):
-                raise wrong_value(row, f"{mask}[{at}]", bit, "needs 0 or 1")
-        value = [id for id, bit in zip(value, kept, strict=True) if bit]
-    if not (value or may_be_empty):
-        raise UserError(row.where, f"{key} is empty", REMOVE)
-    return value
-
-
-def _optional_number(row: Row, key: str, low: float, high: float, legal: str) -> float | None:
-    """A column's number from low to high, None where it has none.
-
-    A table that is all text (CSV) may spell one, and leave its cell empty.
-    """
-    value = row.columns.get(key)
-    if value is None or (value == "" and not row.typed):
-        return None
-    try:
-        if row.typed and type(value) not in (int, float):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not low <= number <= high:
-        raise UserError(row.where, f"{key} is {printable(repr(value), 40)}", legal)
-    return number
-
-
 def pair_labels(row: Row) -> tuple[float | None, float | None]:
     """(a pair's margin in reward units, the probability that chosen is the better answer); None
     where the row has none.
@@ -157,17 +75,8 @@ def pair_labels(row: Row) -> tuple[float | None, float | None]:
     """
     finite = "needs a finite number, or no margin"
     share = "needs a number from 0 to 1, or no chosen_probability"
-    by = _optional_number(row, "margin", -LARGEST, LARGEST, finite)
-    return by, _optional_number(row, "chosen_probability", 0.0, 1.0, share)
-
-
-def part_kind(value: object) -> str:
-    """How a column's value is told apart: "text", "messages" or "other"."""
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        return "messages"
-    return "other"
+    by = optional_number(row, "margin", -LARGEST, LARGEST, finite)
+    return by, optional_number(row, "chosen_probability", 0.0, 1.0, share)
 
 
 def unknown_columns(row: Row, legal: str) -> UserError:

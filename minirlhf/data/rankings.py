@@ -25,16 +25,14 @@ from minirlhf.data.examples import (
     load_pairs,
     split_rows,
 )
-from minirlhf.data.formats import (
+from minirlhf.data.formats import Format, pair_format, unknown_columns
+from minirlhf.data.parts import (
     LARGEST,
-    Format,
     Part,
     ids_part,
     messages_part,
-    pair_format,
     part_kind,
     string_part,
-    unknown_columns,
     wrong_column,
     wrong_value,
 )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import tokenizers
 
 from minirlhf.data.chat_template import ChatTemplate, plain_template
-from minirlhf.data.formats import Messages
+from minirlhf.data.parts import Messages
 from minirlhf.data.vocabulary import EOS, NAMES, PAD, Vocabulary, swap_names, unused_character
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import CODE_KEYS, file_inside

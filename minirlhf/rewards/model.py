@@ -9,7 +9,7 @@ from torch import Tensor
 from minirlhf import interrupt
 from minirlhf.data.batching import cut_by_tokens
 from minirlhf.data.encoding import strip_eos
-from minirlhf.data.formats import Messages
+from minirlhf.data.parts import Messages
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.models.alignment import check_known, pad_right

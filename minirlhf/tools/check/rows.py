@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from minirlhf.batches.preferences import ordered
 from minirlhf.data import examples, rankings
-from minirlhf.data.formats import Part, pair_format, prompt_format, text_format
+from minirlhf.data.formats import pair_format, prompt_format, text_format
+from minirlhf.data.parts import Part
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import json_kind
 from minirlhf.files.rows import Row
