@@ -123,7 +123,7 @@ class ChatTemplate:
         """Texts of several dialogues at once, which takes less time than one by one.
 
         Args:
-            asked: (messages, add_generation_prompt, names of special tokens -> their texts) each.
+            asked: (messages, add_generation_prompt, what else the template sees by name) each.
         Returns:
             For each its text, or the error: the template refuses the messages, fails, leaves the
             sandbox or writes too much. From one that takes too much time or memory on, all are

@@ -28,11 +28,24 @@ class Refused(Exception):
 
 def make_environment():
     """transformers' environment: same filters, globals and tags, so the same text comes out."""
-    from jinja2 import nodes
+    from jinja2 import nodes, utils
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.runtime import Undefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Namespace(utils.Namespace):
+        """No name that Python may ask an object for by itself."""
+
+        def __init__(self, /, *pairs, **values):
+            super().__init__()
+            for name, value in dict(*pairs, **values).items():
+                self[name] = value
+
+        def __setitem__(self, name, value):
+            if str(name).startswith("_"):
+                raise Refused(f"stores {name} in a namespace")
+            super().__setitem__(name, value)
 
     class Generation(Extension):
         """{% generation %} marks what the assistant wrote; it renders as its own body."""
@@ -61,15 +74,30 @@ def make_environment():
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], finalize=plain
     )
     made.filters["tojson"] = tojson
-    made.globals["raise_exception"] = raise_exception
+    made.globals |= {"raise_exception": raise_exception, "namespace": Namespace}
     # `attr` led out of the sandbox of older jinja2; `random` and lorem ipsum have no seed.
     del made.filters["attr"], made.filters["random"], made.globals["lipsum"]
     return made
 
 
-def render(template, messages: list, add_generation_prompt: bool, tokens: dict, at: str | None):
-    """(the text, whether the template wrote the date), `at` being the time since 1970 in seconds;
-    None: now."""
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
+
+
+def with_reasoning(message: dict) -> dict:
+    """The message, its reasoning under the names that templates read, as transformers shows it."""
+    found = [message[name] for name in REASONING if message.get(name) is not None]
+    if not found:
+        return message
+    return {"thinking": found[0]} | message | {"reasoning_content": found[0]}
+
+
+def render(template, messages: list, add_generation_prompt: bool, names: dict, at: str | None):
+    """(the text, whether the template wrote the date).
+
+    Args:
+        names: what else the template sees by name.
+        at: the time, in seconds since 1970; None: now.
+    """
     dated = False
 
     def strftime_now(form):
@@ -78,9 +106,10 @@ def render(template, messages: list, add_generation_prompt: bool, tokens: dict, 
         return datetime.fromtimestamp(time.time() if at is None else int(at)).strftime(form)
 
     pieces, size = [], 0
+    seen = {"tools": None, "documents": None, "strftime_now": strftime_now} | names
     for piece in template.generate(
-        messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-        strftime_now=strftime_now, **tokens,
+        messages=[with_reasoning(message) for message in messages],
+        add_generation_prompt=add_generation_prompt, **seen,
     ):
         pieces.append(piece)
         size += len(piece)

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from minirlhf.data import chat_template
 from minirlhf.data.chat_template import SOURCE_CAP, ChatTemplate, TemplateOverrun
@@ -84,6 +86,75 @@ def test_a_template_renders_as_jinja2_does():
     messages.append({"role": "user", "content": "é\U000f0000\ud800"})
     plain.filters["tojson"] = lambda value, indent: json.dumps(value, indent=indent)
     assert render(EVERYTHING, messages) == plain.from_string(EVERYTHING).render(messages=messages)
+
+
+FAMILIES = dict(
+    text.split("\n", 1)
+    for text in Path(__file__).with_name("families.jinja").read_text("utf-8").split("#### ")[1:]
+)
+SPEC = {"type": "object", "required": ["place"], "properties": {
+    "place": {"type": "string", "enum": ["a", "b"]},
+    "days": {"type": "array", "items": {"type": "integer"}},
+    "x": {"type": ["string", "number"], "default": 3},
+}}
+TOOL = {"type": "function",
+        "function": {"name": "heat", "description": "of <é>", "parameters": SPEC}}
+CALL = {"type": "function", "id": "abcdefghi",
+        "function": {"name": "heat", "arguments": {"place": "Oslo", "n": [1, None]}}}
+
+
+def turns(*said, **more):
+    """Turns of user and assistant in turn; `more` is in each one's message."""
+    roles = ["user", "assistant"] * len(said)
+    return [{"role": role, "content": text} | more
+            for role, text in zip(roles, said, strict=False)]
+
+
+SYSTEM = {"role": "system", "content": " Be brief.\n/no_think "}
+RESULT = {"role": "tool", "content": "20", "tool_call_id": "abcdefghi"}
+DIALOGUES = [
+    turns("Hi\n  there "),
+    [SYSTEM, *turns("a\n\nb", "<think>\nhm\n</think>\n\n yes\n", "<b> é {{ x }}", " no ")],
+    [*turns("a"), *turns("b")],
+    [*turns("a", "b"), SYSTEM],
+    [*turns("a"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT,
+     {"role": "assistant", "content": "It is 20."}],
+    *[turns("a", "b", "c", "d", **{name: " hm\n"}) for name in ("reasoning_content", "thinking")],
+    turns([{"type": "text", "text": "look "}, {"type": "image"}]),
+]
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    transformers = pytest.importorskip("transformers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1}))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_of_templates_is_rendered_as_transformers_does(family, theirs, monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    class Day(datetime):
+        now = staticmethod(lambda: datetime.fromtimestamp(86400000))
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Day)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400000")
+    source, asked, expected = FAMILIES[family], [], []
+    for dialogue in DIALOGUES:
+        for add, tools in ((True, None), (False, None), (True, [TOOL]), (False, [TOOL])):
+            asked.append((dialogue, add, {"bos_token": "<s>", "eos_token": "</s>", "tools": tools}))
+            try:
+                expected.append(theirs.apply_chat_template(
+                    dialogue, tools=tools, chat_template=source, add_generation_prompt=add,
+                    tokenize=False,
+                ))
+            except Exception:  # whatever a template may raise
+                expected.append(UserError)
+    got = ChatTemplate(source, "t").render(asked)
+    assert [UserError if isinstance(text, UserError) else text for text in got] == expected
 
 
 def test_dialogues_are_rendered_in_their_order():
