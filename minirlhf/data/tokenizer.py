@@ -16,6 +16,7 @@ from minirlhf.files.folders import CODE_KEYS, file_inside
 from minirlhf.files.reading import read_json, read_text
 
 FILE_CAP = 256 << 20  # bytes of tokenizer.json; the largest in use have about 35 MB
+FAST = "PreTrainedTokenizerFast"
 BATCH = 32  # dialogues that are rendered at once
 OBJECT_CAP = 4 << 20  # bytes of the small files beside it
 READ = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json",
@@ -198,7 +199,7 @@ class Tokenizer(Vocabulary):
     def files(self, pad_token: str | None = None) -> dict[str, bytes]:
         """File name -> content of the folder that `save` writes."""
         config = {name: v for name, v in self._config.items() if name not in CODE_KEYS}
-        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        _name_for_version_4(config)
         if eos := self._eos_text():
             config.setdefault("eos_token", eos)
         if pad_token is not None:
@@ -226,6 +227,17 @@ class Tokenizer(Vocabulary):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files(pad_token).items():
             (folder / name).write_bytes(content)
+
+
+def _name_for_version_4(config: dict) -> None:
+    """Gives what transformers 5 names anew the names that version 4, too, reads."""
+    if str(config.setdefault("tokenizer_class", FAST)).endswith("Backend"):
+        config["tokenizer_class"] = FAST  # the same class; version 4 knows none of the others
+    if isinstance(config.get("extra_special_tokens"), list):  # an object in version 4
+        if more := config.pop("extra_special_tokens"):
+            config["additional_special_tokens"] = more
+    if named := config.pop("model_specific_special_tokens", None):
+        config["extra_special_tokens"] = named
 
 
 def _marked(messages: Messages, mark: str) -> Messages:
@@ -320,7 +332,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
+        "tokenizer_class": FAST, "eos_token": EOS, "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer.json").write_text(made.to_str(), encoding="utf-8")

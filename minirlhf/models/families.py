@@ -92,9 +92,9 @@ class _Reader:
 
 
 def _rope(read: _Reader, max_positions: int) -> tuple[float, dict | None]:
-    """Theta and scaling, in the older spelling (rope_theta, rope_scaling) or rope_parameters."""
-    newer = read.values.get("rope_parameters") is not None
-    spelling = "rope_parameters" if newer else "rope_scaling"
+    """Theta and scaling, in the older spelling (rope_theta, rope_scaling) or rope_parameters; where
+    both stand there, transformers takes what the older says of scaling, unless it says nothing."""
+    spelling = "rope_scaling" if read.values.get("rope_scaling") else "rope_parameters"
     scaling = read.values.get(spelling)
     scaling = {} if scaling is None else scaling
     if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
@@ -124,8 +124,10 @@ def _rope(read: _Reader, max_positions: int) -> tuple[float, dict | None]:
     if scaling.get("truncate") is False:
         inner.fail("truncate", False, "YaRN without truncate is not implemented")
     before = inner.integer("original_max_position_embeddings", max_positions, 2**31)
-    fixed = {"rope_type": kind, "original_max_position_embeddings": before}
-    return theta, scaling | numbers | fixed  # floats: torch takes no integer of 10^30
+    if kind in ("llama3", "yarn"):  # transformers 4 needs it of the first
+        numbers["original_max_position_embeddings"] = before
+    kept = {key: value for key, value in scaling.items() if key not in ("type", "rope_theta")}
+    return theta, kept | {"rope_type": kind} | numbers  # floats: torch takes no integer of 10^30
 
 
 def _sliding_window(read: _Reader, family: str) -> int | None:
@@ -210,10 +212,17 @@ def _check_heads(read: _Reader, hidden: int, heads: int, kv_heads: int, head_dim
 
 
 def config_to_hf(config: ModelConfig) -> dict:
-    """The config.json of a causal language model: the one it was read from, less `CODE_KEYS`."""
+    """The config.json of a causal language model: the one it was read from, less `CODE_KEYS`.
+
+    Rotary settings stand in it twice: transformers 4 would take rope_parameters for nothing.
+    """
     if config.source.get("model_type") != config.family:
         raise ValueError("a ModelConfig made by hand has no config.json: use config_from_hf")
     kept = {key: value for key, value in config.source.items() if key not in CODE_KEYS}
+    if config.positions == "rotary":
+        theta, scaling = {"rope_theta": config.rope_theta}, config.rope_scaling
+        newer = theta | (scaling or {"rope_type": "default"})
+        kept |= theta | {"rope_scaling": scaling, "rope_parameters": newer}
     return {**kept, "architectures": [FAMILIES[config.family]]}
 
 

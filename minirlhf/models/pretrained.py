@@ -267,7 +267,7 @@ def save_pretrained(
         tensors = to_gpt2(lm.config, tensors)
     config = config_to_hf(lm.config)
     dtype = str(next(lm.parameters()).dtype).removeprefix("torch.")
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    config |= {"dtype": dtype, "torch_dtype": dtype}  # for transformers 5, and for 4
     if isinstance(model, RewardModel):
         base = re.sub(r"(ForCausalLM|LMHeadModel)$", "", config["architectures"][0])
         config["architectures"] = [base + "ForSequenceClassification"]

@@ -383,6 +383,41 @@ def test_save_writes_the_template_that_was_used(plain, chat, tmp_path):
         assert again.eos_ids == tokenizer.eos_ids
 
 
+LISTED = ["<|im_start|>", "<|pad|>"]
+
+
+@pytest.mark.parametrize(
+    ("newer", "older"),  # keys of tokenizer_config.json; None: it is not there
+    [
+        ({"tokenizer_class": "TokenizersBackend"}, {}),
+        ({"tokenizer_class": "PythonBackend"}, {}),
+        ({"tokenizer_class": "remove"}, {}),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, {"tokenizer_class": "Qwen2Tokenizer"}),
+        ({"extra_special_tokens": LISTED},
+         {"additional_special_tokens": LISTED, "extra_special_tokens": None}),
+        ({"extra_special_tokens": [], "additional_special_tokens": LISTED},
+         {"additional_special_tokens": LISTED, "extra_special_tokens": None}),
+        ({"extra_special_tokens": {"image_token": "<|pad|>"}},
+         {"extra_special_tokens": {"image_token": "<|pad|>"}}),
+        ({"extra_special_tokens": LISTED,
+          "model_specific_special_tokens": {"image_token": "<|pad|>"}},
+         {"additional_special_tokens": LISTED, "model_specific_special_tokens": None,
+          "extra_special_tokens": {"image_token": "<|pad|>"}}),
+    ],
+)
+def test_save_writes_names_that_transformers_4_reads_too(newer, older, chat, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    edit(chat / "tokenizer_config.json", bos_token="<|im_start|>", **newer)
+    load_tokenizer(chat).save(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    expected = {"tokenizer_class": "PreTrainedTokenizerFast"} | older
+    assert {name: written.get(name) for name in expected} == expected
+    theirs, back = map(transformers.AutoTokenizer.from_pretrained, (chat, tmp_path / "out"))
+    assert back("<|im_start|>a<|pad|>").input_ids == theirs("<|im_start|>a<|pad|>").input_ids
+    assert back.all_special_tokens == theirs.all_special_tokens
+    assert getattr(back, "image_token", None) == getattr(theirs, "image_token", None)
+
+
 def test_train_tokenizer_learns_merges_and_repeats_itself(tmp_path):
     # "aa" is the only pair that occurs, so the one free place (258) is its merge.
     first = train_tokenizer(["aa aa", "aa"], 259, tmp_path / "1")

@@ -25,6 +25,7 @@ from minirlhf.models.pretrained import (
 )
 from minirlhf.models.stored import has_tensor, tensor_files
 from minirlhf.models.transformer import CausalLM
+from tests import conftest
 from tests.conftest import EACH_FAMILY, PEERS, make_peer
 
 ROW = torch.tensor([[5, 98, 0, 41, 7, 7, 63, 12]])
@@ -48,6 +49,16 @@ def config_in(folder) -> dict:
 
 def write_config(folder, values) -> None:
     (folder / "config.json").write_text(json.dumps(values))
+
+
+def in_both_spellings(values: dict) -> dict:
+    """config.json of transformers 5 with, beside it, what version 4 reads."""
+    older = {"torch_dtype": values["dtype"]}
+    if roped := values.get("rope_parameters"):
+        scaling = without(roped, "rope_theta")
+        plain = scaling == {"rope_type": "default"}
+        older |= {"rope_theta": roped["rope_theta"], "rope_scaling": None if plain else scaling}
+    return values | older
 
 
 def same(one: CausalLM, two: CausalLM) -> bool:
@@ -82,7 +93,7 @@ def test_save_pretrained_gives_transformers_the_same_model(name, peer, tmp_path)
     save_pretrained(lm, tmp_path)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(back(ROW).logits, theirs(ROW).logits)
-    assert config_in(tmp_path) == config_in(folder)
+    assert config_in(tmp_path) == in_both_spellings(config_in(folder))
     stored, original = (load_file(f / "model.safetensors") for f in (tmp_path, folder))
     assert stored.keys() == original.keys()  # a tied lm_head is not stored twice
     again = load_pretrained(tmp_path)
@@ -142,7 +153,8 @@ def test_dtype_is_the_files_unless_asked(dtype, peer, tmp_path):
     lm = load_pretrained(peer("llama")[1], dtype=dtype)
     assert {p.dtype for p in lm.parameters()} == {dtype}
     save_pretrained(lm, tmp_path)
-    assert config_in(tmp_path)["dtype"] == str(dtype).removeprefix("torch.")
+    for key in ("dtype", "torch_dtype"):
+        assert config_in(tmp_path)[key] == str(dtype).removeprefix("torch.")
     kept = load_pretrained(tmp_path)
     assert {p.dtype for p in kept.parameters()} == {dtype} and same(kept, lm)
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == dtype
@@ -428,7 +440,7 @@ def test_the_older_spelling_of_config_json_is_the_same_model(kind, key, peer, co
     assert older.config.rope_theta == newer.config.rope_theta
     assert torch.equal(older.logits(older(ROW)), newer.logits(newer(ROW)))
     save_pretrained(older, folder)
-    assert config_in(folder) == values
+    assert config_in(folder) == in_both_spellings(config_in(peer(kind)[1]))
 
 
 def test_config_defaults_are_those_of_transformers():
@@ -482,17 +494,54 @@ def test_biases_are_those_the_family_has(family, asked, biases):
     assert (config.qkv_bias, config.out_bias, config.mlp_bias) == biases
 
 
-def test_the_newer_spelling_of_rope_wins_over_the_older():
-    old = {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    assert config_from_hf({**LLAMA, **old}).rope_theta == 7.0
-    config = config_from_hf({**LLAMA, **old, "rope_parameters": {"rope_theta": 9.0}})
-    assert (config.rope_theta, config.rope_scaling) == (9.0, None)
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+LINEAR, NEWER = {"rope_type": "linear", "factor": 4.0}, {"rope_type": "default", "rope_theta": 99.0}
+
+
+@pytest.mark.parametrize(
+    ("said", "theta", "scaling"),  # what is read: what transformers reads
+    [
+        ({"rope_theta": 7.0, "rope_scaling": LINEAR, "rope_parameters": NEWER}, 7.0, LINEAR),
+        ({"rope_scaling": LINEAR, "rope_parameters": NEWER}, 10000.0, LINEAR),
+        ({"rope_theta": 7.0, "rope_scaling": LINEAR | {"rope_theta": 50.0}}, 50.0, LINEAR),
+        ({"rope_theta": 7.0, "rope_scaling": None, "rope_parameters": NEWER}, 99.0, None),
+        ({"rope_theta": 7.0, "rope_scaling": {}, "rope_parameters": NEWER | LINEAR}, 99.0, LINEAR),
+        ({"rope_theta": 7.0, "rope_parameters": LINEAR}, 7.0, LINEAR),
+        ({"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 4.0}}, 7.0, LINEAR),
+        ({"rope_theta": 7.0, "rope_scaling": {"type": "dynamic", **LINEAR}}, 7.0, LINEAR),
+    ],
+)
+@torch.no_grad()
+def test_of_two_spellings_of_rope_that_one_counts_which_transformers_reads(
+    said, theta, scaling, copy
+):
+    folder = copy()
+    write_config(folder, without(config_in(folder), "rope_parameters") | said)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.config.rope_parameters["rope_theta"] == theta
+    lm = load_pretrained(folder)
+    assert (lm.config.rope_theta, lm.config.rope_scaling) == (theta, scaling)
+    torch.testing.assert_close(lm.logits(lm(ROW)), theirs(ROW).logits, rtol=0, atol=1e-4)
+    save_pretrained(lm, folder)  # what was read stands there in both spellings
+    written = config_in(folder)
+    assert (written["rope_theta"], written["rope_scaling"]) == (theta, scaling)
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(again(ROW).logits, theirs(ROW).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+def test_what_version_4_needs_of_rope_is_written_out(kind):
+    scaling = without(conftest.ROPE[kind], "original_max_position_embeddings")
+    values = {**LLAMA, "rope_scaling": {"rope_type": kind, **scaling}}
+    written = config_to_hf(config_from_hf(values))["rope_scaling"]
+    assert written == {"rope_type": kind, **scaling, "original_max_position_embeddings": 64}
 
 
 def test_unknown_keys_are_carried_through():
     values = {**LLAMA, "architectures": ["LlamaForCausalLM"], "note": [1]}
     code = {"auto_map": {"AutoModel": "x.Y"}, "_attn_implementation_internal": "owner/kernel"}
-    assert config_to_hf(config_from_hf(values | code)) == values  # save for what names code
+    written = without(config_to_hf(config_from_hf(values | code)), *ROPE_KEYS)
+    assert written == values  # save for what names code
 
 
 ROPED = {"rope_theta": 500.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
