@@ -1,6 +1,7 @@
 """The parts of a row -> ids: each part by itself, so that the boundary between them is exact.
 
-An answer ends with eos, unless it is truncated: then its text does not end there.
+An answer ends with eos, unless it is truncated: then its text does not end there. For a reward
+model an answer in messages ends where the rendered text does, as in other tools.
 """
 
 from collections.abc import Sequence
@@ -21,16 +22,22 @@ Parts = tuple[Part | None, ...]  # (prompt or None, response, ...)
 
 def encode(
     path: str | Path, rows: list[tuple[Row, Parts]], tokenizer: Tokenizer | None, sieve: Sieve,
+    whole: bool = False,
 ) -> tuple[list[tuple[list[int], ...] | None], list[int]]:
     """((prompt ids, response ids, ...) of each row, None where the sieve took it;
-    ids that the tokenizer puts before a text)."""
+    ids that the tokenizer puts before a text).
+
+    Args:
+        whole: as in `Tokenizer.encode_dialogue`.
+    """
     parts = [part for _, part in rows]
     sample = parts[0][-1]
     ready = isinstance(sample, list) and not isinstance(sample[0], dict)
     if tokenizer is None and not ready:
         raise UserError(path, "holds text and there is no tokenizer", "give one, or token ids")
     lead = [] if tokenizer is None else tokenizer.encode("")
-    if not ready and len(parts[0]) > 1 and not tokenizer.eos_ids:
+    adds_eos = not (whole and isinstance(sample, list))  # a template has written what it writes
+    if not ready and adds_eos and len(parts[0]) > 1 and not tokenizer.eos_ids:
         what = "names no eos token, which every text ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
     if ready:
@@ -39,15 +46,19 @@ def encode(
         found = _each_string(parts, lead, tokenizer)
     else:
         found = tokenizer.encode_dialogues([
-            Dialogue(prompt, answers, was_sampled(row)) for row, (prompt, *answers) in rows
-        ])
+            Dialogue(prompt, answers, was_sampled(row), _is_cut(row))
+            for row, (prompt, *answers) in rows
+        ], whole)
     headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
     encoded: list[tuple[list[int], ...] | None] = []
     for (row, _), ids in zip(rows, found, strict=True):
         try:
             if isinstance(ids, UserError):
                 raise type(ids)(row.where, str(ids))
-            ids = _checked(row, ids, tokenizer) if ready else _ended(row, ids, headless, tokenizer)
+            if ready:
+                ids = _checked(row, ids, tokenizer)
+            else:
+                ids = _ended(row, ids, headless, tokenizer.eos_ids if adds_eos else ())
         except TemplateOverrun:  # whatever becomes of bad rows: the next one would take as long
             raise
         except UserError as error:
@@ -84,21 +95,26 @@ def _encode_strings(
 
 
 def _ended(
-    row: Row, ids: tuple[list[int], ...], headless: bool, tokenizer: Tokenizer
+    row: Row, ids: tuple[list[int], ...], headless: bool, eos_ids: Sequence[int]
 ) -> tuple[list[int], ...]:
     """Ids of a row, its answers with eos at the end; a template's own end of turn is one.
 
     Args:
         headless: whether there may be nothing before the answers.
+        eos_ids: the first is added to an answer that ends with none of them; (): nothing is.
     """
     prompt, *answers = ids
     if not (was_sampled(row) or all(answers)) or not (prompt or headless):
         why = "" if answers else "the tokenizer puts no beginning-of-text there: "
         raise UserError(row.where, "a text without any token", f"{why}remove the row")
-    eos = tokenizer.eos_ids
-    if was_sampled(row) and row.columns["finish_reason"] == "length":  # that is not its end
-        return (prompt, *(strip_eos(ids, eos) for ids in answers))
-    return (prompt, *(ids if ids and ids[-1] in eos else [*ids, eos[0]] for ids in answers))
+    if _is_cut(row) or not eos_ids:
+        return ids
+    return (prompt, *(ids if ids and ids[-1] in eos_ids else [*ids, eos_ids[0]] for ids in answers))
+
+
+def _is_cut(row: Row) -> bool:
+    """Whether the length limit ended a response, so that its text breaks off."""
+    return was_sampled(row) and row.columns["finish_reason"] == "length"
 
 
 def strip_eos(ids: list[int], eos_ids: Sequence[int]) -> list[int]:

@@ -101,6 +101,7 @@ class Encoded(NamedTuple):
 def load_pairs(
     path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     policy: RowPolicy = STRICT, finish: Callable[[Pair], Pair] | None = None,
+    whole: bool = False,
 ) -> tuple[list[Pair], Report]:
     """Preference pairs of a file. Pairs whose two answers are equal are dropped and counted.
 
@@ -113,6 +114,8 @@ def load_pairs(
         policy: what becomes of malformed rows, how much may be left out, and how the file calls its
             columns.
         finish: a last change of each pair; a UserError that it raises is a fault of the row.
+        whole: answers in messages end where the rendered text does, as a reward model reads them,
+            not at the eos that a policy learns to end them with.
     Raises:
         UserError: a fault in a row (file:line), no row left, more left out than the policy
             allows, or an illegal setting.
@@ -126,7 +129,7 @@ def load_pairs(
         return Pair(e.prompt_ids, *e.responses, by or 0.0, e.row.where, others, probability)
 
     pairs, report = load_examples(
-        split, make, finish, tokenizer, max_length, overlong, drop=_equal_sides
+        split, make, finish, tokenizer, max_length, overlong, _equal_sides, whole
     )
     tell_labels(report, [pair_labels(row) for row, _ in split.rows])
     return pairs, report
@@ -173,6 +176,7 @@ def load_prompts(
 def load_texts(
     path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     policy: RowPolicy = STRICT, finish: Callable[[Text], Text] | None = None,
+    whole: bool = False,
 ) -> tuple[list[Text], Report]:
     """Texts of a file for supervised training, arguments as in `load_pairs`."""
     split = split_rows(path, text_format, Sieve(policy))
@@ -181,7 +185,7 @@ def load_texts(
         length = 0 if e.prompt is None else len(e.prompt_ids)
         return Text(e.prompt_ids + e.responses[0], length, e.row.where, e.columns)
 
-    return load_examples(split, make, finish, tokenizer, max_length, overlong)
+    return load_examples(split, make, finish, tokenizer, max_length, overlong, whole=whole)
 
 
 # ---------------------------------------------------------------------------- a file, taken apart
@@ -260,7 +264,7 @@ def first_row(path: str | Path, tell: Callable[[Row], T], policy: RowPolicy = ST
 def load_examples(
     split: Split, make: Callable[[Encoded], T], finish: Callable[[T], T] | None,
     tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
-    drop: Callable[[Row, list[list[int]]], str | None] | None = None,
+    drop: Callable[[Row, list[list[int]]], str | None] | None = None, whole: bool = False,
 ) -> tuple[list[T], Report]:
     """Examples of a file's rows; what is not said here as in `load_pairs`.
 
@@ -273,7 +277,7 @@ def load_examples(
     if max_length is not None and max_length < 1:
         raise UserError("max_length", f"is {max_length}", "needs at least 1")
     path, form, rows, total, sieve = split
-    encoded, lead = encode(path, rows, tokenizer, sieve)
+    encoded, lead = encode(path, rows, tokenizer, sieve, whole)
     report = Report(str(path), form.detected, total)
     report.notes += unread_prompt(split)
     examples = []

@@ -229,6 +229,7 @@ def best_first(row: Row, responses: Sequence[R]) -> tuple[list[R], list[int]]:
 def load_rankings(
     path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     policy: RowPolicy = STRICT, finish: Callable[[Ranking], Ranking] | None = None,
+    whole: bool = False,
 ) -> tuple[list[Ranking], Report]:
     """Ranked lists of a file, arguments and errors as in `load_pairs`.
 
@@ -246,7 +247,7 @@ def load_rankings(
     def drop(row: Row, responses: list[list[int]]) -> str | None:
         return says_nothing(list(map(tuple, responses)), ranks_of(row, len(responses)))
 
-    return load_examples(split, make, finish, tokenizer, max_length, overlong, drop)
+    return load_examples(split, make, finish, tokenizer, max_length, overlong, drop, whole)
 
 
 def says_nothing(responses: Sequence[Hashable], ranks: list[int]) -> str | None:
@@ -276,7 +277,8 @@ def holds_rankings(path: str | Path, policy: RowPolicy = STRICT) -> bool:
 def load_preferences(
     path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     policy: RowPolicy = STRICT, finish: Callable[[E], E] | None = None,
+    whole: bool = False,
 ) -> tuple[list[Pair] | list[Ranking], Report]:
     """Pairs or ranked lists, as the first well-formed row is; arguments as in `load_pairs`."""
     load = load_rankings if holds_rankings(path, policy) else load_pairs
-    return load(path, tokenizer, max_length, overlong, policy, finish)
+    return load(path, tokenizer, max_length, overlong, policy, finish, whole)

@@ -29,6 +29,7 @@ class Dialogue(NamedTuple):
     prompt: Messages
     responses: Sequence[Messages]
     resume: bool = False  # the answers go on in the prompt's last turn, the assistant's
+    cut: bool = False  # the answers break off: nothing follows their own text
 
 
 class Tokenizer(Vocabulary):
@@ -94,7 +95,7 @@ class Tokenizer(Vocabulary):
             is_open = add and messages and messages[-1].get("role") == "assistant"
             marks.append(unused_character(messages) if is_open else "")
         texts = self._template.render([
-            (_marked(messages, mark), add and not mark, self.special_tokens)
+            (_marked(messages, mark, strip=True), add and not mark, self.special_tokens)
             for (messages, add), mark in zip(chats, marks, strict=True)
         ])
         return [
@@ -131,7 +132,8 @@ class Tokenizer(Vocabulary):
         return self._encode_rendered(text, {})
 
     def encode_dialogue(
-        self, prompt: Messages, *responses: Messages, resume: bool = False
+        self, prompt: Messages, *responses: Messages, resume: bool = False, cut: bool = False,
+        whole: bool = False,
     ) -> tuple[list[int], ...]:
         """(prompt ids, response ids, ...) of answers to one prompt, each encoded by itself.
 
@@ -142,56 +144,66 @@ class Tokenizer(Vocabulary):
         Args:
             resume: a prompt that ends with a turn of the assistant was continued, so a response is
                 no turn of its own.
+            cut: the responses break off, so they have no end of turn.
+            whole: a response ends where the rendered text does, blanks behind its end of turn
+                included: what reward models read, here and elsewhere.
         Raises:
             UserError: the rendered prompt is no prefix of the rendered dialogue.
         """
-        (ids,) = self.encode_dialogues([Dialogue(prompt, responses, resume)])
+        (ids,) = self.encode_dialogues([Dialogue(prompt, responses, resume, cut)], whole)
         if isinstance(ids, UserError):
             raise ids
         return ids
 
     def encode_dialogues(
-        self, dialogues: Sequence[Dialogue]
+        self, dialogues: Sequence[Dialogue], whole: bool = False
     ) -> Iterator[tuple[list[int], ...] | UserError]:
         """`encode_dialogue` of many, in less time than one by one; what one raises stands in the
         place of its ids."""
         for start in range(0, len(dialogues), BATCH):
-            yield from self._encode_batch(dialogues[start : start + BATCH])
+            yield from self._encode_batch(dialogues[start : start + BATCH], whole)
 
     def _encode_batch(
-        self, dialogues: Sequence[Dialogue]
+        self, dialogues: Sequence[Dialogue], whole: bool
     ) -> list[tuple[list[int], ...] | UserError]:
         swapped = [swap_names([d.prompt, *d.responses], self.special_text) for d in dialogues]
         chats: list[tuple[Messages, bool]] = []
-        for dialogue, ((prompt, *responses), _) in zip(dialogues, swapped, strict=True):
+        marks = [unused_character(turns) if d.cut else ""
+                 for d, (turns, _) in zip(dialogues, swapped, strict=True)]
+        for dialogue, (turns, _), mark in zip(dialogues, swapped, marks, strict=True):
+            prompt, *responses = turns
             chats += [(prompt, True)]
-            chats += [(_whole(prompt, answer, dialogue.resume), False) for answer in responses]
+            chats += [(_marked(_whole(prompt, answer, dialogue.resume), mark), False)
+                      for answer in responses]
         texts, encoded = iter(self._render(chats)), []
-        for turns, names in swapped:
+        for (turns, names), mark in zip(swapped, marks, strict=True):
             rendered = list(islice(texts, len(turns)))  # the prompt, each whole dialogue
             try:
-                encoded.append(self._encode_turns(rendered, names))
+                encoded.append(self._encode_turns(rendered, names, mark, whole))
             except UserError as error:
                 encoded.append(error)
         return encoded
 
     def _encode_turns(
-        self, rendered: list[str | UserError], names: dict[str, str]
+        self, rendered: list[str | UserError], names: dict[str, str], mark: str, whole: bool
     ) -> tuple[list[int], ...]:
         for text in rendered:
             if isinstance(text, UserError):
                 raise text
-        head, *wholes = rendered
+        head, *texts = rendered
         encoded = [self._encode_rendered(head, names)]
-        for whole in wholes:
-            if not whole.startswith(head):
+        for text in texts:
+            if not text.startswith(head):
                 what = "the chat template writes the prompt differently once an answer follows"
                 raise UserError(self.folder, what, "change the template, or give strings")
-            ids = self._encode_rendered(whole[len(head) :], names)
+            if mark and mark not in text:
+                what = "the chat template leaves the end of an answer out"
+                raise UserError(self.folder, what)
+            text = text.rpartition(mark)[0] if mark else text
+            ids = self._encode_rendered(text[len(head) :], names)
             ends = [i + 1 for i, id in enumerate(ids) if id in self.eos_ids]
-            if ends and not self.decode(ids[ends[-1] :], skip_special=False).strip():
-                ids = ids[: ends[-1]]
-            encoded.append(ids)
+            is_end = ends and not self.decode(ids[ends[-1] :], skip_special=False).strip()
+            encoded.append(ids[: ends[-1]] if is_end and not whole else ids)
         return tuple(encoded)
 
     # -------------------------------------------------------------------------------------- export
@@ -240,11 +252,14 @@ def _name_for_version_4(config: dict) -> None:
         config["extra_special_tokens"] = named
 
 
-def _marked(messages: Messages, mark: str) -> Messages:
-    """With the mark behind the content of the last turn; as they are where it is ""."""
+def _marked(messages: Messages, mark: str, strip: bool = False) -> Messages:
+    """With the mark behind the content of the last turn, in the place of blanks there if they are
+    to be stripped; as they are where it is ""."""
     if not mark:
         return messages
-    return [*messages[:-1], messages[-1] | {"content": messages[-1]["content"].rstrip() + mark}]
+    content = messages[-1]["content"]
+    content = (content.rstrip() if strip else content) + mark
+    return [*messages[:-1], messages[-1] | {"content": content}]
 
 
 def _whole(prompt: Messages, response: Messages, resume: bool) -> Messages:

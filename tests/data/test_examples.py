@@ -6,6 +6,7 @@ import re
 import pytest
 
 from minirlhf.data.examples import Pair, Prompt, Text, load_pairs, load_prompts, load_texts
+from minirlhf.data.rankings import load_preferences
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report, RowPolicy
@@ -342,6 +343,37 @@ def test_what_sampling_cut_has_no_end(write, tokenizer):
     for some in (rows, dialogues):
         cut, whole = load_texts(write(*some), tokenizer, None, "drop")[0]
         assert cut.ids == whole.ids[:-1] and whole.ids[-1] == EOS and EOS not in cut.ids[-1:]
+
+
+def test_whole_answers_end_as_the_template_does_and_strings_with_eos(write, tokenizer):
+    """The plain template ends an answer with eos and a line end; transformers reads both."""
+    end, tail = [*spell(" b"), EOS], spell("\n")
+    sides = {"chosen": [U, B], "rejected": [U, A]}
+    for row, whole, expected in (
+        (sides, True, end + tail), (sides, False, end),
+        ({"prompt": "q", "chosen": " b", "rejected": " a"}, True, end),
+    ):
+        (pair,), _ = load_pairs(write(row), tokenizer, None, "drop", whole=whole)
+        assert pair.chosen_ids == expected
+    row = {"prompt": [U], "response": [B]}
+    rows = [row | {"finish_reason": reason} for reason in ("length", "eos")]
+    cut, text = load_texts(write(*rows), tokenizer, None, "drop", whole=True)[0]
+    assert cut.ids[cut.prompt_length :] == spell(" b")
+    assert text.ids[text.prompt_length :] == end + tail
+    lists = {"prompt": [U], "responses": [[B], [A]]}
+    (ranking,), _ = load_preferences(write(lists), tokenizer, None, "drop", whole=True)
+    assert ranking.responses[0] == end + tail
+
+
+def test_whole_answers_need_no_eos(write, folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.eos_ids = ()
+    sides = {"chosen": [U, B], "rejected": [U, A]}
+    (pair,), _ = load_pairs(write(sides), tokenizer, None, "drop", whole=True)
+    assert pair.chosen_ids == spell(" b\n")
+    for row, whole in ((sides, False), ({"prompt": "q", "chosen": "b", "rejected": "a"}, True)):
+        with pytest.raises(UserError, match="names no eos token"):
+            load_pairs(write(row), tokenizer, None, "drop", whole=whole)
 
 
 def test_texts_do_not_get_a_second_eos(write, folder, tokenizer):

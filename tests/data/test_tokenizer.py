@@ -263,6 +263,46 @@ def test_encode_dialogue_keeps_text_behind_the_last_end(chat):
     assert answer == [*spell("a"), END, *spell(".")]
 
 
+ENDS = [  # what a template writes behind an answer, and its ids
+    ("<|im_end|>\n", [END, 200]),  # ChatML
+    ("<|im_end|>", [END]),
+    ("\n\n", [200, 200]),  # no eos at all
+    ("", []),
+]
+
+
+@pytest.mark.parametrize(("end", "ids"), ENDS)
+def test_encode_dialogue_ends_whole_answers_as_the_template_does(chat, end, ids, tmp_path):
+    edit(chat / "tokenizer_config.json", chat_template=CHATML.replace("<|im_end|>\n", end))
+    tokenizer = load_tokenizer(chat)
+    prompt, one, two = tokenizer.encode_dialogue(
+        user("q"), assistant("yes"), assistant("so "), whole=True
+    )
+    assert one == [*spell("yes"), *ids] and two == [*spell("so "), *ids]
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for answer, turn in ((one, "yes"), (two, "so ")):
+        assert prompt + answer == theirs.apply_chat_template(
+            user("q") + assistant(turn), return_dict=False
+        )
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("end", "_"), ENDS)
+def test_encode_dialogue_ends_a_cut_answer_with_its_own_text(chat, end, _, whole):
+    edit(chat / "tokenizer_config.json", chat_template=CHATML.replace("<|im_end|>\n", end))
+    encode = load_tokenizer(chat).encode_dialogue
+    for said in ("yes", "so ", "\n\n", "", "<|im_end|>"):
+        _, answer = encode(user("q"), assistant(said), cut=True, whole=whole)
+        assert answer == spell(said)
+    _, answer = encode(user("q") + assistant("I "), assistant(" no "), resume=True, cut=True)
+    assert answer == spell(" no ")
+    edit(chat / "tokenizer_config.json", chat_template="{% for m in messages[:1] %}q{% endfor %}")
+    with pytest.raises(UserError, match="leaves the end of an answer out"):
+        load_tokenizer(chat).encode_dialogue(user("q"), assistant("a"), cut=True)
+
+
 def test_encode_dialogue_refuses_a_template_that_rewrites_the_prompt(chat):
     template = "{{ messages | length }}" + CHATML
     edit(chat / "tokenizer_config.json", chat_template=template)
