@@ -18,6 +18,7 @@ from minirlhf.data.parts import (
     optional_number,
     part_kind,
     string_part,
+    turns_part,
     wrong_value,
 )
 from minirlhf.errors import UserError, printable
@@ -123,6 +124,11 @@ def _dialogues(row: Row) -> tuple[Messages, Messages, Messages]:
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
+def _answers(row: Row, key: str) -> bool:
+    """Whether messages begin with an answer, so that they are no whole dialogue."""
+    return messages_part(row, key)[0]["role"] == "assistant"
+
+
 def was_sampled(row: Row) -> bool:
     """Whether `minirlhf sample` wrote the row. Then its response may be empty or truncated, and
     continues the prompt's last turn where that is the assistant's."""
@@ -179,7 +185,7 @@ def pair_format(row: Row, empty_prompt: bool = False) -> Format:
         case [None, "messages", "messages"]:
             detected = "preference dialogues (chosen, rejected), the shared turns as prompt"
             return Format(detected, both, _dialogues, absent=("prompt",))
-        case ["text", "messages", "messages"]:
+        case ["text", "messages", "messages"] if not _answers(row, "chosen"):
             detected = "preference dialogues (chosen, rejected), the shared turns as prompt"
             return Format(f"{detected}, column prompt ignored", three, _dialogues)
         case [None, "text", "text"] if all(ANSWER in columns[key] for key in both):
@@ -189,7 +195,10 @@ def pair_format(row: Row, empty_prompt: bool = False) -> Format:
             whole = _columns(string_part, both)
             detected = "preference pairs (chosen, rejected)"
             return Format(detected, both, lambda row: (None, *whole(row)), absent=("prompt",))
-    legal = "chosen and rejected with or without prompt (all strings or all messages), or ids in "
+        case [prompt, *_] if prompt is not None and {*kinds} == {"text", "messages"}:
+            detected = "preference pairs of strings and messages (prompt, chosen, rejected)"
+            return Format(detected, three, _columns(turns_part, three, empty_prompt))
+    legal = "chosen and rejected with or without prompt, as strings or messages, or ids in "
     ids = " | ".join(f"{pair[1]}, {pair[3]}" for pair in ID_PAIRS)
     raise unknown_columns(row, f"{legal}{ids} | prompt with responses, best first")
 
@@ -271,6 +280,9 @@ def text_format(row: Row, empty_prompt: bool = False) -> Format:
             case ["messages", "messages"]:
                 detected = f"prompts with answers, in messages ({', '.join(keys)})"
                 return Format(detected, keys, _columns(messages_part, keys, empty_prompt))
+            case ["text", "messages"] | ["messages", "text"]:
+                detected = f"prompts with answers, in strings and messages ({', '.join(keys)})"
+                return Format(detected, keys, _columns(turns_part, keys, empty_prompt))
     if part_kind(columns.get("messages")) == "messages":
         detected = "dialogues (messages), loss on the last turn of the assistant only"
         return Format(detected, ("messages",), _last_answer)

@@ -14,6 +14,10 @@ Messages = list[dict]
 Part = str | Messages | list[int]
 
 REMOVE = "remove the row or fill it in"
+SPEAKERS = {  # `from` in ShareGPT and its kin -> role
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "system": "system", "function_call": "assistant", "observation": "tool", "tool": "tool",
+}
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which margins are trained with
 
 
@@ -40,25 +44,84 @@ def string_part(row: Row, key: str, may_be_empty: bool = False) -> str:
 
 
 def messages_part(row: Row, key: str, may_be_empty: bool = False) -> Messages:
-    """The messages of a column; the last one must say something, unless it may be empty."""
+    """The messages of a column, a single one included; the last must say something, by its text or
+    by a tool call, unless it may be empty."""
     value = row.columns.get(key)
-    if not isinstance(value, list):
+    listed = [value] if isinstance(value, dict) else value
+    if not isinstance(listed, list):
         raise wrong_column(row, key, "needs a list of messages")
-    if not value:
+    if not listed:
         raise UserError(row.where, f"{key} is empty", REMOVE)
-    for number, message in enumerate(value):
-        where = f"{key}[{number}]"
-        if not isinstance(message, dict):
-            found = json_kind(message)
-            raise UserError(row.where, f"{where} is {found}", "needs {role: ..., content: ...}")
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                got = json_kind(message[name]) if name in message else "missing"
-                raise UserError(row.where, f"{where}: {name} is {got}", "needs a string")
-    if not (value[-1]["content"].strip() or may_be_empty):
+    turns = []
+    for number, message in enumerate(listed):
+        try:
+            turns.append(_message(message))
+        except ValueError as error:
+            what, do = error.args
+            raise UserError(row.where, f"{key}[{number}]{what}", do) from None
+    if not (turns[-1]["content"].strip() or turns[-1].get("tool_calls") or may_be_empty):
         raise UserError(row.where, f"{key}: the last message is empty", REMOVE)
+    return turns
+
+
+def _message(message: object) -> dict:
+    """A message as chat templates read it, its content one text.
+
+    Raises:
+        ValueError: (what is wrong, behind the message's name; what to do).
+    """
+    if not isinstance(message, dict):
+        raise ValueError(f" is {json_kind(message)}", "needs {role: ..., content: ...}")
     # Tables write null for what a message lacks; templates ask whether it is there.
-    return [{name: v for name, v in message.items() if v is not None} for message in value]
+    given, message = message, {name: v for name, v in message.items() if v is not None}
+    if "from" in message and "role" not in message:
+        message = _of_sharegpt(message)
+    if message.get("tool_calls"):  # beside which there need be no text
+        message.setdefault("content", "")
+    if isinstance(parts := message.get("content"), list):
+        for at, part in enumerate(parts):
+            kind = part.get("type") if isinstance(part, dict) else json_kind(part)
+            if kind != "text" or not isinstance(part.get("text"), str):
+                what = f": content[{at}] is of type {printable(str(kind), 40)}"
+                raise ValueError(what, "only {type: text, text: ...} is read")
+        message["content"] = "".join(part["text"] for part in parts)
+    for name in ("role", "content"):
+        if not isinstance(message.get(name), str):
+            got = json_kind(message.get(name, given[name])) if name in given else "missing"
+            raise ValueError(f": {name} is {got}", "needs a string")
+    return message
+
+
+def _of_sharegpt(message: dict) -> dict:
+    """A message of from and value, as ShareGPT and LLaMA-Factory write it."""
+    name, value = message.pop("from"), message.pop("value", None)
+    if not isinstance(name, str) or name not in SPEAKERS:
+        raise ValueError(f": from is {printable(repr(name), 40)}", f"legal: {', '.join(SPEAKERS)}")
+    if not isinstance(value, str):
+        raise ValueError(f": value is {json_kind(value)}", "needs a string")
+    if name != "function_call":
+        return {"role": SPEAKERS[name], "content": value, **message}
+    try:
+        calls = json.loads(value)
+        calls = calls if isinstance(calls, list) else [calls]
+        functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        legal = "a function_call needs the JSON text of {name: ..., arguments: ...}"
+        raise ValueError(f": value is {printable(repr(value), 40)}", legal) from None
+    calls = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "content": "", "tool_calls": calls, **message}
+
+
+def turns_part(row: Row, key: str, may_be_empty: bool = False) -> Messages:
+    """The messages of a column; a string is a turn, of the user in a prompt, else the answer."""
+    if isinstance(row.columns.get(key), str):
+        role = "user" if key == "prompt" else "assistant"
+        return [{"role": role, "content": string_part(row, key, may_be_empty)}]
+    turns = messages_part(row, key, may_be_empty)
+    if key != "prompt" and turns[0]["role"] != "assistant":
+        got = printable(turns[0]["role"], 40)
+        raise UserError(row.where, f"{key} begins with role {got!r}", "needs 'assistant'")
+    return turns
 
 
 def ids_part(row: Row, key: str, mask: str | None = None, may_be_empty: bool = False) -> list[int]:
@@ -108,6 +171,7 @@ def part_kind(value: object) -> str:
     """How a column's value is told apart: "text", "messages" or "other"."""
     if isinstance(value, str):
         return "text"
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+    listed = [value] if isinstance(value, dict) else value
+    if isinstance(listed, list) and all(isinstance(item, dict) for item in listed):
         return "messages"
     return "other"

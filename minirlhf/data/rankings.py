@@ -33,6 +33,7 @@ from minirlhf.data.parts import (
     messages_part,
     part_kind,
     string_part,
+    turns_part,
     wrong_column,
     wrong_value,
 )
@@ -108,6 +109,8 @@ def ranking_format(row: Row, empty_prompt: bool = False) -> Format:
         detected = "ranked lists (prompt, completions of response and score)"
     else:
         raise unknown_columns(row, LEGAL)
+    if {prompt, part_kind(_first_answer(columns.get(keys[1])))} == {"text", "messages"}:
+        read = turns_part
     read_prompt = partial(read, may_be_empty=empty_prompt)
 
     def parts(row: Row) -> tuple[Part, ...]:
@@ -136,6 +139,12 @@ def _label(row: Row) -> str | None:
     if len(found) > 1:
         raise UserError(row.where, f"has {' and '.join(found)}", "keep the one that counts")
     return found[0] if found else None
+
+
+def _first_answer(listed: object) -> object:
+    """The first of responses or completions; None where it is none."""
+    first = listed[0] if isinstance(listed, list) and listed else None
+    return first["response"] if isinstance(first, dict) and "response" in first else first
 
 
 def _listed(row: Row, keys: tuple[str, ...]) -> Row:

@@ -52,6 +52,13 @@ TRANSCRIPT = "\n\nHuman: q\n\nAssistant: k\n\nHuman: s\n\nAssistant:"
         ({"chosen": [U, A], "rejected": [U, B]}, (Q, spell(" a"), spell(" b"))),
         # a prompt column beside whole dialogues is not what the template would write: ignored
         ({"prompt": "q", "chosen": [U, A], "rejected": [U, B]}, (Q, spell(" a"), spell(" b"))),
+        # where they are no dialogues but answers, it is what they answer
+        ({"prompt": "q", "chosen": [A], "rejected": [B]}, (Q, spell(" a"), spell(" b"))),
+        ({"prompt": "q", "chosen": A, "rejected": B}, (Q, spell(" a"), spell(" b"))),
+        ({"prompt": [U], "chosen": "a", "rejected": "b"}, (Q, spell(" a"), spell(" b"))),
+        ({"prompt": "q", "chosen": [A], "rejected": "b"}, (Q, spell(" a"), spell(" b"))),
+        ({"prompt": {"from": "human", "value": "q"}, "chosen": [{"from": "gpt", "value": "a"}],
+          "rejected": {"from": "gpt", "value": "b"}}, (Q, spell(" a"), spell(" b"))),
         # one dialogue goes on where the other ends: both keep the turn that differs in what follows
         ({"chosen": [U, A], "rejected": [U, A, V, B]},
          (Q, spell(" a"), [*spell(" a"), EOS, *spell("\nuser: s\nassistant: b")])),
@@ -279,6 +286,13 @@ def test_load_prompts_of_ids_and_text_lines(write, tokenizer, tmp_path):
         ({"prompt": "p", "response": "c"}, "p", "c"),
         ({"prompt": [U], "completion": [A]}, "user: q\nassistant:", " a"),
         ({"messages": [U, A]}, "user: q\nassistant:", " a"),
+        ({"prompt": "q", "completion": [A]}, "user: q\nassistant:", " a"),
+        ({"prompt": [U], "response": "a"}, "user: q\nassistant:", " a"),
+        ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+         "user: q\nassistant:", " a"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "image": None},
+                                                    {"type": "text", "text": "?"}]}, A]},
+         "user: q?\nassistant:", " a"),
     ],
 )
 def test_load_texts_marks_where_the_loss_starts(write, tokenizer, row, prompt, answer):
@@ -300,6 +314,40 @@ def test_the_text_of_a_prompt_that_was_cut_is_what_is_left(write, tokenizer):
     prompts, report = load_prompts(path, tokenizer, 3, "truncate_prompt_left")
     assert [(p.ids, p.text) for p in prompts] == [(spell("def"), "def"), (spell("xy"), "xy")]
     assert report.truncated == 1
+
+
+CALL = {"type": "function", "function": {"name": "heat", "arguments": {"place": "Oslo"}}}
+CALLS = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.tool_calls %}"
+    "{{ m.tool_calls[0].function.name }} {{ m.tool_calls[0].function.arguments.place }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"from": "function_call",
+         "value": '{"name": "heat", "arguments": {"place": "Oslo"}}'},
+    ],
+)
+def test_a_tool_call_is_an_answer_without_text(write, folder, turn):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = CALLS
+    pair = {"prompt": [U], "chosen": [turn], "rejected": [A]}
+    (pair,), _ = load_pairs(write(pair), tokenizer, None, "drop")
+    # by the template: "[user]q[assistant]", and behind it the name and the place
+    expected = (spell("[user]q[assistant]"), [*spell("heat Oslo"), EOS], [*spell("a"), EOS])
+    assert ids(pair) == expected
+    seen = {"from": "observation", "value": "9"}
+    rows = write({"messages": [U, turn, seen, A]}, {"messages": [U, turn]})
+    texts, _ = load_texts(rows, tokenizer, None, "drop")
+    assert [text.prompt_length for text in texts] == [
+        len("[user]q[assistant]heat Oslo[tool]9[assistant]"), len("[user]q[assistant]")
+    ]
 
 
 def test_a_message_lacks_what_is_null(write, tokenizer):

@@ -73,10 +73,11 @@ def test_load_rankings_of_token_ids_have_a_column_of_another_name(write):
 def test_load_rankings_of_messages(write, tokenizer):
     prompt = [{"role": "user", "content": "q"}]
     responses = [[{"role": "assistant", "content": c}] for c in "ab"]
-    row = {"prompt": prompt, "responses": responses, "best": 1}
-    (found,), _ = load_rankings(write(row), tokenizer, None, "drop")
-    assert found.prompt_ids == spell("user: q\nassistant:")
-    assert found.responses == [[*spell(" b"), EOS], [*spell(" a"), EOS]]
+    for mixed in ({}, {"prompt": "q"}, {"responses": ["a", "b"]}):
+        row = {"prompt": prompt, "responses": responses, "best": 1} | mixed
+        (found,), _ = load_rankings(write(row), tokenizer, None, "drop")
+        assert found.prompt_ids == spell("user: q\nassistant:")
+        assert found.responses == [[*spell(" b"), EOS], [*spell(" a"), EOS]]
 
 
 def test_load_rankings_takes_lists_of_any_length(write, tokenizer):

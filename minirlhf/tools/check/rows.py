@@ -48,7 +48,8 @@ class SeenRow:
         """All its texts; none where it is ids."""
         found = []
         for part in self.parts:
-            found += [turn["content"] for turn in part] if is_chat(part) else []
+            turns = part if is_chat(part) else []
+            found += [turn["content"] for turn in turns if not turn.get("tool_calls")]
             found += [part] if isinstance(part, str) else []
         return found
 
