@@ -40,8 +40,10 @@ class Tokenizer(Vocabulary):
         template_origin: "chat_template.jinja", "tokenizer_config.json" or "plain fallback".
     """
 
-    def __init__(self, folder: Path, source: str, config: dict, eos_ids: list[int]):
-        super().__init__(folder, source, config, eos_ids)
+    def __init__(
+        self, folder: Path, source: str, config: dict, eos_ids: list[int], model: dict
+    ):
+        super().__init__(folder, source, config, eos_ids, model)
         own = file_inside(self.folder, "chat_template.jinja")
         configured = self._config.get("chat_template")
         if isinstance(configured, list):  # [{"name": ..., "template": ...}]
@@ -212,8 +214,7 @@ class Tokenizer(Vocabulary):
         """File name -> content of the folder that `save` writes."""
         config = {name: v for name, v in self._config.items() if name not in CODE_KEYS}
         _name_for_version_4(config)
-        if eos := self._eos_text():
-            config.setdefault("eos_token", eos)
+        config |= {n: v for n, v in self.special_tokens.items() if config.get(n) is None}
         if pad_token is not None:
             if self._backend.token_to_id(pad_token) is None:
                 raise ValueError(f"pad_token {pad_token!r} is no token: use spare_pad_token()")
@@ -311,12 +312,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = file_inside(folder, "tokenizer.json")
     if not path.exists():
         raise UserError(path, "no such file", "give a folder with a tokenizer.json")
-    own = {n: v for n, v in _object(folder, "tokenizer_config.json").items() if v is not None}
+    own = _object(folder, "tokenizer_config.json")
+    own = {name: v for name, v in own.items() if v is not None or name in NAMES}
     # Its own first, in their order: what is written of it is then the same after each reading.
     more = _object(folder, "special_tokens_map.json")
-    config = own | {name: value for name, value in more.items() if name not in own}
-    tokenizer = Tokenizer(folder, read_text(path, FILE_CAP), config, _model_eos(folder))
-    rows = _object(folder, "config.json").get("vocab_size")
+    config = own | {name: value for name, value in more.items() if own.get(name) is None}
+    model = _object(folder, "config.json")
+    tokenizer = Tokenizer(folder, read_text(path, FILE_CAP), config, _model_eos(folder), model)
+    rows = model.get("vocab_size")
     if type(rows) is int and rows < tokenizer.vocab_size:  # any other type is read_config's to tell
         legal = f"must be at least the tokenizer's {tokenizer.vocab_size}"
         raise UserError(f"{folder / 'config.json'}: vocab_size", f"is {printable(rows)}", legal)

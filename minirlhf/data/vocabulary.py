@@ -19,7 +19,22 @@ from minirlhf.files.reading import strict_json
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # of tokenizers that are trained here
 SPARE = (EOS, PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>",
          "<unk>", "[UNK]")
-NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# What transformers' classes call their tokens where a folder's files do not say, and the class of
+# a model whose files name none.
+CLASS_NAMES = {
+    "GPT2Tokenizer": {"bos_token": EOS, "eos_token": EOS, "unk_token": EOS},
+    "Qwen2Tokenizer": {"eos_token": EOS, "unk_token": EOS, "pad_token": EOS},
+    "GPTNeoXTokenizer": {
+        "bos_token": EOS, "eos_token": EOS, "unk_token": EOS, "pad_token": "<|padding|>",
+    },
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GemmaTokenizer": {
+        "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
+        "mask_token": "<mask>",
+    },
+}
+CLASSES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 NAMES_CAP = 1 << 17  # characters of all special tokens together, which become one pattern
 BATCH = 4096  # texts that the library encodes at once: it keeps much more of them than ids
 
@@ -50,19 +65,23 @@ class Vocabulary:
         eos_ids: ids that end a text; the first is the one that is appended to texts. May be empty.
         bos_id: id of the beginning-of-text token, or None.
         unknown_id: id of the piece that stands for what has no other, or None.
-        special_tokens: the folder's own names, as bos_token, -> the tokens' texts.
+        special_tokens: names, as bos_token, -> the tokens' texts: the folder's own, else those of
+            transformers' class that the vocabulary has, else for eos that of the first id.
         special_text: finds the names of all special tokens, eos among them, in a text.
         fingerprint: sha256 of tokenizer.json, hex.
 
     Args:
         source: the text of tokenizer.json.
-        config: what the folder's other files say about it.
+        config: what the folder's other files say about it; a token's name may be None: it has none.
         eos_ids: those that the model's own configuration adds.
+        model: the model's own configuration, which may tell the class.
     Raises:
         UserError: whatever of it cannot be used, by file.
     """
 
-    def __init__(self, folder: Path, source: str, config: dict, eos_ids: list[int]):
+    def __init__(
+        self, folder: Path, source: str, config: dict, eos_ids: list[int], model: dict
+    ):
         self.folder = folder
         self._source, self._config = source.encode(), config
         self.fingerprint = hashlib.sha256(self._source).hexdigest()
@@ -76,7 +95,7 @@ class Vocabulary:
         if not vocab:
             raise UserError(path, "no tokens", "give a trained tokenizer")
         self.vocab_size = max(vocab.values()) + 1
-        self._set_names(eos_ids)
+        self._set_names(eos_ids, self._class_names(model))
         self._set_specials(parsed)
 
     def _guard(self, function: Callable, *arguments: object) -> object:
@@ -91,12 +110,24 @@ class Vocabulary:
                 path, f"refused by the tokenizers library: {printable(error)}"
             ) from None
 
-    def _set_names(self, eos_ids: list[int]) -> None:
+    def _class_names(self, model: dict) -> dict[str, str]:
+        """What the class that transformers reads the folder with calls tokens of the vocabulary."""
+        family = str(model.get("model_type"))
+        own = str(self._config.get("tokenizer_class") or model.get("tokenizer_class") or "")
+        own = own.removesuffix("Fast")
+        if not own or family == "qwen2":  # of which no other class is believed
+            own = CLASSES.get(family, "")
+        if family == "mistral" or (own == "LlamaTokenizer" and b'"ByteLevel"' in self._source):
+            return {}  # as of the class that serves all
+        names = CLASS_NAMES.get(own, {}).items()
+        return {n: text for n, text in names if self._backend.token_to_id(text) is not None}
+
+    def _set_names(self, eos_ids: list[int], defaults: dict[str, str]) -> None:
         """bos and eos by name; `eos_ids` are those that the model's own configuration adds."""
         where = self.folder / "tokenizer_config.json"
         self.special_tokens = {}  # name -> text, what chat templates may use
         for name in NAMES:
-            value = self._config.get(name)
+            value = self._config.get(name, defaults.get(name))
             value = value.get("content") if isinstance(value, dict) else value
             if value is None:
                 continue
@@ -113,6 +144,8 @@ class Vocabulary:
                 legal = f"tokenizer.json has the ids 0 to {self.vocab_size - 1}"
                 raise UserError(self.folder, f"eos_token_id is {id}", legal)
         self.eos_ids = tuple(dict.fromkeys(named + eos_ids))
+        if eos is None and (text := self._eos_text()):  # what is written here names it, too
+            self.special_tokens["eos_token"] = text
 
     def _set_specials(self, parsed: dict) -> None:
         """Which ids control a text, which texts name them, and which ids go before a text."""

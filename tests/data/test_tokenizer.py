@@ -195,6 +195,48 @@ def test_special_tokens_map_fills_in_what_the_configuration_lacks(plain):
     assert load_tokenizer(plain).eos_ids == (1,)
 
 
+SHOWN = "{{ bos_token }} {{ eos_token }} {{ unk_token }} {{ pad_token }} {{ sep_token }}"
+WORDS = ("<|endoftext|>", "<|padding|>", "<s>", "</s>", "<unk>", "<bos>", "<eos>", "<pad>")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", None])
+@pytest.mark.parametrize(
+    "named", ["GPT2TokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizerFast",
+              "GemmaTokenizer", "BloomTokenizerFast", "PreTrainedTokenizerFast", None],
+)
+def test_templates_write_names_that_only_the_class_gives(named, family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    bytes_, words = tokenizers.pre_tokenizers.ByteLevel, tokenizers.pre_tokenizers.Metaspace()
+    for number, (cutter, more) in enumerate([
+        (bytes_(add_prefix_space=False), {}), (words, {}), (words, {"eos_token": None}),
+        (bytes_(add_prefix_space=False), {"eos_token": "<eos>", "sep_token": "<pad>"}),
+    ]):
+        made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+        made.add_special_tokens(list(WORDS))
+        made.pre_tokenizer, folder = cutter, tmp_path / str(number)
+        folder.mkdir()
+        made.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": named} if named else {}
+        edit(folder / "tokenizer_config.json", chat_template=SHOWN, **config, **more)
+        edit(folder / "config.json", **({"model_type": family} if family else {}))
+        ours = load_tokenizer(folder)
+        ours.save(folder / "out")
+        shutil.copy(folder / "config.json", folder / "out")
+        texts = [ours.render_chat(user("a"), False)]
+        texts += [transformers.AutoTokenizer.from_pretrained(path).apply_chat_template(
+            user("a"), tokenize=False) for path in (folder, folder / "out")]
+        assert len(set(texts)) == 1, texts
+
+
+def test_an_eos_that_only_an_id_names_has_its_tokens_text(chat, tmp_path):
+    edit(chat / "tokenizer_config.json", eos_token=None, chat_template="{{ eos_token }}")
+    edit(chat / "config.json", eos_token_id=END)
+    tokenizer = load_tokenizer(chat)
+    assert tokenizer.render_chat(user("a")) == "<|im_end|>"
+    tokenizer.save(tmp_path / "out")  # without the model's configuration
+    assert load_tokenizer(tmp_path / "out").render_chat(user("a")) == "<|im_end|>"
+
+
 @pytest.mark.parametrize(
     "file, changes, what",
     [
@@ -203,6 +245,7 @@ def test_special_tokens_map_fills_in_what_the_configuration_lacks(plain):
         ("config.json", {"eos_token_id": "2"}, "eos_token_id is 2: an integer or several"),
         ("config.json", {"eos_token_id": [True]}, "eos_token_id is .True.: an integer"),
         ("config.json", {"eos_token_id": 258}, "eos_token_id is 258: .* ids 0 to 257"),
+        ("config.json", {"eos_token_id": 258, "model_type": []}, "eos_token_id is 258"),
         ("tokenizer.json", {"model": {"type": "BPE"}}, "refused by the tokenizers library"),
         ("tokenizer.json", {"added_tokens": "x"}, "refused by the tokenizers library"),
     ],
