@@ -10,6 +10,7 @@ needs another default, sentence or range says so by `override`. No group imports
 from dataclasses import dataclass
 
 from minirlhf.files.sieve import column_problems
+from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import setting
 
 
@@ -19,6 +20,16 @@ class ModelSettings:
 
     model: str = setting(
         "", "folder or hub name of the model", metavar="FOLDER", required=True, resume="fixed"
+    )
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """Model: what the policy is held near to."""
+
+    ref: str | None = setting(
+        None, "reference model of the KL penalty; none: the policy at step 0", metavar="FOLDER",
+        resume="fixed",
     )
 
 
@@ -244,3 +255,17 @@ class SeedSettings:
     """Run: what is drawn at random."""
 
     seed: int = setting(0, "seed of all that is drawn at random", resume="start")
+
+
+@dataclass(frozen=True)
+class InputSettings(
+    ModelSettings, DataSettings, EvaluationSettings, StepSettings, BatchSettings
+):
+    """What every recipe reads, and how long it goes on; TrainingSettings go with them."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings(
+    OptimizerSettings, AdapterSettings, MemorySettings, DeviceSettings, SeedSettings, RunSettings
+):
+    """How every recipe trains and where it writes; InputSettings go with them."""

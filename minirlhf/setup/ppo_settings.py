@@ -9,18 +9,13 @@ from minirlhf.rewards.parse import RewardSourceSettings, parse_source
 from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import override, setting
 from minirlhf.setup.groups import (
-    AdapterSettings,
-    BatchSettings,
-    DataSettings,
-    DeviceSettings,
     EvaluationSettings,
+    InputSettings,
     KLSettings,
     MemorySettings,
-    ModelSettings,
-    OptimizerSettings,
+    ReferenceSettings,
     SamplingSettings,
-    SeedSettings,
-    StepSettings,
+    TrainingSettings,
 )
 
 
@@ -55,13 +50,9 @@ class PolicyEvaluationSettings(EvaluationSettings):
 
 
 @dataclass(frozen=True)
-class PPOModelSettings:
-    """Model: those beside the policy."""
+class PPOModelSettings(ReferenceSettings):
+    """Model: the critic."""
 
-    ref: str | None = setting(
-        None, "reference model of the KL penalty; none: the policy at step 0", metavar="FOLDER",
-        resume="fixed",
-    )
     critic: str | None = setting(
         None, "reward model that a separate critic starts from; none: the critic is a value head "
         "on the policy's trunk", metavar="FOLDER", resume="fixed",
@@ -231,10 +222,9 @@ class PPORunSettings(RunSettings):
 
 @dataclass(frozen=True)
 class PPOConfig(
-    ModelSettings, PPOModelSettings, DataSettings, PromptSettings, RewardSourceSettings,
-    PolicyEvaluationSettings, StepSettings, BatchSettings, RolloutSettings, KLSettings,
-    ScoreSettings, AdvantageSettings, UpdateSettings, OptimizerSettings, CriticSettings,
-    MixSettings, AdapterSettings, PPOMemorySettings, DeviceSettings, SeedSettings, PPORunSettings,
+    InputSettings, PPOModelSettings, PromptSettings, RewardSourceSettings, PolicyEvaluationSettings,
+    RolloutSettings, KLSettings, ScoreSettings, AdvantageSettings, UpdateSettings, CriticSettings,
+    MixSettings, PPOMemorySettings, PPORunSettings, TrainingSettings,
 ):
     """Align a language model with PPO against a reward."""
 

@@ -3,21 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import override, setting
-from minirlhf.setup.groups import (
-    AdapterSettings,
-    BatchSettings,
-    DataSettings,
-    DeviceSettings,
-    EvaluationSettings,
-    LengthSettings,
-    MemorySettings,
-    ModelSettings,
-    OptimizerSettings,
-    SeedSettings,
-    StepSettings,
-)
+from minirlhf.setup.groups import InputSettings, LengthSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -52,11 +39,7 @@ class PreferenceSettings:
 
 
 @dataclass(frozen=True)
-class RewardConfig(
-    ModelSettings, DataSettings, LengthSettings, PreferenceSettings, EvaluationSettings,
-    StepSettings, BatchSettings, OptimizerSettings, AdapterSettings, MemorySettings, DeviceSettings,
-    SeedSettings, RunSettings,
-):
+class RewardConfig(InputSettings, LengthSettings, PreferenceSettings, TrainingSettings):
     """Train a reward model on pairs or ranked lists."""
 
     SHOWN_FIRST: ClassVar = (

@@ -3,21 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import override, setting
-from minirlhf.setup.groups import (
-    AdapterSettings,
-    BatchSettings,
-    DataSettings,
-    DeviceSettings,
-    EvaluationSettings,
-    LengthSettings,
-    MemorySettings,
-    ModelSettings,
-    OptimizerSettings,
-    SeedSettings,
-    StepSettings,
-)
+from minirlhf.setup.groups import InputSettings, LengthSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -39,11 +26,7 @@ class NewModelSettings:
 
 
 @dataclass(frozen=True)
-class SFTConfig(
-    ModelSettings, NewModelSettings, DataSettings, LengthSettings, EvaluationSettings, StepSettings,
-    BatchSettings, OptimizerSettings, AdapterSettings, MemorySettings, DeviceSettings, SeedSettings,
-    RunSettings,
-):
+class SFTConfig(InputSettings, NewModelSettings, LengthSettings, TrainingSettings):
     """Fine-tune a language model on demonstrations."""
 
     SHOWN_FIRST: ClassVar = (
