@@ -54,13 +54,12 @@ from minirlhf.evaluation.updates import (
     summarise_updates,
 )
 from minirlhf.models.heads import ValueHeadModel
-from minirlhf.models.lora import has_lora, merge_lora
+from minirlhf.models.lora import has_lora
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import Completions, RewardSource, Scores, as_scores
 from minirlhf.run import flags, optim, settings
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
-from minirlhf.setup.common import write_model
 from minirlhf.setup.ppo import PPORun, load_run, rule_for_truncated, sampling_of
 from minirlhf.setup.ppo_settings import PPOConfig
 
@@ -340,13 +339,10 @@ def clipped_loss(config: PPOConfig) -> PolicyLoss:
 
 def main(argv: list[str] | None = None, policy_loss: PolicyLoss | None = None) -> int:
     """The command; policy_loss: as in `ppo`, for a script of your own."""
-    config = flags.parse(PPOConfig, argv, "minirlhf ppo")
-    start = load_run(config)
+    start = load_run(flags.parse(PPOConfig, argv, "minirlhf ppo"))
     config, r, state, sets = start.config, start.run, start.state, start.sets
     with r:
-        r.list_left_out(start.reports)
-        r.facts(start.facts)
-        r.restore(state)
+        start.begin()
         if sets and not state.baselines:
             found = evaluate_sets(r, state, sets, start.evaluate)
             r.log(state, found, {}, ())
@@ -355,41 +351,35 @@ def main(argv: list[str] | None = None, policy_loss: PolicyLoss | None = None) -
         # where a signal stopped the first step, the table before it is there
         if config.sample_every and state.step == 0 and not state.log_bytes["samples.jsonl"]:
             show_samples(r, state, start.sample_table())
-        steps = ppo(state, start.prompts, start.reward, start.ref, start.tokenizer, config,
-                    start.mix, policy_loss)
-        for step in r.bar(steps, state, config.steps):
-            last = step.number == config.steps
+        steps = ppo(state, start.rows, start.reward, start.ref, start.tokenizer, config, start.mix,
+                    policy_loss)
+        for step in r.bar(steps, state, start.steps):
             with r.report(state, step):
-                report_step(start, config, step, last)
-            if last or step.number % config.save_every == 0:
+                report_step(start, step)
+            if start.is_due(step, config.save_every):
                 r.save(state)
         if r.stopped:
             r.save(state)
             return STOPPED
-        if config.lora_rank:
-            merge_lora(state.model)
-        lm, tokenizer = state.model.lm, start.tokenizer
-        model = r.export(lambda target: write_model(lm, tokenizer, target))
-        r.done("aligned model", model)
+        start.finish("aligned model", state.model.lm)
     return OK
 
 
-def report_step(start: PPORun, config: PPOConfig, step: Step, last: bool) -> None:
+def report_step(start: PPORun, step: Step) -> None:
     """Alarms, held-out evaluation, a line of the log, the best policy so far, the samples."""
-    r, state = start.run, start.state
+    config, r, state = start.config, start.run, start.state
     alarms, state.health = check_alarms(state.health, step.number, step.metrics)
     for alarm in alarms:
         r.say(str(alarm))
     r.write_samples(state, step.samples)
-    every = config.eval_every
-    evaluating = start.sets and (last or (every and step.number % every == 0))
+    evaluating = start.sets and start.is_due(step, config.eval_every)
     found = evaluate_sets(r, state, start.sets, start.evaluate) if evaluating else {}
-    if found or last or step.number % config.log_every == 0:
+    if found or start.is_due(step, config.log_every):
         names = "lr", "episode", "objective/kl_coef", "epoch", *EVENTS
         r.log(state, {name: step.metrics[name] for name in names} | found, step.clock, CONSOLE)
     if found and config.keep_best:
         keep_best(r, state, found, start.export_best)
-    if config.sample_every and (last or step.number % config.sample_every == 0):
+    if config.sample_every and start.is_due(step, config.sample_every):
         show_samples(r, state, start.sample_table())
 
 

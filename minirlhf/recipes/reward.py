@@ -44,8 +44,9 @@ from minirlhf.models.lora import merge_lora
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
-from minirlhf.setup.reward import RewardRun, load_run, score_sets, write_reward_model
+from minirlhf.setup.reward import load_run, score_sets, write_reward_model
 from minirlhf.setup.reward_settings import RewardConfig
+from minirlhf.setup.training import STEADY, TrainingRun
 
 SHOWN = ("accuracy", "top1", "ties", "loss", "margin", "calibration_error")
 
@@ -140,10 +141,10 @@ def update_weights(
 
 
 def evaluate_all(
-    start: RewardRun, config: RewardConfig, pair_loss: PairLoss
+    start: TrainingRun[Example], pair_loss: PairLoss
 ) -> dict[str, Evaluation]:
     """Every held-out set by its prefix; tells the metrics and a table of pairs."""
-    r, state = start.run, start.state
+    r, state, config = start.run, start.state, start.config
     results = score_sets(state.model, start.sets, config, pair_loss)
     for prefix, result in results.items():
         held_out = start.sets[prefix]
@@ -159,8 +160,7 @@ def evaluate_all(
 
 
 def finish(
-    start: RewardRun, config: RewardConfig, results: dict[str, Evaluation] | None,
-    pair_loss: PairLoss,
+    start: TrainingRun[Example], results: dict[str, Evaluation] | None, pair_loss: PairLoss
 ) -> None:
     """Normalises the trained model, writes its folder, and the card of what was held out.
 
@@ -169,13 +169,13 @@ def finish(
     Args:
         results: of the last step, if this process made it.
     """
-    r, model, sets, tokenizer = start.run, start.state.model, start.sets, start.tokenizer
+    config, r, model, sets = start.config, start.run, start.state.model, start.sets
     if config.lora_rank:
         merge_lora(model)
     facts = {"heads": model.heads, "lcb_coef": model.lcb_coef}
     facts |= r.provenance()
     if config.normalize != "none":
-        over = [start.examples] if config.normalize == "train" else sets.values()
+        over = [start.rows] if config.normalize == "train" else sets.values()
         mean, std = score_moments(model, over, config.micro_batch_tokens, "--normalize")
         normalize_scores(model, mean, std)
         facts["normalized"] = {"over": config.normalize, "mean": mean, "std": std}
@@ -183,10 +183,10 @@ def finish(
     if results is None or config.lora_rank or config.normalize != "none":  # not this model's
         results = score_sets(model, sets, config, pair_loss)
     by_name = {prefix.removesuffix("_"): result for prefix, result in results.items()}
-    files = card_files(facts, by_name, tokenizer)
+    files = card_files(facts, by_name, start.tokenizer)
 
     def write(target: Path) -> None:
-        write_reward_model(model, tokenizer, target)
+        write_reward_model(model, start.tokenizer, target)
         for name, text in files.items():
             atomic.write_text(target / name, text)
 
@@ -198,31 +198,26 @@ def finish(
 
 def main(argv: list[str] | None = None, pair_loss: PairLoss = bradley_terry_loss) -> int:
     """The command; pair_loss: as in `reward`, for a script of your own."""
-    config = flags.parse(RewardConfig, argv, "minirlhf reward")
-    start, results = load_run(config), None
-    config, r, state = start.config, start.run, start.state
+    start = load_run(flags.parse(RewardConfig, argv, "minirlhf reward"))
+    config, r, state, results = start.config, start.run, start.state, None
     with r:
-        r.list_left_out(start.reports)
-        r.facts(start.facts)
-        r.restore(state)
-        for step in r.bar(reward(state, start.examples, config, pair_loss), state, start.steps):
-            last = step.number == start.steps
-            steady = ("learning_rate", "epoch", "num_tokens", "skipped_updates")
-            extra = {name: step.metrics[name] for name in steady}
-            evaluating = last or (config.eval_every and step.number % config.eval_every == 0)
+        start.begin()
+        for step in r.bar(reward(state, start.rows, config, pair_loss), state, start.steps):
+            evaluating = start.is_due(step, config.eval_every)
             with r.report(state, step):
+                extra = {name: step.metrics[name] for name in STEADY}
                 if evaluating:
-                    results = evaluate_all(start, config, pair_loss)
+                    results = evaluate_all(start, pair_loss)
                     for prefix, result in results.items():
                         extra |= {prefix + name: v for name, v in result.metrics.items()}
-                if evaluating or step.number % config.log_every == 0:
+                if evaluating or start.is_due(step, config.log_every):
                     r.log(state, extra, step.clock, ("loss", "accuracy", "margin", "grad_norm"))
-            if last or step.number % config.save_every == 0:
+            if start.is_due(step, config.save_every):
                 r.save(state)
         if r.stopped:
             r.save(state)
             return STOPPED
-        finish(start, config, results, pair_loss)
+        finish(start, results, pair_loss)
     return OK
 
 

@@ -25,15 +25,13 @@ from minirlhf.batches.demonstrations import collate_texts, count_tokens, target_
 from minirlhf.data.batching import cut_by_tokens, total_steps, training_batches
 from minirlhf.data.examples import Text
 from minirlhf.errors import OK, STOPPED, run
-from minirlhf.models.lora import merge_lora
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
-from minirlhf.run.folder import Run
 from minirlhf.run.meters import Step, Stopwatch
-from minirlhf.setup.common import write_model
 from minirlhf.setup.sft import keep_tokenizer, load_run
 from minirlhf.setup.sft_settings import SFTConfig
+from minirlhf.setup.training import STEADY, TrainingRun
 
 
 def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Step]:
@@ -113,48 +111,37 @@ def evaluate(lm: CausalLM, texts: list[Text], micro_batch_tokens: int = 4096) ->
     return {"loss": float(loss), "perplexity": float(loss.exp()), "entropy": float(entropy)}
 
 
-def evaluate_all(
-    r: Run, state: TrainState, sets: dict[str, list[Text]], config: SFTConfig
-) -> dict[str, float]:
+def evaluate_all(start: TrainingRun[Text]) -> dict[str, float]:
     """Every held-out set; the metrics under their prefixes."""
     metrics = {}
-    for prefix, texts in sets.items():
-        values = evaluate(state.model, texts, config.micro_batch_tokens)
+    for prefix, texts in start.sets.items():
+        values = evaluate(start.state.model, texts, start.config.micro_batch_tokens)
         metrics |= {prefix + name: value for name, value in values.items()}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        r.say(f"  {prefix.rstrip('_')}: {len(texts):,} texts  {shown}")
+        start.run.say(f"  {prefix.rstrip('_')}: {len(texts):,} texts  {shown}")
     return metrics
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = flags.parse(SFTConfig, argv, "minirlhf sft")
-    start = load_run(config)
-    config, r, state, tokenizer = start.config, start.run, start.state, start.tokenizer
+    start = load_run(flags.parse(SFTConfig, argv, "minirlhf sft"))
+    config, r, state = start.config, start.run, start.state
     with r:
         if config.model is None and config.tokenizer is None:
-            keep_tokenizer(tokenizer, r.folder)
-        r.list_left_out(start.reports)
-        r.facts(start.facts)
-        r.restore(state)
-        for step in r.bar(sft(state, start.texts, config), state, start.steps):
-            last = step.number == start.steps
-            steady = ("learning_rate", "epoch", "num_tokens", "skipped_updates")
-            extra = {name: step.metrics[name] for name in steady}
-            evaluating = last or (config.eval_every and step.number % config.eval_every == 0)
+            keep_tokenizer(start.tokenizer, r.folder)
+        start.begin()
+        for step in r.bar(sft(state, start.rows, config), state, start.steps):
+            evaluating = start.is_due(step, config.eval_every)
             with r.report(state, step):
-                if evaluating:
-                    extra |= evaluate_all(r, state, start.sets, config)
-                if evaluating or step.number % config.log_every == 0:
+                extra = {name: step.metrics[name] for name in STEADY}
+                extra |= evaluate_all(start) if evaluating else {}
+                if evaluating or start.is_due(step, config.log_every):
                     r.log(state, extra, step.clock, ("loss", "entropy", "grad_norm"))
-            if last or step.number % config.save_every == 0:
+            if start.is_due(step, config.save_every):
                 r.save(state)
         if r.stopped:
             r.save(state)
             return STOPPED
-        if config.lora_rank:
-            merge_lora(state.model)
-        written = r.export(lambda target: write_model(state.model, tokenizer, target))
-        r.done("language model", written)
+        start.finish("language model", state.model)
     return OK
 
 

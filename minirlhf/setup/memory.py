@@ -17,11 +17,9 @@ from minirlhf.models.config import ModelConfig
 from minirlhf.models.logprobs import TILE, widened
 from minirlhf.models.transformer import CausalLM, shapes_only
 from minirlhf.run.machine import Machine, free_memory, process_bytes
+from minirlhf.setup.groups import TrainingSettings
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward_settings import RewardConfig
-from minirlhf.setup.sft_settings import SFTConfig
 
-Config = SFTConfig | RewardConfig | PPOConfig
 SURE = 0.75  # share of an estimate that a run holds in any case
 
 
@@ -74,7 +72,7 @@ def kept_per_token(config: ModelConfig, dtype: torch.dtype, checkpointing: bool 
 
 
 def learning(
-    model: ModelConfig, tokens: int, config: Config, dtype: torch.dtype, critic: int = 0,
+    model: ModelConfig, tokens: int, config: TrainingSettings, dtype: torch.dtype, critic: int = 0,
     unembeds: bool = True,
 ) -> list[Part]:
     """A model that learns from micro-batches of so many tokens; its loss reads logits if it
@@ -97,12 +95,18 @@ def learning(
 
 
 def of_training(
-    recipe: str, config: Config, model: ModelConfig, tokens: Sequence[int], dtype: torch.dtype
+    recipe: str, config: TrainingSettings, model: ModelConfig, tokens: Sequence[int],
+    dtype: torch.dtype, unembeds: bool = True,
 ) -> Estimate:
-    """The estimate of a recipe that learns from data; tokens: of each of its rows."""
+    """The estimate of a recipe that learns from data.
+
+    Args:
+        tokens: of each row.
+        unembeds: whether its loss reads logits.
+    """
     most = max(config.micro_batch_tokens, max(tokens))
     largest = min(sum(sorted(tokens)[-config.batch_size :]), most)
-    return Estimate(recipe, learning(model, largest, config, dtype, unembeds=recipe != "reward"))
+    return Estimate(recipe, learning(model, largest, config, dtype, unembeds=unembeds))
 
 
 def of_ppo(
@@ -128,13 +132,16 @@ def of_ppo(
     ])
 
 
-def announce(estimate: Estimate, folders: Iterable[Path], dtype: torch.dtype, device: str) -> str:
-    """What a run says of its memory; warns of weights that `dtype` rounds, and of a tight machine.
+def announce(
+    estimate: Estimate, folders: Iterable[Path], dtype: torch.dtype, device: str
+) -> dict[str, str]:
+    """What a run tells of its machine; warns of weights that `dtype` rounds, and of a tight one.
     Raises UserError (exit code 4) where not even three quarters of the estimate are free."""
     for line in [*pretrained.rounded(folders, dtype), *check_fits(estimate, free_memory(device))]:
         print(f"warning: {line}")
     held = (process_bytes(device) + estimate.total) / 1e9
-    return f"about {held:.1f} GB; --dry-run measures it"
+    return {"memory": f"about {held:.1f} GB; --dry-run measures it", "device": device,
+            "dtype": str(dtype).removeprefix("torch.")}
 
 
 def check_fits(estimate: Estimate, here: Machine) -> list[str]:

@@ -1,6 +1,7 @@
 """What a PPO run looks at, refuses and tells before it costs anything, and the policy it loads."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -17,7 +18,6 @@ from minirlhf.errors import UserError
 from minirlhf.evaluation.policy import PolicyEvaluation, evaluate_policy
 from minirlhf.evaluation.samples import sample_table
 from minirlhf.files.folders import resolve
-from minirlhf.files.sieve import Report
 from minirlhf.models import pretrained
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.heads import RewardModel, ValueHeadModel, critic_from_reward_model
@@ -36,6 +36,7 @@ from minirlhf.setup import longest, memory
 from minirlhf.setup.common import write_model
 from minirlhf.setup.ppo_data import Data, read_data
 from minirlhf.setup.ppo_settings import PPOConfig
+from minirlhf.setup.training import TrainingRun, load_reference
 
 
 def prompt_room(config: PPOConfig, folders: Sequence[Path]) -> int:
@@ -158,9 +159,7 @@ def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype
     return policy
 
 
-def run_facts(
-    config: PPOConfig, prompts: int, policy: ValueHeadModel, fits: str, device, dtype
-) -> dict:
+def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel) -> dict[str, object]:
     """What is about to happen, before it costs anything."""
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     per_step = ceil(config.batch_size / config.mini_batches)
@@ -187,27 +186,16 @@ def run_facts(
         if config.critic
         else "a value head on the policy's trunk, starting from zero",
         "reference": config.ref or "the policy at step 0; their KL must be 0 there",
-        "memory": fits,
-        "device": device,
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": config.seed,
     }
 
 
-class PPORun(NamedTuple):
-    """A run that is ready to begin: checked, loaded, and nothing written yet."""
+@dataclass
+class PPORun(TrainingRun[Prompt]):
+    """A run of PPO that is ready to begin; its rows are prompts."""
 
-    config: PPOConfig  # of a dry run its own
-    run: Run
-    state: TrainState
-    prompts: list[Prompt]
-    sets: dict[str, list[Prompt]]  # metric prefix -> held-out prompts
     reward: RewardSource
     ref: CausalLM | None  # None where the policy has adapters: its base
-    tokenizer: Tokenizer
     mix: TextMix | None
-    reports: list[Report]  # of the data files
-    facts: dict[str, object]  # what is told before it costs anything
     evaluate: Callable[..., PolicyEvaluation]  # (prompts=, baseline=)
     sample_table: Callable[[], list[dict]]
     export_best: Callable[[], None]
@@ -223,7 +211,7 @@ def load_run(config: PPOConfig) -> PPORun:
     if config.dry_run:
         config, tokenizer, data = longest.of_ppo(r, config, tokenizer, data)
     make_deterministic(device)
-    fits = announce_memory(config, start, dtype, device)
+    of_machine = announce_memory(config, start, dtype, device)
     reward_models: list[tuple[RewardModel, Path]] = []
     reward = load.load_reward(
         config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,
@@ -257,14 +245,16 @@ def load_run(config: PPOConfig) -> PPORun:
         lm = merged_copy(policy.lm) if config.lora_rank else policy.lm
         r.export(lambda target: write_model(lm, tokenizer, target), "best")
 
-    facts = run_facts(config, len(data.prompts), policy, fits, device, dtype)
+    facts = run_facts(config, len(data.prompts), policy) | of_machine | {"seed": config.seed}
     facts |= load.facts(start.specs, tokenizer)
-    return PPORun(config, r, state, data.prompts, data.sets, reward, ref, tokenizer, mix,
-                  data.reports, facts, evaluate, table, export_best)
+    return PPORun(config, r, state, data.prompts, data.sets, tokenizer, data.reports, facts,
+                  config.steps, reward, ref, mix, evaluate, table, export_best)
 
 
-def announce_memory(config: PPOConfig, start: Start, dtype: torch.dtype, device: str) -> str:
-    """What the run says of its memory; errors as `memory.announce`."""
+def announce_memory(
+    config: PPOConfig, start: Start, dtype: torch.dtype, device: str
+) -> dict[str, str]:
+    """What the run tells of its machine; errors as `memory.announce`."""
     read, data = pretrained.read_config, start.data
     own = config.ref is None and config.lora_rank  # the policy is its own reference
     frozen = [read(folder) for folder in (*start.scorers, *([] if own else [start.ref_folder]))]
@@ -273,15 +263,6 @@ def announce_memory(config: PPOConfig, start: Start, dtype: torch.dtype, device:
                              data.longest_text, dtype)
     folders = start.folder, start.ref_folder, *start.critic, *start.scorers
     return memory.announce(estimate, folders, dtype, device)
-
-
-def load_reference(
-    config: PPOConfig, folder: Path, device: str, dtype: torch.dtype
-) -> CausalLM | None:
-    """The frozen reference; None where the policy's base under its adapters is the reference."""
-    if config.ref is None and config.lora_rank:
-        return None
-    return pretrained.load_pretrained(folder, dtype, device).requires_grad_(False)
 
 
 def sampling_of(config: PPOConfig) -> Sampling:

@@ -1,9 +1,7 @@
 """What a reward model's run reads, refuses and loads, and how its model is written."""
 
 from functools import partial
-from math import ceil
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -13,54 +11,23 @@ from minirlhf.batches.preferences import (
     Example,
     PairLoss,
     collate,
-    count_tokens,
     kind_of,
     reads_before_eos,
-    row_lengths,
     without_eos,
 )
-from minirlhf.data.batching import total_steps
 from minirlhf.data.rankings import Ranking, load_preferences
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from minirlhf.errors import UserError
-from minirlhf.evaluation.reward import (
-    Evaluation,
-    evaluate_preferences,
-)
+from minirlhf.evaluation.reward import Evaluation, evaluate_preferences
 from minirlhf.files import folders
 from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.models import pretrained, stored
-from minirlhf.models.compiling import compile_blocks
-from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import name_eos
 from minirlhf.models.heads import RewardModel, initialize_score
-from minirlhf.models.lora import add_lora
-from minirlhf.run import optim
-from minirlhf.run.checkpoint import TrainState
-from minirlhf.run.dry_run import DryRun
-from minirlhf.run.folder import Run
-from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
+from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
-from minirlhf.setup.common import named_files
 from minirlhf.setup.reward_settings import RewardConfig
-
-
-def load(
-    config: RewardConfig, path: str, tokenizer: Tokenizer, model: ModelConfig, before_eos: bool
-) -> tuple[list[Example], Report]:
-    """Examples of a file, its report printed; without eos for a model that is read before it."""
-    examples, report = load_preferences(
-        path, tokenizer, config.max_length, config.overlong, policy=RowPolicy.of(config),
-        finish=partial(without_eos, eos_ids=tokenizer.eos_ids) if before_eos else None,
-    )
-    longest = int(row_lengths(examples).max())
-    most = model.longest_row
-    if longest > most:
-        what = f"a row of {longest} tokens, the model reads {most}"
-        raise UserError(path, what, f"give --max-length {most}")
-    check_loss(config, path, examples)
-    print(report)
-    return examples, report
+from minirlhf.setup.training import TrainingRun, open_run, read_rows, ready
 
 
 def check_loss(config: RewardConfig, path: str, examples: list[Example]) -> None:
@@ -80,9 +47,7 @@ def check_loss(config: RewardConfig, path: str, examples: list[Example]) -> None
         raise UserError("--label-smoothing", what, do)
 
 
-def load_start(
-    config: RewardConfig, before_eos: bool, device: str, dtype: torch.dtype
-) -> RewardModel:
+def load_start(config: RewardConfig, before_eos: bool, dtype: torch.dtype) -> RewardModel:
     """The reward model of --model, or its language model under new heads.
 
     Of one that was normalised the weights are kept, which hold the scale, and the mean is left out.
@@ -106,12 +71,6 @@ def load_start(
         others = (streams.generator(config.seed, "reward head", h) for h in range(1, config.heads))
         initialize_score(model, first, *others)
     model.read_before_eos = before_eos
-    if config.lora_rank:
-        add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
-    model.model.checkpointing = config.gradient_checkpointing
-    model.to(device)
-    if config.compile:
-        compile_blocks(model)
     return model
 
 
@@ -138,59 +97,24 @@ def score_sets(
     }
 
 
-class RewardRun(NamedTuple):
-    """A run that is ready to begin: checked, loaded, and nothing written yet."""
-
-    config: RewardConfig  # of a dry run its own
-    run: Run
-    state: TrainState
-    examples: list[Example]
-    sets: dict[str, list[Example]]  # metric prefix -> held-out examples
-    tokenizer: Tokenizer
-    reports: list[Report]  # of the data files
-    facts: dict[str, object]  # what is told before it costs anything
-    steps: int
-
-
-def load_run(config: RewardConfig) -> RewardRun:
+def load_run(config: RewardConfig) -> TrainingRun[Example]:
     """Refuses all that can be refused, the cheapest first, then loads the model."""
-    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
-    files = {"": config.data} | named_files(config.eval_data)
-    # Refused here, before anything is loaded; written to only once all is.
-    held_out = [file for name, file in files.items() if name]
-    inputs = {"data": [config.data], "eval_data": held_out}
-    r = (DryRun if config.dry_run else Run)(config, "reward", inputs)
+    r, device, dtype = open_run(config, "reward")
     folder = folders.resolve(config.model)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
     r.inputs["model"] = tokenizer_files(folder)
     before_eos = reads_before_eos(model_config, tokenizer)
-    read = {
-        prefix: load(config, file, tokenizer, model_config, before_eos)
-        for prefix, file in files.items()
-    }
-    sets = {prefix: rows for prefix, (rows, _) in read.items()}
-    examples = sets.pop("")
+    finish = partial(without_eos, eos_ids=tokenizer.eos_ids) if before_eos else None
+
+    def read(file: str) -> tuple[list[Example], Report]:
+        examples, report = load_preferences(file, tokenizer, config.max_length, config.overlong,
+                                            policy=RowPolicy.of(config), finish=finish)
+        check_loss(config, file, examples)
+        return examples, report
+
+    config, rows = read_rows(r, config, read, longest.of_preferences, model_config.longest_row)
     make_deterministic(device)
-    if config.dry_run:
-        config, examples, sets = longest.of_training(
-            r, config, examples, sets, longest.of_preferences
-        )
-    tokens = list(map(count_tokens, examples))
-    estimate = memory.of_training("reward", config, model_config, tokens, dtype)
-    fits = memory.announce(estimate, [folder], dtype, device)
-    model = load_start(config, before_eos, device, dtype)
-    optimizer = optim.make_optimizer(
-        model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
-    )
-    steps = total_steps(len(examples), config.batch_size, config.epochs, config.steps)
-    facts = {
-        "examples": len(examples),
-        "epochs": f"{steps / ceil(len(examples) / config.batch_size):.2f}",
-        f"{kind_of(examples)} a step": config.batch_size, "steps": steps,
-        "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "memory": fits, "device": device, "dtype": str(dtype).removeprefix("torch."),
-        "seed": config.seed,
-    }
-    reports = [report for _, report in read.values()]
-    state = TrainState(model, optimizer)
-    return RewardRun(config, r, state, examples, sets, tokenizer, reports, facts, steps)
+    estimate = memory.of_training("reward", config, model_config, rows.tokens, dtype, False)
+    facts = memory.announce(estimate, [folder], dtype, device)
+    model = load_start(config, before_eos, dtype)
+    return ready(config, r, model, tokenizer, rows, kind_of(rows.train), facts, device)

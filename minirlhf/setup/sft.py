@@ -2,15 +2,12 @@
 
 import tempfile
 from collections.abc import Iterator
-from math import ceil
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from minirlhf import streams
 from minirlhf.batches.demonstrations import count_tokens, with_target
-from minirlhf.data.batching import total_steps
 from minirlhf.data.examples import Text, load_texts, split_rows
 from minirlhf.data.formats import text_format
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_tokenizer
@@ -19,19 +16,13 @@ from minirlhf.files import atomic, folders
 from minirlhf.files.reading import read_json
 from minirlhf.files.sieve import Report, RowPolicy, Sieve
 from minirlhf.models import pretrained
-from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, name_eos
-from minirlhf.models.lora import add_lora
 from minirlhf.models.transformer import CausalLM, initialize
-from minirlhf.run import optim
-from minirlhf.run.checkpoint import TrainState
-from minirlhf.run.dry_run import DryRun
-from minirlhf.run.folder import Run
-from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
+from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
-from minirlhf.setup.common import named_files
 from minirlhf.setup.sft_settings import SFTConfig
+from minirlhf.setup.training import TrainingRun, open_run, read_rows, ready
 
 
 def raw_texts(path: str, policy: RowPolicy) -> Iterator[str]:
@@ -107,22 +98,6 @@ def choose_config(config: SFTConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model_config
 
 
-def load(
-    config: SFTConfig, path: str, tokenizer: Tokenizer, most: int
-) -> tuple[list[Text], Report]:
-    """Texts of a file, and its report, which is printed."""
-    texts, report = load_texts(
-        path, tokenizer, config.max_length, config.overlong,
-        policy=RowPolicy.of(config), finish=with_target,
-    )
-    longest = int(count_tokens(texts)[0].max())
-    if longest > most:
-        what = f"a row of {longest} tokens, the model reads {most}"
-        raise UserError(path, what, f"give --max-length {most}")
-    print(report)
-    return texts, report
-
-
 def load_start(
     config: SFTConfig, model_config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype
 ) -> CausalLM:
@@ -133,65 +108,29 @@ def load_start(
         rng = streams.generator(config.seed, "initial weights")
         lm = initialize(CausalLM(model_config), rng).to(dtype)
     name_eos(lm.config, tokenizer.eos_ids)
-    if config.lora_rank:
-        add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
-    lm.model.checkpointing = config.gradient_checkpointing
     return lm
 
 
-class SFTRun(NamedTuple):
-    """A run that is ready to begin: checked, loaded, and nothing written yet."""
-
-    config: SFTConfig  # of a dry run its own
-    run: Run
-    state: TrainState
-    texts: list[Text]
-    sets: dict[str, list[Text]]  # metric prefix -> held-out texts
-    tokenizer: Tokenizer
-    reports: list[Report]  # of the data files
-    facts: dict[str, object]  # what is told before it costs anything
-    steps: int
-
-
-def load_run(config: SFTConfig) -> SFTRun:
+def load_run(config: SFTConfig) -> TrainingRun[Text]:
     """Refuses all that can be refused, the cheapest first, then loads the model."""
-    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
-    files = {"": config.data} | named_files(config.eval_data)
-    inputs = {"data": [config.data], "eval_data": [f for name, f in files.items() if name],
-              "init_config": filter(None, [config.init_config])}
-    # Refused here, before anything is loaded; written to only once all is.
-    r = (DryRun if config.dry_run else Run)(config, "sft", inputs)
+    r, device, dtype = open_run(
+        config, "sft", init_config=[config.init_config] if config.init_config else []
+    )
     tokenizer = choose_tokenizer(config)
     if source := config.model or config.tokenizer:
         r.inputs["tokenizer"] = tokenizer_files(folders.resolve(source, weights=False))
     model_config = choose_config(config, tokenizer)
-    most = model_config.longest_row
-    read = {prefix: load(config, file, tokenizer, most) for prefix, file in files.items()}
-    sets = {prefix: rows for prefix, (rows, _) in read.items()}
-    texts = sets.pop("")
+
+    def read(file: str) -> tuple[list[Text], Report]:
+        return load_texts(file, tokenizer, config.max_length, config.overlong,
+                          policy=RowPolicy.of(config), finish=with_target)
+
+    config, rows = read_rows(r, config, read, longest.of_texts, model_config.longest_row)
     make_deterministic(device)
-    if config.dry_run:
-        config, texts, sets = longest.of_training(r, config, texts, sets, longest.of_texts)
-    tokens = count_tokens(texts)[0].tolist()
-    estimate = memory.of_training("sft", config, model_config, tokens, dtype)
+    estimate = memory.of_training("sft", config, model_config, rows.tokens, dtype)
     start = [folders.resolve(config.model)] if config.model else []
-    fits = memory.announce(estimate, start, dtype, device)
-    lm = load_start(config, model_config, tokenizer, dtype).to(device)
-    if config.compile:
-        compile_blocks(lm)
-    optimizer = optim.make_optimizer(
-        lm, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
-    )
-    steps = total_steps(len(texts), config.batch_size, config.epochs, config.steps)
-    lengths, counts = count_tokens(texts)
-    facts = {
-        "examples": len(texts), "tokens": int(lengths.sum()), "targets": int(counts.sum()),
-        "epochs": f"{steps / ceil(len(texts) / config.batch_size):.2f}",
-        "texts a step": config.batch_size, "steps": steps,
-        "trainable parameters": sum(p.numel() for p in lm.parameters() if p.requires_grad),
-        "memory": fits, "device": device, "dtype": str(dtype).removeprefix("torch."),
-        "seed": config.seed,
-    }
-    reports = [report for _, report in read.values()]
-    state = TrainState(lm, optimizer)
-    return SFTRun(config, r, state, texts, sets, tokenizer, reports, facts, steps)
+    facts = memory.announce(estimate, start, dtype, device)
+    targets = int(count_tokens(rows.train)[1].sum())
+    facts = {"tokens": sum(rows.tokens), "targets": targets} | facts
+    lm = load_start(config, model_config, tokenizer, dtype)
+    return ready(config, r, lm, tokenizer, rows, "texts", facts, device)

@@ -24,7 +24,7 @@ from minirlhf.rewards.source import Completions
 from minirlhf.run.folder import Run
 from minirlhf.setup import reward as setup
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward import load_start, write_reward_model
+from minirlhf.setup.reward import load_run, load_start, write_reward_model
 from minirlhf.setup.reward_settings import RewardConfig
 from tests.conftest import make_peer
 from tests.tiny_folders import read_lines, save_lm, timeless, write_lines
@@ -168,8 +168,8 @@ def test_a_signal_saves_and_exits_75_and_resume_ends_the_run(base, tmp_path, mon
 
 def test_lora_trains_the_head_and_adapters_and_writes_a_merged_model(base, tmp_path):
     out = tmp_path / "run"
-    config = RewardConfig(model=str(base[0]), lora_rank=2)
-    model = load_start(config, False, "cpu", torch.float32)
+    config = RewardConfig(model=str(base[0]), data=base[1], out=str(out), lora_rank=2)
+    model = load_run(config).state.model
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert "score.weight" in trained
     assert all("lora_" in name for name in trained - {"score.weight"}) and len(trained) > 1
@@ -253,9 +253,7 @@ def test_a_reward_model_is_trained_further(base, whole, tmp_path):
 
 def test_head_depends_on_the_seed_alone(base):
     heads = [
-        load_start(
-            RewardConfig(model=str(base[0]), seed=s), False, "cpu", torch.float32
-        ).score.weight
+        load_start(RewardConfig(model=str(base[0]), seed=s), False, torch.float32).score.weight
         for s in (0, 0, 1)
     ]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])

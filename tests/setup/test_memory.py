@@ -113,7 +113,7 @@ def test_of_training_by_hand():
 
 def test_of_training_of_a_reward_model_reads_no_logits_and_holds_the_longest_row():
     config = RewardConfig(micro_batch_tokens=1)
-    estimate = memory.of_training("reward", config, TINY, [3, 5, 2], float32)
+    estimate = memory.of_training("reward", config, TINY, [3, 5, 2], float32, False)
     assert sizes(estimate.peak)["gradients"] == 172 * 4
     assert sizes(estimate.peak)["activations"] == 5 * 256
 
@@ -225,7 +225,8 @@ def test_announce_warns_and_tells_what_the_process_will_hold(monkeypatch, capsys
             memory.announce(ESTIMATE, [Path("a")], bfloat16, "cpu")
         return
     told = memory.announce(ESTIMATE, [Path("a")], bfloat16, "cpu")
-    assert told == "about 8.3 GB; --dry-run measures it"
+    memory_told = "about 8.3 GB; --dry-run measures it"
+    assert told == {"memory": memory_told, "device": "cpu", "dtype": "bfloat16"}
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [f"warning: {line}" for line in rounded]
     assert [line[:21] for line in lines[2:]] == ["warning: memory: ppo "] * (free < 8_000_000_000)

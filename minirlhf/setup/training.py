@@ -1,0 +1,164 @@
+"""What recipes do alike around their loops, and what those share that pass over rows by epochs.
+
+A recipe reads, loads and ends by these functions; its loop is its own, in its `main`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from minirlhf.data.batching import total_steps
+from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.errors import UserError
+from minirlhf.files.sieve import Report
+from minirlhf.models import pretrained
+from minirlhf.models.compiling import compile_blocks
+from minirlhf.models.lora import add_lora, merge_lora
+from minirlhf.models.transformer import CausalLM
+from minirlhf.run import optim
+from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.dry_run import DryRun
+from minirlhf.run.folder import Run
+from minirlhf.run.machine import choose_device, choose_dtype
+from minirlhf.run.meters import Step
+from minirlhf.setup import longest
+from minirlhf.setup.common import named_files, write_model
+from minirlhf.setup.groups import TrainingSettings
+
+T = TypeVar("T")
+STEADY = ("learning_rate", "epoch", "num_tokens", "skipped_updates")  # logged, but not averaged
+
+
+@dataclass
+class TrainingRun(Generic[T]):
+    """A run that is ready to begin: checked, loaded, and nothing written yet."""
+
+    config: TrainingSettings  # of a dry run its own
+    run: Run
+    state: TrainState
+    rows: list[T]
+    sets: dict[str, list[T]]  # metric prefix -> held-out rows
+    tokenizer: Tokenizer
+    reports: list[Report]  # of the data files
+    facts: dict[str, object]  # what is told before it costs anything
+    steps: int
+
+    def begin(self) -> None:
+        """Tells what is about to happen, and goes on from the newest checkpoint."""
+        self.run.list_left_out(self.reports)
+        self.run.facts(self.facts)
+        self.run.restore(self.state)
+
+    def is_due(self, step: Step, every: int) -> bool:
+        """Whether it is time for what happens every so many steps (0: never) and at the end."""
+        return step.number == self.steps or (every > 0 and step.number % every == 0)
+
+    def finish(self, what: str, lm: CausalLM) -> None:
+        """Exports the language model that was trained, adapters merged into its weights."""
+        if self.config.lora_rank:
+            merge_lora(self.state.model)
+        folder = self.run.export(lambda target: write_model(lm, self.tokenizer, target))
+        self.run.done(what, folder)
+
+
+def load_reference(
+    config: TrainingSettings, folder: Path, device: str, dtype: torch.dtype
+) -> CausalLM | None:
+    """The frozen reference; None where the policy's base under its adapters is the reference.
+
+    Args:
+        config: has ReferenceSettings too.
+    """
+    if config.ref is None and config.lora_rank:
+        return None
+    return pretrained.load_pretrained(folder, dtype, device).requires_grad_(False)
+
+
+# ------------------------------------------------------------------ recipes that pass over the data
+
+
+class Rows(NamedTuple, Generic[T]):
+    """What the files of such a recipe hold."""
+
+    train: list[T]
+    sets: dict[str, list[T]]  # metric prefix -> held-out rows
+    reports: list[Report]
+    tokens: list[int]  # of each training row
+
+
+def open_run(
+    config: TrainingSettings, recipe: str, **inputs: list[str]
+) -> tuple[Run, str, torch.dtype]:
+    """The run's folder, refused before anything is loaded and written to once all is; its device
+    and dtype.
+
+    Args:
+        inputs: setting -> files that it names, beside those of data.
+    """
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    files = {"data": [config.data], "eval_data": list(named_files(config.eval_data).values())}
+    return (DryRun if config.dry_run else Run)(config, recipe, files | inputs), device, dtype
+
+
+def read_rows(
+    r: Run, config: TrainingSettings, read: Callable[[str], tuple[list[T], Report]],
+    measure: Callable[[list[T]], longest.Sizes], most: int,
+) -> tuple[TrainingSettings, Rows[T]]:
+    """All rows of all files, each file's report printed; of a dry run its longest and its config.
+
+    Args:
+        read: file -> its rows and their report.
+        measure: rows -> their sizes.
+        most: tokens that the model reads in a row.
+    """
+    sets, reports = {}, []
+    for prefix, file in ({"": config.data} | named_files(config.eval_data)).items():
+        sets[prefix], report = read(file)
+        tokens = int(measure(sets[prefix]).longest.max())
+        if tokens > most:
+            what = f"a row of {tokens} tokens, the model reads {most}"
+            raise UserError(file, what, f"give --max-length {most}")
+        print(report)
+        reports.append(report)
+    rows = sets.pop("")
+    if isinstance(r, DryRun):
+        config, rows, sets = longest.of_training(r, config, rows, sets, measure)
+    return config, Rows(rows, sets, reports, measure(rows).tokens.tolist())
+
+
+def ready(
+    config: TrainingSettings, r: Run, model: nn.Module, tokenizer: Tokenizer, rows: Rows[T],
+    kind: str, facts: dict[str, object], device: str,
+) -> TrainingRun[T]:
+    """The run of a model that is loaded: with adapters where they are asked for, and an optimizer.
+
+    Args:
+        model: has its trunk as `.model`.
+        kind: what the rows are, for the facts.
+    """
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
+    model.model.checkpointing = config.gradient_checkpointing
+    model.to(device)
+    if config.compile:
+        compile_blocks(model)
+    optimizer = optim.make_optimizer(
+        model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
+    )
+    count = len(rows.train)
+    steps = total_steps(count, config.batch_size, config.epochs, config.steps)
+    facts = {
+        "examples": count, "epochs": f"{steps / ceil(count / config.batch_size):.2f}",
+        f"{kind} a step": config.batch_size, "steps": steps,
+        "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **facts, "seed": config.seed,
+    }
+    state = TrainState(model, optimizer)
+    return TrainingRun(
+        config, r, state, rows.train, rows.sets, tokenizer, rows.reports, facts, steps
+    )
