@@ -23,7 +23,7 @@ from minirlhf.data.examples import load_pairs, load_prompts, load_texts
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import RowPolicy
-from minirlhf.models import pretrained, stored
+from minirlhf.models import pretrained
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.transformer import CausalLM, initialize
@@ -348,7 +348,7 @@ def read_model(folder: str, load: Callable = pretrained.load_pretrained) -> Call
         tokens = torch.tensor([[1, 2, 3]])
         with torch.no_grad():
             model(tokens, torch.tensor([3])) if folder == "reward" else model.logits(model(tokens))
-        stored.has_tensor(stored.tensor_files(root / folder), "score.weight")
+        pretrained.stored_head(root / folder)
 
     return read
 

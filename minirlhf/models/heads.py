@@ -15,9 +15,12 @@ from minirlhf.errors import UserError, printable
 from minirlhf.models.alignment import response_states
 from minirlhf.models.families import LARGEST
 from minirlhf.models.logprobs import widened
+from minirlhf.models.stored_heads import Head
 from minirlhf.models.transformer import CausalLM, Decoder
 
-REWARD_KEYS = ("reward_heads", "reward_lcb_coef", "reward_mean", "reward_std")  # ours
+# Of config.json: ours, and OpenRLHF's, which an export folds into them.
+REWARD_KEYS = ("reward_heads", "reward_lcb_coef", "reward_mean", "reward_std",
+               "value_head_prefix", "normalize_reward", "mean", "std")
 
 
 class ValueHeadModel(nn.Module):
@@ -188,11 +191,13 @@ def critic_from_reward_model(
     return policy
 
 
-def reward_model_of(lm: CausalLM, score: Tensor, folder: Path) -> RewardModel:
+def reward_model_of(lm: CausalLM, head: Head, folder: Path) -> RewardModel:
     """The reward model, without its weights, that config.json and the head's shape describe.
 
+    What normalises a score stands in our keys, or in OpenRLHF's where its `normalize_reward` asks
+    for it. A bias shifts all scores alike, so it is kept as their mean, negated.
+
     Args:
-        score: the head's weight as stored, (heads, D).
         folder: named by every error.
     Raises:
         UserError: several labels that are no ensemble; a key that does not fit.
@@ -203,11 +208,16 @@ def reward_model_of(lm: CausalLM, score: Tensor, folder: Path) -> RewardModel:
         raise UserError(
             f"{where}: reward_heads", f"is {printable(repr(heads), 80)}", "needs an integer from 1"
         )
-    if score.shape[:1] != (heads,):
+    if len(head.weight) != heads:
         legal = "one output: shape (1, hidden_size)" if heads == 1 else f"{heads} outputs"
-        what = f"'score.weight' is {tuple(score.shape)}"
+        what = f"'{head.name}.weight' is {tuple(head.weight.shape)}"
         raise UserError(folder, what, f"a reward model has {legal}")
-    numbers = {"reward_lcb_coef": 0.0, "reward_mean": 0.0, "reward_std": 1.0}
+    theirs = source.get("normalize_reward")
+    if type(theirs) not in (bool, type(None)):
+        got = f"is {printable(repr(theirs), 80)}"
+        raise UserError(f"{where}: normalize_reward", got, "must be true or false")
+    mean_key, std_key = ("mean", "std") if theirs else ("reward_mean", "reward_std")
+    numbers = {"reward_lcb_coef": 0.0, mean_key: 0.0, std_key: 1.0}
     for key, default in numbers.items():
         value = numbers[key] = source.get(key, default)
         got = f"is {printable(repr(value), 80)}"
@@ -218,9 +228,9 @@ def reward_model_of(lm: CausalLM, score: Tensor, folder: Path) -> RewardModel:
         legal = "0 for a single head, else 0 or more"
         raise UserError(f"{where}: reward_lcb_coef", f"is {lcb_coef}", legal)
     if not std > 0:
-        raise UserError(f"{where}: reward_std", f"is {std}", "needs a number above 0")
+        raise UserError(f"{where}: {std_key}", f"is {std}", "needs a number above 0")
     model = RewardModel(lm, bool(source.get("read_before_eos", False)), heads, float(lcb_coef))
-    model.reward_mean, model.reward_std = float(mean), float(std)
+    model.reward_mean, model.reward_std = float(mean) - head.bias, float(std)
     return model
 
 

@@ -28,12 +28,19 @@ from minirlhf.models.heads import (
     reward_model_of,
 )
 from minirlhf.models.lora import has_lora
-from minirlhf.models.stored import JSON_CAP, read_tensors, tensor_files
+from minirlhf.models.stored import (
+    JSON_CAP,
+    VALUE_FILE,
+    read_tensors,
+    tensor_files,
+    tensor_names,
+)
+from minirlhf.models.stored_heads import VALUE_HEAD, head_names, name_of_head, take_head
 from minirlhf.models.transformer import CausalLM, shapes_only
 
 LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d{1,9})\.")
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be
-VALUE_HEAD = {"weight": "v_head.summary.weight", "bias": "v_head.summary.bias"}  # TRL's names
+WRAPPED = "pretrained_model."  # before each name that TRL 0.x saved of its wrapper
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -44,18 +51,34 @@ def read_config(folder: Path) -> ModelConfig:
     return config_from_hf(read_json(path, JSON_CAP), path)
 
 
-def rounded(folders: Iterable[Path], dtype: torch.dtype) -> list[str]:
-    """A warning for each folder whose weights lose digits in `dtype`: what fine-tuning added to a
-    weight is often less than half a step of bfloat16."""
-    name = str(dtype).removeprefix("torch.")
-    return [
-        f"{folder}: weights are rounded to {name}, which can undo fine-tuning"
-        for folder in dict.fromkeys(folders)
+def stored_head(folder: Path) -> str | None:
+    """What the head of a folder's reward model is called; None for a language model alone."""
+    config = read_config(folder)
+    return name_of_head(tensor_names(tensor_files(folder)), config.source, folder)
+
+
+def remarks(folders: Iterable[Path], dtype: torch.dtype) -> list[str]:
+    """What is to be told of folders that are read in `dtype`: of weights that lose digits, since
+    what fine-tuning added to one is often less than half a step of bfloat16, and of what is left
+    out."""
+    name, told = str(dtype).removeprefix("torch."), []
+    for folder in dict.fromkeys(folders):
+        source, tensors = read_config(folder).source, read_tensors(tensor_files(folder))
         if any(
             t.dtype.is_floating_point and torch.finfo(t.dtype).eps < torch.finfo(dtype).eps
-            for t in read_tensors(tensor_files(folder)).values()
-        )
-    ]
+            for t in tensors.values()
+        ):
+            told.append(f"{folder}: weights are rounded to {name}, which can undo fine-tuning")
+        head = name_of_head(tensors, source, folder)
+        if head == VALUE_HEAD:
+            told.append(f"{folder}: a language model with a value head, from which a reward model "
+                        "and ppo's critic are read; all else leaves it out")
+        elif head is not None and "lm_head.weight" in tensors:
+            told.append(f"{folder}: 'lm_head.weight' is left out: scores do not depend on it")
+        if head is not None and "mean" in source and not source.get("normalize_reward"):
+            told.append(f"{folder}: config.json's mean and std are left out: normalize_reward is "
+                        "not true in it")
+    return told
 
 
 def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -65,10 +88,15 @@ def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
         UserError: a file that is not whole, or fewer layers than config.json asks for: building
             those would take long before anyone could see that they are not there.
     """
-    tensors = read_tensors(tensor_files(folder))
+    stored = read_tensors(tensor_files(folder))
+    tensors = {name.removeprefix(WRAPPED): tensor for name, tensor in stored.items()}
+    if len(tensors) < len(stored):
+        what = f"holds a tensor with and without '{WRAPPED}' before its name"
+        raise UserError(folder, what, "bad export?")
     if config.family == "gpt2":
         # The first files were saved from the bare trunk, without its name before each tensor.
-        named = ("transformer.", "lm_head.", "score.")
+        heads = tuple(f"{name}." for name in head_names(config.source))
+        named = ("transformer.", "lm_head.", *heads)
         tensors = {n if n.startswith(named) else f"transformer.{n}": t for n, t in tensors.items()}
     layers = {match[1] for name in tensors if (match := LAYER.match(name))}
     if 0 < len(layers) < config.num_layers:
@@ -148,23 +176,32 @@ def _described(
     embedding or None); names and shapes are right."""
     config = read_config(folder)
     tensors, stored = stored_tensors(folder, config), None
-    score = tensors.get("score.weight")
-    if score is not None and not reward:
+    head = take_head(tensors, config, folder)
+    if head is not None and head.name != VALUE_HEAD and not reward:
         raise UserError(folder, "is a reward model, not a language model",
                         "give the language model; ppo takes a reward model as its reward")
-    if score is None and reward:
-        raise UserError(
-            folder, "has no 'score.weight': not a reward model",
-            "train one with `minirlhf reward`, or give a folder with a score head",
-        )
+    if head is None and reward:
+        raise _no_head(folder)
     with shapes_only():
         module: CausalLM | RewardModel = CausalLM(config)
         if reward:
-            module = reward_model_of(module, score, folder)
-    if config.tied_embeddings and not reward:
+            module = reward_model_of(module, head, folder)
+    if reward:
+        tensors.pop("lm_head.weight", None)
+        tensors["score.weight"] = head.weight
+    elif config.tied_embeddings:
         stored = tensors.pop("lm_head.weight", None)
     _check(module, tensors, folder)
     return module, tensors, stored
+
+
+def _no_head(folder: Path) -> UserError:
+    pickle = folder / "value_head.bin"
+    if pickle.exists():
+        do = f"save its tensors as {VALUE_FILE}: torch.load, then safetensors.torch.save_file"
+        return UserError(pickle, "pickle files are not read", do)
+    return UserError(folder, "has no 'score.weight': not a reward model",
+                     "train one with `minirlhf reward`, or give a folder with a score head")
 
 
 def load_pretrained(
@@ -197,7 +234,8 @@ def load_pretrained(
 def load_reward_model(
     folder: str | os.PathLike, dtype: torch.dtype | None = None, device: str | None = None
 ) -> RewardModel:
-    """A reward model saved by `save_pretrained` or as Hugging Face's …ForSequenceClassification.
+    """A reward model saved by `save_pretrained`, as Hugging Face's …ForSequenceClassification, or
+    with the head of TRL, LLaMA-Factory or OpenRLHF.
 
     Raises:
         UserError: as `load_pretrained`; also for a folder without a score head.
@@ -206,6 +244,18 @@ def load_reward_model(
     model, tensors, _ = _described(folder, reward=True)
     _fill(model, tensors, folder, dtype)
     return model.to(device or "cpu")
+
+
+def load_value_head(model: ValueHeadModel, folder: str | os.PathLike) -> None:
+    """Puts the value head of TRL or LLaMA-Factory that stands beside a policy in the model's place
+    of it; a folder without one changes nothing."""
+    folder = resolve(folder)
+    config = read_config(folder)
+    head = take_head(stored_tensors(folder, config), config, folder)
+    if head is not None:
+        with torch.no_grad():
+            model.v_head.weight.copy_(head.weight)
+            model.v_head.bias.fill_(head.bias)
 
 
 def offload(model: CausalLM | RewardModel, folder: Path) -> None:
@@ -278,8 +328,9 @@ def save_pretrained(
         contiguous = {n: t.contiguous() for n, t in tensors.items()}
         save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
         if isinstance(model, ValueHeadModel):
-            head = {VALUE_HEAD[n]: t.detach().cpu() for n, t in model.v_head.state_dict().items()}
-            save_file(head, folder / "value_head.safetensors", metadata={"format": "pt"})
+            head = model.v_head.state_dict()
+            head = {f"{VALUE_HEAD}.{n}": t.detach().cpu() for n, t in head.items()}
+            save_file(head, folder / VALUE_FILE, metadata={"format": "pt"})
     except SafetensorError as error:
         raise UserError(folder, f"cannot be written ({error})", "disk full?", MACHINE) from error
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -19,12 +19,18 @@ from minirlhf.files.reading import read_json
 
 JSON_CAP = 4 << 20  # bytes of config.json and of an index: each tensor takes about 100
 HEADER_CAP, TENSOR_CAP = 16 << 20, 200_000  # bytes and tensors of one safetensors header
+VALUE_FILE = "value_head.safetensors"  # what LLaMA-Factory puts beside the model's own files
 PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")  # torch's zip, or a bare one: whatever the name
 DATA_END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,20})')
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the order of its index."""
+    """The safetensors files of a model folder, in the order of its index; a value head's last."""
+    head = file_inside(folder, VALUE_FILE)
+    return _model_files(folder) + ([head] if head.exists() else [])
+
+
+def _model_files(folder: Path) -> list[Path]:
     single = file_inside(folder, "model.safetensors")
     if single.exists():  # before an index: that one may be left over from an earlier save
         return [single]
@@ -108,10 +114,10 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not HARMLESS.search(name)}
 
 
-def has_tensor(files: list[Path], name: str) -> bool:
-    """Whether one of these files holds a tensor, by their headers alone."""
+def tensor_names(files: list[Path]) -> set[str]:
+    """The names of all tensors of these files, by their headers alone."""
+    names: set[str] = set()
     for path in files:
         with _opened(path) as opened:
-            if name in opened.keys():
-                return True
-    return False
+            names.update(opened.keys())
+    return names

@@ -135,9 +135,9 @@ def of_ppo(
 def announce(
     estimate: Estimate, folders: Iterable[Path], dtype: torch.dtype, device: str
 ) -> dict[str, str]:
-    """What a run tells of its machine; warns of weights that `dtype` rounds, and of a tight one.
+    """What a run tells of its machine; warns of what `remarks` tells, and of a tight one.
     Raises UserError (exit code 4) where not even three quarters of the estimate are free."""
-    for line in [*pretrained.rounded(folders, dtype), *check_fits(estimate, free_memory(device))]:
+    for line in [*pretrained.remarks(folders, dtype), *check_fits(estimate, free_memory(device))]:
         print(f"warning: {line}")
     held = (process_bytes(device) + estimate.total) / 1e9
     return {"memory": f"about {held:.1f} GB; --dry-run measures it", "device": device,

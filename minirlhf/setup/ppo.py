@@ -148,6 +148,7 @@ def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype
     lm = pretrained.load_pretrained(folder, dtype, device)
     if config.critic is None:
         policy = ValueHeadModel(lm)
+        pretrained.load_value_head(policy, folder)
     else:
         critic = pretrained.load_reward_model(config.critic, dtype, device)
         policy = critic_from_reward_model(lm, critic, config.train_critic)
@@ -166,6 +167,7 @@ def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel) -> dict[s
     accumulated = ceil(per_step / config.micro_batch_size)
     adapting = config.kl_target and f"adapting to {config.kl_target:g} nats a response"
     adapts = config.lora_rank and config.train_critic
+    begins = "as it stands in its folder" if policy.v_head.weight.any() else "starting from zero"
     low, high = 1 - config.clip_low, 1 + config.clip_high
     return {
         "prompts": prompts,
@@ -184,7 +186,7 @@ def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel) -> dict[s
         "clip": f"ratio {low:g} to {high:g}, value {config.value_clip}",
         "critic": config.critic + (", its head alone: adapters leave its trunk" if adapts else "")
         if config.critic
-        else "a value head on the policy's trunk, starting from zero",
+        else f"a value head on the policy's trunk, {begins}",
         "reference": config.ref or "the policy at step 0; their KL must be 0 there",
     }
 

@@ -21,7 +21,7 @@ from minirlhf.errors import UserError
 from minirlhf.evaluation.reward import Evaluation, evaluate_preferences
 from minirlhf.files import folders
 from minirlhf.files.sieve import Report, RowPolicy
-from minirlhf.models import pretrained, stored
+from minirlhf.models import pretrained
 from minirlhf.models.families import name_eos
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.run.machine import make_deterministic
@@ -50,10 +50,10 @@ def check_loss(config: RewardConfig, path: str, examples: list[Example]) -> None
 def load_start(config: RewardConfig, before_eos: bool, dtype: torch.dtype) -> RewardModel:
     """The reward model of --model, or its language model under new heads.
 
-    Of one that was normalised the weights are kept, which hold the scale, and the mean is left out.
+    Of one that normalises its scores the weights are kept, and the mean and deviation left out.
     """
     folder = folders.resolve(config.model)
-    if stored.has_tensor(stored.tensor_files(folder), "score.weight"):
+    if pretrained.stored_head(folder) is not None:
         model = pretrained.load_reward_model(folder, dtype)
         if model.heads != config.heads:
             what = f"is {config.heads}, the reward model {config.model} has {model.heads}"
@@ -61,8 +61,10 @@ def load_start(config: RewardConfig, before_eos: bool, dtype: torch.dtype) -> Re
         if model.lcb_coef not in (0.0, config.lcb_coef):
             what = f"is {config.lcb_coef}, the reward model {config.model} has {model.lcb_coef}"
             raise UserError("--lcb-coef", what, f"give --lcb-coef {model.lcb_coef}")
-        if model.reward_mean:
-            print(f"{config.model} was normalised: its mean of {model.reward_mean:.4f} is left out")
+        mean, std = model.reward_mean, model.reward_std
+        if (mean, std) != (0.0, 1.0):
+            print(f"{config.model} normalises its scores by a mean of {mean:.4f} and a deviation "
+                  f"of {std:.4f}: both are left out")
         model.lcb_coef, model.reward_mean, model.reward_std = config.lcb_coef, 0.0, 1.0
     else:
         lm = pretrained.load_pretrained(folder, dtype)

@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.min_p,
         config.repetition_penalty, config.stop,
     )
-    for line in pretrained.rounded([folder], dtype):
+    for line in pretrained.remarks([folder], dtype):
         print(f"warning: {line}", file=sys.stderr)
     lm = pretrained.load_pretrained(folder, dtype, device)
     rows = sample(

@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     read, make = (load_preferences, preference_rows) if preferences else (load_texts, text_rows)
     examples, report = read(config.data, tokenizer, most, config.overlong, policy=policy)
     print(report, file=sys.stderr)
-    for line in pretrained.rounded([folder], dtype):
+    for line in pretrained.remarks([folder], dtype):
         print(f"warning: {line}", file=sys.stderr)
     model = pretrained.load_reward_model(folder, dtype, device)
     rows, summary = make(model, examples, tokenizer.eos_ids, config.micro_batch_tokens)

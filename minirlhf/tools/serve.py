@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     token = None if config.token_file is None else read_token(config.token_file)
     folder = folders.resolve(config.model)
     tokenizer = load_tokenizer(folder)
-    for line in pretrained.rounded([folder], dtype):
+    for line in pretrained.remarks([folder], dtype):
         print(f"warning: {line}", file=sys.stderr)
     model = pretrained.load_reward_model(folder, dtype, device)
     answer = answer_with(model, tokenizer, config.micro_batch_tokens)

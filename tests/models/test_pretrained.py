@@ -19,11 +19,12 @@ from minirlhf.models.pretrained import (
     load_pretrained,
     load_reward_model,
     offload,
-    rounded,
+    remarks,
     save_pretrained,
+    stored_head,
     without_weights,
 )
-from minirlhf.models.stored import has_tensor, tensor_files
+from minirlhf.models.stored import tensor_files
 from minirlhf.models.transformer import CausalLM
 from tests import conftest
 from tests.conftest import EACH_FAMILY, PEERS, make_peer
@@ -243,8 +244,7 @@ def test_a_language_model_is_not_a_reward_model_and_the_reverse(peer, tmp_path):
     save_pretrained(RewardModel(load_pretrained(folder)), tmp_path)
     with pytest.raises(UserError, match=r"is a reward model, not a language model.*its reward"):
         load_pretrained(tmp_path)
-    assert has_tensor(tensor_files(tmp_path), "score.weight")
-    assert not has_tensor(tensor_files(folder), "score.weight")
+    assert (stored_head(tmp_path), stored_head(folder)) == ("score", None)
 
 
 def test_a_score_head_of_two_outputs_is_refused(tmp_path):
@@ -342,17 +342,17 @@ def test_parameters_are_aligned_whatever_the_file(peer):
         assert all(p.data_ptr() % 64 == 0 and p.is_contiguous() for p in lm.parameters())
 
 
-def test_rounded_names_each_folder_whose_weights_lose_digits(peer, tmp_path):
+def test_remarks_name_each_folder_whose_weights_lose_digits(peer, tmp_path):
     _, wide = peer("llama")
     save_pretrained(load_pretrained(wide, torch.bfloat16), tmp_path / "narrow")
     both = [wide, tmp_path / "narrow", wide]
     told = f"{wide}: weights are rounded to bfloat16, which can undo fine-tuning"
-    assert rounded(both, torch.bfloat16) == [told]
-    assert rounded(both, torch.float32) == []
+    assert remarks(both, torch.bfloat16) == [told]
+    assert remarks(both, torch.float32) == []
     # float16 has as many bytes and more digits
     save_pretrained(load_pretrained(wide).half(), tmp_path / "half")
-    assert len(rounded([tmp_path / "half"], torch.bfloat16)) == 1
-    assert rounded([tmp_path / "narrow"], torch.float16) == []
+    assert len(remarks([tmp_path / "half"], torch.bfloat16)) == 1
+    assert remarks([tmp_path / "narrow"], torch.float16) == []
 
 
 @pytest.mark.parametrize("fails", [False, True])

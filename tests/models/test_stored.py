@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from minirlhf.errors import UserError
 from minirlhf.files.folders import resolve
-from minirlhf.models.stored import has_tensor, read_tensors, tensor_files
+from minirlhf.models.stored import read_tensors, tensor_files, tensor_names
 
 
 @pytest.fixture
@@ -94,7 +94,9 @@ def test_tensors_are_those_of_all_shards_but_the_harmless(folder):
     files = tensor_files(folder)
     assert files == [folder / "b.safetensors", folder / "a.safetensors"]
     assert set(read_tensors(files)) == {"x", "z"}
-    assert has_tensor(files, "z") and not has_tensor(files, "y")
+    assert tensor_names(files) == {"x", "z", "h.0.attn.bias"}
+    save_file({"v_head.summary.weight": torch.ones(1, 2)}, folder / "value_head.safetensors")
+    assert tensor_files(folder) == [*files, folder / "value_head.safetensors"]
 
 
 def test_a_tensor_in_two_shards_is_refused(folder):
@@ -135,7 +137,7 @@ def test_a_truncated_file_is_refused_by_name(size, folder):
     with pytest.raises(UserError, match=told):
         read_tensors([path])
     with pytest.raises(UserError, match=told):
-        has_tensor([path], "x")
+        tensor_names([path])
 
 
 def test_pickles_are_not_read(folder):

@@ -333,7 +333,7 @@ def test_a_bound_that_was_stored_is_not_dropped_in_silence(base, ensemble, tmp_p
     assert capsys.readouterr().err.endswith("has 0.5: give --lcb-coef 0.5\n")
     words = (*words, "--lcb-coef", 0.5)
     assert run_reward(base, tmp_path / "run", *words, model=ensemble / "model") == 0
-    assert "was normalised: its mean of " in capsys.readouterr().out
+    assert "normalises its scores by a mean of " in capsys.readouterr().out
 
 
 def test_a_reward_folder_names_every_eos(base, tmp_path):

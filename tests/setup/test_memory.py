@@ -217,7 +217,7 @@ def test_check_fits_refuses_what_cannot_fit_naming_the_largest_part_and_what_low
 @pytest.mark.parametrize("free", [0, 7_000_000_000, 9_000_000_000])
 def test_announce_warns_and_tells_what_the_process_will_hold(monkeypatch, capsys, free):
     rounded = ["a: weights are rounded", "b: weights are rounded"]
-    monkeypatch.setattr(memory.pretrained, "rounded", lambda folders, dtype: rounded)
+    monkeypatch.setattr(memory.pretrained, "remarks", lambda folders, dtype: rounded)
     monkeypatch.setattr(memory, "free_memory", lambda device: Machine(free, device))
     monkeypatch.setattr(memory, "process_bytes", lambda device: 300_000_000)
     if not free:

@@ -15,7 +15,8 @@ from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import OK, UserError, run
 from minirlhf.files import folders
 from minirlhf.files.sieve import RowPolicy
-from minirlhf.models import pretrained, stored
+from minirlhf.models import pretrained
+from minirlhf.models.stored_heads import VALUE_HEAD
 from minirlhf.run import flags
 from minirlhf.setup.ppo import prompt_room
 from minirlhf.setup.ppo_settings import PPOConfig
@@ -35,7 +36,7 @@ def check_model(name: str, recipes: Iterable[str]) -> Model:
     """
     folder = folders.resolve(name)  # with the weights, whose headers are read
     config = pretrained.read_config(folder)
-    is_reward = stored.has_tensor(stored.tensor_files(folder), "score.weight")
+    is_reward = pretrained.stored_head(folder) not in (None, VALUE_HEAD)
     module = pretrained.without_weights(folder, is_reward)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if is_reward and (others := set(recipes) - {"reward"}):
