@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minirlhf.batches import rollouts
 from minirlhf.cli import main
@@ -170,6 +170,22 @@ def test_main_starts_a_critic_from_a_reward_model(trains, adapters, world, tmp_p
     assert all(same) is not trains
     exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert exported.keys() == load_file(world / "policy" / "model.safetensors").keys()
+
+
+def test_main_starts_the_critic_from_the_value_head_beside_a_policy(world, tmp_path, capsys):
+    folder = shutil.copytree(world / "policy", tmp_path / "trl")  # as TRL 0.x leaves it
+    head = {"v_head.summary.weight": torch.rand(1, 32), "v_head.summary.bias": torch.ones(1)}
+    before = load_file(folder / "model.safetensors")
+    save_file(before | head, folder / "model.safetensors")
+    out = tmp_path / "run"
+    assert main(command(world, out, model=folder, steps=1, save_every=1)) == OK
+    start = load_file(out / "checkpoints/step-00000000/model.safetensors")
+    assert torch.equal(start["v_head.weight"], head["v_head.summary.weight"])
+    assert torch.equal(start["v_head.bias"], head["v_head.summary.bias"])
+    printed = capsys.readouterr().out
+    assert f"\n  {'critic':<25}  a value head on the policy's trunk, as it stands in" in printed
+    assert printed.count(f"{folder}: a language model with a value head") == 1
+    assert load_file(out / "model" / "model.safetensors").keys() == before.keys()
 
 
 def test_main_learns_from_a_weighted_sum_and_logs_each_part(world, tmp_path, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from minirlhf.batches.preferences import LIST_LOSSES, without_eos
 from minirlhf.cli import main
@@ -249,6 +250,18 @@ def test_a_reward_model_is_trained_further(base, whole, tmp_path):
     assert run_reward(base, out, *words, model=whole / "model") == 0
     before, after = (load_reward_model(f / "model").score.weight for f in (whole, out))
     torch.testing.assert_close(before, after, rtol=0, atol=1e-7)  # not drawn anew
+
+
+def test_a_reward_model_of_llama_factory_is_trained_further(base, tmp_path, capsys):
+    folder = shutil.copytree(base[0], tmp_path / "peer")
+    size = load_pretrained(folder).config.hidden_size
+    head = {"v_head.summary.weight": torch.rand(1, size), "v_head.summary.bias": torch.ones(1)}
+    save_file(head, folder / "value_head.safetensors")
+    config = RewardConfig(model=str(folder), data="d", out="o")
+    model = load_start(config, False, "cpu", torch.float32)
+    assert torch.equal(model.score.weight, head["v_head.summary.weight"])
+    assert model.reward_mean == 0
+    assert "by a mean of -1.0000 and a deviation of 1.0000: both" in capsys.readouterr().out
 
 
 def test_head_depends_on_the_seed_alone(base):
