@@ -258,7 +258,7 @@ def test_a_reward_model_of_llama_factory_is_trained_further(base, tmp_path, caps
     head = {"v_head.summary.weight": torch.rand(1, size), "v_head.summary.bias": torch.ones(1)}
     save_file(head, folder / "value_head.safetensors")
     config = RewardConfig(model=str(folder), data="d", out="o")
-    model = load_start(config, False, "cpu", torch.float32)
+    model = load_start(config, False, torch.float32)
     assert torch.equal(model.score.weight, head["v_head.summary.weight"])
     assert model.reward_mean == 0
     assert "by a mean of -1.0000 and a deviation of 1.0000: both" in capsys.readouterr().out
