@@ -9,23 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from minirlhf.cli import VERBS
 from minirlhf.errors import UserError
 from minirlhf.run.flags import parse
 from minirlhf.run.folder import Run
 from minirlhf.run.settings import as_dict
-from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward_settings import RewardConfig
-from minirlhf.setup.sft_settings import SFTConfig
-from minirlhf.tools.settings import SampleConfig, ScoreConfig
 from tests import bad_inputs
 from tests.bad_inputs import COMMANDS, PAIR, PROMPT, TEXT, json_lines, named, words
+from tests.kill_harness import RECIPES
 from tests.tiny_folders import change_json
 
 world, refused = bad_inputs.world, bad_inputs.refused
 
-CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "sample": SampleConfig,
-           "score": ScoreConfig}
-RECIPES = ("sft", "reward", "ppo")
+CONFIGS = {verb: VERBS[verb].config() for verb in (*RECIPES, "sample", "score")}
 
 # ---- one flag ------------------------------------------------------------------------------------
 
@@ -441,7 +437,7 @@ def test_the_last_held_out_row_is_read_before_any_weight(verb, refused, no_weigh
     assert line.startswith("late.jsonl:51: ")
 
 
-@pytest.mark.parametrize("verb", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("verb", RECIPES)
 @pytest.mark.parametrize(
     ("out", "told"), [("full", "is not empty: give another"), ("reward.py", "is not a folder")]
 )

@@ -16,9 +16,9 @@ from minirlhf.data.tokenizer import train_tokenizer
 from minirlhf.errors import BAD_INPUT, MACHINE, UserError
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.transformer import initialize
+from tests.kill_harness import RECIPES
 
 ROOT = Path(__file__).parents[1]
-RECIPES = [name for name, verb in cli.VERBS.items() if ".recipes." in verb.module]
 
 
 def python(*words: str) -> subprocess.CompletedProcess:

@@ -16,16 +16,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from minirlhf.cli import main
+from minirlhf.cli import VERBS, main
 from minirlhf.errors import BAD_INPUT, MACHINE, NON_FINITE, OK
 from minirlhf.setup import memory
-from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.reward_settings import RewardConfig
-from minirlhf.setup.sft_settings import SFTConfig
-from tests.kill_harness import ROWS, SHAPE, make_world
+from tests.kill_harness import RECIPES, ROWS, SHAPE, make_world
 from tests.tiny_folders import save_lm, save_scorer, write_lines
 
-CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+CONFIGS = {recipe: VERBS[recipe].config() for recipe in RECIPES}
 BASE = {
     "sft": {"model": "model", "data": "all.jsonl", "batch_size": 4},
     "reward": {"model": "model", "data": "all.jsonl", "batch_size": 4},
@@ -50,7 +47,7 @@ class Change(NamedTuple):
 LETTERS = [chr(i) for i in range(33, 127)]  # a third of the 258 tokens
 ENDS = {"stop": LETTERS, "max_new_tokens": 8}
 ENDS_CHANGE = Change(LETTERS, {"max_new_tokens": 8})
-RECIPES = {
+CHANGES = {
     "all": {
         "model": Change("other"),
         "data": Change("few.jsonl"),
@@ -186,9 +183,9 @@ RECIPES = {
 }
 OTHERWISE = {"out", "resume", "allow_data_change", "allow_setting_change"}  # see the last test
 CASES = [
-    (recipe, name, ({**RECIPES["all"], **RECIPES[recipe]})[name])
+    (recipe, name, ({**CHANGES["all"], **CHANGES[recipe]})[name])
     for recipe in CONFIGS
-    for name in ({**RECIPES["all"], **RECIPES[recipe]})
+    for name in ({**CHANGES["all"], **CHANGES[recipe]})
 ]
 
 

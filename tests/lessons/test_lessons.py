@@ -20,10 +20,9 @@ from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import load_pretrained, save_pretrained
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.setup.reward import write_reward_model
-from tests.kill_harness import SHAPE
+from tests.kill_harness import RECIPES, SHAPE
 
 PACKAGE = Path(minirlhf.__file__).parent
-RECIPES = sorted(p.stem for p in (PACKAGE / "recipes").glob("*.py") if p.stem != "__init__")
 WORDS = ["film", "plot", "scene", "hero", "song", "was", "is", "dull", "fine", "odd", "and", "a"]
 REWARD = """
 def short(completions, finish_reasons, mood):
@@ -104,8 +103,9 @@ def test_lesson_trains_the_weights_of_its_recipe(recipe, steps, reward, world, t
 
 
 def test_every_recipe_has_its_lesson_and_its_case():
-    lessons = [p.stem for p in (PACKAGE / "lessons").glob("*.py") if p.stem != "__init__"]
-    assert sorted(lessons) == RECIPES == sorted({recipe for recipe, _, _ in CASES})
+    for wing in ("recipes", "lessons"):
+        assert {p.stem for p in (PACKAGE / wing).glob("*.py")} == {*RECIPES, "__init__"}
+    assert {recipe for recipe, _, _ in CASES} == set(RECIPES)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -18,6 +18,7 @@ from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.transformer import CausalLM, initialize
 from tests.kill_harness import (
+    RECIPES,
     command,
     environment,
     log_of,
@@ -141,7 +142,7 @@ def test_a_size_gives_the_same_bits_whatever_sizes_came_before():
 
 
 @slow
-@pytest.mark.parametrize("recipe", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_compiled_run_goes_on_to_the_same_bytes_from_any_instant(recipe, tmp_path):
     world, whole, resumed = make_world(tmp_path / "world"), tmp_path / "a", tmp_path / "b"
     assert run_command_line(command(recipe, world, whole, compile=True, keep=3)) == OK

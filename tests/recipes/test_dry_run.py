@@ -3,18 +3,18 @@
 import os
 import re
 import signal
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from minirlhf import interrupt
-from minirlhf.cli import main
+from minirlhf.cli import VERBS, main
 from minirlhf.errors import BAD_INPUT, NON_FINITE, OK, REWARD_SERVICE, STOPPED
-from minirlhf.recipes import ppo, reward, sft
 from minirlhf.run import dry_run
 from tests.kill_harness import LISTS, OWN, RECIPES, command, make_world
 
-MODULES = {"sft": sft, "reward": reward, "ppo": ppo}
+MODULES = {recipe: import_module(VERBS[recipe].module) for recipe in RECIPES}
 CASES = {
     "sft": ("sft", {}),
     "sft, lora": ("sft", {"lora_rank": 2}),

@@ -19,6 +19,7 @@ from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.setup.sft_settings import SFTConfig
 from minirlhf.tools.check.rows import KINDS
 from minirlhf.tools.settings import CheckConfig
+from tests.kill_harness import RECIPES
 
 CONFIGS = {name: verb.config() for name, verb in cli.VERBS.items() if verb.settings}
 
@@ -54,7 +55,7 @@ def test_each_setting_has_a_help_sentence_under_a_heading(verb):
     assert all(item.help for item in settings.values())
     first = getattr(CONFIGS[verb], "SHOWN_FIRST", settings)
     assert set(first) <= settings.keys() and len(first) <= 24
-    if verb in ("sft", "reward", "ppo"):
+    if verb in RECIPES:
         required = {name for name, item in settings.items() if item.required}
         assert len(first) <= 15 and required | {"learning_rate", "resume"} <= set(first)
 
