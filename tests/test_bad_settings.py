@@ -31,7 +31,10 @@ FLAGS = [  # added to a right `minirlhf sft`, what is told
     ("--steps 1e3", f"--steps: got '1e3', {WHOLE}"),
     ("--steps 0", f"--steps: got 0, {WHOLE}"),
     ("--steps=", f"--steps: got '', {WHOLE}"),
+    (f"--steps {'9' * 5000}", "--steps: got '99999"),
     ("--steps", "--steps: expected one value"),
+    ("--steps --resume", "--steps: expected one value"),
+    ("--step 3", "--step: unknown flag: the nearest is --steps"),  # no abbreviation
     ("--steps 1 --steps 2", "--steps: given twice"),
     ("--batch_size 2 --batch-size 3", "--batch-size: given twice"),
     ("--learning-rate nan", "--learning-rate: got nan, must be a finite number > 0"),
@@ -53,6 +56,8 @@ FLAGS = [  # added to a right `minirlhf sft`, what is told
     ("--eval-data ''", "--eval-data: got '', must be the name of a file"),
     ("--eval-data a=", "''"),
     ("--eval-data texts.jsonl texts.jsonl", "--eval-data: two sets are called 'eval': name each"),
+    ("--resume --no-resume", "--no-resume: given twice"),
+    ("--resume -3", "minirlhf sft: unexpected argument '-3'"),
     ("--resume yes", "minirlhf sft: unexpected argument 'yes'"),
     ("--resume=true", "--resume: got 'true', takes no value: give --resume or --no-resume"),
     ("--no-resume=1", "--no-resume: got '1', takes no value: give --resume or --no-resume"),
@@ -198,6 +203,8 @@ TOML = [  # added to a right file, what is told behind its name
     ("steps = 1\nsteps = 2", "not valid TOML: "),
     ("model = lm", "not valid TOML: "),
     ("steps = " + "9" * 5000, "not valid TOML: "),
+    ("learning_rate = inf", "learning_rate: got inf, must be a finite number > 0"),
+    ("seed = 2026-01-01", "seed: got 2026-01-01, must be a whole number"),
     ("eval_data = 1", "eval_data: got 1, must be text or a list of text"),
     ("eval_data = ''", "eval_data: got '', must be the name of a file"),
     ("eval_data = ['']", "eval_data: got '', must be the name of a file"),
@@ -212,11 +219,14 @@ JSON = [  # content of a file, what is told behind its name
     ('{"steps": 1, "steps": 2}', ":1: key 'steps' stands twice in one object"),
     ('{"learning_rate": NaN}', ":1: NaN is not JSON"),
     ('{"steps": ' + "9" * 5000 + "}", ":1: an integer of thousands of digits"),
+    ('{"model": "\\ud800"}', ":1: half of a surrogate pair"),
+    (" " * (2**20 + 1), ": larger than 1,048,576 bytes"),
     ('{"a": ' * 2000, ":1: nested deeper than 64 levels"),
     ("<html>", ":1: not valid JSON at column 1: it looks like a web page"),
     ('{"stepz": 1}', ": stepz: unknown setting: the nearest is steps; --data: required"),
     ('{"recipe": "sft", "settings": {"steps": 1}}', ": recipe: unknown setting: the nearest is "),
     (json.dumps(RIGHT | {"epochs": None}), ": epochs: got none, must be a finite number > 0"),
+    (json.dumps(RIGHT | {"learning_rate": 10**400}), ": learning_rate: got 10000"),
     (json.dumps(RIGHT | {"data": 3}), ": data: got 3, must be text"),
     (json.dumps(RIGHT | {"train": {"steps": 1}}), f": train: {SECTIONS}"),
     (json.dumps(RIGHT | {"steps": "x", "keep": []}), f": steps: got 'x', {WHOLE}; c.json: keep: g"),
@@ -243,10 +253,11 @@ def test_a_bad_json_file_of_settings_is_refused_by_line_or_key(content, told, re
 SHOWN = 20  # problems that one line tells
 NOT_TEXT = ("\udcff", "a\0b")
 BAD_WORDS = {
-    int: ("1.5", "1e3", "ten", "−1"), float: ("nan", "-inf", "1,5", "1e-5x"), str: NOT_TEXT
+    int: ("1.5", "1e3", "ten", "−1", "1__0", "٣"), str: NOT_TEXT,
+    float: ("nan", "-inf", "1,5", "1e-5x", "1e999"),
 }
 BAD_VALUES = {
-    int: (1.5, "1", True, [1], 2**63), float: ("0.1", True, [0.1], "nan"),
+    int: (1.5, 3.0, "1", True, [1], 2**63), float: ("0.1", True, [0.1], "nan"),
     str: (3, True, ["a"], "a\0b"), bool: (1, "yes", None, "true"), tuple: ("a\0b", [1], [None], 3),
 }
 BEYOND = {">=": -1, ">": 0, "<=": 1, "<": 0}  # from a limit to the nearest whole step outside it
