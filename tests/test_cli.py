@@ -55,17 +55,6 @@ def test_main_tells_the_version(capsys):
     assert capsys.readouterr().out == f"minirlhf {minirlhf.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("word", "right"), [("pop", "ppo"), ("rewards", "reward"), ("--verison", "--version")]
-)
-def test_main_names_the_nearest_of_an_unknown_verb(word, right, capsys):
-    assert cli.main([word]) == BAD_INPUT
-    told = capsys.readouterr()
-    line = f"error: minirlhf {word}: no such verb: the nearest is {right}; verbs: sft, reward, "
-    assert told.err.startswith(line) and told.err.count("\n") == 1
-    assert told.out == ""
-
-
 def test_main_hands_the_rest_of_the_line_to_the_verb(verb):
     seen = []
 

@@ -546,15 +546,12 @@ def test_unknown_keys_are_carried_through():
 
 ROPED = {"rope_theta": 500.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
          "high_freq_factor": 4.0}
-BAD = [
+BAD = [  # more are in tests/test_bad_models.py
     (LLAMA, {"model_type": "mamba"}, "model_type: is 'mamba': supported: llama, mistral, qwen2"),
-    (LLAMA, {"model_type": None}, "model_type: is None"),
     (LLAMA, {"model_type": ["llama"]}, "model_type: is"),
     (LLAMA, {"hidden_size": None}, "hidden_size: is None: must be an integer from 1"),
-    (LLAMA, {"hidden_size": 10**12}, "hidden_size: is 1000000000000"),
     (LLAMA, {"hidden_size": 0}, "hidden_size: is 0"),
     (LLAMA, {"hidden_size": 32.0}, "hidden_size: is 32.0"),
-    (LLAMA, {"hidden_size": "32"}, "hidden_size: is '32'"),
     (LLAMA, {"hidden_size": True}, "hidden_size: is True"),
     (LLAMA, {"hidden_size": 30}, "hidden_size: is 30: must be a multiple of the 4"),
     (LLAMA, {"vocab_size": -1}, "vocab_size: is -1"),
@@ -575,13 +572,11 @@ BAD = [
     (LLAMA, {"attention_bias": "no"}, "attention_bias: is 'no': must be true or false"),
     (LLAMA, {"mlp_bias": 1}, "mlp_bias: is 1"),
     (LLAMA, {"tie_word_embeddings": "false"}, "tie_word_embeddings: is 'false'"),
-    (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config: is .*not implemented"),
     (LLAMA, {"pretraining_tp": 2}, "pretraining_tp: is 2: not implemented; supported: 1"),
     (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: is 0.5"),
     (LLAMA, {"rope_scaling": "yarn"}, "rope_scaling: is 'yarn': must be one object"),
     (LLAMA, {"rope_scaling": {"type": "longrope"}}, "rope_scaling: rope_type: is 'longrope': supp"),
     (LLAMA, {"rope_scaling": {"type": ["linear"]}}, "rope_type: is"),
-    (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor: is None: .*linear needs"),
     (LLAMA, {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor: is '2'"),
     (LLAMA, {"rope_scaling": {"type": "yarn", "factor": None}}, "factor: is None"),
     (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": "1"}}, "beta_fast: is '1'"),
@@ -620,16 +615,9 @@ def test_the_largest_sizes_allowed_fit_an_element_count():
         assert CausalLM(config_from_hf(values)).lm_head.weight.shape == (2**31, 2**20)
 
 
-def test_config_json_must_be_there_and_an_object(copy):
-    folder = copy()
-    write_config(folder, [1])
+def test_config_json_must_be_an_object(copy):
+    write_config(folder := copy(), [1])
     with pytest.raises(UserError, match=r"config\.json: is a list: must be a JSON object$"):
-        load_pretrained(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json:1: not valid JSON"):
-        load_pretrained(folder)
-    (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"has no config.json: give a Hugging Face model folder"):
         load_pretrained(folder)
 
 
