@@ -173,10 +173,10 @@ def test_a_row_unlike_the_first_is_refused_by_its_line(verb, first, second, told
 UNKNOWN = "d.jsonl:1: columns of no known format: "
 TEXTS = "legal: text | prompt with completion or response | messages | input_ids; other names: -"
 FIRST_ROWS = [  # verb, only row, what is told
-    ("sft", {"instruction": "a", "output": "b"},
-     UNKNOWN + f"instruction (a string), output (a string): {TEXTS}"),
-    ("sft", {"question": "a", "answer": "b"}, UNKNOWN + "question (a string), answer (a string)"),
-    ("sft", {"conversations": [USER]}, UNKNOWN + "conversations (a list)"),
+    ("sft", {"question": "a", "answer": "b"},
+     UNKNOWN + f"question (a string), answer (a string): {TEXTS}"),
+    ("sft", {"conversations": "a"}, "d.jsonl:1: conversations is a string: needs a list of messages"
+     "; keys present: conversations; detected: sharegpt (conversations)"),
     ("sft", {"data": [TEXT]}, UNKNOWN + "data (a list)"),
     ("sft", PAIR, UNKNOWN + "prompt (a string), chosen (a string), rejected (a string)"),
     ("sft", PROMPT, UNKNOWN + "prompt (a string)"),

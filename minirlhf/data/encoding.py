@@ -11,13 +11,11 @@ from pathlib import Path
 
 from minirlhf.data.chat_template import TemplateOverrun
 from minirlhf.data.formats import was_sampled
-from minirlhf.data.parts import Part
+from minirlhf.data.parts import Parts
 from minirlhf.data.tokenizer import Dialogue, Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.rows import Row
 from minirlhf.files.sieve import Sieve
-
-Parts = tuple[Part | None, ...]  # (prompt or None, response, ...)
 
 
 def encode(

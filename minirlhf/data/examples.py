@@ -10,18 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from minirlhf.data.encoding import Parts, encode, fit
-from minirlhf.data.formats import Format, pair_format, pair_labels, prompt_format, text_format
+from minirlhf.data.encoding import encode, fit
+from minirlhf.data.formats import (
+    PAIR_LABELS,
+    pair_format,
+    pair_labels,
+    prompt_format,
+    text_format,
+)
 from minirlhf.data.parts import Messages, Part
+from minirlhf.data.split import Split, split_rows
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
-from minirlhf.files.rows import Row, read_rows
+from minirlhf.files.rows import Row
 from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve
 
 T = TypeVar("T")
 
 OVERLONG = ("drop", "truncate_prompt_left", "truncate_response", "error")
-PAIR_LABELS = {"margin": 0.0, "chosen_probability": 1.0}  # optional columns, and what none means
+PASSED = "passed to reward functions"
 
 
 @dataclass(frozen=True)
@@ -124,9 +131,8 @@ def load_pairs(
 
     def make(e: Encoded) -> Pair:
         by, probability = pair_labels(e.row)
-        others = {key: value for key, value in e.columns.items() if key not in PAIR_LABELS}
         probability = 1.0 if probability is None else probability
-        return Pair(e.prompt_ids, *e.responses, by or 0.0, e.row.where, others, probability)
+        return Pair(e.prompt_ids, *e.responses, by or 0.0, e.row.where, e.columns, probability)
 
     pairs, report = load_examples(
         split, make, finish, tokenizer, max_length, overlong, _equal_sides, whole
@@ -143,7 +149,9 @@ def tell_labels(report: Report, labels: list[tuple[float | None, float | None]])
         named += [name] if missing < len(labels) else []
         if 0 < missing < len(labels):
             report.notes.append(f"{name} missing in {missing:,} rows: they count as {default:g}")
-    report.detected = report.detected.replace("rejected)", ", ".join(["rejected", *named]) + ")")
+    at = report.detected.rfind("rejected)") + len("rejected")
+    if at >= len("rejected"):
+        report.detected = ", ".join([report.detected[:at], *named]) + report.detected[at:]
     if unlikely := sum(q is not None and q < 0.5 for _, q in labels):
         report.notes.append(f"chosen_probability below 1/2 in {unlikely:,} rows: rejected leads")
 
@@ -155,12 +163,17 @@ def _equal_sides(row: Row, responses: list[list[int]]) -> str | None:
 def load_prompts(
     path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     policy: RowPolicy = STRICT, finish: Callable[[Prompt], Prompt] | None = None,
+    others: str = PASSED,
 ) -> tuple[list[Prompt], Report]:
-    """Prompts of a file, arguments as in `load_pairs`; `overlong` cannot be "truncate_response"."""
+    """Prompts of a file, arguments as in `load_pairs`; `overlong` cannot be "truncate_response".
+
+    Args:
+        others: what becomes of the columns beside the prompt, in words.
+    """
     if overlong == "truncate_response":
         legal = "drop, truncate_prompt_left or error: prompts have no response"
         raise UserError("overlong", f"is {overlong!r}", legal)
-    split = split_rows(path, prompt_format, Sieve(policy))
+    split = split_rows(path, prompt_format, Sieve(policy), others=others)
 
     def make(e: Encoded) -> Prompt:
         text = e.prompt
@@ -188,76 +201,6 @@ def load_texts(
     return load_examples(split, make, finish, tokenizer, max_length, overlong, whole=whole)
 
 
-# ---------------------------------------------------------------------------- a file, taken apart
-
-
-class Split(NamedTuple):
-    """The rows of a file that are of its kind, with their parts."""
-
-    path: str | Path
-    form: Format
-    rows: list[tuple[Row, Parts]]
-    total: int  # rows that were read, those that the sieve kept back included
-    sieve: Sieve
-
-
-def split_rows(
-    path: str | Path, detect: Callable[[Row, bool], Format], sieve: Sieve,
-    also: Callable[[Row], object] | None = None,
-) -> Split:
-    """Reads a whole file and takes its rows apart; its first well-formed row tells its kind.
-
-    Args:
-        detect: pair_format, prompt_format or text_format.
-        sieve: takes malformed rows.
-        also: what else a row must stand: raises a UserError where it does not.
-    Raises:
-        UserError: a fault in a row that the sieve does not take, or no row left.
-    """
-    rows = list(read_rows(path, sieve))
-    total, form, split = len(rows) + len(sieve.rejected), None, []
-    for row in rows:
-        try:
-            if also is not None:
-                also(row)
-            found = form or detect(row, sieve.policy.allow_empty_prompt)
-            split.append((row, found.split(row)))
-            form = found
-        except UserError as error:
-            sieve.reject(error, row.raw)
-    if not split:
-        raise Report(str(path), "", total, rejected_rows=sieve.in_order()).nothing_left()
-    return Split(path, form, split, total, sieve)
-
-
-PROMPTS = ("instruction", "question", "query", "input", "context", "system")  # elsewhere
-
-
-def unread_prompt(split: Split) -> list[str]:
-    """A note where whole texts stand beside what other tools call a prompt."""
-    row, (prompt, *_) = split.rows[0]
-    there = [name for name in PROMPTS if name in row.columns]
-    if prompt is not None or "prompt" not in split.form.absent or not there:
-        return []
-    return [f"{', '.join(there)} not read: if answers need it, --columns prompt={there[0]}"]
-
-
-def first_row(path: str | Path, tell: Callable[[Row], T], policy: RowPolicy = STRICT) -> T:
-    """What `tell` says of the first row that it does not refuse; it refuses malformed ones.
-
-    Raises:
-        UserError: a fault in a row before it that the policy does not skip, or no such row.
-    """
-    sieve = Sieve(policy)
-    for row in read_rows(path, sieve):
-        try:
-            return tell(row)
-        except UserError as error:
-            sieve.reject(error, row.raw)
-    rejected = sieve.in_order()
-    raise Report(str(path), "", len(rejected), rejected_rows=rejected).nothing_left()
-
-
 # -------------------------------------------------------------------------------- parts, in tokens
 
 
@@ -276,10 +219,8 @@ def load_examples(
         raise UserError("overlong", f"is {overlong!r}", f"legal: {', '.join(OVERLONG)}")
     if max_length is not None and max_length < 1:
         raise UserError("max_length", f"is {max_length}", "needs at least 1")
-    path, form, rows, total, sieve = split
-    encoded, lead = encode(path, rows, tokenizer, sieve, whole)
-    report = Report(str(path), form.detected, total)
-    report.notes += unread_prompt(split)
+    form, rows, report, sieve = split
+    encoded, lead = encode(report.path, rows, tokenizer, sieve, whole)
     examples = []
     for (row, (prompt, *_)), ids in zip(rows, encoded, strict=True):
         if ids is None:

@@ -28,6 +28,7 @@ from minirlhf.files.rows import Row
 ANSWER = "\n\nAssistant:"  # how Anthropic's HH transcripts (arXiv:2204.05862) begin an answer
 LOSS_MASKS = ("labels", "completion_mask", "assistant_masks")  # of tokenised texts elsewhere
 # (prompt or None, chosen, its mask, rejected, its mask): TRL's collator, TRL 1.x, LLaMA-Factory
+PAIR_LABELS = {"margin": 0.0, "chosen_probability": 1.0}  # optional columns, and what none means
 ID_PAIRS = (
     ("prompt_ids", "input_ids_chosen", "attention_mask_chosen",
      "input_ids_rejected", "attention_mask_rejected"),
@@ -42,7 +43,7 @@ class Format(NamedTuple):
 
     Args:
         detected: the kind in words, with its columns, as the user is told.
-        used: columns that become ids; all others are carried through.
+        used: columns that are read; all others are carried through.
         parts: the parts of a row; raises UserError where a row is not of this kind.
         absent: columns that would make the row another kind.
     """
@@ -160,7 +161,11 @@ def _id_pairs(columns: dict, empty_prompt: bool) -> Format | None:
 
     shown = ", ".join((*((prompt,) if given else ()), chosen, rejected))
     absent = () if given else (prompt,)
-    return Format(f"tokenised preference pairs ({shown})", names, parts, absent)
+    return _pairs(f"tokenised preference pairs ({shown})", names, parts, absent)
+
+
+def _pairs(detected: str, used: tuple[str, ...], parts: Callable, absent: tuple = ()) -> Format:
+    return Format(detected, (*used, *PAIR_LABELS), parts, absent)
 
 
 def pair_format(row: Row, empty_prompt: bool = False) -> Format:
@@ -178,26 +183,26 @@ def pair_format(row: Row, empty_prompt: bool = False) -> Format:
     match kinds:
         case ["text", "text", "text"]:
             detected = "preference pairs (prompt, chosen, rejected)"
-            return Format(detected, three, _columns(string_part, three, empty_prompt))
+            return _pairs(detected, three, _columns(string_part, three, empty_prompt))
         case ["messages", "messages", "messages"]:
             detected = "preference pairs of messages (prompt, chosen, rejected)"
-            return Format(detected, three, _columns(messages_part, three, empty_prompt))
+            return _pairs(detected, three, _columns(messages_part, three, empty_prompt))
         case [None, "messages", "messages"]:
             detected = "preference dialogues (chosen, rejected), the shared turns as prompt"
-            return Format(detected, both, _dialogues, absent=("prompt",))
+            return _pairs(detected, both, _dialogues, absent=("prompt",))
         case ["text", "messages", "messages"] if not _answers(row, "chosen"):
             detected = "preference dialogues (chosen, rejected), the shared turns as prompt"
-            return Format(f"{detected}, column prompt ignored", three, _dialogues)
+            return _pairs(f"{detected}, column prompt ignored", three, _dialogues)
         case [None, "text", "text"] if all(ANSWER in columns[key] for key in both):
             detected = "preference transcripts (chosen, rejected), split at the last shared answer"
-            return Format(detected, both, _transcripts, absent=("prompt",))
+            return _pairs(detected, both, _transcripts, absent=("prompt",))
         case [None, "text", "text"]:
             whole = _columns(string_part, both)
             detected = "preference pairs (chosen, rejected)"
-            return Format(detected, both, lambda row: (None, *whole(row)), absent=("prompt",))
+            return _pairs(detected, both, lambda row: (None, *whole(row)), absent=("prompt",))
         case [prompt, *_] if prompt is not None and {*kinds} == {"text", "messages"}:
             detected = "preference pairs of strings and messages (prompt, chosen, rejected)"
-            return Format(detected, three, _columns(turns_part, three, empty_prompt))
+            return _pairs(detected, three, _columns(turns_part, three, empty_prompt))
     legal = "chosen and rejected with or without prompt, as strings or messages, or ids in "
     ids = " | ".join(f"{pair[1]}, {pair[3]}" for pair in ID_PAIRS)
     raise unknown_columns(row, f"{legal}{ids} | prompt with responses, best first")

@@ -5,20 +5,28 @@ Nothing here knows which columns a file has, nor a tokenizer.
 
 import json
 import math
+import re
+from dataclasses import replace
 
 from minirlhf.errors import UserError, printable
-from minirlhf.files.reading import json_kind
+from minirlhf.files.reading import json_kind, strict_json
 from minirlhf.files.rows import Row
 
 Messages = list[dict]
 Part = str | Messages | list[int]
+Parts = tuple[Part | None, ...]  # (prompt or None, response, ...)
 
+SPOKEN = re.compile(r"\n\n(Human|Assistant):")  # before each turn of an HH transcript
 REMOVE = "remove the row or fill it in"
 SPEAKERS = {  # `from` in ShareGPT and its kin -> role
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "system": "system", "function_call": "assistant", "observation": "tool", "tool": "tool",
 }
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which margins are trained with
+
+
+class Useless(Exception):
+    """A row is as it should be and teaches nothing, for this reason: it is dropped and counted."""
 
 
 def wrong_column(row: Row, key: str, legal: str) -> UserError:
@@ -175,3 +183,59 @@ def part_kind(value: object) -> str:
     if isinstance(listed, list) and all(isinstance(item, dict) for item in listed):
         return "messages"
     return "other"
+
+
+def hh_turns(text: str) -> Messages:
+    r"""The turns of a transcript such as Anthropic's, without an empty last one; none where a text
+    is no transcript.
+
+    >>> hh_turns("\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: Why?\n\nAssistant:")[1:]
+    [{'role': 'assistant', 'content': 'Because.'}, {'role': 'user', 'content': 'Why?'}]
+    """
+    before, *spoken = SPOKEN.split(text)
+    if before.strip():
+        return []
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [
+        {"role": roles[who], "content": said.strip()}
+        for who, said in zip(spoken[::2], spoken[1::2], strict=True)
+    ]
+    return turns if not turns or turns[-1]["content"] else turns[:-1]
+
+
+# How the text of messages begins, or of one, as JSON or Python writes it.
+_PACKED = re.compile(
+    r"""\s*(?:array\()?(?:\[\s*\{|\{\s*['"](?:role|content|from|value)['"]\s*:)"""
+)
+_NAMED = [re.compile(rf"""(['"])(?:{a})\1\s*:""") for a in ("role|from", "content|value")]
+CELLS = (
+    "text", "messages", "prompt", "completion", "response", "chosen", "rejected", "conversations",
+    "context", "conversation_a", "conversation_b", "chosen_conversations", "rejected_conversations",
+)
+
+
+def unpack(row: Row) -> tuple[Row, list[str]]:
+    """(the row with messages where a column has the JSON text of them, names of these columns).
+
+    Raises:
+        UserError: a column has messages in Python's spelling, or as broken JSON, which no model is
+            to read or to learn.
+    """
+    found = {}
+    for key in CELLS:
+        text = row.columns.get(key)
+        if not isinstance(text, str) or not _PACKED.match(text):
+            continue
+        try:
+            value = strict_json(text, row.where)
+        except UserError:
+            if all(name.search(text) for name in _NAMED):
+                do = "write it as JSON (json.dumps), or the file as JSON lines"
+                what = f"{key} has messages in a text that is no JSON"
+                raise UserError(row.where, what, do) from None
+            continue
+        listed = value if isinstance(value, list) else [value]
+        names = {"role", "content"}, {"from", "value"}
+        if all(isinstance(m, dict) and any(n <= m.keys() for n in names) for m in listed):
+            found[key] = value
+    return (replace(row, columns=row.columns | found) if found else row), list(found)

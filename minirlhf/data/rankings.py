@@ -17,15 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from minirlhf.data.examples import (
-    PAIR_LABELS,
     Encoded,
     Pair,
-    first_row,
     load_examples,
     load_pairs,
-    split_rows,
 )
-from minirlhf.data.formats import Format, pair_format, unknown_columns
+from minirlhf.data.formats import PAIR_LABELS, Format, pair_format, unknown_columns
 from minirlhf.data.parts import (
     LARGEST,
     Part,
@@ -37,6 +34,7 @@ from minirlhf.data.parts import (
     wrong_column,
     wrong_value,
 )
+from minirlhf.data.split import first_row, split_rows
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.reading import json_kind

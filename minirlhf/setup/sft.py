@@ -8,8 +8,9 @@ import torch
 
 from minirlhf import streams
 from minirlhf.batches.demonstrations import count_tokens, with_target
-from minirlhf.data.examples import Text, load_texts, split_rows
+from minirlhf.data.examples import Text, load_texts
 from minirlhf.data.formats import text_format
+from minirlhf.data.split import split_rows
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files, train_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files import atomic, folders

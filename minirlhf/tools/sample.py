@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from minirlhf import streams
 from minirlhf.data.examples import Prompt, load_prompts
+from minirlhf.data.split import NOT_READ
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.files import folders
@@ -99,7 +100,9 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
     if config.data is not None:
         most = room if config.max_length is None else config.max_length
         policy = RowPolicy.of(config)
-        prompts, report = load_prompts(config.data, tokenizer, most, config.overlong, policy=policy)
+        prompts, report = load_prompts(
+            config.data, tokenizer, most, config.overlong, policy=policy, others=NOT_READ
+        )
         print(report, file=sys.stderr)
         return prompts[: config.limit]
     ids = tokenizer.encode(config.prompt)

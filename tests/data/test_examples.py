@@ -34,7 +34,8 @@ def test_load_pairs_appends_eos_and_carries_columns(write, tokenizer):
     assert pairs == [
         Pair(spell("p"), [*spell("c"), EOS], [*spell("r"), EOS], 2.0, f"{path}:1", {"source": "x"})
     ]
-    assert report == Report(str(path), "preference pairs (prompt, chosen, rejected, margin)", 1, 1)
+    detected = "preference pairs (prompt, chosen, rejected, margin)"
+    assert report == Report(str(path), detected, 1, 1, notes=["not read: source"])
 
 
 U, V, A, B = user("q"), user("s"), assistant("a"), assistant("b")
@@ -150,26 +151,56 @@ def test_load_pairs_reads_numbers_out_of_a_text_table(tmp_path, tokenizer):
         load_pairs(path, tokenizer, 8, "drop")
 
 
+JOIN = "which other tools make part of the prompt: join them to it"
+
+
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("rows", "told"),
     [
-        ({"question": "why", "system": "be kind"}, ["question, system not read: if answers need"]),
-        ({"id": 7}, []),
-        ({"prompt": "why", "question": "why"}, []),
+        ([{"query": "why", "system": "be kind", "id": 7}],
+         ["query, system not read: if answers need it, --columns prompt=query", "not read: id"]),
+        ([{"id": 7, "empty": "", "none": None}, {"id": 8, "lang": "en"}], ["not read: id, lang"]),
+        ([{"prompt": "why", "question": "why"}], ["not read: question"]),
+        ([{"prompt": "why", "input": "a"}, {"prompt": "why", "input": "", "history": [["a", "b"]]}],
+         [f"input not read in 1 rows, {JOIN}", f"history not read in 1 rows, {JOIN}"]),
+        ([{"prompt": "why"}], []),
     ],
 )
-def test_load_pairs_tells_of_a_prompt_under_another_name(write, tokenizer, row, told):
+def test_load_pairs_tells_of_columns_that_are_not_read(write, tokenizer, rows, told):
     pair = {"chosen": "good", "rejected": "bad"}
-    _, report = load_pairs(write(pair | row), tokenizer, 64, "error")
-    assert len(report.notes) == len(told)
-    assert all(map(str.startswith, report.notes, told))
+    _, report = load_pairs(write(*(pair | row for row in rows)), tokenizer, 64, "error")
+    assert report.notes == told
 
 
 def test_load_pairs_tells_of_no_other_prompt_where_dialogues_hold_it(write, tokenizer):
     ask = {"role": "user", "content": "why"}
     sides = {side: [ask, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     pairs, report = load_pairs(write(sides | {"question": "why"}), tokenizer, 64, "error")
-    assert pairs[0].prompt_ids and report.notes == []
+    assert pairs[0].prompt_ids and report.notes == ["not read: question"]
+
+
+def test_load_prompts_tells_what_becomes_of_other_columns(write, tokenizer):
+    path = write({"prompt": "p", "system": "s", "answer": 4})
+    _, report = load_prompts(path, tokenizer, 8, "drop")
+    assert report.notes == ["passed to reward functions: system, answer"]
+    _, report = load_prompts(path, tokenizer, 8, "drop", others="not read")
+    assert report.notes == [
+        f"system not read in 1 rows, {JOIN}", "not read: answer",
+    ]
+
+
+def test_what_sample_writes_is_not_told_as_unread(write, tokenizer):
+    row = {"prompt": "p", "response": "r", "finish_reason": "eos", "tokens": 2}
+    assert load_texts(write(row), tokenizer, None, "drop")[1].notes == []
+    ids = {"input_ids": [2, 3, 0], "prompt_length": 1, "tokenizer": tokenizer.fingerprint}
+    assert load_texts(write(row | ids), tokenizer, None, "drop")[1].notes == []
+
+
+@pytest.mark.parametrize("name", ["image", "images", "videos", "audios"])
+def test_a_row_with_more_than_text_is_refused(write, tokenizer, name):
+    path = write({"prompt": "p", name: None}, {"prompt": "p", name: ["a.png"]})
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: has {name}: only text is read"):
+        load_prompts(path, tokenizer, 8, "drop")
 
 
 def test_load_pairs_drops_equal_answers_and_counts_them(write, tokenizer):

@@ -101,7 +101,7 @@ def test_fix_text_replaces_and_counts(tmp_path, tokenizer, ending):
     texts, report = load_texts(path, tokenizer, None, "drop", policy=FIX)
     assert [tokenizer.decode(text.ids) for text in texts] == ["a\ufffd", "\ufffd\ufffd", "b"]
     assert texts[1].columns == {"\ufffd": 1}
-    assert report.notes == ["4 halves of surrogate pairs became U+FFFD"]
+    assert report.notes == ["not read: \ufffd", "4 halves of surrogate pairs became U+FFFD"]
     assert "  note:     4 halves of surrogate pairs became U+FFFD" in str(report)
 
 

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from minirlhf.batches.preferences import ordered
 from minirlhf.data import examples, rankings
-from minirlhf.data.formats import pair_format, prompt_format, text_format
+from minirlhf.data.examples import PASSED
+from minirlhf.data.formats import pair_format, pair_labels, prompt_format, text_format
 from minirlhf.data.parts import Part
+from minirlhf.data.split import NOT_READ, first_row, split_rows
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import json_kind
 from minirlhf.files.rows import Row
@@ -23,6 +25,7 @@ class Kind(NamedTuple):
     form: Callable  # the first row of a file -> its Format
     load: Callable  # a file -> (its examples, its Report)
     names: tuple[str, ...]  # of the prompt, of responses of rank 1, and of the others
+    others: str = NOT_READ  # what becomes of the other columns
 
 
 KINDS = {
@@ -31,7 +34,7 @@ KINDS = {
         "reward", rankings.ranking_format, rankings.load_rankings, ("prompt", "best", "others")
     ),
     "texts": Kind("sft", text_format, examples.load_texts, ("prompt", "response")),
-    "prompts": Kind("ppo", prompt_format, examples.load_prompts, ("prompt",)),
+    "prompts": Kind("ppo", prompt_format, examples.load_prompts, ("prompt",), PASSED),
 }
 
 
@@ -112,7 +115,7 @@ def row_of(example: examples.Pair | rankings.Ranking | examples.Prompt | example
 
 def recipe_of(path: str, policy: RowPolicy = STRICT) -> str:
     """The recipe that reads rows like the first well-formed one of a file."""
-    return examples.first_row(path, _recipe_of_row, policy)
+    return first_row(path, _recipe_of_row, policy)
 
 
 def _recipe_of_row(row: Row) -> str:
@@ -140,13 +143,13 @@ def read_file(path: str, recipe: str, policy: RowPolicy = STRICT) -> SeenFile:
     if recipe == "reward" and rankings.holds_rankings(path, policy):
         kind = KINDS["lists"]
     pairs, sieve, rows = kind == KINDS["pairs"], Sieve(policy), []
-    labels_of = examples.pair_labels if pairs else None
-    split = examples.split_rows(path, kind.form, sieve, also=labels_of)
+    labels_of, others = (pair_labels if pairs else None), kind.others
+    split = split_rows(path, kind.form, sieve, also=labels_of, others=others)
     for row, (prompt, *responses) in split.rows:
         ranks = list(range(1, len(responses) + 1))
         if kind == KINDS["lists"]:
             responses, ranks = rankings.best_first(row, responses)
         rows.append(SeenRow(row.where, [prompt, *responses], ranks))
-    report = Report(path, split.form.detected, split.total, rejected_rows=sieve.in_order())
-    report.notes += sieve.notes
-    return SeenFile(kind, rows, report, [labels_of(row) for row, _ in split.rows if pairs])
+    split.report.rejected_rows = sieve.in_order()
+    split.report.notes += sieve.notes
+    return SeenFile(kind, rows, split.report, [labels_of(row) for row, _ in split.rows if pairs])

@@ -1,0 +1,122 @@
+"""A file's rows, each split into its parts, and what is to be told of columns that are no part."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from minirlhf.data.formats import Format, was_sampled
+from minirlhf.data.parts import Parts, Useless, unpack
+from minirlhf.data.published import reshape, shape_of
+from minirlhf.errors import UserError
+from minirlhf.files.rows import Row, read_rows
+from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve
+
+T = TypeVar("T")
+
+NOT_READ = "not read"
+ASKING = ("instruction", "question", "query", "input", "context", "system")  # a prompt elsewhere
+JOINED = ("input", "context", "system", "history")  # elsewhere, to a prompt
+SEEN = ("image", "images", "video", "videos", "audio", "audios")  # elsewhere, beside the text
+ARGUMENTS = ("tools", "chat_template_kwargs")  # of the chat template
+# What `minirlhf sample` writes.
+SAMPLED = ("prompt", "response", "finish_reason", "tokens", "input_ids", "prompt_length",
+           "tokenizer")
+
+
+class Split(NamedTuple):
+    """The rows of a file that are of its kind, with their parts."""
+
+    form: Format
+    rows: list[tuple[Row, Parts]]
+    report: Report  # of all rows, with the useless ones dropped
+    sieve: Sieve
+
+
+def split_rows(
+    path: str | Path, detect: Callable[[Row, bool], Format], sieve: Sieve,
+    also: Callable[[Row], object] | None = None, others: str = NOT_READ,
+) -> Split:
+    """Reads a whole file and splits its rows; its first well-formed row tells its kind.
+
+    Args:
+        detect: pair_format, prompt_format or text_format.
+        sieve: takes malformed rows.
+        also: what else a row must stand: raises a UserError where it does not.
+        others: what becomes of the columns that no part is made of, in words.
+    Raises:
+        UserError: a fault in a row that the sieve does not take, or no row left.
+    """
+    rows = list(read_rows(path, sieve))
+    report = Report(str(path), "", len(rows) + len(sieve.rejected))
+    form, shape, split, packed = None, None, [], {}
+    for given in rows:
+        try:
+            row, names = unpack(given)
+            kind = shape if form else shape_of(row)
+            row = reshape(row, kind)
+            if also is not None:
+                also(row)
+            found = form or detect(row, sieve.policy.allow_empty_prompt)
+            if kind is not None and form is None:
+                found = found._replace(detected=f"{kind.told}, read as {found.detected}")
+            parts = found.split(row)
+            for name in SEEN:
+                if row.columns.get(name):
+                    raise UserError(row.where, f"has {name}", "only text is read: remove the row")
+            form, shape = found, kind
+            split.append((row, parts))
+            packed |= dict.fromkeys(names)
+        except Useless as why:
+            report.drop(given.where, str(why))
+        except UserError as error:
+            sieve.reject(error, given.raw)
+    if form is None:
+        report.rejected_rows = sieve.in_order()
+        raise report.nothing_left()
+    report.detected = form.detected
+    if packed:
+        report.notes.append(f"messages in texts, as JSON: {', '.join(packed)}")
+    report.notes += _unread(form, split, others)
+    return Split(form, split, report, sieve)
+
+
+def _unread(form: Format, split: list[tuple[Row, Parts]], others: str) -> list[str]:
+    """What is told of the columns that no part is made of."""
+    first, (prompt, *_) = split[0]
+    read = {*form.used, *ARGUMENTS, *(SAMPLED if was_sampled(first) else ())}
+    counts: dict[str, int] = {}
+    for row, _ in split:
+        for name, value in row.columns.items():
+            if name not in read and value not in (None, "", [], {}):
+                counts[name] = counts.get(name, 0) + 1
+    notes = []
+    if others == NOT_READ and prompt is None and "prompt" in form.absent:
+        if there := [name for name in ASKING if counts.pop(name, 0)]:
+            name = f"--columns prompt={there[0]}"
+            notes.append(f"{', '.join(there)} not read: if answers need it, {name}")
+    elif others == NOT_READ and "prompt" in form.used:
+        for name in JOINED:
+            if rows := counts.pop(name, 0):
+                what = "which other tools make part of the prompt: join them to it"
+                notes.append(f"{name} not read in {rows:,} rows, {what}")
+    return notes + [f"{others}: {', '.join(counts)}"] * bool(counts)
+
+
+def first_row(path: str | Path, tell: Callable[[Row], T], policy: RowPolicy = STRICT) -> T:
+    """What `tell` says of the first row that it does not refuse; it refuses malformed ones.
+
+    Raises:
+        UserError: a fault in a row before it that the policy does not skip, or no such row.
+    """
+    sieve, report = Sieve(policy), Report(str(path), "", 0)
+    for given in read_rows(path, sieve):
+        try:
+            row, _ = unpack(given)
+            return tell(reshape(row, shape_of(row)))
+        except Useless as why:
+            report.drop(given.where, str(why))
+        except UserError as error:
+            sieve.reject(error, given.raw)
+    report.rejected_rows = sieve.in_order()
+    report.rows = sum(report.dropped.values()) + len(report.rejected_rows)
+    raise report.nothing_left()
