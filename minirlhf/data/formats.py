@@ -4,6 +4,7 @@ A row's parts are (prompt or None, response, ...), each as parts.py reads it. RE
 of each kind.
 """
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from minirlhf.data.parts import (
     REMOVE,
     Messages,
     Part,
+    Useless,
     ids_part,
     messages_part,
     optional_number,
@@ -27,6 +29,9 @@ from minirlhf.files.rows import Row
 
 ANSWER = "\n\nAssistant:"  # how Anthropic's HH transcripts (arXiv:2204.05862) begin an answer
 LOSS_MASKS = ("labels", "completion_mask", "assistant_masks")  # of tokenised texts elsewhere
+LIKED = ("label", "kto_tag")  # true: the answer was liked (Ethayarajh et al. 2024, KTO)
+LEARNED = ("weight", "train", "loss")  # of a message, in OpenAI's form, axolotl's and ms-swift's
+GRADES = (*LIKED, "score", "rating", "helpfulness", "correctness", "reward")
 # (prompt or None, chosen, its mask, rejected, its mask): TRL's collator, TRL 1.x, LLaMA-Factory
 PAIR_LABELS = {"margin": 0.0, "chosen_probability": 1.0}  # optional columns, and what none means
 ID_PAIRS = (
@@ -203,6 +208,11 @@ def pair_format(row: Row, empty_prompt: bool = False) -> Format:
         case [prompt, *_] if prompt is not None and {*kinds} == {"text", "messages"}:
             detected = "preference pairs of strings and messages (prompt, chosen, rejected)"
             return _pairs(detected, three, _columns(turns_part, three, empty_prompt))
+    if "completion" in columns or "response" in columns:
+        labels = [name for name in GRADES if name in columns]
+        told = f", with {', '.join(labels)}" if labels else ""
+        do = "make rows of one prompt with chosen and rejected, or with responses and scores"
+        raise UserError(row.where, f"one answer a row{told}, where two are compared", do)
     legal = "chosen and rejected with or without prompt, as strings or messages, or ids in "
     ids = " | ".join(f"{pair[1]}, {pair[3]}" for pair in ID_PAIRS)
     raise unknown_columns(row, f"{legal}{ids} | prompt with responses, best first")
@@ -269,8 +279,42 @@ def _tokenised(row: Row) -> tuple[list[int] | None, list[int]]:
     return (ids[:length], ids[length:]) if length else (None, ids)
 
 
+def _truth(row: Row, name: str) -> bool | None:
+    """A column's true or false, which a table of text spells; None where it is neither."""
+    value = row.columns.get(name)
+    if not row.typed and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower())
+    return value if isinstance(value, bool) else None
+
+
+def _imitated(form: Format, row: Row) -> Format:
+    """A kind of answers without those that say of themselves that they are not to be learned."""
+    liked = [name for name in LIKED if _truth(row, name) is not None]
+
+    def parts(row: Row) -> tuple[Part | None, ...]:
+        for name in liked:
+            if not _truth(row, name):
+                what = f"{name} is false: an answer that was not liked"
+                raise UserError(row.where, what, f"keep the rows whose {name} is true")
+        found = form.parts(row)
+        last = found[-1][-1] if isinstance(found[-1], list) else {}
+        for name in LEARNED:
+            if last.get(name) not in (None, 0, 1):
+                raise wrong_value(row, f"{name} of the last turn", last[name], "needs 0 or 1")
+            if last.get(name) == 0:
+                raise Useless(f"{name} of the last turn is {printable(json.dumps(last[name]))}")
+        return found
+
+    told = f", those whose {liked[0]} is true" if liked else ""
+    return Format(form.detected + told, (*form.used, *liked), parts, form.absent)
+
+
 def text_format(row: Row, empty_prompt: bool = False) -> Format:
-    """The kind of file of texts that starts with this row; parts (prompt or None, response)."""
+    """The kind of file of texts that starts with this row; parts (prompt or None, response).
+
+    A row whose answer is labelled as not liked is an error; one whose last turn is marked as not
+    to be learned is useless.
+    """
     columns = row.columns
     if "input_ids" in columns:
         used = ("input_ids", "attention_mask", "prompt_length")
@@ -280,17 +324,18 @@ def text_format(row: Row, empty_prompt: bool = False) -> Format:
         keys = ("prompt", answer)
         match [part_kind(columns.get(key)) for key in keys]:
             case ["text", "text"]:
-                detected = f"prompts with answers ({', '.join(keys)})"
-                return Format(detected, keys, _columns(string_part, keys, empty_prompt))
+                read, told = string_part, ""
             case ["messages", "messages"]:
-                detected = f"prompts with answers, in messages ({', '.join(keys)})"
-                return Format(detected, keys, _columns(messages_part, keys, empty_prompt))
+                read, told = messages_part, ", in messages"
             case ["text", "messages"] | ["messages", "text"]:
-                detected = f"prompts with answers, in strings and messages ({', '.join(keys)})"
-                return Format(detected, keys, _columns(turns_part, keys, empty_prompt))
+                read, told = turns_part, ", in strings and messages"
+            case _:
+                continue
+        detected = f"prompts with answers{told} ({', '.join(keys)})"
+        return _imitated(Format(detected, keys, _columns(read, keys, empty_prompt)), row)
     if part_kind(columns.get("messages")) == "messages":
         detected = "dialogues (messages), loss on the last turn of the assistant only"
-        return Format(detected, ("messages",), _last_answer)
+        return _imitated(Format(detected, ("messages",), _last_answer), row)
     if isinstance(columns.get("text"), str):
         return Format("texts (text)", ("text",), lambda row: (None, string_part(row, "text")))
     raise unknown_columns(row, "text | prompt with completion or response | messages | input_ids")

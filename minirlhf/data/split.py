@@ -97,8 +97,8 @@ def _unread(form: Format, split: list[tuple[Row, Parts]], others: str) -> list[s
     elif others == NOT_READ and "prompt" in form.used:
         for name in JOINED:
             if rows := counts.pop(name, 0):
-                what = "which other tools make part of the prompt: join them to it"
-                notes.append(f"{name} not read in {rows:,} rows, {what}")
+                what = f"{name} not read, which {rows:,} rows have"
+                notes.append(f"{what}: other tools make it part of the prompt")
     return notes + [f"{others}: {', '.join(counts)}"] * bool(counts)
 
 

@@ -151,7 +151,7 @@ def test_load_pairs_reads_numbers_out_of_a_text_table(tmp_path, tokenizer):
         load_pairs(path, tokenizer, 8, "drop")
 
 
-JOIN = "which other tools make part of the prompt: join them to it"
+JOIN = "not read, which 1 rows have: other tools make it part of the prompt"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ JOIN = "which other tools make part of the prompt: join them to it"
         ([{"id": 7, "empty": "", "none": None}, {"id": 8, "lang": "en"}], ["not read: id, lang"]),
         ([{"prompt": "why", "question": "why"}], ["not read: question"]),
         ([{"prompt": "why", "input": "a"}, {"prompt": "why", "input": "", "history": [["a", "b"]]}],
-         [f"input not read in 1 rows, {JOIN}", f"history not read in 1 rows, {JOIN}"]),
+         [f"input {JOIN}", f"history {JOIN}"]),
         ([{"prompt": "why"}], []),
     ],
 )
@@ -185,7 +185,7 @@ def test_load_prompts_tells_what_becomes_of_other_columns(write, tokenizer):
     assert report.notes == ["passed to reward functions: system, answer"]
     _, report = load_prompts(path, tokenizer, 8, "drop", others="not read")
     assert report.notes == [
-        f"system not read in 1 rows, {JOIN}", "not read: answer",
+        f"system {JOIN}", "not read: answer",
     ]
 
 
