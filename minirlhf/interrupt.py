@@ -45,6 +45,11 @@ def check() -> None:
         raise Stopped
 
 
+def listens() -> bool:
+    """Whether a Ctrl-C would come here, and is no KeyboardInterrupt."""
+    return signal.getsignal(signal.SIGINT) is _take
+
+
 @contextmanager
 def listening() -> Iterator[None]:
     """Takes SIGTERM, SIGINT and SIGUSR1 over: the first asks to stop, the second leaves at once."""
@@ -60,13 +65,18 @@ def listening() -> Iterator[None]:
 
 @contextmanager
 def outside() -> Iterator[None]:
-    """Around code that is not ours and cannot look: a signal ends it where it stands."""
+    """Around code that is not ours and cannot look: a signal ends it where it stands.
+
+    Raises:
+        Stopped: a signal has come, though that code may have caught what ended it.
+    """
     _flag.outside = True
     try:
         check()
         yield
     finally:
         _flag.outside = False
+        check()
 
 
 def _take(number: int, _frame: object) -> None:

@@ -1,5 +1,6 @@
 """A signal ends a run where all that has begun can be dropped, and never inside an update."""
 
+import asyncio
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from torch import nan
 from minirlhf import interrupt
 from minirlhf.batches import rollouts as passes_module
 from minirlhf.data.examples import Pair, Text
-from minirlhf.errors import STOPPED, NonFinite, Stopped, run
+from minirlhf.errors import STOPPED, NonFinite, Stopped, UserError, run
 from minirlhf.evaluation.reward import evaluate_preferences
 from minirlhf.models import generation
 from minirlhf.models.generation import generate
@@ -23,8 +24,9 @@ from minirlhf.models.sampling import Sampling
 from minirlhf.recipes import ppo as ppo_recipe
 from minirlhf.recipes import reward as reward_recipe
 from minirlhf.recipes import sft as sft_recipe
+from minirlhf.rewards.function import function_reward
 from minirlhf.rewards.model import model_reward
-from minirlhf.rewards.source import Completions, function_reward
+from minirlhf.rewards.source import Completions
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.folder import Run
@@ -166,6 +168,51 @@ def test_a_reward_function_that_sleeps_is_left_at_once(capfd):
 
     with interrupt.listening(), pytest.raises(Stopped):
         function_reward(sleeper, "sleeper")(completions())
+
+
+@pytest.mark.parametrize("caught", [ZeroDivisionError, asyncio.CancelledError, BaseException])
+def test_an_async_reward_function_that_ignores_its_end_is_left_at_once(caught, capfd, recwarn):
+    """It goes on in its thread, which ends with the process; what it says there is not heard."""
+    async def sleeper(completions):
+        while True:
+            try:
+                stop()
+                await asyncio.sleep(60)
+            except caught:
+                await asyncio.sleep(60)
+
+    began = time.monotonic()
+    with interrupt.listening(), pytest.raises(Stopped):
+        function_reward(sleeper, "sleeper")(completions())
+    assert time.monotonic() - began < 2
+    assert not recwarn.list and "await" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("catches", [Exception, BaseException])
+@pytest.mark.parametrize("then", ["score", "error"])
+def test_a_stop_that_a_reward_function_swallows_still_stops(catches, then, capfd):
+    def f(completions):
+        try:
+            stop()
+            time.sleep(1)
+        except catches:
+            if then == "error":
+                raise RuntimeError from None
+        return [0.0]  # made up
+
+    with interrupt.listening(), pytest.raises(Stopped):
+        function_reward(f, "f")(completions())
+
+
+def test_a_function_may_be_left_by_ctrl_c_where_no_run_listens():
+    def f(completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        function_reward(f, "f")(completions())
+    told = r"test_interrupt.py:\d+: f raised KeyboardInterrupt: it was given"
+    with interrupt.listening(), pytest.raises(UserError, match=told):  # it was no signal
+        function_reward(f, "f")(completions())
 
 
 class Case(NamedTuple):

@@ -1,8 +1,9 @@
 """Our numbers are TRL's, on the same weights and ids; where they are not, why is told here.
 
-tests/data holds what TRL 0.9.6 (its last PPOTrainer.step) and TRL 1.16 (RewardTrainer) compute;
-trl_reference.py made it and says how. Each number is derived once more in plain Python, so that the
-files are no black box. What TRL is known to get wrong, and what it defines otherwise:
+tests/data holds what TRL 0.9.6 (its last PPOTrainer.step) and TRL 1.16 (RewardTrainer, and how
+GRPOTrainer calls reward functions) compute; trl_reference.py made it and says how. Each number of
+the losses is derived once more in plain Python, so that the files are no black box. What TRL is
+known to get wrong, and what it defines otherwise:
 
     whitening divides by the sample's deviation (n - 1); ours is that of the population (n), so
         advantages differ by sqrt(n / (n - 1)), and the policy loss with them
@@ -40,6 +41,8 @@ from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, ValueHeadModel
 from minirlhf.models.transformer import CausalLM
 from minirlhf.recipes.ppo import ppo_step
+from minirlhf.rewards.function import function_reward
+from minirlhf.rewards.source import Completions
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests import trl_reference as reference
 from tests.tiny_ppo import by_row
@@ -454,3 +457,19 @@ def leaves(value: object) -> list[float]:
     if isinstance(value, list):
         return [x for part in value for x in leaves(part)]
     return [value] if not isinstance(value, str) else []
+
+
+# ---- reward functions ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", reference.FUNCTIONS)
+def test_reward_functions_are_called_and_read_as_trl_does(name):
+    function, is_chat = reference.FUNCTIONS[name]
+    batch = reference.FUNCTION_BATCH
+    prompts = [reference.chat(p, "user") if is_chat else p for p in batch["prompts"]]
+    found = function_reward(function, name)(Completions(
+        prompts, [[1]] * 3, batch["completions"], batch["completion_ids"], ["eos"] * 3,
+        {"answer": batch["answer"]},
+    ))
+    (part,) = found.parts.values()
+    assert [None if math.isnan(r) else r for r in part.tolist()] == REWARD["functions"][name]

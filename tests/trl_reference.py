@@ -18,9 +18,11 @@ import json
 import math
 import sys
 from collections import defaultdict
+from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +81,7 @@ def rounded(value: object) -> object:
         return rounded(value.detach().tolist())
     if isinstance(value, list):
         return [rounded(part) for part in value]
-    return float(f"{value:.10g}")
+    return value if value is None else float(f"{value:.10g}")
 
 
 # ---- TRL 0.9.6: PPOTrainer -----------------------------------------------------------------------
@@ -249,9 +251,79 @@ def reward_reference() -> dict:
     return out
 
 
+# ---- reward functions: what TRL gives them, and what it makes of what they return ----------------
+
+FUNCTION_BATCH = {  # B = 3; a prompt is a text or a conversation
+    "prompts": ["ab", "c", "d"], "completions": ["x", "yz", ""], "answer": ["x", None, "z"],
+    "completion_ids": [[4, 5, 0], [6, 7], [0]],
+}
+
+
+def chat(text: str, role: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+def by_text(prompts, completions, completion_ids, **columns):
+    return [len(p) + 10 * len(c) for p, c in zip(prompts, completions, strict=True)]
+
+
+def by_message(prompts, completions, **columns):
+    return [len(p[-1]["content"]) + 10 * len(c[0]["content"]) + 100 * (c[0]["role"] == "assistant")
+            for p, c in zip(prompts, completions, strict=True)]
+
+
+async def later(completions, **columns):
+    return [len(c) for c in completions]
+
+
+class Judge:
+    async def __call__(self, completions, **columns):
+        return torch.tensor([2.0 * len(c) for c in completions], dtype=torch.float64)
+
+
+FUNCTIONS = {  # name -> (function, whether prompts are conversations)
+    "text": (by_text, False), "message": (by_message, True), "later": (later, False),
+    "list of one message": (later, True), "judge": (Judge(), False),
+    "partial": (partial(by_text, completion_ids=None), False),
+    "numpy": (lambda completions, **_: np.array([len(c) for c in completions]), False),
+    "bools": (lambda completions, **_: [c == "x" for c in completions], False),
+    "tensors of one": (lambda completions, **_: [torch.tensor([1.5])] * 3, False),
+    "generator": (lambda completions, **_: (len(c) for c in completions), False),
+    "none": (lambda completions, answer, **_: [a and 1 for a in answer], False),
+}
+
+
+def function_reference() -> dict:
+    from trl.trainer.grpo_trainer import GRPOTrainer
+    from trl.trainer.utils import start_event_loop_in_daemon
+
+    _, loop, ready = start_event_loop_in_daemon("reference")
+    ready.wait()
+    out = {}
+    for name, (function, is_chat) in FUNCTIONS.items():
+        trainer = SimpleNamespace(
+            accelerator=SimpleNamespace(device="cpu", is_main_process=False),
+            reward_funcs=[function], reward_func_names=[name], environments=None,
+            reward_processing_classes=[None],
+            _log_completion_extra=None, _log_metric=None, async_loop=loop,
+            args=SimpleNamespace(report_to=[]), state=SimpleNamespace(global_step=0),
+        )
+        batch = FUNCTION_BATCH
+        prompts = [chat(p, "user") if is_chat else p for p in batch["prompts"]]
+        answers = [chat(c, "assistant") if is_chat else c for c in batch["completions"]]
+        rows = [{"prompt": p, "answer": a} for p, a in zip(prompts, batch["answer"], strict=True)]
+        rewards = GRPOTrainer._calculate_rewards(trainer, rows, prompts, answers,
+                                                 batch["completion_ids"])
+        out[name] = [None if math.isnan(r) else r for r in rewards[:, 0].tolist()]
+    return out
+
+
 # --------------------------------------------------------------------------------------------------
 
-REFERENCES = {"0.9.6": ppo_reference, "1.16.0": reward_reference}
+REFERENCES = {
+    "0.9.6": ppo_reference,
+    "1.16.0": lambda: reward_reference() | {"functions": function_reference()},
+}
 
 
 def compute() -> dict:

@@ -154,7 +154,7 @@ def load_reward(place: str, tokenizer: Tokenizer) -> RewardSource:
     """A reward model's folder, or file.py:function."""
     folder = locate(parse_source(place))
     if folder.is_file():
-        return load_function(place)
+        return load_function(place, tokenizer=tokenizer)
     own_tokenizer = reencoded(folder, tokenizer)  # then it scores texts, not token ids
     model = load_reward_model(folder, torch.float32)
     return model_reward(model, load_tokenizer(folder), MICRO_BATCH_TOKENS, own_tokenizer, place)

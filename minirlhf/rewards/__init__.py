@@ -1,7 +1,8 @@
 """Where scores come from: any function from completions to a (B,) tensor is a reward source.
 
-Read source.py (what a source is, the sum of several, a Python function as one), model.py (a reward
-model's folder), service.py (rewards over HTTP, their replies kept by journal.py), parse.py (what
---reward may say) and load.py (what it names, read). README.md has examples. Imports models, data,
+Read source.py (what a source is, the sum of several), function.py (a Python function as one; what
+it returns is read by returned.py), model.py (a reward model's folder), service.py (rewards over
+HTTP, their replies kept by journal.py), parse.py (what --reward may say) and load.py (what it
+names, read). README.md has examples. Imports models, data,
 run and what lies below them.
 """

@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,17 +16,22 @@ from minirlhf.files.folders import resolve
 from minirlhf.files.reading import read_text
 from minirlhf.models.heads import RewardModel
 from minirlhf.models.pretrained import load_reward_model
+from minirlhf.rewards.function import failed_at, function_reward
 from minirlhf.rewards.journal import Journal
 from minirlhf.rewards.model import model_reward
 from minirlhf.rewards.parse import RewardSourceSettings, Spec, locate, parse_source, part_names
 from minirlhf.rewards.service import Service, service_reward
-from minirlhf.rewards.source import RewardSource, combine, failed_at, function_reward
+from minirlhf.rewards.source import RewardSource, combine
 
 TOKEN_CAP = 1 << 16  # bytes of the file that holds one
 
 
-def facts(specs: Sequence[Spec], tokenizer: Tokenizer) -> dict[str, str]:
-    """What a run prints about its rewards before it starts: name -> source."""
+def facts(specs: Sequence[Spec], tokenizer: Tokenizer, prompts: Iterable) -> dict[str, str]:
+    """What a run prints about its rewards before it starts: name -> source.
+
+    Args:
+        prompts: str, or list of messages.
+    """
     shown = {}
     for spec, name in zip(specs, part_names(specs), strict=True):
         weight = "" if spec.weight == 1 else f"{spec.weight:g} x "
@@ -34,6 +39,8 @@ def facts(specs: Sequence[Spec], tokenizer: Tokenizer) -> dict[str, str]:
         own = " (its own tokenizer: texts are re-encoded)" if differs else ""
         key = "reward" if len(specs) == 1 else f"reward {name}"
         shown[key] = f"{weight}{printable(spec.place)}{own}"
+    if any(spec.kind == "function" for spec in specs) and any(isinstance(p, list) for p in prompts):
+        shown["completions"] = 'messages for functions, as in TRL: completion[0]["content"]'
     return shown
 
 
@@ -54,11 +61,13 @@ def read_token(path: str) -> str:
     return token
 
 
-def load_function(place: str, columns: Mapping[str, set[str]] | None = None) -> RewardSource:
+def load_function(
+    place: str, columns: Mapping[str, set[str]] | None = None, tokenizer: Tokenizer | None = None
+) -> RewardSource:
     """The reward source of `file.py:function`. The file is run: it is the user's, and trusted.
 
     Args:
-        columns: as in `function_reward`.
+        columns, tokenizer: as in `function_reward`.
     Raises:
         UserError: the file does not import, or has no such function.
     """
@@ -78,7 +87,7 @@ def load_function(place: str, columns: Mapping[str, set[str]] | None = None) -> 
         defined = ", ".join(n for n, v in vars(module).items() if inspect.isfunction(v))
         what = f"has no function {name!r}"
         raise UserError(f"--reward {file}", what, f"it has: {defined or 'none'}")
-    return function_reward(function, place, columns)
+    return function_reward(function, place, columns, tokenizer)
 
 
 def load_reward(
@@ -99,7 +108,7 @@ def load_reward(
     def load(spec: Spec) -> RewardSource:
         place = locate(spec)
         if spec.kind == "function":
-            return load_function(spec.place, columns)
+            return load_function(spec.place, columns, tokenizer)
         if spec.kind == "service":
             file = config.reward_token_file
             service = Service(

@@ -248,7 +248,7 @@ def load_run(config: PPOConfig) -> PPORun:
         r.export(lambda target: write_model(lm, tokenizer, target), "best")
 
     facts = run_facts(config, len(data.prompts), policy) | of_machine | {"seed": config.seed}
-    facts |= load.facts(start.specs, tokenizer)
+    facts |= load.facts(start.specs, tokenizer, [prompt.text for prompt in data.every_prompt])
     return PPORun(config, r, state, data.prompts, data.sets, tokenizer, data.reports, facts,
                   config.steps, reward, ref, mix, evaluate, table, export_best)
 

@@ -15,7 +15,8 @@ from minirlhf.data.examples import Prompt
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.transformer import CausalLM
-from minirlhf.rewards.source import as_scores, function_reward
+from minirlhf.rewards.function import function_reward
+from minirlhf.rewards.source import as_scores
 from minirlhf.setup.ppo import rule_for_truncated, sampling_of
 from tests.tiny_ppo import (
     Letters,

@@ -265,7 +265,12 @@ def test_check_reencoded_names_the_prompt_that_the_template_refuses(words, tmp_p
 
 def test_facts_say_that_texts_are_reencoded(folder, words):
     tokenizer = load_tokenizer(folder)
-    assert facts([parse_source(str(folder))], tokenizer) == {"reward": str(folder)}
-    told = facts([parse_source(f"0.5*{words}"), parse_source("a.py:f")], tokenizer)
+    assert facts([parse_source(str(folder))], tokenizer, [MESSAGES]) == {"reward": str(folder)}
+    told = facts([parse_source(f"0.5*{words}"), parse_source("a.py:f")], tokenizer, ["q"])
     again = " (its own tokenizer: texts are re-encoded)"
     assert told == {f"reward {words.name}": f"0.5 x {words}{again}", "reward f": "a.py:f"}
+
+
+def test_facts_say_where_functions_get_messages(folder):
+    told = facts([parse_source("a.py:f")], load_tokenizer(folder), ["q", MESSAGES])
+    assert told["completions"] == 'messages for functions, as in TRL: completion[0]["content"]'
