@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,11 +120,28 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Written:
 
     Raises:
         ValueError: a tensor's type has no name in safetensors.
+        UserError: a number is not finite (exit code 3).
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"'{name}' is {tensor.dtype}, which safetensors cannot hold")
+    check_finite(path, tensors)
     return _write(path, _safetensors(tensors))
+
+
+def check_finite(where: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuses to write what is not finite: whoever reads it could only throw it away.
+
+    Raises:
+        UserError: exit code 3.
+    """
+    for name, tensor in tensors.items():
+        # A sum is quick, but may leave float32 where no number does; float8 has none.
+        if tensor.itemsize == 1 or isfinite(tensor.detach().sum()):
+            continue
+        if count := int((~tensor.isfinite()).sum()):
+            what = f"'{name}' has {count:,} numbers of {tensor.numel():,} that are not finite"
+            raise UserError(where, what, "nothing is written; lower learning_rate", NON_FINITE)
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> Iterator[memoryview | bytes]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minirlhf.errors import MACHINE, UserError, printable
+from minirlhf.files.atomic import check_finite
 from minirlhf.files.folders import file_inside, resolve
 from minirlhf.files.reading import read_json
 from minirlhf.models.config import ModelConfig
@@ -313,6 +314,7 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     lm = model.lm if isinstance(model, ValueHeadModel) else model
     tensors = {n: t.detach().cpu() for n, t in lm.state_dict().items()}
+    check_finite(folder, tensors)
     if lm.config.family == "gpt2":
         tensors = to_gpt2(lm.config, tensors)
     config = config_to_hf(lm.config)

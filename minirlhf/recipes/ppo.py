@@ -305,6 +305,7 @@ def update_weights(
     stats.grad_norm, stats.critic_grad_norm = (*norms, 0.0)[:2]
     if config.max_ratio is None or stats.ratio <= config.max_ratio:
         update.optimizer.step()
+        optim.check_weights(update.optimizer, where)
     else:
         update.counters["skipped_ratio"] = update.counters.get("skipped_ratio", 0) + 1
     return stats

@@ -134,6 +134,7 @@ def update_weights(
     optim.check_finite(where, metrics)
     grad_norm = optim.clip_gradients(model, config.max_grad_norm, where)
     state.optimizer.step()
+    optim.check_weights(state.optimizer, where)
     return metrics | {"grad_norm": grad_norm}
 
 

@@ -92,6 +92,7 @@ def update_weights(state: TrainState, batch: list[Text], config: SFTConfig) -> d
         sums["entropy"] += float(stats.entropy.detach().sum()) / count
     grad_norm = optim.clip_gradients(lm, config.max_grad_norm, where)
     state.optimizer.step()
+    optim.check_weights(state.optimizer, where)
     return sums | {"grad_norm": grad_norm}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from minirlhf.errors import NonFinite
+from minirlhf.errors import NON_FINITE, NonFinite, UserError
 
 SCHEDULES = ("constant", "linear", "cosine")
 HEADS = ("score", "v_head")  # of a reward model, of a policy's critic
@@ -164,6 +164,28 @@ def check_finite(where: str, metrics: dict[str, float]) -> None:
                 f"is {value}",
                 "nothing was updated; lower learning_rate, or look at the batch",
             )
+
+
+@torch.no_grad()
+def check_weights(optimizer: torch.optim.Optimizer, where: str) -> None:
+    """Stops the run where a step left a weight or a moment that is not finite, before it counts.
+
+    A finite gradient can do that: its square, or the learning rate, may have no float32. Such a
+    step is not skipped, since nothing remembers what stood there before.
+
+    Raises:
+        UserError: exit code 3.
+    """
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    # A mean of finite gradients is finite; a mean of their squares need not be. A sum takes a tenth
+    # of the time of a largest value, and is as finite.
+    squares = [state["exp_avg_sq"] for state in optimizer.state.values()]
+    for name, tensors in (("weights", weights), ("squared gradients", squares)):
+        total = float(sum(tensor.sum() for tensor in tensors))
+        if not math.isfinite(total):
+            what = f"the sum of all {name} is {total} after the update"
+            do = "the last checkpoint stands; lower learning_rate, or raise adam_epsilon"
+            raise UserError(where, what, do, NON_FINITE)
 
 
 @contextmanager

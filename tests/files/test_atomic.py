@@ -67,6 +67,19 @@ def test_write_json_is_strict_and_exact(tmp_path):
     assert "ü" in (tmp_path / "a").read_text("utf-8")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_tensors_that_are_not_finite_are_not_written(tmp_path, bad):
+    good, spoiled = torch.zeros(3), torch.tensor([0.0, bad, 1.0, bad])
+    with pytest.raises(UserError, match="'b' has 2 numbers of 4 that are not finite") as error:
+        atomic.write_tensors(tmp_path / "t", {"a": good, "b": spoiled})
+    assert error.value.code == NON_FINITE
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_sum_beyond_float32_of_finite_numbers_is_written(tmp_path):
+    atomic.write_tensors(tmp_path / "t", {"a": torch.full((2,), 3e38)})  # 6e38 is inf
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_write_json_refuses_what_json_cannot_hold(tmp_path, bad):
     with pytest.raises(UserError, match=r"cannot be written .*not JSON compliant") as error:

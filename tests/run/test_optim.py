@@ -8,6 +8,7 @@ import torch
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.run.optim import (
     check_finite,
+    check_weights,
     clip_gradients,
     learning_rate,
     make_optimizer,
@@ -215,3 +216,39 @@ def test_check_finite_names_the_first_metric_that_is_not():
     with pytest.raises(UserError, match=r"^step 1: margin: is inf") as error:
         check_finite("step 1", {"loss": 1.0, "margin": math.inf, "kl": math.nan})
     assert error.value.code == 3
+
+
+# ---- after the step ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "gradient", "named"),
+    [
+        # 1 - 1e39 x 1: the rate alone has no float32
+        ({"learning_rate": 1e39}, 1.0, "weights is -inf"),
+        # (1 - 0.999) x (1e25)^2 = 1e47, and the weight is never updated again: m / inf is 0
+        ({"learning_rate": 0.1}, 1e25, "squared gradients is inf"),
+        # 0 / (sqrt 0 + 0): an epsilon of 1e-46 is 0 in float32
+        ({"learning_rate": 0.1, "eps": 1e-46}, 0.0, "weights is nan"),
+    ],
+)
+def test_a_step_that_leaves_what_is_not_finite_stops_the_run(settings, gradient, named):
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    optimizer = make_optimizer(model, **settings)
+    check_weights(optimizer, "step 1")  # before any
+    model.weight.grad = torch.full((1, 1), gradient)
+    assert clip_gradients(model, None, "step 1") == pytest.approx(gradient)
+    optimizer.step()
+    with pytest.raises(UserError, match=f"step 1: the sum of all {named} after") as error:
+        check_weights(optimizer, "step 1")
+    assert error.value.code == NON_FINITE
+    assert type(error.value) is UserError  # a NonFinite would be skipped, with the weights spoiled
+
+
+def test_a_step_with_finite_weights_goes_on():
+    model = torch.nn.Linear(2, 1)
+    optimizer = make_optimizer(model, 0.1)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    check_weights(optimizer, "step 1")
