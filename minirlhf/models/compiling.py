@@ -4,7 +4,14 @@ A graph must not depend on what came before. A resumed run meets other sizes fir
 was never stopped, and graphs for the sizes met so far would round otherwise. So every size is a
 symbol from the first call on, no two sizes are one symbol because they were equal once, and nothing
 is tuned by timing it.
+
+A compiler loads what it compiled before. torch keeps that under a name in /tmp that anyone may take
+first, some of it pickled. Here it is in the user's cache, and nothing of it is a pickle.
 """
+
+import os
+import stat
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +22,29 @@ from minirlhf.models.transformer import Block
 GRAPHS = 64  # with fewer, whether a block is compiled would depend on what came before it
 
 
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/minirlhf/compiled, in which none but this user can write.
+
+    Raises:
+        UserError: others can, or it cannot be made.
+    """
+    do = "name another place in XDG_CACHE_HOME, or do not compile"
+    try:
+        place = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().resolve()
+        folder = place / "minirlhf" / "compiled"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = [(each, each.stat()) for each in (folder, *folder.parents)]
+    except (OSError, RuntimeError) as error:  # a full disk; a user without a home
+        raise UserError("torch.compile", printable(error), do, MACHINE) from error
+    for each, status in found:
+        others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        # In a sticky folder, as /tmp, others cannot rename what is ours.
+        loose = others and (each == folder or not status.st_mode & stat.S_ISVTX)
+        if loose or status.st_uid not in (0, os.getuid()):
+            raise UserError("torch.compile", f"others can write in {each}", do, MACHINE)
+    return folder
+
+
 def compile_blocks(*models: nn.Module) -> None:
     """Compiles the blocks of these models, in place; names and numbers of weights stay.
 
@@ -22,12 +52,18 @@ def compile_blocks(*models: nn.Module) -> None:
     decoding is not.
 
     Raises:
-        UserError: torch.compile does not work on this machine.
+        UserError: torch.compile does not work on this machine, or its cache is not safe.
     """
     from torch._dynamo import config as graphs
+    from torch._functorch import config as gradients
+    from torch._inductor import config as kernels
     from torch.fx.experimental import _config as sizes
 
     graphs.recompile_limit, sizes.use_duck_shape = GRAPHS, False
+    # What these keep is pickled; kernels are kept as source and machine code.
+    kernels.fx_graph_cache = gradients.enable_autograd_cache = False
+    graphs.automatic_dynamic_local_pgo = kernels.cpp_cache_precompile_headers = False
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
     device = next(models[0].parameters()).device
     try:
         torch.compile(torch.exp, dynamic=True)(torch.zeros(3, device=device))

@@ -4,6 +4,7 @@ A first graph takes a minute to make, so all but the refusal is behind the marke
 """
 
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 
 from minirlhf.errors import MACHINE, OK, UserError
 from minirlhf.models.cache import KVCache
-from minirlhf.models.compiling import compile_blocks
+from minirlhf.models.compiling import cache_folder, compile_blocks
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.transformer import CausalLM, initialize
 from tests.kill_harness import (
@@ -47,6 +48,39 @@ CONFIGS = {
 }
 # Rows and tokens of passes: padded or not, one row, one token, rows as many as tokens
 SIZES = {"a": (4, 16, None), "b": (3, 9, (9, 4, 1)), "c": (1, 7, None), "d": (2, 2, (2, 1))}
+
+
+def test_what_was_compiled_is_kept_where_only_this_user_can_write(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = cache_folder()
+    assert folder == (tmp_path / "cache" / "minirlhf" / "compiled").resolve()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert cache_folder() == folder  # and again
+
+
+@pytest.mark.parametrize("loose", ["cache", "cache/minirlhf", "cache/minirlhf/compiled"])
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_place_in_which_others_can_write_is_refused(tmp_path, monkeypatch, loose, mode):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache_folder()
+    (tmp_path / loose).chmod(mode)
+    with pytest.raises(UserError, match=f"write in {tmp_path / loose}: name") as error:
+        cache_folder()
+    assert error.value.code == MACHINE
+    (tmp_path / loose).chmod(mode | stat.S_ISVTX)
+    if loose == "cache/minirlhf/compiled":  # what lies in it others could still make
+        with pytest.raises(UserError, match="others can write"):
+            cache_folder()
+    else:
+        cache_folder()
+
+
+def test_a_place_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"torch\.compile: .*cache") as error:
+        cache_folder()
+    assert error.value.code == MACHINE
 
 
 def make_lm(config: ModelConfig) -> CausalLM:
@@ -130,15 +164,21 @@ for size in {sizes!r}:
 
 
 @slow
-def test_a_size_gives_the_same_bits_whatever_sizes_came_before():
-    told = []
+def test_a_size_gives_the_same_bits_whatever_sizes_came_before(tmp_path):
+    told, (shared, cache) = [], (tmp_path / "tmp", tmp_path / "cache")
+    shared.mkdir()
+    env = environment() | {"TMPDIR": str(shared), "XDG_CACHE_HOME": str(cache)}
     for sizes in ("abcd", "dcba", "b"):
         code = HISTORY.format(path=sys.path, sizes=sizes)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
         told.append(dict(line.split() for line in done.stdout.splitlines()))
     assert told[0] == told[1] and len(set(told[0].values())) == 4
     assert told[2]["b"] == told[0]["b"]
+    # Nothing is left where others could put their own in its place, and nothing that is pickled.
+    assert list(shared.iterdir()) == []
+    kept = {path.suffix for path in (cache / "minirlhf").rglob("*") if path.is_file()}
+    assert ".so" in kept and kept <= {".so", ".cpp", ".py", ".lock", ".h"}, kept
 
 
 @slow
