@@ -181,7 +181,8 @@ CHANGES = {
         "save_rollouts": Change(True),
     },
 }
-OTHERWISE = {"out", "resume", "allow_data_change", "allow_setting_change"}  # see the last test
+# see the last test
+OTHERWISE = {"out", "resume", "resume_from", "allow_data_change", "allow_setting_change"}
 CASES = [
     (recipe, name, ({**CHANGES["all"], **CHANGES[recipe]})[name])
     for recipe in CONFIGS
@@ -304,3 +305,6 @@ def test_out_is_where_a_run_goes_and_resume_lets_it_go_on(recipe, world, tmp_pat
     assert main(argv) == BAD_INPUT
     assert "is not empty" in capsys.readouterr().err
     assert main([*argv, "--resume"]) == OK
+    assert "resumed from step-00000001" in capsys.readouterr().out
+    assert main([*argv, "--resume", "--resume-from", "step-00000000"]) == OK
+    assert "resumed from step-00000000" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,7 +55,15 @@ class Written(NamedTuple):
 
 @contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    """A file's number. Errors of write and fsync, which know only that, get the file's name."""
+    """A file's number. Errors of write and fsync, which know only that, get the file's name.
+
+    Raises:
+        UserError: it is to be written and is there already as a link, a pipe or a device: what is
+            written would land somewhere else.
+    """
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        check_own(path)
+        flags |= os.O_NOFOLLOW
     try:
         handle = os.open(path, flags, 0o666)
         try:
@@ -64,6 +73,12 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def check_own(path: Path) -> None:
+    """Refuses what is there under this name and is no plain file."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise UserError(path, "is no plain file", "remove it: nothing is written through links")
 
 
 def _write_all(handle: int, data: memoryview | bytes) -> None:
@@ -307,16 +322,18 @@ def append_line(path: Path, text: str) -> int:
         return os.lseek(handle, 0, os.SEEK_CUR)
 
 
-def truncate(path: Path, length: int) -> None:
-    """Cuts a log back to what a checkpoint knows of it.
-
-    Raises:
-        UserError: it is shorter than that, so lines are lost that nothing can bring back.
-    """
+def check_length(path: Path, length: int) -> None:
+    """Refuses a log that is shorter than a checkpoint knows of: nothing can bring lines back."""
+    check_own(path)
     found = path.stat().st_size if path.exists() else 0
     if found < length:
         what = f"has {found:,} bytes, the checkpoint knows of {length:,}"
         raise UserError(path, what, "put the file back as it was")
+
+
+def truncate(path: Path, length: int) -> None:
+    """Cuts a log back to what a checkpoint knows of it; errors as in `check_length`."""
+    check_length(path, length)
     with _opened(path, os.O_WRONLY | os.O_CREAT) as handle:
         os.ftruncate(handle, length)
         os.fsync(handle)

@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import minirlhf
 from minirlhf.errors import UserError, printable
 from minirlhf.files import atomic
 from minirlhf.files.reading import read_json, read_text, strict_json
+from minirlhf.run.kinds import KINDS
 from minirlhf.run.meters import Meters, Step
 
 FORMAT = 2
@@ -47,7 +47,7 @@ class TrainState:
     What is a function of (seed, step, sample) is derived, not stored: data order, sampling noise,
     mini-batch order, learning rate. So a recipe's generator can be dropped at any yield, rebuilt
     from this state, and goes on bit for bit. Every field below the optimizer is saved by its name,
-    must be what JSON can hold, and has its kind in `KINDS`.
+    must be what JSON can hold, and has its kind in `kinds.KINDS`.
     """
 
     model: nn.Module  # what is trained, its heads included
@@ -80,41 +80,11 @@ class TrainState:
         self.unreported = step._asdict()
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0  # and no bool, which is an int, too
-
-
-def _are_numbers(value: object) -> bool:
-    return isinstance(value, list) and all(type(part) in (int, float) for part in value)
-
-
-def _each(fits: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
-
-
-# What fits each field of state.json, so that restoring cannot stop half-way.
-KINDS: dict[str, Callable[[object], bool]] = {
-    "step": _is_count,
-    "samples": _is_count,
-    "kl_coef": lambda value: value is None or _are_numbers([value]),
-    "score_moments": lambda value: _are_numbers(value) and len(value) in (0, 3),
-    "best": lambda value: value is None or _are_numbers([value]),
-    "baselines": _each(_are_numbers),
-    "counters": _each(lambda value: type(value) is int),
-    "health": _each(_are_numbers),
-    "meters": _each(lambda value: _are_numbers(value) and len(value) == 3),
-    "log_bytes": _each(_is_count),
-    "unreported": lambda value: (
-        value is None or (isinstance(value, dict) and value.keys() == set(Step._fields))
-    ),
-}
-
-
 def _numbers(state: TrainState) -> dict[str, object]:
     """The fields that are no tensors, as JSON."""
     names = [f.name for f in fields(state) if f.name not in ("model", "optimizer")]
     if unknown := [name for name in names if name not in KINDS]:
-        raise ValueError(f"{unknown[0]} is no field of `checkpoint.KINDS`: say there what fits it")
+        raise ValueError(f"{unknown[0]} is no field of `kinds.KINDS`: say there what fits it")
     return {n: getattr(state, n) for n in names} | {"meters": state.meters.as_dict()}
 
 
@@ -326,14 +296,21 @@ def _is_whole(commit: Path) -> bool:
         return False
 
 
-def newest_commit(folder: str | Path) -> tuple[Path | None, list[str]]:
+def newest_commit(folder: str | Path, name: str | None = None) -> tuple[Path | None, list[str]]:
     """The newest commit that verifies, and why newer ones were passed over.
 
+    Args:
+        name: of the one that must be it.
     Raises:
-        UserError: there are commits, and all of them are bad.
+        UserError: there are commits, and all of them are bad; or the named one is bad or missing.
     """
-    passed_over = []
-    for commit in reversed(commits(folder)):
+    found, passed_over = commits(folder), []
+    if name is not None:
+        found = [commit for commit in found if commit.name == name]
+        if not found:
+            there = ", ".join(commit.name for commit in commits(folder)) or "none"
+            raise UserError(Path(folder) / name, "is no checkpoint", f"there are: {there}")
+    for commit in reversed(found):
         problem = verify(commit)
         if problem is None:
             return commit, passed_over
@@ -342,6 +319,14 @@ def newest_commit(folder: str | Path) -> tuple[Path | None, list[str]]:
         raise UserError(folder, "no checkpoint is whole: " + "; ".join(passed_over[:5]),
                         "restore one from a copy, or start in a new folder")
     return None, []
+
+
+def remove_later(commit: Path) -> list[Path]:
+    """Removes the commits after this one; returns them."""
+    later = [each for each in commits(commit.parent) if _step(each) > _step(commit)]
+    for each in reversed(later):
+        atomic.remove_folder(each)
+    return later
 
 
 # ------------------------------------------------------------------------------------------- load

@@ -5,7 +5,6 @@
 It is not a trainer: recipes own their loops and call it at their safe points.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -18,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -31,6 +29,8 @@ from minirlhf.files.reading import read_json
 from minirlhf.files.sieve import Report
 from minirlhf.run import checkpoint
 from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.kinds import LOGS
+from minirlhf.run.lock import take_lock
 from minirlhf.run.machine import peak_bytes
 from minirlhf.run.meters import Step
 from minirlhf.run.resume import (
@@ -43,8 +43,6 @@ from minirlhf.run.resume import (
     read_record,
 )
 from minirlhf.run.settings import as_dict, settings_of
-
-LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 class Run:
@@ -115,12 +113,14 @@ class Run:
 
     def __enter__(self) -> "Run":
         atomic.make_folder(self.folder)
-        self._lock = self._take_lock()
+        self._lock = take_lock(self.folder)
         try:
             self.check_folder()  # another run may have come and gone since the first look
             atomic.sweep(self.folder)
             atomic.sweep(self.folder / "checkpoints")  # a finished run sweeps none by saving
-            self._write_facts()
+            self._record_inputs()
+            if self.before is None:
+                self._write_facts()
         except BaseException:
             self._lock.close()
             raise
@@ -128,26 +128,13 @@ class Run:
         self._listening.__enter__()
         return self
 
-    def _take_lock(self) -> TextIO:
-        """The kernel gives the lock back when the process dies, however it dies."""
-        lock = (self.folder / ".lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            lock.close()
-            raise UserError(self.folder, f"is in use by {owner}", "give another --out") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
-        lock.flush()
-        return lock
-
-    def _write_facts(self) -> None:
-        """run.json: what would have to be known to do this run again."""
+    def _record_inputs(self) -> None:
         named = {name: {str(file): atomic.sha256(file) for file in contents(places)}
                  for name, places in self.inputs.items()}
         self.record = next_record(self.before, self.changed, named, self.config)
+
+    def _write_facts(self) -> None:
+        """run.json: what would have to be known to do this run again."""
         facts = {
             "recipe": self.recipe,
             "settings": self.record.settings,
@@ -193,21 +180,27 @@ class Run:
         })
 
     def restore(self, state: TrainState) -> None:
-        """Puts the newest whole checkpoint into `state`, or commits it as step 0."""
-        self.state = state
-        newest, passed_over = checkpoint.newest_commit(self.folder / "checkpoints")
+        """Puts the newest whole checkpoint into `state`, or commits it as step 0.
+
+        A resume that is refused leaves the folder as it was.
+
+        Raises:
+            UserError: no checkpoint fits, or a log is shorter than the checkpoint knows.
+        """
+        self.state, kept = state, self.folder / "checkpoints"
+        newest, passed_over = checkpoint.newest_commit(kept, self.config.resume_from)
         for reason in passed_over:
             self.say(f"passed over {reason}")
         if newest is None:
-            if self.config.resume:
-                self.say("no checkpoint yet: starting at step 0")
-            for name in LOGS:
-                atomic.write_text(self.folder / name, "")
-            atomic.fsync(self.folder)
-            state.log_bytes = dict.fromkeys(LOGS, 0)
-            self.save(state)
+            self._begin(state)
             return
         checkpoint.load_checkpoint(state, newest)
+        for name, length in state.log_bytes.items():
+            atomic.check_length(self.folder / name, length)
+        self._write_facts()
+        if self.config.resume_from is not None:
+            for commit in checkpoint.remove_later(newest):
+                self.say(f"removed {commit.name}, which is later")
         for name, length in state.log_bytes.items():
             atomic.truncate(self.folder / name, length)
         self.say(f"resumed from {newest.name}")
@@ -218,6 +211,22 @@ class Run:
             if then.get(name) != now:
                 was = then.get(name, "not recorded")
                 self.say(f"not bit for bit from here on: {name} was {was}, is {now}")
+
+    def _begin(self, state: TrainState) -> None:
+        """Empties the logs and commits step 0."""
+        if self.config.resume:
+            for path in (self.folder / name for name in LOGS):
+                if path.exists() and path.stat().st_size:  # of steps that were saved somewhere
+                    what = f"holds no checkpoint, and {path.name} is not empty"
+                    do = "put the checkpoints back, or give another --out"
+                    raise UserError(self.folder / "checkpoints", what, do)
+            self.say("no checkpoint yet: starting at step 0")
+        for name in LOGS:
+            atomic.write_text(self.folder / name, "")
+        atomic.fsync(self.folder)
+        self._write_facts()
+        state.log_bytes = dict.fromkeys(LOGS, 0)
+        self.save(state)
 
     def list_left_out(self, reports: Iterable[Report]) -> None:
         """rejected.jsonl and dropped.jsonl: rows of the data that this run does not see, and why.

@@ -41,6 +41,10 @@ class RunSettings(OutSettings):
     )
     keep: int = setting(2, "how many of the newest checkpoints are kept", at_least=2, resume="free")
     resume: bool = setting(False, "go on from the newest checkpoint in --out", resume="free")
+    resume_from: str | None = setting(
+        None, "go on from this checkpoint in --out, as step-00000040, and remove the later ones; "
+        "needs --resume", metavar="NAME", resume="free",
+    )
     dry_run: bool = setting(
         False, "make two steps on the longest rows, print peak memory and time, and leave no file",
         resume="free",
@@ -52,9 +56,13 @@ class RunSettings(OutSettings):
         False, "resume although settings or reward functions have changed", resume="free"
     )
 
+    def check(self) -> list[str]:
+        alone = self.resume_from is not None and not self.resume
+        return ["resume_from: goes with --resume"] if alone else []
+
 
 # What is told by the command itself is not told again.
-OF_THE_START = ("out", "resume", "allow_data_change", "allow_setting_change")
+OF_THE_START = ("out", "resume", "resume_from", "allow_data_change", "allow_setting_change")
 
 
 @dataclass

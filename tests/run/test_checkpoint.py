@@ -186,7 +186,7 @@ def test_a_field_of_a_wider_state_is_saved_by_its_name(tmp_path, monkeypatch):
     model = make_state().model
     state, fresh = (Wider(model, make_optimizer(model, 0.1)) for _ in range(2))
     state.reward_mean = 0.7
-    with pytest.raises(ValueError, match=r"reward_mean is no field of `checkpoint\.KINDS`"):
+    with pytest.raises(ValueError, match=r"reward_mean is no field of `kinds\.KINDS`"):
         save_checkpoint(state, tmp_path)
     assert not list(tmp_path.iterdir())
     monkeypatch.setitem(checkpoint.KINDS, "reward_mean", lambda value: type(value) is float)
@@ -212,9 +212,18 @@ OF_ANOTHER_KIND = {
     "baselines": [None, [0.5], {"eval/": 0.5}, {"eval/": ["0.5"]}, {"eval/": [True]}],
     "counters": [None, {"a": 1.5}, {"a": True}, []],
     "health": [None, [], {"told": 3}, {"told": ["3"]}, {"told": [True]}],
-    "log_bytes": [None, [], *({"metrics.jsonl": n} for n in ("10", 1.5, True, -1))],
+    "log_bytes": [
+        None, [], *({"metrics.jsonl": n} for n in ("10", 1.5, True, -1, 1 << 63)),
+        # names of other files, which a run that goes on would truncate
+        *({name: 0} for name in ("/home/me/thesis.txt", "../thesis.txt", "run.json", "", ".")),
+    ],
     "meters": [None, [], *({"loss": m} for m in (3, [1, 2], [1, 2, "3"], [1, 2, True]))],
-    "unreported": [7, [], {}, {"number": 7}],
+    "unreported": [
+        7, [], {}, {"number": 7},
+        *(dict(number=7, metrics={}, clock={}, samples=[]) | other for other in (
+            {"number": -1}, {"metrics": {"loss": "1"}}, {"clock": []}, {"samples": [1]},
+        )),
+    ],
 }
 
 

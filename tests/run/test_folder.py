@@ -241,6 +241,107 @@ def test_restore_refuses_where_no_commit_is_whole(done):
         run.restore(make_state())
 
 
+def snapshot(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
+def test_a_resume_that_is_refused_leaves_the_folder_as_it_was(done):
+    whole = (done / "samples.jsonl").read_bytes()
+    (done / "samples.jsonl").write_bytes(b"")
+    with (done / "metrics.jsonl").open("ab") as file:  # of a step that no checkpoint has
+        file.write(b'{"step": 3}\n')
+    before = snapshot(done)
+    with (
+        pytest.raises(UserError, match=r"samples\.jsonl: has 0 bytes, the checkpoint knows of"),
+        start(done, resume=True, allow_setting_change=True, seed=1) as run,
+    ):
+        run.restore(make_state())
+    assert snapshot(done) == before
+    (done / "samples.jsonl").write_bytes(whole)
+    with start(done, resume=True) as run:  # with the settings of the first start
+        run.restore(make_state())
+
+
+@pytest.mark.parametrize("lose", [
+    lambda folder: folder.rename(folder.with_name("elsewhere")),
+    lambda folder: (folder.rename(folder.with_name("elsewhere")), folder.symlink_to("unmounted")),
+    lambda folder: [commit.rename(folder.parent / commit.name) for commit in commits(folder)],
+])
+def test_logs_are_not_emptied_because_checkpoints_cannot_be_found(done, lose):
+    lose(done / "checkpoints")
+    before = snapshot(done)
+    told = r"checkpoints: holds no checkpoint, and metrics\.jsonl is not empty: put the checkpoints"
+    with pytest.raises(UserError, match=told), start(done, resume=True) as run:
+        run.restore(make_state())
+    assert snapshot(done) == before
+
+
+def test_checkpoints_may_lie_on_another_disk(done, tmp_path):
+    (done / "checkpoints").rename(tmp_path / "disk")
+    (done / "checkpoints").symlink_to(tmp_path / "disk")
+    with start(done, resume=True) as run:
+        run.restore(state := make_state())
+        run.save(state)
+    assert state.step == 2 and (done / "checkpoints").is_symlink()
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "samples.jsonl"])
+def test_nothing_is_written_through_a_link_or_into_a_pipe(done, tmp_path, name):
+    (tmp_path / "victim").write_bytes(b"precious " * 1000)
+    for make in (lambda path: path.symlink_to(tmp_path / "victim"),
+                 lambda path: path.symlink_to("nowhere"), os.mkfifo):
+        (done / name).unlink(missing_ok=True)
+        make(done / name)
+        with (
+            pytest.raises(UserError, match=f"{name}: is no plain file: remove it"),
+            start(done, resume=True) as run,
+        ):
+            run.restore(make_state())
+    assert (tmp_path / "victim").read_bytes() == b"precious " * 1000
+    assert not (done / "nowhere").exists()
+
+
+def test_a_lock_that_no_run_made_is_left_alone(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"precious \xff")
+    with pytest.raises(UserError, match=r"\.lock: is not the lock of a run"), start(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_bytes() == b"precious \xff"
+
+
+def test_a_run_goes_on_from_an_older_checkpoint(done, capsys):
+    run_json = (done / "run.json").read_bytes()
+    with (
+        pytest.raises(UserError, match=r"step-00000007: is no checkpoint: there are: step-.*02"),
+        start(done, resume=True, resume_from="step-00000007") as run,
+    ):
+        run.restore(make_state())
+    assert (done / "run.json").read_bytes() == run_json
+    with start(done, resume=True, resume_from="step-00000001") as run:
+        run.restore(state := make_state())
+    told = "removed step-00000002, which is later\nresumed from step-00000001\n"
+    assert state.step == 1 and capsys.readouterr().out == told
+    assert [commit.name for commit in commits(done / "checkpoints")] == [
+        "step-00000000", "step-00000001"
+    ]
+    assert [row["step"] for row in metrics(done)] == [1]
+
+
+def test_an_older_checkpoint_that_is_damaged_is_refused(done):
+    (done / "checkpoints" / "step-00000001" / "state.json").unlink()
+    before = snapshot(done)
+    with (
+        pytest.raises(UserError, match=r"no checkpoint is whole: step-00000001: state\.json is"),
+        start(done, resume=True, resume_from="step-00000001") as run,
+    ):
+        run.restore(make_state())
+    assert snapshot(done) == before
+
+
+def test_resume_from_goes_with_resume():
+    assert RunSettings(resume_from="step-00000001").check() == ["resume_from: goes with --resume"]
+
+
 def test_restore_says_where_the_last_bits_may_differ(done, capsys, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     with start(done, resume=True) as run:

@@ -1,0 +1,46 @@
+"""One run a folder: the lock that its process holds."""
+
+import fcntl
+import os
+import platform
+import time
+from pathlib import Path
+from typing import TextIO
+
+from minirlhf.errors import UserError, printable
+from minirlhf.files import atomic
+
+HOLDER = "process "  # what a lock file begins with
+
+
+def take_lock(folder: Path) -> TextIO:
+    """The open lock of a folder. The kernel gives it back when the process dies, however it dies.
+
+    Raises:
+        UserError: another process has it, or something else has its name.
+    """
+    path = folder / ".lock"
+    atomic.check_own(path)
+    lock = open(path, "a+", encoding="utf-8", errors="replace", opener=_no_link)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = False
+    except BlockingIOError:
+        held = True
+    lock.seek(0)
+    owner = lock.read(200).strip()
+    if held:
+        lock.close()
+        what = f"is in use by {printable(owner) or 'another process'}"
+        raise UserError(folder, what, "give another --out")
+    if owner and not owner.startswith(HOLDER):
+        lock.close()
+        raise UserError(path, "is not the lock of a run", "remove it, or give another --out")
+    lock.truncate(0)
+    lock.write(f"{HOLDER}{os.getpid()} on {platform.node()} since {time.ctime()}")
+    lock.flush()
+    return lock
+
+
+def _no_link(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
