@@ -131,7 +131,7 @@ CONFIGS = [  # what is changed in config.json, key that is named, what is told o
     ({"vocab_size": 257}, "vocab_size", "is 257: must be at least the tokenizer's 258"),
     ({"max_position_embeddings": "4k"}, "max_position_embeddings", f"is '4k': {MANY}"),
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor", "is None: rope_type linear"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config", "is {'bits': 4}: not impl"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config", "is {'bits': 4}: quantise"),
     ({"head_dim": 3}, "head_dim", "is 3: must be even: rotary positions turn pairs of channels"),
     ({"model_type": "mistral", "sliding_window": -1}, "sliding_window", f"is -1: {MANY}"),
 ]
@@ -173,18 +173,11 @@ WEIGHTS = [  # how the folder of a language model is spoiled, what is told of it
     (without("config.json"), "m: has no config.json: give a Hugging Face model folder"),
     (without("model.safetensors"), "m: has no model.safetensors: incomplete download?"),
     (without("tokenizer.json"), "m/tokenizer.json: no such file: give a folder with a tokenizer"),
-    (lambda m: [p.unlink() for p in m.iterdir()], "m/tokenizer.json: no such file"),
     (instead("config.json", os.mkdir), "m/config.json: a folder: give a regular file"),
     (instead("tokenizer.json", os.mkfifo), "m/tokenizer.json: not a regular file"),
     (instead("model.safetensors", os.mkdir), "m/model.safetensors: not a regular file"),
     (instead("model.safetensors", os.mkfifo), "m/model.safetensors: not a regular file"),
     (instead("model.safetensors", lambda p: p.symlink_to("/dev/zero")), "m/model.safetensors: "),
-    (both(without("model.safetensors"), file("model.gguf", b"GGUF")),
-     "m: has no model.safetensors"),
-    (both(without("model.safetensors", "config.json"), file("adapter_config.json", '{"r": 8}')),
-     "m: has no config.json"),
-    (both(without("model.safetensors"), file("adapter_model.safetensors", "")),
-     "m: has no model.safetensors"),
     (file("model.safetensors", LFS), f"m/model.safetensors: {LIES}"),
     (file("model.safetensors", HTML), f"m/model.safetensors: {LIES}"),
     (file("model.safetensors", b""), f"m/model.safetensors: {LIES}"),
@@ -194,8 +187,6 @@ WEIGHTS = [  # how the folder of a language model is spoiled, what is told of it
     (header({"a": F32 | {"dtype": "X9"}}), f"m/model.safetensors: {LIES} "),
     (header({"a": F32 | {"shape": [2**62, 2**62]}}), f"m/model.safetensors: {LIES} "),
     (tensors(lambda held: held.update(x=held.pop(Q))), f"m: lacks '{Q}'; has 'x', which this arch"),
-    (tensors(lambda held: [held.update({f"base_model.{n}": held.pop(n)}) for n in list(held)]),
-     "m: lacks 'model.embed_tokens.weight'; lacks "),
     (config(vocab_size=300), "m: 'model.embed_tokens.weight' is (258, 8), config.json asks for (300"
      ", 8); "),
     (config(num_hidden_layers=2), "m: holds 1 layers, config.json asks for 2: incomplete download"),
@@ -234,6 +225,119 @@ def test_a_tensor_in_two_shards_is_refused(refuses):
     assert line.startswith(f"m/b.safetensors: '{HEAD}' stands in two shards")
 
 
+# ---- folders that are no model -------------------------------------------------------------------
+
+PICKLED = "pickle files are not read: convert the model to safetensors: transformers'"
+LORA = '{"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2-7B", "r": 8}'
+MERGE = "which is not read: merge it into its model first (peft's merge_and_unload), and give the r"
+LORA_OF = f"m: holds an adapter (LoRA) of Qwen/Qwen2-7B, {MERGE}"
+
+
+def adapter(config: str = LORA, *kept: str) -> Spoil:
+    """What peft leaves of a run, beside the files that are kept."""
+
+    def spoil(folder: Path) -> None:
+        for path in list(folder.iterdir()):
+            if path.name not in kept:
+                path.unlink()
+        (folder / "adapter_config.json").write_text(config, encoding="utf-8")
+
+    return spoil
+
+
+def only(*names: str) -> Spoil:
+    """A folder of files, and of folders where a name ends with a slash, that hold nothing."""
+
+    def spoil(folder: Path) -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).mkdir() if name.endswith("/") else (folder / name).write_bytes(b"")
+
+    return spoil
+
+
+TRAINER = ("checkpoint-500/config.json", "checkpoint-1500/config.json", "training_args.bin")
+SNAPSHOT = "snapshots/4d7a/config.json"
+KINDS = [  # what the folder holds, what is told of it
+    (only(), "m: is an empty folder: give a Hugging Face folder, with config.json and model.safet"),
+    (adapter(), LORA_OF),
+    (adapter(LORA, "tokenizer.json"), LORA_OF),
+    (adapter(LORA, "tokenizer.json", "config.json"), LORA_OF),
+    (file("adapter_config.json", LORA), LORA_OF),  # beside a whole model, which it would change
+    (adapter('{"peft_type": "IA3"}'), f"m: holds an adapter (IA3), {MERGE}"),
+    (adapter("[]"), f"m: holds an adapter (peft), {MERGE}"),
+    (adapter("{"), "m/adapter_config.json:1: not valid JSON"),
+    (only("adapter_model.bin"), f"m: holds an adapter (peft), {MERGE}"),
+    (only("optimizer.safetensors", "model.safetensors", "manifest.json"),
+     "m: is a checkpoint of a run (optimizer.safetensors): give the run's folder model or best;"),
+    (only("q4.gguf"), "m: holds GGUF weights, which are not read (q4.gguf): give the Hugging Face"),
+    (both(without("model.safetensors"), file("model.gguf", b"GGUF")), "m: holds GGUF weights, whi"),
+    (only("consolidated.00.pth", "params.json"),
+     "m: is in the layout of Meta or Mistral, which is not read (consolidated.00.pth): give the m"),
+    (both(without("model.safetensors"), file("tf_model.h5", "")), "m: holds weights of another li"),
+    (only("zero_to_fp32.py", "global_step9/"), "m: is a checkpoint of DeepSpeed (global_step9): r"),
+    (only("pytorch_model_fsdp_0/"), "m: is a checkpoint in shards of FSDP (pytorch_model_fsdp_0):"),
+    (only("model_world_size_2_rank_0.pt"), "m: is a checkpoint in shards of FSDP (model_world_siz"),
+    (lambda m: (m / "model.safetensors").rename(m / "model-00001-of-00002.safetensors"),
+     "m: holds shards without model.safetensors.index.json (model-00001-of-00002.safetensors): "),
+    (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
+     f"m/pytorch_model.bin: {PICKLED} from_pretrained, then save_pretrained"),
+    (only("pytorch_model-00001-of-00002.bin"), f"m/pytorch_model-00001-of-00002.bin: {PICKLED}"),
+    (only(*TRAINER), "m: holds models, and is none itself: give m/checkpoint-1500, or another of "),
+    (only("checkpoint-5/adapter_config.json"), "m: holds models, and is none itself: give m/check"),
+    (only(SNAPSHOT, "refs/main"), "m: holds models, and is none itself: give m/snapshots/4d7a"),
+    (only("run.json", "best/config.json", "model/config.json"),
+     "m: holds models, and is none itself: give m/model, or another of its 2"),
+    (only("run.json", "checkpoints/step-00000002/model.safetensors"), "m: is a run that has not e"),
+    (only("README.md", "training_args.bin"), "m/tokenizer.json: no such file: give a folder with"),
+    (lambda m: (m / "vocab.json").mkdir() or (m / "tokenizer.json").unlink(),
+     "m/tokenizer.json: no such file: give a folder with a tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "told"), named(KINDS))
+def test_a_folder_that_is_no_model_is_refused_as_what_it_is(spoil, told, refuses):
+    assert refuses("sft", "model", "lm", spoil).startswith(told)
+
+
+def named_anew(prefix: str, suffix: str = "") -> Spoil:
+    """The weights with something before each name, and behind it."""
+    return tensors(
+        lambda held: [held.update({f"{prefix}{n}{suffix}": held.pop(n)}) for n in list(held)]
+    )
+
+
+def added(name: str) -> Spoil:
+    return tensors(lambda held: held.update({name: held[HEAD].clone()}))
+
+
+MERGE_FIRST = "saved with adapters? merge them first (peft's merge_and_unload)"
+ANOTHER_HEAD = "another kind of head? one linear layer is read, as rewards/README.md says"
+WRAPPER, UNKNOWN = "saved from inside a wrapper? save the model itself", "incomplete download, or"
+ORIGINS = [  # how the names of tensors differ, what they are likely to come from
+    (named_anew("base_model.model."), MERGE_FIRST),
+    (added("model.layers.0.self_attn.q_proj.lora_A.default.weight"), MERGE_FIRST),
+    (added("model.layers.0.self_attn.q_proj.base_layer.weight"), MERGE_FIRST),
+    (named_anew("", ".absmax"), "quantised? give the weights before that"),
+    (added("model.layers.0.self_attn.q_proj.qweight"), "quantised? give the weights before that"),
+    (named_anew("_orig_mod."), WRAPPER),
+    (named_anew("module."), WRAPPER),
+    (named_anew("policy."), WRAPPER),
+    (added("layers.0.feed_forward.w1.weight"), "in the layout of Meta or Mistral? give the one of"),
+    (added("vision_tower.x.weight"), "a model that reads images? only text is read here"),
+    (added("v_head.weight"), ANOTHER_HEAD),
+    (added("score.0.weight"), ANOTHER_HEAD),
+    (added("x"), UNKNOWN),
+]
+
+
+@pytest.mark.parametrize(("spoil", "told"), named(ORIGINS))
+def test_tensors_of_other_names_are_refused_with_their_likely_origin(spoil, told, refuses):
+    assert f": {told}" in refuses("sft", "model", "lm", spoil)
+
+
 # ---- each model of a command ---------------------------------------------------------------------
 
 ROLES = [("reward", "model", "rm"), ("ppo", "model", "lm"), ("ppo", "ref", "lm"),
@@ -248,11 +352,22 @@ ROLES = [("reward", "model", "rm"), ("ppo", "model", "lm"), ("ppo", "ref", "lm")
         (config(hidden_act="relu6"), "m/config.json: hidden_act: is 'relu6'"),
         (file("tokenizer.json", LFS), "m/tokenizer.json:1: not valid JSON at column 1: a git-lfs"),
         (tensors(lambda held: held.pop(Q)), f"m: lacks '{Q}'"),
+        (adapter(LORA, "tokenizer.json"), LORA_OF),
     ],
-    ids=["cut", "config", "tokenizer", "tensor"],
+    ids=["cut", "config", "tokenizer", "tensor", "adapter"],
 )
 def test_every_model_of_a_command_is_checked_alike(verb, flag, source, spoil, told, refuses):
     assert refuses(verb, flag, source, spoil).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [words("sample", model="m"), words("score", model="m"), ["serve", "--model", "m"],
+     ["check", "--model", "m", "--data", "prompts.jsonl"], words("ppo", reward="0.5*m")],
+)
+def test_every_command_says_what_an_adapter_is(words, refused, world):
+    adapter(LORA, "tokenizer.json")(shutil.copytree(world / "rm", Path("m")))
+    assert refused(words).startswith(LORA_OF)
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------

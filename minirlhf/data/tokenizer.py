@@ -13,6 +13,7 @@ from minirlhf.data.parts import Messages
 from minirlhf.data.vocabulary import EOS, NAMES, PAD, Vocabulary, swap_names, unused_character
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import CODE_KEYS, file_inside
+from minirlhf.files.kinds import no_model
 from minirlhf.files.reading import read_json, read_text
 
 FILE_CAP = 256 << 20  # bytes of tokenizer.json; the largest in use have about 35 MB
@@ -311,7 +312,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     path = file_inside(folder, "tokenizer.json")
     if not path.exists():
-        raise UserError(path, "no such file", "give a folder with a tokenizer.json")
+        lack = UserError(path, "no such file", "give a folder with a tokenizer.json")
+        raise no_model(folder, lack)
     own = _object(folder, "tokenizer_config.json")
     own = {name: v for name, v in own.items() if v is not None or name in NAMES}
     # Its own first, in their order: what is written of it is then the same after each reading.

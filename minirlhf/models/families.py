@@ -36,12 +36,12 @@ ACTIVATION_NAMES = {
 FIXED = {
     "partial_rotary_factor": (1.0, None),
     "pretraining_tp": (1, None),
-    "quantization_config": (None,),
     "add_cross_attention": (False, None),
     "scale_attn_weights": (True, None),
     "scale_attn_by_inverse_layer_idx": (False, None),
     "reorder_and_upcast_attn": (False, None),  # float32 attention scores in half precision only
 }
+QUANTISED = ("quantization_config", "quantization", "compression_config")  # MLX has the second
 ROPE_NEEDS = {
     "default": (),
     "linear": ("factor",),
@@ -154,10 +154,12 @@ def config_from_hf(values: dict, where: Path | str = "config.json") -> ModelConf
     family = values.get("model_type")
     if family not in tuple(FAMILIES):
         read.fail("model_type", family, f"supported: {', '.join(FAMILIES)}")
+    for key in QUANTISED:
+        if values.get(key) is not None:
+            read.fail(key, values[key], "quantised weights are not read: give those before")
     for key, legal in FIXED.items():
         if values.get(key, legal[0]) not in legal:
-            shown = "null" if legal[0] is None else legal[0]
-            read.fail(key, values[key], f"not implemented; supported: {shown}")
+            read.fail(key, values[key], f"not implemented; supported: {legal[0]}")
     if "initializer_range" in values and values["initializer_range"] is None:
         read.fail("initializer_range", None, "must be a positive number, or left out")
     read.number("initializer_range", 0.02)

@@ -18,6 +18,7 @@ from torch import Tensor
 from minirlhf.errors import MACHINE, UserError, printable
 from minirlhf.files.atomic import check_finite
 from minirlhf.files.folders import file_inside, resolve
+from minirlhf.files.kinds import ADAPTER, no_model
 from minirlhf.files.reading import read_json
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, config_to_hf, from_gpt2, to_gpt2
@@ -31,7 +32,9 @@ from minirlhf.models.heads import (
 from minirlhf.models.lora import has_lora
 from minirlhf.models.stored import (
     JSON_CAP,
+    UNKNOWN,
     VALUE_FILE,
+    likely_origin,
     read_tensors,
     tensor_files,
     tensor_names,
@@ -47,8 +50,9 @@ WRAPPED = "pretrained_model."  # before each name that TRL 0.x saved of its wrap
 def read_config(folder: Path) -> ModelConfig:
     """The sizes and switches of a folder's model."""
     path = file_inside(folder, "config.json")
-    if not path.exists():
-        raise UserError(folder, "has no config.json", "give a Hugging Face model folder")
+    if not path.exists() or (folder / ADAPTER).exists():  # transformers would add the adapter
+        lack = UserError(folder, "has no config.json", "give a Hugging Face model folder")
+        raise no_model(folder, lack)
     return config_from_hf(read_json(path, JSON_CAP), path)
 
 
@@ -102,7 +106,7 @@ def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     layers = {match[1] for name in tensors if (match := LAYER.match(name))}
     if 0 < len(layers) < config.num_layers:
         what = f"holds {len(layers)} layers, config.json asks for {config.num_layers}"
-        raise UserError(folder, what, "incomplete download, or another model's config?")
+        raise UserError(folder, what, UNKNOWN)
     return tensors
 
 
@@ -123,9 +127,7 @@ def _check(module: CausalLM | RewardModel, tensors: dict[str, Tensor], where: Pa
     problems += [f"{shown[n]} is {t.dtype}" for n, t in tensors.items() if t.dtype not in STORED]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            where, "; ".join(problems[:5]) + more, "incomplete download, or another model's config?"
-        )
+        raise UserError(where, "; ".join(problems[:5]) + more, likely_origin(unknown))
 
 
 def _fill(

@@ -6,7 +6,7 @@ folder. What the tensors mean is not known here; only those that no computation 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +15,27 @@ from torch import Tensor
 
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import HARMLESS, file_inside
+from minirlhf.files.kinds import CONVERT, no_model
 from minirlhf.files.reading import read_json
 
 JSON_CAP = 4 << 20  # bytes of config.json and of an index: each tensor takes about 100
 HEADER_CAP, TENSOR_CAP = 16 << 20, 200_000  # bytes and tensors of one safetensors header
 VALUE_FILE = "value_head.safetensors"  # what LLaMA-Factory puts beside the model's own files
+# Where tensors come from that the architecture lacks, by a name among them.
+ORIGINS = tuple((re.compile(pattern), origin) for pattern, origin in (
+    (r"\blora_|\.base_layer\.|\bbase_model\.",
+     "saved with adapters? merge them first (peft's merge_and_unload)"),
+    (r"\.(qweight|qzeros|g_idx|scales|biases|SCB|absmax|quant_\w+|weight_(scale|packed)\w*)\b",
+     "quantised? give the weights before that"),
+    (r"(?m)^(transformer\.)?(_orig_mod|module|policy|value_model)\.",
+     "saved from inside a wrapper? save the model itself"),
+    (r"\b(tok_embeddings|feed_forward|wq)\.",
+     "in the layout of Meta or Mistral? give the one of transformers"),
+    (r"vision|visual|multi_modal", "a model that reads images? only text is read here"),
+    (r"\b(v_head|score|classifier|regression_layer|(reward|rm|score)_head|qa_outputs)\.",
+     "another kind of head? one linear layer is read, as rewards/README.md says"),
+))
+UNKNOWN = "incomplete download, or another model's config?"
 PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")  # torch's zip, or a bare one: whatever the name
 DATA_END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,20})')
 
@@ -45,10 +61,8 @@ def _model_files(folder: Path) -> list[Path]:
             if not isinstance(shard, str) or shard not in files:
                 files[shard] = _shard(index, tensor, shard)
         return list(files.values())
-    pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-    if pickles:
-        raise _is_pickle(folder / pickles[0])
-    raise UserError(folder, "has no model.safetensors", "incomplete download?")
+    lack = UserError(folder, "has no model.safetensors", "incomplete download?")
+    raise no_model(folder, lack)
 
 
 def _shard(index: Path, tensor: str, shard: object) -> Path:
@@ -62,10 +76,6 @@ def _shard(index: Path, tensor: str, shard: object) -> Path:
     return path
 
 
-def _is_pickle(path: Path) -> UserError:
-    return UserError(path, "pickle files are not read", "convert the model to safetensors")
-
-
 def _check_header(path: Path) -> None:
     """Refuses what is not a whole safetensors file, before the library allocates by its header."""
     if not path.is_file():
@@ -74,7 +84,7 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(9)
         if start[8:] != b"{" and PICKLE.match(start):
-            raise _is_pickle(path)
+            raise UserError(path, "pickle files are not read", CONVERT)
         length = int.from_bytes(start[:8], "little")
         missing = 8 + length - size
         if length > HEADER_CAP and missing <= 0:
@@ -112,6 +122,13 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
                     raise UserError(path, what, "bad export?")
                 tensors[name] = opened.get_tensor(name)
     return {name: tensor for name, tensor in tensors.items() if not HARMLESS.search(name)}
+
+
+def likely_origin(unknown: Iterable[str]) -> str:
+    """Advice for a folder with tensors of these names that its architecture lacks."""
+    names = "\n".join(unknown)
+    found = (origin for pattern, origin in ORIGINS if pattern.search(names))
+    return next(found, UNKNOWN)
 
 
 def tensor_names(files: list[Path]) -> set[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minirlhf.errors import UserError
 from minirlhf.models.config import ModelConfig
+from minirlhf.models.stored import UNKNOWN
 
 VALUE_HEAD = "v_head.summary"  # a folder that has it is a language model, too
 HEADS = ("score", "value_head", VALUE_HEAD)
@@ -68,8 +69,7 @@ def take_head(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> 
     weight, bias = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None)
     if weight.dim() != 2 or weight.shape[1] != config.hidden_size:
         legal = f"config.json asks for (1, {config.hidden_size})"
-        raise UserError(folder, f"'{name}.weight' is {tuple(weight.shape)}, {legal}",
-                        "incomplete download, or another model's config?")
+        raise UserError(folder, f"'{name}.weight' is {tuple(weight.shape)}, {legal}", UNKNOWN)
     if bias is None:
         return Head(name, weight, 0.0)
     if bias.numel() != 1 or not bias.is_floating_point():

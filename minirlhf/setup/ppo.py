@@ -60,6 +60,8 @@ def check_models(
         lms: policy and reference.
         critics, scorers: reward models, none or one of the first.
     """
+    for lm in lms:
+        pretrained.without_weights(lm)
     for flag, name, folders in (
         ("--ref", config.ref, lms[1:]),
         ("--critic", config.critic, critics),
@@ -72,8 +74,6 @@ def check_models(
         what = "names no eos token, so that no response could end"
         do = "set eos_token in tokenizer_config.json, or give --stop"
         raise UserError(tokenizer.folder, what, do)
-    for lm in lms:
-        pretrained.without_weights(lm)
     words = [pretrained.read_config(lm).vocab_size for lm in lms]
     if config.kl_estimator == "full" and len(set(words)) > 1:
         what = f"has {words[1]:,} tokens, the policy {words[0]:,}"

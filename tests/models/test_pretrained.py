@@ -572,6 +572,7 @@ BAD = [  # more are in tests/test_bad_models.py
     (LLAMA, {"attention_bias": "no"}, "attention_bias: is 'no': must be true or false"),
     (LLAMA, {"mlp_bias": 1}, "mlp_bias: is 1"),
     (LLAMA, {"tie_word_embeddings": "false"}, "tie_word_embeddings: is 'false'"),
+    (GPT2, {"quantization": {"group_size": 64}}, "quantization: is .*quantised weights are"),
     (LLAMA, {"pretraining_tp": 2}, "pretraining_tp: is 2: not implemented; supported: 1"),
     (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: is 0.5"),
     (LLAMA, {"rope_scaling": "yarn"}, "rope_scaling: is 'yarn': must be one object"),
