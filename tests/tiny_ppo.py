@@ -45,6 +45,12 @@ class Letters:
     def decode(self, ids):
         return "".join("_bcdefghijklmnopqrst"[i] for i in ids if i)
 
+    def decode_after(self, before, ids):
+        return self.decode(ids)
+
+    def answer_text(self, prompt, prompt_ids, ids):
+        return self.decode(ids)
+
 
 def assert_close(got, expected, atol=1e-6):
     expected = torch.as_tensor(expected, dtype=got.dtype)

@@ -37,7 +37,7 @@ def sample(
     for start in range(0, len(prompts), rows_at_once):
         part = slice(start, start + rows_at_once)
         ids = [p.ids for p in prompts[part]]
-        made = generate(lm, ids, sampling, tokenizer.eos_ids, keys[part], tokenizer.decode)
+        made = generate(lm, ids, sampling, tokenizer.eos_ids, keys[part], tokenizer.decode_after)
         responses += made.responses()
         reasons += made.finish_reason
         logprobs.append(made.logprobs[made.response_mask])
@@ -48,8 +48,11 @@ def sample(
         prompt_ids=[p.ids for p in prompts],
         # An eos may be an ordinary token to the tokenizer, and so have a text.
         completions=[
-            before_stop(tokenizer.decode(ids[:-1] if why == "eos" else ids), sampling.stop_strings)
-            for ids, why in zip(responses, reasons, strict=True)
+            before_stop(
+                tokenizer.answer_text(p.text, p.ids, ids[:-1] if why == "eos" else ids),
+                sampling.stop_strings,
+            )
+            for p, ids, why in zip(prompts, responses, reasons, strict=True)
         ],
         response_ids=responses,
         finish_reasons=reasons,

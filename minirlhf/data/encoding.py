@@ -1,18 +1,19 @@
-"""The parts of a row -> ids: each part by itself, so that the boundary between them is exact.
+"""The parts of a row -> ids, which are those of the whole text, cut where the prompt ends.
 
 An answer ends with eos, unless it is truncated: then its text does not end there. For a reward
 model an answer in messages ends where the rendered text does, as in other tools.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 
 from minirlhf.data.chat_template import TemplateOverrun
+from minirlhf.data.dialogues import Dialogue
 from minirlhf.data.formats import was_sampled
 from minirlhf.data.parts import Parts
-from minirlhf.data.tokenizer import Dialogue, Tokenizer
+from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.rows import Row
 from minirlhf.files.sieve import Sieve
@@ -21,9 +22,9 @@ from minirlhf.files.sieve import Sieve
 def encode(
     path: str | Path, rows: list[tuple[Row, Parts]], tokenizer: Tokenizer | None, sieve: Sieve,
     whole: bool = False,
-) -> tuple[list[tuple[list[int], ...] | None], list[int]]:
+) -> tuple[list[tuple[list[int], ...] | None], list[int], list[str]]:
     """((prompt ids, response ids, ...) of each row, None where the sieve took it;
-    ids that the tokenizer puts before a text).
+    ids that the tokenizer puts before a text; notes for the report).
 
     Args:
         whole: as in `Tokenizer.encode_dialogue`.
@@ -38,15 +39,16 @@ def encode(
     if not ready and adds_eos and len(parts[0]) > 1 and not tokenizer.eos_ids:
         what = "names no eos token, which every text ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
+    counts: Counter[str] = Counter()
     if ready:
         found = parts
     elif isinstance(sample, str):
-        found = _each_string(parts, lead, tokenizer)
+        found = _each_string(parts, tokenizer, counts)
     else:
         found = tokenizer.encode_dialogues([
             Dialogue(prompt, answers, was_sampled(row), _is_cut(row))
             for row, (prompt, *answers) in rows
-        ], whole)
+        ], whole, counts)
     headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
     encoded: list[tuple[list[int], ...] | None] = []
     for (row, _), ids in zip(rows, found, strict=True):
@@ -63,33 +65,24 @@ def encode(
             sieve.reject(error, row.raw)
             ids = None
         encoded.append(ids)
-    return encoded, lead
+    return encoded, lead, [f"{what}, in {count:,} rows" for what, count in counts.items()]
 
 
 def _each_string(
-    parts: list[Parts], lead: list[int], tokenizer: Tokenizer
+    parts: list[Parts], tokenizer: Tokenizer, counts: Counter[str]
 ) -> list[tuple[list[int], ...] | UserError]:
     """Ids of all rows, or what is wrong with a row."""
+    texts = [(prompt or "", *answers) for prompt, *answers in parts]
     with suppress(UserError):  # of one row, which is found below
-        return _encode_strings(parts, lead, tokenizer)
+        return tokenizer.encode_parts(texts, counts)
+    counts.clear()
     found: list[tuple[list[int], ...] | UserError] = []
-    for part in parts:
+    for row in texts:
         try:
-            found += _encode_strings([part], lead, tokenizer)
+            found += tokenizer.encode_parts([row], counts)
         except UserError as error:
             found.append(error)
     return found
-
-
-def _encode_strings(
-    parts: list[Parts], lead: list[int], tokenizer: Tokenizer
-) -> list[tuple[list[int], ...]]:
-    """Ids of all rows at once, which takes the tokenizer least time."""
-    prompts = [prompt for prompt, *_ in parts]
-    heads = [lead] * len(parts) if prompts[0] is None else tokenizer.encode_batch(prompts)
-    answers = [text for _, *texts in parts for text in texts]  # lists may differ in length
-    tails = iter(tokenizer.encode_batch(answers, bos=False))
-    return [(head, *islice(tails, len(part) - 1)) for head, part in zip(heads, parts, strict=True)]
 
 
 def _ended(

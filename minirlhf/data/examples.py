@@ -1,6 +1,6 @@
 """A data file -> the ids of its examples: preference pairs, prompts, texts.
 
-Prompt and response are encoded apart and their ids joined (encoding.py). A text ends with eos,
+Prompt and response are cut from the ids of the whole text (encoding.py). A text ends with eos,
 unless it is truncated. The Report counts what is dropped or truncated; every fault of a row is an
 error with file:line.
 """
@@ -220,7 +220,8 @@ def load_examples(
     if max_length is not None and max_length < 1:
         raise UserError("max_length", f"is {max_length}", "needs at least 1")
     form, rows, report, sieve = split
-    encoded, lead = encode(report.path, rows, tokenizer, sieve, whole)
+    encoded, lead, notes = encode(report.path, rows, tokenizer, sieve, whole)
+    report.notes += notes
     examples = []
     for (row, (prompt, *_)), ids in zip(rows, encoded, strict=True):
         if ids is None:

@@ -7,8 +7,11 @@ ordinary tokens, and no row of a data set can end a turn or forge a role.
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import tokenizers
@@ -37,6 +40,8 @@ CLASS_NAMES = {
 CLASSES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 NAMES_CAP = 1 << 17  # characters of all special tokens together, which become one pattern
 BATCH = 4096  # texts that the library encodes at once: it keeps much more of them than ids
+CONTEXT = 8  # tokens before a text that its decoding looks at: a character has four at most
+CROSSED = "a token crosses the end of the prompt: what follows is encoded by itself"  # of rows
 
 
 @contextmanager
@@ -166,6 +171,7 @@ class Vocabulary:
         elif self.unknown_id is not None:
             unknown = vocab[self.unknown_id][0]
         self._control = {id for id, text in special.items() if text != unknown}
+        self._skipped = {id for id, token in added.items() if token.special}  # by decode
         self._spare = {text: id for id, text in special.items() if text}
         self._prefix: list[int] = []
         for probe in ("a", "A", "0", " "):
@@ -174,6 +180,12 @@ class Vocabulary:
             if 0 in (mask := encoding.special_tokens_mask):
                 self._prefix = encoding.ids[: mask.index(0)]
                 break
+        # Whether what stands behind a control token begins as a text does: Llama 2 puts a blank in
+        # front of both, Mistral's later tokenizers of a text only.
+        one = [token.content for token in added.values() if token.special][:1]
+        with _muted():
+            (alone,), named = self._tokens(["a"]), self._tokens([name + "a" for name in one], True)
+        self._begins_anew = all(ids[1:] == alone for ids in named)
         if nameless := [id for id in self._prefix if self._backend.id_to_token(id) is None]:
             what = f"puts the id {nameless[0]} before a text, which is no token's"
             raise UserError(self.folder / "tokenizer.json", what)
@@ -191,22 +203,67 @@ class Vocabulary:
 
     def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[list[int]]:
         """`encode` of many texts at once, in parallel."""
-        self._backend.encode_special_tokens = True
-        encode, rows = self._backend.encode_batch_fast, []
-        for start in range(0, len(texts), BATCH):
-            batch = self._guard(encode, list(texts[start : start + BATCH]), False, False)
-            rows += [encoding.ids for encoding in batch]
+        rows = self._tokens(texts)
         for row, text in enumerate(texts):
             if not self._control.isdisjoint(rows[row]):
                 rows[row] = self._spelled(text)
         return [self._prefix + ids for ids in rows] if bos else rows
 
+    def encode_parts(
+        self, rows: Sequence[Sequence[str]], counts: Counter[str] | None = None
+    ) -> list[tuple[list[int], ...]]:
+        """(prompt ids, response ids, ...) of each (prompt, response, ...), as `encode` makes them.
+
+        Joined they are the ids of the whole text, wherever these begin with the prompt's. Where a
+        token crosses the boundary, the response is encoded by itself: that response alone, so that
+        the others and the prompt, which all share, are what they would be without it.
+
+        Args:
+            counts: CROSSED is added to it for each row with such a response.
+        """
+        heads = self.encode_batch([prompt for prompt, *_ in rows])
+        whole = iter(self.encode_batch([row[0] + text for row in rows for text in row[1:]]))
+        return [
+            self._cut(head, list(islice(whole, len(texts))), texts, self.encode, counts)
+            for head, (_, *texts) in zip(heads, rows, strict=True)
+        ]
+
+    def _cut(
+        self, head: list[int], wholes: list[list[int]], texts: Sequence[str],
+        encode: Callable[[str], list[int]], counts: Counter[str] | None,
+    ) -> tuple[list[int], ...]:
+        """(head, what each whole has beyond it, or the ids of the text that stands there)."""
+        cut = [ids[len(head) :] if ids[: len(head)] == head else None for ids in wholes]
+        if None in cut and counts is not None:
+            counts[CROSSED] += 1
+        return head, *(
+            self._continued(text, encode) if ids is None else ids
+            for ids, text in zip(cut, texts, strict=True)
+        )
+
+    def _continued(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Ids of a text that is not the beginning of one: without the blank that some tokenizers
+        put there. Where a line end before it makes no difference, nothing stands in its place."""
+        before, ids = encode("\n"), encode("\n" + text)
+        if ids[: len(before)] != before:
+            before, ids = encode(""), encode(text)
+        return ids[len(before) :]
+
+    def _tokens(self, texts: Sequence[str], named: bool = False) -> list[list[int]]:
+        """Ids by the library; names of special tokens are these tokens where they are `named`."""
+        self._backend.encode_special_tokens = not named
+        encode, rows = self._backend.encode_batch_fast, []
+        for start in range(0, len(texts), BATCH):
+            batch = self._guard(encode, list(texts[start : start + BATCH]), False, False)
+            rows += [encoding.ids for encoding in batch]
+        return rows
+
     def _spelled(self, text: str) -> list[int]:
         """For vocabularies with special names as ordinary pieces: cuts each after one letter."""
         cuts = [match.start() + 1 for match in self.special_text.finditer(text)]
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        parts = self._guard(self._backend.encode_batch_fast, pieces, False, False)
-        ids = [id for part in parts for id in part.ids]
+        plain = lambda piece: self._tokens([piece])[0]  # noqa: E731
+        ids = plain(pieces[0]) + [id for p in pieces[1:] for id in self._continued(p, plain)]
         if not self._control.isdisjoint(ids):
             token = self._backend.id_to_token(next(id for id in ids if id in self._control))
             raise UserError(self.folder, f"cannot spell {printable(token)!r} as plain text")
@@ -216,12 +273,27 @@ class Vocabulary:
         """Text of ids; ids without a token (padded vocabularies) give no text."""
         return self._guard(self._backend.decode, list(ids), skip_special)
 
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Text of ids behind others, without special tokens: the decoders of some tokenizers take
+        the first blank away, which is not theirs where it stands inside a text.
+
+        >>> # decode([▁a, ▁b]) is "a b", decode([▁b]) is "b", decode_after([▁a], [▁b]) is " b"
+        """
+        context = [] if before == self._prefix else list(before[-CONTEXT:])
+        for at in reversed(range(len(context))):
+            if context[at] in self._control:
+                context = context[at + self._begins_anew :]
+                break
+        ids = [id for id in ids if id not in self._skipped]
+        head, text = self.decode(context, False), self.decode([*context, *ids], False)
+        return text[len(head) :] if text.startswith(head) else self.decode(ids, False)
+
     def _encode_rendered(self, text: str, swapped: dict[str, str]) -> list[int]:
         """Ids of a rendered text; stretches that hold swapped names are encoded as plain text."""
+        if not any(mark in text for mark in swapped):
+            return self._tokens([text], True)[0]
         self._backend.encode_special_tokens = False
         encoding = self._guard(self._backend.encode, text, None, False, False)
-        if not any(mark in text for mark in swapped):
-            return encoding.ids
         ids, out, start, begun = encoding.ids, [], 0, 0
         controls = [i for i, id in enumerate(ids) if id in self._control]
         for i in [*controls, len(ids)]:
@@ -230,7 +302,10 @@ class Vocabulary:
             if any(mark in words for mark in swapped):
                 for mark, name in swapped.items():
                     words = words.replace(mark, name)
-                stretch = self.encode(words, bos=False)
+                if start == 0 or self._begins_anew:
+                    stretch = self.encode(words, bos=False)
+                else:
+                    stretch = self._continued(words, partial(self.encode, bos=False))
             out += [*stretch, *ids[i : i + 1]]
             start, begun = last, i + 1
         return out

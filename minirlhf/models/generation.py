@@ -53,7 +53,7 @@ class Generation(NamedTuple):
 @torch.no_grad()
 def decode_steps(
     lm: CausalLM, prompts: Sequence[Sequence[int]], sampling: Sampling, eos_ids: Sequence[int],
-    keys: Tensor, decode: Callable[[list[int]], str] | None = None,
+    keys: Tensor, decode: Callable[[list[int], list[int]], str] | None = None,
 ) -> Iterator[DecodeStep]:
     """Yields one token a step for every row that has not ended; ended rows leave the batch.
 
@@ -63,7 +63,7 @@ def decode_steps(
         sampling: how to draw.
         eos_ids: any of these ends its row; it is yielded first.
         keys: (B,) int64, one a row. A row's tokens depend on its prompt and key, not on its batch.
-        decode: ids -> text; needed for stop strings only.
+        decode: (ids, further ids) -> text of the further ones; needed for stop strings only.
     Raises:
         ValueError: an empty prompt, rows beyond the model's positions, keys of another shape.
         UserError: logits that are not finite (exit code 3).
@@ -75,7 +75,7 @@ def decode_steps(
     hidden, cache = _read_prompts(lm, prompts, sampling.max_new_tokens)
     seen = _tokens_seen(lm, prompts) if sampling.repetition_penalty != 1.0 else None
     eos = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
-    ends = _Ends(sampling, len(prompts), decode)
+    ends = _Ends(sampling, prompts, decode)
     for t in range(sampling.max_new_tokens):
         interrupt.check()
         logits = lm.logits(hidden[:, None])[:, 0]  # (A, V)
@@ -160,9 +160,9 @@ def _tokens_seen(lm: CausalLM, prompts: Sequence[Sequence[int]]) -> Tensor:
 class _Ends:
     """Why rows end. It keeps the ids of each response, in which stop strings are looked for."""
 
-    def __init__(self, sampling: Sampling, rows: int, decode: Callable | None):
-        self.sampling, self.decode = sampling, decode
-        self.responses: list[list[int]] = [[] for _ in range(rows)]
+    def __init__(self, sampling: Sampling, prompts: Sequence, decode: Callable | None):
+        self.sampling, self.decode, self.prompts = sampling, decode, prompts
+        self.responses: list[list[int]] = [[] for _ in prompts]
 
     def reasons(self, rows: Tensor, drawn: Tensor, is_eos: Tensor, length: int) -> list[str | None]:
         """eos | stop | length, or None, for each of the rows; all arguments (A,).
@@ -176,23 +176,24 @@ class _Ends:
             reason = "eos" if ended else None
             if reason is None and self.sampling.stop_strings:
                 self.responses[row].append(token)
-                reason = "stop" if self._stops(self.responses[row]) else None
+                reason = "stop" if self._stops(row) else None
             if reason is None and length == self.sampling.max_new_tokens:
                 reason = "length"
             found.append(reason)
         return found
 
-    def _stops(self, ids: list[int]) -> bool:
+    def _stops(self, row: int) -> bool:
         """Whether the newest token completes a stop string, which begins in the last few tokens."""
         # A character may take four byte-level tokens, and some tokens decode to nothing.
-        stops = self.sampling.stop_strings
-        tail = self.decode(ids[-(4 * max(map(len, stops)) + 8) :])
+        ids, stops = self.responses[row], self.sampling.stop_strings
+        start = max(0, len(ids) - 4 * max(map(len, stops)) - 8)
+        tail = self.decode([*self.prompts[row], *ids[:start]], ids[start:])
         return any(stop in tail for stop in stops)
 
 
 def generate(
     lm: CausalLM, prompts: Sequence[Sequence[int]], sampling: Sampling, eos_ids: Sequence[int],
-    keys: Tensor, decode: Callable[[list[int]], str] | None = None,
+    keys: Tensor, decode: Callable[[list[int], list[int]], str] | None = None,
 ) -> Generation:
     """Collects `decode_steps` (same arguments, same errors) into left-aligned rows.
 

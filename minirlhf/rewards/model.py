@@ -39,20 +39,18 @@ def reencode(
 ) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids) in a reward model's own tokenizer, as its training makes them.
 
-    Prompt and response are encoded apart. Messages go through its chat template, the response as
-    the assistant's turn. An eos stands at the end unless the response is truncated.
+    Messages go through its chat template, the response as the assistant's turn. An eos stands at
+    the end unless the response is truncated.
 
     Args:
         text: the response, without eos.
         reason: why it ended: eos, stop or length.
     """
     if isinstance(prompt, str):
-        head, tail = tokenizer.encode(prompt), tokenizer.encode(text, bos=False)
-    elif prompt[-1].get("role") == "assistant":  # a turn that the response goes on with
-        head, tail = tokenizer.encode_chat(prompt), tokenizer.encode(text, bos=False)
+        ((head, tail),) = tokenizer.encode_parts([(prompt, text)])
     else:
         turn = [{"role": "assistant", "content": text}]
-        head, tail = tokenizer.encode_dialogue(prompt, turn)
+        head, tail = tokenizer.encode_dialogue(prompt, turn, resume=True)
     ended = bool(tail) and tail[-1] in tokenizer.eos_ids  # a template ends the turn itself
     if reason == "length":
         return head, tail[:-1] if ended else tail
@@ -100,8 +98,12 @@ def model_reward(
         else:
             prompt, response = batch.prompt_ids[i], batch.response_ids[i]
             if reason != "length":  # of several eos the policy may have drawn another
-                own = response[:-1] if reason == "eos" else tokenizer.encode(text, bos=False)
-                response = [*own, end_of(tokenizer, batch.prompts[i], response[-1])]
+                last, asked = response[-1], batch.prompts[i]
+                if reason == "eos":
+                    own = response[:-1]
+                else:
+                    own = tokenizer.ids_of_answer(asked, prompt, response, text)
+                response = [*own, end_of(tokenizer, asked, last)]
         if model.read_before_eos:
             response = strip_eos(response, tokenizer.eos_ids)
         return prompt + response

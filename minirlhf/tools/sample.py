@@ -52,9 +52,10 @@ def sample(
     for start in range(0, len(repeated), batch_size):
         part = repeated[start : start + batch_size]
         made = generate(lm, [prompt.ids for prompt in part], sampling, tokenizer.eos_ids,
-                        keys[start : start + batch_size], tokenizer.decode)
+                        keys[start : start + batch_size], tokenizer.decode_after)
         for prompt, ids, reason in zip(part, made.responses(), made.finish_reason, strict=True):
-            text = tokenizer.decode(ids[:-1] if reason == "eos" else ids)
+            said = ids[:-1] if reason == "eos" else ids
+            text = tokenizer.answer_text(prompt.text, prompt.ids, said)
             text = before_stop(text, sampling.stop_strings)
             is_chat = not isinstance(prompt.text, str)
             row = {
@@ -64,7 +65,8 @@ def sample(
             }
             if not exact:
                 if reason == "stop":  # the stop string is no part of the response
-                    ids = tokenizer.encode(text, bos=False) + list(tokenizer.eos_ids[:1])
+                    said = tokenizer.ids_of_answer(prompt.text, prompt.ids, ids, text)
+                    ids = said + list(tokenizer.eos_ids[:1])
                 row |= {"input_ids": prompt.ids + ids, "prompt_length": len(prompt.ids),
                         "tokenizer": tokenizer.fingerprint}
             yield row

@@ -28,6 +28,12 @@ class Letters:
     def decode(self, ids):
         return "".join("_bcdefghijklmnopqrst"[i] for i in ids)
 
+    def decode_after(self, before, ids):
+        return self.decode(ids)
+
+    def answer_text(self, prompt, prompt_ids, ids):
+        return self.decode(ids)
+
 
 def by_hand() -> Rollout:
     """Four rows of 3, 4, 5 and 2 tokens."""

@@ -209,8 +209,22 @@ def test_decode_steps_drops_rows_that_ended():
 )
 def test_stop_strings_by_hand(prompts, new, stops, eos, responses, reasons):
     sampling = Sampling(new, stop_strings=stops)
-    out = generate(counting_lm(), prompts, sampling, [eos], keys(len(prompts)), letters)
+    out = generate(counting_lm(), prompts, sampling, [eos], keys(len(prompts)), behind(letters))
     assert [letters(r) for r in out.responses()] == responses and out.finish_reason == reasons
+
+
+def behind(decode):
+    """Of a tokenizer to which ids say the same wherever they stand."""
+    return lambda before, ids: decode(ids)
+
+
+def test_a_stop_string_is_looked_for_in_the_response_as_it_stands_behind_the_prompt():
+    def decode(before: list[int], ids: list[int]) -> str:  # a first blank is lost, as by Llama's
+        return " ".join(map(str, ids)) if not before else "".join(f" {id}" for id in ids)
+
+    sampling = Sampling(4, stop_strings=(" 2",))  # the first token of the response
+    out = generate(counting_lm(), [[1]], sampling, [], keys(1), decode)
+    assert out.responses() == [[2]] and out.finish_reason == ["stop"]
 
 
 def test_a_stop_string_may_end_inside_a_token():
@@ -218,7 +232,7 @@ def test_a_stop_string_may_end_inside_a_token():
         return "".join(["<", "en", "d> and", " more"][i - 2] for i in ids)
 
     sampling = Sampling(4, stop_strings=("<end>",))
-    out = generate(counting_lm(), [[1]], sampling, [], keys(1), words)
+    out = generate(counting_lm(), [[1]], sampling, [], keys(1), behind(words))
     assert out.responses() == [[2, 3, 4]] and out.finish_reason == ["stop"]
     assert before_stop(words(out.responses()[0]), sampling.stop_strings) == ""
 
@@ -229,7 +243,7 @@ def test_a_stop_string_may_end_inside_a_token():
 def test_stop_strings_of_many_tokens_some_of_which_are_nothing(text, nothing):
     held = dict(zip((i for i in range(1, 16) if i not in nothing), text.encode(), strict=True))
 
-    def decode(ids: list[int]) -> str:
+    def decode(before: list[int], ids: list[int]) -> str:
         return bytes(held[i] for i in ids if i in held).decode(errors="replace")
 
     sampling = Sampling(20, stop_strings=(text,))
