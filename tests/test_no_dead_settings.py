@@ -75,6 +75,7 @@ CHANGES = {
         "columns": Change(
             ["prompt=question"], {"data": "renamed.jsonl"}, needed="columns of no known format"
         ),
+        "chat": Change(True),
         "bad_rows": Change("skip", {"data": "broken.jsonl"}, needed="not valid JSON"),
         "fix_text": Change(True, {"data": "surrogate.jsonl"}, needed="surrogate"),
         "allow_empty_prompt": Change(True, {"data": "empty.jsonl"}, needed="empty"),

@@ -17,6 +17,7 @@ from minirlhf.data.formats import (
     pair_labels,
     prompt_format,
     text_format,
+    was_sampled,
 )
 from minirlhf.data.parts import Messages, Part
 from minirlhf.data.split import Split, split_rows
@@ -28,6 +29,7 @@ from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve
 T = TypeVar("T")
 
 OVERLONG = ("drop", "truncate_prompt_left", "truncate_response", "error")
+BARE = "warning: texts, read without the model's chat template: --chat makes turns of them"
 PASSED = "passed to reward functions"
 
 
@@ -92,6 +94,12 @@ class Text:
     prompt_length: int
     where: str
     columns: dict
+
+
+def is_bare(prompt: Part | None, tokenizer: Tokenizer) -> bool:
+    """Whether a prompt is a text that goes to a model with a chat template as it stands."""
+    has_template = tokenizer.template_origin != "plain fallback"
+    return has_template and isinstance(prompt, str) and not tokenizer.special_text.search(prompt)
 
 
 class Encoded(NamedTuple):
@@ -222,6 +230,9 @@ def load_examples(
     form, rows, report, sieve = split
     encoded, lead, notes = encode(report.path, rows, tokenizer, sieve, whole)
     report.notes += notes
+    first, (prompt, *_) = rows[0]
+    if tokenizer is not None and not was_sampled(first) and is_bare(prompt, tokenizer):
+        report.notes.append(BARE)
     examples = []
     for (row, (prompt, *_)), ids in zip(rows, encoded, strict=True):
         if ids is None:

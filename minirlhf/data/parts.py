@@ -203,6 +203,28 @@ def hh_turns(text: str) -> Messages:
     return turns if not turns or turns[-1]["content"] else turns[:-1]
 
 
+def as_turns(row: Row, parts: Parts) -> Parts:
+    """The parts of a row with texts as turns: of a transcript its own, else the prompt as the
+    user's and each answer as the assistant's. Messages and ids stay as they are.
+
+    Raises:
+        UserError: a whole text, which no turn is made of.
+    """
+    prompt, *answers = parts
+    if not isinstance(prompt or parts[-1], str):
+        return parts
+    if prompt is None:
+        do = "give prompts and answers, or leave out --chat"
+        raise UserError(row.where, "a whole text is no turn of a dialogue", do)
+    if turns := hh_turns(prompt):
+        made = [hh_turns(f"\n\nAssistant:{text}") for text in answers]
+        if not all(answer and answer[-1]["role"] == "assistant" for answer in made):
+            raise UserError(row.where, "a transcript ends with a turn of the Human", REMOVE)
+        return (turns, *made)
+    said = [{"role": "assistant", "content": text} for text in answers]
+    return ([{"role": "user", "content": prompt}], *([turn] for turn in said))
+
+
 # How the text of messages begins, or of one, as JSON or Python writes it.
 _PACKED = re.compile(
     r"""\s*(?:array\()?(?:\[\s*\{|\{\s*['"](?:role|content|from|value)['"]\s*:)"""

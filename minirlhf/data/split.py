@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from minirlhf.data.formats import Format, was_sampled
-from minirlhf.data.parts import Parts, Useless, unpack
+from minirlhf.data.parts import Parts, Useless, as_turns, unpack
 from minirlhf.data.published import reshape, shape_of
 from minirlhf.errors import UserError
 from minirlhf.files.rows import Row, read_rows
@@ -48,7 +48,7 @@ def split_rows(
     """
     rows = list(read_rows(path, sieve))
     report = Report(str(path), "", len(rows) + len(sieve.rejected))
-    form, shape, split, packed = None, None, [], {}
+    form, shape, split, packed, chat = None, None, [], {}, sieve.policy.chat
     for given in rows:
         try:
             row, names = unpack(given)
@@ -60,9 +60,13 @@ def split_rows(
             if kind is not None and form is None:
                 found = found._replace(detected=f"{kind.told}, read as {found.detected}")
             parts = found.split(row)
+            parts, plain = (as_turns(row, parts) if chat else parts), parts
             for name in SEEN:
                 if row.columns.get(name):
                     raise UserError(row.where, f"has {name}", "only text is read: remove the row")
+            if form is None and chat:
+                told = "as turns" if parts is not plain else "which --chat does not change"
+                found = found._replace(detected=f"{found.detected}, {told}")
             form, shape = found, kind
             split.append((row, parts))
             packed |= dict.fromkeys(names)
@@ -93,11 +97,12 @@ def _unread(form: Format, split: list[tuple[Row, Parts]], others: str) -> list[s
     if others == NOT_READ and prompt is None and "prompt" in form.absent:
         if there := [name for name in ASKING if counts.pop(name, 0)]:
             name = f"--columns prompt={there[0]}"
-            notes.append(f"{', '.join(there)} not read: if answers need it, {name}")
+            told = f"warning: {', '.join(there)} not read"
+            notes.append(f"{told}: if answers need it, {name}")
     elif others == NOT_READ and "prompt" in form.used:
         for name in JOINED:
             if rows := counts.pop(name, 0):
-                what = f"{name} not read, which {rows:,} rows have"
+                what = f"warning: {name} not read, which {rows:,} rows have"
                 notes.append(f"{what}: other tools make it part of the prompt")
     return notes + [f"{others}: {', '.join(counts)}"] * bool(counts)
 

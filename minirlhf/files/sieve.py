@@ -73,6 +73,7 @@ class RowPolicy:
             beginning-of-text in front.
         max_drop: largest share of a file's rows that may be left out, for whatever reason; 0 to 1.
         columns: words such as prompt=question, the file's name of a column behind ours.
+        chat: texts are turns, a prompt the user's and an answer the assistant's.
     Raises:
         UserError: words that cannot be meant.
     """
@@ -82,6 +83,7 @@ class RowPolicy:
     allow_empty_prompt: bool = False
     max_drop: float = 1.0
     columns: tuple[str, ...] = ()
+    chat: bool = False
 
     def __post_init__(self):
         if problems := column_problems(self.columns):
@@ -209,5 +211,5 @@ class Report:
         lines = [f"detected: {self.detected} · {self.rows:,} rows · kept {self.kept:,}"]
         lines += [f"{kind + ':':<9} {count}" for kind, count in self.left_out()]
         lines += [f"truncated: {self.truncated:,} to max_length"] if self.truncated else []
-        lines += [f"note:     {note}" for note in self.notes]
+        lines += [n if n.startswith("warning: ") else f"note:     {n}" for n in self.notes]
         return "\n".join([printable(self.path), *(f"  {printable(line, 400)}" for line in lines)])

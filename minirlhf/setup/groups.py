@@ -49,6 +49,10 @@ class DataSettings:
         (), "read the file's COLUMN as the column NAME, as in prompt=question",
         metavar="NAME=COLUMN", resume="start",
     )
+    chat: bool = setting(
+        False, "make turns of texts, the user's of a prompt and the assistant's of an answer, for "
+        "the model's chat template to write", resume="start",
+    )
     bad_rows: str = setting(
         "error", "what happens to malformed rows: error refuses the file, skip leaves them out and "
         "lists them in rejected.jsonl", choices=("error", "skip"), resume="start",

@@ -8,12 +8,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
 from minirlhf import streams
-from minirlhf.data.examples import Prompt, load_prompts
+from minirlhf.data.examples import BARE, Prompt, is_bare, load_prompts
 from minirlhf.data.split import NOT_READ
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, STOPPED, UserError, run
@@ -107,10 +108,14 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
         )
         print(report, file=sys.stderr)
         return prompts[: config.limit]
-    ids = tokenizer.encode(config.prompt)
+    if not config.chat and is_bare(config.prompt, tokenizer):
+        print(BARE, file=sys.stderr)
+    turn = {"role": "user", "content": config.prompt}
+    prompt = Prompt([], [turn] if config.chat else config.prompt, "--prompt", {})
+    ids = encoded_text(tokenizer, prompt)
     if not 1 <= len(ids) <= room:
         raise UserError("--prompt", f"has {len(ids)} tokens", f"must have 1 to {room}")
-    return [Prompt(ids, config.prompt, "--prompt", {})]
+    return [replace(prompt, ids=ids)]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -158,11 +158,12 @@ JOIN = "not read, which 1 rows have: other tools make it part of the prompt"
     ("rows", "told"),
     [
         ([{"query": "why", "system": "be kind", "id": 7}],
-         ["query, system not read: if answers need it, --columns prompt=query", "not read: id"]),
+         ["warning: query, system not read: if answers need it, --columns prompt=query",
+          "not read: id"]),
         ([{"id": 7, "empty": "", "none": None}, {"id": 8, "lang": "en"}], ["not read: id, lang"]),
         ([{"prompt": "why", "question": "why"}], ["not read: question"]),
         ([{"prompt": "why", "input": "a"}, {"prompt": "why", "input": "", "history": [["a", "b"]]}],
-         [f"input {JOIN}", f"history {JOIN}"]),
+         [f"warning: input {JOIN}", f"warning: history {JOIN}"]),
         ([{"prompt": "why"}], []),
     ],
 )
@@ -185,7 +186,7 @@ def test_load_prompts_tells_what_becomes_of_other_columns(write, tokenizer):
     assert report.notes == ["passed to reward functions: system, answer"]
     _, report = load_prompts(path, tokenizer, 8, "drop", others="not read")
     assert report.notes == [
-        f"system {JOIN}", "not read: answer",
+        f"warning: system {JOIN}", "not read: answer",
     ]
 
 
@@ -550,11 +551,11 @@ def test_load_names_the_row_that_a_chat_template_refuses(write, folder, tmp_path
 
 def test_report_prints_one_block():
     report = Report("a.jsonl", "texts (text)", 20_000, 19_990, {"longer than max_length": 10}, 3)
-    report.notes.append("margin missing in 2 rows: they count as 0")
+    report.notes += ["margin missing in 2 rows: they count as 0", "warning: system not read"]
     assert str(report).splitlines() == [
         "a.jsonl", "  detected: texts (text) · 20,000 rows · kept 19,990",
         "  dropped:  10 (longer than max_length)", "  truncated: 3 to max_length",
-        "  note:     margin missing in 2 rows: they count as 0",
+        "  note:     margin missing in 2 rows: they count as 0", "  warning: system not read",
     ]
 
 
@@ -567,3 +568,73 @@ def test_load_pairs_leaves_out_a_row_with_a_bad_label(write, tokenizer, wrong):
     ((where, reason, _),) = report.rejected_rows
     assert where == f"{path}:2"
     assert reason.startswith(f"{next(iter(wrong))} is {next(iter(wrong.values()))!r}: needs a ")
+
+
+# -------------------------------------------------------------------------------- texts as turns
+
+CHAT = RowPolicy(chat=True)
+ASIDE = "\n\nHuman: q\n\nAssistant: k\n\nHuman: s\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "load, row, expected",
+    [
+        (load_texts, {"prompt": "q", "completion": "a"}, {"prompt": [U], "completion": [A]}),
+        (load_prompts, {"prompt": "q"}, {"prompt": [U]}),
+        (load_prompts, {"text": "q"}, {"prompt": [U]}),
+        (load_pairs, {"prompt": "q", **PAIR},
+         {"prompt": [U], "chosen": [assistant("c")], "rejected": [assistant("r")]}),
+        (load_pairs, {"chosen": f"{ASIDE} yes", "rejected": f"{ASIDE} yet"},
+         {"prompt": [U, assistant("k"), V], "chosen": [assistant("yes")],
+          "rejected": [assistant("yet")]}),
+        (load_pairs,
+         {"chosen": f"{ASIDE} yes\n\nHuman: q\n\nAssistant: a", "rejected": f"{ASIDE} r"},
+         {"prompt": [U, assistant("k"), V], "chosen": [assistant("yes"), U, A],
+          "rejected": [assistant("r")]}),
+        (load_prompts, {"prompt": ASIDE}, {"prompt": [U, assistant("k"), V]}),
+    ],
+)
+def test_chat_makes_turns_of_texts(write, tokenizer, load, row, expected):
+    (found,), report = load(write(row), tokenizer, None, "drop", policy=CHAT)
+    (right,), _ = load(write(expected), tokenizer, None, "drop")
+    assert found == right
+    assert report.detected.endswith(", as turns") and not report.notes
+
+
+@pytest.mark.parametrize(
+    "load, row", [(load_texts, {"messages": [U, A]}), (load_texts, {"input_ids": [5, 6]}),
+                  (load_pairs, {"chosen_ids": [5], "rejected_ids": [6]})],
+)
+def test_chat_says_where_it_changes_nothing(write, tokenizer, load, row):
+    path = write(row)
+    (found,), report = load(path, tokenizer, None, "drop", policy=CHAT)
+    assert [found] == load(path, tokenizer, None, "drop")[0]
+    assert report.detected.endswith(", which --chat does not change")
+
+
+@pytest.mark.parametrize("load, row", [(load_texts, {"text": "t"}), (load_pairs, PAIR)])
+def test_chat_refuses_whole_texts(write, tokenizer, load, row):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: a whole text is no turn of a dialogue: give"):
+        load(write(row), tokenizer, None, "drop", policy=CHAT)
+    row = {"prompt": ASIDE, "chosen": " a\n\nHuman: q", "rejected": " b"}
+    with pytest.raises(UserError, match=r"a\.jsonl:1: a transcript ends with a turn of the Human"):
+        load_pairs(write(row), tokenizer, None, "drop", policy=CHAT)
+
+
+@pytest.mark.parametrize(
+    "row, bare",
+    [
+        ({"prompt": "q", "completion": "a"}, True),
+        ({"prompt": "<|endoftext|>q", "completion": "a"}, False),  # rendered already
+        ({"prompt": [U], "completion": [A]}, False),
+        ({"text": "q"}, False),
+        ({"prompt": "q", "response": "a", "finish_reason": "eos"}, False),  # of `minirlhf sample`
+    ],
+)
+def test_prompts_that_go_round_a_chat_template_are_told_once(write, folder, row, bare):
+    tokenizer = load_tokenizer(folder)
+    told = "warning: texts, read without the model's chat template: --chat makes turns of them"
+    assert told not in load_texts(write(row), tokenizer, None, "drop")[1].notes  # it has none
+    tokenizer.chat_template, tokenizer.template_origin = CALLS, "chat_template.jinja"
+    report = load_texts(write(row, row), tokenizer, None, "drop")[1]
+    assert report.notes.count(told) == bare

@@ -43,6 +43,7 @@ def test_policy_of_a_config_is_of_its_settings():
     config = PPOConfig(bad_rows="skip", fix_text=True, allow_empty_prompt=True, max_drop=0.5)
     assert RowPolicy.of(config) == RowPolicy("skip", True, True, 0.5)
     assert RowPolicy.of(PPOConfig()) == RowPolicy() == RowPolicy("error", False, False, 1.0)
+    assert RowPolicy.of(PPOConfig(chat=True)).chat
 
 
 def test_reject_raises_the_fault_itself_where_bad_rows_are_errors():

@@ -129,6 +129,8 @@ def test_sample_answers_messages_with_a_message(files, capsys):
     assert row["prompt"] == [{"role": "user", "content": "a film"}]
     (message,) = row["response"]
     assert message["role"] == "assistant" and isinstance(message["content"], str)
+    command = ["sample", "--model", files["LM"], "--max-new-tokens", 8, "--chat"]
+    assert lines_of(capsys, *command, "--prompt", "a film") == [row]
 
 
 def test_sample_stopped_by_hand_keeps_what_it_wrote(files, capsys, monkeypatch):
