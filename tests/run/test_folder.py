@@ -76,11 +76,6 @@ def done(tmp_path):
 # ---- the folder ----------------------------------------------------------------------------------
 
 
-def test_run_writes_nothing_before_it_is_entered(tmp_path):
-    start(tmp_path / "a" / "b")
-    assert not list(tmp_path.iterdir())
-
-
 def test_run_json_says_what_it_takes_to_do_the_run_again(tmp_path, monkeypatch):
     data = tmp_path / "d.jsonl"
     data.write_bytes(b"abc")
@@ -132,14 +127,6 @@ def test_a_folder_that_was_filled_since_is_refused_on_entering(tmp_path):
         pass
 
 
-def test_leftovers_are_swept_on_entering(done):
-    (done / ".tmp-model").mkdir()
-    (done / ".tmp-model" / "half").write_text("", encoding="utf-8")
-    (done / "checkpoints" / ".trash-step-00000000").mkdir()
-    with start(done, resume=True):
-        assert not list(done.rglob(".t*"))
-
-
 HOLDER = """
 import sys
 from minirlhf.run.folder import Run
@@ -184,21 +171,6 @@ def test_a_run_that_nobody_reads_stops_as_at_a_signal(tmp_path, monkeypatch):
 # ---- restore -------------------------------------------------------------------------------------
 
 
-def test_restore_commits_step_0_first(tmp_path):
-    with start(tmp_path / "run") as run:
-        run.restore(make_state())
-    assert [c.name for c in commits(tmp_path / "run" / "checkpoints")] == ["step-00000000"]
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == b""
-
-
-def test_restore_without_a_commit_starts_at_0_and_says_so(tmp_path, capsys):
-    with start(tmp_path / "run"):
-        pass
-    with start(tmp_path / "run", resume=True) as run:
-        run.restore(make_state())
-    assert capsys.readouterr().out == "no checkpoint yet: starting at step 0\n"
-
-
 def test_restore_cuts_the_logs_back_to_the_checkpoint(done, capsys):
     before = {name: (done / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
     for name in before:
@@ -213,15 +185,6 @@ def test_restore_cuts_the_logs_back_to_the_checkpoint(done, capsys):
     assert [row["step"] for row in metrics(done)] == [1, 2, 3]
 
 
-def test_restore_refuses_a_log_that_lost_lines(done):
-    (done / "metrics.jsonl").write_bytes(b"")
-    with (
-        pytest.raises(UserError, match=r"metrics\.jsonl: has 0 bytes, the checkpoint knows of"),
-        start(done, resume=True) as run,
-    ):
-        run.restore(make_state())
-
-
 def test_restore_passes_over_a_damaged_commit_and_says_why(done, capsys):
     (done / "checkpoints" / "step-00000002" / "state.json").unlink()
     with start(done, resume=True) as run:
@@ -229,16 +192,6 @@ def test_restore_passes_over_a_damaged_commit_and_says_why(done, capsys):
     told = "passed over step-00000002: state.json is missing\nresumed from step-00000001\n"
     assert state.step == 1 and capsys.readouterr().out == told
     assert [row["step"] for row in metrics(done)] == [1]
-
-
-def test_restore_refuses_where_no_commit_is_whole(done):
-    for commit in commits(done / "checkpoints"):
-        (commit / "model.safetensors").unlink()
-    with (
-        pytest.raises(UserError, match="no checkpoint is whole"),
-        start(done, resume=True) as run,
-    ):
-        run.restore(make_state())
 
 
 def snapshot(folder) -> dict:
@@ -409,18 +362,6 @@ def test_save_syncs_the_logs_before_the_commit(tmp_path, monkeypatch):
     assert order.index("metrics.jsonl") < order.index("commit") > order.index("samples.jsonl")
 
 
-def test_facts_are_aligned(tmp_path, capsys):
-    start(tmp_path).facts({"examples": 12345, "lr": "1e-5"})
-    assert capsys.readouterr().out == "  examples  12,345\n  lr        1e-5\n"
-
-
-def test_bar_says_when_no_steps_are_left(done, capsys):
-    with start(done, resume=True) as run:
-        run.restore(state := make_state())
-        assert list(run.bar(toy(state, 2), state, 2)) == []
-    assert "no steps left to do\n" in capsys.readouterr().out
-
-
 # ---- model/ --------------------------------------------------------------------------------------
 
 
@@ -430,14 +371,6 @@ def write_files(**files: str):
             (folder / name).write_text(text, encoding="utf-8")
 
     return write
-
-
-def test_export_replaces_the_whole_model(done):
-    with start(done, resume=True) as run:
-        assert run.export(write_files(a="1", b="2")) == done / "model"
-        run.export(write_files(a="3"))
-    assert [(p.name, p.read_text("utf-8")) for p in (done / "model").iterdir()] == [("a", "3")]
-    assert not list(done.glob(".t*"))
 
 
 def test_export_that_fails_leaves_the_old_model(done):
@@ -456,27 +389,6 @@ def test_export_that_fails_leaves_the_old_model(done):
 
 
 # ---- signals -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_stops_the_run_after_the_step_it_came_in(tmp_path, capfd, number):
-    state, before = make_state(), signal.getsignal(number)
-
-    def steps():
-        for step in toy(state, 9):
-            if step.number == 3:
-                os.kill(os.getpid(), number)
-            yield step
-
-    with start(tmp_path) as run:
-        run.restore(state)
-        seen = [step.number for step in run.bar(steps(), state, 9)]
-        assert run.stopped
-        run.save(state)
-    assert seen == [1, 2, 3]
-    assert "stopping at the last whole step; once more to leave at once" in capfd.readouterr().err
-    assert commits(tmp_path / "checkpoints")[-1].name == "step-00000003"
-    assert signal.getsignal(number) is before
 
 
 def test_a_signal_before_the_first_step_lets_none_begin(tmp_path, capfd):

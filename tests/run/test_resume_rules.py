@@ -143,20 +143,6 @@ def test_resume_prints_nothing_where_nothing_changed(done, capsys):
     assert "changed" not in capsys.readouterr().out
 
 
-def test_resume_refuses_a_run_of_another_recipe(done):
-    with pytest.raises(UserError, match=r"run\.json: is not of a sft run: give another --out"):
-        start(done, resume=True, recipe="sft")
-
-
-@pytest.mark.parametrize(
-    ("text", "told"), [("[1]", "is not of a toy run"), ("{", "run.json:1: not valid JSON")]
-)
-def test_resume_refuses_a_broken_run_json(done, text, told):
-    (done / "run.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=told):
-        start(done, resume=True)
-
-
 # ---- inputs --------------------------------------------------------------------------------------
 
 A, B = (  # sha256 of "1" and of "2"
