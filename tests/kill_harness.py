@@ -279,16 +279,11 @@ OWN = {
 
 def make_world(folder: Path, vocabulary: int = 258) -> Path:
     """Fills a folder with a tiny model, its tokenizer, data for each recipe, a reward."""
-    import torch
-
     from minirlhf.data.tokenizer import train_tokenizer
-    from minirlhf.models.families import config_from_hf
-    from minirlhf.models.pretrained import save_pretrained
-    from minirlhf.models.transformer import CausalLM, initialize
+    from tests.tiny_folders import save_lm
 
     train_tokenizer([], 258, folder / "model")
-    lm = CausalLM(config_from_hf({**SHAPE, "vocab_size": vocabulary}))
-    save_pretrained(initialize(lm, torch.Generator().manual_seed(0)), folder / "model")
+    save_lm(folder / "model", SHAPE, vocab_size=vocabulary)
     held_out = {f"few_{name}": ROWS[name][:3] for name in ROWS}
     for name, rows in (ROWS | held_out).items():
         text = "".join(json.dumps(row) + "\n" for row in rows) + LEFT_OUT.get(name, "")

@@ -8,15 +8,14 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 
 import minirlhf
-from minirlhf import CausalLM, RewardModel, cli, save_pretrained
+from minirlhf import cli
 from minirlhf.data.tokenizer import train_tokenizer
 from minirlhf.errors import BAD_INPUT, MACHINE, UserError
-from minirlhf.models.families import config_from_hf
-from minirlhf.models.transformer import initialize
+from tests.bad_inputs import SHAPE
 from tests.kill_harness import RECIPES
+from tests.tiny_folders import save_lm, save_scorer
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,19 +110,11 @@ sys.exit("torch is there" if "torch" in sys.modules else code)
     assert done.returncode == (0 if word == "--help" else BAD_INPUT), done.stderr
 
 
-SHAPE = {
-    "model_type": "llama", "vocab_size": 258, "hidden_size": 8, "intermediate_size": 12,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 48,
-}
-
-
 def test_what_trains_nothing_does_not_wait_for_the_compiler_that_torch_imports(tmp_path):
     lm, scorer = tmp_path / "lm", tmp_path / "rm"
-    for folder in (lm, scorer):
+    for folder, save in ((lm, save_lm), (scorer, save_scorer)):
         train_tokenizer([], 258, folder)
-    model = initialize(CausalLM(config_from_hf(SHAPE)), torch.Generator().manual_seed(0))
-    save_pretrained(model, lm)
-    save_pretrained(RewardModel(model), scorer)
+        save(folder, SHAPE)
     data = f"--data {tmp_path}/none.jsonl --out {tmp_path}/run"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

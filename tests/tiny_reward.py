@@ -4,11 +4,10 @@ import torch
 
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import Ranking
-from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, initialize_score
-from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.setup.reward_settings import RewardConfig
+from tests.tiny_folders import random_lm
 
 TINY = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -43,10 +42,8 @@ LISTS = [
 
 
 def tiny_model(dtype=torch.float64, heads=1, lcb_coef=0.0) -> RewardModel:
-    lm = CausalLM(config_from_hf({**TINY, "vocab_size": V}))
-    rng = torch.Generator().manual_seed(0)
-    model = RewardModel(initialize(lm, rng), heads=heads, lcb_coef=lcb_coef)
-    return initialize_score(model, *[rng] * heads).to(dtype)
+    model = RewardModel(random_lm(TINY, vocab_size=V), heads=heads, lcb_coef=lcb_coef)
+    return initialize_score(model, *[torch.Generator().manual_seed(1)] * heads).to(dtype)
 
 
 def config_of(**changes) -> RewardConfig:

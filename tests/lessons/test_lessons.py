@@ -1,6 +1,5 @@
 """A lesson does to the weights what its recipe does with default settings, byte for byte."""
 
-import json
 import runpy
 import shutil
 import subprocess
@@ -15,12 +14,11 @@ from minirlhf import streams
 from minirlhf.cli import main
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import BAD_INPUT, OK
-from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, initialize_score
-from minirlhf.models.pretrained import load_pretrained, save_pretrained
-from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.models.pretrained import load_pretrained
 from minirlhf.setup.reward import write_reward_model
 from tests.kill_harness import RECIPES, SHAPE
+from tests.tiny_folders import save_lm, write_lines
 
 PACKAGE = Path(minirlhf.__file__).parent
 WORDS = ["film", "plot", "scene", "hero", "song", "was", "is", "dull", "fine", "odd", "and", "a"]
@@ -46,10 +44,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     train_tokenizer([sentence(i, 9) for i in range(20)], 300, folder / "model")
     size = load_tokenizer(folder / "model").vocab_size
-    lm = initialize(CausalLM(config_from_hf({**SHAPE, "vocab_size": size,
-                                             "max_position_embeddings": 128})),
-                    torch.Generator().manual_seed(0))
-    save_pretrained(lm, folder / "model")
+    save_lm(folder / "model", SHAPE, vocab_size=size, max_position_embeddings=128)
     judge = RewardModel(load_pretrained(folder / "model"))
     write_reward_model(initialize_score(judge, torch.Generator().manual_seed(1)),
                 load_tokenizer(folder / "model"), folder / "judge")
@@ -61,8 +56,7 @@ def world(tmp_path_factory):
         "ppo": [{"prompt": sentence(i, 1 + i % 7), "mood": i / 10} for i in range(90)],
     }
     for name, data in rows.items():
-        text = "".join(json.dumps(row) + "\n" for row in data)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_lines(folder / f"{name}.jsonl", data)
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     return folder
 

@@ -12,13 +12,12 @@ from minirlhf.data.batching import epoch_batches
 from minirlhf.data.examples import Text
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
-from minirlhf.models.families import config_from_hf
 from minirlhf.models.pretrained import load_pretrained, save_pretrained
-from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.models.transformer import CausalLM
 from minirlhf.recipes.sft import evaluate, sft
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.setup.sft_settings import SFTConfig
-from tests.tiny_folders import rebuilt_at_each_step, timeless, write_lines
+from tests.tiny_folders import random_lm, rebuilt_at_each_step, timeless, write_lines
 
 TINY = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -38,8 +37,7 @@ SENTENCES = [
 
 
 def tiny_lm(dtype=torch.float64, **changes) -> CausalLM:
-    config = config_from_hf({**TINY, "vocab_size": V, **changes})
-    return initialize(CausalLM(config), torch.Generator().manual_seed(0)).to(dtype)
+    return random_lm(TINY, **{"vocab_size": V, **changes}).to(dtype)
 
 
 def config_of(**settings) -> SFTConfig:

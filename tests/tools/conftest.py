@@ -7,10 +7,7 @@ import torch
 
 from minirlhf.cli import main
 from minirlhf.data.tokenizer import train_tokenizer
-from minirlhf.models.families import config_from_hf
-from minirlhf.models.heads import RewardModel, initialize_score
-from minirlhf.models.pretrained import save_pretrained
-from minirlhf.models.transformer import CausalLM, initialize
+from tests.tiny_folders import change_json, save_lm, save_scorer
 
 TINY = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -37,16 +34,11 @@ def write_lines(path, *rows) -> str:
     return str(path)
 
 
-def save_reward_model(folder, tokenizer, read_before_eos=False) -> str:
-    lm = initialize(CausalLM(config_of(tokenizer)), torch.Generator().manual_seed(1))
-    model = RewardModel(lm, read_before_eos)
-    save_pretrained(initialize_score(model, torch.Generator().manual_seed(2)), folder, 1)
+def save_reward_model(folder, tokenizer, **changes) -> str:
+    save_scorer(folder, TINY, 1, 2, vocab_size=tokenizer.vocab_size)
+    change_json(folder / "config.json", **changes)
     tokenizer.save(folder)
     return str(folder)
-
-
-def config_of(tokenizer):
-    return config_from_hf({**TINY, "vocab_size": tokenizer.vocab_size})
 
 
 @pytest.fixture(scope="session")
@@ -54,8 +46,7 @@ def files(tmp_path_factory):
     """Name -> path: a language model, two reward models with the same weights, and data."""
     made = tmp_path_factory.mktemp("files")
     tokenizer = train_tokenizer(PROMPTS + TEXTS, 280, made / "lm")
-    lm = initialize(CausalLM(config_of(tokenizer)), torch.Generator().manual_seed(0))
-    save_pretrained(lm, made / "lm")
+    save_lm(made / "lm", TINY, vocab_size=tokenizer.vocab_size)
     pairs = [{"prompt": "it was ", "chosen": "good", "rejected": "bad"},
              {"prompt": "a film ", "chosen": "that we saw", "rejected": "we left"},
              {"prompt": "a film ", "chosen": "same", "rejected": "same"},

@@ -14,13 +14,8 @@ from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
 from minirlhf.tools.sample import json_lines, sample
-from tests.tools.conftest import (
-    PROMPTS,
-    command_of,
-    config_of,
-    lines_of,
-    write_lines,
-)
+from tests.tiny_folders import random_lm
+from tests.tools.conftest import PROMPTS, TINY, command_of, lines_of, write_lines
 
 
 def test_sample_row_does_not_depend_on_the_batch(files, capsys):
@@ -90,7 +85,7 @@ def lm_that_says(files, text: str) -> CausalLM:
     tokenizer = load_tokenizer(files["LM"])
     ids = [*tokenizer.encode(text), 0]
     assert len(set(ids)) == len(ids) <= 8
-    lm = CausalLM(config_of(tokenizer))
+    lm = random_lm(TINY, vocab_size=tokenizer.vocab_size)
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter.zero_()

@@ -3,14 +3,10 @@
 import json
 
 import pytest
-import torch
 
 from minirlhf.cli import main
 from minirlhf.data.tokenizer import train_tokenizer
-from minirlhf.models.families import config_from_hf
-from minirlhf.models.heads import RewardModel, initialize_score
-from minirlhf.models.pretrained import save_pretrained
-from minirlhf.models.transformer import CausalLM, initialize
+from tests.tiny_folders import save_lm, save_scorer, write_lines
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -25,14 +21,8 @@ TEXTS = ["it was a good film", "we left before it was over", "so: bad"]
 
 
 def save_model(folder, values, vocab_size, reward=False) -> str:
-    rng = torch.Generator().manual_seed(0)
-    lm = initialize(CausalLM(config_from_hf({**values, "vocab_size": vocab_size})), rng)
-    save_pretrained(initialize_score(RewardModel(lm), rng) if reward else lm, folder)
+    (save_scorer if reward else save_lm)(folder, values, vocab_size=vocab_size)
     return str(folder)
-
-
-def change_json(path, **values) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
 
 
 def warned(facts: dict) -> list[tuple]:
@@ -47,8 +37,7 @@ def write(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def lines(rows: list[dict], name: str = "rows.jsonl") -> str:
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / name).write_text(text, encoding="utf-8")
+        write_lines(tmp_path / name, rows)
         return name
 
     return lines

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minirlhf.data.tokenizer import train_tokenizer
-from tests.tools.check.conftest import GPT2, LLAMA, TEXTS, change_json, save_model
+from tests.tiny_folders import change_json
+from tests.tools.check.conftest import GPT2, LLAMA, TEXTS, save_model
 from tests.tools.check.test_facts import IDS, LISTS, PAIRS
 
 # ---- what a person sees --------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import tokenizers
 
 from minirlhf.tools.check.facts import length_facts, pair_facts
 from minirlhf.tools.check.rows import SeenRow, recipe_of
-from tests.tools.check.conftest import LLAMA, change_json, save_model, warned
+from tests.tiny_folders import change_json
+from tests.tools.check.conftest import LLAMA, save_model, warned
 
 PAIRS = [
     {"prompt": "it was ", "chosen": "good", "rejected": "bad", "margin": 1.0},
