@@ -29,6 +29,7 @@ from minirlhf.run.meters import Meters, Step
 FORMAT = 2
 WEIGHTS, MOMENTS, NUMBERS = FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
+DESCRIBED = set(atomic.Written._fields)  # of each file
 MANIFEST_CAP = 1 << 20  # bytes; ours has about a thousand
 _NAME = re.compile(rf"({re.escape(atomic.ASIDE)})?step-([0-9]{{8,}})")
 
@@ -245,19 +246,17 @@ def _manifest(commit: Path) -> tuple[dict[str, dict], str]:
         raise _Damage(f"{MANIFEST} is of format {found}, this version reads {FORMAT}")
     if text != _sealed(text.rpartition(",\n")[0]):
         raise _Damage(f"{MANIFEST} does not match its seal")
-    if manifest.keys() != {"format", "step", "files", "environment", "seal"}:
-        raise _Damage(f"{MANIFEST} does not have the keys of a manifest")
+    # What matches its seal and is none of a save's was forged.
+    forged = manifest.keys() != {"format", "step", "files", "environment", "seal"}
+    files, step = manifest.get("files"), manifest.get("step")
+    forged |= not isinstance(manifest.get("environment"), dict) or type(step) is not int
+    forged |= not isinstance(files, dict) or files.keys() != set(FILES)
+    if forged or any(not isinstance(f, dict) or f.keys() != DESCRIBED for f in files.values()):
+        raise _Damage(f"{MANIFEST} is not as a save writes it")
     ours = _NAME.fullmatch(commit.name)  # a copy may be called anything else
-    if ours and manifest["step"] != int(ours[2]):
-        raise _Damage(f"{MANIFEST} is of step {printable(manifest['step'], 40)}")
-    files = manifest["files"]
-    if not isinstance(files, dict) or files.keys() != set(FILES):
-        raise _Damage(f"{MANIFEST} does not list the files of a commit")
-    if not isinstance(manifest["environment"], dict):
-        raise _Damage(f"{MANIFEST} does not describe the environment")
+    if ours and step != int(ours[2]):
+        raise _Damage(f"{MANIFEST} is of step {printable(step, 40)}")
     for name, expected in files.items():
-        if not isinstance(expected, dict) or expected.keys() != set(atomic.Written._fields):
-            raise _Damage(f"{MANIFEST} does not describe {name}")
         try:
             found = os.lstat(commit / name)
         except FileNotFoundError:

@@ -509,6 +509,7 @@ def edit_files(changes: dict):
     return lambda c: edit_manifest(c, lambda m: m["files"].update(changes))
 
 
+NOT_OURS = "manifest.json is not as a save writes it"
 SEAL_OF = {"bytes": 1, "sha256": "0" * 64}
 HOSTILE = {
     "a list": (text("[1]"), "manifest.json is no JSON object"),
@@ -537,29 +538,18 @@ HOSTILE = {
         r"manifest.json is of format (\\x1b\[31m\\n)+\S*…, this version reads 2",
     ),
     "no seal": (text('{"format": 2}'), "manifest.json does not match its seal"),
-    "no step": (
-        lambda c: edit_manifest(c, lambda m: m.pop("step")),
-        "manifest.json does not have the keys of a manifest",
-    ),
-    "another key": (edit(more=1), "manifest.json does not have the keys of a manifest"),
+    "no step": (lambda c: edit_manifest(c, lambda m: m.pop("step")), NOT_OURS),
+    "another key": (edit(more=1), NOT_OURS),
     "other step": (edit(step=4), "manifest.json is of step 4"),
-    "step as text": (edit(step="3\n"), r"manifest.json is of step 3\\n"),
-    "an environment of another kind": (
-        edit(environment=["torch"]), "manifest.json does not describe the environment",
-    ),
-    "unlisted": (
-        lambda c: edit_manifest(c, lambda m: m["files"].pop("state.json")),
-        "manifest.json does not list the files of a commit",
-    ),
-    "a list of files": (edit(files=FILES), "manifest.json does not list the files of a commit"),
-    "a path": (edit_files({"../../x": SEAL_OF}), "manifest.json does not list the files"),
-    "an absolute path": (edit_files({"/etc/x": SEAL_OF}), "manifest.json does not list the files"),
-    "dots": (edit_files({"..": SEAL_OF}), "manifest.json does not list the files of a commit"),
-    "no sizes": (edit_files({"state.json": 3}), "manifest.json does not describe state.json"),
-    "more of a file": (
-        edit_files({"state.json": SEAL_OF | {"x": 1}}),
-        "manifest.json does not describe state.json",
-    ),
+    "step as text": (edit(step="3\n"), NOT_OURS),
+    "an environment of another kind": (edit(environment=["torch"]), NOT_OURS),
+    "unlisted": (lambda c: edit_manifest(c, lambda m: m["files"].pop("state.json")), NOT_OURS),
+    "a list of files": (edit(files=FILES), NOT_OURS),
+    "a path": (edit_files({"../../x": SEAL_OF}), NOT_OURS),
+    "an absolute path": (edit_files({"/etc/x": SEAL_OF}), NOT_OURS),
+    "dots": (edit_files({"..": SEAL_OF}), NOT_OURS),
+    "no sizes": (edit_files({"state.json": 3}), NOT_OURS),
+    "more of a file": (edit_files({"state.json": SEAL_OF | {"x": 1}}), NOT_OURS),
     "a huge size": (
         edit_files({"state.json": SEAL_OF | {"bytes": 10**4000}}),
         r"state.json has \d+ bytes, not 10{38}…$",
