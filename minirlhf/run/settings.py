@@ -74,7 +74,7 @@ def setting(
     """
     rule = {"help": help, "choices": choices, "metavar": metavar, "verbatim": verbatim,
             "required": required or default is MISSING, "resume": _known(resume), "data": data,
-            "limits": _limits(at_least, above, at_most, below)}
+            "limits": _limits({">=": at_least, ">": above, "<=": at_most, "<": below})}
     return dataclasses.field(default=default, kw_only=True, metadata=rule)
 
 
@@ -84,21 +84,16 @@ def override(
     *,
     choices: tuple | None = None,
     at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
     metavar: str | None = None,
     required: bool | None = None,
-    verbatim: bool | None = None,
     resume: str | None = None,
 ) -> Any:
     """What a config class has otherwise in a setting that it inherits; what is not given stays.
 
-    Arguments are those of `setting`; one limit replaces all. The annotation may give another type.
+    Arguments are those of `setting`; a limit replaces all. The annotation may give another type.
     """
-    limits = _limits(at_least, above, at_most, below)
     rule = {"help": help, "choices": choices, "metavar": metavar, "required": required,
-            "verbatim": verbatim, "resume": resume and _known(resume), "limits": limits or None}
+            "resume": resume and _known(resume), "limits": _limits({">=": at_least}) or None}
     return _Override(default, {name: v for name, v in rule.items() if v is not None})
 
 
@@ -119,10 +114,7 @@ class _Override:
         setattr(owner, name, dataclasses.field(default=default, kw_only=True, metadata=rule))
 
 
-def _limits(
-    at_least: float | None, above: float | None, at_most: float | None, below: float | None
-) -> dict[str, float]:
-    limits = {">=": at_least, ">": above, "<=": at_most, "<": below}
+def _limits(limits: dict[str, float | None]) -> dict[str, float]:
     return {sign: limit for sign, limit in limits.items() if limit is not None}
 
 

@@ -4,7 +4,7 @@ Data order is a function of the seed, so all batches of a run are known before i
 heaviest is the one whose largest micro-batch holds most tokens: on it the passes keep most.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor
 from minirlhf.batches.collect import columns_of
 from minirlhf.batches.demonstrations import count_tokens as text_tokens
 from minirlhf.batches.preferences import Example, count_texts, count_tokens, row_lengths
-from minirlhf.data.batching import cut_by_tokens, epoch_batches, next_rows, total_steps
+from minirlhf.data.batching import cut_by_tokens, next_rows, total_steps, training_batches
 from minirlhf.data.examples import Prompt, Text
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.run.dry_run import STEPS, DryRun
@@ -79,8 +79,8 @@ def of_training(
     """
     sizes = measure(rows)
     r.steps = total_steps(len(rows), config.batch_size, config.epochs, config.steps)
-    batches = islice(run_batches(sizes.longest, config.batch_size, config.seed),
-                     min(r.steps, SCANNED))
+    batches = training_batches(sizes.longest, config.batch_size, config.seed)
+    batches = islice(batches, min(r.steps, SCANNED))
     chosen, times = heaviest(batches, partial(cut, sizes, config.micro_batch_tokens), sizes.tokens)
     r.work = times * r.steps / min(r.steps, SCANNED)
     held_out = {}
@@ -92,14 +92,6 @@ def of_training(
         r.evaluations = max(r.evaluations, times * evaluations(r.steps, config.eval_every))
     config = replace(config, steps=min(r.steps, STEPS))
     return config, [rows[i] for i in chosen.tolist()], held_out
-
-
-def run_batches(lengths: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Batches of a run without end."""
-    epoch = 0
-    while True:
-        yield from epoch_batches(lengths, batch_size, seed, epoch)
-        epoch += 1
 
 
 def cut(sizes: Sizes, most: int, rows: Tensor) -> list[Tensor]:

@@ -162,7 +162,7 @@ class Grouped(Sizes, Steps):
     SHOWN_FIRST: ClassVar = ("rows", "name")
 
     name: str = setting("x", "its name")
-    steps: int = override(7, at_most=9)
+    steps: int = override(7, at_least=3)
     rows: int = override(help="rows of a step")
 
 
@@ -171,7 +171,7 @@ def test_override_changes_what_it_names_and_leaves_the_rest():
     assert list(found) == ["rows", "note", "steps", "name"]  # as the bases stand, its own last
     rows, steps = found["rows"], found["steps"]
     assert (rows.default, rows.help, rows.limits) == (4, "rows of a step", {">=": 1})
-    assert (steps.default, steps.help, steps.limits) == (7, "steps of the run", {"<=": 9})
+    assert (steps.default, steps.help, steps.limits) == (7, "steps of the run", {">=": 3})
     assert (steps.optional, steps.resume, rows.resume) == (False, "free", "ask")
     assert [item.group for item in found.values()] == ["Sizes", "Sizes", "Steps", ""]
     assert settings_of(Steps)["steps"].default is None
