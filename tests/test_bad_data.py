@@ -202,7 +202,7 @@ def test_a_file_for_another_purpose_is_refused(verb, row, told, refused):
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-KINDS = "legal: .jsonl .json .csv .tsv .txt, each also with .gz behind"
+KINDS = "legal: .jsonl .json .csv .tsv .txt, each also with .gz behind, and .parquet"
 ONE = "d.csv:1: one column, named "
 FILES = [  # verb, file name, content, what is told
     ("sft", "d.jsonl", "", "d.jsonl: no rows"),
@@ -253,8 +253,9 @@ FILES = [  # verb, file name, content, what is told
     ("sft", "d.jsonl.gz", gzip.compress(b'{"text": "a"}\n3'), "d.jsonl.gz:2: a row must be a JSON"),
     ("sft", "d.gz", gzip.compress(b"{}"), f"d.gz: not a data file: ends in '.gz': {KINDS}"),
     ("sft", "d", "{}", f"d: not a data file: its name has no ending: {KINDS}"),
+    ("sft", "d.parquet.gz", b"", f"d.parquet.gz: not a data file: ends in '.gz': {KINDS}"),
     *(("sft", f"d{ending}", b"", f"d{ending}: not a data file: ends in '{ending}'")
-      for ending in (".py", ".parquet", ".arrow", ".xlsx", ".zip", ".yaml", ".pkl", ".pt", ".bz2")),
+      for ending in (".py", ".arrow", ".xlsx", ".zip", ".yaml", ".pkl", ".pt", ".bz2")),
 ]
 
 

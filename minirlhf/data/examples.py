@@ -121,7 +121,7 @@ def load_pairs(
     """Preference pairs of a file. Pairs whose two answers are equal are dropped and counted.
 
     Args:
-        path: .jsonl, .json, .csv, .tsv or .txt, or one of these with .gz behind.
+        path: .jsonl, .json, .csv, .tsv or .txt, or one of these with .gz behind; or .parquet.
         tokenizer: None is enough for a file of token ids, which are taken as they are.
         max_length: tokens of prompt + answer, eos included; None: no limit.
         overlong: "drop", "truncate_prompt_left", "truncate_response" or "error". A truncated answer

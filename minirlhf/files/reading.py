@@ -24,7 +24,7 @@ DISGUISES = (
     (b"version https://git-lfs", "a git-lfs pointer instead of the file: run `git lfs pull`"),
     (b"<", "it looks like a web page: download the file itself"),
     (b"PK\3\4", "it looks like a zip archive or a spreadsheet: save it as JSON lines or CSV"),
-    (b"PAR1", "it looks like Parquet: save it as JSON lines"),
+    (b"PAR1", "it looks like Parquet: let its name end in .parquet"),
     (b"\x1f\x8b", "it looks like gzip: let its name end in .gz"),
     (b"\xff\xfe", "it looks like UTF-16: save it as UTF-8"),
     (b"\xfe\xff", "it looks like UTF-16: save it as UTF-8"),
@@ -161,7 +161,8 @@ def _check_regular(path: Path) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[object]:
+def opened(path: Path) -> Iterator[object]:
+    """The bytes of a regular file, unpacked where it ends in .gz."""
     _check_regular(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -186,7 +187,7 @@ def read_file(path: str | Path, cap: int = FILE_CAP) -> bytes:
     Raises:
         UserError: not there, not a regular file, unreadable, or more than `cap` bytes.
     """
-    with _opened(Path(path)) as file:
+    with opened(Path(path)) as file:
         data = file.read(cap + 1)
     if len(data) > cap:
         raise UserError(path, f"larger than {cap:,} bytes")
@@ -205,7 +206,7 @@ def read_json(path: str | Path, cap: int = FILE_CAP) -> object:
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, line with its line end); one line is the most that is ever held."""
-    with _opened(path) as file:
+    with opened(path) as file:
         number = 0
         while data := file.readline(LINE_CAP + 1):
             number += 1

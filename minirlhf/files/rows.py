@@ -1,14 +1,17 @@
-"""Rows of data files: JSON lines, a JSON array, CSV, TSV or lines of text, each also with gzip.
+"""Rows of data files: JSON lines, a JSON array, CSV, TSV or lines of text, each also with gzip, or
+Parquet.
 
 Every fault of a row is an error with file:line, or a row that the sieve takes (sieve.py).
 """
 
 import csv
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from minirlhf.errors import UserError, printable
+from minirlhf.files.parquet import read_parquet
 from minirlhf.files.reading import (
     LINE_CAP,
     decode_value,
@@ -22,7 +25,7 @@ from minirlhf.files.reading import (
 )
 from minirlhf.files.sieve import RAW_CAP, Sieve, column_names
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # each also with .gz behind
 # Beginnings of lines that a text would not have, unlike "<"
 NO_TEXT = (b"version https://git-lfs", b"<!doctype html", b"<html")
 
@@ -32,7 +35,7 @@ class Row:
     """One row of a data file.
 
     Args:
-        where: "file:line", the line on which the row starts.
+        where: "file:line", the line on which the row starts; "file:row number" in Parquet.
         columns: name -> value.
         typed: False where the format knows only text (CSV, TSV), so that numbers come as strings.
         raw: how it begins in the file, to be shown where the row is left out.
@@ -150,6 +153,12 @@ def _text_lines(path: Path, sieve: Sieve) -> Iterator[Row]:
             yield Row(where, {"text": line}, raw=line[: RAW_CAP + 1])
 
 
+def _parquet(path: Path) -> Iterator[Row]:
+    for number, columns in read_parquet(path):
+        raw = json.dumps(columns, ensure_ascii=False)[: RAW_CAP + 1]
+        yield Row(f"{path}:row {number}", columns, raw=raw)
+
+
 def _shown(data: bytes) -> str:
     """The beginning of a line that may be no text."""
     return data[: 4 * RAW_CAP + 4].decode(errors="backslashreplace").rstrip("\r\n")
@@ -168,7 +177,8 @@ def _renamed(row: Row, names: dict[str, str]) -> Row:
 
 
 def read_rows(path: str | Path, sieve: Sieve | None = None) -> Iterator[Row]:
-    """Rows of a .jsonl, .json, .csv, .tsv or .txt file, or of one of these with .gz behind.
+    """Rows of a .jsonl, .json, .csv, .tsv or .txt file, or of one of these with .gz behind, or of a
+    .parquet file.
 
     Blank lines are skipped and keep their number; a byte-order mark and CRLF are accepted. A .txt
     file gives one row {"text": line} a line.
@@ -184,18 +194,21 @@ def read_rows(path: str | Path, sieve: Sieve | None = None) -> Iterator[Row]:
     if not str(path):
         raise UserError("''", "no such file", "the name of a data file is empty")
     path = Path(path)
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    packed = path.suffix == ".gz" and Path(path.stem).suffix in SUFFIXES
+    suffix = Path(path.stem).suffix if packed else path.suffix
     readers: dict[str, Iterable] = {
         ".jsonl": _json_lines(path, sieve),
         ".json": _json_array(path, sieve),
         ".csv": _table(path, ",", sieve),
         ".tsv": _table(path, "\t", sieve),
         ".txt": _text_lines(path, sieve),
+        ".parquet": _parquet(path),
     }
     if suffix not in readers:
         ending = f"ends in {path.suffix!r}" if path.suffix else "its name has no ending"
         what = "a folder" if path.is_dir() else f"not a data file: {ending}"
-        raise UserError(path, what, f"legal: {' '.join(SUFFIXES)}, each also with .gz behind")
+        legal = f"legal: {' '.join(SUFFIXES)}, each also with .gz behind, and .parquet"
+        raise UserError(path, what, legal)
     rows, names = 0, column_names(sieve.policy.columns)
     for row in readers[suffix]:
         rows += 1

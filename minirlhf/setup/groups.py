@@ -38,7 +38,7 @@ class DataSettings:
     """Data: what is read, and what happens to rows that cannot be used as they are."""
 
     data: str = setting(
-        "", "data file: JSON lines, JSON, CSV, TSV or .txt, also .gz", metavar="FILE",
+        "", "data file: JSON lines, JSON, CSV, TSV or .txt, also .gz; or Parquet", metavar="FILE",
         required=True, data=True,
     )
     overlong: str = setting(

@@ -235,7 +235,7 @@ class PPOConfig(
     )
 
     model: str = override(help="language model to align: a folder or a hub name")
-    data: str = override(help="prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz")
+    data: str = override(help="prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz; or Parquet")
     overlong: str = override(
         "error", "what happens to prompts that are longer than max_prompt_length",
         choices=("error", "drop", "truncate_prompt_left"),

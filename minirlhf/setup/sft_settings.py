@@ -38,7 +38,8 @@ class SFTConfig(InputSettings, NewModelSettings, LengthSettings, TrainingSetting
         None, "language model to fine-tune: a folder or a hub name", required=False
     )
     data: str = override(
-        help="texts, or prompts with responses: JSON lines, JSON, CSV, TSV or .txt, also .gz"
+        help="texts, or prompts with responses: JSON lines, JSON, CSV, TSV or .txt, also .gz; or "
+        "Parquet"
     )
     batch_size: int = override(help="texts in an optimizer step")
     learning_rate: float = override(2e-5)

@@ -97,7 +97,7 @@ class SampleConfig(
 
     model: str = override(help="language model: a folder or a hub name")
     data: str | None = override(
-        None, "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz", required=False
+        None, "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz; or Parquet", required=False
     )
     prompt: str | None = setting(None, "one prompt, instead of --data", verbatim=True)
     limit: int | None = setting(
