@@ -35,7 +35,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
             for batch in table.iter_batches(BATCH):
                 for columns in batch.to_pylist():
                     yield next(numbers), {name: _plain(v) for name, v in columns.items()}
-        except (pyarrow.ArrowException, ArithmeticError, OSError, RuntimeError, ValueError) as error:
+        except (pyarrow.ArrowException, OSError, RuntimeError, ValueError) as error:
             told = str(error).splitlines()
             what = f"damaged Parquet file, behind row {next(numbers) - 1}"
             raise UserError(path, what, told[0] if told else "") from None
