@@ -15,7 +15,7 @@ from torch import nan
 from minirlhf import interrupt
 from minirlhf.batches import rollouts as passes_module
 from minirlhf.data.examples import Pair, Text
-from minirlhf.errors import STOPPED, NonFinite, Stopped, UserError, run
+from minirlhf.errors import NonFinite, Stopped, UserError
 from minirlhf.evaluation.reward import evaluate_preferences
 from minirlhf.models import generation
 from minirlhf.models.generation import generate
@@ -102,13 +102,6 @@ def test_outside_is_not_entered_after_a_signal(capfd):
         assert interrupt.requested()
         with pytest.raises(Stopped), interrupt.outside():
             raise AssertionError("went in")
-
-
-def test_run_turns_a_stop_into_its_exit_code():
-    def program():
-        raise Stopped
-
-    assert run(program) == STOPPED == 75
 
 
 # ---- where it is looked at -----------------------------------------------------------------------

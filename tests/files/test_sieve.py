@@ -159,29 +159,6 @@ def test_skip_reads_the_other_rows_as_if_they_stood_alone(tmp_path, tokenizer):
     assert [replace(pair, where="") for pair in pairs] == [replace(p, where="") for p in alone]
 
 
-def test_an_error_is_still_the_default(tmp_path, tokenizer):
-    with pytest.raises(UserError, match=r"a\.jsonl:2: not valid JSON"):
-        load_pairs(lines(tmp_path, *DIRTY), tokenizer, 8, "drop")
-
-
-def test_skip_finds_the_kind_of_a_file_behind_a_malformed_first_row(tmp_path, tokenizer):
-    path = lines(tmp_path, "{", {"question": "x"}, {"text": "t"})
-    texts, report = load_texts(path, tokenizer, None, "drop", policy=SKIP)
-    assert (len(texts), report.rows, where(report.rejected_rows)) == (1, 3, [1, 2])
-    assert report.detected == "texts (text)"
-
-
-def test_skip_refuses_a_file_without_a_good_row_and_says_why(tmp_path, tokenizer):
-    told = r"a\.jsonl: no row left of 2: rejected: 2 \(first: .*a\.jsonl:1: NaN is not JSON\)"
-    with pytest.raises(UserError, match=told):
-        load_texts(lines(tmp_path, '{"text": NaN}', "{"), tokenizer, None, "drop", policy=SKIP)
-    told = r"no row left of 2: dropped: 1 \(longer than max_length\); rejected: 1 \(first: .*:2: "
-    with pytest.raises(UserError, match=told):
-        load_texts(lines(tmp_path, {"text": "ab"}, "{"), tokenizer, 2, "drop", policy=SKIP)
-    with pytest.raises(UserError, match="no rows"):
-        load_texts(lines(tmp_path, ""), tokenizer, None, "drop", policy=SKIP)
-
-
 def test_skip_takes_faults_that_only_tokens_show(tmp_path, folder, tokenizer):
     ids = ({"input_ids": [1, 2]}, {"input_ids": [1, 258]}, {"input_ids": [1]})
 

@@ -415,10 +415,11 @@ def test_many_problems_are_counted(copy):
         load_pretrained(folder)
 
 
-def test_tensors_of_integers_are_refused(copy):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_tensors_of_another_kind_are_refused(dtype, copy):
     folder = copy()
-    store(folder, {"model.norm.weight": torch.ones(32, dtype=torch.int8)})
-    with pytest.raises(UserError, match=r"'model.norm.weight' is torch.int8"):
+    store(folder, {"model.norm.weight": torch.ones(32).to(dtype)})
+    with pytest.raises(UserError, match=f"'model.norm.weight' is {dtype}"):
         load_pretrained(folder)
 
 
@@ -566,9 +567,15 @@ BAD = [  # more are in tests/test_bad_models.py
     (LLAMA, {"max_position_embeddings": None}, "max_position_embeddings: is None"),
     (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps: is 0: must be a positive number"),
     (LLAMA, {"rms_norm_eps": "1e-5"}, "rms_norm_eps: is '1e-5'"),
+    (LLAMA, {"rms_norm_eps": 1e-31}, "rms_norm_eps: is 1e-31: must be a positive number"),
+    (LLAMA, {"initializer_range": "0.1"}, "initializer_range: is '0.1': must be a positive number"),
+    (LLAMA, {"initializer_range": None}, "initializer_range: is None: must be .*, or left out"),
+    (LLAMA, {"rope_theta": 1.0}, "rope_theta: is 1.0: must be above 1"),
+    (LLAMA, {"rope_parameters": {"rope_theta": 0.5}}, "rope_parameters: rope_theta: is 0.5: must"),
     (LLAMA, {"rope_theta": 10**400}, "rope_theta: is 10000"),
     (LLAMA, {"hidden_act": "relu"}, "hidden_act: is 'relu': supported: silu"),
     (LLAMA, {"hidden_act": ["silu"]}, "hidden_act: is"),
+    (LLAMA, {"hidden_act": "x\n" * 99}, r"hidden_act: is 'x\\nx\\n.{60,80}…: supported"),
     (LLAMA, {"attention_bias": "no"}, "attention_bias: is 'no': must be true or false"),
     (LLAMA, {"mlp_bias": 1}, "mlp_bias: is 1"),
     (LLAMA, {"tie_word_embeddings": "false"}, "tie_word_embeddings: is 'false'"),
