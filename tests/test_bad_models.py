@@ -440,7 +440,6 @@ def test_ppo_refuses_a_policy_none_of_whose_responses_could_end(refuses):
 # ---- the chat template ---------------------------------------------------------------------------
 
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 ITS = "m (chat_template.jinja): "
 TEMPLATES = [  # chat_template.jinja, what is told of it, behind the row
     ("{% for", f"{ITS}not a chat template"),
@@ -463,8 +462,8 @@ TEMPLATES = [  # chat_template.jinja, what is told of it, behind the row
     ("a" * (2**20 + 1), f"{ITS}a chat template of 1,048,577 characters"),
     ("hello", "a text without any token: remove the row"),
     ("{% for m in messages %}{{ m.text }}{% endfor %}", "a text without any token: remove the row"),
-    ("{% if add_generation_prompt %}A{% else %}B{% endif %}" + TURNS,
-     "m: the chat template writes the prompt differently once an answer follows: change the tem"),
+    ("{% if add_generation_prompt %}A{% else %}B{% endif %}{{ messages[0].content }}",
+     "m: the chat template leaves nothing of an answer behind its prompt: change the template, or"),
 ]
 
 

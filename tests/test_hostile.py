@@ -382,18 +382,26 @@ def test_a_stray_key_of_another_kind_of_tokenizer_is_ignored(small):
 
 # ---- chat templates ------------------------------------------------------------------------------
 
-BROKEN = {
+REWRITING = {
     "marks the last": "{% for m in messages %}{{ m.content }}{{ '!' if loop.last }}{% endfor %}",
     "counts": "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
     "opens": "{% for m in messages %}{{ m.content }}{% endfor %}{{ add_generation_prompt }}",
+    "turns round": "{% for m in messages[::-1] %}{{ m.content }}{% endfor %}",  # the answer first
 }
 
 
-@pytest.mark.parametrize("template", BROKEN.values(), ids=BROKEN)
-def test_a_template_that_rewrites_the_prompt_is_refused_by_row(template, small, tmp_path):
+@pytest.mark.parametrize("template", REWRITING.values(), ids=REWRITING)
+def test_no_text_of_the_user_is_learned_from_a_template_that_rewrites_the_prompt(
+    template, small, tmp_path
+):
     change_json(small / "tokenizer_config.json", chat_template=template)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "t.jsonl").write_text(f"\n{json.dumps({'messages': turns})}\n")
-    match = r"t.jsonl:2: .*writes the prompt differently once an answer follows"
-    with pytest.raises(UserError, match=match):
-        load_texts(tmp_path / "t.jsonl", load_tokenizer(small), None, "drop")
+    tokenizer = load_tokenizer(small)
+    if "::-1" in template:
+        with pytest.raises(UserError, match=r"t.jsonl:2: .*leaves nothing of an answer"):
+            load_texts(tmp_path / "t.jsonl", tokenizer, None, "drop")
+        return
+    (text,), report = load_texts(tmp_path / "t.jsonl", tokenizer, None, "drop")
+    assert tokenizer.decode(text.ids[text.prompt_length :]).strip("!False") == "b"
+    assert "writes the prompt otherwise" in report.notes[0]

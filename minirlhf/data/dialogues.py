@@ -14,6 +14,8 @@ from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import file_inside
 from minirlhf.files.reading import read_text
 
+# What is counted, of rows.
+PARTED = "the template writes the prompt otherwise once an answer follows: it ends where they part"
 BATCH = 32  # dialogues that are rendered at once
 TEMPLATE_CAP = 4 << 20  # bytes of a template's file
 
@@ -145,7 +147,7 @@ class DialogueTokenizer(Vocabulary):
             whole: a response ends where the rendered text does, blanks behind its end of turn
                 included: what reward models read, here and elsewhere.
         Raises:
-            UserError: the rendered prompt is no prefix of the rendered dialogue.
+            UserError: the template refuses the messages, or leaves nothing of an answer.
         """
         (ids,) = self.encode_dialogues([Dialogue(prompt, responses, resume, cut)], whole)
         if isinstance(ids, UserError):
@@ -158,11 +160,12 @@ class DialogueTokenizer(Vocabulary):
     ) -> Iterator[tuple[list[int], ...] | UserError]:
         """`encode_dialogue` of many, in less time than one by one; what one raises stands in the
         place of its ids. `counts` as in `encode_parts`."""
+        counts = Counter() if counts is None else counts
         for start in range(0, len(dialogues), BATCH):
             yield from self._encode_batch(dialogues[start : start + BATCH], whole, counts)
 
     def _encode_batch(
-        self, dialogues: Sequence[Dialogue], whole: bool, counts: Counter[str] | None
+        self, dialogues: Sequence[Dialogue], whole: bool, counts: Counter[str]
     ) -> list[tuple[list[int], ...] | UserError]:
         swapped = [swap_names([d.prompt, *d.responses], self.special_text) for d in dialogues]
         chats: list[tuple[Messages, bool]] = []
@@ -174,32 +177,88 @@ class DialogueTokenizer(Vocabulary):
             chats += [(_marked(_whole(prompt, answer, dialogue.resume), mark), False)
                       for answer in responses]
         texts, encoded = iter(self._render(chats)), []
-        for (turns, names), mark in zip(swapped, marks, strict=True):
+        for dialogue, (turns, names), mark in zip(dialogues, swapped, marks, strict=True):
             rendered = list(islice(texts, len(turns)))  # the prompt, each whole dialogue
             try:
-                encoded.append(self._encode_turns(rendered, names, mark, whole, counts))
+                head, *wholes = self._unfailed(rendered, mark)
+                asked = None
+                if not all(text.startswith(head) for text in wholes):
+                    asked, head = self._front(head, wholes, turns, dialogue.resume)
+                    counts[PARTED] += 1
+                encoded.append(self._encode_turns(asked, head, wholes, names, whole, counts))
             except UserError as error:
                 encoded.append(error)
         return encoded
 
-    def _encode_turns(
-        self, rendered: list[str | UserError], names: dict[str, str], mark: str, whole: bool,
-        counts: Counter[str] | None,
-    ) -> tuple[list[int], ...]:
+    def _unfailed(self, rendered: list[str | UserError], mark: str) -> list[str]:
+        """The prompt and each whole dialogue, up to the mark if there is one."""
         for text in rendered:
             if isinstance(text, UserError):
                 raise text
         head, *texts = rendered
-        if not all(text.startswith(head) for text in texts):
-            what = "the chat template writes the prompt differently once an answer follows"
-            raise UserError(self.folder, what, "change the template, or give strings")
         if mark:
             if not all(mark in text for text in texts):
                 raise UserError(self.folder, "the chat template leaves the end of an answer out")
             texts = [text.rpartition(mark)[0] for text in texts]
+        return [head, *texts]
+
+    def _front(
+        self, head: str, wholes: list[str], turns: Sequence[Messages], resume: bool
+    ) -> tuple[str, str]:
+        """(all up to the end of the prompt's last turn, what stands in front of all answers), where
+        the latter is not the prompt with its generation prompt: the longest beginning that they
+        share with it. Where they part before the end of the prompt's last turn, of which nothing is
+        to be learned, all up to the answers.
+
+        Args:
+            turns: the prompt, each answer.
+        Raises:
+            UserError: nothing of an answer is left behind it.
+        """
+        prompt, *answers = turns
+        mark = unused_character([turns])
+        last = max((at for at, turn in enumerate(prompt) if turn["role"] != "assistant"), default=0)
+        asked = [*_marked(prompt[: last + 1], mark, strip=True), *prompt[last + 1 :]]
+        ends, starts = ([(_whole(ask, reply, resume), False) for ask, reply in chats] for chats in (
+            [(asked, answer) for answer in answers],
+            [(prompt, _begun(answer, mark)) for answer in answers],
+        ))
+        end_of_head, *found = map(_place, self._render([(asked, True), *ends, *starts]),
+                                  [head, *wholes, *wholes], [mark] * (1 + 2 * len(wholes)))
+        shared, asks, fronts = _shared([head, *wholes]), [], []
+        for whole, end, start in zip(wholes, found, found[len(wholes) :], strict=False):
+            if end is None and start is None:
+                what = "the chat template writes the prompt differently once an answer follows"
+                raise UserError(self.folder, what, "change the template, or give strings")
+            if start is None:
+                place = shared
+            elif end is None or shared < max(end, end_of_head or 0):
+                place = start
+            else:
+                place = min(shared, start)
+            place = max(place, end or 0)
+            if not whole[place:].strip():
+                what = "the chat template leaves nothing of an answer behind its prompt"
+                raise UserError(self.folder, what, "change the template, or give strings")
+            asks.append(whole[: end or 0])
+            fronts.append(whole[:place])
+        return tuple(texts[0][: _shared(texts)] for texts in (asks, fronts))
+
+    def _encode_turns(
+        self, asked: str | None, head: str, texts: list[str], names: dict[str, str], whole: bool,
+        counts: Counter[str],
+    ) -> tuple[list[int], ...]:
+        """Ids of the prompt and of each answer behind it.
+
+        Args:
+            asked: how far the prompt must reach, where `head` may end inside a token.
+        """
         encode = partial(self._encode_rendered, swapped=names)
         behind = [text[len(head) :] for text in texts]
-        prompt, *answers = self._cut(encode(head), list(map(encode, texts)), behind, encode, counts)
+        ids, wholes = encode(head), list(map(encode, texts))
+        if asked is not None and (shared := _shared([ids, *wholes])) >= len(encode(asked)):
+            ids = ids[:shared]
+        prompt, *answers = self._cut(ids, wholes, behind, encode, counts)
         return prompt, *(answers if whole else map(self._to_its_end, answers))
 
     def _to_its_end(self, ids: list[int]) -> list[int]:
@@ -252,6 +311,27 @@ def _marked(messages: Messages, mark: str, strip: bool = False) -> Messages:
     content = messages[-1]["content"]
     content = (content.rstrip() if strip else content) + mark
     return [*messages[:-1], messages[-1] | {"content": content}]
+
+
+def _place(shown: str | UserError, text: str, mark: str) -> int | None:
+    """Where the mark stands in a text that was rendered with it; None where it is lost, or has
+    changed more than its place."""
+    if isinstance(shown, UserError) or not shown.replace(mark, "").startswith(text):
+        return None
+    return at if (at := shown.find(mark)) >= 0 else None
+
+
+def _shared(rows: Sequence[Sequence]) -> int:
+    """How many items are the same at the beginning of all rows."""
+    return next((i for i, items in enumerate(zip(*rows, strict=False)) if len({*items}) > 1),
+                min(map(len, rows)))
+
+
+def _begun(answer: Messages, mark: str) -> Messages:
+    """With the mark before the content of the first turn, behind the blanks there."""
+    content = answer[0].get("content") or ""
+    blank = content[: len(content) - len(content.lstrip())]
+    return [answer[0] | {"content": f"{blank}{mark}{content[len(blank) :]}"}, *answer[1:]]
 
 
 def _whole(prompt: Messages, response: Messages, resume: bool) -> Messages:

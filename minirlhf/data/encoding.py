@@ -65,7 +65,7 @@ def encode(
             sieve.reject(error, row.raw)
             ids = None
         encoded.append(ids)
-    return encoded, lead, [f"{what}, in {count:,} rows" for what, count in counts.items()]
+    return encoded, lead, [f"{what}, in {count:,} rows" for what, count in counts.items() if count]
 
 
 def _each_string(

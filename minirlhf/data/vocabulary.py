@@ -221,6 +221,7 @@ class Vocabulary:
         Args:
             counts: CROSSED is added to it for each row with such a response.
         """
+        counts = Counter() if counts is None else counts
         heads = self.encode_batch([prompt for prompt, *_ in rows])
         whole = iter(self.encode_batch([row[0] + text for row in rows for text in row[1:]]))
         return [
@@ -230,12 +231,11 @@ class Vocabulary:
 
     def _cut(
         self, head: list[int], wholes: list[list[int]], texts: Sequence[str],
-        encode: Callable[[str], list[int]], counts: Counter[str] | None,
+        encode: Callable[[str], list[int]], counts: Counter[str],
     ) -> tuple[list[int], ...]:
         """(head, what each whole has beyond it, or the ids of the text that stands there)."""
         cut = [ids[len(head) :] if ids[: len(head)] == head else None for ids in wholes]
-        if None in cut and counts is not None:
-            counts[CROSSED] += 1
+        counts[CROSSED] += None in cut
         return head, *(
             self._continued(text, encode) if ids is None else ids
             for ids, text in zip(cut, texts, strict=True)

@@ -6,9 +6,11 @@ from collections import Counter
 
 import pytest
 
+from minirlhf.data.dialogues import PARTED, Dialogue
 from minirlhf.data.examples import load_pairs, load_texts
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.data.vocabulary import CROSSED
+from minirlhf.errors import UserError
 from tests.data import spm
 from tests.tiny_folders import write_lines
 
@@ -45,7 +47,7 @@ def test_the_ids_of_prompt_and_answer_are_those_of_the_whole_text(kind, tmp_path
             assert ids[0] + answer == theirs(prompt + text)["input_ids"], (prompt, text)
             if prompt:  # else some kinds write "over" and " over" alike
                 assert ours.answer_text(prompt, ids[0], answer) == text
-    assert not counts
+    assert not +counts
 
 
 @pytest.mark.parametrize("kind", spm.KINDS)
@@ -148,3 +150,58 @@ def test_sampled_rows_are_read_back_as_the_ids_they_were(tmp_path):
     for row, whole in zip(rows, wholes, strict=True):
         (text,), _ = load_texts(write_lines(tmp_path / "r.jsonl", [row]), ours, None, "drop")
         assert text.ids == whole
+
+
+# ---- templates that write the prompt otherwise once an answer follows ----------------------------
+
+# DeepSeek-R1's distilled models open a thought for the answer, and drop it from one that is there.
+USER = "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '[/INST]' }}"
+R1 = "{% for m in messages %}" + USER + \
+    "{% else %}{{ m['content'].split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}" \
+    "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+# Mistral's later ones write the system's text into the user's last turn, if nothing follows it.
+LATE = "{% if messages[0]['role'] == 'system' %}{% set sys = messages[0]['content'] %}" \
+    "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}" \
+    "{% for m in turns %}{% if m['role'] == 'user' %}{{ '[INST] ' }}{% if loop.last and sys %}" \
+    "{{ sys + '\n\n' }}{% endif %}{{ m['content'] + '[/INST]' }}{% else %}" \
+    "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+TRIMMED = LATE.replace("' ' + m['content']", "' ' + m['content'][1:]")  # drops what stands before
+NAMES = {"more": ["[INST]", "[/INST]"], "plain": ["<think>", "</think>"]}
+
+
+@pytest.mark.parametrize("template, before, contents, prompt, answers", [
+    (R1, None, ["say", "<think>hm</think>\n\nover"], "[INST] say[/INST]", ["\n\nover"]),
+    (R1, None, ["say", "over"], "[INST] say[/INST]", ["over"]),
+    (R1, None, ["say", "<b>", "</think><b>"], "[INST] say[/INST]", ["<b>", "<b>"]),
+    (R1, None, ["say", "<think>\n</think>over", "<think>"], "[INST] say[/INST]",
+     ["over", "<think>"]),
+    (LATE, "be", ["say", "over", "there"], "[INST] say[/INST]", [" over", " there"]),
+    # The system's text begins as the user's; the blank and "over" are two tokens.
+    (LATE, "say hello", ["say", "over"], "[INST] say[/INST] ", ["over"]),
+    # The mark before the answer is lost: its text begins where the user's ends.
+    (TRIMMED, "be", ["say", "x over"], "[INST] say", ["[/INST]  over"]),
+])
+def test_a_prompt_ends_where_the_template_parts(
+    template, before, contents, prompt, answers, tmp_path
+):
+    ours, theirs = both(tmp_path, "bytes", template, **NAMES)
+    system = [{"role": "system", "content": before}] if before else []
+    turns, counts = chat(*contents[:2]), Counter()
+    replies = [[{"role": "assistant", "content": text}] for text in contents[1:]]
+    (ids,) = ours.encode_dialogues([Dialogue(system + turns[:1], replies)], counts=counts)
+    assert [theirs.decode(part) for part in ids] == [prompt, *(f"{a}</s>" for a in answers)]
+    assert +counts == {PARTED: 1}
+    for reply, answer in zip(replies, ids[1:], strict=True):
+        whole = theirs.apply_chat_template(
+            system + turns[:1] + reply, tokenize=True, return_dict=False
+        )
+        assert ids[0] + answer == whole
+
+
+def test_an_answer_of_which_a_template_leaves_nothing_is_refused(tmp_path):
+    ours, _ = both(tmp_path / "model", "bytes", R1.replace("+ eos_token", ""), **NAMES)
+    rows = [{"messages": chat("say", "over")}, {"messages": chat("say", "<think>hm</think>")}]
+    with pytest.raises(UserError, match=r"r.jsonl:2: .*leaves nothing of an answer"):
+        load_texts(write_lines(tmp_path / "r.jsonl", rows), ours, None, "drop")
+    _, report = load_texts(write_lines(tmp_path / "r.jsonl", rows[:1]), ours, None, "drop")
+    assert report.notes == [f"{PARTED}, in 1 rows"]

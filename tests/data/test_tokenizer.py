@@ -346,11 +346,15 @@ def test_encode_dialogue_ends_a_cut_answer_with_its_own_text(chat, end, _, whole
         load_tokenizer(chat).encode_dialogue(user("q"), assistant("a"), cut=True)
 
 
-def test_encode_dialogue_refuses_a_template_that_rewrites_the_prompt(chat):
-    template = "{{ messages | length }}" + CHATML
+def test_encode_dialogue_refuses_a_template_that_rewrites_prompt_and_answer(chat):
+    template = "{{ messages | length }}{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    edit(chat / "tokenizer_config.json", chat_template=template)
+    tokenizer = load_tokenizer(chat)
+    assert tokenizer.encode_dialogue(user("q"), assistant("a")) == (spell("2Q"), spell("A"))
+    template = template.replace("m.content", "m.content[1:]").replace("length", "string | length")
     edit(chat / "tokenizer_config.json", chat_template=template)
     with pytest.raises(UserError, match="writes the prompt differently once an answer follows"):
-        load_tokenizer(chat).encode_dialogue(user("q"), assistant("a"))
+        load_tokenizer(chat).encode_dialogue(user(""), assistant("ab"))
 
 
 def test_render_chat_continues_a_last_turn_of_the_assistant(chat):
