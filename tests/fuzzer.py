@@ -25,7 +25,7 @@ from minirlhf.errors import UserError
 from minirlhf.files.sieve import RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.models.families import config_from_hf
-from minirlhf.models.heads import RewardModel, initialize_score
+from minirlhf.models.heads import RewardModel, ValueHeadModel, initialize_score
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run import checkpoint, flags
 from minirlhf.run.optim import make_optimizer
@@ -303,6 +303,11 @@ def make_world(root: Path) -> None:
         pretrained.save_pretrained(tiny(values), root / name)
     scorer = initialize_score(RewardModel(tiny(LLAMA)), torch.Generator().manual_seed(1))
     pretrained.save_pretrained(scorer, root / "reward", pad_token_id=1)
+    openrlhf = LLAMA | {"normalize_reward": True, "mean": 1.5, "std": 2.0, "value_head_prefix": "x"}
+    pretrained.save_pretrained(ValueHeadModel(tiny(openrlhf)), root / "peer")
+    (root / "adapter").mkdir()
+    named = {"peft_type": "LORA", "base_model_name_or_path": "owner/name", "r": 8}
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps(named))
     pretrained.save_pretrained(tiny(LLAMA), root / "shards")
     tensors = load_file(root / "shards" / "model.safetensors")
     (root / "shards" / "model.safetensors").unlink()
@@ -347,10 +352,17 @@ def read_model(folder: str, load: Callable = pretrained.load_pretrained) -> Call
         model = load(root / folder, dtype=torch.float32)
         tokens = torch.tensor([[1, 2, 3]])
         with torch.no_grad():
-            model(tokens, torch.tensor([3])) if folder == "reward" else model.logits(model(tokens))
-        pretrained.stored_head(root / folder)
+            scores = isinstance(model, RewardModel)
+            model(tokens, torch.tensor([3])) if scores else model.logits(model(tokens))
+        pretrained.remarks([root / folder], torch.bfloat16)
 
     return read
+
+
+def read_adapter(root: Path) -> None:
+    with suppress(UserError):  # it is no model, whatever it says
+        pretrained.read_config(root / "adapter")
+        raise AssertionError("an adapter was read as a model")
 
 
 def read_tokenizer(folder: str) -> Callable[[Path], None]:
@@ -400,6 +412,9 @@ TARGETS = (
       for n in ("llama", "gpt2")),
     Target(("reward/model.safetensors", "reward/config.json"), mutate_safetensors,
            read_model("reward", pretrained.load_reward_model)),
+    Target(("peer/value_head.safetensors", "peer/config.json"), mutate_safetensors,
+           read_model("peer", pretrained.load_reward_model)),
+    Target(("adapter/adapter_config.json",), mutate_json, read_adapter),
     *(Target((f"{n}/tokenizer.json",), mutate_json, read_tokenizer(n))
       for n in ("bpe", *TOKENIZERS)),
     Target(tuple(f"bpe/{n}.json" for n in ("tokenizer_config", "special_tokens_map",

@@ -314,7 +314,7 @@ def added(name: str) -> Spoil:
 
 
 MERGE_FIRST = "saved with adapters? merge them first (peft's merge_and_unload)"
-ANOTHER_HEAD = "another kind of head? one linear layer is read, as rewards/README.md says"
+ANOTHER_HEAD = "another kind of head? one linear layer is read, as models/README.md says"
 WRAPPER, UNKNOWN = "saved from inside a wrapper? save the model itself", "incomplete download, or"
 ORIGINS = [  # how the names of tensors differ, what they are likely to come from
     (named_anew("base_model.model."), MERGE_FIRST),

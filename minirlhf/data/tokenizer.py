@@ -10,7 +10,7 @@ from minirlhf.data.dialogues import DialogueTokenizer
 from minirlhf.data.vocabulary import EOS, NAMES, PAD
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import CODE_KEYS, file_inside
-from minirlhf.files.kinds import no_model
+from minirlhf.files.foreign import no_model
 from minirlhf.files.reading import read_json, read_text
 
 FILE_CAP = 256 << 20  # bytes of tokenizer.json; the largest in use have about 35 MB

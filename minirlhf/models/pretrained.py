@@ -18,7 +18,7 @@ from torch import Tensor
 from minirlhf.errors import MACHINE, UserError, printable
 from minirlhf.files.atomic import check_finite
 from minirlhf.files.folders import file_inside, resolve
-from minirlhf.files.kinds import ADAPTER, no_model
+from minirlhf.files.foreign import ADAPTER, no_model
 from minirlhf.files.reading import read_json
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, config_to_hf, from_gpt2, to_gpt2

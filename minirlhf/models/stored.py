@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import HARMLESS, file_inside
-from minirlhf.files.kinds import CONVERT, no_model
+from minirlhf.files.foreign import CONVERT, no_model
 from minirlhf.files.reading import read_json
 
 JSON_CAP = 4 << 20  # bytes of config.json and of an index: each tensor takes about 100
@@ -33,7 +33,7 @@ ORIGINS = tuple((re.compile(pattern), origin) for pattern, origin in (
      "in the layout of Meta or Mistral? give the one of transformers"),
     (r"vision|visual|multi_modal", "a model that reads images? only text is read here"),
     (r"\b(v_head|score|classifier|regression_layer|(reward|rm|score)_head|qa_outputs)\.",
-     "another kind of head? one linear layer is read, as rewards/README.md says"),
+     "another kind of head? one linear layer is read, as models/README.md says"),
 ))
 UNKNOWN = "incomplete download, or another model's config?"
 PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")  # torch's zip, or a bare one: whatever the name
