@@ -168,6 +168,14 @@ def test_a_broken_json_file_of_a_model_is_refused_by_its_line(name, content, tol
 # ---- files of a folder ---------------------------------------------------------------------------
 
 LIES = "not a whole safetensors file"
+
+
+def shorter(content: str) -> str:
+    """What is told of a file whose first 8 bytes, read as its header's length, are nonsense."""
+    missing = 8 + int.from_bytes(content[:8].encode(), "little") - len(content)
+    return f"{LIES}: {missing:,} bytes shorter than its header says"
+
+
 F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 WEIGHTS = [  # how the folder of a language model is spoiled, what is told of it
     (without("config.json"), "m: has no config.json: give a Hugging Face model folder"),
@@ -178,8 +186,8 @@ WEIGHTS = [  # how the folder of a language model is spoiled, what is told of it
     (instead("model.safetensors", os.mkdir), "m/model.safetensors: not a regular file"),
     (instead("model.safetensors", os.mkfifo), "m/model.safetensors: not a regular file"),
     (instead("model.safetensors", lambda p: p.symlink_to("/dev/zero")), "m/model.safetensors: "),
-    (file("model.safetensors", LFS), f"m/model.safetensors: {LIES}"),
-    (file("model.safetensors", HTML), f"m/model.safetensors: {LIES}"),
+    (file("model.safetensors", LFS), f"m/model.safetensors: {shorter(LFS)}: a git-lfs pointer ins"),
+    (file("model.safetensors", HTML), f"m/model.safetensors: {shorter(HTML)}: it looks like a web"),
     (file("model.safetensors", b""), f"m/model.safetensors: {LIES}"),
     (header("hello"), f"m/model.safetensors: {LIES} "),
     (header({"a": F32 | {"data_offsets": [0, 12]}}), f"m/model.safetensors: {LIES} "),
@@ -271,7 +279,8 @@ KINDS = [  # what the folder holds, what is told of it
     (adapter("{"), "m/adapter_config.json:1: not valid JSON"),
     (only("adapter_model.bin"), f"m: holds an adapter (peft), {MERGE}"),
     (only("optimizer.safetensors", "model.safetensors", "manifest.json"),
-     "m: is a checkpoint of a run (optimizer.safetensors): give the run's folder model or best;"),
+     "m: holds checkpoints of a run (optimizer.safetensors): give the run's folder model or best"),
+    (only("step-00000040/state.json"), "m: holds checkpoints of a run (step-00000040): give the r"),
     (only("q4.gguf"), "m: holds GGUF weights, which are not read (q4.gguf): give the Hugging Face"),
     (both(without("model.safetensors"), file("model.gguf", b"GGUF")), "m: holds GGUF weights, whi"),
     (only("consolidated.00.pth", "params.json"),

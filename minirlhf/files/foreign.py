@@ -13,7 +13,7 @@ WHOLE = "give a Hugging Face folder, with config.json and model.safetensors"
 CONVERT = "convert the model to safetensors: transformers' from_pretrained, then save_pretrained"
 # What a name in the folder tells, and what to do.
 FOREIGN = (
-    (r"optimizer\.safetensors", "is a checkpoint of a run",
+    (r"optimizer\.safetensors|step-\d{8,}", "holds checkpoints of a run",
      "give the run's folder model or best; to go on with the run, give it --resume"),
     (r".*\.gguf", "holds GGUF weights, which are not read",
      "give the Hugging Face folder that they were made from"),

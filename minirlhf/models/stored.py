@@ -16,7 +16,7 @@ from torch import Tensor
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import HARMLESS, file_inside
 from minirlhf.files.foreign import CONVERT, no_model
-from minirlhf.files.reading import read_json
+from minirlhf.files.reading import disguise, read_json
 
 JSON_CAP = 4 << 20  # bytes of config.json and of an index: each tensor takes about 100
 HEADER_CAP, TENSOR_CAP = 16 << 20, 200_000  # bytes and tensors of one safetensors header
@@ -61,7 +61,8 @@ def _model_files(folder: Path) -> list[Path]:
             if not isinstance(shard, str) or shard not in files:
                 files[shard] = _shard(index, tensor, shard)
         return list(files.values())
-    lack = UserError(folder, "has no model.safetensors", "incomplete download?")
+    do = "incomplete download? pickles are neither fetched nor read"
+    lack = UserError(folder, "has no model.safetensors", do)
     raise no_model(folder, lack)
 
 
@@ -82,8 +83,8 @@ def _check_header(path: Path) -> None:
         raise UserError(path, "not a regular file", "give a safetensors file")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(9)
-        if start[8:] != b"{" and PICKLE.match(start):
+        start = file.read(32)
+        if start[8:9] != b"{" and PICKLE.match(start):
             raise UserError(path, "pickle files are not read", CONVERT)
         length = int.from_bytes(start[:8], "little")
         missing = 8 + length - size
@@ -97,7 +98,7 @@ def _check_header(path: Path) -> None:
         missing += max(map(int, DATA_END.findall(header)), default=0)
     if missing > 0 or size < 8:
         what = f"not a whole safetensors file: {missing:,} bytes shorter than its header says"
-        raise UserError(path, what, "download again")
+        raise UserError(path, what, disguise(start) or "download again")
 
 
 @contextmanager
