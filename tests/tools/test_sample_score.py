@@ -45,6 +45,11 @@ def test_a_prompt_of_ids_ends_where_its_answer_begins(files, tmp_path):
             load_prompts(path, tokenizer, 9, "error")
 
 
+def test_a_language_model_scores_nothing(files, capsys):
+    assert main(["score", "--model", files["LM"], "--data", files["TEXTS"]]) == 2
+    assert "has no 'score.weight': not a reward model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_malformed_rows_are_left_out_and_told_where_asked_for(kind, files, capsys, tmp_path):
     row = KINDS[kind]
@@ -80,43 +85,3 @@ def test_halves_of_surrogate_pairs_are_mended_where_asked_for(kind, files, capsy
     mended = lines_of(capsys, *command, "--fix-text")
     write_lines(tmp_path / "d.jsonl", whole)
     assert lines_of(capsys, *command) == mended
-
-
-@pytest.mark.parametrize(
-    ("words", "match"),
-    [
-        ("sample --model LM", "give exactly one of --data and --prompt"),
-        ("sample --model LM --data PROMPTS --prompt x", "give exactly one of --data and --prompt"),
-        ("sample --model LM --prompt x --stop=", "stop: got an empty string"),
-        ("sample --model LM --prompt x --out PROMPTS", "prompts.jsonl is there already"),
-        ("sample --model LM --prompt x --samples 0", "--samples: got 0, must be"),
-        ("sample --model LM --prompt x --samples 2 --temperature 0",
-         "--samples 2 with temperature 0: they would all be one"),
-        ("sample --model LM --prompt x --top-p 0", "--top-p: got 0.0, must be"),
-        ("sample --model LM --prompt x --max-new-tokens 49",
-         "--max-new-tokens: is 49: the model has 48 positions"),
-        ("sample --model LM --prompt=", "--prompt: has 0 tokens: must have 1 to 33"),
-        ("sample --model LM --data PROMPTS --max-length 34",
-         "--max-length: is 34, the model has room for 33 before the new tokens"),
-        ("sample --model LM --data PROMPTS --max-length 1", "prompts.jsonl:1: 2 tokens, max_"),
-        ("sample --model RM --prompt x", "is a reward model, not a language model"),
-        ("sample --model PROMPTS --prompt x", "is a file: give the folder"),
-        ("score --model LM --data TEXTS", "has no 'score.weight': not a reward model"),
-        ("score --model RM --data TEXTS --max-length 49", "--max-length: is 49: the model has 48"),
-        ("score --model RM --data TEXTS --max-length 2", "texts.jsonl:1: "),
-        ("score --model RM --data TEXTS --out PAIRS", "pairs.jsonl is there already"),
-        ("score --model RM --data PROMPTS",
-         "columns of no known format: prompt (a string), id (a number)"),
-        ("score --model RM --data none.jsonl", "none.jsonl: no such file"),
-        ("score --model RM --data LISTS --max-length 2", "lists.jsonl:1: "),
-    ],
-)
-def test_main_refuses(words, match, files, tmp_path, capsys):
-    verb, *rest = [files.get(word, word) for word in words.split()]
-    if verb == "sample" and "--max-new-tokens" not in rest:
-        rest += ["--max-new-tokens", "16"]
-    out = [] if "--out" in rest else ["--out", str(tmp_path / "out.jsonl")]
-    assert main([verb, *rest, *out]) == 2
-    shown = capsys.readouterr()
-    assert match in shown.err.splitlines()[-1] and shown.err.count("error: ") == 1
-    assert shown.out == "" and not (tmp_path / "out.jsonl").exists()
