@@ -20,9 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minirlhf.data.examples import load_pairs, load_prompts, load_texts
+from minirlhf.data.formats import pair_format, text_format
+from minirlhf.data.rankings import ranking_format
+from minirlhf.data.split import split_rows
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
-from minirlhf.files.sieve import RowPolicy
+from minirlhf.files.sieve import RowPolicy, Sieve
 from minirlhf.models import pretrained
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, ValueHeadModel, initialize_score
@@ -30,6 +33,7 @@ from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run import checkpoint, flags
 from minirlhf.run.optim import make_optimizer
 from minirlhf.setup.ppo_settings import PPOConfig
+from tests.data import test_published as published
 from tests.watched import Finding, run_cases
 
 LLAMA = {
@@ -280,6 +284,11 @@ ROWS = {
     "texts": [{"prompt": TURNS, "completion": ANSWER}],
     "plain": [{"text": "the film is good"}],
 }
+PUBLISHED = {  # folder of files, each of one row of a published shape -> what detects them
+    "published/texts": (text_format, [row for row, *_ in published.TEXTS]),
+    "published/pairs": (pair_format, [row for row, *_ in published.PAIRS]),
+    "published/lists": (ranking_format, [published.ULTRA, published.NECTAR]),
+}
 LOAD = {"pairs": load_pairs, "turns": load_pairs, "ids": load_pairs, "prompts": load_prompts}
 SETTINGS = {
     "model": "policy", "data": "prompts.jsonl", "out": "out", "reward": ["reward"], "steps": 3,
@@ -334,6 +343,10 @@ def make_world(root: Path) -> None:
     for name, rows in ROWS.items():
         lines = [json.dumps(row) for row in rows * 3]
         (root / f"{name}.jsonl").write_text("\n".join(lines))
+    for folder, (_, rows) in PUBLISHED.items():
+        (root / folder).mkdir(parents=True)
+        for i, row in enumerate(rows):
+            (root / folder / f"{i}.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
     state = make_state()
     state.model(torch.ones(1, 2)).sum().backward()
     state.optimizer.step()
@@ -394,6 +407,21 @@ def read_rows(name: str) -> Callable[[Path], None]:
     return read
 
 
+def read_published(folder: str) -> Callable[[Path], None]:
+    """Refuses or drops rows that are not of their shape, and loses none."""
+
+    def read(root: Path) -> None:
+        for path in sorted((root / folder).iterdir()):
+            for policy in (RowPolicy("skip", chat=True), RowPolicy()):
+                with suppress(UserError):
+                    split = split_rows(path, PUBLISHED[folder][0], Sieve(policy))
+                    left_out = len(split.sieve.rejected) + sum(split.report.dropped.values())
+                    assert split.report.rows == len(split.rows) + left_out
+                    json.dumps([parts for _, parts in split.rows])
+
+    return read
+
+
 def read_checkpoint(root: Path) -> None:
     newest, _ = checkpoint.newest_commit(root / "checkpoints")
     checkpoint.load_checkpoint(make_state(), newest)
@@ -406,6 +434,8 @@ def read_settings(name: str) -> Callable[[Path], object]:
 COMMIT = "checkpoints/step-00000000"
 TARGETS = (
     *(Target((f"{n}.jsonl",), mutate_lines, read_rows(n)) for n in ROWS),
+    *(Target(tuple(f"{folder}/{i}.jsonl" for i in range(len(rows))), mutate_lines,
+             read_published(folder)) for folder, (_, rows) in PUBLISHED.items()),
     *(Target((f"{n}/config.json",), mutate_json, read_model(n)) for n in ("llama", "gpt2")),
     Target(("shards/model.safetensors.index.json",), mutate_json, read_model("shards")),
     *(Target((f"{n}/model.safetensors",), mutate_safetensors, read_model(n))
