@@ -101,6 +101,9 @@ os.register_at_fork(after_in_child=_renderer.forget)
 class ChatTemplate:
     """A template that can be rendered.
 
+    Attributes:
+        reads: names that it looks up beside those that it sets itself.
+
     Args:
         source: the Jinja text.
         where: the file that it comes from, named by every error.
@@ -133,7 +136,8 @@ class ChatTemplate:
         at = os.environ.get("SOURCE_DATE_EPOCH")
         request = [self.source, [[*arguments, at] for arguments in asked]]
         replies, ended = _renderer.ask(request, 1 + len(asked))
-        problem, *replies = replies or [None]
+        (problem, names), *replies = replies or [(None, [])]
+        self.reads = frozenset(names)
         if problem is not None:
             raise UserError(self.where, f"not a chat template: {printable(problem)}")
         found: list[str | UserError] = []

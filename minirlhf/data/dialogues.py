@@ -1,12 +1,13 @@
 """Dialogues <-> ids, by a vocabulary and a chat template."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from minirlhf.data.arguments import NONE
 from minirlhf.data.chat_template import ChatTemplate, plain_template
 from minirlhf.data.parts import Messages
 from minirlhf.data.vocabulary import Vocabulary, swap_names, unused_character
@@ -27,6 +28,15 @@ class Dialogue(NamedTuple):
     responses: Sequence[Messages]
     resume: bool = False  # the answers go on in the prompt's last turn, the assistant's
     cut: bool = False  # the answers break off: nothing follows their own text
+    arguments: Mapping[str, object] = NONE  # what else the template sees by name, as tools
+
+
+class Chat(NamedTuple):
+    """What is rendered."""
+
+    messages: Messages
+    add_generation_prompt: bool
+    arguments: Mapping[str, object] = NONE
 
 
 class DialogueTokenizer(Vocabulary):
@@ -34,6 +44,7 @@ class DialogueTokenizer(Vocabulary):
 
     Attributes:
         chat_template: Jinja source, or None where `template_origin` is "plain fallback".
+        tool_template: the one named tool_use, which renders where tools are given, or None.
         template_origin: "chat_template.jinja", "tokenizer_config.json" or "plain fallback".
     """
 
@@ -43,10 +54,12 @@ class DialogueTokenizer(Vocabulary):
         super().__init__(folder, source, config, eos_ids, model)
         own = file_inside(self.folder, "chat_template.jinja")
         configured = self._config.get("chat_template")
+        tools = None
         if isinstance(configured, list):  # [{"name": ..., "template": ...}]
-            named = [t for t in configured if isinstance(t, dict) and t.get("name") == "default"]
-            configured = named[0].get("template") if named else None
+            named = {str(t.get("name")): t.get("template") for t in configured if type(t) is dict}
+            configured, tools = named.get("default"), named.get("tool_use")
         self.chat_template: str | None = None
+        self.tool_template = tools if isinstance(tools, str) and not own.exists() else None
         if own.exists():
             self.template_origin = own.name
             self.chat_template = read_text(own, TEMPLATE_CAP)
@@ -59,49 +72,77 @@ class DialogueTokenizer(Vocabulary):
             self.chat_template = configured
         if not self.chat_template:  # an empty one renders nothing
             self.template_origin, self.chat_template = "plain fallback", None
-        self._template: ChatTemplate | None = None  # made on first use: plain text needs none
+        self._templates: dict[str, ChatTemplate] = {}  # made on first use: plain text needs none
 
     # ---------------------------------------------------------------------------------------- chat
 
-    def render_chat(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self, messages: Messages, add_generation_prompt: bool = True,
+        arguments: Mapping[str, object] = NONE,
+    ) -> str:
         """Text of a dialogue by the chat template, or by a plain one where the model has none.
 
         Args:
             messages: [{"role": ..., "content": ...}, ...].
             add_generation_prompt: end where the assistant's answer begins. A last message that is
                 already the assistant's is left open instead, to be continued.
+            arguments: what else the template sees by name, as tools or enable_thinking.
         Raises:
             UserError: the template refuses the messages, or jinja2 is missing.
         """
-        (text,) = self._render([(messages, add_generation_prompt)])
+        (text,) = self._render([Chat(messages, add_generation_prompt, arguments)])
         if isinstance(text, UserError):
             raise text
         return text
 
-    def _render(self, chats: list[tuple[Messages, bool]]) -> list[str | UserError]:
+    def _sources(self) -> list[str]:
+        """The template, and the one for tools if there is one."""
+        return [self.chat_template or self._fallback(), *filter(None, [self.tool_template])]
+
+    def _template(self, source: str) -> ChatTemplate:
+        if source not in self._templates:
+            where = f"{self.folder} ({self.template_origin})"
+            self._templates[source] = ChatTemplate(source, where)
+        return self._templates[source]
+
+    def template_reads(self) -> set[str]:
+        """Names that the chat template, or the one for tools, looks up."""
+        return {name for source in self._sources() for name in self._template(source).reads}
+
+    def _render(self, chats: list[Chat]) -> list[str | UserError]:
         """`render_chat` of many dialogues, which takes less time than one by one; what one raises
         stands in the place of its text."""
-        if self._template is None:
-            source = self.chat_template or self._fallback()
-            try:
-                self._template = ChatTemplate(source, f"{self.folder} ({self.template_origin})")
-            except UserError as error:
-                return [error] * len(chats)
         # What a template writes behind the turn may look like the turn's own text, or the turn be
         # empty: a character that stands nowhere else shows where it ends.
         marks = []
-        for messages, add in chats:
+        for messages, add, arguments in chats:
             is_open = add and messages and messages[-1].get("role") == "assistant"
-            marks.append(unused_character(messages) if is_open else "")
-        texts = self._template.render([
-            (_marked(messages, mark, strip=True), add and not mark, self.special_tokens)
-            for (messages, add), mark in zip(chats, marks, strict=True)
+            marks.append(unused_character([*messages, dict(arguments)]) if is_open else "")
+        texts = self._rendered([
+            (_marked(messages, mark, strip=True), add and not mark,
+             {**self.special_tokens, **arguments})
+            for (messages, add, arguments), mark in zip(chats, marks, strict=True)
         ])
         return [
-            self._left_open(text, messages[-1]["content"], mark)
+            self._left_open(text, chat.messages[-1]["content"], mark)
             if mark and isinstance(text, str) else text
-            for text, (messages, _), mark in zip(texts, chats, marks, strict=True)
+            for text, chat, mark in zip(texts, chats, marks, strict=True)
         ]
+
+    def _rendered(self, asked: list[tuple[Messages, bool, dict]]) -> list[str | UserError]:
+        """`ChatTemplate.render`, each by the template that is meant for it."""
+        plain, *for_tools = self._sources()
+        chosen = [for_tools[0] if for_tools and names.get("tools") is not None else plain
+                  for *_, names in asked]
+        texts = {}
+        for source in dict.fromkeys(chosen):
+            mine = [i for i, other in enumerate(chosen) if other is source]
+            try:
+                found = self._template(source).render([asked[i] for i in mine])
+            except UserError as error:
+                found = [error] * len(mine)
+            texts |= zip(mine, found, strict=True)
+        return [texts[i] for i in range(len(asked))]
 
     def _left_open(self, text: str, content: str, mark: str) -> str | UserError:
         """The text up to the mark behind the content of its last turn."""
@@ -115,13 +156,16 @@ class DialogueTokenizer(Vocabulary):
         bos = "".join(self._backend.id_to_token(id) for id in self._prefix)
         return plain_template(bos, self._eos_text() or "")
 
-    def encode_chat(self, messages: Messages) -> list[int]:
-        """Ids of `render_chat`. The template's own special tokens control, the messages' do not.
+    def encode_chat(
+        self, messages: Messages, arguments: Mapping[str, object] = NONE
+    ) -> list[int]:
+        """Ids of `render_chat`. The template's own special tokens control, those that stand in the
+        messages and arguments do not.
 
         The template writes the beginning-of-text token itself where there is one: none is added.
         """
-        messages, swapped = swap_names(messages, self.special_text)
-        return self._encode_rendered(self.render_chat(messages), swapped)
+        (seen, *turns), swapped = swap_names([dict(arguments), *messages], self.special_text)
+        return self._encode_rendered(self.render_chat(turns, arguments=seen), swapped)
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text that was rendered elsewhere: its names of special tokens are these tokens.
@@ -132,7 +176,7 @@ class DialogueTokenizer(Vocabulary):
 
     def encode_dialogue(
         self, prompt: Messages, *responses: Messages, resume: bool = False, cut: bool = False,
-        whole: bool = False,
+        whole: bool = False, arguments: Mapping[str, object] = NONE,
     ) -> tuple[list[int], ...]:
         """(prompt ids, response ids, ...) of answers to one prompt, cut as in `encode_parts`.
 
@@ -146,10 +190,12 @@ class DialogueTokenizer(Vocabulary):
             cut: the responses break off, so they have no end of turn.
             whole: a response ends where the rendered text does, blanks behind its end of turn
                 included: what reward models read, here and elsewhere.
+            arguments: as in `render_chat`.
         Raises:
             UserError: the template refuses the messages, or leaves nothing of an answer.
         """
-        (ids,) = self.encode_dialogues([Dialogue(prompt, responses, resume, cut)], whole)
+        dialogue = Dialogue(prompt, responses, resume, cut, arguments)
+        (ids,) = self.encode_dialogues([dialogue], whole)
         if isinstance(ids, UserError):
             raise ids
         return ids
@@ -167,23 +213,24 @@ class DialogueTokenizer(Vocabulary):
     def _encode_batch(
         self, dialogues: Sequence[Dialogue], whole: bool, counts: Counter[str]
     ) -> list[tuple[list[int], ...] | UserError]:
-        swapped = [swap_names([d.prompt, *d.responses], self.special_text) for d in dialogues]
-        chats: list[tuple[Messages, bool]] = []
-        marks = [unused_character(turns) if d.cut else ""
-                 for d, (turns, _) in zip(dialogues, swapped, strict=True)]
-        for dialogue, (turns, _), mark in zip(dialogues, swapped, marks, strict=True):
-            prompt, *responses = turns
-            chats += [(prompt, True)]
-            chats += [(_marked(_whole(prompt, answer, dialogue.resume), mark), False)
+        swapped = [swap_names([dict(d.arguments), d.prompt, *d.responses], self.special_text)
+                   for d in dialogues]
+        chats: list[Chat] = []
+        marks = [unused_character(parts) if d.cut else ""
+                 for d, (parts, _) in zip(dialogues, swapped, strict=True)]
+        for dialogue, (parts, _), mark in zip(dialogues, swapped, marks, strict=True):
+            seen, prompt, *responses = parts
+            chats += [Chat(prompt, True, seen)]
+            chats += [Chat(_marked(_whole(prompt, answer, dialogue.resume), mark), False, seen)
                       for answer in responses]
         texts, encoded = iter(self._render(chats)), []
-        for dialogue, (turns, names), mark in zip(dialogues, swapped, marks, strict=True):
-            rendered = list(islice(texts, len(turns)))  # the prompt, each whole dialogue
+        for dialogue, (parts, names), mark in zip(dialogues, swapped, marks, strict=True):
+            rendered = list(islice(texts, len(parts) - 1))  # the prompt, each whole dialogue
             try:
                 head, *wholes = self._unfailed(rendered, mark)
                 asked = None
                 if not all(text.startswith(head) for text in wholes):
-                    asked, head = self._front(head, wholes, turns, dialogue.resume)
+                    asked, head = self._front(head, wholes, parts, dialogue.resume)
                     counts[PARTED] += 1
                 encoded.append(self._encode_turns(asked, head, wholes, names, whole, counts))
             except UserError as error:
@@ -203,7 +250,7 @@ class DialogueTokenizer(Vocabulary):
         return [head, *texts]
 
     def _front(
-        self, head: str, wholes: list[str], turns: Sequence[Messages], resume: bool
+        self, head: str, wholes: list[str], parts: list, resume: bool
     ) -> tuple[str, str]:
         """(all up to the end of the prompt's last turn, what stands in front of all answers), where
         the latter is not the prompt with its generation prompt: the longest beginning that they
@@ -211,19 +258,19 @@ class DialogueTokenizer(Vocabulary):
         to be learned, all up to the answers.
 
         Args:
-            turns: the prompt, each answer.
+            parts: what the template sees by name, the prompt, each answer.
         Raises:
             UserError: nothing of an answer is left behind it.
         """
-        prompt, *answers = turns
-        mark = unused_character([turns])
+        seen, prompt, *answers = parts
+        mark = unused_character(parts)
         last = max((at for at, turn in enumerate(prompt) if turn["role"] != "assistant"), default=0)
         asked = [*_marked(prompt[: last + 1], mark, strip=True), *prompt[last + 1 :]]
-        ends, starts = ([(_whole(ask, reply, resume), False) for ask, reply in chats] for chats in (
-            [(asked, answer) for answer in answers],
-            [(prompt, _begun(answer, mark)) for answer in answers],
-        ))
-        end_of_head, *found = map(_place, self._render([(asked, True), *ends, *starts]),
+        chats = [Chat(_whole(ask, reply, resume), False, seen) for ask, reply in (
+            *((asked, answer) for answer in answers),
+            *((prompt, _begun(answer, mark)) for answer in answers),
+        )]
+        end_of_head, *found = map(_place, self._render([Chat(asked, True, seen), *chats]),
                                   [head, *wholes, *wholes], [mark] * (1 + 2 * len(wholes)))
         shared, asks, fronts = _shared([head, *wholes]), [], []
         for whole, end, start in zip(wholes, found, found[len(wholes) :], strict=False):
@@ -295,7 +342,7 @@ class DialogueTokenizer(Vocabulary):
         """The blanks that the template writes before an answer, if nothing else."""
         user = [{"role": "user", "content": "a"}]
         head, whole = self._render([
-            (user, True), ([*user, {"role": "assistant", "content": "b"}], False)
+            Chat(user, True), Chat([*user, {"role": "assistant", "content": "b"}], False)
         ])
         if isinstance(head, UserError) or isinstance(whole, UserError):
             return ""

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from minirlhf.data.arguments import ARGUMENTS, given_arguments, template_arguments
 from minirlhf.data.chat_template import TemplateOverrun
 from minirlhf.data.dialogues import Dialogue
 from minirlhf.data.formats import was_sampled
-from minirlhf.data.parts import Parts
+from minirlhf.data.parts import Parts, is_chat
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.rows import Row
-from minirlhf.files.sieve import Sieve
+from minirlhf.files.sieve import RowPolicy, Sieve
 
 
 def encode(
@@ -46,7 +47,8 @@ def encode(
         found = _each_string(parts, tokenizer, counts)
     else:
         found = tokenizer.encode_dialogues([
-            Dialogue(prompt, answers, was_sampled(row), _is_cut(row))
+            Dialogue(prompt, answers, was_sampled(row), _is_cut(row),
+                     template_arguments(row.columns, row.where))
             for row, (prompt, *answers) in rows
         ], whole, counts)
     headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
@@ -131,6 +133,22 @@ def _checked(
                 legal = f"the tokenizer has the ids 0 to {tokenizer.vocab_size - 1}"
                 raise UserError(row.where, f"token id {max(ids)}", legal)
     return tuple(ids or [] for ids in part)
+
+
+def unread_arguments(
+    rows: list[tuple[Row, Parts]], tokenizer: Tokenizer | None, policy: RowPolicy
+) -> list[str]:
+    """A note where rows tell a chat template what none reads."""
+    names, why = set(given_arguments(policy.template_kwargs)), "no chat template renders these rows"
+    chat = is_chat(rows[0][1][-1])
+    for row, _ in rows:
+        told = template_arguments(row.columns, row.where) if chat else {
+            name: row.columns.get(name) for name in ARGUMENTS
+        }
+        names |= {name for name, value in told.items() if value or name not in ARGUMENTS}
+    if chat and names:
+        names, why = names - tokenizer.template_reads(), "the chat template does not look at it"
+    return [f"{', '.join(sorted(names))} not read: {why}"] if names else []
 
 
 def fit(

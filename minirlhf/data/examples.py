@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from minirlhf.data.encoding import encode, fit
+from minirlhf.data.arguments import template_arguments
+from minirlhf.data.encoding import encode, fit, unread_arguments
 from minirlhf.data.formats import (
     PAIR_LABELS,
     pair_format,
@@ -194,6 +195,14 @@ def load_prompts(
     return load_examples(split, make, finish, tokenizer, max_length, overlong)
 
 
+def encoded_text(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Ids of a prompt's text by any tokenizer; by its own, others than those that it has where it
+    came as ids or was truncated."""
+    if isinstance(prompt.text, str):
+        return tokenizer.encode(prompt.text)
+    return tokenizer.encode_chat(prompt.text, template_arguments(prompt.columns, prompt.where))
+
+
 def load_texts(
     path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     policy: RowPolicy = STRICT, finish: Callable[[Text], Text] | None = None,
@@ -229,7 +238,7 @@ def load_examples(
         raise UserError("max_length", f"is {max_length}", "needs at least 1")
     form, rows, report, sieve = split
     encoded, lead, notes = encode(report.path, rows, tokenizer, sieve, whole)
-    report.notes += notes
+    report.notes += notes + unread_arguments(rows, tokenizer, sieve.policy)
     first, (prompt, *_) = rows[0]
     if tokenizer is not None and not was_sampled(first) and is_bare(prompt, tokenizer):
         report.notes.append(BARE)

@@ -175,6 +175,11 @@ def optional_number(row: Row, key: str, low: float, high: float, legal: str) -> 
     return number
 
 
+def is_chat(part: Part | None) -> bool:
+    """Whether a part is messages."""
+    return isinstance(part, list) and bool(part) and isinstance(part[0], dict)
+
+
 def part_kind(value: object) -> str:
     """How a column's value is told apart: "text", "messages" or "other"."""
     if isinstance(value, str):

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from minirlhf.data.arguments import ARGUMENTS, given_arguments, with_arguments
 from minirlhf.data.formats import Format, was_sampled
-from minirlhf.data.parts import Parts, Useless, as_turns, unpack
+from minirlhf.data.parts import Parts, Useless, as_turns, is_chat, unpack
 from minirlhf.data.published import reshape, shape_of
 from minirlhf.errors import UserError
 from minirlhf.files.rows import Row, read_rows
@@ -17,7 +18,6 @@ NOT_READ = "not read"
 ASKING = ("instruction", "question", "query", "input", "context", "system")  # a prompt elsewhere
 JOINED = ("input", "context", "system", "history")  # elsewhere, to a prompt
 SEEN = ("image", "images", "video", "videos", "audio", "audios")  # elsewhere, beside the text
-ARGUMENTS = ("tools", "chat_template_kwargs")  # of the chat template
 # What `minirlhf sample` writes.
 SAMPLED = ("prompt", "response", "finish_reason", "tokens", "input_ids", "prompt_length",
            "tokenizer")
@@ -46,7 +46,7 @@ def split_rows(
     Raises:
         UserError: a fault in a row that the sieve does not take, or no row left.
     """
-    rows = list(read_rows(path, sieve))
+    rows, beside = list(read_rows(path, sieve)), given_arguments(sieve.policy.template_kwargs)
     report = Report(str(path), "", len(rows) + len(sieve.rejected))
     form, shape, split, packed, chat = None, None, [], {}, sieve.policy.chat
     for given in rows:
@@ -67,6 +67,8 @@ def split_rows(
             if form is None and chat:
                 told = "as turns" if parts is not plain else "which --chat does not change"
                 found = found._replace(detected=f"{found.detected}, {told}")
+            if is_chat(parts[-1]):
+                row = with_arguments(row, beside)
             form, shape = found, kind
             split.append((row, parts))
             packed |= dict.fromkeys(names)

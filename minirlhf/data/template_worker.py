@@ -2,8 +2,8 @@
 
 `chat_template` starts this file by its path, with nothing of the package imported, and asks it over
 pipes. A request is a line of JSON, [template, [arguments of `render`, ...]]. The replies are a line
-each: null, or why it is no template; then for each rendering [text or null, what is wrong or null,
-whether the template wrote the date].
+each: [null or why it is no template, the names that it reads]; then for each rendering [text or
+null, what is wrong or null, whether the template wrote the date].
 
 The kernel ends a rendering that takes too long, even where Python does not look at signals. One
 that takes too much memory leaves with TOO_LARGE. The process ends by itself when its asker does.
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 
 TEXT_CAP = 1 << 20  # characters that a template renders
 TOO_LARGE = 3  # exit code
@@ -80,6 +80,14 @@ def make_environment():
     return made
 
 
+def compile_template(environment, source: str):
+    """(the template, the names that it reads, of what it is not given by itself)."""
+    from jinja2 import meta
+
+    template = environment.from_string(source)
+    return template, sorted(meta.find_undeclared_variables(environment.parse(source)))
+
+
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
 
 
@@ -107,10 +115,9 @@ def render(template, messages: list, add_generation_prompt: bool, names: dict, a
 
     pieces, size = [], 0
     seen = {"tools": None, "documents": None, "strftime_now": strftime_now} | names
-    for piece in template.generate(
-        messages=[with_reasoning(message) for message in messages],
-        add_generation_prompt=add_generation_prompt, **seen,
-    ):
+    seen["messages"] = [with_reasoning(message) for message in messages]
+    seen["add_generation_prompt"] = add_generation_prompt
+    for piece in template.generate(seen):
         pieces.append(piece)
         size += len(piece)
         if size > TEXT_CAP:
@@ -142,12 +149,12 @@ def timed(limits: tuple[float, float], function: Callable, *arguments: object) -
 def replies(compiled: Callable, limits: tuple, source: str, asked: list) -> Iterator[object]:
     """The replies to one request."""
     try:
-        template = timed(limits, compiled, source)
+        template, names = timed(limits, compiled, source)
     except Refused as refused:
-        yield str(refused)
+        yield str(refused), []
         yield from [None] * len(asked)
         return
-    yield None
+    yield None, names
     for arguments in asked:
         try:
             text, dated = timed(limits, render, template, *arguments)
@@ -161,7 +168,7 @@ def main(seconds: float, longest: float, memory: int) -> int:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in (signal.SIGPROF, signal.SIGALRM):  # whatever the asker does about its own
         signal.signal(number, signal.SIG_DFL)
-    compiled = lru_cache(8)(make_environment().from_string)
+    compiled = lru_cache(8)(partial(compile_template, make_environment()))
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
     if sys.platform != "darwin":  # which does not enforce it: there only time is limited

@@ -111,8 +111,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     own = _object(folder, "tokenizer_config.json")
     own = {name: v for name, v in own.items() if v is not None or name in NAMES}
     # Its own first, in their order: what is written of it is then the same after each reading.
-    more = _object(folder, "special_tokens_map.json")
-    config = own | {name: value for name, value in more.items() if own.get(name) is None}
+    # Where both name a token, transformers believes the newer of the two ways of writing them.
+    more, newer = _object(folder, "special_tokens_map.json"), "added_tokens_decoder" in own
+    config = own | {n: v for n, v in more.items() if not (newer and own.get(n)) and v is not None}
     model = _object(folder, "config.json")
     tokenizer = Tokenizer(folder, read_text(path, FILE_CAP), config, _model_eos(folder), model)
     rows = model.get("vocab_size")

@@ -367,7 +367,8 @@ def swap_names(messages: list, names: re.Pattern) -> tuple[list, dict[str, str]]
     around the messages, nobody can tell whose are whose.
 
     Args:
-        messages: messages, or lists of messages that will be rendered together.
+        messages: messages, or lists of messages that will be rendered together, and beside them
+            what else the template sees by name.
         names: matches any special token's name.
     Returns:
         (messages, {character: name}); no character of it stood in the messages before.

@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from minirlhf.errors import UserError, printable
 
-# Columns that data/formats.py and data/rankings.py read. Those of token ids are spelled as in TRL:
-# a file in another tool's spelling is told by it, and needs no names.
+# Columns that data/formats.py, rankings.py and arguments.py read. Those of token ids are spelled as
+# in TRL: a file in another tool's spelling is told by it, and needs no names.
 COLUMNS = (
     "text", "messages", "prompt", "completion", "response", "chosen", "rejected", "margin",
     "chosen_probability", "responses", "ranks", "scores", "best", "choice", "completions",
     "input_ids", "attention_mask", "prompt_length", "prompt_ids", "chosen_ids", "chosen_mask",
-    "rejected_ids", "rejected_mask",
+    "rejected_ids", "rejected_mask", "tools", "chat_template_kwargs",
 )
 RAW_CAP = 200  # characters of a row that is left out, as they are shown
 
@@ -74,8 +74,10 @@ class RowPolicy:
         max_drop: largest share of a file's rows that may be left out, for whatever reason; 0 to 1.
         columns: words such as prompt=question, the file's name of a column behind ours.
         chat: texts are turns, a prompt the user's and an answer the assistant's.
+        template_kwargs: words such as enable_thinking=false, what each row of messages tells its
+            chat template (data/arguments.py).
     Raises:
-        UserError: words that cannot be meant.
+        UserError: columns that cannot be meant.
     """
 
     bad_rows: str = "error"
@@ -84,6 +86,7 @@ class RowPolicy:
     max_drop: float = 1.0
     columns: tuple[str, ...] = ()
     chat: bool = False
+    template_kwargs: tuple[str, ...] = ()
 
     def __post_init__(self):
         if problems := column_problems(self.columns):

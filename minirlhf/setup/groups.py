@@ -9,6 +9,7 @@ needs another default, sentence or range says so by `override`. No group imports
 
 from dataclasses import dataclass
 
+from minirlhf.data.arguments import argument_problems
 from minirlhf.files.sieve import column_problems
 from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import setting
@@ -64,13 +65,18 @@ class DataSettings:
     allow_empty_prompt: bool = setting(
         False, "accept rows whose prompt is empty", resume="start"
     )
+    template_kwargs: tuple[str, ...] = setting(
+        (), "what all rows of messages tell the chat template, as in enable_thinking=false; VALUE "
+        "is JSON, else a string; a row's column chat_template_kwargs wins",
+        metavar="NAME=VALUE", resume="start",
+    )
     max_drop: float = setting(
         1.0, "refuse a file of which more than this share of rows is left out; 1: no limit",
         at_least=0, at_most=1,
     )
 
     def check(self) -> list[str]:
-        return column_problems(self.columns)
+        return column_problems(self.columns) + argument_problems(self.template_kwargs)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from minirlhf.batches.demonstrations import TextMix
 from minirlhf.batches.rollouts import measure
-from minirlhf.data.examples import Prompt
+from minirlhf.data.examples import Prompt, encoded_text
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from minirlhf.equations.scores import EndRule, end_rule
 from minirlhf.errors import UserError
@@ -96,10 +96,8 @@ def check_reencoded(config: PPOConfig, scorers: Sequence[Path], data: Data) -> N
         tokenizer, most = load_tokenizer(folder), pretrained.read_config(folder).longest_row
         prompts = data.every_prompt
         for prompt in prompts:
-            text = prompt.text
-            encode = tokenizer.encode if isinstance(text, str) else tokenizer.encode_chat
             try:
-                ids = encode(text)
+                ids = encoded_text(tokenizer, prompt)
             except UserError as error:
                 raise UserError(prompt.where, str(error)) from None
             if len(ids) + new > most:

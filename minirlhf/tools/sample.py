@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from minirlhf import streams
-from minirlhf.data.examples import BARE, Prompt, is_bare, load_prompts
+from minirlhf.data.arguments import ARGUMENTS
+from minirlhf.data.examples import BARE, Prompt, encoded_text, is_bare, load_prompts
 from minirlhf.data.split import NOT_READ
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, STOPPED, UserError, run
@@ -44,6 +45,7 @@ def sample(
         response: the text before a stop string; to a prompt of messages, the assistant's message.
         finish_reason: "eos", "stop" or "length".
         tokens: sampled, eos included.
+        tools, chat_template_kwargs: as the prompt's, if it has them.
         input_ids, prompt_length, tokenizer: where not all prompts are encoded from their texts, so
             that whoever reads the rows takes these ids instead of the texts.
     """
@@ -64,6 +66,8 @@ def sample(
                 "response": [{"role": "assistant", "content": text}] if is_chat else text,
                 "finish_reason": reason, "tokens": len(ids),
             }
+            if is_chat:
+                row |= {name: prompt.columns[name] for name in ARGUMENTS if name in prompt.columns}
             if not exact:
                 if reason == "stop":  # the stop string is no part of the response
                     said = tokenizer.ids_of_answer(prompt.text, prompt.ids, ids, text)
@@ -71,12 +75,6 @@ def sample(
                 row |= {"input_ids": prompt.ids + ids, "prompt_length": len(prompt.ids),
                         "tokenizer": tokenizer.fingerprint}
             yield row
-
-
-def encoded_text(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Ids of a prompt's text; others than its own where it came as ids, or was truncated."""
-    text = prompt.text
-    return tokenizer.encode(text) if isinstance(text, str) else tokenizer.encode_chat(text)
 
 
 @contextmanager

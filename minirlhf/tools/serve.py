@@ -23,6 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
+from minirlhf.data.arguments import ARGUMENTS, template_arguments
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.files import folders
@@ -50,7 +51,8 @@ Answer = Callable[[object], dict]
 BODY = 'either {"items": [item, ...]} or {"messages": [text, ...]}, with at least one'
 ITEM = (
     '{"id": text or whole number, another one for each, "prompt": text or [{"role": text, '
-    '"content": text}, ...], "completion": text, "finish_reason": "eos", "stop" or "length"}'
+    '"content": text}, ...], "completion": text, "finish_reason": "eos", "stop" or "length", '
+    '"columns": {"tools": [schema, ...], "chat_template_kwargs": {...}}}'
 )
 
 
@@ -62,17 +64,20 @@ def completions_of(items: list) -> tuple[list, Completions]:
     """
     found: dict[str | int, tuple] = {}
     for i, item in enumerate(items):
-        match {"finish_reason": "eos"} | item if isinstance(item, dict) else item:
+        match {"finish_reason": "eos", "columns": {}} | item if isinstance(item, dict) else item:
             case {
                 "id": str() | int() as id, "prompt": prompt, "completion": str(text),
-                "finish_reason": "eos" | "stop" | "length" as reason,
+                "finish_reason": "eos" | "stop" | "length" as reason, "columns": dict(columns),
             } if _is_prompt(prompt) and not isinstance(id, bool) and id not in found:
-                found[id] = prompt, text, reason
+                if not isinstance(prompt, str):
+                    template_arguments(columns, f"items[{i}]")  # refuses wrong ones
+                found[id] = prompt, text, reason, columns
             case _:
                 raise UserError(f"items[{i}]", f"is {json.dumps(item)[:200]}", ITEM)
-    prompts, texts, reasons = map(list, zip(*found.values(), strict=True))
+    prompts, texts, reasons, columns = map(list, zip(*found.values(), strict=True))
     no_ids: list[list[int]] = [[] for _ in found]  # of the policy: the texts are encoded here
-    return list(found), Completions(prompts, no_ids, texts, no_ids, reasons, {})
+    read = {name: [others.get(name) for others in columns] for name in ARGUMENTS}
+    return list(found), Completions(prompts, no_ids, texts, no_ids, reasons, read)
 
 
 def _is_prompt(value: object) -> bool:

@@ -124,6 +124,12 @@ DIALOGUES = [
 ]
 
 
+class Day(datetime):
+    """1000 days after 1970-01-01, as in SOURCE_DATE_EPOCH=86400000."""
+
+    now = staticmethod(lambda: datetime.fromtimestamp(86400000))
+
+
 @pytest.fixture(scope="module")
 def theirs():
     transformers = pytest.importorskip("transformers")
@@ -135,12 +141,7 @@ def theirs():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_of_templates_is_rendered_as_transformers_does(family, theirs, monkeypatch):
-    from transformers.utils import chat_template_utils
-
-    class Day(datetime):
-        now = staticmethod(lambda: datetime.fromtimestamp(86400000))
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Day)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400000")
     source, asked, expected = FAMILIES[family], [], []
     for dialogue in DIALOGUES:

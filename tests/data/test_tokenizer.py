@@ -199,6 +199,18 @@ SHOWN = "{{ bos_token }} {{ eos_token }} {{ unk_token }} {{ pad_token }} {{ sep_
 WORDS = ("<|endoftext|>", "<|padding|>", "<s>", "</s>", "<unk>", "<bos>", "<eos>", "<pad>")
 
 
+@pytest.mark.parametrize("config", [{}, {"added_tokens_decoder": {}}])
+def test_two_files_that_name_a_token_are_believed_as_transformers_does(config, chat):
+    transformers = pytest.importorskip("transformers")
+    edit(chat / "tokenizer_config.json", eos_token="<|pad|>", bos_token=None, chat_template=SHOWN,
+         **config)
+    edit(chat / "special_tokens_map.json", eos_token={"content": "<|im_end|>"})
+    ours, theirs = load_tokenizer(chat), transformers.AutoTokenizer.from_pretrained(chat)
+    text = ours.render_chat(user("a"), False)
+    assert ("<|pad|>" in text) == bool(config)
+    assert text == theirs.apply_chat_template(user("a"), tokenize=False)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", None])
 @pytest.mark.parametrize(
     "named", ["GPT2TokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizerFast",

@@ -18,6 +18,7 @@ ROWS = [  # who reads it, a row of each kind
     (load_texts, {"prompt": "p", "completion": "a"}),
     (load_texts, {"prompt": "p", "response": "a"}),
     (load_texts, {"messages": [U, A]}),
+    (load_texts, {"messages": [U, A], "tools": [{}], "chat_template_kwargs": {"x": 1}}),
     (load_texts, {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 0], "prompt_length": 1}),
     (load_prompts, {"prompt": "p"}),
     (load_prompts, {"prompt_ids": [5, 6]}),

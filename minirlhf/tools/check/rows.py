@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 from minirlhf.batches.preferences import ordered
 from minirlhf.data import examples, rankings
+from minirlhf.data.arguments import template_arguments
 from minirlhf.data.examples import PASSED
 from minirlhf.data.formats import pair_format, pair_labels, prompt_format, text_format
-from minirlhf.data.parts import Part
+from minirlhf.data.parts import Part, is_chat
 from minirlhf.data.split import NOT_READ, first_row, split_rows
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import json_kind
@@ -45,6 +46,7 @@ class SeenRow:
     where: str
     parts: list[Part | None]  # prompt or None, and responses, best first
     ranks: list[int]  # of the responses
+    arguments: dict = field(default_factory=dict)  # what else the chat template sees
 
     @cached_property
     def strings(self) -> list[str]:
@@ -58,9 +60,10 @@ class SeenRow:
 
     @cached_property
     def key(self) -> tuple:
-        """Hashable, and equal where the parts are."""
+        """Hashable, and equal where the parts are, with what the chat template sees beside them."""
         return tuple(
-            json.dumps(p, sort_keys=True) if is_chat(p) else tuple(p) if isinstance(p, list) else p
+            json.dumps([p, self.arguments], sort_keys=True) if is_chat(p)
+            else tuple(p) if isinstance(p, list) else p
             for p in self.parts
         )
 
@@ -98,10 +101,6 @@ class SeenFile(NamedTuple):
     @property
     def is_ids(self) -> bool:
         return isinstance(self.rows[0].parts[-1], list) and not self.is_chat
-
-
-def is_chat(part: Part | None) -> bool:
-    return isinstance(part, list) and bool(part) and isinstance(part[0], dict)
 
 
 def row_of(example: examples.Pair | rankings.Ranking | examples.Prompt | examples.Text) -> SeenRow:
@@ -149,7 +148,9 @@ def read_file(path: str, recipe: str, policy: RowPolicy = STRICT) -> SeenFile:
         ranks = list(range(1, len(responses) + 1))
         if kind == KINDS["lists"]:
             responses, ranks = rankings.best_first(row, responses)
-        rows.append(SeenRow(row.where, [prompt, *responses], ranks))
+        parts = [prompt, *responses]
+        seen = template_arguments(row.columns, row.where) if is_chat(parts[-1]) else {}
+        rows.append(SeenRow(row.where, parts, ranks, seen))
     split.report.rejected_rows = sieve.in_order()
     split.report.notes += sieve.notes
     return SeenFile(kind, rows, split.report, [labels_of(row) for row, _ in split.rows if pairs])
