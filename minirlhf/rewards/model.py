@@ -3,10 +3,13 @@
 It reads the policy's token ids or, where it has a tokenizer of its own, the texts.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from minirlhf import interrupt
+from minirlhf.data.arguments import NONE
 from minirlhf.data.batching import cut_by_tokens
 from minirlhf.data.encoding import strip_eos
 from minirlhf.data.parts import Messages
@@ -35,7 +38,8 @@ def score_texts(
 
 
 def reencode(
-    tokenizer: Tokenizer, prompt: str | Messages, text: str, reason: str
+    tokenizer: Tokenizer, prompt: str | Messages, text: str, reason: str,
+    arguments: Mapping[str, object] = NONE,
 ) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids) in a reward model's own tokenizer, as its training makes them.
 
@@ -45,19 +49,22 @@ def reencode(
     Args:
         text: the response, without eos.
         reason: why it ended: eos, stop or length.
+        arguments: as in `Tokenizer.render_chat`.
     """
     if isinstance(prompt, str):
         ((head, tail),) = tokenizer.encode_parts([(prompt, text)])
     else:
         turn = [{"role": "assistant", "content": text}]
-        head, tail = tokenizer.encode_dialogue(prompt, turn, resume=True)
+        head, tail = tokenizer.encode_dialogue(prompt, turn, resume=True, arguments=arguments)
     ended = bool(tail) and tail[-1] in tokenizer.eos_ids  # a template ends the turn itself
     if reason == "length":
         return head, tail[:-1] if ended else tail
     return head, tail if ended else [*tail, tokenizer.eos_ids[0]]
 
 
-def end_of(tokenizer: Tokenizer, prompt: str | Messages, drawn: int) -> int:
+def end_of(
+    tokenizer: Tokenizer, prompt: str | Messages, drawn: int, arguments: Mapping[str, object] = NONE
+) -> int:
     """The eos that ends a response in a reward model's training.
 
     Args:
@@ -67,7 +74,7 @@ def end_of(tokenizer: Tokenizer, prompt: str | Messages, drawn: int) -> int:
     if not others:
         return first
     try:
-        return reencode(tokenizer, prompt, "a", "eos")[1][-1]
+        return reencode(tokenizer, prompt, "a", "eos", arguments)[1][-1]
     except UserError:
         return drawn if drawn in others else first
 
@@ -94,7 +101,9 @@ def model_reward(
     def row(batch: Completions, i: int) -> list[int]:
         text, reason = batch.completions[i], batch.finish_reasons[i]
         if own_tokenizer:
-            prompt, response = reencode(tokenizer, batch.prompts[i], text, reason)
+            prompt, response = reencode(
+                tokenizer, batch.prompts[i], text, reason, batch.arguments(i)
+            )
         else:
             prompt, response = batch.prompt_ids[i], batch.response_ids[i]
             if reason != "length":  # of several eos the policy may have drawn another
@@ -103,7 +112,7 @@ def model_reward(
                     own = response[:-1]
                 else:
                     own = tokenizer.ids_of_answer(asked, prompt, response, text)
-                response = [*own, end_of(tokenizer, asked, last)]
+                response = [*own, end_of(tokenizer, asked, last, batch.arguments(i))]
         if model.read_before_eos:
             response = strip_eos(response, tokenizer.eos_ids)
         return prompt + response

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minirlhf.data.arguments import ARGUMENTS, template_arguments
 from minirlhf.errors import NonFinite, UserError, printable
 
 LARGEST = torch.finfo(torch.float32).max
@@ -25,6 +26,13 @@ class Completions(NamedTuple):
     response_ids: list[list[int]]  # as sampled, eos or stop string included
     finish_reasons: list[str]  # eos | stop | length
     columns: dict[str, list]  # every other column of the prompts' file
+
+    def arguments(self, i: int) -> dict[str, object]:
+        """What a chat template sees beside the messages of response i."""
+        if isinstance(self.prompts[i], str):
+            return {}
+        told = {name: self.columns[name][i] for name in ARGUMENTS if name in self.columns}
+        return template_arguments(told, f"response {i}")
 
 
 class Scores(NamedTuple):

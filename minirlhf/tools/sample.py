@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from minirlhf import streams
-from minirlhf.data.arguments import ARGUMENTS
+from minirlhf.data.arguments import ARGUMENTS, given_arguments
 from minirlhf.data.examples import BARE, Prompt, encoded_text, is_bare, load_prompts
 from minirlhf.data.split import NOT_READ
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
@@ -109,7 +109,8 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
     if not config.chat and is_bare(config.prompt, tokenizer):
         print(BARE, file=sys.stderr)
     turn = {"role": "user", "content": config.prompt}
-    prompt = Prompt([], [turn] if config.chat else config.prompt, "--prompt", {})
+    columns = {"chat_template_kwargs": given_arguments(config.template_kwargs)}
+    prompt = Prompt([], [turn] if config.chat else config.prompt, "--prompt", columns)
     ids = encoded_text(tokenizer, prompt)
     if not 1 <= len(ids) <= room:
         raise UserError("--prompt", f"has {len(ids)} tokens", f"must have 1 to {room}")

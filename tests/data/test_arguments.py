@@ -1,4 +1,4 @@
-"""What a row tells its chat template beside the messages: as transformers is told it, or refused."""
+"""What a row tells its chat template beside the messages: as transformers is told, or refused."""
 
 import json
 

@@ -212,6 +212,40 @@ def test_reencode_renders_messages_by_its_own_template(words):
     assert reencode(own, MESSAGES, "it was good", "length") == (head, tail[:-1])
 
 
+TOLD = {"tools": [[{"name": "plot"}], None, "[]"],
+        "chat_template_kwargs": [None, {"mood": "bad"}, '{"mood": "good"}']}
+
+
+def test_messages_are_rendered_with_what_their_row_tells(words, tmp_path):
+    heads = ["plot;<user>", "bad<user>", "good<user>"]
+    path = shutil.copytree(words, tmp_path / "told")
+    set_template(path, "{% for t in tools or [] %}{{ t.name }};{% endfor %}{{ mood }}" + CHAT)
+    own = load_tokenizer(path)
+    batch = Completions([MESSAGES] * 3, [[]] * 3, ["good"] * 3, [[]] * 3, ["eos"] * 3, TOLD)
+    rows = [[*own.encode(f"{head}the film?"), 0, *own.encode("<assistant>"), *own.encode("good"), 0]
+            for head in heads]
+    found = load(path, train_tokenizer([], 258, tmp_path / "policy"))(batch).total.tolist()
+    assert found == pytest.approx([alone(path, row) for row in rows], abs=1e-6)
+    prompt = Prompt([1], MESSAGES, "p.jsonl:1", {"tools": TOLD["tools"][0] * 60})
+    config = PPOConfig(max_new_tokens=4)
+    with pytest.raises(UserError, match="re-encodes them"):
+        check_reencoded(config, [path], Data([prompt], {}, [], {}, []))
+
+
+@pytest.mark.parametrize("prompt", [MESSAGES, "the film?"], ids=["messages", "a string"])
+def test_an_end_is_rendered_with_what_the_row_tells(prompt, folder, tmp_path):
+    two = shutil.copytree(folder, tmp_path / "two")
+    change_json(two / "generation_config.json", eos_token_id=[0, 1])
+    set_template(two, "{% for m in messages %}{{ m.content }}"
+                 "{{ '<|pad|>' if tools else '<|endoftext|>' }}{% endfor %}")
+    own, columns = load_tokenizer(two), {"tools": [[{}]]}
+    head = own.encode(prompt) if isinstance(prompt, str) else own.encode_chat(prompt, {"tools": 1})
+    batch = Completions([prompt], [head], ["x"], [[90, 0]], ["eos"], columns)
+    found = model_reward(load_reward_model(two), own, 64)(batch).tolist()
+    end = 0 if isinstance(prompt, str) else 1
+    assert found == pytest.approx([alone(two, [*head, 90, end])], abs=1e-6)
+
+
 def test_reencode_goes_on_with_an_assistants_turn(words):
     own = load_tokenizer(words)
     prompt = [*MESSAGES, {"role": "assistant", "content": "it was"}]

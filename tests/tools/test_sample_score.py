@@ -1,14 +1,16 @@
 """What `minirlhf sample` and `minirlhf score` have in common: the rows they read and refuse."""
 
 import json
+import shutil
 
 import pytest
 
 from minirlhf.cli import main
-from minirlhf.data.examples import load_prompts
+from minirlhf.data.examples import load_prompts, load_texts
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import UserError
-from tests.tools.conftest import KINDS, command_of, lines_of, write_lines
+from tests.tiny_folders import change_json
+from tests.tools.conftest import KINDS, command_of, lines_of, peer_score, write_lines
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,37 @@ def test_a_prompt_of_ids_ends_where_its_answer_begins(files, tmp_path):
 def test_a_language_model_scores_nothing(files, capsys):
     assert main(["score", "--model", files["LM"], "--data", files["TEXTS"]]) == 2
     assert "has no 'score.weight': not a reward model" in capsys.readouterr().err
+
+
+def test_what_sample_wrote_is_scored_with_what_its_template_was_told(files, capsys, tmp_path):
+    folders, template = {}, "{{ tools | tojson }}{{ mood }}{% for m in messages %}{{ m.content }}"
+    for name in ("LM", "RM"):
+        folders[name] = shutil.copytree(files[name], tmp_path / name)
+        change_json(folders[name] / "tokenizer_config.json",
+                    chat_template=template + "<|endoftext|>{% endfor %}")
+    told = {"tools": '[{"name": "f"}]', "chat_template_kwargs": {"mood": "bad"}}
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": [{"role": "user", "content": "so"}]} | told)
+    (row,) = lines_of(capsys, *command_of("sample", folders, path),
+                      "--template-kwargs", "mood=good", "more=[1]")
+    told["chat_template_kwargs"] = {"mood": "bad", "more": [1]}
+    assert {name: row[name] for name in told} == told and "input_ids" not in row
+    path = write_lines(tmp_path / "s.jsonl", row)
+    tokenizer = load_tokenizer(folders["RM"])
+    (text,), _ = load_texts(path, tokenizer, None, "error")
+    head = tokenizer.decode(text.ids[: text.prompt_length], skip_special=False)
+    assert head == '[{"name": "f"}]badso<|endoftext|>'
+    (scored,) = lines_of(capsys, *command_of("score", folders, path))
+    assert scored["score"] == pytest.approx(peer_score(str(folders["RM"]), text.ids), abs=1e-5)
+
+
+def test_check_tells_rows_with_other_tools_apart(files, tmp_path, capsys):
+    row = {"prompt": [{"role": "user", "content": "so"}]}
+    path = write_lines(tmp_path / "p.jsonl", row, row | {"tools": [{}]}, row | {"tools": [{}]})
+    words = ["check", path, "--recipe", "ppo", "--max-new-tokens", "4", "--model", files["LM"]]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "tools not read: the chat template does not look at it" in shown
+    assert f"warning: 1 row: the same row as one before (first: {path}:3)" in shown
 
 
 @pytest.mark.parametrize("kind", KINDS)

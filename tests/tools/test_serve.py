@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,17 @@ from minirlhf.models.pretrained import load_reward_model
 from minirlhf.rewards.load import load_reward
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.tools.serve import BODY_CAP, Server, answer_with
-from tests.rewards.test_model import MESSAGES, PROMPTS, REASONS, TEXTS, alone, load, sampled
+from tests.rewards.test_model import (
+    CHAT,
+    MESSAGES,
+    PROMPTS,
+    REASONS,
+    TEXTS,
+    alone,
+    load,
+    sampled,
+    set_template,
+)
 from tests.rewards.test_model import folder as folder  # a fixture
 from tests.rewards.test_model import words as words
 
@@ -99,6 +110,26 @@ def test_messages_are_rendered_by_the_models_own_template(words):
         status, reply = ask(address, {"model": "any", "items": [item]})
     assert status == 200
     assert reply == {"scores": [{"id": 7, "score": pytest.approx(alone(words, ids), abs=1e-6)}]}
+
+
+def test_messages_are_rendered_with_what_their_columns_tell(words, tmp_path):
+    folder = shutil.copytree(words, tmp_path / "told")
+    set_template(folder, "{{ tools[0].name }}{{ mood }}" + CHAT)
+    columns = {"tools": '[{"name": "f"}]', "chat_template_kwargs": {"mood": "m"}, "answer": 4}
+    own, item = load_tokenizer(folder), {"prompt": MESSAGES, "completion": "good"}
+    head = own.encode_chat(MESSAGES, {"tools": [{"name": "f"}], "mood": "m"})
+    items = [item | {"id": 1, "columns": columns},
+             {"id": 2, "prompt": "p", "completion": "c", "columns": columns | {"tools": "axe"}}]
+    rows = [[*head, *own.encode("good", bos=False), 0],
+            [*own.encode("p"), *own.encode("c", bos=False), 0]]
+    with serving(folder) as address:
+        status, reply = ask(address, {"model": "any", "items": items})
+        assert status == 200
+        assert [one["score"] for one in reply["scores"]] == pytest.approx(
+            [alone(folder, row) for row in rows], abs=1e-6)
+        wrong = item | {"id": 1, "columns": {"tools": "axe"}}
+        status, reply = ask(address, {"model": "any", "items": [wrong]})
+    assert status == 400 and "items[0]: tools is 'axe': no JSON text" in json.dumps(reply)
 
 
 # ---- what is refused -----------------------------------------------------------------------------
