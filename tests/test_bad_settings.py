@@ -45,6 +45,10 @@ FLAGS = [  # added to a right `minirlhf sft`, what is told
     ("--device gpu", "--device: 'gpu' cannot be used ("),
     ("--device cuda:99", "--device: 'cuda:99' cannot be used ("),
     ("--device ''", "--device: '' cannot be used ("),
+    ("--template-kwargs x", "template_kwargs: got 'x', must be NAME=VALUE, as in x=false"),
+    ("--template-kwargs x=1 x=2", "template_kwargs: two for x"),
+    ("--template-kwargs eos_token=x", "template_kwargs: eos_token is set by the renderer"),
+    ("--template-kwargs tools=[]", "template_kwargs: tools is a column of its own"),
     ("--columns", "--columns: expected at least one value"),
     ("--columns question", "columns: got 'question', must be NAME=COLUMN, as in prompt=question"),
     ("--columns prompt=", "columns: got 'prompt=', must be NAME=COLUMN, as in prompt=question"),
@@ -347,7 +351,8 @@ def another(field: dataclasses.Field, value: object) -> object:
 EVERYWHERE = {"out", "resume", "log_every", "save_every", "keep", "device", "allow_data_change",
               "allow_setting_change", "gradient_checkpointing", "dry_run"}
 WEIGHTS = {"model", "lora_rank", "lora_alpha", "dtype"}  # a checkpoint's are of them
-ROWS = {"seed", "overlong", "columns", "bad_rows", "fix_text", "allow_empty_prompt", "chat"}
+ROWS = {"seed", "overlong", "columns", "bad_rows", "fix_text", "allow_empty_prompt", "chat",
+        "template_kwargs"}
 PLACE = ROWS | {"batch_size", "max_length"}  # sft and reward count their place in these rows
 FREE = {  # what no number depends on, save that a device has its own last bits
     "sft": EVERYWHERE, "reward": EVERYWHERE | {"show_samples"},

@@ -79,6 +79,7 @@ CHANGES = {
         "bad_rows": Change("skip", {"data": "broken.jsonl"}, needed="not valid JSON"),
         "fix_text": Change(True, {"data": "surrogate.jsonl"}, needed="surrogate"),
         "allow_empty_prompt": Change(True, {"data": "empty.jsonl"}, needed="empty"),
+        "template_kwargs": Change(["mood=dull"], {"model": "told", "data": "turns.jsonl"}),
         "max_drop": Change(
             0.1, {"data": "broken.jsonl", "bad_rows": "skip"}, refused="max_drop is 0.1"
         ),
@@ -198,6 +199,14 @@ def test_every_setting_has_its_change(recipe):
     assert {name for r, name, _ in CASES if r == recipe} == fields - OTHERWISE
 
 
+def in_turns(row: dict) -> dict:
+    """A row of strings as one of messages."""
+    return {
+        name: [{"role": "user" if name == "prompt" else "assistant", "content": value}]
+        if isinstance(value, str) else value for name, value in row.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = make_world(tmp_path_factory.mktemp("world"))
@@ -211,6 +220,9 @@ def world(tmp_path_factory):
     ends = [i for token, i in vocabulary.items() if token not in set("It was!Ġ")][:130]
     config = json.dumps({"eos_token_id": ends})
     (folder / "ending" / "generation_config.json").write_text(config)
+    shutil.copytree(folder / "model", folder / "told")
+    template = "{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "told" / "chat_template.jinja").write_text(template)
     write_lines(folder / "texts.jsonl", ROWS["texts"])
     write_lines(folder / "lists.jsonl", ROWS["lists"])
     (folder / "tiny.json").write_text(json.dumps(SHAPE))
@@ -221,6 +233,7 @@ def world(tmp_path_factory):
             "surrogate": [lines[0].replace("It was", "It was \\ud83d"), *lines],
             "empty": [lines[0].replace("It was", ""), *lines],
             "renamed": [line.replace('"prompt"', '"question"') for line in lines],
+            "turns": [json.dumps(in_turns(row)) + "\n" for row in ROWS[rows]],
         }
         (folder / recipe).mkdir()
         for name, some in files.items():

@@ -109,7 +109,11 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
     if not config.chat and is_bare(config.prompt, tokenizer):
         print(BARE, file=sys.stderr)
     turn = {"role": "user", "content": config.prompt}
-    columns = {"chat_template_kwargs": given_arguments(config.template_kwargs)}
+    columns = {}
+    if config.template_kwargs:
+        if not config.chat:
+            raise UserError("--template-kwargs", "no chat template renders --prompt", "give --chat")
+        columns["chat_template_kwargs"] = given_arguments(config.template_kwargs)
     prompt = Prompt([], [turn] if config.chat else config.prompt, "--prompt", columns)
     ids = encoded_text(tokenizer, prompt)
     if not 1 <= len(ids) <= room:

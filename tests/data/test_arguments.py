@@ -134,7 +134,7 @@ def test_a_row_that_tells_its_template_what_none_reads_is_malformed(columns, tol
     strings = write({"prompt": "a", "completion": "b"} | columns)  # theirs to use: nobody asks
     _, report = load_texts(strings, ours, None, "error")
     (name,) = columns
-    assert report.notes == [f"{name} not read: no chat template renders these rows"]
+    assert f"{name} not read: no chat template renders these rows" in report.notes
 
 
 def test_pairs_and_lists_have_one_prompt_with_what_it_is_told(chat, write):

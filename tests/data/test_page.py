@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import minirlhf.data
+from minirlhf.data.arguments import ARGUMENTS
 from minirlhf.data.examples import load_prompts, load_texts
 from minirlhf.data.published import SHAPES
 from minirlhf.data.rankings import load_preferences
@@ -25,13 +26,13 @@ ROWS = [  # (first word of the heading, a row in its section)
 def test_a_row_of_the_page_is_read(kind, row, tokenizer, write):
     examples, report = LOAD[kind](write(json.loads(row)), tokenizer, None, "drop")
     assert report.kept == 1
-    carried = json.loads(row).keys() & {"answer"}
-    assert len(report.notes) == len(carried)
+    carried = json.loads(row).keys() & {"answer", *ARGUMENTS}
+    assert len(report.notes) == bool(carried)
     assert examples[0].columns.keys() == carried
 
 
 def test_the_page_shows_each_kind():
-    assert {kind for kind, _ in ROWS} == LOAD.keys() and len(ROWS) == 23
+    assert {kind for kind, _ in ROWS} == LOAD.keys() and len(ROWS) == 24
 
 
 def test_the_page_names_each_published_shape_and_what_tells_it():
