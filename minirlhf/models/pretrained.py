@@ -250,8 +250,8 @@ def load_reward_model(
 
 
 def load_value_head(model: ValueHeadModel, folder: str | os.PathLike) -> None:
-    """Puts the value head of TRL or LLaMA-Factory that stands beside a policy in the model's place
-    of it; a folder without one changes nothing."""
+    """Starts a critic from the value head that TRL or LLaMA-Factory left beside its policy; without
+    one in the folder, nothing changes."""
     folder = resolve(folder)
     config = read_config(folder)
     head = take_head(stored_tensors(folder, config), config, folder)

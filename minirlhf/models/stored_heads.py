@@ -67,9 +67,12 @@ def take_head(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> 
     if name is None:
         return None
     weight, bias = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None)
-    if weight.dim() != 2 or weight.shape[1] != config.hidden_size:
+    fits = weight.dim() == 2 and weight.shape[1] == config.hidden_size
+    if not fits or (name == VALUE_HEAD and len(weight) != 1):
         legal = f"config.json asks for (1, {config.hidden_size})"
         raise UserError(folder, f"'{name}.weight' is {tuple(weight.shape)}, {legal}", UNKNOWN)
+    if not weight.is_floating_point():
+        raise UserError(folder, f"'{name}.weight' is {weight.dtype}", UNKNOWN)
     if bias is None:
         return Head(name, weight, 0.0)
     if bias.numel() != 1 or not bias.is_floating_point():

@@ -152,6 +152,8 @@ SCORE, NORMALISED = {"value_head.weight": WEIGHT}, {"normalize_reward": True}
 REFUSED = [  # head, config.json, what is told
     (TRL | {"score.weight": -WEIGHT}, {}, "holds 'score.weight' and 'v_head.summary.weight': a re"),
     ({"v_head.summary.weight": torch.ones(1, 16)}, {}, "'v_head.summary.weight' is (1, 16), conf"),
+    ({"v_head.summary.weight": WEIGHT.repeat(2, 1)}, {}, "weight' is (2, 32), config.json asks"),
+    ({"v_head.summary.weight": WEIGHT.int()}, {}, "'v_head.summary.weight' is torch.int32: incomp"),
     ({"value_head.weight": WEIGHT[0]}, {}, "'value_head.weight' is (32,), config.json asks for"),
     ({"value_head.weight": WEIGHT.repeat(2, 1)}, {}, "is (2, 32): a reward model has one output"),
     (TRL | {"v_head.summary.bias": torch.ones(2)}, {}, "bias' is (2,), torch.float32: a single nu"),
@@ -172,6 +174,9 @@ def test_a_head_that_does_not_fit_is_refused(head, config, told, saved):
     for load in (load_reward_model, lambda place: without_weights(place, reward=True)):
         with pytest.raises(UserError, match=re.escape(told)):
             load(folder)
+    if "v_head.summary.weight" in head:  # nor is the policy beside it read
+        with pytest.raises(UserError, match=re.escape(told)):
+            load_pretrained(folder)
 
 
 def test_a_pickled_value_head_is_refused_where_it_is_needed(peer, tmp_path):
