@@ -8,6 +8,7 @@ far from its cause.
 import gzip
 import json
 import math
+import os
 import stat
 import zlib
 from collections.abc import Iterator
@@ -160,10 +161,41 @@ def _check_regular(path: Path) -> None:
         raise UserError(path, kind, "give a regular file")
 
 
+_seen: dict[str, tuple] = {}  # what files were when they were last read
+
+
+def _identity(path: Path) -> tuple:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def note_read(path: Path) -> None:
+    """Remembers what a file is, before it is read: see `check_unchanged`."""
+    _seen[os.path.abspath(path)] = _identity(path)
+
+
+def check_unchanged(path: Path) -> None:
+    """Refuses a file that was written since this process read it last; then what was read is what
+    stands there now.
+
+    Raises:
+        UserError: it was.
+    """
+    seen = _seen.get(os.path.abspath(path))
+    if seen is not None and seen != _identity(path):
+        raise UserError(path, "has changed since it was read", "start again when nothing writes it")
+
+
+def forget_read() -> None:
+    """Whoever goes on may change all files."""
+    _seen.clear()
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[object]:
     """The bytes of a regular file, unpacked where it ends in .gz."""
     _check_regular(path)
+    note_read(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             yield file

@@ -19,7 +19,7 @@ from minirlhf.errors import MACHINE, UserError, printable
 from minirlhf.files.atomic import check_finite
 from minirlhf.files.folders import file_inside, resolve
 from minirlhf.files.foreign import ADAPTER, no_model
-from minirlhf.files.reading import read_json
+from minirlhf.files.reading import check_unchanged, read_json
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, config_to_hf, from_gpt2, to_gpt2
 from minirlhf.models.heads import (
@@ -265,7 +265,8 @@ def offload(model: CausalLM | RewardModel, folder: Path) -> None:
     """Frees the memory of a frozen model. It can be used within `in_memory` only, then.
 
     Args:
-        folder: that it was loaded from; it is read from there again, so its files must not change.
+        folder: that it was loaded from; it is read from there again. A file that was written since
+            is a UserError then.
     """
     first = next(model.parameters())
     model.origin = folder, first.device, first.dtype
@@ -289,6 +290,8 @@ def _refill(
     model: CausalLM | RewardModel, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> None:
     # A function of its own, so that no file stays mapped while the next is read.
+    for path in tensor_files(folder):
+        check_unchanged(path)
     _, tensors, _ = _described(folder, isinstance(model, RewardModel))
     _fill(model, tensors, folder, dtype)
     model.to(device).requires_grad_(False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import HARMLESS, file_inside
 from minirlhf.files.foreign import CONVERT, no_model
-from minirlhf.files.reading import disguise, read_json
+from minirlhf.files.reading import disguise, note_read, read_json
 
 JSON_CAP = 4 << 20  # bytes of config.json and of an index: each tensor takes about 100
 HEADER_CAP, TENSOR_CAP = 16 << 20, 200_000  # bytes and tensors of one safetensors header
@@ -104,6 +104,7 @@ def _check_header(path: Path) -> None:
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     _check_header(path)
+    note_read(path)
     try:
         with safe_open(path, framework="pt") as opened:
             yield opened

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import minirlhf
 from minirlhf.errors import UserError, printable
 from minirlhf.files import atomic
 from minirlhf.files.reading import read_json, read_text, strict_json
 from minirlhf.run.kinds import KINDS
+from minirlhf.run.machine import environment
 from minirlhf.run.meters import Meters, Step
 
 FORMAT = 2
@@ -32,7 +32,6 @@ MANIFEST = "manifest.json"
 DESCRIBED = set(atomic.Written._fields)  # of each file
 MANIFEST_CAP = 1 << 20  # bytes; ours has about a thousand
 _NAME = re.compile(rf"({re.escape(atomic.ASIDE)})?step-([0-9]{{8,}})")
-
 # Manifests of commits that this process wrote or has read to the end. Pruning counts whole commits
 # and would otherwise read all of them at every save; resuming always reads.
 _known_whole: set[str] = set()
@@ -123,20 +122,6 @@ def _restore_moments(state: TrainState, saved: dict[str, Tensor]) -> None:
         here = key != "step" or on_device[id(parameter)]
         device = parameter.device if here else "cpu"
         state.optimizer.state[parameter][key] = value.to(device, copy=True)
-
-
-def environment(model: nn.Module) -> dict[str, object]:
-    """What else the last bit of a sum depends on."""
-    weight = next(model.parameters())
-    on_gpu = weight.device.type == "cuda"
-    return {
-        "minirlhf": minirlhf.__version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(weight.device) if on_gpu else weight.device.type,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-    }
 
 
 # ------------------------------------------------------------------------------------------- save

@@ -25,13 +25,13 @@ import minirlhf
 from minirlhf import interrupt
 from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError
 from minirlhf.files import atomic
-from minirlhf.files.reading import read_json
+from minirlhf.files.reading import check_unchanged, forget_read, read_json
 from minirlhf.files.sieve import Report
 from minirlhf.run import checkpoint
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.kinds import LOGS
-from minirlhf.run.lock import take_lock
-from minirlhf.run.machine import peak_bytes
+from minirlhf.run.lock import check_held, take_lock
+from minirlhf.run.machine import environment, peak_bytes
 from minirlhf.run.meters import Step
 from minirlhf.run.resume import (
     CHANGES,
@@ -129,8 +129,12 @@ class Run:
         return self
 
     def _record_inputs(self) -> None:
+        """The sums of what was read: a file that was written meanwhile is refused."""
         named = {name: {str(file): atomic.sha256(file) for file in contents(places)}
                  for name, places in self.inputs.items()}
+        for files in named.values():
+            for file in files:
+                check_unchanged(Path(file))
         self.record = next_record(self.before, self.changed, named, self.config)
 
     def _write_facts(self) -> None:
@@ -168,6 +172,7 @@ class Run:
         finally:
             self._listening.__exit__(None, None, None)
             self._lock.close()
+            forget_read()
 
     def _write_crash(self, error: Exception) -> None:
         """crash.json: what a report of the fault would have to say."""
@@ -207,7 +212,7 @@ class Run:
         for text in self.changed.values():
             self.say(f"changed: {text}")
         then = read_json(newest / "manifest.json")["environment"]
-        for name, now in checkpoint.environment(state.model).items():
+        for name, now in environment(state.model).items():
             if then.get(name) != now:
                 was = then.get(name, "not recorded")
                 self.say(f"not bit for bit from here on: {name} was {was}, is {now}")
@@ -332,24 +337,28 @@ class Run:
         self._append(state, "samples.jsonl", rows)
 
     def _append(self, state: TrainState, name: str, rows: list[dict]) -> None:
+        check_held(self._lock, self.folder)
         for row in rows:
             text = json.dumps(row, ensure_ascii=False, allow_nan=False)
             state.log_bytes[name] = atomic.append_line(self.folder / name, text)
 
     def save(self, state: TrainState) -> None:
         """Commits a checkpoint; the logs are on disk before it says how long they are."""
+        check_held(self._lock, self.folder)
         for name in state.log_bytes:
             atomic.fsync(self.folder / name)
         checkpoint.save_checkpoint(state, self.folder / "checkpoints", self.config.keep)
 
     def write_file(self, name: str, text: str) -> None:
         """Puts a file into the folder of the run, or another text under its name, by one rename."""
+        check_held(self._lock, self.folder)
         temporary = self.folder / f"{atomic.TEMPORARY}{name}"
         atomic.write_text(temporary, text)
         atomic.replace_file(temporary, self.folder / name)
 
     def export(self, write: Callable[[Path], None], name: str = "model") -> Path:
         """Lets `write` fill a new folder that then takes its name; returns it."""
+        check_held(self._lock, self.folder)
         temporary, final = self.folder / f"{atomic.TEMPORARY}{name}", self.folder / name
         atomic.sweep(self.folder)
         atomic.make_folder(temporary)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from minirlhf.errors import UserError, printable
+from minirlhf.errors import MACHINE, UserError, printable
 from minirlhf.files import atomic
 
 HOLDER = "process "  # what a lock file begins with
@@ -40,6 +40,19 @@ def take_lock(folder: Path) -> TextIO:
     lock.write(f"{HOLDER}{os.getpid()} on {platform.node()} since {time.ctime()}")
     lock.flush()
     return lock
+
+
+def check_held(lock: TextIO, folder: Path) -> None:
+    """Refuses to write where this process's lock no longer lies: the folder was moved or removed,
+    and what has its name now is another run's.
+
+    Raises:
+        UserError: exit code 4.
+    """
+    here, there = os.fstat(lock.fileno()), folder / ".lock"
+    if not os.path.lexists(there) or not os.path.samestat(here, os.lstat(there)):
+        do = "put it back, then resume: the last checkpoint in it stands"
+        raise UserError(folder, "is no longer the folder of this run", do, MACHINE)
 
 
 def _no_link(name: str, flags: int) -> int:

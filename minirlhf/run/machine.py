@@ -1,6 +1,7 @@
 """Where a run computes, how much memory its process holds, and how much the machine still has."""
 
 import os
+import platform
 import re
 import resource
 import sys
@@ -8,9 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+import minirlhf
 from minirlhf.errors import UserError, printable
 
+# Variables by which the libraries under torch are told which kernels to take, or how to round.
+CHOOSES = re.compile(
+    r"(MKL_(?!NUM_THREADS)|ONEDNN_|DNNL_|ATEN_CPU_CAPABILITY|OPENBLAS_CORETYPE|NVIDIA_TF32|CUBLAS_)"
+)
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -48,6 +55,31 @@ def make_deterministic(device: str) -> None:
     """
     torch.use_deterministic_algorithms(device == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    try:
+        names = re.search(r"^model name\s*:\s*(.+)$", (PROC / "cpuinfo").read_text(), re.M)
+    except OSError:
+        names = None
+    return names[1] if names else platform.processor() or platform.machine()
+
+
+def environment(model: nn.Module) -> dict[str, object]:
+    """What else the last bit of a sum depends on."""
+    weight = next(model.parameters())
+    on_gpu = weight.device.type == "cuda"
+    return {
+        "minirlhf": minirlhf.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(weight.device) if on_gpu else weight.device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "processor": processor(),  # by which MKL and oneDNN choose their kernels
+        "kernels": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if CHOOSES.match(k)),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
 
 
 def process_bytes(device: str = "cpu", proc: Path = PROC) -> int:

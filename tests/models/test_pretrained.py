@@ -385,6 +385,19 @@ def test_offloaded_models_come_back_as_they_were(peer, tmp_path, fails):
     assert not next(there.parameters()).is_meta
 
 
+def test_an_offloaded_model_whose_file_was_written_does_not_come_back(copy):
+    folder = copy("llama")
+    model = load_pretrained(folder)
+    offload(model, folder)
+    with in_memory(model):
+        pass
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())  # the same, for all that is known without reading it
+    with pytest.raises(UserError, match="safetensors: has changed since it was read"):
+        with in_memory(model):
+            pass
+
+
 def test_every_missing_extra_or_misshapen_tensor_is_named(copy):
     for name in ("qwen3-biases", "gpt2"):
         folder = copy(name)

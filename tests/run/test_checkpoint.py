@@ -22,12 +22,12 @@ from minirlhf.run import checkpoint
 from minirlhf.run.checkpoint import (
     TrainState,
     commits,
-    environment,
     load_checkpoint,
     newest_commit,
     save_checkpoint,
     verify,
 )
+from minirlhf.run.machine import environment, processor
 from minirlhf.run.meters import Meters
 from minirlhf.run.optim import make_optimizer
 
@@ -364,14 +364,20 @@ def test_commits_are_in_the_order_of_their_steps(tmp_path):
     assert commits(tmp_path / "none") == []
 
 
-def test_manifest_says_what_the_last_bits_depend_on(saved):
-    state, folder = saved
-    manifest = json.loads((folder / "step-00000003" / "manifest.json").read_text("utf-8"))
+def test_manifest_says_what_the_last_bits_depend_on(tmp_path, monkeypatch):
+    for name in ("MKL_NUM_THREADS", "OPENBLAS_CORETYPE"):  # the first chooses no kernel
+        monkeypatch.setenv(name, "4")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    state, folder = make_state(), tmp_path
+    save_checkpoint(state, folder)
+    manifest = json.loads((folder / "step-00000000" / "manifest.json").read_text("utf-8"))
     expected = {
         "minirlhf": minirlhf.__version__, "torch": torch.__version__,
         "threads": torch.get_num_threads(), "device": "cpu",
         "cpu": torch.backends.cpu.get_cpu_capability(), "dtype": "float32",
+        "kernels": "ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=4", "processor": processor(),
     }
+    assert processor().strip()
     assert manifest["environment"] == environment(state.model) == expected
 
 

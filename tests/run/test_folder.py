@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import minirlhf
-from minirlhf.errors import NON_FINITE, UserError
+from minirlhf.errors import MACHINE, NON_FINITE, UserError
 from minirlhf.files import atomic
+from minirlhf.files.reading import read_text
 from minirlhf.run.checkpoint import TrainState, commits
 from minirlhf.run.folder import Run
 from minirlhf.run.meters import Step
@@ -293,6 +294,55 @@ def test_an_older_checkpoint_that_is_damaged_is_refused(done):
 
 def test_resume_from_goes_with_resume():
     assert RunSettings(resume_from="step-00000001").check() == ["resume_from: goes with --resume"]
+
+
+def test_a_resume_tells_of_another_choice_of_kernels(done, capsys, monkeypatch):
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    with start(done, resume=True) as run:
+        run.restore(make_state())
+    told = "not bit for bit from here on: kernels was , is MKL_CBWR=COMPATIBLE\n"
+    assert told in capsys.readouterr().out
+
+
+def test_an_input_that_is_written_after_it_was_read_is_refused(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "a"}\n', encoding="utf-8")
+    for change in (lambda file: file.write("{}"), lambda file: file.seek(0)):
+        assert read_text(data)
+        run = start(tmp_path / "run", inputs={"data": [data]})
+        with data.open("a", encoding="utf-8") as file:
+            change(file)
+        os.utime(data, ns=(1, 1))  # of the same size, and the time set back
+        with pytest.raises(UserError, match=r"rows\.jsonl: has changed since it was read"), run:
+            pass
+        assert not (tmp_path / "run" / "run.json").exists()
+    assert read_text(data)
+    with start(tmp_path / "run", inputs={"data": [data]}):
+        data.write_text("", encoding="utf-8")  # what was read has its sum by now
+
+
+@pytest.mark.parametrize("act", [
+    lambda run, state: log(run, state),
+    lambda run, state: run.save(state),
+    lambda run, state: run.write_samples(state, [{}]),
+    lambda run, state: run.export(write_files(a="1")),
+    lambda run, state: run.write_file("notes.txt", ""),
+])
+@pytest.mark.parametrize("then", ["nothing", "another run"])
+def test_nothing_is_written_where_another_folder_has_the_name(tmp_path, act, then):
+    out, moved, other = tmp_path / "run", tmp_path / "moved", make_state()
+    with start(out) as run:
+        run.restore(state := make_state())
+        out.rename(moved)
+        before = snapshot(moved)
+        if then == "another run":
+            with start(out) as second:
+                second.restore(other)
+        there = snapshot(out)
+        with pytest.raises(UserError, match="run: is no longer the folder of this run") as error:
+            act(run, state)
+        assert error.value.code == MACHINE
+        assert snapshot(out) == there and snapshot(moved) == before
 
 
 def test_restore_says_where_the_last_bits_may_differ(done, capsys, monkeypatch):
