@@ -14,6 +14,7 @@ from minirlhf.data.arguments import template_arguments
 from minirlhf.data.encoding import encode, fit, unread_arguments
 from minirlhf.data.formats import (
     PAIR_LABELS,
+    imitated_format,
     pair_format,
     pair_labels,
     prompt_format,
@@ -206,10 +207,15 @@ def encoded_text(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 def load_texts(
     path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     policy: RowPolicy = STRICT, finish: Callable[[Text], Text] | None = None,
-    whole: bool = False,
+    whole: bool = False, imitated: bool = True,
 ) -> tuple[list[Text], Report]:
-    """Texts of a file for supervised training, arguments as in `load_pairs`."""
-    split = split_rows(path, text_format, Sieve(policy))
+    """Texts of a file, arguments as in `load_pairs`.
+
+    Args:
+        imitated: to learn from, so that those that are not to be learned are refused or dropped.
+    """
+    detect = imitated_format if imitated else text_format
+    split = split_rows(path, detect, Sieve(policy))
 
     def make(e: Encoded) -> Text:
         length = 0 if e.prompt is None else len(e.prompt_ids)

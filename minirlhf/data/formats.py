@@ -259,10 +259,10 @@ def _prompt_length(row: Row, default: int, least: int, most: int) -> int:
     return length
 
 
-def _last_answer(row: Row) -> tuple[Messages, Messages]:
-    turns = messages_part(row, "messages")
+def _last_answer(row: Row, key: str) -> tuple[Messages, Messages]:
+    turns = messages_part(row, key)
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
-        what = f"messages has {len(turns)} of them, the last one of role {turns[-1]['role']!r}"
+        what = f"{key} has {len(turns)} of them, the last one of role {turns[-1]['role']!r}"
         do = "needs at least two, the last of role 'assistant'"
         raise UserError(row.where, what, do)
     return turns[:-1], turns[-1:]
@@ -287,8 +287,41 @@ def _truth(row: Row, name: str) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _imitated(form: Format, row: Row) -> Format:
-    """A kind of answers without those that say of themselves that they are not to be learned."""
+def text_format(row: Row, empty_prompt: bool = False) -> Format:
+    """The kind of file of texts that starts with this row; parts (prompt or None, response)."""
+    columns = row.columns
+    if "input_ids" in columns:
+        used = ("input_ids", "attention_mask", "prompt_length")
+        named = ", ".join(name for name in used if name in columns)
+        return Format(f"tokenised texts ({named})", used, _tokenised)
+    for answer in ("completion", "response"):
+        keys = ("prompt", answer)
+        match [part_kind(columns.get(key)) for key in keys]:
+            case ["text", "text"]:
+                read, told = string_part, ""
+            case ["messages", "messages"]:
+                read, told = messages_part, ", in messages"
+            case ["text", "messages"] | ["messages", "text"]:
+                read, told = turns_part, ", in strings and messages"
+            case _:
+                continue
+        detected = f"prompts with answers{told} ({', '.join(keys)})"
+        return Format(detected, keys, _columns(read, keys, empty_prompt))
+    for key in ("messages", "text"):  # a table may have the latter's as JSON
+        if part_kind(columns.get(key)) == "messages":
+            detected = f"dialogues ({key}), loss on the last turn of the assistant only"
+            return Format(detected, (key,), partial(_last_answer, key=key))
+    if isinstance(columns.get("text"), str):
+        return Format("texts (text)", ("text",), lambda row: (None, string_part(row, "text")))
+    raise unknown_columns(row, "text | prompt with completion or response | messages | input_ids")
+
+
+def imitated_format(row: Row, empty_prompt: bool = False) -> Format:
+    """`text_format` of texts to learn from: a row with an answer that people did not like is an
+    error, and one whose last turn says that it is not to be learned useless."""
+    form = text_format(row, empty_prompt)
+    if form.detected.startswith(("texts", "tokenised texts")):
+        return form
     liked = [name for name in LIKED if _truth(row, name) is not None]
 
     def parts(row: Row) -> tuple[Part | None, ...]:
@@ -307,35 +340,3 @@ def _imitated(form: Format, row: Row) -> Format:
 
     told = f", those whose {liked[0]} is true" if liked else ""
     return Format(form.detected + told, (*form.used, *liked), parts, form.absent)
-
-
-def text_format(row: Row, empty_prompt: bool = False) -> Format:
-    """The kind of file of texts that starts with this row; parts (prompt or None, response).
-
-    A row whose answer is labelled as not liked is an error; one whose last turn is marked as not
-    to be learned is useless.
-    """
-    columns = row.columns
-    if "input_ids" in columns:
-        used = ("input_ids", "attention_mask", "prompt_length")
-        named = ", ".join(name for name in used if name in columns)
-        return Format(f"tokenised texts ({named})", used, _tokenised)
-    for answer in ("completion", "response"):
-        keys = ("prompt", answer)
-        match [part_kind(columns.get(key)) for key in keys]:
-            case ["text", "text"]:
-                read, told = string_part, ""
-            case ["messages", "messages"]:
-                read, told = messages_part, ", in messages"
-            case ["text", "messages"] | ["messages", "text"]:
-                read, told = turns_part, ", in strings and messages"
-            case _:
-                continue
-        detected = f"prompts with answers{told} ({', '.join(keys)})"
-        return _imitated(Format(detected, keys, _columns(read, keys, empty_prompt)), row)
-    if part_kind(columns.get("messages")) == "messages":
-        detected = "dialogues (messages), loss on the last turn of the assistant only"
-        return _imitated(Format(detected, ("messages",), _last_answer), row)
-    if isinstance(columns.get("text"), str):
-        return Format("texts (text)", ("text",), lambda row: (None, string_part(row, "text")))
-    raise unknown_columns(row, "text | prompt with completion or response | messages | input_ids")

@@ -6,6 +6,7 @@ line a row goes to --out or to stdout, a summary and everything else to stderr.
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from math import isfinite
 
 import torch
@@ -108,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--max-length", f"is {most}", legal)
     policy = RowPolicy.of(config)
     preferences = recipe_of(config.data, policy) == "reward"
-    read, make = (load_preferences, preference_rows) if preferences else (load_texts, text_rows)
+    read, make = partial(load_texts, imitated=False), text_rows
+    if preferences:
+        read, make = load_preferences, preference_rows
     examples, report = read(config.data, tokenizer, most, config.overlong, policy=policy)
     print(report, file=sys.stderr)
     for line in pretrained.remarks([folder], dtype):

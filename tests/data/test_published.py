@@ -334,6 +334,8 @@ def test_answers_that_were_not_liked_are_not_imitated(write, tokenizer, row, nam
     texts, report = load_texts(path, tokenizer, None, "drop", policy=RowPolicy("skip"))
     assert [text.where[-1] for text in texts] == ["1", "3"] and texts[0].columns == {}
     assert report.detected.endswith(f", those whose {name} is true") and not report.notes
+    texts, report = load_texts(path, tokenizer, None, "drop", imitated=False)  # to be scored
+    assert len(texts) == 3 and report.notes == [f"not read: {name}"]
 
 
 def test_a_label_of_another_kind_says_nothing_of_liking(write, tokenizer, tmp_path):
@@ -376,6 +378,7 @@ def test_a_last_turn_that_is_not_to_be_learned_is_dropped(write, tokenizer, mark
     texts, report = load_texts(path, tokenizer, None, "drop")
     assert [text.where[-1] for text in texts] == ["2", "3"]
     assert [why_dropped.startswith(why) for why_dropped in report.dropped] == [True]
+    assert len(load_texts(path, tokenizer, None, "drop", imitated=False)[0]) == 3
     path = write({"messages": [ask, answer]}, {"messages": [ask, answer | {"weight": 0.5}]})
     with pytest.raises(UserError, match=r":2: weight of the last turn is 0.5: needs 0 or 1"):
         load_texts(path, tokenizer, None, "drop")

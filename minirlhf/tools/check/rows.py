@@ -10,7 +10,7 @@ from minirlhf.batches.preferences import ordered
 from minirlhf.data import examples, rankings
 from minirlhf.data.arguments import template_arguments
 from minirlhf.data.examples import PASSED
-from minirlhf.data.formats import pair_format, pair_labels, prompt_format, text_format
+from minirlhf.data.formats import imitated_format, pair_format, pair_labels, prompt_format
 from minirlhf.data.parts import Part, is_chat
 from minirlhf.data.split import NOT_READ, first_row, split_rows
 from minirlhf.errors import UserError, printable
@@ -34,7 +34,7 @@ KINDS = {
     "lists": Kind(
         "reward", rankings.ranking_format, rankings.load_rankings, ("prompt", "best", "others")
     ),
-    "texts": Kind("sft", text_format, examples.load_texts, ("prompt", "response")),
+    "texts": Kind("sft", imitated_format, examples.load_texts, ("prompt", "response")),
     "prompts": Kind("ppo", prompt_format, examples.load_prompts, ("prompt",), PASSED),
 }
 
