@@ -218,6 +218,11 @@ def _safe_rlhf(row: Row) -> dict:
     return _pair(prompt, answers, _index(row, "better_response_id"))
 
 
+def _shp(row: Row) -> dict:
+    answers = _reply(row, "human_ref_A"), _reply(row, "human_ref_B")
+    return _pair(_turn("user", string_part(row, "history")), answers, 1 - _index(row, "labels"))
+
+
 def _webgpt(row: Row) -> dict:
     question = row.columns["question"]
     if isinstance(question, dict):
@@ -376,6 +381,7 @@ SHAPES = (
           _has_texts),
     Shape("HelpSteer3", ("context", "response1", "response2", "overall_preference"), _helpsteer3),
     Shape("PKU-SafeRLHF", ("prompt", "response_0", "response_1", "better_response_id"), _safe_rlhf),
+    Shape("SHP", ("history", "human_ref_A", "human_ref_B", "labels"), _shp),
     Shape("WebGPT", ("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),
     Shape("LMArena", ("conversation_a", "conversation_b", "winner"), _arena),
     Shape("LMArena", (*ARENA, "winner"), partial(_arena_texts, winner=_winner)),

@@ -93,6 +93,7 @@ PAIRS = [  # row that prefers b, prompt, how the file is told
     (HELPSTEER | {"overall_preference": 1}, Q, "HelpSteer3 (context, response1, response2, over"),
     (HELPSTEER | {"overall_preference": -3, "response1": "b", "response2": "a"}, Q, "HelpSteer3 ("),
     (PKU | {"better_response_id": 1, "safer_response_id": 0}, Q, "PKU-SafeRLHF (prompt, response_"),
+    ({"history": "q", "human_ref_A": "b", "human_ref_B": "a", "labels": 1}, Q, "SHP (history, hum"),
     (WEBGPT | {"score_0": -0.5, "score_1": 0.5}, Q, "WebGPT (question, answer_0, answer_1, score"),
     (WEBGPT | {"question": "q", "score_0": -1, "score_1": 1}, Q, "WebGPT (question, answer_0"),
     (ARENA | {"winner": "model_b"}, Q, "LMArena (conversation_a, conversation_b, winner), read as"),
@@ -389,7 +390,7 @@ def test_a_last_turn_that_is_not_to_be_learned_is_dropped(write, tokenizer, mark
 TURNS = [role("user", "it's q"), role("assistant", "a")]
 
 
-@pytest.mark.parametrize("key", ["chosen_conversations", "chosen", "messages", "conversations"])
+@pytest.mark.parametrize("key", ["chosen_conversations", "chosen", "messages", "text"])
 def test_messages_in_json_text_are_read(write, tokenizer, key):
     other = key.replace("chosen", "rejected")
     row = {key: json.dumps(TURNS)}
