@@ -3,9 +3,8 @@
 import os
 import random
 import signal
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,26 +19,16 @@ from tests.kill_harness import (
     Server,
     command,
     log_of,
-    make_world,
     out_of,
     remains,
     wrong_with,
 )
 from tests.rewards.test_service import Request, answers, decode, service, silent, stub
+from tests.run import test_resume
+
+folder, world = test_resume.folder, test_resume.world
 
 PATIENCE = ["--reward-timeout", "2", "--reward-connect-timeout", "2", "--reward-retries", "0"]
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as made:
-        yield Path(made)
-
-
-@pytest.fixture(scope="module")
-def world(folder) -> Path:
-    return make_world(folder / "world")
 
 
 def scored_by(world: Path, out: Path, url: str, *more: str, **settings) -> list[str]:

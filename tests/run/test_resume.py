@@ -166,22 +166,13 @@ def differences_after_kills(
     return found
 
 
+@pytest.mark.parametrize("count", [25, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("save_every", [1, 2])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_killed_at_any_instant_goes_on_to_the_same_bytes(
-    recipe, save_every, server, world, folder, whole
+    recipe, save_every, count, server, world, folder, whole
 ):
-    found = differences_after_kills(server, world, folder, whole, recipe, save_every, 25)
-    assert found == []
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("save_every", [1, 2])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_many_runs_killed_at_any_instant_go_on_to_the_same_bytes(
-    recipe, save_every, server, world, folder, whole
-):
-    found = differences_after_kills(server, world, folder, whole, recipe, save_every, 100)
+    found = differences_after_kills(server, world, folder, whole, recipe, save_every, count)
     assert found == []
 
 
