@@ -262,13 +262,6 @@ def test_make_folder_does_not_replace_a_file(tmp_path):
         atomic.make_folder(tmp_path / "a")
 
 
-def test_commit_folder_is_one_rename_between_two_syncs(tmp_path, operations):
-    atomic.commit_folder(folder_with(tmp_path / ".tmp-x", a="new"), tmp_path / "x")
-    assert (tmp_path / "x" / "a").read_text("utf-8") == "new"
-    parent = tmp_path.name
-    assert operations == [("fsync", ".tmp-x"), ("rename", ".tmp-x -> x"), ("fsync", parent)]
-
-
 def test_commit_folder_puts_an_old_one_aside_and_removes_it_last(tmp_path, operations):
     folder_with(tmp_path / "x", a="old", b="only in the old")
     folder_with(tmp_path / ".trash-.old-x", c="of an earlier crash")
@@ -280,35 +273,6 @@ def test_commit_folder_puts_an_old_one_aside_and_removes_it_last(tmp_path, opera
         ("rename", ".tmp-x -> x"), ("fsync", tmp_path.name),
         ("rename", ".old-x -> .trash-.old-x"),
     ]
-
-
-@pytest.mark.parametrize("standing", [{"x": "newer", ".old-x": "old"}, {".old-x": "old"}])
-def test_commit_folder_ends_a_replacement_that_was_cut_short(tmp_path, standing):
-    for name, text in standing.items():
-        folder_with(tmp_path / name, a=text)
-    atomic.commit_folder(folder_with(tmp_path / ".tmp-x", a="new"), tmp_path / "x")
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-    assert (tmp_path / "x" / "a").read_text("utf-8") == "new"
-
-
-def test_commit_folder_that_fails_gives_the_old_one_its_name_back(tmp_path, monkeypatch):
-    folder_with(tmp_path / "x", a="old")
-    real = os.rename
-    monkeypatch.setattr(
-        os, "rename", lambda a, b: full_disk() if a.name == ".tmp-x" else real(a, b)
-    )
-    with pytest.raises(OSError, match="No space left"):
-        atomic.commit_folder(folder_with(tmp_path / ".tmp-x", a="new"), tmp_path / "x")
-    assert (tmp_path / "x" / "a").read_text("utf-8") == "old"
-    assert not (tmp_path / ".old-x").exists()
-
-
-def test_remove_folder_takes_the_name_away_first(tmp_path, monkeypatch):
-    folder_with(tmp_path / "x", a="1")
-    monkeypatch.setattr(os, "unlink", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        atomic.remove_folder(tmp_path / "x")
-    assert [p.name for p in tmp_path.iterdir()] == [".trash-x"]
 
 
 def test_remove_folder_removes_a_link_and_not_what_it_points_to(tmp_path):

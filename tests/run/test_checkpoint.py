@@ -28,7 +28,6 @@ from minirlhf.run.checkpoint import (
     verify,
 )
 from minirlhf.run.machine import environment, processor
-from minirlhf.run.meters import Meters
 from minirlhf.run.optim import make_optimizer
 
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
@@ -254,38 +253,9 @@ def test_a_field_of_another_kind_is_refused_before_anything_is_restored(name, va
 # ---- commits -------------------------------------------------------------------------------------
 
 
-def test_save_keeps_the_newest(tmp_path):
-    state = make_state()
-    for _ in range(4):
-        train(state)
-        save_checkpoint(state, tmp_path, keep=2)
-    assert [c.name for c in commits(tmp_path)] == ["step-00000003", "step-00000004"]
-    assert len(list(tmp_path.iterdir())) == 2
-
-
 def test_save_refuses_to_keep_nothing(tmp_path):
     with pytest.raises(ValueError, match="keep is 0: at least the new commit must stay"):
         save_checkpoint(make_state(), tmp_path, keep=0)
-
-
-def test_save_of_the_same_step_replaces_it(saved):
-    state, folder = saved
-    state.best = 0.5
-    save_checkpoint(state, folder, keep=3)
-    other = make_state(1)
-    load_checkpoint(other, folder / "step-00000003")
-    assert other.best == 0.5 and len(commits(folder)) == 3
-
-
-def test_save_sweeps_what_dead_saves_left(saved):
-    state, folder = saved
-    for name in (".tmp-step-00000009", ".trash-step-00000001"):
-        (folder / name).mkdir()
-        (folder / name / "model.safetensors").write_bytes(b"half")
-    assert newest_commit(folder) == (folder / "step-00000003", [])
-    train(state)
-    save_checkpoint(state, folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["step-00000003", "step-00000004"]
 
 
 def test_a_commit_that_was_put_aside_is_still_one(saved):
@@ -386,23 +356,6 @@ def test_manifest_says_what_the_last_bits_depend_on(tmp_path, monkeypatch):
 
 def snapshot(folder) -> dict:
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.mark.parametrize(
-    "operation", ["write_tensors", "write_json", "write_text", "commit_folder"]
-)
-def test_a_failed_save_leaves_what_was_there(saved, monkeypatch, operation):
-    state, folder = saved
-    before = snapshot(folder)
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(atomic, operation, fail)
-    train(state)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(state, folder)
-    assert snapshot(folder) == before
 
 
 def test_save_refuses_to_begin_without_space(saved, monkeypatch):
@@ -683,8 +636,3 @@ def test_moments_are_saved_under_their_parameters_names(saved):
     kinds = ("exp_avg", "exp_avg_sq", "step")
     assert moments.keys() == {f"{name}.{kind}" for name in parameters for kind in kinds}
     assert all(moments[f"{name}.step"] == 3 for name in parameters)
-
-
-def test_state_has_no_meters_in_common():
-    assert make_state().meters is not make_state().meters
-    assert isinstance(make_state().meters, Meters)
