@@ -9,9 +9,10 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from minirlhf.errors import Stopped
+from minirlhf.errors import BUG, Stopped, printable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is how Slurm gives notice
 
@@ -20,6 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is how Slu
 class _Flag:
     requested: bool = False  # a signal came
     outside: bool = False  # running code that cannot look at the flag
+    before: dict[int, Any] = field(default_factory=dict)  # handlers of before the first `listening`
 
 
 _flag = _Flag()
@@ -55,28 +57,55 @@ def listening() -> Iterator[None]:
     """Takes SIGTERM, SIGINT and SIGUSR1 over: the first asks to stop, the second leaves at once."""
     _flag.requested = False
     before = {number: signal.signal(number, _take) for number in SIGNALS}
+    outer, _flag.before = _flag.before, _flag.before or before
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _flag.requested = False
+        _give_back(before)
+        _flag.before = outer
+
+
+def _give_back(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    _flag.requested = False
+
+
+# A child is no run: a signal ends it.
+os.register_at_fork(after_in_child=lambda: _give_back(_flag.before))
 
 
 @contextmanager
 def outside() -> Iterator[None]:
     """Around code that is not ours and cannot look: a signal ends it where it stands.
 
+    A child that it forked and that comes back ends here: one process alone goes on with the run.
+
     Raises:
         Stopped: a signal has come, though that code may have caught what ended it.
     """
-    _flag.outside = True
+    _flag.outside, home, error = True, os.getpid(), None
     try:
         check()
         yield
+    except BaseException as caught:
+        error = caught
+        raise
     finally:
+        if os.getpid() != home:
+            _end_child(error)
         _flag.outside = False
         check()
+
+
+def _end_child(error: BaseException | None) -> None:
+    """Ends a process whose stack is its parent's, as `sys.exit` would have or else with 1."""
+    if isinstance(error, SystemExit):
+        os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
+    how = f"raised {type(error).__name__}: {printable(error)}" if error else "returned"
+    with suppress(OSError):
+        os.write(2, f"error: a process that a reward function forked {how}; it ends\n".encode())
+    os._exit(BUG)
 
 
 def _take(number: int, _frame: object) -> None:

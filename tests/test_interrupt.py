@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -167,12 +169,12 @@ def test_a_reward_function_that_sleeps_is_left_at_once(capfd):
 def test_an_async_reward_function_that_ignores_its_end_is_left_at_once(caught, capfd, recwarn):
     """It goes on in its thread, which ends with the process; what it says there is not heard."""
     async def sleeper(completions):
+        stop()
         while True:
             try:
-                stop()
                 await asyncio.sleep(60)
             except caught:
-                await asyncio.sleep(60)
+                continue
 
     began = time.monotonic()
     with interrupt.listening(), pytest.raises(Stopped):
@@ -206,6 +208,83 @@ def test_a_function_may_be_left_by_ctrl_c_where_no_run_listens():
     told = r"test_interrupt.py:\d+: f raised KeyboardInterrupt: it was given"
     with interrupt.listening(), pytest.raises(UserError, match=told):  # it was no signal
         function_reward(f, "f")(completions())
+
+
+# ---- processes that a reward function forks ------------------------------------------------------
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Exit status of a child that does this; what it returns is no way out for it."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_forked_child_and_does_not_stop_the_run(number, capfd):
+    """With the handlers of before the run: Python's own of SIGINT raises KeyboardInterrupt."""
+    def f(completions):
+        expected = {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 99}[number]
+        assert forked(lambda: os.kill(os.getpid(), number) or time.sleep(60)) == expected
+        return [1.0]
+
+    with interrupt.listening():
+        function_reward(f, "f")(completions())
+        assert not interrupt.requested() and interrupt.listens()
+    assert "stopping" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("way", "code", "told"),
+    [
+        (lambda: None, 1, "forked returned; it ends"),
+        (lambda: 1 / 0, 1, "forked raised ZeroDivisionError: division by zero; it ends"),
+        (lambda: sys.exit(7), 7, ""), (lambda: sys.exit(0), 0, ""), (lambda: sys.exit("no"), 1, ""),
+        (lambda: os._exit(5), 5, ""),
+    ],
+)
+def test_a_forked_child_that_comes_back_ends(way, code, told, capfd):
+    home, children = os.getpid(), []
+
+    def f(completions):
+        children.append(os.fork())
+        if not children[-1]:
+            way()
+        return [1.0]
+
+    try:
+        function_reward(f, "f")(completions())
+    finally:
+        if os.getpid() != home:
+            os._exit(99)  # it went on as the run
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == code
+    assert told in (err := capfd.readouterr().err) and bool(told) is bool(err)
+
+
+def test_a_child_does_not_hold_the_folder(tmp_path):
+    reading, writing = os.pipe()
+    with toy_run(tmp_path):
+        if not (child := os.fork()):
+            os.close(writing)
+            os.read(reading, 1)  # lives on until the test has looked
+            os._exit(0)
+    with toy_run(tmp_path, resume=True), pytest.raises(UserError, match="is in use by process"):
+        toy_run(tmp_path, resume=True).__enter__()
+    os.close(writing)
+    os.waitpid(child, 0)
+    os.close(reading)
+
+
+def test_a_started_program_has_no_file_of_the_run(tmp_path):
+    look = "import os; print(*[os.path.realpath(f'/dev/fd/{n}') for n in os.listdir('/dev/fd')])"
+    with toy_run(tmp_path):
+        handles = subprocess.run([sys.executable, "-c", look], close_fds=False, check=True,
+                                 stdout=subprocess.PIPE, text=True).stdout
+    assert str(tmp_path) not in handles and handles
 
 
 class Case(NamedTuple):

@@ -46,7 +46,7 @@ BUILTINS = {"eval", "exec", "compile", "__import__", "breakpoint"}
 IMPORTLIB = {  # why it may import by name
     "minirlhf/__init__.py": "public names are imported when they are asked for",
     "minirlhf/cli.py": "a verb's module, by the table of verbs",
-    "minirlhf/rewards/load.py": "the user's own file of --reward file.py:f, which is trusted",
+    "minirlhf/rewards/user_code.py": "the user's own file of --reward file.py:f, which is trusted",
 }
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from minirlhf import interrupt
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError, printable
+from minirlhf.rewards.containment import Container
 from minirlhf.rewards.returned import listed, of_rows, read
 from minirlhf.rewards.source import Completions, RewardSource, Scores
 
@@ -39,7 +40,7 @@ LACKING = {
 
 def function_reward(
     function: Callable, name: str, columns: Mapping[str, set[str]] | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None, container: Container | None = None,
 ) -> RewardSource:
     """Scores of `function(prompts=…, completions=…, <every column>=…)`, one item a response.
 
@@ -53,12 +54,15 @@ def function_reward(
             the function needs and a file lacks is then an error at once, not when the first
             responses are scored; and a row without that column has None there, in any batch.
         tokenizer: the policy's; needed by a function that asks for `queries`.
+        container: in which its file was imported.
     Raises:
         UserError: it needs a column that the data lacks; when called, it fails or returns anything
             else.
     """
+    container = container or Container(name)
     if inspect.isclass(function) and any("__call__" in vars(kind) for kind in function.__mro__):
-        with _failures(name, "a class is made without arguments"):
+        do = "a class is made without arguments"
+        with interrupt.outside(), container.entered(), failures(name, do):
             function = function()
     asks = _asks(function, name)
     columns = columns or {}
@@ -87,11 +91,11 @@ def function_reward(
             return [_call(function, asks.first, item) for item in items]
 
         do = f"it was given {', '.join(given)}"
-        with interrupt.outside():
+        with interrupt.outside(), container.entered():
             returned = _returned(function, call, name, do)
             if per_row:
                 returned = of_rows(returned, name)
-            with _failures(name, do):  # a generator runs as it is read
+            with failures(name, do):  # a generator runs as it is read
                 returned = listed(returned, len(batch.completions))
         return read(returned, batch, name)
 
@@ -207,7 +211,7 @@ def _call(function: Callable, first: list[str], given: dict[str, object]) -> obj
 def _returned(function: Callable, call: Callable[[], object], name: str, do: str) -> object:
     """What the call returns; an async function runs on the loop, to its end."""
     if not _is_async(function):
-        with _failures(name, do):
+        with failures(name, do):
             returned = call()
         if not _awaits(returned):
             return returned
@@ -237,7 +241,7 @@ async def _finished(call: Callable[[], object], name: str, do: str) -> object:
     async def value(item: object) -> object:
         return await item if inspect.isawaitable(item) else item
 
-    with _failures(name, do):
+    with failures(name, do):
         returned = await value(call())
         return await asyncio.gather(*map(value, returned)) if _awaits(returned) else returned
 
@@ -261,20 +265,21 @@ os.register_at_fork(after_in_child=_loop.cache_clear)  # threads are not forked
 
 
 @contextmanager
-def _failures(name: str, do: str) -> Iterator[None]:
+def failures(name: str, do: str) -> Iterator[None]:
     """Around a user's code: whatever it raises, exit() too, becomes one line with its place."""
+    home = os.getpid()
     try:
         yield
     except BaseException as error:
-        if interrupt.requested():  # the stop, or what became of it
+        if interrupt.requested() or os.getpid() != home:  # the stop, or what became of it; a child
             raise
         if isinstance(error, KeyboardInterrupt) and not interrupt.listens():
             raise
         text = f"{type(error).__name__}: {printable(error)}".removesuffix(": ")
-        raise UserError(failed_at(error) or name, f"{name} raised {text}", do) from error
+        raise UserError(_failed_at(error) or name, f"{name} raised {text}", do) from error
 
 
-def failed_at(error: BaseException) -> str:
+def _failed_at(error: BaseException) -> str:
     """file:line in the user's file, not in a library that it calls; "" if there is none."""
     if isinstance(error, SyntaxError) and Path(str(error.filename)).is_file():
         return f"{Path(error.filename).name}:{error.lineno}"

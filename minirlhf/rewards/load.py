@@ -1,6 +1,5 @@
 """What `--reward` names, read: models, functions and services become one reward source."""
 
-import importlib.util
 import inspect
 import re
 import sys
@@ -9,19 +8,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from minirlhf import interrupt
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import resolve
 from minirlhf.files.reading import read_text
 from minirlhf.models.heads import RewardModel
 from minirlhf.models.pretrained import load_reward_model
-from minirlhf.rewards.function import failed_at, function_reward
+from minirlhf.rewards.containment import Container
+from minirlhf.rewards.function import failures, function_reward
 from minirlhf.rewards.journal import Journal
 from minirlhf.rewards.model import model_reward
 from minirlhf.rewards.parse import RewardSourceSettings, Spec, locate, parse_source, part_names
 from minirlhf.rewards.service import Service, service_reward
-from minirlhf.rewards.source import RewardSource, combine
+from minirlhf.rewards.source import Completions, RewardSource, Scores, combine
+from minirlhf.rewards.user_code import modules_of, open_folder, run_file
 
 TOKEN_CAP = 1 << 16  # bytes of the file that holds one
 
@@ -62,38 +65,47 @@ def read_token(path: str) -> str:
 
 
 def load_function(
-    place: str, columns: Mapping[str, set[str]] | None = None, tokenizer: Tokenizer | None = None
+    place: str, columns: Mapping[str, set[str]] | None = None, tokenizer: Tokenizer | None = None,
+    ran: dict[str, str] | None = None,
 ) -> RewardSource:
     """The reward source of `file.py:function`. The file is run: it is the user's, and trusted.
 
     Args:
         columns, tokenizer: as in `function_reward`.
+        ran: takes file -> sha256 of what was run: the file, and what it imported from its folder.
     Raises:
         UserError: the file does not import, or has no such function.
     """
     file, _, name = place.rpartition(":")
-    name_of_module = f"user_reward.{Path(file).resolve()}"  # two files may have the same name
-    module_spec = importlib.util.spec_from_file_location(name_of_module, file)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses look their module up there
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # exit() would end the run without a word
-        what = f"{type(error).__name__}: {printable(error)}"
-        where = f"--reward {failed_at(error) or file}"
-        raise UserError(where, what, "the file must import cleanly") from error
+    container = Container(place)
+    open_folder(file)
+    with interrupt.outside(), container.entered(), failures(file, "the file must import cleanly"):
+        module, sums = run_file(file)
+    if ran is not None:
+        ran |= sums
     function = getattr(module, name, None)
     if not callable(function):
         defined = ", ".join(n for n, v in vars(module).items() if inspect.isfunction(v))
         what = f"has no function {name!r}"
         raise UserError(f"--reward {file}", what, f"it has: {defined or 'none'}")
-    return function_reward(function, place, columns, tokenizer)
+    source = function_reward(function, place, columns, tokenizer, container)
+
+    def score(batch: Completions) -> Scores:
+        scores = source(batch)
+        if late := sorted(modules_of(file).keys() - sums.keys()):
+            sums.update(dict.fromkeys(late, ""))
+            what = f"{place} imports {', '.join(late)} only now: not among the run's inputs"
+            tqdm.write(printable(what, 2000), file=sys.stdout)
+        return scores
+
+    return score
 
 
 def load_reward(
     config: RewardSourceSettings, tokenizer: Tokenizer, dtype: torch.dtype, device: str,
     micro_batch_tokens: int, columns: Mapping[str, set[str]] | None = None,
     journal: Path | None = None, models: list[tuple[RewardModel, Path]] | None = None,
+    ran: dict[str, str] | None = None,
 ) -> RewardSource:
     """The weighted sum of all sources of `--reward`.
 
@@ -102,13 +114,14 @@ def load_reward(
         columns: as in `function_reward`.
         journal: file that keeps the replies of services, made with the first; None: in memory.
         models: takes the reward models that are read, with their folders, for `offload`.
+        ran: as in `load_function`.
     """
     specs, replies = [parse_source(source) for source in config.reward], Journal(journal)
 
     def load(spec: Spec) -> RewardSource:
         place = locate(spec)
         if spec.kind == "function":
-            return load_function(spec.place, columns, tokenizer)
+            return load_function(spec.place, columns, tokenizer, ran)
         if spec.kind == "service":
             file = config.reward_token_file
             service = Service(

@@ -66,6 +66,7 @@ class Run:
     ):
         self.folder, self.recipe, self.config = Path(config.out), recipe, config
         self.inputs = {name: list(places) for name, places in inputs.items()}
+        self.sums: dict[str, str] = {}  # of inputs that were hashed as they were read
         self.before: Record | None = None  # of the last start
         self.changed: dict[str, str] = {}  # setting -> how it differs from the last start's
         self.record: Record | None = None  # of this start, once it is entered
@@ -130,7 +131,8 @@ class Run:
 
     def _record_inputs(self) -> None:
         """The sums of what was read: a file that was written meanwhile is refused."""
-        named = {name: {str(file): atomic.sha256(file) for file in contents(places)}
+        named = {name: {str(file): self.sums.get(str(file)) or atomic.sha256(file)
+                        for file in contents(places)}
                  for name, places in self.inputs.items()}
         for files in named.values():
             for file in files:

@@ -6,11 +6,13 @@ import platform
 import time
 from pathlib import Path
 from typing import TextIO
+from weakref import WeakSet
 
 from minirlhf.errors import MACHINE, UserError, printable
 from minirlhf.files import atomic
 
 HOLDER = "process "  # what a lock file begins with
+_held: WeakSet[TextIO] = WeakSet()
 
 
 def take_lock(folder: Path) -> TextIO:
@@ -39,6 +41,7 @@ def take_lock(folder: Path) -> TextIO:
     lock.truncate(0)
     lock.write(f"{HOLDER}{os.getpid()} on {platform.node()} since {time.ctime()}")
     lock.flush()
+    _held.add(lock)
     return lock
 
 
@@ -53,6 +56,15 @@ def check_held(lock: TextIO, folder: Path) -> None:
     if not os.path.lexists(there) or not os.path.samestat(here, os.lstat(there)):
         do = "put it back, then resume: the last checkpoint in it stands"
         raise UserError(folder, "is no longer the folder of this run", do, MACHINE)
+
+
+def _let_go() -> None:
+    """A child that outlives the run must not hold its folder."""
+    for lock in _held:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _no_link(name: str, flags: int) -> int:

@@ -215,8 +215,9 @@ def load_run(config: PPOConfig) -> PPORun:
     reward_models: list[tuple[RewardModel, Path]] = []
     reward = load.load_reward(
         config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,
-        r.folder / "rewards.jsonl", reward_models,
+        r.folder / "rewards.jsonl", reward_models, r.sums,
     )
+    r.inputs["reward"] += r.sums.keys() - set(map(str, r.inputs["reward"]))
     policy = load_policy(config, start.folder, device, dtype)
     ref = load_reference(config, start.ref_folder, device, dtype)
     frozen = reward_models + ([] if ref is None else [(ref, start.ref_folder)])

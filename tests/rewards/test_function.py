@@ -198,8 +198,9 @@ def test_function_that_returns_a_number_beyond_float32_stops_the_run(value, tmp_
          "async def f(completions):\n    return await asyncio.gather(*map(g, completions))",
          "reward.py:3",
          "raised SystemExit: no key"),
-        ("import os\nimport no_such_module_here\n", "--reward reward.py:2", "ModuleNotFoundError"),
-        ("import os\n\ndef f(:\n", "--reward reward.py:3", "SyntaxError"),
+        ("import os\nimport no_such_module_here\n", "reward.py:2",
+         "reward.py raised ModuleNotFoundError"),
+        ("import os\n\ndef f(:\n", "reward.py:3", "reward.py raised SyntaxError"),
         ("g = 3\ndef first(completions): ...\ndef second(completions): ...\n", "/reward.py",
          "has no function 'f': it has: first, second"),
         ("g = 3\n", "/reward.py", "has no function 'f': it has: none"),
@@ -209,7 +210,7 @@ def test_function_that_fails_is_named_with_its_line(source, where, what, tmp_pat
     error = refusal(source, tmp_path)
     assert error.where.endswith(where) and what in str(error)
     assert error.code == BAD_INPUT
-    if "raised" in what:
+    if "reward.py:f raised" in what:
         assert error.do == "it was given completions"
 
 

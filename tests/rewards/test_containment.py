@@ -1,0 +1,95 @@
+"""What a reward function changes in the process is put back, and told once."""
+
+import os
+import random
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from minirlhf.rewards.containment import KEPT
+from minirlhf.rewards.function import function_reward
+from minirlhf.rewards.load import load_function
+from tests.rewards.test_function import BATCH
+
+CHANGES = {  # what it is called -> a statement that changes it
+    "sys.stdout": "sys.stdout = open(os.devnull, 'w')",
+    "sys.stderr": "sys.stderr = sys.stdout",
+    "the gradient mode": "torch.set_grad_enabled(False)",
+    "the default dtype": "torch.set_default_dtype(torch.float64)",
+    "the default device": "torch.set_default_device('meta')",
+    "the number of threads": "torch.set_num_threads(torch.get_num_threads() + 1)",
+    "deterministic algorithms": "torch.use_deterministic_algorithms(True, warn_only=True)",
+    "the filling of new tensors": "torch.utils.deterministic.fill_uninitialized_memory ^= True",
+    "the working folder": "os.chdir('/')",
+    "signal handlers": "signal.signal(signal.SIGALRM, print)",
+}
+IMPORTS = "import os, random, signal, sys\nimport numpy as np\nimport torch\n"
+
+
+def test_every_kept_state_is_tried():
+    assert CHANGES.keys() == KEPT.keys()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("at", ["import", "call", "failed call"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_function_changes_is_put_back_and_told_once(name, at, tmp_path, capsys):
+    file = tmp_path / "reward.py"
+    change = CHANGES[name]
+    body = {"import": "return [1.0, 2.0, 3.0]", "call": f"{change}; return [1.0, 2.0, 3.0]",
+            "failed call": f"{change}; raise KeyError"}[at]
+    first = change if at == "import" else ""
+    file.write_text(f"{IMPORTS}{first}\ndef f(completions):\n    {body}\n")
+    before = KEPT[name].get()
+    source = load_function(f"{file}:f")
+    for _ in range(2):
+        try:
+            source(BATCH)
+        except Exception:
+            assert at == "failed call"
+    assert KEPT[name].get() == before
+    told = f"{file}:f changed {name}: put back\n"
+    assert capsys.readouterr().out == told
+
+
+def test_random_numbers_of_a_function_are_its_own(capsys):
+    drawn = []
+
+    def f(completions, seed=None):
+        if not drawn:
+            random.seed(1)
+            np.random.seed(2)
+            torch.manual_seed(3)
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        return [0.0, 0.0, 0.0]
+
+    random.seed(7)
+    np.random.seed(8)
+    torch.manual_seed(9)
+    expected = random.random(), np.random.rand(), torch.rand(()).item()
+    random.seed(7)
+    np.random.seed(8)
+    torch.manual_seed(9)
+    source = function_reward(f, "f")
+    source(BATCH)
+    source(BATCH)
+    assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
+    assert drawn[0] != drawn[1]  # its own go on
+    a, b, c = random.Random(1), np.random.RandomState(2), torch.Generator().manual_seed(3)
+    assert drawn == [(a.random(), b.rand(), torch.rand((), generator=c).item()) for _ in range(2)]
+    assert capsys.readouterr().out == ""
+
+
+def test_handlers_of_another_thread_are_left_alone():
+    import threading
+
+    found = []
+    source = function_reward(lambda completions: [1.0, 2.0, 3.0], "f")
+    thread = threading.Thread(target=lambda: found.append(source(BATCH).total.tolist()))
+    thread.start()
+    thread.join()
+    assert found == [[1.0, 2.0, 3.0]]
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and os.getcwd() and sys.stdout
