@@ -61,9 +61,7 @@ def function_reward(
     """
     container = container or Container(name)
     if inspect.isclass(function) and any("__call__" in vars(kind) for kind in function.__mro__):
-        do = "a class is made without arguments"
-        with interrupt.outside(), container.entered(), failures(name, do):
-            function = function()
+        function = _made(function, name, container)
     asks = _asks(function, name)
     columns = columns or {}
     for where, there in columns.items():
@@ -103,6 +101,12 @@ def function_reward(
 
 
 # --------------------------------------------------------------------------------- what it is given
+
+
+def _made(kind: type, name: str, container: Container) -> Callable:
+    do = "a class is made without arguments"
+    with interrupt.outside(), container.entered(), failures(name, do):
+        return kind()
 
 
 class Asks(NamedTuple):

@@ -4,6 +4,7 @@ Modules are compiled from the bytes whose sha256 is kept, never from a __pycache
 """
 
 import hashlib
+import os
 import sys
 from functools import partial
 from importlib.machinery import (
@@ -42,9 +43,9 @@ def run_file(file: str) -> tuple[ModuleType, dict[str, str]]:
     Returns:
         The module; file -> sha256 of it and of all that it imported from its folder, and below.
     """
-    path, own = Path(file).resolve(), {}
+    path, place, own = Path(file).resolve(), os.path.abspath(file), {}
     name = f"user_reward.{path}"  # two files may have the same name
-    spec = spec_from_file_location(name, file, loader=_Source(own, name, file))
+    spec = spec_from_file_location(name, place, loader=_Source(own, name, place))
     module = module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)

@@ -6,8 +6,10 @@ import math
 import os
 import shutil
 import signal
+import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 import torch
@@ -246,6 +248,28 @@ def test_main_refuses_to_resume_with_another_reward_function(world, tmp_path, ca
     spec.write_text(REWARD.replace("aeiou", "aeio"))
     assert main([*argv, "--resume"]) == BAD_INPUT
     assert "reward.py: has changed since the run began" in capsys.readouterr().err
+
+
+def test_main_keeps_what_a_reward_function_imports_and_what_ran(world, tmp_path, capsys):
+    code, helper, out = tmp_path / "reward.py", tmp_path / "own_helper.py", tmp_path / "run"
+    rule = "LIST = [1.0]\n"
+    code.write_text("from pathlib import Path\nfrom own_helper import LIST\n"
+                    "Path(__file__).write_text('')\n"  # after it was read, before it is hashed
+                    "def f(completions):\n    return LIST * len(completions)\n")
+    helper.write_text(rule)
+    sums = [sha256(file.read_bytes()).hexdigest() for file in (code, helper)]
+    source = code.read_text()
+    argv = command(world, out, steps=1, sample_every=0, reward=f"{code}:f")
+    assert main(argv) == OK
+    facts = json.loads((out / "run.json").read_text())
+    assert [facts["inputs"][str(file)] for file in (code, helper)] == sums
+    assert {str(code), str(helper)} <= set(facts["named_by"]["reward"])
+    code.write_text(source)
+    helper.write_text(rule + "# other\n")
+    del sys.modules["own_helper"]  # as in another process
+    assert main([*argv, "--resume"]) == BAD_INPUT
+    assert "own_helper.py: has changed since the run began" in capsys.readouterr().err
+
 
 
 def test_main_without_frozen_models_in_memory_changes_no_bit(world, tmp_path, monkeypatch):
