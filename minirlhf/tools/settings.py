@@ -95,6 +95,11 @@ class SampleConfig(
 ):
     """Write continuations of prompts, as JSON lines."""
 
+    SHOWN_FIRST: ClassVar = (
+        "model", "data", "prompt", "limit", "samples", "max_new_tokens", "temperature", "top_k",
+        "top_p", "stop", "batch_size", "seed", "out",
+    )
+
     model: str = override(help="language model: a folder or a hub name")
     data: str | None = override(
         None, "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz; or Parquet", required=False

@@ -1,9 +1,11 @@
 """`minirlhf score`: scores of texts, pairs and ranked lists, the same however they were batched."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minirlhf.cli import main
 from minirlhf.data.rankings import load_preferences
@@ -190,10 +192,9 @@ def test_score_reads_a_turn_that_was_continued(files, capsys, tmp_path):
      ("LISTS", "lists.jsonl:1: scores[0] is nan")],
 )
 def test_score_stops_at_a_score_that_is_not_finite(data, match, files, capsys, tmp_path):
-    model = load_reward_model(files["RM"])
-    torch.nn.init.constant_(model.score.weight, float("nan"))
-    save_pretrained(model, tmp_path / "rm", 1)
-    load_tokenizer(files["RM"]).save(tmp_path / "rm")
+    weights = shutil.copytree(files["RM"], tmp_path / "rm") / "model.safetensors"
+    tensors = load_file(weights)  # as another tool may have left them
+    save_file(tensors | {"score.weight": tensors["score.weight"] * float("nan")}, weights)
     out = tmp_path / "scores.jsonl"
     words = ["--model", str(tmp_path / "rm"), "--data", files[data], "--out", str(out)]
     assert main(["score", *words]) == 3
