@@ -301,6 +301,10 @@ KINDS = [  # what the folder holds, what is told of it
      "m: holds models, and is none itself: give m/model, or another of its 2"),
     (only("run.json", "checkpoints/step-00000002/model.safetensors"), "m: is a run that has not e"),
     (only("README.md", "training_args.bin"), "m/tokenizer.json: no such file: give a folder with"),
+    (only("config.json", "model.safetensors", "merges.txt", "vocab.json"),
+     "m/tokenizer.json: no such file: transformers makes one of vocab.json, merges.txt: AutoTok"),
+    (only("config.json", "model.safetensors", "tokenizer.model"),
+     "m/tokenizer.json: no such file: transformers makes one of tokenizer.model: AutoTokenizer.f"),
     (lambda m: (m / "vocab.json").mkdir() or (m / "tokenizer.json").unlink(),
      "m/tokenizer.json: no such file: give a folder with a tokenizer.json"),
 ]

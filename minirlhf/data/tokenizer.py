@@ -16,6 +16,8 @@ from minirlhf.files.reading import read_json, read_text
 FILE_CAP = 256 << 20  # bytes of tokenizer.json; the largest in use have about 35 MB
 FAST = "PreTrainedTokenizerFast"
 OBJECT_CAP = 4 << 20  # bytes of the small files beside it
+OTHERS = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")  # files of it
+MADE = "AutoTokenizer.from_pretrained, then save_pretrained"
 READ = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json",
         "generation_config.json", "chat_template.jinja")
 
@@ -106,8 +108,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     path = file_inside(folder, "tokenizer.json")
     if not path.exists():
-        lack = UserError(path, "no such file", "give a folder with a tokenizer.json")
-        raise no_model(folder, lack)
+        do = "give a folder with a tokenizer.json"
+        if others := [name for name in OTHERS if (folder / name).is_file()]:
+            do = f"transformers makes one of {', '.join(others)}: {MADE}"
+        raise no_model(folder, UserError(path, "no such file", do))
     own = _object(folder, "tokenizer_config.json")
     own = {name: v for name, v in own.items() if v is not None or name in NAMES}
     # Its own first, in their order: what is written of it is then the same after each reading.
