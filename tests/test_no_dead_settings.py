@@ -114,6 +114,9 @@ CHANGES = {
     },
     "ppo": {
         "reward": Change("reward.py:short"),
+        "template_kwargs": Change(  # `letters` reads strings
+            ["mood=dull"], {"model": "told", "data": "turns.jsonl", "reward": "reward.py:short"}
+        ),
         **{
             name: Change(value, refused="is for a service; no --reward is http://host:port/path")
             for name, value in {
