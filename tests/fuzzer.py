@@ -281,7 +281,8 @@ ROWS = {
     "turns": [{"prompt": TURNS, "chosen": ANSWER, "rejected": BAD, "source": [1, {"a": 2}]}],
     "ids": [{"prompt_ids": [3], "chosen_ids": [4, 5], "rejected_ids": [6], "chosen_mask": [1, 0]}],
     "prompts": [{"prompt": "the film", "answer": "good"}],
-    "texts": [{"prompt": TURNS, "completion": ANSWER}],
+    "texts": [{"prompt": TURNS, "completion": ANSWER, "tools": '[{"name": "film"}]',
+               "chat_template_kwargs": {"mood": [1, {"a": "<|pad|>"}]}}],
     "plain": [{"text": "the film is good"}],
 }
 PUBLISHED = {  # folder of files, each of one row of a published shape -> what detects them
