@@ -126,6 +126,7 @@ LINES = [  # a command line, what is told
     ("sample --model lm --prompt a --out texts.jsonl", "--out: texts.jsonl is there already: give"),
     ("sample --model lm --prompt a --samples 2 --temperature 0 --max-new-tokens 4",
      "--samples 2 with temperature 0: they would all be one"),
+    ("sample --model lm --prompt a --temperature 1e-300", "--temperature 1e-300: 0, or at least"),
     ("sample --model rm --prompt a --max-new-tokens 4", "rm: is a reward model, not a lang"),
     ("sample --model texts.jsonl --prompt a --max-new-tokens 4", "texts.jsonl: is a file: give"),
     ("sample --model lm --data prompts.jsonl --max-new-tokens 4 --max-length 1", "prompts.jsonl:1"),

@@ -19,6 +19,7 @@ from minirlhf.errors import UserError, printable
 
 LINE_CAP = 16 << 20  # bytes; nobody writes a longer line on purpose
 FILE_CAP = 1 << 30  # bytes of a file that is parsed in one piece
+UNPACKED, RATIO = 64 << 20, 200  # bytes that any gzip file may hold, and times its own size
 DEPTH_CAP = 64
 # How a file begins that is not what its name says, and what to do.
 DISGUISES = (
@@ -236,8 +237,21 @@ def read_json(path: str | Path, cap: int = FILE_CAP) -> object:
     return strict_json(read_text(path, cap), path)
 
 
+def _check_unpacked(path: Path) -> None:
+    """Refuses a gzip file that would fill the memory: text shrinks to a tenth, not to a 200th."""
+    most = max(UNPACKED, RATIO * path.stat().st_size)
+    with opened(path) as file:
+        while most >= 0 and (piece := file.read(1 << 20)):
+            most -= len(piece)
+    if most < 0:
+        what = f"unpacks to more than {RATIO} times its size"
+        raise UserError(path, what, "unpack it first, if it is meant to be read")
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, line with its line end); one line is the most that is ever held."""
+    if path.suffix == ".gz":
+        _check_unpacked(path)
     with opened(path) as file:
         number = 0
         while data := file.readline(LINE_CAP + 1):

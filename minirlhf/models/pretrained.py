@@ -70,7 +70,7 @@ def remarks(folders: Iterable[Path], dtype: torch.dtype) -> list[str]:
     for folder in dict.fromkeys(folders):
         source, tensors = read_config(folder).source, read_tensors(tensor_files(folder))
         if any(
-            t.dtype.is_floating_point and torch.finfo(t.dtype).eps < torch.finfo(dtype).eps
+            t.dtype in STORED and torch.finfo(t.dtype).eps < torch.finfo(dtype).eps
             for t in tensors.values()
         ):
             told.append(f"{folder}: weights are rounded to {name}, which can undo fine-tuning")

@@ -15,7 +15,7 @@ from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import read_text, strict_json
 from minirlhf.run.settings import NO_SECTIONS, Problem, Setting, nearest, shown
 
-_CAP = 1 << 20  # bytes; nobody writes a longer file of settings on purpose
+_CAP, _LINE_CAP = 1 << 16, 1 << 12  # bytes, and characters of a line, which tomllib takes long for
 _LINE = re.compile(r"^(\w+) = .*?  # (.+)$", re.MULTILINE)  # of a preset: (setting, source)
 DIFFERS = "Not as there, on purpose:"
 
@@ -57,6 +57,9 @@ def _load(path: str | Path) -> dict[str, Any]:
         if not isinstance(table, dict):
             raise UserError(path, f"holds {shown(table)}", "must be an object of settings")
         return table
+    for number, line in enumerate(text.splitlines(), start=1):
+        if len(line) > _LINE_CAP:
+            raise UserError(f"{path}:{number}", f"a line of more than {_LINE_CAP:,} characters")
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # not TOML, a huge integer, nested too deeply

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import minirlhf
 from minirlhf import interrupt
-from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError
+from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError, printable
 from minirlhf.files import atomic
 from minirlhf.files.reading import check_unchanged, forget_read, read_json
 from minirlhf.files.sieve import Report
@@ -38,6 +38,7 @@ from minirlhf.run.resume import (
     Record,
     RunSettings,
     changed_settings,
+    contents,
     next_record,
     provenance,
     read_record,
@@ -64,7 +65,7 @@ class Run:
         self, config: RunSettings, recipe: str,
         inputs: Mapping[str, Iterable[str | Path]] = MappingProxyType({}),
     ):
-        self.folder, self.recipe, self.config = Path(config.out), recipe, config
+        self.folder, self.recipe, self.config = _place(config.out), recipe, config
         self.inputs = {name: list(places) for name, places in inputs.items()}
         self.sums: dict[str, str] = {}  # of inputs that were hashed as they were read
         self.before: Record | None = None  # of the last start
@@ -379,16 +380,16 @@ def _of_service(error: BaseException | None) -> bool:
     return isinstance(error, UserError) and error.code == REWARD_SERVICE
 
 
+def _place(out: str) -> Path:
+    """The folder's path, without .. where that would name a folder that is not there."""
+    folder = Path(out)
+    try:
+        resolved = folder.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle; a name that is too long
+        raise UserError("--out", printable(error), "give another --out") from None
+    return resolved if ".." in folder.parts else folder
+
+
 def inside(folder: Path, other: Path) -> bool:
     """Whether a folder is another one that exists, or lies below it."""
     return other.is_dir() and folder.resolve().is_relative_to(other.resolve())
-
-
-def contents(places: Iterable[str | Path]) -> Iterator[Path]:
-    """Each file itself, and of each folder what a model is made of."""
-    kinds = (".json", ".safetensors", ".jinja", ".txt")
-    for path in map(Path, places):
-        if path.is_file():
-            yield path
-        else:
-            yield from sorted(f for f in path.iterdir() if f.suffix in kinds and f.is_file())

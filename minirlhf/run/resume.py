@@ -7,7 +7,7 @@ files with --allow-data-change, all others with --allow-setting-change.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,16 @@ def changed_settings(before: Record, config: RunSettings, where: Path) -> dict[s
         raise UserError(where, what, do)
     changed |= {key: f"{key} did not exist, is {now[key]!r}" for key in newer}
     return {key: text for key, text in changed.items() if key not in OF_THE_START}
+
+
+def contents(places: Iterable[str | Path]) -> Iterator[Path]:
+    """Each file itself, and of each folder what a model is made of."""
+    kinds = (".json", ".safetensors", ".jinja", ".txt")
+    for path in map(Path, places):
+        if path.is_file():
+            yield path
+        else:
+            yield from sorted(f for f in path.iterdir() if f.suffix in kinds and f.is_file())
 
 
 def changed_inputs(before: Record, now: Record, config: RunSettings) -> list[dict]:

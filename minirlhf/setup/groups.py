@@ -164,12 +164,15 @@ class ResponseSettings:
     max_new_tokens: int = setting(64, "most tokens in a response", at_least=1, resume="start")
 
 
+COLDEST = 1e-4  # temperature; a lower one makes infinities of logits
+
+
 @dataclass(frozen=True)
 class SamplingSettings(ResponseSettings):
     """Sampling: the distribution that each token of a response is drawn from."""
 
     temperature: float = setting(
-        1.0, "logits are divided by it before the softmax", above=0, resume="start"
+        1.0, "logits are divided by it before the softmax", at_least=COLDEST, resume="start"
     )
     top_k: int = setting(
         0, "sample from the k most probable tokens; 0: from all", at_least=0, resume="start"

@@ -8,6 +8,7 @@ from minirlhf.run.glossary import METRICS
 from minirlhf.run.resume import OutSettings
 from minirlhf.run.settings import override, setting
 from minirlhf.setup.groups import (
+    COLDEST,
     BatchSettings,
     DataSettings,
     DeviceSettings,
@@ -137,6 +138,8 @@ class SampleConfig(
         problems = []
         if (self.data is None) == (self.prompt is None):
             problems.append("give exactly one of --data and --prompt")
+        if 0 < self.temperature < COLDEST:
+            problems.append(f"--temperature {self.temperature:g}: 0, or at least {COLDEST:g}")
         if self.samples > 1 and self.temperature == 0:
             problems.append(f"--samples {self.samples} with temperature 0: they would all be one")
         return problems

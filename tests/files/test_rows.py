@@ -6,6 +6,7 @@ import gzip
 import pytest
 
 from minirlhf.errors import UserError
+from minirlhf.files import reading
 from minirlhf.files.reading import read_file, read_json, strict_json
 from minirlhf.files.rows import Row, read_rows
 
@@ -108,6 +109,17 @@ def test_read_rows_of_csv_takes_a_field_of_more_than_128_kib(tmp_path):
 def test_read_rows_of_text_gives_one_row_a_line(tmp_path):
     path = write(tmp_path, "a.txt", " one \r\n\n\ttwo\0")
     assert columns(path) == [{"text": " one "}, {"text": "\ttwo\0"}]
+
+
+def test_a_gzip_bomb_is_refused_before_a_row_of_it_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "UNPACKED", 10_000)
+    bomb, whole = tmp_path / "bomb.jsonl.gz", tmp_path / "whole.jsonl.gz"
+    bomb.write_bytes(gzip.compress(b'{"a": 1}\n' * 100_000))  # 900,000 bytes in some 1,800
+    assert 900_000 > 200 * bomb.stat().st_size
+    with pytest.raises(UserError, match=r"bomb\.jsonl\.gz: unpacks to more than 200 times its"):
+        next(read_rows(bomb))
+    whole.write_bytes(gzip.compress(b'{"a": 1}\n' * 1_111))  # 9,999 bytes: any file may hold them
+    assert len(list(read_rows(whole))) == 1_111
 
 
 def test_read_rows_unpacks_gzip_and_refuses_damage(tmp_path):

@@ -112,3 +112,11 @@ Not as there, on purpose:
   its bug is not here
 """
     )
+
+
+def test_a_settings_file_that_takes_long_to_read_is_refused(tmp_path):
+    config = tmp_path / "long.toml"
+    config.write_text("rate = 1\n" + "a" + ".a" * 2048 + " = 1\n", encoding="utf-8")
+    assert "long.toml:2: a line of more than 4,096 characters" in refused("--config", str(config))
+    config.write_text("# twice a\n" * 7_000, encoding="utf-8")
+    assert "long.toml: larger than 65,536 bytes" in refused("--config", str(config))

@@ -118,6 +118,18 @@ def test_an_empty_folder_and_one_of_a_start_cut_short_are_taken(tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "run.json"]
 
 
+def test_a_folder_is_named_without_steps_back_through_what_is_not_there(tmp_path):
+    with start(tmp_path / "nothing" / ".." / "run") as run:
+        run.restore(make_state())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_link_in_a_circle_is_no_folder(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match=r"--out: Symlink loop from .*: give another --out"):
+        start(tmp_path / "loop")
+
+
 def test_a_folder_that_was_filled_since_is_refused_on_entering(tmp_path):
     late = start(tmp_path / "run")
     with start(tmp_path / "run") as run:
