@@ -68,10 +68,13 @@ def json_lines(*rows: object) -> str:
 
 
 def make_world(folder: Path) -> Path:
-    """A language model, its reward model, one of another tokenizer, and a file for each verb."""
-    for name, texts, size in (("lm", [], 258), ("rm", [], 258), ("other", ["some words"] * 9, 260)):
+    """A language model, its reward model, both with another tokenizer, and a file for each verb."""
+    words = ["some words"] * 9
+    for name, texts, size, save in (
+        ("lm", [], 258, save_lm), ("rm", [], 258, save_scorer),
+        ("other-lm", words, 260, save_lm), ("other", words, 260, save_scorer),
+    ):
         vocabulary = train_tokenizer(texts, size, folder / name).vocab_size
-        save = save_lm if name == "lm" else save_scorer
         save(folder / name, SHAPE, vocab_size=vocabulary)
     files = {
         "texts.jsonl": json_lines(TEXT, TEXT), "pairs.jsonl": json_lines(PAIR, PAIR),

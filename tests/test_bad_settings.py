@@ -213,7 +213,6 @@ TOML = [  # added to a right file, what is told behind its name
     ("[steps]\nlast = 1", f"steps: {SECTIONS}"),
     ("steps = 1\nsteps = 2", "not valid TOML: "),
     ("model = lm", "not valid TOML: "),
-    ("steps = " + "9" * 5000, "not valid TOML: "),
     ("learning_rate = inf", "learning_rate: got inf, must be a finite number > 0"),
     ("seed = 2026-01-01", "seed: got 2026-01-01, must be a whole number"),
     ("eval_data = 1", "eval_data: got 1, must be text or a list of text"),
@@ -231,7 +230,7 @@ JSON = [  # content of a file, what is told behind its name
     ('{"learning_rate": NaN}', ":1: NaN is not JSON"),
     ('{"steps": ' + "9" * 5000 + "}", ":1: an integer of thousands of digits"),
     ('{"model": "\\ud800"}', ":1: half of a surrogate pair"),
-    (" " * (2**20 + 1), ": larger than 1,048,576 bytes"),
+    (" " * (2**16 + 1), ": larger than 65,536 bytes"),
     ('{"a": ' * 2000, ":1: nested deeper than 64 levels"),
     ("<html>", ":1: not valid JSON at column 1: it looks like a web page"),
     ('{"stepz": 1}', ": stepz: unknown setting: the nearest is steps; --data: required"),
@@ -349,8 +348,8 @@ def another(field: dataclasses.Field, value: object) -> object:
     return changed[kind(field)]()
 
 
-EVERYWHERE = {"out", "resume", "log_every", "save_every", "keep", "device", "allow_data_change",
-              "allow_setting_change", "gradient_checkpointing", "dry_run"}
+EVERYWHERE = {"out", "resume", "resume_from", "log_every", "save_every", "keep", "device",
+              "allow_data_change", "allow_setting_change", "gradient_checkpointing", "dry_run"}
 WEIGHTS = {"model", "lora_rank", "lora_alpha", "dtype"}  # a checkpoint's are of them
 ROWS = {"seed", "overlong", "columns", "bad_rows", "fix_text", "allow_empty_prompt", "chat",
         "template_kwargs"}
@@ -480,7 +479,7 @@ NEEDS = "def f(completions, rating):\n    return [0.0 for _ in completions]\n"
         ({"reward": "reward.py:nothing"}, "--reward reward.py: has no function 'nothing'"),
         ({"reward": "lm"}, "lm: has no 'score.weight': not a reward model"),
         ({"ref": "nowhere"}, "nowhere: no such folder"),
-        ({"ref": "other"}, "--ref other: has another tokenizer than the policy"),
+        ({"ref": "other-lm"}, "--ref other-lm: has another tokenizer than the policy"),
         ({"critic": "nowhere"}, "nowhere: no such folder"),
         ({"critic": "other"}, "--critic other: has another tokenizer"),
         ({"critic": "lm"}, "lm: has no 'score.weight'"),
