@@ -513,7 +513,7 @@ def test_held_out_prompts_need_the_reward_s_columns_before_any_weight(refused, n
     [
         # "The film" has 8 tokens, and 4 are sampled
         ("other", 12,
-         "held.jsonl:2: 9 tokens once --reward narrow re-encodes them, and 4 new: it reads 12: "
+         "held.jsonl:2: 9 tokens as --reward narrow reads them, 4 new: it reads 12: "
          "lower max_prompt_length or max_new_tokens"),
         ("rm", 6, "prompts.jsonl:1: 8 tokens"),
     ],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minirlhf import streams
 from minirlhf.data.batching import cut_by_tokens
-from minirlhf.data.encoding import strip_eos
+from minirlhf.data.encoding import read_part
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import Ranking
 from minirlhf.data.tokenizer import Tokenizer
@@ -75,14 +75,16 @@ def micro_batches(examples: list[E], max_tokens: int) -> list[Tensor]:
     return cut_by_tokens(row_lengths(examples), len(examples), max_tokens, counts)
 
 
-def reads_before_eos(model: ModelConfig, tokenizer: Tokenizer) -> bool:
-    """Whether a score is read before the eos: without a token to spare other tools pad with eos."""
-    return bool(model.source.get("read_before_eos")) or tokenizer.spare_pad_token() is None
+def unread_end(model: ModelConfig, tokenizer: Tokenizer) -> int | None:
+    """The id that a reward model trained here does not read at the end of a text, or None: without
+    a token to spare other tools pad with eos, and read the score before it."""
+    before_eos = model.source.get("read_before_eos") or tokenizer.spare_pad_token() is None
+    return tokenizer.eos_ids[0] if before_eos and tokenizer.eos_ids else None
 
 
-def without_eos(example: E, eos_ids: tuple[int, ...]) -> E:
-    """The example without the eos at the end of its texts, for a model that is read before it."""
-    stripped = [strip_eos(ids, eos_ids) for ids in example.responses]
+def without_unread(example: E, unread: int) -> E:
+    """The example without these ids at the end of its texts, for a model that reads before them."""
+    stripped = [read_part(ids, unread) for ids in example.responses]
     if not (example.prompt_ids or all(stripped)):
         raise UserError(example.where, "a text of nothing but eos", "remove the row")
     if isinstance(example, Pair):

@@ -12,6 +12,7 @@ from pathlib import Path
 from minirlhf.data.arguments import ARGUMENTS, given_arguments, template_arguments
 from minirlhf.data.chat_template import TemplateOverrun
 from minirlhf.data.dialogues import Dialogue
+from minirlhf.data.ending import completed
 from minirlhf.data.formats import was_sampled
 from minirlhf.data.parts import Parts, is_chat
 from minirlhf.data.tokenizer import Tokenizer
@@ -59,6 +60,9 @@ def encode(
                 raise type(ids)(row.where, str(ids))
             if ready:
                 ids = _checked(row, ids, tokenizer)
+                if whole and tokenizer is not None and was_sampled(row):
+                    head, *answers = ids
+                    ids = head, *(completed(tokenizer, head, answer) for answer in answers)
             else:
                 ids = _ended(row, ids, headless, tokenizer.eos_ids if adds_eos else ())
         except TemplateOverrun:  # whatever becomes of bad rows: the next one would take as long
@@ -110,13 +114,15 @@ def _is_cut(row: Row) -> bool:
     return was_sampled(row) and row.columns["finish_reason"] == "length"
 
 
-def strip_eos(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
-    """The ids without the eos at their end, if there is one.
+def read_part(ids: list[int], unread: int | None) -> list[int]:
+    """The ids up to where a reward model reads their score: those of `unread` at the end are not.
 
-    >>> strip_eos([5, 9], (0, 9)), strip_eos([0, 5], (0, 9)), strip_eos([], (0, 9))
-    ([5], [0, 5], [])
+    >>> read_part([5, 0], 0), read_part([5, 0, 7], 0), read_part([5, 0, 0], 0), read_part([5], None)
+    ([5], [5, 0, 7], [5], [5])
     """
-    return ids[:-1] if ids and ids[-1] in eos_ids else ids
+    while ids and ids[-1] == unread:
+        ids = ids[:-1]
+    return ids
 
 
 def _checked(

@@ -22,9 +22,9 @@ from minirlhf import streams
 from minirlhf.batches.preferences import (
     collate_pairs,
     micro_batches,
-    reads_before_eos,
     row_lengths,
-    without_eos,
+    unread_end,
+    without_unread,
 )
 from minirlhf.data.batching import training_batches
 from minirlhf.data.examples import Pair, load_pairs
@@ -82,13 +82,16 @@ def summed_loss(model: RewardModel, pairs: list[Pair]) -> torch.Tensor:
 def main(model: str, data: str, out: str, steps: str | None = None) -> None:
     make_deterministic("cpu")
     tokenizer, lm = load_tokenizer(model), load_pretrained(model, torch.float32)
-    # transformers reads a score at the last token that is no padding. A tokenizer without a token
-    # to spare pads with eos, so that the token before eos is read: then train on texts without it.
-    before_eos = reads_before_eos(lm.config, tokenizer)
-    finish = partial(without_eos, eos_ids=tokenizer.eos_ids) if before_eos else None
-    pairs, report = load_pairs(data, tokenizer, MAX_LENGTH, overlong="drop", finish=finish)
+    # transformers reads a score at the last token that is no padding, of a dialogue behind all that
+    # its chat template writes. A tokenizer without a token to spare pads with eos, so that the
+    # token before eos is read: then train on texts without it.
+    unread = unread_end(lm.config, tokenizer)
+    finish = None if unread is None else partial(without_unread, unread=unread)
+    pairs, report = load_pairs(
+        data, tokenizer, MAX_LENGTH, overlong="drop", finish=finish, whole=True
+    )
     print(report)
-    reward_model = RewardModel(lm, before_eos)
+    reward_model = RewardModel(lm, unread)
     # The head from N(0, 1/(D + 1)): Stiennon et al. 2020 (arXiv:2009.01325).
     initialize_score(reward_model, streams.generator(SEED, "reward head"))
     Path(out).mkdir(parents=True)  # refused where it exists

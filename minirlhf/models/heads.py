@@ -21,6 +21,7 @@ from minirlhf.models.transformer import CausalLM, Decoder
 # Of config.json: ours, and OpenRLHF's, which an export folds into them.
 REWARD_KEYS = ("reward_heads", "reward_lcb_coef", "reward_mean", "reward_std",
                "value_head_prefix", "normalize_reward", "mean", "std")
+POSITIONS = ("end_of_text", "end_of_turn")  # score_position may be
 
 
 class ValueHeadModel(nn.Module):
@@ -63,9 +64,12 @@ class ValueHeadModel(nn.Module):
 class RewardModel(nn.Module):
     """A decoder with a scalar head on the last token of a row: `model(tokens, lengths)` -> (B,).
 
-    It is saved as Hugging Face's `…ForSequenceClassification` with one label. Where a tokenizer has
-    no token to spare for padding, Hugging Face pads with eos and reads the score before it. So
-    `read_before_eos` says that this model was trained on texts without their eos.
+    It is saved as Hugging Face's `…ForSequenceClassification` with one label, whose score is read
+    at the last token that is not the pad token. Where a tokenizer has no token to spare for
+    padding, that is its eos. So `unread` is the id that a row to score must not end with.
+
+    Messages are scored at the end of their rendered text (`whole`) or, if config.json says so, at
+    their end of turn, behind which many chat templates write a line end.
 
     Several heads on the trunk are an ensemble, whose score is a lower confidence bound: texts on
     which the heads disagree are scored lower, since there a policy finds what only looks good.
@@ -75,12 +79,13 @@ class RewardModel(nn.Module):
         mean, std of the heads' scores, of the population; reward_mean, reward_std as stored
 
     Args:
+        unread: a pad token's id, or None.
         heads: >= 1.
         lcb_coef: >= 0 standard deviations; 0 for a single head.
     """
 
     def __init__(
-        self, lm: CausalLM, read_before_eos: bool = False, heads: int = 1, lcb_coef: float = 0.0
+        self, lm: CausalLM, unread: int | None = None, heads: int = 1, lcb_coef: float = 0.0
     ):
         super().__init__()
         if heads < 1 or lcb_coef < 0 or (heads == 1 and lcb_coef):
@@ -89,7 +94,7 @@ class RewardModel(nn.Module):
                 "or more are legal, 0 for a single head, which disagrees with nobody"
             )
         self.config = lm.config
-        self.read_before_eos = read_before_eos
+        self.unread, self.whole = unread, True
         self.heads, self.lcb_coef = heads, lcb_coef
         self.reward_mean, self.reward_std = 0.0, 1.0
         self.model = lm.model
@@ -229,9 +234,23 @@ def reward_model_of(lm: CausalLM, head: Head, folder: Path) -> RewardModel:
         raise UserError(f"{where}: reward_lcb_coef", f"is {lcb_coef}", legal)
     if not std > 0:
         raise UserError(f"{where}: {std_key}", f"is {std}", "needs a number above 0")
-    model = RewardModel(lm, bool(source.get("read_before_eos", False)), heads, float(lcb_coef))
+    # Without a key of ours the head of transformers is read as there: at no pad token.
+    pad = source.get("pad_token_id") if head.name == "score" else None
+    unread = pad if type(pad) is int and source.get("read_before_eos", True) else None
+    model = RewardModel(lm, unread, heads, float(lcb_coef))
+    model.whole = reads_whole(source, where)
     model.reward_mean, model.reward_std = float(mean) - head.bias, float(std)
     return model
+
+
+def reads_whole(source: dict, where: Path) -> bool:
+    """Whether a reward model, by its config.json, is read at the end of the rendered text; it is
+    where the file does not say, since other tools read it there."""
+    position = source.get("score_position", "end_of_text")
+    if position not in POSITIONS:
+        got = f"is {printable(repr(position), 80)}"
+        raise UserError(f"{where}: score_position", got, f"legal: {', '.join(POSITIONS)}")
+    return position == "end_of_text"
 
 
 def reward_keys(model: RewardModel) -> dict:
@@ -242,7 +261,8 @@ def reward_keys(model: RewardModel) -> dict:
         "id2label": {str(head): label for head, label in enumerate(labels)},
         "label2id": {label: head for head, label in enumerate(labels)},
         "problem_type": "regression",  # else vLLM puts a sigmoid on the score
-        "read_before_eos": model.read_before_eos,
+        "read_before_eos": model.unread is not None,
+        "score_position": "end_of_text" if model.whole else "end_of_turn",
     }
     if model.heads > 1:  # other tools see that many numbers for a text, and no reward
         keys |= {"reward_heads": model.heads, "reward_lcb_coef": model.lcb_coef}

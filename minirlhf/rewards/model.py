@@ -3,7 +3,9 @@
 It reads the policy's token ids or, where it has a tokenizer of its own, the texts.
 """
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -11,7 +13,8 @@ from torch import Tensor
 from minirlhf import interrupt
 from minirlhf.data.arguments import NONE
 from minirlhf.data.batching import cut_by_tokens
-from minirlhf.data.encoding import strip_eos
+from minirlhf.data.encoding import read_part
+from minirlhf.data.ending import closed, completed, end_ids, tail_of
 from minirlhf.data.parts import Messages
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
@@ -39,52 +42,50 @@ def score_texts(
 
 def reencode(
     tokenizer: Tokenizer, prompt: str | Messages, text: str, reason: str,
-    arguments: Mapping[str, object] = NONE,
+    arguments: Mapping[str, object] = NONE, whole: bool = True,
 ) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids) in a reward model's own tokenizer, as its training makes them.
 
-    Messages go through its chat template, the response as the assistant's turn. An eos stands at
-    the end unless the response is truncated.
+    Messages go through its chat template, the response as the assistant's turn or as what its last
+    turn goes on with. An eos stands behind a string. A truncated response has no end.
 
     Args:
         text: the response, without eos.
         reason: why it ended: eos, stop or length.
         arguments: as in `Tokenizer.render_chat`.
+        whole: as in `Tokenizer.encode_dialogue`.
     """
+    cut = reason == "length"
     if isinstance(prompt, str):
         ((head, tail),) = tokenizer.encode_parts([(prompt, text)])
-    else:
-        turn = [{"role": "assistant", "content": text}]
-        head, tail = tokenizer.encode_dialogue(prompt, turn, resume=True, arguments=arguments)
-    ended = bool(tail) and tail[-1] in tokenizer.eos_ids  # a template ends the turn itself
-    if reason == "length":
-        return head, tail[:-1] if ended else tail
-    return head, tail if ended else [*tail, tokenizer.eos_ids[0]]
+        return head, tail if cut else [*tail, tokenizer.eos_ids[0]]
+    turn = [{"role": "assistant", "content": text}]
+    head, tail = tokenizer.encode_dialogue(
+        prompt, turn, resume=True, cut=cut, whole=whole, arguments=arguments
+    )
+    if cut or whole or (tail and tail[-1] in tokenizer.eos_ids):
+        return head, tail
+    return head, [*tail, tokenizer.eos_ids[0]]
 
 
-def end_of(
-    tokenizer: Tokenizer, prompt: str | Messages, drawn: int, arguments: Mapping[str, object] = NONE
-) -> int:
-    """The eos that ends a response in a reward model's training.
-
-    Args:
-        drawn: the last id that the policy sampled, for a prompt that the template refuses.
-    """
-    first, *others = tokenizer.eos_ids
-    if not others:
-        return first
-    try:
-        return reencode(tokenizer, prompt, "a", "eos", arguments)[1][-1]
-    except UserError:
-        return drawn if drawn in others else first
+def scores_read(model: RewardModel, tokenizer: Tokenizer) -> str:
+    """Where the model reads its scores, in a line."""
+    messages = "at the end of turn, as its config.json says"
+    if model.whole:
+        messages, tail = "at the end of the rendered text", tail_of(tokenizer)
+        messages += f", tail {json.dumps(tail)} included" if tail else ""
+    pads = model.unread in tokenizer.eos_ids
+    strings = "before their eos, which pads elsewhere" if pads else "at their eos"
+    return f"messages {messages}; strings {strings}"
 
 
 def model_reward(
     model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: int, own_tokenizer: bool = False,
     name: str = "--reward",
 ) -> RewardSource:
-    """Texts end as in the model's training: with its own eos, or without one where the response is
-    truncated. A response that a stop string ended is scored as the text before it, with eos.
+    """Texts end as in the model's training, in the place of the eos that the policy drew: messages
+    as the model's chat template ends them, strings with eos, truncated ones with nothing. A
+    response that a stop string ended is scored as the text before it, ended alike.
 
     Args:
         tokenizer: the reward model's.
@@ -97,25 +98,32 @@ def model_reward(
     if not tokenizer.eos_ids:
         what = "names no eos token, and a text that is scored must end with one"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
+    whole = model.whole
+
+    def ended(batch: Completions, i: int) -> list[int]:
+        """A response in ids, with its end in the place of its eos or stop string."""
+        prompt, text, head = batch.prompts[i], batch.completions[i], batch.prompt_ids[i]
+        first, *others = tokenizer.eos_ids
+        *own, drawn = batch.response_ids[i]
+        if batch.finish_reasons[i] == "stop":
+            own = tokenizer.ids_of_answer(prompt, head, [*own, drawn], text)
+        if isinstance(prompt, str):
+            return completed(tokenizer, head, [*own, first]) if whole else [*own, first]
+        with suppress(UserError):  # the template refuses the prompt
+            end = end_ids(tokenizer, prompt, whole, batch.arguments(i))
+            if end is None:
+                return reencode(tokenizer, prompt, text, "eos", batch.arguments(i))[1]
+            return closed(own, end)
+        return [*own, drawn if drawn in others else first]
 
     def row(batch: Completions, i: int) -> list[int]:
-        text, reason = batch.completions[i], batch.finish_reasons[i]
+        prompt, text, reason = batch.prompts[i], batch.completions[i], batch.finish_reasons[i]
         if own_tokenizer:
-            prompt, response = reencode(
-                tokenizer, batch.prompts[i], text, reason, batch.arguments(i)
-            )
+            head, tail = reencode(tokenizer, prompt, text, reason, batch.arguments(i), whole)
         else:
-            prompt, response = batch.prompt_ids[i], batch.response_ids[i]
-            if reason != "length":  # of several eos the policy may have drawn another
-                last, asked = response[-1], batch.prompts[i]
-                if reason == "eos":
-                    own = response[:-1]
-                else:
-                    own = tokenizer.ids_of_answer(asked, prompt, response, text)
-                response = [*own, end_of(tokenizer, asked, last, batch.arguments(i))]
-        if model.read_before_eos:
-            response = strip_eos(response, tokenizer.eos_ids)
-        return prompt + response
+            head, tail = batch.prompt_ids[i], batch.response_ids[i]
+            tail = tail if reason == "length" else ended(batch, i)
+        return read_part(head + tail, model.unread)
 
     def score(batch: Completions) -> Tensor:
         ids = [row(batch, i) for i in range(len(batch.completions))]

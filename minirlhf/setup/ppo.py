@@ -11,6 +11,7 @@ import torch
 
 from minirlhf.batches.demonstrations import TextMix
 from minirlhf.batches.rollouts import measure
+from minirlhf.data.ending import tail_of
 from minirlhf.data.examples import Prompt, encoded_text
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from minirlhf.equations.scores import EndRule, end_rule
@@ -20,11 +21,17 @@ from minirlhf.evaluation.samples import sample_table
 from minirlhf.files.folders import resolve
 from minirlhf.models import pretrained
 from minirlhf.models.compiling import compile_blocks
-from minirlhf.models.heads import RewardModel, ValueHeadModel, critic_from_reward_model
+from minirlhf.models.heads import (
+    RewardModel,
+    ValueHeadModel,
+    critic_from_reward_model,
+    reads_whole,
+)
 from minirlhf.models.lora import add_lora, merged_copy
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards import load, parse
+from minirlhf.rewards.model import scores_read
 from minirlhf.rewards.parse import Spec
 from minirlhf.rewards.source import RewardSource
 from minirlhf.run import optim
@@ -82,26 +89,34 @@ def check_models(
         pretrained.without_weights(reward_model, reward=True)
 
 
-def check_reencoded(config: PPOConfig, scorers: Sequence[Path], data: Data) -> None:
-    """Whether reward models that re-encode texts have room for every prompt and its response.
+def check_scorers(
+    config: PPOConfig, scorers: Sequence[Path], policy: Tokenizer, data: Data
+) -> None:
+    """Whether reward models have room for every prompt, its response and what stands behind it.
 
-    How many tokens a response has in such a model's vocabulary is not known before it is sampled:
-    room is asked for as many as the policy may sample.
+    How many tokens a response has once it is re-encoded is not known before it is sampled: room is
+    asked for as many as the policy may sample, and for the tail of the template where messages are
+    read to the end of their text.
 
     Args:
-        scorers: reward models with another tokenizer than the policy's.
+        policy: its tokenizer; a reward model with another one re-encodes texts.
     """
-    new = config.max_new_tokens
     for folder in scorers:
-        tokenizer, most = load_tokenizer(folder), pretrained.read_config(folder).longest_row
-        prompts = data.every_prompt
-        for prompt in prompts:
+        tokenizer, model = load_tokenizer(folder), pretrained.read_config(folder)
+        again, most = tokenizer.fingerprint != policy.fingerprint, model.longest_row
+        whole = reads_whole(model.source, folder / "config.json")
+        chats = any(not isinstance(prompt.text, str) for prompt in data.every_prompt)
+        tail = tail_of(tokenizer) if chats and whole else ""
+        for prompt in data.every_prompt:
+            is_text, new = isinstance(prompt.text, str), config.max_new_tokens
             try:
-                ids = encoded_text(tokenizer, prompt)
+                ids = encoded_text(tokenizer, prompt) if again else prompt.ids
             except UserError as error:
                 raise UserError(prompt.where, str(error)) from None
-            if len(ids) + new > most:
-                what = f"{len(ids)} tokens once --reward {folder} re-encodes them, and {new} new"
+            behind = 0 if is_text else len(tokenizer.encode_marked(tail))
+            if len(ids) + new + behind > most:
+                what = f"{len(ids)} tokens as --reward {folder} reads them, {new} new"
+                what += f" and {behind} behind these" if behind else ""
                 do = f"it reads {most}: lower max_prompt_length or max_new_tokens"
                 raise UserError(prompt.where, what, do)
 
@@ -131,11 +146,10 @@ def look(config: PPOConfig) -> Start:
     places = [parse.locate(spec) for spec in specs]
     scorers = [place for place in places if place is not None and place.is_dir()]
     check_models(config, (folder, ref_folder), critic, scorers, tokenizer)
-    others = [place for place in scorers if load.reencoded(place, tokenizer)]
-    same = [place for place in scorers if place not in others]
+    same = [place for place in scorers if not load.reencoded(place, tokenizer)]
     room = prompt_room(config, (folder, ref_folder, *critic, *same))
     data = read_data(config, tokenizer, room, pretrained.read_config(folder).longest_row)
-    check_reencoded(config, others, data)
+    check_scorers(config, scorers, tokenizer, data)
     inputs = {**data.files, "reward": [place for place in places if place], "ref": [ref_folder],
               "model": tokenizer_files(folder)}
     return Start(folder, ref_folder, critic, scorers, specs, tokenizer, data, inputs)
@@ -248,6 +262,9 @@ def load_run(config: PPOConfig) -> PPORun:
 
     facts = run_facts(config, len(data.prompts), policy) | of_machine | {"seed": config.seed}
     facts |= load.facts(start.specs, tokenizer, [prompt.text for prompt in data.every_prompt])
+    for model, place in reward_models:
+        key = "scores read" if len(reward_models) == 1 else f"scores read by {place.name}"
+        facts[key] = scores_read(model, load_tokenizer(place))
     return PPORun(config, r, state, data.prompts, data.sets, tokenizer, data.reports, facts,
                   config.steps, reward, ref, mix, evaluate, table, export_best)
 

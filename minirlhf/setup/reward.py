@@ -12,8 +12,8 @@ from minirlhf.batches.preferences import (
     PairLoss,
     collate,
     kind_of,
-    reads_before_eos,
-    without_eos,
+    unread_end,
+    without_unread,
 )
 from minirlhf.data.rankings import Ranking, load_preferences
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
@@ -23,7 +23,8 @@ from minirlhf.files import folders
 from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.models.families import name_eos
-from minirlhf.models.heads import RewardModel, initialize_score
+from minirlhf.models.heads import RewardModel, initialize_score, reads_whole
+from minirlhf.rewards.model import scores_read
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.reward_settings import RewardConfig
@@ -47,7 +48,7 @@ def check_loss(config: RewardConfig, path: str, examples: list[Example]) -> None
         raise UserError("--label-smoothing", what, do)
 
 
-def load_start(config: RewardConfig, before_eos: bool, dtype: torch.dtype) -> RewardModel:
+def load_start(config: RewardConfig, unread: int | None, dtype: torch.dtype) -> RewardModel:
     """The reward model of --model, or its language model under new heads.
 
     Of one that normalises its scores the weights are kept, and the mean and deviation left out.
@@ -72,13 +73,13 @@ def load_start(config: RewardConfig, before_eos: bool, dtype: torch.dtype) -> Re
         first = streams.generator(config.seed, "reward head")  # of a model with one head, too
         others = (streams.generator(config.seed, "reward head", h) for h in range(1, config.heads))
         initialize_score(model, first, *others)
-    model.read_before_eos = before_eos
+    model.unread = unread
     return model
 
 
 def write_reward_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:
     """A folder that transformers loads to the same scores: all its files name one pad token."""
-    pad = None if model.read_before_eos else tokenizer.spare_pad_token()
+    pad = None if model.unread is not None else tokenizer.spare_pad_token()
     if pad is None:
         pad = tokenizer.eos_token()
     token, pad_id = pad or (None, None)
@@ -105,12 +106,13 @@ def load_run(config: RewardConfig) -> TrainingRun[Example]:
     folder = folders.resolve(config.model)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
     r.inputs["model"] = tokenizer_files(folder)
-    before_eos = reads_before_eos(model_config, tokenizer)
-    finish = partial(without_eos, eos_ids=tokenizer.eos_ids) if before_eos else None
+    unread = unread_end(model_config, tokenizer)
+    finish = None if unread is None else partial(without_unread, unread=unread)
+    whole = reads_whole(model_config.source, folder / "config.json")
 
     def read(file: str) -> tuple[list[Example], Report]:
         examples, report = load_preferences(file, tokenizer, config.max_length, config.overlong,
-                                            policy=RowPolicy.of(config), finish=finish)
+                                            RowPolicy.of(config), finish, whole)
         check_loss(config, file, examples)
         return examples, report
 
@@ -118,5 +120,6 @@ def load_run(config: RewardConfig) -> TrainingRun[Example]:
     make_deterministic(device)
     estimate = memory.of_training("reward", config, model_config, rows.tokens, dtype, False)
     facts = memory.announce(estimate, [folder], dtype, device)
-    model = load_start(config, before_eos, dtype)
+    model = load_start(config, unread, dtype)
+    facts = {"scores read": scores_read(model, tokenizer)} | facts
     return ready(config, r, model, tokenizer, rows, kind_of(rows.train), facts, device)

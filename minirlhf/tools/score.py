@@ -5,7 +5,6 @@ line a row goes to --out or to stdout, a summary and everything else to stderr.
 """
 
 import sys
-from collections.abc import Sequence
 from functools import partial
 from math import isfinite
 
@@ -18,9 +17,9 @@ from minirlhf.batches.preferences import (
     count_texts,
     kind_of,
     texts_of,
-    without_eos,
+    without_unread,
 )
-from minirlhf.data.encoding import strip_eos
+from minirlhf.data.encoding import read_part
 from minirlhf.data.examples import Pair, Text, load_texts
 from minirlhf.data.rankings import load_preferences
 from minirlhf.data.tokenizer import load_tokenizer
@@ -29,9 +28,9 @@ from minirlhf.evaluation.reward import calibration_error, ordered_scores, prefer
 from minirlhf.files import folders
 from minirlhf.files.sieve import RowPolicy
 from minirlhf.models import pretrained
-from minirlhf.models.heads import RewardModel
+from minirlhf.models.heads import RewardModel, reads_whole
 from minirlhf.recipes.reward import SHOWN
-from minirlhf.rewards.model import score_texts
+from minirlhf.rewards.model import score_texts, scores_read
 from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
 from minirlhf.tools.check.rows import recipe_of
@@ -40,12 +39,10 @@ from minirlhf.tools.settings import ScoreConfig
 
 
 def text_rows(
-    model: RewardModel, texts: list[Text], eos_ids: Sequence[int], micro_batch_tokens: int
+    model: RewardModel, texts: list[Text], micro_batch_tokens: int
 ) -> tuple[list[dict], str]:
     """({where, score} of each text, summary in a line)."""
-    rows = [text.ids for text in texts]
-    if model.read_before_eos:
-        rows = [strip_eos(ids, eos_ids) or ids for ids in rows]
+    rows = [read_part(text.ids, model.unread) or text.ids for text in texts]
     scores = score_texts(model, rows, micro_batch_tokens)
     found = [{"where": text.where, "score": score}
              for text, score in zip(texts, scores.tolist(), strict=True)]
@@ -55,7 +52,7 @@ def text_rows(
 
 
 def preference_rows(
-    model: RewardModel, examples: list[Example], eos_ids: Sequence[int], micro_batch_tokens: int
+    model: RewardModel, examples: list[Example], micro_batch_tokens: int
 ) -> tuple[list[dict], str]:
     """({where, chosen_score, rejected_score} of each pair or {where, scores, ranks} of each ranked
     list, summary in a line).
@@ -63,8 +60,8 @@ def preference_rows(
     The summary of lists has the metrics that the reward recipe shows of held-out lists; the loss is
     that of the whole order.
     """
-    if model.read_before_eos:
-        examples = [without_eos(example, eos_ids) for example in examples]
+    if model.unread is not None:
+        examples = [without_unread(example, model.unread) for example in examples]
     texts = [text for example in examples for text in texts_of(example)]
     flat = score_texts(model, texts, micro_batch_tokens)
     scores = list(flat.split(count_texts(examples).tolist()))
@@ -102,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     config = flags.parse(ScoreConfig, argv, "minirlhf score")
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     folder = folders.resolve(config.model)
-    tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
+    tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
+    positions = model_config.longest_row
     most = positions if config.max_length is None else config.max_length
     if most > positions:
         legal = f"the model has {positions} positions"
@@ -112,12 +110,16 @@ def main(argv: list[str] | None = None) -> int:
     read, make = partial(load_texts, imitated=False), text_rows
     if preferences:
         read, make = load_preferences, preference_rows
-    examples, report = read(config.data, tokenizer, most, config.overlong, policy=policy)
+    whole = reads_whole(model_config.source, folder / "config.json")
+    examples, report = read(
+        config.data, tokenizer, most, config.overlong, policy=policy, whole=whole
+    )
     print(report, file=sys.stderr)
     for line in pretrained.remarks([folder], dtype):
         print(f"warning: {line}", file=sys.stderr)
     model = pretrained.load_reward_model(folder, dtype, device)
-    rows, summary = make(model, examples, tokenizer.eos_ids, config.micro_batch_tokens)
+    print(f"scores read: {scores_read(model, tokenizer)}", file=sys.stderr)
+    rows, summary = make(model, examples, config.micro_batch_tokens)
     with json_lines(config.out) as write:
         for row in rows:
             write(row)

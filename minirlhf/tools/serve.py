@@ -7,7 +7,8 @@ POST /score takes either form of `minirlhf.rewards.service`:
 
 An item's prompt is a string or a list of messages, which the model's own chat template renders. A
 text of the second form is whole: a special token's name in it becomes that token, so whoever writes
-the text can forge one. A refusal is {"error": text} with a status of 4xx.
+the text can forge one. A dialogue of the template that ends with its eos gets what the template
+writes behind it. A refusal is {"error": text} with a status of 4xx.
 """
 
 import hmac
@@ -24,6 +25,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 
 from minirlhf.data.arguments import ARGUMENTS, template_arguments
+from minirlhf.data.ending import completed
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.files import folders
@@ -31,7 +33,7 @@ from minirlhf.files.reading import strict_json
 from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel
 from minirlhf.rewards.load import read_token
-from minirlhf.rewards.model import model_reward
+from minirlhf.rewards.model import model_reward, scores_read
 from minirlhf.rewards.service import Timed
 from minirlhf.rewards.source import Completions
 from minirlhf.run import flags
@@ -113,6 +115,8 @@ def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: in
             ):
                 none: list[list[int]] = [[] for _ in texts]
                 ids = [tokenizer.encode_marked(text) for text in texts]
+                if model.whole:
+                    ids = [completed(tokenizer, [], row) for row in ids]
                 as_it_is = ["length"] * len(texts)  # no eos is added
                 scores = reply = by_ids(Completions(texts, none, texts, ids, as_it_is, {})).tolist()
             case _:
@@ -241,7 +245,8 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         # shutdown waits for the loop below, which this thread is in
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
-    print(f"listening at http://{config.host}:{server.server_port}/score", flush=True)
+    print(f"listening at http://{config.host}:{server.server_port}/score")
+    print(f"scores read: {scores_read(model, tokenizer)}", flush=True)
     if token is None and config.host not in LOOPBACK:
         print("note: no --token-file, and others than this machine may ask", flush=True)
     server.serve_forever(poll_interval=0.1)

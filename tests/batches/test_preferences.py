@@ -19,7 +19,7 @@ from minirlhf.batches.preferences import (
     micro_batches,
     row_lengths,
     texts_of,
-    without_eos,
+    without_unread,
 )
 from minirlhf.errors import UserError
 from tests.tiny_reward import LISTS, PAIRS, pair, ranking, scored_by_last_token, tiny_model
@@ -201,13 +201,13 @@ def test_as_pairs_are_all_of_different_rank():
     assert [pair.margin for pair in as_pairs(scored)] == [1.5, 1.5]
 
 
-def test_without_eos_by_hand():
-    cut = without_eos(pair([1], [2, 0], [0, 3]), (0, 9))
+def test_without_unread_by_hand():
+    cut = without_unread(pair([1], [2, 0], [0, 3]), 0)
     assert (cut.prompt_ids, cut.chosen_ids, cut.rejected_ids) == ([1], [2], [0, 3])
-    assert without_eos(pair([1], [0], [2, 0, 9]), (0, 9)).chosen_ids == []
+    assert without_unread(pair([1], [0], [2, 0, 9]), 0).rejected_ids == [2, 0, 9]  # another eos
     with pytest.raises(UserError, match="t:1: a text of nothing but eos: remove the row"):
-        without_eos(pair([], [2], [0]), (0,))
-    cut = without_eos(ranking([1], [[2, 0], [0], [3]], [1, 2, 2]), (0,))
+        without_unread(pair([], [2], [0]), 0)
+    cut = without_unread(ranking([1], [[2, 0], [0], [3]], [1, 2, 2]), 0)
     assert cut.responses == [[2], [], [3]] and cut.ranks == [1, 2, 2]
 
 

@@ -203,7 +203,8 @@ def test_save_pretrained_refuses_a_config_made_by_hand(tmp_path):
 @pytest.mark.parametrize("family", EACH_FAMILY)
 @torch.no_grad()
 def test_reward_model_scores_alike_in_transformers(family, peer, tmp_path):
-    model = RewardModel(load_pretrained(peer(family)[1]), read_before_eos=family == "gpt2")
+    unread = 98 if family == "gpt2" else None
+    model = RewardModel(load_pretrained(peer(family)[1]), unread)
     model.score.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
     save_pretrained(model, tmp_path, pad_token_id=98)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -223,7 +224,7 @@ def test_reward_model_scores_alike_in_transformers(family, peer, tmp_path):
 
     again = load_reward_model(tmp_path)
     assert torch.equal(again(tokens, lengths), model(tokens, lengths))
-    assert again.read_before_eos == (family == "gpt2")
+    assert again.unread == unread and again.whole
     assert load_reward_model(tmp_path, dtype=torch.bfloat16).score.weight.dtype == torch.bfloat16
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minirlhf.batches.preferences import LIST_LOSSES, without_eos
+from minirlhf.batches.preferences import LIST_LOSSES, unread_end, without_unread
 from minirlhf.cli import main
 from minirlhf.data.examples import load_pairs
 from minirlhf.data.rankings import load_preferences
@@ -202,8 +202,8 @@ def our_scores(base, folder) -> torch.Tensor:
     tokenizer = load_tokenizer(folder)
     pairs, _ = load_pairs(base[1], tokenizer, 64, "error")
     model = load_reward_model(folder)
-    if model.read_before_eos:
-        pairs = [without_eos(p, tokenizer.eos_ids) for p in pairs]
+    if model.unread is not None:
+        pairs = [without_unread(p, model.unread) for p in pairs]
     result = evaluate_preferences(model, pairs)
     return torch.stack((result.chosen, result.rejected), 1).flatten()
 
@@ -234,7 +234,7 @@ def test_model_without_a_spare_pad_token_is_read_before_eos_as_transformers_does
     assert load_tokenizer(folder).spare_pad_token() is None
     out = tmp_path / "run"
     assert run_reward(base, out, *EVALUATED, "--eval-data", base[2], model=folder) == 0
-    assert load_reward_model(out / "model").read_before_eos
+    assert load_reward_model(out / "model").unread == 0
     theirs = transformers_scores(out / "model", whole_texts(base, "<|endoftext|>"))
     ours = our_scores(base, out / "model")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -258,7 +258,7 @@ def test_a_reward_model_of_llama_factory_is_trained_further(base, tmp_path, caps
     head = {"v_head.summary.weight": torch.rand(1, size), "v_head.summary.bias": torch.ones(1)}
     save_file(head, folder / "value_head.safetensors")
     config = RewardConfig(model=str(folder), data="d", out="o")
-    model = load_start(config, False, torch.float32)
+    model = load_start(config, None, torch.float32)
     assert torch.equal(model.score.weight, head["v_head.summary.weight"])
     assert model.reward_mean == 0
     assert "by a mean of -1.0000 and a deviation of 1.0000: both" in capsys.readouterr().out
@@ -266,17 +266,18 @@ def test_a_reward_model_of_llama_factory_is_trained_further(base, tmp_path, caps
 
 def test_head_depends_on_the_seed_alone(base):
     heads = [
-        load_start(RewardConfig(model=str(base[0]), seed=s), False, torch.float32).score.weight
+        load_start(RewardConfig(model=str(base[0]), seed=s), None, torch.float32).score.weight
         for s in (0, 0, 1)
     ]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
-def test_write_reward_model_of_ids_only_names_no_pad_token(base, tmp_path):
+def test_write_reward_model_of_ids_only_names_no_pad_token(base, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(base[0])
     tokenizer.eos_ids = ()
-    model = RewardModel(load_pretrained(base[0]))
-    model.read_before_eos = True
+    monkeypatch.setattr(tokenizer, "spare_pad_token", lambda: None)
+    lm = load_pretrained(base[0])
+    model = RewardModel(lm, unread_end(lm.config, tokenizer))
     write_reward_model(model, tokenizer, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text("utf-8")).get("pad_token_id") is None
 

@@ -10,10 +10,10 @@ from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.models.pretrained import load_reward_model
 from minirlhf.rewards.load import facts, load_reward
-from minirlhf.rewards.model import end_of, model_reward, reencode
+from minirlhf.rewards.model import model_reward, reencode
 from minirlhf.rewards.parse import parse_source
 from minirlhf.rewards.source import Completions
-from minirlhf.setup.ppo import check_reencoded
+from minirlhf.setup.ppo import check_scorers
 from minirlhf.setup.ppo_data import Data
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests.rewards.test_source import BATCH
@@ -52,7 +52,7 @@ def load(folder, tokenizer, tokens: int = 64):
 
 def reward_of(folder, batch: Completions, before: bool = False, tokens: int = 64) -> list[float]:
     model = load_reward_model(folder)
-    model.read_before_eos = before
+    model.unread = 0 if before else None
     return model_reward(model, load_tokenizer(folder), tokens)(batch).tolist()
 
 
@@ -92,8 +92,10 @@ def test_model_reward_ends_messages_as_its_template_does(folder, tmp_path):
     assert found.tolist() == pytest.approx([alone(two, [67, 1, 90, 1])], abs=1e-6)
     # A template that refuses the prompt has no end to say: what was drawn counts, if it is one.
     set_template(two, "{{ raise_exception('no') }}")
-    refusing = load_tokenizer(two)
-    assert [end_of(refusing, messages, drawn) for drawn in (0, 1, 7)] == [0, 1, 0]
+    reward = model_reward(load_reward_model(two), load_tokenizer(two), 64)
+    for drawn, end in ((0, 0), (1, 1), (7, 0)):
+        found = reward(batch._replace(response_ids=[[90, drawn]]))
+        assert found.tolist() == pytest.approx([alone(two, [67, 1, 90, end])], abs=1e-6)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -173,7 +175,7 @@ def test_both_paths_agree_where_the_tokenizers_are_equal(folder, before):
         response_ids=[*batch.response_ids, tokenizer.encode("c###")],
     )
     model = load_reward_model(folder)
-    model.read_before_eos = before
+    model.unread = 0 if before else None
     by_ids = model_reward(model, tokenizer, 64)(batch)
     by_text = model_reward(model, tokenizer, 64, own_tokenizer=True)(batch)
     assert torch.equal(by_ids, by_text)
@@ -224,12 +226,13 @@ def test_messages_are_rendered_with_what_their_row_tells(words, tmp_path):
     batch = Completions([MESSAGES] * 3, [[]] * 3, ["good"] * 3, [[]] * 3, ["eos"] * 3, TOLD)
     rows = [[*own.encode(f"{head}the film?"), 0, *own.encode("<assistant>"), *own.encode("good"), 0]
             for head in heads]
-    found = load(path, train_tokenizer([], 258, tmp_path / "policy"))(batch).total.tolist()
+    policy = train_tokenizer([], 258, tmp_path / "policy")
+    found = load(path, policy)(batch).total.tolist()
     assert found == pytest.approx([alone(path, row) for row in rows], abs=1e-6)
     prompt = Prompt([1], MESSAGES, "p.jsonl:1", {"tools": TOLD["tools"][0] * 60})
     config = PPOConfig(max_new_tokens=4)
-    with pytest.raises(UserError, match="re-encodes them"):
-        check_reencoded(config, [path], Data([prompt], {}, [], {}, []))
+    with pytest.raises(UserError, match=r"^p.jsonl:1: \d+ tokens as --reward .* reads them, 4 new"):
+        check_scorers(config, [path], policy, Data([prompt], {}, [], {}, []))
 
 
 @pytest.mark.parametrize("prompt", [MESSAGES, "the film?"], ids=["messages", "a string"])
@@ -270,31 +273,45 @@ def test_a_text_that_is_too_long_once_it_is_reencoded_is_an_error(folder, words)
         load(words, load_tokenizer(folder))(batch)
 
 
-def data_of(*prompts, held_out=()) -> Data:
-    """Prompts as a policy reads them, whose ids do not matter here."""
-    rows = [Prompt([67], text, f"p:{line}", {}) for line, text in enumerate(prompts, 1)]
-    held_out = [Prompt([67], text, f"h:{line}", {}) for line, text in enumerate(held_out, 1)]
-    return Data(rows, {"held/": held_out}, [], [], [])
+# What the template of `words` writes behind the eos, and how many tokens that is.
+TAILS = [("", 0, ""), ("zz", 2, " and 2 behind these")]
 
 
+@pytest.mark.parametrize(("tail", "behind", "shown"), TAILS)
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("chat", [False, True])
-def test_check_reencoded_wants_room_for_the_prompt_and_the_new_tokens(words, chat):
+def test_check_scorers_wants_room_for_all_that_is_read(
+    chat, again, tail, behind, shown, words, folder, tmp_path
+):
+    scorer = shutil.copytree(words, tmp_path / "scorer")
+    set_template(scorer, CHAT.replace("<|endoftext|>", f"<|endoftext|>{tail}"))
+    own = load_tokenizer(scorer)
+    policy = load_tokenizer(folder) if again else own
     text = MESSAGES if chat else "qq"  # a byte is a token, but for words of its training
-    size = len(load_tokenizer(words).encode_chat(text) if chat else "qq")
-    fits = PPOConfig(max_new_tokens=64 - size)  # of 64 positions
-    check_reencoded(fits, [words], data_of("q", text, held_out=["q"]))
-    told = rf"{size} tokens once --reward .*words.* re-encodes them, and {65 - size} new: it reads"
-    held_out = data_of("q", held_out=[text, text])
-    for where, data in (("p:2", data_of("q", text)), ("h:1", held_out)):
-        with pytest.raises(UserError, match=f"^{where}: {told}"):
-            check_reencoded(PPOConfig(max_new_tokens=65 - size), [words], data)
+    ids = own.encode_chat(text) if chat else own.encode("qq")
+    size, shown = len(ids) + (behind if chat else 0), shown if chat else ""
+
+    def check(new: int, held_out: bool) -> None:
+        rows = [Prompt([67], "q", "p:1", {}), Prompt([67] if again else ids, text, "p:2", {})]
+        data = Data(rows[: 2 - held_out], {"held/": rows[1:]}, [], [], [])
+        check_scorers(PPOConfig(max_new_tokens=new), [scorer], policy, data)
+
+    for held_out in (False, True):
+        check(64 - size, held_out)  # of 64 positions
+        told = f"p:2: {len(ids)} tokens as --reward .*scorer reads them, {65 - size} new{shown}: it"
+        with pytest.raises(UserError, match=f"^{told} reads 64: lower max_prompt_length"):
+            check(65 - size, held_out)
+    change_json(scorer / "config.json", score_position="end_of_turn")
+    check(64 - len(ids), held_out)
 
 
-def test_check_reencoded_names_the_prompt_that_the_template_refuses(words, tmp_path):
+def test_check_scorers_names_the_prompt_that_the_template_refuses(words, folder, tmp_path):
     shutil.copytree(words, tmp_path / "own")
     set_template(tmp_path / "own", "{{ raise_exception('no system here') }}")
+    prompts = [Prompt([67], "q", "p:1", {}), Prompt([67], MESSAGES, "p:2", {})]
     with pytest.raises(UserError, match=r"^p:2: .*no system here"):
-        check_reencoded(PPOConfig(max_new_tokens=8), [tmp_path / "own"], data_of("q", MESSAGES))
+        check_scorers(PPOConfig(max_new_tokens=8), [tmp_path / "own"], load_tokenizer(folder),
+                      Data(prompts, {}, [], [], []))
 
 
 def test_facts_say_that_texts_are_reencoded(folder, words):

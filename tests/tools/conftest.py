@@ -55,7 +55,9 @@ def files(tmp_path_factory):
     return {
         "LM": str(made / "lm"),
         "RM": save_reward_model(made / "rm", tokenizer),
-        "BEFORE": save_reward_model(made / "before", tokenizer, read_before_eos=True),
+        "BEFORE": save_reward_model(
+            made / "before", tokenizer, read_before_eos=True, pad_token_id=0
+        ),
         "PROMPTS": write_lines(made / "prompts.jsonl", *[{"prompt": p, "id": 7} for p in PROMPTS]),
         "CHAT": write_lines(made / "chat.jsonl", *chat),
         "TEXTS": write_lines(made / "texts.jsonl", *[{"text": text} for text in TEXTS]),

@@ -183,6 +183,7 @@ def test_score_reads_a_turn_that_was_continued(files, capsys, tmp_path):
     (line,) = lines_of(capsys, "score", "--model", files["RM"], "--data", path)
     tokenizer = load_tokenizer(files["RM"])
     ids = [*tokenizer.encode_chat(prompt), *tokenizer.encode(" no", bos=False), 0]
+    ids += tokenizer.encode("\n")  # which the plain template writes behind the eos
     assert line["score"] == pytest.approx(peer_score(files["RM"], ids), abs=1e-5)
 
 

@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 def serving(folder, token: str | None = None, before: bool = False, answer=None):
     """The address of a server of the folder, or of one that answers in its own way."""
     model = load_reward_model(folder)
-    model.read_before_eos = before
+    model.unread = 0 if before else None
     answer = answer or answer_with(model, load_tokenizer(folder), 64)
     server = Server(("127.0.0.1", 0), answer, token)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -286,7 +286,8 @@ def test_the_command_listens_at_loopback_until_a_signal(number, folder):
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == 0 and out == ""
+    read = r'messages at the end of the rendered text, tail "\n" included; strings at their eos'
+    assert process.returncode == 0 and out == f"scores read: {read}\n"
     assert told.count("\n") == 1 and "200, 1 texts" in told
 
 

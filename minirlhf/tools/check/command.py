@@ -10,12 +10,13 @@ import json
 import sys
 from collections.abc import Iterable
 
-from minirlhf.batches.preferences import reads_before_eos
+from minirlhf.batches.preferences import unread_end
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import OK, UserError, run
 from minirlhf.files import folders
 from minirlhf.files.sieve import RowPolicy
 from minirlhf.models import pretrained
+from minirlhf.models.heads import reads_whole
 from minirlhf.models.stored_heads import VALUE_HEAD
 from minirlhf.run import flags
 from minirlhf.setup.ppo import prompt_room
@@ -43,8 +44,9 @@ def check_model(name: str, recipes: Iterable[str]) -> Model:
         what = f"is a reward model, but {min(others)} trains a language model"
         raise UserError(folder, what, "give the language model as --model")
     tokenizer = load_tokenizer(folder)
-    before_eos = reads_before_eos(config, tokenizer)
-    return Model(config, tokenizer, is_reward, parameters, before_eos)
+    whole = reads_whole(config.source, folder / "config.json")
+    unread = unread_end(config, tokenizer)
+    return Model(config, tokenizer, is_reward, parameters, unread, whole)
 
 
 def limits(config: CheckConfig, recipe: str, model: Model | None) -> tuple[int | None, str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.batches.demonstrations import with_target
-from minirlhf.batches.preferences import without_eos
+from minirlhf.batches.preferences import without_unread
 from minirlhf.data.examples import tell_labels
 from minirlhf.data.rankings import says_nothing
 from minirlhf.data.tokenizer import Tokenizer
@@ -29,7 +29,8 @@ class Model(NamedTuple):
     tokenizer: Tokenizer
     is_reward: bool
     parameters: int
-    before_eos: bool  # a reward would be read before eos, so that pairs lose theirs
+    unread: int | None  # the id that a reward is read before, so that pairs lose it at their end
+    whole: bool  # a reward of messages is read at the end of the rendered text
 
 
 class Reading(NamedTuple):
@@ -83,15 +84,19 @@ def read_tokens(
         most: tokens of the longest row or, for ppo, prompt; None: no limit.
         overlong: what happens to longer ones.
     """
-    config, tokenizer, _, _, before_eos = model or (None, None, False, 0, False)
-    before_eos &= file.kind.recipe == "reward"
-    finish = with_target if file.kind.recipe == "sft" else None
-    if before_eos:
-        finish = partial(without_eos, eos_ids=tokenizer.eos_ids)
+    config, tokenizer, _, _, unread, whole = model or (None, None, False, 0, None, True)
+    finish, ended, as_read = None, True, {}
+    if file.kind.recipe == "sft":
+        finish = with_target
+    elif file.kind.recipe == "reward":
+        as_read, ended = {"whole": whole}, unread is None and not (whole and file.is_chat)
+        finish = None if unread is None else partial(without_unread, unread=unread)
 
     def load(limit: int | None, overlong: str, policy: RowPolicy) -> tuple[list[SeenRow], Report]:
         path = file.report.path
-        found, report = file.kind.load(path, tokenizer, limit, overlong, policy, finish)
+        found, report = file.kind.load(
+            path, tokenizer, limit, overlong, policy, finish, **as_read
+        )
         return list(map(row_of, found)), report
 
     rows, report = load(None, "drop", replace(policy, max_drop=1.0))
@@ -113,7 +118,7 @@ def read_tokens(
              "samples": samples(file.kind.names, kept, tokenizer)}
     odd = warn.odd_texts(file, tokenizer)
     if tokenizer is not None:
-        odd |= warn.odd_tokens(rows, tokenizer, ended=not before_eos)
+        odd |= warn.odd_tokens(rows, tokenizer, ended=ended)
         if file.is_chat and tokenizer.template_origin == "plain fallback":
             what = "written by a plain template, the model has none"
             odd[what] = [row.where for row in file.rows]
