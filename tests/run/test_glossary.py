@@ -75,6 +75,7 @@ def test_all_18_statistics_of_trl1_keep_their_names():
     [
         ("rewards/style/mean", "rewards/NAME/mean"),
         ("rewards/reward.py:vowels/std", "rewards/NAME/std"),
+        ("rewards/judge/format/mean", "rewards/NAME/mean"),
         ("rewards/mean", None),
         ("objective/kl", "objective/kl"),
         ("objective/k1", None),
