@@ -114,6 +114,7 @@ CHANGES = {
     },
     "ppo": {
         "reward": Change("reward.py:short"),
+        "chat": Change(True, {"reward": "reward.py:shown"}),  # which is given messages then
         "template_kwargs": Change(  # `letters` reads strings
             ["mood=dull"], {"model": "told", "data": "turns.jsonl", "reward": "reward.py:short"}
         ),
@@ -243,6 +244,7 @@ def world(tmp_path_factory):
             (folder / recipe / f"{name}.jsonl").write_text("".join(some))
     with (folder / "reward.py").open("a") as file:
         file.write("\ndef short(completions):\n    return [-len(t) for t in completions]\n")
+        file.write("\ndef shown(completions):\n    return [len(str(t)) for t in completions]\n")
     return folder
 
 
