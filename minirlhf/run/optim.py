@@ -144,12 +144,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None, where: str) -> floa
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     value = float(norm)
-    if not math.isfinite(value):
-        raise NonFinite(
-            f"{where}: grad_norm",
-            f"is {value}",
-            "nothing was updated; lower learning_rate or max_grad_norm, or look at the batch",
-        )
+    check_finite(where, {"grad_norm": value})
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return value
@@ -159,11 +154,8 @@ def check_finite(where: str, metrics: dict[str, float]) -> None:
     """Stops the run (exit code 3) at a number that is not finite, naming it."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise NonFinite(
-                f"{where}: {name}",
-                f"is {value}",
-                "nothing was updated; lower learning_rate, or look at the batch",
-            )
+            do = "nothing was updated; lower learning_rate, or look at the batch"
+            raise NonFinite(f"{where}: {name}", f"is {value}", do)
 
 
 @torch.no_grad()
