@@ -5,17 +5,16 @@ ordinary tokens, and no row of a data set can end a turn or forge a role.
 """
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import tokenizers
 
+from minirlhf.data.library import check_growth, one_line
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import strict_json
 
@@ -42,24 +41,6 @@ NAMES_CAP = 1 << 17  # characters of all special tokens together, which become o
 BATCH = 4096  # texts that the library encodes at once: it keeps much more of them than ids
 CONTEXT = 8  # tokens before a text that its decoding looks at: a character has four at most
 CROSSED = "a token crosses the end of the prompt: what follows is encoded by itself"  # of rows
-
-
-@contextmanager
-def _muted() -> Iterator[None]:
-    """Without the process's stderr: Rust writes pages about a panic before Python hears of it."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # it is closed
-        yield
-        return
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
 
 
 class Vocabulary:
@@ -92,7 +73,8 @@ class Vocabulary:
         self.fingerprint = hashlib.sha256(self._source).hexdigest()
         path = folder / "tokenizer.json"
         parsed = strict_json(source, path)
-        with _muted():
+        check_growth(parsed, path)
+        with one_line():
             self._backend = self._guard(tokenizers.Tokenizer.from_str, source)
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -175,7 +157,7 @@ class Vocabulary:
         self._spare = {text: id for id, text in special.items() if text}
         self._prefix: list[int] = []
         for probe in ("a", "A", "0", " "):
-            with _muted():
+            with one_line():
                 encoding = self._guard(self._backend.encode, probe)
             if 0 in (mask := encoding.special_tokens_mask):
                 self._prefix = encoding.ids[: mask.index(0)]
@@ -183,8 +165,7 @@ class Vocabulary:
         # Whether what stands behind a control token begins as a text does: Llama 2 puts a blank in
         # front of both, Mistral's later tokenizers of a text only.
         one = [token.content for token in added.values() if token.special][:1]
-        with _muted():
-            (alone,), named = self._tokens(["a"]), self._tokens([name + "a" for name in one], True)
+        (alone,), named = self._tokens(["a"]), self._tokens([name + "a" for name in one], True)
         self._begins_anew = all(ids[1:] == alone for ids in named)
         if nameless := [id for id in self._prefix if self._backend.id_to_token(id) is None]:
             what = f"puts the id {nameless[0]} before a text, which is no token's"
@@ -254,7 +235,8 @@ class Vocabulary:
         self._backend.encode_special_tokens = not named
         encode, rows = self._backend.encode_batch_fast, []
         for start in range(0, len(texts), BATCH):
-            batch = self._guard(encode, list(texts[start : start + BATCH]), False, False)
+            with one_line():
+                batch = self._guard(encode, list(texts[start : start + BATCH]), False, False)
             rows += [encoding.ids for encoding in batch]
         return rows
 
@@ -293,7 +275,8 @@ class Vocabulary:
         if not any(mark in text for mark in swapped):
             return self._tokens([text], True)[0]
         self._backend.encode_special_tokens = False
-        encoding = self._guard(self._backend.encode, text, None, False, False)
+        with one_line():
+            encoding = self._guard(self._backend.encode, text, None, False, False)
         ids, out, start, begun = encoding.ids, [], 0, 0
         controls = [i for i, id in enumerate(ids) if id in self._control]
         for i in [*controls, len(ids)]:
