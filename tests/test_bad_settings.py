@@ -352,7 +352,7 @@ EVERYWHERE = {"out", "resume", "resume_from", "log_every", "save_every", "keep",
               "allow_data_change", "allow_setting_change", "gradient_checkpointing", "dry_run"}
 WEIGHTS = {"model", "lora_rank", "lora_alpha", "dtype"}  # a checkpoint's are of them
 ROWS = {"seed", "overlong", "columns", "bad_rows", "fix_text", "allow_empty_prompt", "chat",
-        "template_kwargs"}
+        "template_kwargs", "rendered", "spelled"}
 PLACE = ROWS | {"batch_size", "max_length"}  # sft and reward count their place in these rows
 FREE = {  # what no number depends on, save that a device has its own last bits
     "sft": EVERYWHERE, "reward": EVERYWHERE | {"show_samples"},

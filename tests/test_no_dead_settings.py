@@ -76,6 +76,8 @@ CHANGES = {
             ["prompt=question"], {"data": "renamed.jsonl"}, needed="columns of no known format"
         ),
         "chat": Change(True),
+        "rendered": Change(True, {"data": "named.jsonl"}, needed="name of a control token"),
+        "spelled": Change(True, {"data": "named.jsonl"}, needed="name of a control token"),
         "bad_rows": Change("skip", {"data": "broken.jsonl"}, needed="not valid JSON"),
         "fix_text": Change(True, {"data": "surrogate.jsonl"}, needed="surrogate"),
         "allow_empty_prompt": Change(True, {"data": "empty.jsonl"}, needed="empty"),
@@ -236,6 +238,7 @@ def world(tmp_path_factory):
             "all": lines, "few": lines[:3], "broken": [*lines, "{"],
             "surrogate": [lines[0].replace("It was", "It was \\ud83d"), *lines],
             "empty": [lines[0].replace("It was", ""), *lines],
+            "named": [lines[0].replace("It was", "It <|pad|> was"), *lines],
             "renamed": [line.replace('"prompt"', '"question"') for line in lines],
             "turns": [json.dumps(in_turns(row)) + "\n" for row in ROWS[rows]],
         }

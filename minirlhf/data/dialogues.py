@@ -9,8 +9,16 @@ from typing import NamedTuple
 
 from minirlhf.data.arguments import NONE
 from minirlhf.data.chat_template import ChatTemplate, plain_template
+from minirlhf.data.control import (
+    begun,
+    learned_control,
+    marked,
+    place_of,
+    swap_names,
+    unused_character,
+)
 from minirlhf.data.parts import Messages
-from minirlhf.data.vocabulary import Vocabulary, swap_names, unused_character
+from minirlhf.data.vocabulary import Vocabulary
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import file_inside
 from minirlhf.files.reading import read_text
@@ -73,8 +81,30 @@ class DialogueTokenizer(Vocabulary):
         if not self.chat_template:  # an empty one renders nothing
             self.template_origin, self.chat_template = "plain fallback", None
         self._templates: dict[str, ChatTemplate] = {}  # made on first use: plain text needs none
+        found = learned_control(
+            self._backend.get_added_tokens_decoder(), self.eos_ids,
+            set(self.special_tokens.values()), self._written,
+        )
+        self._learn(*found)
 
     # ---------------------------------------------------------------------------------------- chat
+
+    def _written(self) -> tuple[str, str]:
+        """(what the template writes around turns that are not the assistant's, all that it writes);
+        of turns that it refuses, nothing."""
+        if self.chat_template is None:
+            return "", ""
+        mark = unused_character([])
+        system, user, answer, tool = (
+            {"role": role, "content": mark} for role in ("system", "user", "assistant", "tool")
+        )
+        shown = [text if isinstance(text, str) else "" for text in self._render([
+            Chat([system, user], False), Chat([user], False), Chat([user, answer, tool], False),
+            Chat([system, user, answer, user], True), Chat([user, answer, user], True),
+        ])]
+        parts = shown[2].split(mark)
+        behind = parts[2:] if len(parts) == 4 else []  # of the answer
+        return "\n".join([*shown[:2], *behind]), "\n".join(shown)
 
     def render_chat(
         self, messages: Messages, add_generation_prompt: bool = True,
@@ -119,7 +149,7 @@ class DialogueTokenizer(Vocabulary):
             is_open = add and messages and messages[-1].get("role") == "assistant"
             marks.append(unused_character([*messages, dict(arguments)]) if is_open else "")
         texts = self._rendered([
-            (_marked(messages, mark, strip=True), add and not mark,
+            (marked(messages, mark, strip=True), add and not mark,
              {**self.special_tokens, **arguments})
             for (messages, add, arguments), mark in zip(chats, marks, strict=True)
         ])
@@ -164,7 +194,9 @@ class DialogueTokenizer(Vocabulary):
 
         The template writes the beginning-of-text token itself where there is one: none is added.
         """
-        (seen, *turns), swapped = swap_names([dict(arguments), *messages], self.special_text)
+        (seen, *turns), swapped = swap_names(
+            [dict(arguments), *messages], self.special_text, self.thoughts
+        )
         return self._encode_rendered(self.render_chat(turns, arguments=seen), swapped)
 
     def encode_marked(self, text: str) -> list[int]:
@@ -213,15 +245,18 @@ class DialogueTokenizer(Vocabulary):
     def _encode_batch(
         self, dialogues: Sequence[Dialogue], whole: bool, counts: Counter[str]
     ) -> list[tuple[list[int], ...] | UserError]:
-        swapped = [swap_names([dict(d.arguments), d.prompt, *d.responses], self.special_text)
-                   for d in dialogues]
+        swapped = [
+            swap_names([dict(d.arguments), d.prompt, *d.responses], self.special_text,
+                       self.thoughts)
+            for d in dialogues
+        ]
         chats: list[Chat] = []
         marks = [unused_character(parts) if d.cut else ""
                  for d, (parts, _) in zip(dialogues, swapped, strict=True)]
         for dialogue, (parts, _), mark in zip(dialogues, swapped, marks, strict=True):
             seen, prompt, *responses = parts
             chats += [Chat(prompt, True, seen)]
-            chats += [Chat(_marked(_whole(prompt, answer, dialogue.resume), mark), False, seen)
+            chats += [Chat(marked(_whole(prompt, answer, dialogue.resume), mark), False, seen)
                       for answer in responses]
         texts, encoded = iter(self._render(chats)), []
         for dialogue, (parts, names), mark in zip(dialogues, swapped, marks, strict=True):
@@ -265,12 +300,12 @@ class DialogueTokenizer(Vocabulary):
         seen, prompt, *answers = parts
         mark = unused_character(parts)
         last = max((at for at, turn in enumerate(prompt) if turn["role"] != "assistant"), default=0)
-        asked = [*_marked(prompt[: last + 1], mark, strip=True), *prompt[last + 1 :]]
+        asked = [*marked(prompt[: last + 1], mark, strip=True), *prompt[last + 1 :]]
         chats = [Chat(_whole(ask, reply, resume), False, seen) for ask, reply in (
             *((asked, answer) for answer in answers),
-            *((prompt, _begun(answer, mark)) for answer in answers),
+            *((prompt, begun(answer, mark)) for answer in answers),
         )]
-        end_of_head, *found = map(_place, self._render([Chat(asked, True, seen), *chats]),
+        end_of_head, *found = map(place_of, self._render([Chat(asked, True, seen), *chats]),
                                   [head, *wholes, *wholes], [mark] * (1 + 2 * len(wholes)))
         shared, asks, fronts = _shared([head, *wholes]), [], []
         for whole, end, start in zip(wholes, found, found[len(wholes) :], strict=False):
@@ -306,9 +341,9 @@ class DialogueTokenizer(Vocabulary):
         if asked is not None and (shared := _shared([ids, *wholes])) >= len(encode(asked)):
             ids = ids[:shared]
         prompt, *answers = self._cut(ids, wholes, behind, encode, counts)
-        return prompt, *(answers if whole else map(self._to_its_end, answers))
+        return prompt, *(answers if whole else map(self.to_its_end, answers))
 
-    def _to_its_end(self, ids: list[int]) -> list[int]:
+    def to_its_end(self, ids: list[int]) -> list[int]:
         """Without the blanks behind the last eos, if nothing else stands there."""
         ends = [i + 1 for i, id in enumerate(ids) if id in self.eos_ids]
         if ends and not self.decode(ids[ends[-1] :], skip_special=False).strip():
@@ -350,35 +385,10 @@ class DialogueTokenizer(Vocabulary):
         return blank if whole.startswith(head) and found and not blank.strip() else ""
 
 
-def _marked(messages: Messages, mark: str, strip: bool = False) -> Messages:
-    """With the mark behind the content of the last turn, in the place of blanks there if they are
-    to be stripped; as they are where it is ""."""
-    if not mark:
-        return messages
-    content = messages[-1]["content"]
-    content = (content.rstrip() if strip else content) + mark
-    return [*messages[:-1], messages[-1] | {"content": content}]
-
-
-def _place(shown: str | UserError, text: str, mark: str) -> int | None:
-    """Where the mark stands in a text that was rendered with it; None where it is lost, or has
-    changed more than its place."""
-    if isinstance(shown, UserError) or not shown.replace(mark, "").startswith(text):
-        return None
-    return at if (at := shown.find(mark)) >= 0 else None
-
-
 def _shared(rows: Sequence[Sequence]) -> int:
     """How many items are the same at the beginning of all rows."""
     return next((i for i, items in enumerate(zip(*rows, strict=False)) if len({*items}) > 1),
                 min(map(len, rows)))
-
-
-def _begun(answer: Messages, mark: str) -> Messages:
-    """With the mark before the content of the first turn, behind the blanks there."""
-    content = answer[0].get("content") or ""
-    blank = content[: len(content) - len(content.lstrip())]
-    return [answer[0] | {"content": f"{blank}{mark}{content[len(blank) :]}"}, *answer[1:]]
 
 
 def _whole(prompt: Messages, response: Messages, resume: bool) -> Messages:

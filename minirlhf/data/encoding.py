@@ -6,19 +6,23 @@ model an answer in messages ends where the rendered text does, as in other tools
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from minirlhf.data.arguments import ARGUMENTS, given_arguments, template_arguments
 from minirlhf.data.chat_template import TemplateOverrun
+from minirlhf.data.control import strings_of
 from minirlhf.data.dialogues import Dialogue
 from minirlhf.data.ending import completed
 from minirlhf.data.formats import was_sampled
 from minirlhf.data.parts import Parts, is_chat
 from minirlhf.data.tokenizer import Tokenizer
-from minirlhf.errors import UserError
+from minirlhf.errors import UserError, printable
 from minirlhf.files.rows import Row
 from minirlhf.files.sieve import RowPolicy, Sieve
+
+# What is counted, of rows.
+ENDED = "an answer ends with the name of an eos, which ends it once"
+SPELLED = "names of control tokens stay text"
 
 
 def encode(
@@ -45,19 +49,15 @@ def encode(
     if ready:
         found = parts
     elif isinstance(sample, str):
-        found = _each_string(parts, tokenizer, counts)
+        found = _each_string(rows, tokenizer, sieve.policy, counts)
     else:
-        found = tokenizer.encode_dialogues([
-            Dialogue(prompt, answers, was_sampled(row), _is_cut(row),
-                     template_arguments(row.columns, row.where))
-            for row, (prompt, *answers) in rows
-        ], whole, counts)
+        found = _each_dialogue(path, rows, tokenizer, sieve.policy, whole, counts)
     headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
     encoded: list[tuple[list[int], ...] | None] = []
     for (row, _), ids in zip(rows, found, strict=True):
         try:
             if isinstance(ids, UserError):
-                raise type(ids)(row.where, str(ids))
+                raise ids if ids.where == row.where else type(ids)(row.where, str(ids))
             if ready:
                 ids = _checked(row, ids, tokenizer)
                 if whole and tokenizer is not None and was_sampled(row):
@@ -75,20 +75,112 @@ def encode(
 
 
 def _each_string(
-    parts: list[Parts], tokenizer: Tokenizer, counts: Counter[str]
+    rows: list[tuple[Row, Parts]], tokenizer: Tokenizer, policy: RowPolicy, counts: Counter[str]
 ) -> list[tuple[list[int], ...] | UserError]:
     """Ids of all rows, or what is wrong with a row."""
-    texts = [(prompt or "", *answers) for prompt, *answers in parts]
-    with suppress(UserError):  # of one row, which is found below
-        return tokenizer.encode_parts(texts, counts)
-    counts.clear()
-    found: list[tuple[list[int], ...] | UserError] = []
-    for row in texts:
-        try:
-            found += tokenizer.encode_parts([row], counts)
-        except UserError as error:
-            found.append(error)
-    return found
+    found: list = [_plain_parts(row, parts, tokenizer, policy, counts) for row, parts in rows]
+    texts = [part for part in found if not isinstance(part, UserError)]
+    here: Counter[str] = Counter()
+    try:
+        encoded = tokenizer.encode_parts([row for row, _ in texts], here, policy.rendered)
+    except UserError:  # of one row
+        encoded, here = [], Counter()
+        for row, _ in texts:
+            try:
+                encoded += tokenizer.encode_parts([row], here, policy.rendered)
+            except UserError as error:
+                encoded.append(error)
+    counts += here
+    ids = iter(encoded)
+    return [
+        part if isinstance(part, UserError) else _with_ends(next(ids), part[1], tokenizer)
+        for part in found
+    ]
+
+
+def _plain_parts(
+    row: Row, parts: Parts, tokenizer: Tokenizer, policy: RowPolicy, counts: Counter[str]
+) -> tuple[list[str], list[int | None]] | UserError:
+    """(prompt and answers without the eos that an answer may end with; these eos)."""
+    prompt, *answers = parts
+    if policy.rendered:
+        return [prompt or "", *answers], [None] * len(answers)
+    if was_sampled(row):  # a text without any token but what decoding shows
+        held = [tokenizer.control_name(prompt)]
+        cut = [(text, None) for text in answers]
+        counts[SPELLED] += any(tokenizer.control_name(text, answer=True) for text in answers)
+    else:
+        cut = [tokenizer.without_end(text) for text in answers]
+        held = [tokenizer.control_name(prompt or "")]
+        held += [tokenizer.control_name(text, answer=True) for text, _ in cut]
+    texts, ends = [text for text, _ in cut], [end for _, end in cut]
+    if (name := next(filter(None, held), None)) is not None:
+        if not policy.spelled:
+            return _holds(row, name)
+        counts[SPELLED] += 1
+    counts[ENDED] += any(end is not None for end in ends)
+    return [prompt or "", *texts], ends
+
+
+def _holds(row: Row, name: str) -> UserError:
+    what = f"holds {printable(name, 40)!r}, the name of a control token"
+    return UserError(row.where, what, "--spelled reads such names as text, --rendered as tokens")
+
+
+def _with_ends(
+    ids: tuple[list[int], ...] | UserError, ends: list[int | None], tokenizer: Tokenizer
+) -> tuple[list[int], ...] | UserError:
+    """With the eos that a text named at its end; without the blanks behind one."""
+    if isinstance(ids, UserError):
+        return ids
+    prompt, *answers = ids
+    return prompt, *(
+        tokenizer.to_its_end(answer if end is None else [*answer, end])
+        for answer, end in zip(answers, ends, strict=True)
+    )
+
+
+def _each_dialogue(
+    path: str | Path, rows: list[tuple[Row, Parts]], tokenizer: Tokenizer, policy: RowPolicy,
+    whole: bool, counts: Counter[str],
+) -> list[tuple[list[int], ...] | UserError]:
+    """Ids of all rows, or what is wrong with a row."""
+    if policy.rendered:
+        do = "leave it out: the chat template renders them"
+        raise UserError(path, "holds messages, and --rendered is for strings", do)
+    found: list = [_plain_turns(row, parts, tokenizer, policy, counts) for row, parts in rows]
+    ids = tokenizer.encode_dialogues(
+        [part for part in found if not isinstance(part, UserError)], whole, counts
+    )
+    return [part if isinstance(part, UserError) else next(ids) for part in found]
+
+
+def _plain_turns(
+    row: Row, parts: Parts, tokenizer: Tokenizer, policy: RowPolicy, counts: Counter[str]
+) -> Dialogue | UserError:
+    """The row's dialogue, each turn of the assistant without the eos that it may end with."""
+    sampled, ended, spelled, turns = was_sampled(row), False, False, []
+    for at, messages in enumerate(parts):
+        turns.append([])
+        for message in messages:
+            text = message.get("content")
+            if message.get("role") != "assistant" or not isinstance(text, str):
+                spelled |= any(map(tokenizer.control_name, strings_of(message)))
+            elif sampled and at:  # a text without any token but what decoding shows
+                spelled |= tokenizer.control_name(text, answer=True) is not None
+            else:
+                text, end = tokenizer.without_end(text)
+                ended |= end is not None
+                if name := tokenizer.control_name(text, answer=True):
+                    if not policy.spelled:
+                        return _holds(row, name)
+                    spelled = True
+                message = message | {"content": text}
+            turns[-1].append(message)
+    counts[ENDED] += ended
+    counts[SPELLED] += spelled
+    arguments = template_arguments(row.columns, row.where)
+    return Dialogue(turns[0], turns[1:], sampled, _is_cut(row), arguments)
 
 
 def _ended(

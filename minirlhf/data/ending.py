@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from minirlhf.data.arguments import NONE
+from minirlhf.data.control import unused_character
 from minirlhf.data.parts import Messages
 from minirlhf.data.tokenizer import Tokenizer
-from minirlhf.data.vocabulary import unused_character
 from minirlhf.errors import UserError
 
 

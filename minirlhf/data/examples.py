@@ -101,7 +101,7 @@ class Text:
 def is_bare(prompt: Part | None, tokenizer: Tokenizer) -> bool:
     """Whether a prompt is a text that goes to a model with a chat template as it stands."""
     has_template = tokenizer.template_origin != "plain fallback"
-    return has_template and isinstance(prompt, str) and not tokenizer.special_text.search(prompt)
+    return has_template and isinstance(prompt, str)
 
 
 class Encoded(NamedTuple):
@@ -190,7 +190,7 @@ def load_prompts(
         if isinstance(text, list) and isinstance(text[0], int):
             text = tokenizer.decode(e.prompt_ids, skip_special=False) if tokenizer else ""
         elif isinstance(text, str) and e.truncated:  # rewards see what the policy sees
-            text = tokenizer.decode(e.prompt_ids)
+            text = tokenizer.decode(e.prompt_ids, skip_special=not policy.rendered)
         return Prompt(e.prompt_ids, text, e.row.where, e.columns)
 
     return load_examples(split, make, finish, tokenizer, max_length, overlong)
@@ -246,7 +246,8 @@ def load_examples(
     encoded, lead, notes = encode(report.path, rows, tokenizer, sieve, whole)
     report.notes += notes + unread_arguments(rows, tokenizer, sieve.policy)
     first, (prompt, *_) = rows[0]
-    if tokenizer is not None and not was_sampled(first) and is_bare(prompt, tokenizer):
+    ready = tokenizer is None or was_sampled(first) or sieve.policy.rendered
+    if not ready and is_bare(prompt, tokenizer):
         report.notes.append(BARE)
     examples = []
     for (row, (prompt, *_)), ids in zip(rows, encoded, strict=True):

@@ -1,19 +1,16 @@
-"""Text <-> ids, by a tokenizer.json and the names that its folder gives to tokens.
-
-Text that comes from data is only ever text: "<|im_end|>" in a user's message is spelled out in
-ordinary tokens, and no row of a data set can end a turn or forge a role.
-"""
+"""Text <-> ids, by a tokenizer.json and the names that its folder gives to tokens."""
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import tokenizers
 
+from minirlhf.data.control import swap_names
 from minirlhf.data.library import check_growth, one_line
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import strict_json
@@ -53,7 +50,9 @@ class Vocabulary:
         unknown_id: id of the piece that stands for what has no other, or None.
         special_tokens: names, as bos_token, -> the tokens' texts: the folder's own, else those of
             transformers' class that the vocabulary has, else for eos that of the first id.
-        special_text: finds the names of all special tokens, eos among them, in a text.
+        special_text: finds the names of all control tokens in a text: special ones, eos, and those
+            that the chat template writes around turns.
+        thoughts: names of special tokens, such as <think>, that an answer may hold as tokens.
         fingerprint: sha256 of tokenizer.json, hex.
 
     Args:
@@ -139,11 +138,10 @@ class Vocabulary:
         added = self._backend.get_added_tokens_decoder()
         special = {id: token.content for id, token in added.items() if token.special}
         special |= {id: self._backend.id_to_token(id) for id in self.eos_ids}
-        texts = sorted(filter(None, special.values()), key=len, reverse=True)
+        texts = list(filter(None, special.values()))
         if (length := sum(map(len, texts))) > NAMES_CAP:
             path, legal = self.folder / "tokenizer.json", f"at most {NAMES_CAP:,}"
             raise UserError(path, f"special tokens of {length:,} characters", legal)
-        self.special_text = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         # The model's own "unknown" piece comes out of ordinary text, so it controls nothing.
         model = parsed["model"]
         unknown, vocab = model.get("unk_token"), model.get("vocab")
@@ -152,8 +150,11 @@ class Vocabulary:
             self.unknown_id = vocab.get(unknown)
         elif self.unknown_id is not None:
             unknown = vocab[self.unknown_id][0]
-        self._control = {id for id, text in special.items() if text != unknown}
+        self._control: set[int] = set()
         self._skipped = {id for id, token in added.items() if token.special}  # by decode
+        self._unknown, self._shown, self.thoughts = unknown, set(), frozenset()
+        self._names: set[str] = set()
+        self._add_control(special)
         self._spare = {text: id for id, text in special.items() if text}
         self._prefix: list[int] = []
         for probe in ("a", "A", "0", " "):
@@ -170,6 +171,35 @@ class Vocabulary:
         if nameless := [id for id in self._prefix if self._backend.id_to_token(id) is None]:
             what = f"puts the id {nameless[0]} before a text, which is no token's"
             raise UserError(self.folder / "tokenizer.json", what)
+
+    def _add_control(self, named: dict[int, str]) -> None:
+        """Makes control tokens of these ids; None where a token has no name."""
+        self._control |= {id for id, text in named.items() if text != self._unknown}
+        self._names |= set(filter(None, named.values()))
+        names = sorted(self._names, key=len, reverse=True)
+        self.special_text = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    def _learn(self, plain: dict[int, str], thoughts: dict[int, str]) -> None:
+        """What `learned_control` says."""
+        self._add_control(plain)
+        self._skipped -= thoughts.keys()
+        self.thoughts = frozenset(thoughts.values())
+        self._shown = {*plain.values(), *thoughts.values()}
+
+    def control_name(self, text: str, answer: bool = False) -> str | None:
+        """The first name of a control token in a text, which an answer's thoughts are not."""
+        spared = {self._unknown, *(self.thoughts if answer else ())}
+        found = (match[0] for match in self.special_text.finditer(text))
+        return next((name for name in found if name not in spared), None)
+
+    def without_end(self, text: str) -> tuple[str, int | None]:
+        """(the text before the name of an eos at its end, blanks behind it or not; that eos)."""
+        shown = text.rstrip()
+        for id in self.eos_ids:
+            name = self._backend.id_to_token(id)
+            if name and name.strip() and shown.endswith(name):
+                return shown[: -len(name)], id
+        return text, None
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of a text; names of special tokens inside it are spelled out, eos is never added.
@@ -191,7 +221,8 @@ class Vocabulary:
         return [self._prefix + ids for ids in rows] if bos else rows
 
     def encode_parts(
-        self, rows: Sequence[Sequence[str]], counts: Counter[str] | None = None
+        self, rows: Sequence[Sequence[str]], counts: Counter[str] | None = None,
+        rendered: bool = False,
     ) -> list[tuple[list[int], ...]]:
         """(prompt ids, response ids, ...) of each (prompt, response, ...), as `encode` makes them.
 
@@ -201,14 +232,35 @@ class Vocabulary:
 
         Args:
             counts: CROSSED is added to it for each row with such a response.
+            rendered: names of special tokens are these tokens, and nothing is put in front. Else
+                they are text, but for the thoughts of a response.
         """
         counts = Counter() if counts is None else counts
-        heads = self.encode_batch([prompt for prompt, *_ in rows])
-        whole = iter(self.encode_batch([row[0] + text for row in rows for text in row[1:]]))
-        return [
-            self._cut(head, list(islice(whole, len(texts))), texts, self.encode, counts)
-            for head, (_, *texts) in zip(heads, rows, strict=True)
-        ]
+        encode_all = partial(self._tokens, named=True) if rendered else self.encode_batch
+        heads = encode_all([prompt for prompt, *_ in rows])
+        whole = iter(encode_all([row[0] + text for row in rows for text in row[1:]]))
+        found = []
+        for head, (prompt, *texts) in zip(heads, rows, strict=True):
+            wholes = list(islice(whole, len(texts)))
+            encode = partial(_only, encode_all)
+            if not rendered and any(name in text for name in self.thoughts for text in texts):
+                encode, (prompt, *texts) = self._thoughtful(prompt, texts)
+                head, wholes = encode(prompt), [encode(prompt + text) for text in texts]
+            found.append(self._cut(head, wholes, texts, encode, counts))
+        return found
+
+    def _thoughtful(
+        self, prompt: str, texts: Sequence[str]
+    ) -> tuple[Callable[[str], list[int]], list[str]]:
+        """(what encodes them, the texts) with their thoughts as tokens, other names as text."""
+        turns = [{"role": "assistant", "content": text} for text in texts]
+        turns, names = swap_names(
+            [{"role": "user", "content": prompt}, *turns], self.special_text, self.thoughts
+        )
+        return (
+            lambda text: self._prefix + self._encode_rendered(text, names),
+            [turn["content"] for turn in turns],
+        )
 
     def _cut(
         self, head: list[int], wholes: list[list[int]], texts: Sequence[str],
@@ -252,8 +304,10 @@ class Vocabulary:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of ids; ids without a token (padded vocabularies) give no text."""
-        return self._guard(self._backend.decode, list(ids), skip_special)
+        """Text of ids; ids without a token (padded vocabularies) give no text. Thoughts are shown
+        whatever is skipped."""
+        ids = [id for id in ids if not (skip_special and id in self._skipped)]
+        return self._guard(self._backend.decode, ids, False)
 
     def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """Text of ids behind others, without special tokens: the decoders of some tokenizers take
@@ -268,7 +322,7 @@ class Vocabulary:
                 break
         ids = [id for id in ids if id not in self._skipped]
         head, text = self.decode(context, False), self.decode([*context, *ids], False)
-        return text[len(head) :] if text.startswith(head) else self.decode(ids, False)
+        return text[len(head) :] if text.startswith(head) else self.decode(ids)
 
     def _encode_rendered(self, text: str, swapped: dict[str, str]) -> list[int]:
         """Ids of a rendered text; stretches that hold swapped names are encoded as plain text."""
@@ -315,65 +369,11 @@ class Vocabulary:
     def check_stops(self, strings: Sequence[str]) -> None:
         """Raises UserError where a stop string names a token that no text shows."""
         for string in strings:
-            if self.special_text.search(string):
+            if any(m[0] not in self._shown for m in self.special_text.finditer(string)):
                 what = f"{printable(string, 80)!r} names a special token, which no text shows"
                 do = "an eos ends a response by itself: make it one in generation_config.json"
                 raise UserError("stop strings", what, do)
 
 
-# ---------------------------------------------------- names of special tokens inside messages
-
-
-def _strings(value: object) -> Iterator[str]:
-    """Every string of messages, keys too: a template may write those of a tool's arguments."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, child in value.items():
-            yield key
-            yield from _strings(child)
-    elif isinstance(value, list):
-        for child in value:
-            yield from _strings(child)
-
-
-def unused_character(messages: list) -> str:
-    """A private-use character that stands nowhere in the messages."""
-    text = "\0".join(_strings(messages))
-    return next(chr(code) for code in range(0x10FFFD, 0xF0000, -1) if chr(code) not in text)
-
-
-def swap_names(messages: list, names: re.Pattern) -> tuple[list, dict[str, str]]:
-    """Puts one private-use character in place of each special token's name in the messages.
-
-    So they stay text, whatever a chat template does with them. Once it has put its own tokens
-    around the messages, nobody can tell whose are whose.
-
-    Args:
-        messages: messages, or lists of messages that will be rendered together, and beside them
-            what else the template sees by name.
-        names: matches any special token's name.
-    Returns:
-        (messages, {character: name}); no character of it stood in the messages before.
-    """
-    text = "\0".join(_strings(messages))
-    found = dict.fromkeys(names.findall(text))
-    if not found:
-        return messages, {}
-    free = (chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in text)
-    character = dict(zip(found, free, strict=False))
-
-    def swap(value: object) -> object:
-        if isinstance(value, str):
-            return names.sub(lambda match: character[match[0]], value)
-        if isinstance(value, dict):
-            return {swap(key): swap(child) for key, child in value.items()}
-        return [swap(child) for child in value] if isinstance(value, list) else value
-
-    def swap_messages(value: object) -> object:
-        """A message's own keys, as role and content, are for the template to know."""
-        if isinstance(value, dict):
-            return {key: swap(child) for key, child in value.items()}
-        return [swap_messages(child) for child in value]
-
-    return swap_messages(messages), {mark: name for name, mark in character.items()}
+def _only(encode_all: Callable[[list[str]], list[list[int]]], text: str) -> list[int]:
+    return encode_all([text])[0]

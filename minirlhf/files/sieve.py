@@ -61,6 +61,12 @@ def column_problems(words: Iterable[str]) -> list[str]:
     return found
 
 
+def name_problems(rendered: bool, spelled: bool) -> list[str]:
+    """What is wrong with two settings that cannot both be meant."""
+    both = rendered and spelled
+    return ["rendered: names are tokens, spelled: they are text: give one of them"] if both else []
+
+
 @dataclass(frozen=True)
 class RowPolicy:
     """What is done about rows that are not as they should be.
@@ -76,8 +82,12 @@ class RowPolicy:
         chat: texts are turns, a prompt the user's and an answer the assistant's.
         template_kwargs: words such as enable_thinking=false, what each row of messages tells its
             chat template (data/arguments.py).
+        rendered: strings are rendered already: names of control tokens in them are these tokens,
+            and nothing is put in front.
+        spelled: such names are text. Where neither is said, a row whose string or assistant's turn
+            holds one elsewhere than at its end is malformed.
     Raises:
-        UserError: columns that cannot be meant.
+        UserError: columns that cannot be meant, or both of the last two.
     """
 
     bad_rows: str = "error"
@@ -87,9 +97,11 @@ class RowPolicy:
     columns: tuple[str, ...] = ()
     chat: bool = False
     template_kwargs: tuple[str, ...] = ()
+    rendered: bool = False
+    spelled: bool = False
 
     def __post_init__(self):
-        if problems := column_problems(self.columns):
+        if problems := column_problems(self.columns) + name_problems(self.rendered, self.spelled):
             raise UserError("RowPolicy", "; ".join(problems))
 
     @classmethod

@@ -10,7 +10,7 @@ needs another default, sentence or range says so by `override`. No group imports
 from dataclasses import dataclass
 
 from minirlhf.data.arguments import argument_problems
-from minirlhf.files.sieve import column_problems
+from minirlhf.files.sieve import column_problems, name_problems
 from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import setting
 
@@ -75,8 +75,20 @@ class DataSettings:
         at_least=0, at_most=1,
     )
 
+    rendered: bool = setting(
+        False, "strings are rendered already: names of control tokens in them are tokens, and "
+        "nothing is put in front", resume="start",
+    )
+    spelled: bool = setting(
+        False, "names of control tokens in strings and in the assistant's turns are text",
+        resume="start",
+    )
+
     def check(self) -> list[str]:
-        return column_problems(self.columns) + argument_problems(self.template_kwargs)
+        return [
+            *column_problems(self.columns), *argument_problems(self.template_kwargs),
+            *name_problems(self.rendered, self.spelled),
+        ]
 
 
 @dataclass(frozen=True)

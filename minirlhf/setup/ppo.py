@@ -104,6 +104,9 @@ def check_scorers(
     for folder in scorers:
         tokenizer, model = load_tokenizer(folder), pretrained.read_config(folder)
         again, most = tokenizer.fingerprint != policy.fingerprint, model.longest_row
+        if config.rendered and again:
+            what = f"the names of tokens are the policy's, --reward {folder} has another tokenizer"
+            raise UserError("--rendered", what, "give prompts as messages, which it renders itself")
         whole = reads_whole(model.source, folder / "config.json")
         chats = any(not isinstance(prompt.text, str) for prompt in data.every_prompt)
         tail = tail_of(tokenizer) if chats and whole else ""

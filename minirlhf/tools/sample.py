@@ -15,12 +15,14 @@ from tqdm import tqdm
 
 from minirlhf import streams
 from minirlhf.data.arguments import ARGUMENTS, given_arguments
+from minirlhf.data.encoding import encode
 from minirlhf.data.examples import BARE, Prompt, encoded_text, is_bare, load_prompts
 from minirlhf.data.split import NOT_READ
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, STOPPED, UserError, run
 from minirlhf.files import folders
-from minirlhf.files.sieve import RowPolicy
+from minirlhf.files.rows import Row
+from minirlhf.files.sieve import RowPolicy, Sieve
 from minirlhf.models import pretrained
 from minirlhf.models.generation import generate
 from minirlhf.models.sampling import Sampling, before_stop
@@ -106,7 +108,7 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
         )
         print(report, file=sys.stderr)
         return prompts[: config.limit]
-    if not config.chat and is_bare(config.prompt, tokenizer):
+    if not (config.chat or config.rendered) and is_bare(config.prompt, tokenizer):
         print(BARE, file=sys.stderr)
     turn = {"role": "user", "content": config.prompt}
     columns = {}
@@ -115,7 +117,11 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
             raise UserError("--template-kwargs", "no chat template renders --prompt", "give --chat")
         columns["chat_template_kwargs"] = given_arguments(config.template_kwargs)
     prompt = Prompt([], [turn] if config.chat else config.prompt, "--prompt", columns)
-    ids = encoded_text(tokenizer, prompt)
+    row = Row("--prompt", {"prompt": prompt.text, **columns}), (prompt.text,)
+    ids = tokenizer.encode("")
+    if config.prompt:
+        ((ids,),), _, notes = encode("--prompt", [row], tokenizer, Sieve(RowPolicy.of(config)))
+        print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
     if not 1 <= len(ids) <= room:
         raise UserError("--prompt", f"has {len(ids)} tokens", f"must have 1 to {room}")
     return [replace(prompt, ids=ids)]

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from minirlhf.data.encoding import ENDED
 from minirlhf.data.examples import Pair, Prompt, Text, load_pairs, load_prompts, load_texts
 from minirlhf.data.rankings import load_preferences
 from minirlhf.data.tokenizer import load_tokenizer
@@ -400,8 +401,9 @@ def test_what_cannot_be_spelled_is_the_fault_of_its_row(write, folder):
     tokenizer.special_text = re.compile("#")
     path = write({"text": "a"}, {"text": "b#"})
     with pytest.raises(UserError, match=r"a\.jsonl:2: .*cannot spell '#' as plain text"):
-        load_texts(path, tokenizer, 8, "drop")
-    texts, _ = load_texts(path, tokenizer, 8, "drop", policy=RowPolicy(bad_rows="skip"))
+        load_texts(path, tokenizer, 8, "drop", policy=RowPolicy(spelled=True))
+    policy = RowPolicy(bad_rows="skip", spelled=True)
+    texts, _ = load_texts(path, tokenizer, 8, "drop", policy=policy)
     assert [text.where[-2:] for text in texts] == [":1"]
 
 
@@ -457,11 +459,11 @@ def test_whole_answers_need_no_eos(write, folder):
 
 
 def test_texts_do_not_get_a_second_eos(write, folder, tokenizer):
-    # The answer's own end of turn is eos; and "<|endoftext|>" in data is text, not an end.
     (text,), _ = load_texts(write({"messages": [U, A]}), tokenizer, None, "drop")
-    assert text.ids.count(EOS) == 1
-    (text,), _ = load_texts(write({"text": "<|endoftext|>"}), tokenizer, None, "drop")
-    assert text.ids == [*spell("<|endoftext|>"), EOS]
+    assert text.ids.count(EOS) == 1  # the answer's own end of turn
+    (text,), report = load_texts(write({"text": "a<|endoftext|> \n"}), tokenizer, None, "drop")
+    assert text.ids == [*spell("a"), EOS]
+    assert report.notes == [f"{ENDED}, in 1 rows"]
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -625,7 +627,6 @@ def test_chat_refuses_whole_texts(write, tokenizer, load, row):
     "row, bare",
     [
         ({"prompt": "q", "completion": "a"}, True),
-        ({"prompt": "<|endoftext|>q", "completion": "a"}, False),  # rendered already
         ({"prompt": [U], "completion": [A]}, False),
         ({"text": "q"}, False),
         ({"prompt": "q", "response": "a", "finish_reason": "eos"}, False),  # of `minirlhf sample`

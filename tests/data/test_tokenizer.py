@@ -7,8 +7,8 @@ import shutil
 import pytest
 import tokenizers
 
+from minirlhf.data.control import swap_names
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
-from minirlhf.data.vocabulary import swap_names
 from minirlhf.errors import UserError
 from tests.data.conftest import spell
 

@@ -116,7 +116,7 @@ def read_tokens(
             for name, limit in limits.items() if limit is not None}
     facts = {"unit": "tokens", "limits": over | {"overlong": overlong},
              "samples": samples(file.kind.names, kept, tokenizer)}
-    odd = warn.odd_texts(file, tokenizer)
+    odd = warn.odd_texts(file)
     if tokenizer is not None:
         odd |= warn.odd_tokens(rows, tokenizer, ended=ended)
         if file.is_chat and tokenizer.template_origin == "plain fallback":
@@ -146,7 +146,7 @@ def read_text(file: SeenFile, policy: RowPolicy) -> Reading:
             raise
         problem = error
     facts = {"unit": "characters", "limits": None, "samples": []}
-    return Reading(report, kept, facts, warn.odd_texts(file, None), problem)
+    return Reading(report, kept, facts, warn.odd_texts(file), problem)
 
 
 # ---- in numbers ----------------------------------------------------------------------------------

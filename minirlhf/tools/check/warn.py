@@ -14,7 +14,7 @@ def _where(rows: list[SeenRow], test: Callable[[SeenRow], object]) -> list[str]:
     return [row.where for row in rows if test(row)]
 
 
-def odd_texts(file: SeenFile, tokenizer: Tokenizer | None) -> Oddities:
+def odd_texts(file: SeenFile) -> Oddities:
     """What is odd about the rows as they stand in the file."""
     rows, before, again = file.rows, set(), []
     for row in rows:
@@ -22,7 +22,6 @@ def odd_texts(file: SeenFile, tokenizer: Tokenizer | None) -> Oddities:
         before.add(row.key)
     negative = [row.where for row, (margin, _) in zip(rows, file.labels, strict=False)
                 if margin is not None and margin < 0]
-    is_name = tokenizer.special_text.search if tokenizer else lambda text: False
     return {
         "the same row as one before": again,
         "a pair that stands there both ways round": _both_ways(rows),
@@ -33,8 +32,6 @@ def odd_texts(file: SeenFile, tokenizer: Tokenizer | None) -> Oddities:
         "U+FFFD, which stands for text that could not be read":
             _where(rows, lambda r: any("\ufffd" in text for text in r.strings)),
         "a turn without text": _where(rows, lambda r: not all(map(str.strip, r.strings))),
-        "a control token's name, read as ordinary text":
-            _where(rows, lambda r: any(map(is_name, r.strings))),
         "a blank ends the prompt, which tokenizers expect before a word":
             _where(rows, lambda r: isinstance(r.parts[0], str) and r.parts[0].endswith(" ")),
         "no blank between prompt and answer": _where(rows, _touch),

@@ -253,7 +253,6 @@ EACH = "{% for m in messages %}{{ m.content }}|{% endfor %}"
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ({"prompt": "say <|endoftext|>", "response": " no"}, "a control token's name"),
         ({"prompt": "so \ufffd", "response": " no"}, "U+FFFD"),
         ({"prompt": "so ", "response": "no"}, "a blank ends the prompt"),
         ({"prompt": "so?", "response": "no"}, "no blank between prompt and answer"),
