@@ -42,6 +42,9 @@ OUTSIDE = "|".join(
         r"^main: r\.before\b",  # settings of the last start, to tell what has changed
         r"^main: (results|found)\b",  # of the last evaluation, which a resumed run makes anew
         r"^minirlhf\.run\.checkpoint\['_known_whole'\]",  # what was verified
+        r"^minirlhf\.files\.reading\['_seen'\]",  # what files were, to tell of a later change
+        r"container\.random\[\d\]",  # what a user's reward function draws from, if it draws
+        r"\b_held\b",  # locks that a fork must not keep, by their places in memory
     )
 )
 DERIVED = "|".join(
