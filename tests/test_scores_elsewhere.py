@@ -2,6 +2,8 @@
 padded batches, whoever wrote its folder."""
 
 import json
+import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,11 @@ from minirlhf.cli import main
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.pretrained import load_reward_model
-from minirlhf.rewards.model import model_reward
+from minirlhf.rewards.model import model_reward, scores_read
 from minirlhf.rewards.source import Completions
 from minirlhf.setup.reward import write_reward_model
 from minirlhf.tools.serve import answer_with
-from tests.tiny_folders import change_json, random_lm, write_lines
+from tests.tiny_folders import change_json, random_lm, read_lines, write_lines
 
 transformers = pytest.importorskip("transformers")
 
@@ -100,16 +102,22 @@ def folder(request, folders):
     return folders[kind][side]
 
 
-def elsewhere(folder: Path, chats: list[list[dict] | str]) -> list[float]:
-    """transformers' scores, in one padded batch; a string is taken as it is."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+@cache
+def peer(folder: Path) -> tuple:
+    """transformers' tokenizer and model."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder), model.eval()
+
+
+def elsewhere(folder: Path, chats: list[list[dict] | str]) -> torch.Tensor:
+    """transformers' scores, in one padded batch; a string is taken as it is."""
+    tokenizer, model = peer(folder)
     texts = [c if isinstance(c, str) else tokenizer.apply_chat_template(c, tokenize=False)
              for c in chats]
     batch = tokenizer(texts, padding=True, padding_side="right", add_special_tokens=False,
                       return_tensors="pt")
     with torch.no_grad():
-        return model.eval()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+        return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
 
 
 def turn(role: str, content: str) -> dict:
@@ -148,8 +156,53 @@ def test_pairs_lists_and_dialogues_are_scored_as_elsewhere(folder, tmp_path, cap
     close([row["score"] for row in scores(folder, rows, tmp_path, capsys)], expected)
 
 
+def test_a_folder_that_says_end_of_turn_is_read_there(folders, tmp_path, capsys):
+    folder = shutil.copytree(folders["a tail behind the eos"]["here"], tmp_path / "rm")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    assert (config["score_position"], config["read_before_eos"]) == ("end_of_text", False)
+    change_json(folder / "config.json", score_position="end_of_turn")
+    tokenizer, model = load_tokenizer(folder), load_reward_model(folder)
+    chats = [prompt + GOOD for prompt in PROMPTS]
+    expected = elsewhere(folder, [tokenizer.render_chat(c, False).rstrip("\n") for c in chats])
+    found = scores(folder, [{"messages": chat} for chat in chats], tmp_path, capsys)
+    close([row["score"] for row in found], expected)
+    ids = [tokenizer.encode_chat(prompt) for prompt in PROMPTS]
+    answer = tokenizer.encode(GOOD[0]["content"]) + list(tokenizer.eos_ids)
+    batch = Completions(PROMPTS, ids, [GOOD[0]["content"]] * 2, [answer] * 2, ["eos"] * 2, {})
+    for again in (False, True):
+        close(model_reward(model, tokenizer, 256, own_tokenizer=again)(batch), expected)
+    assert scores_read(model, tokenizer).startswith("messages at the end of turn, as its config")
+    # a model that is trained further is read, and says so, as the one before it
+    data = write_lines(tmp_path / "pairs.jsonl", [{"chosen": PROMPTS[0] + GOOD,
+                                                   "rejected": PROMPTS[0] + BAD}] * 2)
+    words = ["reward", "--model", str(folder), "--data", data, "--out", str(tmp_path / "out")]
+    assert main([*words, "--steps", "1"]) == 0
+    assert not load_reward_model(tmp_path / "out" / "model").whole
+    change_json(folder / "config.json", score_position="eos")
+    for command in (["score", *words[1:5]], [*words[:-1], "o"]):
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert "score_position: is 'eos': legal: end_of_text, end_of_turn" in told
+
+
+def test_a_run_evaluates_what_others_read(folders, tmp_path, capsys):
+    for kind in ("a tail behind the eos", "no tail, pad is eos"):
+        out, base = tmp_path / kind[:2], folders[kind]["here"]
+        rows = [{"prompt": p, "chosen": GOOD, "rejected": BAD} for p in PROMPTS]
+        data = write_lines(tmp_path / "pairs.jsonl", rows)
+        words = ["--steps", "2", "--learning-rate", "1e-2", "--eval-data", data, "--out", str(out)]
+        assert main(["reward", "--model", str(base), "--data", data, *words]) == 0
+        shown = capsys.readouterr().out
+        tail = ', tail "\\n" included' if "tail behind" in kind else ""
+        assert f"messages at the end of the rendered text{tail}; strings" in shown
+        theirs = elsewhere(out / "model", [p + answer for p in PROMPTS for answer in (GOOD, BAD)])
+        margin = float((theirs[::2] - theirs[1::2]).mean())
+        last = [row for row in read_lines(out / "metrics.jsonl") if "eval_margin" in row][-1]
+        assert last["eval_margin"] == pytest.approx(margin, abs=1e-5) and abs(margin) > 0.01
+
+
 def test_strings_are_scored_as_elsewhere(folder, tmp_path, capsys):
-    eos = transformers.AutoTokenizer.from_pretrained(folder).eos_token
+    eos = peer(folder)[0].eos_token
     texts = ["the film was good.", "bad", "it was a bad plot"]
     found = scores(folder, [{"text": text} for text in texts], tmp_path, capsys)
     close([row["score"] for row in found], elsewhere(folder, [text + eos for text in texts]))
@@ -173,7 +226,7 @@ def test_rollouts_are_scored_as_elsewhere(other, folder, tmp_path):
         [policy.encode(" " * plain + text) + drawn[reason] for _, text, reason in rows],
         [reason for _, _, reason in rows], {},
     )
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs, _ = peer(folder)
     chats = [
         theirs.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         + " " * plain + text if reason == "length" else [*prompt, turn("assistant", text)]
