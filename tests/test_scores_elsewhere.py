@@ -271,3 +271,9 @@ def test_rendered_texts_are_scored_as_their_dialogues(folder, tmp_path, capsys):
     batch = Completions(texts, prompts, [tokenizer.decode(row[:-1]) for row in answers], answers,
                         ["eos"] * 4, {})
     close(model_reward(model, tokenizer, 256)(batch), expected)
+
+    for lines in (drawn, whole) if known else (drawn,):
+        data = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in lines])
+        assert main(["score", "--model", str(folder), "--data", data, "--rendered"]) == 0
+        rows = map(json.loads, capsys.readouterr().out.splitlines())
+        close([row["score"] for row in rows], expected)

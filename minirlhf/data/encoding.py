@@ -42,6 +42,7 @@ def encode(
         raise UserError(path, "holds text and there is no tokenizer", "give one, or token ids")
     lead = [] if tokenizer is None else tokenizer.encode("")
     adds_eos = not (whole and isinstance(sample, list))  # a template has written what it writes
+    rendered = whole and isinstance(sample, str) and sieve.policy.rendered
     if not ready and adds_eos and len(parts[0]) > 1 and not tokenizer.eos_ids:
         what = "names no eos token, which every text ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
@@ -49,7 +50,7 @@ def encode(
     if ready:
         found = parts
     elif isinstance(sample, str):
-        found = _each_string(rows, tokenizer, sieve.policy, counts)
+        found = _each_string(rows, tokenizer, sieve.policy, rendered, counts)
     else:
         found = _each_dialogue(path, rows, tokenizer, sieve.policy, whole, counts)
     headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
@@ -64,7 +65,12 @@ def encode(
                     head, *answers = ids
                     ids = head, *(completed(tokenizer, head, answer) for answer in answers)
             else:
-                ids = _ended(row, ids, headless, tokenizer.eos_ids if adds_eos else ())
+                ids = _ended(
+                    row, ids, headless, tokenizer.eos_ids if adds_eos and not rendered else ()
+                )
+                if rendered and not _is_cut(row):
+                    head, *answers = ids
+                    ids = head, *(_whole_end(tokenizer, head, answer) for answer in answers)
         except TemplateOverrun:  # whatever becomes of bad rows: the next one would take as long
             raise
         except UserError as error:
@@ -75,9 +81,10 @@ def encode(
 
 
 def _each_string(
-    rows: list[tuple[Row, Parts]], tokenizer: Tokenizer, policy: RowPolicy, counts: Counter[str]
+    rows: list[tuple[Row, Parts]], tokenizer: Tokenizer, policy: RowPolicy, whole: bool,
+    counts: Counter[str],
 ) -> list[tuple[list[int], ...] | UserError]:
-    """Ids of all rows, or what is wrong with a row."""
+    """Ids of all rows, or what is wrong with a row; `whole`: with what stands behind their eos."""
     found: list = [_plain_parts(row, parts, tokenizer, policy, counts) for row, parts in rows]
     texts = [part for part in found if not isinstance(part, UserError)]
     here: Counter[str] = Counter()
@@ -92,10 +99,20 @@ def _each_string(
                 encoded.append(error)
     counts += here
     ids = iter(encoded)
+    if whole:
+        return [part if isinstance(part, UserError) else next(ids) for part in found]
     return [
         part if isinstance(part, UserError) else _with_ends(next(ids), part[1], tokenizer)
         for part in found
     ]
+
+
+def _whole_end(tokenizer: Tokenizer, head: list[int], answer: list[int]) -> list[int]:
+    """A rendered answer with all that the template writes behind it; with a missing eos first."""
+    if tokenizer.to_its_end(answer) != answer:
+        return answer  # it has that already
+    ended = answer and answer[-1] in tokenizer.eos_ids
+    return completed(tokenizer, head, answer if ended else [*answer, tokenizer.eos_ids[0]])
 
 
 def _plain_parts(
