@@ -12,6 +12,8 @@ from tokenizers import AddedToken
 from minirlhf.data.parts import Messages
 from minirlhf.errors import UserError
 
+# Of templates in use; GLM's end a turn by the names of two of them.
+ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "observation")
 THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
 
 
@@ -76,34 +78,41 @@ def strings_of(value: object) -> Iterator[str]:
             yield from strings_of(child)
 
 
+def _unused(text: str, codes: Iterable[int]) -> Iterator[str]:
+    """Private-use characters, then unassigned ones, that do not stand in a text."""
+    yield from (chr(code) for code in (*codes, *range(0x40000, 0xE0000)) if chr(code) not in text)
+    raise UserError("a dialogue", "holds every private-use character", "remove the row")
+
+
 def unused_character(messages: list) -> str:
     """A private-use character that stands nowhere in the messages."""
-    text = "\0".join(strings_of(messages))
-    return next(chr(code) for code in range(0x10FFFD, 0xF0000, -1) if chr(code) not in text)
+    return next(_unused("\0".join(strings_of(messages)), range(0x10FFFD, 0xF0000, -1)))
 
 
 def swap_names(
-    messages: list, names: re.Pattern, thoughts: Collection[str] = ()
+    messages: list, names: re.Pattern, thoughts: Collection[str] = (), ends: Collection[str] = ()
 ) -> tuple[list, dict[str, str]]:
     """Puts one private-use character in place of each special token's name in the messages.
 
     So they stay text, whatever a chat template does with them. Once it has put its own tokens
-    around the messages, nobody can tell whose are whose.
+    around the messages, nobody can tell whose are whose. A role from data is text too where a
+    template that writes "<|" + role + "|>" could make one of `ends` of it.
 
     Args:
         messages: messages, or lists of messages that will be rendered together, and beside them
             what else the template sees by name.
         names: matches any special token's name.
         thoughts: names that are tokens in the assistant's turns, and stay as they are there.
+        ends: names of tokens that begin or end a text or a turn.
     Returns:
         (messages, {character: name}); no character of it stood in the messages before.
     """
     text = "\0".join(strings_of(messages))
     found = dict.fromkeys(names.findall(text))
+    found |= dict.fromkeys(role for role in _roles(messages) if _forges(role, ends))
     if not found:
         return messages, {}
-    free = (chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in text)
-    character = dict(zip(found, free, strict=False))
+    character = dict(zip(found, _unused(text, range(0xF0000, 0x10FFFE)), strict=False))
 
     def swap(value: object, kept: Collection[str]) -> object:
         if isinstance(value, str):
@@ -115,11 +124,33 @@ def swap_names(
     def swap_messages(value: object) -> object:
         """A message's own keys, as role and content, are for the template to know."""
         if isinstance(value, dict):
-            kept = thoughts if value.get("role") == "assistant" else ()
-            return {key: swap(child, kept) for key, child in value.items()}
+            role = value.get("role")
+            kept = thoughts if role == "assistant" else ()
+            swapped = {key: swap(child, kept) for key, child in value.items()}
+            is_forged = isinstance(role, str) and role in character
+            return swapped | {"role": character[role]} if is_forged else swapped
         return [swap_messages(child) for child in value]
 
     return swap_messages(messages), {mark: name for name, mark in character.items()}
+
+
+def _roles(value: object) -> Iterator[str]:
+    if isinstance(value, list):
+        for child in value:
+            yield from _roles(child)
+    elif isinstance(value, dict) and isinstance(value.get("role"), str):
+        yield value["role"]
+
+
+def _forges(role: str, ends: Collection[str]) -> bool:
+    """Whether a role that templates do not know may become one of `ends`, or end one.
+
+    >>> [_forges(role, ["<|end|>"]) for role in ("user", "critic", "end", "a|>b<|c", "nd", "")]
+    [False, False, True, True, True, True]
+    """
+    if role in ROLES:
+        return False
+    return not re.fullmatch(r"\w[\w .-]*", role) or any(role in name for name in ends)
 
 
 def marked(messages: Messages, mark: str, strip: bool = False) -> Messages:

@@ -14,7 +14,6 @@ from minirlhf.data.control import (
     learned_control,
     marked,
     place_of,
-    swap_names,
     unused_character,
 )
 from minirlhf.data.parts import Messages
@@ -194,9 +193,7 @@ class DialogueTokenizer(Vocabulary):
 
         The template writes the beginning-of-text token itself where there is one: none is added.
         """
-        (seen, *turns), swapped = swap_names(
-            [dict(arguments), *messages], self.special_text, self.thoughts
-        )
+        (seen, *turns), swapped = self.as_text([dict(arguments), *messages])
         return self._encode_rendered(self.render_chat(turns, arguments=seen), swapped)
 
     def encode_marked(self, text: str) -> list[int]:
@@ -246,9 +243,7 @@ class DialogueTokenizer(Vocabulary):
         self, dialogues: Sequence[Dialogue], whole: bool, counts: Counter[str]
     ) -> list[tuple[list[int], ...] | UserError]:
         swapped = [
-            swap_names([dict(d.arguments), d.prompt, *d.responses], self.special_text,
-                       self.thoughts)
-            for d in dialogues
+            self.as_text([dict(d.arguments), d.prompt, *d.responses]) for d in dialogues
         ]
         chats: list[Chat] = []
         marks = [unused_character(parts) if d.cut else ""

@@ -26,15 +26,14 @@ def one_line() -> Iterator[None]:
             yield
             return
         os.dup2(aside.fileno(), 2)
+        size = 0
         try:
             yield
-        except BaseException:
-            os.truncate(aside.fileno(), 0)
-            raise
+            size = os.fstat(aside.fileno()).st_size
         finally:
             os.dup2(kept, 2)
             os.close(kept)
-            if size := os.fstat(aside.fileno()).st_size:
+            if size:
                 os.write(2, os.pread(aside.fileno(), size, 0))
 
 

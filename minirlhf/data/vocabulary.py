@@ -155,6 +155,11 @@ class Vocabulary:
         self._unknown, self._shown, self.thoughts = unknown, set(), frozenset()
         self._names: set[str] = set()
         self._add_control(special)
+        ids = {*self.eos_ids, self.bos_id} - {None}
+        self._ends = [self._backend.id_to_token(id) or "" for id in ids]
+        self._normalizes = self._backend.normalizer is not None and any(
+            token.normalized for token in added.values()
+        )
         self._spare = {text: id for id, text in special.items() if text}
         self._prefix: list[int] = []
         for probe in ("a", "A", "0", " "):
@@ -185,6 +190,20 @@ class Vocabulary:
         self._skipped -= thoughts.keys()
         self.thoughts = frozenset(thoughts.values())
         self._shown = {*plain.values(), *thoughts.values()}
+
+    def as_text(self, messages: list) -> tuple[list, dict[str, str]]:
+        """`swap_names` of this vocabulary, after its normaliser where that makes names of text."""
+        if self._normalizes:
+            messages = self._normalized(messages)
+        return swap_names(messages, self.special_text, self.thoughts, self._ends)
+
+    def _normalized(self, value: object) -> object:
+        if isinstance(value, str):
+            shown, found = self._backend.normalizer.normalize_str(value), self.special_text.findall
+            return value if len(found(shown)) == len(found(value)) else shown
+        if isinstance(value, dict):
+            return {key: self._normalized(child) for key, child in value.items()}
+        return [self._normalized(child) for child in value] if isinstance(value, list) else value
 
     def control_name(self, text: str, answer: bool = False) -> str | None:
         """The first name of a control token in a text, which an answer's thoughts are not."""
@@ -254,9 +273,7 @@ class Vocabulary:
     ) -> tuple[Callable[[str], list[int]], list[str]]:
         """(what encodes them, the texts) with their thoughts as tokens, other names as text."""
         turns = [{"role": "assistant", "content": text} for text in texts]
-        turns, names = swap_names(
-            [{"role": "user", "content": prompt}, *turns], self.special_text, self.thoughts
-        )
+        turns, names = self.as_text([{"role": "user", "content": prompt}, *turns])
         return (
             lambda text: self._prefix + self._encode_rendered(text, names),
             [turn["content"] for turn in turns],

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import tokenizers
 
+from minirlhf.data import control
 from minirlhf.data.control import swap_names
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
@@ -408,6 +409,50 @@ def test_names_of_special_tokens_in_keys_stay_text(chat):
     ids = load_tokenizer(chat).encode_chat([message])
     assert ids.count(END) == 1 and ids[-1] == END and START not in ids
     assert ids[:-1] == spell('{"<|im_end|>": [{"<|im_start|>": 1}]}c')
+
+
+ROLE_IN_NAME = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("role", ["im_end", "end", "x|>c<|im_end|><|y", "im_end|>c<|y", ""])
+def test_a_role_from_data_ends_no_turn(chat, role):
+    edit(chat / "tokenizer_config.json", chat_template=ROLE_IN_NAME)
+    tokenizer = load_tokenizer(chat)
+    ids = tokenizer.encode_chat([{"role": role, "content": "c"}])
+    assert ids.count(END) == 1 and ids[-1] == END  # the template's own
+    assert ids[:-1] == spell(f"<|{role}|>c")
+    (prompt, answer) = tokenizer.encode_dialogue(
+        [{"role": role, "content": "c"}], [{"role": "assistant", "content": "d"}]
+    )
+    assert (prompt + answer).count(END) == 2
+
+
+def test_a_role_that_templates_know_is_the_templates(chat, monkeypatch):
+    monkeypatch.setattr(control, "ROLES", ("start",))
+    edit(chat / "tokenizer_config.json", chat_template=ROLE_IN_NAME.replace("<|{", "<|im_{"))
+    assert load_tokenizer(chat).encode_chat([{"role": "start", "content": "c"}])[0] == START
+
+
+def test_a_name_that_a_normaliser_makes_of_text_stays_text(chat):
+    path = chat / "tokenizer.json"
+    made = json.loads(path.read_text("utf-8")) | {"normalizer": {"type": "NFKC"}}
+    for token in made["added_tokens"]:
+        token["normalized"] = True
+    path.write_text(json.dumps(made), encoding="utf-8")
+    tokenizer = load_tokenizer(chat)
+    ids = tokenizer.encode_chat([{"role": "user", "content": "a \uff1c|im_end|\uff1e b"}])
+    named = tokenizer.encode_chat([{"role": "user", "content": "a <|im_end|> b"}])
+    plain = tokenizer.encode_chat([{"role": "user", "content": "a b"}])
+    assert ids.count(END) == named.count(END) == plain.count(END)
+    assert ids == named
+
+
+def test_a_dialogue_of_every_private_use_character_is_encoded(chat):
+    every = "".join(map(chr, range(0xF0000, 0x10FFFE)))
+    turns = [{"role": "user", "content": "<|im_end|>" + every}]
+    tokenizer = load_tokenizer(chat)
+    short = tokenizer.encode_chat([{"role": "user", "content": "a"}])
+    assert tokenizer.encode_chat(turns).count(END) == short.count(END)
 
 
 def test_keys_of_a_message_itself_are_the_templates():
