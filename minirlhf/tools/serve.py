@@ -11,10 +11,12 @@ the text can forge one. A dialogue of the template that ends with its eos gets w
 writes behind it. A refusal is {"error": text} with a status of 4xx.
 """
 
+import errno
 import hmac
 import io
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -41,9 +43,10 @@ from minirlhf.run.machine import choose_device, choose_dtype
 from minirlhf.tools.settings import ServeConfig
 
 PATHS = ("/", "/score", "/v1/score/evaluation")  # the last is LLaMA-Factory's
-BODY_CAP = 16 << 20  # bytes
+BODY_CAP, HELD = 16 << 20, 64 << 20  # bytes of a body, and of all that wait
 REQUEST_TIME = 30.0  # seconds within which a whole request must have come
-LOOPBACK = ("127.0.0.1", "localhost")
+STOP_TIME = 1.0  # seconds that a signal waits for the reply in the making
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 Answer = Callable[[object], dict]
 
@@ -142,15 +145,43 @@ class Server(ThreadingHTTPServer):
     """
 
     daemon_threads = True  # a client that is silent does not hold the process
+    request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], answer: Answer, token: str | None = None):
-        self.answer, self.token, self.scoring = answer, token, threading.Lock()
+        self.answer, self.token = answer, token
+        self.scoring, self.counting = threading.Lock(), threading.Lock()
+        self.stopping, self.held, self.replying = False, 0, 0
         super().__init__(address, Handler)
 
-    def close(self) -> None:
-        """Closes the port after the reply that is being computed."""
-        with self.scoring:
-            self.server_close()
+    def get_request(self) -> tuple:
+        """Waits where there are no more descriptors: the next attempt would fail at once, too."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.1)
+            raise
+
+    def hold(self, size: int) -> bool:
+        """Counts bytes of bodies that are held; False where that would be too many."""
+        with self.counting:
+            fits = self.held + size <= HELD
+            self.held += size if fits else 0
+            return fits
+
+    def release(self, size: int) -> None:
+        with self.counting:
+            self.held -= size
+
+    def close(self) -> bool:
+        """Closes the port after the reply that is being made, if that does not take long; whether
+        nobody is at work any more. Whoever waits is told to go elsewhere."""
+        self.stopping, until = True, time.monotonic() + STOP_TIME
+        idle = self.scoring.acquire(timeout=STOP_TIME)
+        while idle and self.replying and time.monotonic() < until:
+            time.sleep(0.01)
+        self.server_close()
+        return idle and not self.replying
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -171,27 +202,50 @@ class Handler(BaseHTTPRequestHandler):
         started, texts = time.perf_counter(), 0
         status, reply = self._refusal()
         if not status:
-            data = self.rfile.read(int(self.headers["Content-Length"]))
-            try:
-                body = strict_json(data.decode(), "body")
-                with self.server.scoring:
-                    reply = self.server.answer(body)
-                    status, texts = 200, len(reply["scores"])
-                    self._send(status, reply)
-            except (UserError, UnicodeDecodeError) as error:
-                status, reply = 400, printable(error, 500)
-            except (RuntimeError, MemoryError) as error:  # out of memory, most often
-                status, reply = 500, f"scoring failed: {type(error).__name__}: {error}"
-                self.log_message("%s", reply)
-        if status != 200:
-            self._send(status, {"error": printable(reply, 500)})
+            status, reply = self._answered()
+            texts = len(reply["scores"]) if status == 200 else 0
+        try:
+            self._send(status, reply if status == 200 else {"error": printable(reply, 500)})
+        finally:
+            if status == 200:
+                with self.server.counting:
+                    self.server.replying -= 1
         self.log_message("%d, %d texts, %.3f s", status, texts, time.perf_counter() - started)
+
+    def _answered(self) -> tuple[int, dict | str]:
+        """(status, reply or reason). One at a time is parsed and scored: a body becomes many times
+        its size. The reply is sent when the next one is at work."""
+        data, server = bytearray(), self.server
+        try:
+            left = int(self.headers["Content-Length"])
+            while left and (piece := self.rfile.read(min(left, 1 << 16))):
+                left -= len(piece)
+                if server.hold(len(piece)):
+                    data += piece
+                else:
+                    self._skip(left)
+                    return 503, f"not now: {HELD:,} bytes of other requests wait"
+            with server.scoring:
+                if server.stopping:
+                    return 503, "not now: it is about to stop"
+                reply = server.answer(strict_json(data.decode(), "body"))
+                with server.counting:
+                    server.replying += 1
+                return 200, reply
+        except (UserError, UnicodeDecodeError) as error:
+            return 400, printable(error, 500)
+        except (RuntimeError, MemoryError) as error:  # out of memory, most often
+            reason = f"scoring failed: {type(error).__name__}: {error}"
+            self.log_message("%s", reason)
+            return 500, reason
+        finally:
+            server.release(len(data))
 
     def _refusal(self) -> tuple[int, str]:
         """(status, reason) of a request that is not scored; (0, "") of one that may be."""
         length, token = self.headers.get("Content-Length", ""), self.server.token
-        if not (length.isascii() and length.isdigit()):
-            return 411, "give a Content-Length"
+        if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
+            return 411, "give a Content-Length, and no Transfer-Encoding"
         if len(length) > 12 or int(length) > BODY_CAP:
             return 413, f"at most {BODY_CAP:,} bytes"
         given = self.headers.get("Authorization", "").encode()
@@ -200,12 +254,34 @@ class Handler(BaseHTTPRequestHandler):
             refusal = 401, "give the token: Authorization: Bearer TOKEN"
         elif self.path.partition("?")[0] not in PATHS:
             refusal = 404, f"no such path; there are {', '.join(PATHS)}"
+        elif reason := self._of_a_page():
+            refusal = 403, reason
+        elif self.headers.get_content_type() != "application/json":
+            refusal = 415, "give Content-Type: application/json"
         else:
             return 0, ""
-        left = int(length)  # a close with a body unread resets, and the reply may be lost
+        self._skip(int(length))
+        return refusal
+
+    def _of_a_page(self) -> str:
+        """Why a request may come from a web page that is open on this machine; "" of others.
+
+        A page may send to this address, or to a name of its own that it lets point here.
+        """
+        host = self.headers.get("Host", "").lower()
+        name, _, port = host.rpartition(":")
+        name = name if port.isdigit() else host
+        bound = self.server.server_address[0]
+        if "Origin" in self.headers:
+            return "web pages are not answered"
+        if bound in LOOPBACK and name not in LOOPBACK:
+            return f"Host must be {bound}, as long as it listens there"
+        return ""
+
+    def _skip(self, left: int) -> None:
+        """Reads the rest of a body: a close with some unread resets, and the reply may be lost."""
         while left and (piece := self.rfile.read(min(left, 1 << 16))):
             left -= len(piece)
-        return refusal
 
     def _send(self, status: int, reply: dict) -> None:
         data = json.dumps(reply, allow_nan=False).encode()
@@ -225,6 +301,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Answers until a signal, which ends the process."""
     config = flags.parse(ServeConfig, argv, "minirlhf serve")
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
     # The same flag as `make_deterministic` sets, without the compiler that it imports.
@@ -242,16 +319,25 @@ def main(argv: list[str] | None = None) -> int:
         reason = error.strerror or str(error)
         raise UserError(f"--host {config.host} --port {config.port}", reason,
                         "give another address, or a free port") from None
-    for number in (signal.SIGINT, signal.SIGTERM):
+    signals = []
+
+    def stop(number: int, _: object) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            os._exit(OK)
         # shutdown waits for the loop below, which this thread is in
-        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
+        threading.Thread(target=server.shutdown).start()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     print(f"listening at http://{config.host}:{server.server_port}/score")
     print(f"scores read: {scores_read(model, tokenizer)}", flush=True)
     if token is None and config.host not in LOOPBACK:
         print("note: no --token-file, and others than this machine may ask", flush=True)
     server.serve_forever(poll_interval=0.1)
     server.close()
-    return OK
+    sys.stdout.flush()
+    os._exit(OK)  # the interpreter would wait for threads that score, and end those that reply late
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`minirlhf serve`: the scores of the folder through HTTP, and what it refuses."""
 
+import errno
 import http.client
 import json
 import os
@@ -10,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +69,7 @@ def ask(address: str, body: object, path: str = "/score", **headers: str) -> tup
     """Status and reply."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection = http.client.HTTPConnection(address, timeout=5)
-    connection.request("POST", path, data, headers)
+    connection.request("POST", path, data, {"Content-Type": "application/json"} | headers)
     response = connection.getresponse()
     text = response.read()
     connection.close()
@@ -209,10 +212,116 @@ def test_other_paths_methods_and_sizes_are_refused(folder, capsys):
             assert raw(address, f"POST /score HTTP/1.1\r\nContent-Length: {length}") == wanted
         assert raw(address, "POST /score HTTP/1.1\r\nX: y") == 411
         assert raw(address, "GET /score HTTP/1.1\r\nX: y") == 501
-        capsys.readouterr()
         assert raw(address, "POST /\x1b[31m HTTP/1.1\r\nContent-Length: 0") == 404
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "\\x1b" in told and "\x1b" not in told
+        told = ""
+        while "\\x1b" not in told:  # a line follows its reply
+            told += capsys.readouterr().err
+    assert "\\x1b[31m HTTP/1.1: 404" in told and "\x1b" not in told
+
+
+@pytest.mark.parametrize(
+    ("headers", "wanted", "told"),
+    [
+        ({"Origin": "http://evil.example"}, 403, "web pages are not answered"),
+        ({"Origin": "null"}, 403, "web pages are not answered"),
+        # a page's own name, which it lets point to 127.0.0.1
+        ({"Host": "evil.example"}, 403, "Host must be 127.0.0.1"),
+        ({"Host": "127.0.0.1.evil.example:80"}, 403, "Host must be 127.0.0.1"),
+        ({"Host": ""}, 403, "Host must be 127.0.0.1"),
+        # what a page may send without asking first
+        ({"Content-Type": "text/plain"}, 415, "application/json"),
+        ({"Content-Type": ""}, 415, "application/json"),
+        ({"Transfer-Encoding": "chunked"}, 411, "no Transfer-Encoding"),
+        ({"Host": "LOCALHOST:8000"}, 200, ""),
+        ({"Content-Type": "application/json; charset=utf-8"}, 200, ""),
+    ],
+)
+def test_no_web_page_reaches_it(folder, headers, wanted, told):
+    with serving(folder) as address:
+        status, reply = ask(address, {"items": [ITEM]}, **headers)
+    assert status == wanted and told in str(reply)
+
+
+def test_a_client_that_does_not_read_its_reply_holds_nobody(folder):
+    def answer(body: object) -> dict:
+        return {"scores": [0.5] * (3_000_000 if body["items"] == "many" else 1)}
+
+    with serving(folder, answer=answer) as address:
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port)), 5) as silent:
+            head = f"POST /score HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json"
+            silent.sendall(f'{head}\r\nContent-Length: 17\r\n\r\n{{"items": "many"}}'.encode())
+            silent.recv(1)  # its reply, of 15 MB, has begun
+            for _ in range(3):
+                assert ask(address, {"items": "one"}) == (200, {"scores": [0.5]})
+
+
+def test_bodies_that_wait_are_bounded(folder, monkeypatch):
+    monkeypatch.setattr("minirlhf.tools.serve.HELD", 1000)
+    entered, go = threading.Event(), threading.Event()
+
+    def answer(_: object) -> dict:
+        entered.set()
+        go.wait(10)
+        return {"scores": [1.0]}
+
+    with serving(folder, answer=answer) as address, ThreadPoolExecutor() as pool:
+        first = pool.submit(ask, address, {"items": "x" * 600})
+        assert entered.wait(10)
+        status, reply = ask(address, {"items": "x" * 600})
+        assert status == 503 and "1,000 bytes of other requests wait" in reply["error"]
+        second = pool.submit(ask, address, {"items": "x" * 100})  # fits beside it
+        go.set()
+        assert first.result()[0] == second.result()[0] == 200
+        assert ask(address, {"items": "x" * 600})[0] == 200  # what is answered is let go
+
+
+def test_a_stop_waits_for_the_reply_in_the_making_and_for_no_other(folder, monkeypatch):
+    monkeypatch.setattr("minirlhf.tools.serve.STOP_TIME", 0.5)
+    entered, go = threading.Event(), threading.Event()
+
+    def answer(_: object) -> dict:
+        entered.set()
+        assert go.wait(20)
+        return {"scores": [1.0]}
+
+    for quick in (True, False):
+        entered.clear()
+        go.clear()
+        server = Server(("127.0.0.1", 0), answer)
+        loop = threading.Thread(target=server.serve_forever, args=(0.01,))
+        loop.start()
+        address = f"127.0.0.1:{server.server_port}"
+        with ThreadPoolExecutor() as pool:
+            made = pool.submit(ask, address, {"items": [ITEM]})
+            assert entered.wait(10)
+            waits = pool.submit(ask, address, {"items": [ITEM]})
+            while server.held < 2 * len(json.dumps({"items": [ITEM]})):
+                time.sleep(0.01)
+            server.shutdown()
+            loop.join()
+            if quick:
+                server.stopping = True
+                go.set()
+            assert server.close() is quick
+            go.set()
+            assert made.result() == (200, {"scores": [1.0]})
+            status, reply = waits.result()
+            assert status == 503 and "about to stop" in reply["error"]
+
+
+def test_without_descriptors_it_waits_and_does_not_spin(folder, monkeypatch):
+    server, slept = Server(("127.0.0.1", 0), lambda _: {"scores": []}), []
+    server.server_close()
+    for number in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
+        def accept(number=number):
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(server, "socket", SimpleNamespace(accept=accept, close=lambda: None))
+        monkeypatch.setattr("minirlhf.tools.serve.time.sleep", slept.append)
+        with pytest.raises(OSError, match="no"):
+            server.get_request()
+    assert slept == [0.1, 0.1]
 
 
 def raw(address: str, head: str) -> int:
