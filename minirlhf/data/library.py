@@ -43,16 +43,16 @@ def _scratch() -> BinaryIO:
     return tempfile.TemporaryFile(buffering=0)
 
 
-def check_growth(parsed: dict, path: Path) -> None:
+def check_growth(parsed: object, path: Path) -> None:
     """Refuses a tokenizer.json that makes a short text fill the memory, before it is loaded.
 
     Args:
-        parsed: its value.
+        parsed: its value; what is no object the library refuses.
     Raises:
         UserError: its replacements, one after another, may lengthen a text too much.
     """
     for name in ("normalizer", "decoder"):
-        times = _growth(parsed.get(name))
+        times = _growth(parsed.get(name)) if isinstance(parsed, dict) else 1
         if times > GROWTH:
             what = f"{name} may lengthen a text {times:,.0f} times"
             raise UserError(path, what, f"at most {GROWTH:,} times")

@@ -7,6 +7,8 @@ from pathlib import Path
 import tokenizers
 
 from minirlhf.data.dialogues import DialogueTokenizer
+from minirlhf.data.merges import FILES as MERGED
+from minirlhf.data.merges import has_merges, tokenizer_json
 from minirlhf.data.vocabulary import EOS, NAMES, PAD
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import CODE_KEYS, file_inside
@@ -19,7 +21,7 @@ OBJECT_CAP = 4 << 20  # bytes of the small files beside it
 OTHERS = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")  # files of it
 MADE = "AutoTokenizer.from_pretrained, then save_pretrained"
 READ = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json",
-        "generation_config.json", "chat_template.jinja")
+        "generation_config.json", "chat_template.jinja", *MERGED)
 
 
 class Tokenizer(DialogueTokenizer):
@@ -99,15 +101,16 @@ def _model_eos(folder: Path) -> list[int]:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Tokenizer of a Hugging Face folder: tokenizer.json, and what its other files say about it.
+    """Tokenizer of a Hugging Face folder: tokenizer.json (or vocab.json and merges.txt), and what
+    its other files say about it.
 
     Raises:
-        UserError: no tokenizer.json; a file of the folder is broken; more ids, added tokens
+        UserError: neither is there; a file of the folder is broken; more ids, added tokens
             included, than config.json gives the model embeddings.
     """
     folder = Path(folder)
     path = file_inside(folder, "tokenizer.json")
-    if not path.exists():
+    if not (path.exists() or has_merges(folder)):
         do = "give a folder with a tokenizer.json"
         if others := [name for name in OTHERS if (folder / name).is_file()]:
             do = f"transformers makes one of {', '.join(others)}: {MADE}"
@@ -119,7 +122,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     more, newer = _object(folder, "special_tokens_map.json"), "added_tokens_decoder" in own
     config = own | {n: v for n, v in more.items() if not (newer and own.get(n)) and v is not None}
     model = _object(folder, "config.json")
-    tokenizer = Tokenizer(folder, read_text(path, FILE_CAP), config, _model_eos(folder), model)
+    if path.exists():
+        source = read_text(path, FILE_CAP)
+    else:
+        source = tokenizer_json(folder, config, model)
+    tokenizer = Tokenizer(folder, source, config, _model_eos(folder), model)
     rows = model.get("vocab_size")
     if type(rows) is int and rows < tokenizer.vocab_size:  # any other type is read_config's to tell
         legal = f"must be at least the tokenizer's {tokenizer.vocab_size}"
