@@ -50,9 +50,9 @@ class TrainingRun(Generic[T]):
 
     def begin(self) -> None:
         """Tells what is about to happen, and goes on from the newest checkpoint."""
-        self.run.list_left_out(self.reports)
         self.run.facts(self.facts)
         self.run.restore(self.state)
+        self.run.list_left_out(self.reports)
 
     def is_due(self, step: Step, every: int) -> bool:
         """Whether it is time for what happens every so many steps (0: never) and at the end."""
