@@ -187,10 +187,10 @@ def test_an_output_folder_inside_the_model_is_refused(refused, world):
 
 
 BROKEN_CODE = [  # content of the file of --reward, what is told
-    ("def length(:\n", "--reward bad.py:1: SyntaxError: "),
-    ("import nothing_of_this_name\n", "--reward bad.py:1: ModuleNotFoundError: No module named"),
-    ("\n1 / 0\n", "--reward bad.py:2: ZeroDivisionError: division by zero"),
-    ("print(undefined)\n", "--reward bad.py:1: NameError: name 'undefined' is not defined"),
+    ("def length(:\n", "bad.py:1: bad.py raised SyntaxError: "),
+    ("import nothing_of_this_name\n", "bad.py:1: bad.py raised ModuleNotFoundError: No module"),
+    ("\n1 / 0\n", "bad.py:2: bad.py raised ZeroDivisionError: division by zero"),
+    ("print(undefined)\n", "bad.py:1: bad.py raised NameError: name 'undefined' is not def"),
     ("", "--reward bad.py: has no function 'length': it has: none"),
 ]
 

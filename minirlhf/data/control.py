@@ -145,12 +145,13 @@ def _roles(value: object) -> Iterator[str]:
 def _forges(role: str, ends: Collection[str]) -> bool:
     """Whether a role that templates do not know may become one of `ends`, or end one.
 
-    >>> [_forges(role, ["<|end|>"]) for role in ("user", "critic", "end", "a|>b<|c", "nd", "")]
-    [False, False, True, True, True, True]
+    >>> [_forges(role, ["<|im_end|>"]) for role in ("user", "critic", "nd", "end", "a|>b<|c", "")]
+    [False, False, False, True, True, True]
     """
     if role in ROLES:
         return False
-    return not re.fullmatch(r"\w[\w .-]*", role) or any(role in name for name in ends)
+    word = re.compile(rf"(?<![^\W_]){re.escape(role)}(?![^\W_])")
+    return not re.fullmatch(r"\w[\w .-]*", role) or any(map(word.search, ends))
 
 
 def marked(messages: Messages, mark: str, strip: bool = False) -> Messages:

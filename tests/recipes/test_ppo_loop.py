@@ -227,7 +227,7 @@ def split(rows: int, mini_batches: int, micro: int) -> dict:
 
 
 REFUSED = [
-    ({"temperature": 0.0}, "temperature: got 0.0, must be a finite number > 0"),
+    ({"temperature": 0.0}, "temperature: got 0.0, must be a finite number >= 0.0001"),
     ({"min_new_tokens": 7}, "min_new_tokens 7 is above max_new_tokens 6: lower one or raise"),
     ({"stop": ("", "!")}, "stop: got an empty string, which every text contains"),
     ({"top_k": 1}, "top_k 1: one token is left to draw, .*; use 0, or 2 or more$"),

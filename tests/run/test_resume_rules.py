@@ -103,12 +103,14 @@ def test_resume_goes_on_with_changed_settings_where_that_is_allowed_and_says_so(
     changes = [{"setting": "seed", "was": 0, "is": 1}, {"setting": "newest", "was": None, "is": 2}]
     assert facts["setting_changes"] == changes and facts["settings"]["seed"] == 1
     assert run.provenance()["changes"] == changes
-    with start(done, resume=True, config=Newer, seed=1, newest=2):  # the run's settings from now on
-        pass
+    with start(
+        done, resume=True, config=Newer, seed=1, newest=2
+    ) as run:  # the run's settings from now on
+        restore(run)
     with pytest.raises(UserError, match="seed was 1, is 0"):
         start(done, resume=True, config=Newer, newest=2)
-    with start(done, resume=True, config=Newer, newest=2, allow_setting_change=True):
-        pass
+    with start(done, resume=True, config=Newer, newest=2, allow_setting_change=True) as run:
+        restore(run)
     last = {"setting": "seed", "was": 1, "is": 0}
     assert facts_of(done)["setting_changes"] == [*changes, last]
 
@@ -116,8 +118,8 @@ def test_resume_goes_on_with_changed_settings_where_that_is_allowed_and_says_so(
 @pytest.mark.parametrize(("config", "name"), [(Toy, "model"), (Remembering, "reward")])
 def test_what_a_checkpoint_is_of_never_changes(config, name, tmp_path):
     one, other = ("a", "b") if name == "model" else (("a",), ("b",))
-    with start(tmp_path / "run", config=config, **{name: one}):
-        pass
+    with start(tmp_path / "run", config=config, **{name: one}) as run:
+        restore(run)
     changes = {name: other, "seed": 1, "allow_setting_change": True}
     with pytest.raises(UserError) as caught:
         start(tmp_path / "run", resume=True, config=config, **changes)
@@ -161,21 +163,21 @@ def test_resume_goes_on_with_changed_data_where_that_is_allowed_and_says_so(tmp_
     for path in (data, held_out):
         path.write_text("1", encoding="utf-8")
     inputs = {"data": [data], "eval_data": [held_out]}
-    with start(out, inputs=inputs):
-        pass
+    with start(out, inputs=inputs) as run:
+        restore(run)
     for path in (data, held_out):
         path.write_text("2", encoding="utf-8")
         told = f"{path.name}: has changed since the run began: give another --out, or --allow-data-"
         check_refused(told, out, True, inputs)
         before = (out / "run.json").read_bytes()
-        with start(out, True, inputs, allow_data_change=True):
-            pass
+        with start(out, True, inputs, allow_data_change=True) as run:
+            restore(run)
         printed = capsys.readouterr().out
-        assert printed == f"changed: {path}: sha256 was {A[:12]}, is {B[:12]}\n"
+        assert f"changed: {path}: sha256 was {A[:12]}, is {B[:12]}\n" in printed
         assert (out / "run.json").read_bytes() != before
-        with start(out, True, inputs):  # from now on that is the run's data
-            pass
-        assert capsys.readouterr().out == ""
+        with start(out, True, inputs) as run:  # from now on that is the run's data
+            restore(run)
+        assert "changed" not in capsys.readouterr().out
     facts = facts_of(out)
     assert facts["inputs"] == {str(data): B, str(held_out): B}
     assert facts["named_by"] == {"data": [str(data)], "eval_data": [str(held_out)]}
@@ -188,8 +190,8 @@ def test_resume_goes_on_with_changed_data_where_that_is_allowed_and_says_so(tmp_
 def test_allow_data_change_is_no_leave_to_change_anything_else(tmp_path):
     source, out = tmp_path / "reward.py", tmp_path / "run"
     source.write_text("1", encoding="utf-8")
-    with start(out, inputs={"model": [source]}):
-        pass
+    with start(out, inputs={"model": [source]}) as run:
+        restore(run)
     source.write_text("2", encoding="utf-8")
     leave = {"allow_data_change": True, "allow_setting_change": True}
     told = r"reward\.py: has changed since the run.*--out$"
@@ -200,8 +202,8 @@ def test_provenance_names_data_by_what_it_was_and_is(tmp_path):
     old, new, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "run"
     for path, text in ((old, "1"), (new, "2")):
         path.write_text(text, encoding="utf-8")
-    with start(out, inputs={"data": [old]}, data=str(old)):
-        pass
+    with start(out, inputs={"data": [old]}, data=str(old)) as run:
+        restore(run)
     leave = {"allow_data_change": True, "allow_setting_change": True}
     with start(out, True, {"data": [new]}, data=str(new), **leave) as run:
         pass
@@ -219,8 +221,10 @@ def test_allow_setting_change_is_leave_to_mend_a_reward_source(folder, tmp_path)
     file.write_text("1", encoding="utf-8")
     named = {"reward": (f"0.5*{source}",)}
     for config in (Toy, Remembering):
-        with start(out / config.__name__, inputs={"reward": [source]}, config=config, **named):
-            pass
+        with start(
+            out / config.__name__, inputs={"reward": [source]}, config=config, **named
+        ) as run:
+            restore(run)
     file.write_text("2", encoding="utf-8")
     again = True, {"reward": [source]}
     told = "has changed since the run began: give another --out, or --allow-setting-change"
@@ -228,12 +232,14 @@ def test_allow_setting_change_is_leave_to_mend_a_reward_source(folder, tmp_path)
     allowed = named | {"allow_setting_change": True}
     told = r"has changed since the run began: give another --out$"
     check_refused(told, out / "Remembering", *again, config=Remembering, **allowed)
-    with start(out / "Toy", *again, **allowed):
-        pass
+    with start(out / "Toy", *again, **allowed) as run:
+        restore(run)
     other = tmp_path / "other.py"
     other.write_text("3", encoding="utf-8")
-    with start(out / "Toy", True, {"reward": [other]}, **allowed | {"reward": (str(other),)}):
-        pass
+    with start(
+        out / "Toy", True, {"reward": [other]}, **allowed | {"reward": (str(other),)}
+    ) as run:
+        restore(run)
     changed = [change["file"] for change in facts_of(out / "Toy")["data_changes"]]
     assert changed == [str(file), str(other), str(file)]
 
@@ -242,8 +248,8 @@ def test_held_out_data_that_a_state_remembers_may_not_change(tmp_path):
     data, out = tmp_path / "e.jsonl", tmp_path / "run"
     data.write_text("1", encoding="utf-8")
     inputs, allowed = {"eval_data": [data]}, {"config": Remembering, "allow_data_change": True}
-    with start(out, inputs=inputs, **allowed):
-        pass
+    with start(out, inputs=inputs, **allowed) as run:
+        restore(run)
     data.write_text("2", encoding="utf-8")
     told = r"has changed since the run began: give another --out$"
     check_refused(told, out, True, inputs, **allowed)
@@ -253,11 +259,12 @@ def test_resume_takes_inputs_that_an_older_version_kept_no_sum_of(tmp_path):
     data, tokenizer, out = tmp_path / "d.jsonl", tmp_path / "tokenizer.json", tmp_path / "run"
     data.write_text("1", encoding="utf-8")
     tokenizer.write_text("{}", encoding="utf-8")
-    with start(out, inputs={"data": [data]}):
-        pass
+    with start(out, inputs={"data": [data]}) as run:
+        restore(run)
     inputs = {"data": [data], "model": [tokenizer]}
     with start(out, True, inputs) as run:
-        assert len(run.record.inputs) == 2
+        restore(run)
+    assert len(run.record.inputs) == 2
     tokenizer.write_text("[]", encoding="utf-8")
     check_refused(r"tokenizer\.json: has changed since the run began", out, True, inputs)
 
@@ -268,11 +275,11 @@ def test_resume_refuses_a_frozen_model_that_changed(tmp_path):
     (model / "model.safetensors").write_bytes(b"weights")
     (model / "config.json").write_text("{}", encoding="utf-8")
     (model / "README.md").write_text("a", encoding="utf-8")
-    with start(out, inputs={"model": [model]}):
-        pass
+    with start(out, inputs={"model": [model]}) as run:
+        restore(run)
     (model / "README.md").write_text("b", encoding="utf-8")  # no number depends on it
-    with start(out, True, {"model": [model]}):
-        pass
+    with start(out, True, {"model": [model]}) as run:
+        restore(run)
     told = r"model\.safetensors: has changed since the run began"
     (model / "model.safetensors").write_bytes(b"Weights")
     check_refused(told, out, True, {"model": [model]})
