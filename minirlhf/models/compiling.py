@@ -6,7 +6,7 @@ symbol from the first call on, no two sizes are one symbol because they were equ
 is tuned by timing it.
 
 A compiler loads what it compiled before. torch keeps that under a name in /tmp that anyone may take
-first, some of it pickled. Here it is in the user's cache, and nothing of it is a pickle.
+first, and some of it is pickled. Here it lies where only the user can write.
 """
 
 import os
@@ -55,15 +55,18 @@ def compile_blocks(*models: nn.Module) -> None:
         UserError: torch.compile does not work on this machine, or its cache is not safe.
     """
     from torch._dynamo import config as graphs
-    from torch._functorch import config as gradients
+    from torch._inductor import codecache
     from torch._inductor import config as kernels
     from torch.fx.experimental import _config as sizes
 
     graphs.recompile_limit, sizes.use_duck_shape = GRAPHS, False
-    # What these keep is pickled; kernels are kept as source and machine code.
-    kernels.fx_graph_cache = gradients.enable_autograd_cache = False
-    graphs.automatic_dynamic_local_pgo = kernels.cpp_cache_precompile_headers = False
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
+    graphs.automatic_dynamic_local_pgo = False  # which would depend on runs before
+    folder = cache_folder()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    # Headers that are compiled once take most of a kernel's time, and their place is a constant.
+    kernels.cpp_cache_precompile_headers = hasattr(codecache, "_HEADER_DIR")
+    codecache._HEADER_DIR = str(folder / "precompiled_headers")
+    codecache._HEADER_LOCK_DIR = str(folder / "precompiled_headers" / "locks")
     device = next(models[0].parameters()).device
     try:
         torch.compile(torch.exp, dynamic=True)(torch.zeros(3, device=device))
