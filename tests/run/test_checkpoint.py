@@ -214,7 +214,7 @@ OF_ANOTHER_KIND = {
     "log_bytes": [
         None, [], *({"metrics.jsonl": n} for n in ("10", 1.5, True, -1, 1 << 63)),
         # names of other files, which a run that goes on would truncate
-        *({name: 0} for name in ("/home/me/thesis.txt", "../thesis.txt", "run.json", "", ".")),
+        *({name: 0} for name in ("/thesis.txt", "../thesis.txt", "run.json", "", ".")),
     ],
     "meters": [None, [], *({"loss": m} for m in (3, [1, 2], [1, 2, "3"], [1, 2, True]))],
     "unreported": [
