@@ -126,7 +126,7 @@ class DialogueTokenizer(Vocabulary):
 
     def _sources(self) -> list[str]:
         """The template, and the one for tools if there is one."""
-        return [self.chat_template or self._fallback(), *filter(None, [self.tool_template])]
+        return [self.chat_template or self.fallback(), *filter(None, [self.tool_template])]
 
     def _template(self, source: str) -> ChatTemplate:
         if source not in self._templates:
@@ -181,7 +181,8 @@ class DialogueTokenizer(Vocabulary):
             return UserError(self.folder, what)
         return text
 
-    def _fallback(self) -> str:
+    def fallback(self) -> str:
+        """The plain template, which an export of a model without one has."""
         bos = "".join(self._backend.id_to_token(id) for id in self._prefix)
         return plain_template(bos, self._eos_text() or "")
 

@@ -99,8 +99,9 @@ class Text:
 
 
 def is_bare(prompt: Part | None, tokenizer: Tokenizer) -> bool:
-    """Whether a prompt is a text that goes to a model with a chat template as it stands."""
-    has_template = tokenizer.template_origin != "plain fallback"
+    """Whether a prompt is a text that goes as it stands to a model with a chat template, other than
+    the plain one that stands in an export of a model without."""
+    has_template = tokenizer.chat_template not in (None, tokenizer.fallback())
     return has_template and isinstance(prompt, str)
 
 

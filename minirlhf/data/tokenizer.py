@@ -40,7 +40,7 @@ class Tokenizer(DialogueTokenizer):
         if self.template_origin == "chat_template.jinja":
             made["chat_template.jinja"] = self.chat_template.encode()
         elif self.chat_template is None:
-            config["chat_template"] = self._fallback()
+            config["chat_template"] = self.fallback()
         tokens = {name: config[name] for name in NAMES if config.get(name) is not None}
         for name, value in (("tokenizer_config", config), ("special_tokens_map", tokens)):
             made[f"{name}.json"] = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

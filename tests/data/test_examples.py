@@ -632,10 +632,14 @@ def test_chat_refuses_whole_texts(write, tokenizer, load, row):
         ({"prompt": "q", "response": "a", "finish_reason": "eos"}, False),  # of `minirlhf sample`
     ],
 )
-def test_prompts_that_go_round_a_chat_template_are_told_once(write, folder, row, bare):
+def test_prompts_that_go_round_a_chat_template_are_told_once(write, folder, row, bare, tmp_path):
     tokenizer = load_tokenizer(folder)
     told = "warning: texts, read without the model's chat template: --chat makes turns of them"
     assert told not in load_texts(write(row), tokenizer, None, "drop")[1].notes  # it has none
+    tokenizer.save(tmp_path / "export")  # which has the plain one
+    again = load_tokenizer(tmp_path / "export")
+    assert again.template_origin == "tokenizer_config.json"
+    assert told not in load_texts(write(row), again, None, "drop")[1].notes
     tokenizer.chat_template, tokenizer.template_origin = CALLS, "chat_template.jinja"
     report = load_texts(write(row, row), tokenizer, None, "drop")[1]
     assert report.notes.count(told) == bare
