@@ -6,6 +6,7 @@ ordinary tokens, and no row of a data set can end a turn or forge a role.
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain
 
 from tokenizers import AddedToken
 
@@ -80,7 +81,8 @@ def strings_of(value: object) -> Iterator[str]:
 
 def _unused(text: str, codes: Iterable[int]) -> Iterator[str]:
     """Private-use characters, then unassigned ones, that do not stand in a text."""
-    yield from (chr(code) for code in (*codes, *range(0x40000, 0xE0000)) if chr(code) not in text)
+    codes = chain(codes, range(0x40000, 0xE0000))
+    yield from (chr(code) for code in codes if chr(code) not in text)
     raise UserError("a dialogue", "holds every private-use character", "remove the row")
 
 
