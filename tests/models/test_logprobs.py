@@ -90,7 +90,7 @@ def test_token_logprobs_are_the_plain_ones_in_float32():
     lm, hidden, ids = make_lm(torch.float32), states(3, 9, dtype=torch.float32), targets(3, 9)
     plain = plain_token_logprobs(lm, hidden, ids, 0.7)
     for one, other in zip(token_logprobs(lm, hidden, ids, 0.7), plain, strict=True):
-        assert_close(one, other, atol=1e-6)
+        assert_close(one, other, atol=1e-5)  # of sums in another order: 1e-6 of about 10 nats
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 0), (2, 3, 2)])
