@@ -18,7 +18,14 @@ _PUBLIC = {
     "errors": ("UserError",),
     "equations.masking": ("masked_mean", "masked_sum", "masked_standardize", "masked_rescale"),
     "equations.kl": ("kl_k1", "kl_k2", "kl_k3", "AdaptiveKL"),
-    "equations.advantages": ("token_rewards", "gae", "group_advantages"),
+    "equations.advantages": ("token_rewards", "gae"),
+    "equations.critic_free": (
+        "group_advantages",
+        "leave_one_out_advantages",
+        "rewards_to_go",
+        "sequence_surrogate",
+        "cispo_loss",
+    ),
     "equations.policy": ("clipped_surrogate", "clipped_value_loss"),
     "equations.preference": (
         "bradley_terry_loss",

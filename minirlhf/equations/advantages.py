@@ -11,11 +11,8 @@ from minirlhf.equations.masking import (
     check_mask,
     check_matrix,
     check_same_shape,
-    check_vector,
     upcast,
 )
-
-_STD_EPS = 1e-4
 
 
 class Advantages(NamedTuple):
@@ -113,42 +110,6 @@ def gae(
         next_advantage = torch.where(chosen, advantage, next_advantage)
         advantages[:, t] = torch.where(chosen, advantage, 0)
     return Advantages(advantages, torch.where(response_mask, advantages + values, 0))
-
-
-def group_advantages(scores: Tensor, group_size: int, divide_by_std: bool = True) -> Tensor:
-    """Each score against the others of its prompt. Shao et al. 2024 (arXiv:2402.03300), sec. 4.1.2;
-    without the division: Liu et al. 2025, Dr. GRPO (arXiv:2503.20783).
-
-        A_i = (S_i - mean(group)) / (std(group) + 1e-4),   std the sample's (Bessel's correction)
-
-    Args:
-        scores: (B,); the group_size responses to a prompt lie next to each other.
-        group_size: responses a prompt, >= 2; divides B.
-        divide_by_std: False leaves out the division, which favours prompts that are nearly solved
-            or nearly hopeless.
-    Returns:
-        (B,) without gradient; exact 0 where a group's scores agree.
-    Raises:
-        ValueError: scores is not (B,), or group_size is below 2 or does not divide B.
-
-    >>> from torch import tensor
-    >>> group_advantages(tensor([1.0, 3.0, 7.0, 7.0]), group_size=2, divide_by_std=False)
-    tensor([-1.,  1.,  0.,  0.])
-    """
-    check_vector(scores=scores)
-    if group_size < 2:
-        raise ValueError(f"group_size is {group_size}: use 2 or more, to compare responses")
-    rows, rest = len(scores), len(scores) % group_size
-    if rest:
-        legal = [n for n in (rows - rest, rows - rest + group_size) if n > 0]
-        got = f"scores has {rows} rows, not a multiple of group_size {group_size}"
-        raise ValueError(f"{got}: use {' or '.join(map(str, legal))}")
-    grouped = upcast(scores).detach().view(-1, group_size)
-    shifted = grouped - grouped[:, :1]  # so that equal scores are exact zeros
-    advantages = shifted - shifted.mean(dim=1, keepdim=True)
-    if divide_by_std:
-        advantages = advantages / (shifted.std(dim=1, keepdim=True) + _STD_EPS)
-    return advantages.flatten()
 
 
 def _one_a_row(name: str, x: Tensor, mask: Tensor) -> None:

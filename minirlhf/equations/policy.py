@@ -66,8 +66,7 @@ def clipped_surrogate(
     tensor([[-1.2000, -0.5000]])
     """
     check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    _not_negative("clip_low", clip_low)
-    _not_negative("clip_high", clip_high)
+    check_not_negative(clip_low=clip_low, clip_high=clip_high)
     if dual_clip is not None and not dual_clip > 1 + clip_high:
         legal = f"above 1 + clip_high, {1 + clip_high}, is legal"
         raise ValueError(f"dual_clip is {dual_clip}: {legal}")
@@ -120,7 +119,7 @@ def clipped_value_loss(
     if clip is None:
         bounded = values.detach()
     else:
-        _not_negative("clip", clip)
+        check_not_negative(clip=clip)
         bounded = values.detach().clamp(old_values.detach() - clip, old_values.detach() + clip)
     error, bounded_error = values - returns, bounded - returns
     clipped = ~(bounded_error.abs() <= error.abs())  # not >: a NaN in old_values has to show
@@ -129,6 +128,7 @@ def clipped_value_loss(
     return ValueLoss(largest.square() / 2, clipped)
 
 
-def _not_negative(name: str, value: float) -> None:
-    if not value >= 0:  # NaN is refused too
-        raise ValueError(f"{name} is {value}: 0 or more is legal")
+def check_not_negative(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not value >= 0:  # NaN is refused too
+            raise ValueError(f"{name} is {value}: 0 or more is legal")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import zeros
 
-from minirlhf.equations.advantages import gae, group_advantages, token_rewards
+from minirlhf.equations.advantages import gae, token_rewards
 
 nan, inf = torch.nan, torch.inf
 f64 = partial(torch.tensor, dtype=torch.float64)
@@ -175,76 +175,11 @@ def test_gae_refuses(changes, message):
         gae(**right | changes)
 
 
-def test_group_advantages_by_hand():
-    # 1, 2, 3: mean 2, sample variance (1 + 0 + 1) / 2 = 1, so ±1 / (1 + 1e-4)
-    # 0, 0, 6: mean 2, sample variance (4 + 4 + 16) / 2 = 12
-    scores = f64([1, 2, 3, 0, 0, 6])
-    a, b = 1 / 1.0001, 1 / (12**0.5 + 1e-4)
-    assert_close(group_advantages(scores, 3), f64([-a, 0, a, -2 * b, -2 * b, 4 * b]))
-    assert_close(group_advantages(scores, 3, divide_by_std=False), f64([-1, 0, 1, -2, -2, 4]))
-
-
-def test_group_advantages_rows_of_a_group_are_adjacent():
-    # groups (0, 2) and (10, 20), not (0, 10) and (2, 20)
-    assert_close(group_advantages(f64([0, 2, 10, 20]), 2, divide_by_std=False), f64([-1, 1, -5, 5]))
-
-
-def test_group_advantages_adds_its_epsilon_to_the_deviation():
-    # ±5e-5: sample variance 2 · 25e-10 / 1, deviation sqrt(2) · 5e-5
-    expected = 5e-5 / (2**0.5 * 5e-5 + 1e-4)
-    assert_close(group_advantages(f64([5e-5, -5e-5]), 2), f64([expected, -expected]))
-
-
-@pytest.mark.parametrize("divide_by_std", [True, False])
-@pytest.mark.parametrize("value", [0.1, -3.3, 1e6])
-def test_group_advantages_are_exact_zeros_where_scores_agree(value, divide_by_std):
-    # seven, because the rounded mean of seven equal numbers may be another number
-    scores = torch.tensor([value] * 7 + [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
-    out = group_advantages(scores, 7, divide_by_std)
-    assert out[:7].tolist() == [0] * 7 and out[7:].ne(0).all()
-
-
-def test_group_advantages_of_integer_scores():
-    found = group_advantages(torch.tensor([0, 1]), 2, divide_by_std=False)
-    assert_close(found, torch.tensor([-0.5, 0.5]))
-
-
-def test_group_advantages_expectation_over_two_tokens():
-    # policy (3/4, 1/4), scores 1 and 0, groups of two. Without the division, the mean holds the
-    # row's own score, so that E[A · grad log p] is (1 - 1/2) of the true gradient, as Bessel has
-    # it. With the logit z of the first token: grad log p = 1/4 and -3/4, true gradient
-    # dE[S]/dz = p (1 - p) = 3/16.
-    p, grad, score = [0.75, 0.25], [0.25, -0.75], [1.0, 0.0]
-    expectation = 0.0
-    for i in range(2):
-        for j in range(2):
-            out = group_advantages(f64([score[i], score[j]]), 2, divide_by_std=False)
-            expectation += p[i] * p[j] * (out[0] * grad[i] + out[1] * grad[j]) / 2
-    assert_close(expectation, f64(3 / 16 / 2))
-
-
-@pytest.mark.parametrize(
-    ("rows", "group_size", "message"),
-    [
-        ((4, 1), 2, r"scores is \(4, 1\): one number a row is needed, \(N,\)"),
-        (10, 4, "scores has 10 rows, not a multiple of group_size 4: use 8 or 12$"),
-        (3, 4, "scores has 3 rows, not a multiple of group_size 4: use 4$"),
-        (4, 1, "group_size is 1: use 2 or more"),
-        (4, 0, "group_size is 0: use 2 or more"),
-        (4, -2, "group_size is -2: use 2 or more"),
-    ],
-)
-def test_group_advantages_refuses(rows, group_size, message):
-    with pytest.raises(ValueError, match=message):
-        group_advantages(torch.zeros(rows), group_size)
-
-
 @pytest.mark.parametrize(
     ("function", "inputs", "numbers"),
     [
         (token_rewards, (f64([1, 2]), f64([[3, 4], [5, 6]]), full(2, 2)), (0.5,)),
         (partial(gae, bootstrap=f64([1, 2, 3, 4, 5])), random_rows(), (0.9, 0.8)),
-        (group_advantages, (f64([1, 5, 2, 8]),), (2,)),
     ],
 )
 def test_inputs_stay_as_they_are_and_get_no_gradient(function, inputs, numbers):
