@@ -1,8 +1,10 @@
 """A tiny model in float64, states to read and ids to score, for the tests of what reads states."""
 
 import torch
+from torch import nn
 
 from minirlhf.models.config import ModelConfig
+from minirlhf.models.support import Support
 from minirlhf.models.transformer import CausalLM, initialize
 
 f64 = torch.float64
@@ -27,3 +29,21 @@ def states(*shape: int, dtype=f64) -> torch.Tensor:
 
 def targets(*shape: int) -> torch.Tensor:
     return torch.randint(50, shape, generator=torch.Generator().manual_seed(2))
+
+
+class Unembedding(nn.Module):
+    """All that log-probs and divergences look at."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.unembedding = nn.Parameter(weight)
+
+
+def support_of(*allowed: list[int], banned: bool = False) -> Support:
+    ids = torch.tensor([i for position in allowed for i in position], dtype=torch.int32)
+    return Support(ids, torch.tensor([len(position) for position in allowed]), banned)
+
+
+EYE = torch.eye(3, dtype=f64)
+# Laws (1/2, 1/3, 1/6) and (1/6, 1/2, 1/3)
+LAWS = torch.tensor([[1 / 2, 1 / 3, 1 / 6], [1 / 6, 1 / 2, 1 / 3]], dtype=f64).log()

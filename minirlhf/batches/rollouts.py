@@ -16,8 +16,9 @@ from minirlhf import interrupt, streams
 from minirlhf.data.batching import cut_by_tokens
 from minirlhf.equations.kl import ESTIMATORS
 from minirlhf.models.alignment import check_known, response_states, response_tokens
+from minirlhf.models.divergence import token_kl
 from minirlhf.models.heads import ValueHeadModel
-from minirlhf.models.logprobs import token_kl, token_logprobs
+from minirlhf.models.logprobs import token_logprobs
 from minirlhf.models.lora import adapters_off
 from minirlhf.models.pretrained import in_memory
 from minirlhf.models.support import RowSupport

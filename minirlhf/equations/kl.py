@@ -7,7 +7,7 @@ is ref / policy, so that his log r is -d.
 In the reward take kl_k1: the policy gradient of the return is then that of -KL(policy || ref),
 since the gradient of kl_k1 itself has expectation 0. As a loss take kl_k2: its gradient is that of
 the KL in expectation, while kl_k1's is 0 and kl_k3's is that of KL(ref || policy). No clamp
-anywhere: an overflow shows as infinity. `logprobs.token_kl` is no estimate but the sum over the
+anywhere: an overflow shows as infinity. `divergence.token_kl` is no estimate but the sum over the
 vocabulary.
 """
 

@@ -1,4 +1,4 @@
-"""Log-probs of given tokens, their entropy, and the full KL, without ever holding all logits.
+"""Log-probs of given tokens and their entropy, without ever holding all logits.
 
 What is computed is no more than `plain_token_logprobs` below. But the logits of a batch, (N, V),
 are its largest tensor by far, and all that is needed of them is two numbers a token. So
@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from minirlhf.models.support import Support
 from minirlhf.models.transformer import CausalLM
 
-CHUNK = 128  # positions whose logits `token_kl` holds at once
 LOWEST = -1e30  # nats; below any logit, and finite
 
 
@@ -83,7 +82,7 @@ def token_logprobs(
             f"targets is {tuple(targets.shape)}, hidden is {tuple(hidden.shape)}: "
             "give one target for each state, targets (…) beside hidden (…, D)"
         )
-    _check_distribution(temperature, support, targets.numel())
+    check_distribution(temperature, support, targets.numel())
     states, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if len(ids) and not (ids.min() >= 0 and ids.max() < len(lm.unembedding)):
         raise ValueError(
@@ -94,45 +93,14 @@ def token_logprobs(
     return TokenStats(*(x.view(targets.shape) for x in stats))
 
 
-def token_kl(
-    lm: CausalLM, hidden: Tensor, ref: CausalLM, ref_hidden: Tensor, temperature: float = 1.0,
-    chunk: int = CHUNK, support: Support | None = None,
-) -> Tensor:
-    """KL(policy || ref) of the next token's distribution at each position, summed over all words.
-
-        kl = sum_v p_v (log p_v - log q_v),   p = softmax(W h / temperature), q the reference's
-
-    As in `token_logprobs` logits are made piece by piece, here of `chunk` tokens, and made again in
-    the backward pass. The reference is a constant.
-
-    Args:
-        hidden, ref_hidden: (…, D) and (…, D') states before the tokens.
-        temperature, support: as in `token_logprobs`, of both distributions.
-    Returns:
-        (…) nats, >= 0 up to rounding.
-    Raises:
-        ValueError: shapes that do not fit, a temperature of 0.
-    """
-    if hidden.shape[:-1] != ref_hidden.shape[:-1]:
-        raise ValueError(
-            f"ref_hidden is {tuple(ref_hidden.shape)}, hidden is {tuple(hidden.shape)}: "
-            "give the reference's state for each of the policy's"
-        )
-    _check_distribution(temperature, support, hidden[..., 0].numel())
-    states, ref_states = (x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden.detach()))
-    ref_weight = ref.unembedding.detach()
-    kl = _TokenKL.apply(states, lm.unembedding, ref_states, ref_weight, temperature, chunk, support)
-    return kl.view(hidden.shape[:-1])
-
-
-def _check_distribution(temperature: float, support: Support | None, positions: int) -> None:
+def check_distribution(temperature: float, support: Support | None, positions: int) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: must be above 0")
     if support is not None and len(support.counts) != positions:
         raise ValueError(f"support is of {len(support.counts)} positions, there are {positions}")
 
 
-def _expectation(probs: Tensor, values: Tensor) -> Tensor:
+def expectation(probs: Tensor, values: Tensor) -> Tensor:
     """(n,) sum_v probs_v values_v of (n, V) each, without a third tensor of that size."""
     return torch.bmm(probs[:, None], values[:, :, None])[:, 0, 0]
 
@@ -163,9 +131,9 @@ def _pieces(
     It is the state that is divided: as exact, and V / D times less work.
     """
     wide = widened(states.dtype)
-    for at in _slices(len(states), tile.tokens):
+    for at in slices(len(states), tile.tokens):
         divided = states[at].to(wide) / temperature
-        for words in _slices(len(weight), tile.words):
+        for words in slices(len(weight), tile.words):
             rows = weight[words].to(wide)
             logits, excluded = F.linear(divided, rows), None
             if support is not None:
@@ -214,7 +182,7 @@ class _TokenLogprobs(torch.autograd.Function):
             mass[part, at] = weights.sum(-1)
             if piece.excluded is not None:
                 logits[piece.excluded] = 0  # 0 x inf is NaN
-            moment[part, at] = _expectation(weights, logits)
+            moment[part, at] = expectation(weights, logits)
         best = top.amax(0)
         share = (top - best).exp()
         total = (share * mass).sum(0)
@@ -251,66 +219,12 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_states[at].addmm_(grad_logits, piece.rows, alpha=1 / ctx.temperature)
             if grad_weight is not None:
                 grad_weight[piece.words].addmm_(grad_logits.T, piece.states)
-        return grad_states.to(states.dtype), _narrowed(grad_weight, weight), *[None] * 4
+        return grad_states.to(states.dtype), narrowed(grad_weight, weight), *[None] * 4
 
 
-class _TokenKL(torch.autograd.Function):
-    """`token_kl` of (N, D) states, with its derivative by hand.
-
-        d kl / dz_j = p_j (log p_j - log q_j - kl)
-    """
-
-    @staticmethod
-    def forward(
-        ctx, states: Tensor, weight: Tensor, ref_states: Tensor, ref_weight: Tensor,
-        temperature: float, chunk: int, support: Support | None,
-    ):
-        ctx.temperature, ctx.chunk, ctx.support = temperature, chunk, support
-        kl = states.new_empty(len(states), dtype=widened(states.dtype))
-        for at in _slices(len(states), chunk):
-            probs, log_ratio = _TokenKL.piece(ctx, states, weight, ref_states, ref_weight, at)
-            kl[at] = _expectation(probs, log_ratio)
-        ctx.save_for_backward(states, weight, ref_states, ref_weight, kl)
-        return kl
-
-    @staticmethod
-    def piece(ctx, states, weight, ref_states, ref_weight, at: slice) -> tuple[Tensor, Tensor]:
-        """(p, log p - log q) of a slice of the tokens, (n, V) each; both 0 outside the support."""
-        excluded = None
-        if ctx.support is not None:
-            excluded = ctx.support.excluded(at, slice(0, len(weight)))
-        both = []
-        for h, w in ((states, weight), (ref_states, ref_weight)):
-            wide = widened(states.dtype)
-            logits = F.linear(h[at].to(wide) / ctx.temperature, w.to(wide))
-            if excluded is not None:
-                logits[excluded] = -torch.inf
-            both.append(logits.log_softmax(-1))
-        logprobs, ref_logprobs = both
-        log_ratio = torch.sub(logprobs, ref_logprobs, out=ref_logprobs)
-        if excluded is not None:
-            log_ratio[excluded] = 0
-        return logprobs.exp_(), log_ratio
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_kl: Tensor):
-        states, weight, ref_states, ref_weight, kl = ctx.saved_tensors
-        rows = weight.to(widened(states.dtype))
-        grad_states = torch.zeros_like(states)
-        grad_weight = torch.zeros_like(rows) if ctx.needs_input_grad[1] else None
-        for at in _slices(len(states), ctx.chunk):
-            probs, log_ratio = _TokenKL.piece(ctx, states, weight, ref_states, ref_weight, at)
-            grad_logits = log_ratio.sub_(kl[at, None]).mul_(grad_kl[at, None]).mul_(probs)
-            grad_states[at] = (grad_logits @ rows / ctx.temperature).to(states.dtype)
-            if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, states[at].to(rows.dtype) / ctx.temperature)
-        return grad_states, _narrowed(grad_weight, weight), *[None] * 5
-
-
-def _narrowed(gradient: Tensor | None, weight: Tensor) -> Tensor | None:
+def narrowed(gradient: Tensor | None, weight: Tensor) -> Tensor | None:
     return None if gradient is None else gradient.to(weight.dtype)
 
 
-def _slices(count: int, chunk: int) -> list[slice]:
+def slices(count: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]

@@ -2,27 +2,26 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirlhf.models.logprobs import (
     Tile,
     plain_token_logprobs,
-    token_kl,
     token_logprobs,
     widened,
 )
-from minirlhf.models.support import RowSupport, Support, stack_supports
-from tests.tiny_states import assert_close, f64, make_lm, states, targets
-
-
-class Unembedding(nn.Module):
-    """All that token_logprobs looks at."""
-
-    def __init__(self, weight: torch.Tensor):
-        super().__init__()
-        self.unembedding = nn.Parameter(weight)
-
+from minirlhf.models.support import RowSupport, stack_supports
+from tests.tiny_states import (
+    EYE,
+    LAWS,
+    Unembedding,
+    assert_close,
+    f64,
+    make_lm,
+    states,
+    support_of,
+    targets,
+)
 
 # ---- token_logprobs ------------------------------------------------------------------------------
 
@@ -179,14 +178,6 @@ def test_token_logprobs_refuses():
 # ---- the distribution that could be sampled ------------------------------------------------------
 
 
-def support_of(*allowed: list[int], banned: bool = False) -> Support:
-    ids = torch.tensor([i for position in allowed for i in position], dtype=torch.int32)
-    return Support(ids, torch.tensor([len(position) for position in allowed]), banned)
-
-
-EYE = torch.eye(3, dtype=f64)
-# Laws (1/2, 1/3, 1/6) and (1/6, 1/2, 1/3); what is left of them: 0 and 1, 2 alone
-LAWS = torch.tensor([[1 / 2, 1 / 3, 1 / 6], [1 / 6, 1 / 2, 1 / 3]], dtype=f64).log()
 LEFT = [support_of([0, 1], [2]), support_of([2], [0, 1], banned=True)]
 
 
@@ -260,64 +251,3 @@ def test_stack_supports_by_hand():
     both = stack_supports([narrow, wide])
     assert [row.tolist() for row in both.rows] == [[1], [2, 3], [4]]
     assert both.counts.tolist() == [[1, 0], [1, 1], [1, 0]]
-
-
-# ---- token_kl ------------------------------------------------------------------------------------
-
-
-def test_token_kl_by_hand():
-    # p = (3/4, 1/4), q = (1/2, 1/2): 3/4 log 3/2 + 1/4 log 1/2 = 3/4 log 3 - log 2
-    hidden = torch.tensor([[math.log(3), 0]], dtype=f64, requires_grad=True)
-    lm = Unembedding(torch.eye(2, dtype=f64))
-    kl = token_kl(lm, hidden, lm, torch.zeros(1, 2, dtype=f64))
-    expected = 0.75 * math.log(3) - math.log(2)
-    assert_close(kl, torch.tensor([expected], dtype=f64))
-    # d kl / d logits = p (log p - log q - kl): the first is 3/4 (log 3/2 - kl) = 3/16 log 3
-    kl.sum().backward()
-    slope = 0.1875 * math.log(3)
-    assert_close(hidden.grad, torch.tensor([[slope, -slope]], dtype=f64))
-
-
-def test_token_kl_on_a_support_by_hand():
-    # p (1/2, 1/3, 1/6) and q (1/6, 1/2, 1/3) left with 0 and 1: (3/5, 2/5) against (1/4, 3/4)
-    lm, support = Unembedding(EYE), support_of([0, 1])
-    kl = token_kl(lm, LAWS[:1], lm, LAWS[1:], support=support)
-    expected = 0.6 * math.log(0.6 / 0.25) + 0.4 * math.log(0.4 / 0.75)
-    assert_close(kl, torch.tensor([expected], dtype=f64))
-
-
-@pytest.mark.parametrize("chunk", [3, 512])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("narrowed", [False, True])
-def test_token_kl_and_gradient_are_those_of_full_logits(chunk, temperature, narrowed):
-    lm, ref = make_lm(), make_lm()
-    with torch.no_grad():
-        ref.unembedding.mul_(0.5)
-    hidden, ref_hidden = states(2, 5), states(2, 5).detach() * 0.3
-    support, allowed = None, torch.ones(10, 50, dtype=torch.bool)
-    if narrowed:
-        support = support_of(*[[i, i + 7, 40] for i in range(10)])
-        allowed = ~support.excluded(slice(0, 10), slice(0, 50))
-        assert allowed.sum(1).tolist() == [3] * 10
-    ours = token_kl(lm, hidden, ref, ref_hidden, temperature, chunk, support)
-    weight = torch.linspace(-1, 2, 10, dtype=f64).view(2, 5)
-    got = torch.autograd.grad((ours * weight).sum(), [hidden, lm.unembedding])
-
-    def distribution(model, x):
-        logits = (x @ model.unembedding.T / temperature).view(10, 50)
-        return logits.masked_fill(~allowed, -1e9).log_softmax(-1)
-
-    logp, logq = distribution(lm, hidden), distribution(ref, ref_hidden)
-    theirs = (logp.exp() * (logp - logq)).sum(-1).view(2, 5)
-    assert_close(ours, theirs)
-    expected = torch.autograd.grad((theirs * weight).sum(), [hidden, lm.unembedding])
-    for x, y in zip(got, expected, strict=True):
-        assert_close(x, y)
-
-
-def test_token_kl_refuses():
-    lm = Unembedding(EYE)
-    with pytest.raises(ValueError, match="give the reference's state for each of the policy's"):
-        token_kl(lm, LAWS, lm, LAWS[:1])
-    with pytest.raises(ValueError, match="temperature is 0: must be above 0"):
-        token_kl(lm, LAWS, lm, LAWS, temperature=0)
