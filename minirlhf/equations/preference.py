@@ -1,7 +1,7 @@
 """Losses of preferences, one number a pair or list, and how often a preference is met.
 
-Rewards and log-probs come in, unreduced losses go out, computed in float32 at least. No argument is
-changed. Shapes: N pairs or lists, K responses of the longest list.
+Rewards come in, unreduced losses go out, computed in float32 at least. No argument is changed.
+Shapes: N pairs or lists, K responses of the longest list.
 """
 
 import math
@@ -24,12 +24,6 @@ class Accuracy(NamedTuple):
     strict: float  # fraction of pairs with chosen > rejected
     ties: float  # fraction with chosen == rejected
     half: float  # strict + ties / 2: what guessing on a tie would give
-
-
-class DPOLoss(NamedTuple):
-    loss: Tensor  # (N,)
-    chosen_rewards: Tensor  # (N,), without gradient
-    rejected_rewards: Tensor  # (N,), without gradient
 
 
 def bradley_terry_loss(
@@ -68,7 +62,7 @@ def bradley_terry_loss(
         margin = upcast(margin)
     if isinstance(chosen_probability, Tensor):
         check_same_shape(chosen_rewards=chosen_rewards, chosen_probability=chosen_probability)
-    _check_smoothing(label_smoothing)
+    check_smoothing(label_smoothing)
     difference = upcast(chosen_rewards) - upcast(rejected_rewards) - margin
     p = torch.as_tensor(chosen_probability).to(difference)
     if not bool(((p >= 0) & (p <= 1)).all()):  # NaN is refused too
@@ -141,46 +135,6 @@ def preference_accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Acc
     return Accuracy(strict, ties, strict + ties / 2)
 
 
-def dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
-    beta: float, label_smoothing: float = 0.0,
-) -> DPOLoss:
-    """Direct preference optimisation per pair. Rafailov et al. 2023 (arXiv:2305.18290), eq. 7;
-    label smoothing: Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
-
-        reward = beta · (log policy(y) - log ref(y)),   margin = reward(chosen) - reward(rejected)
-        loss = -(1 - label_smoothing) log sigmoid(margin) - label_smoothing log sigmoid(-margin)
-
-    Args:
-        policy_chosen, policy_rejected: (N,) nats, log-prob of the response, summed over its tokens,
-            under the policy being trained; carry the gradient.
-        ref_chosen, ref_rejected: (N,) nats, the same under the reference, treated as constants.
-        beta: > 0; a larger one holds the policy nearer to the reference.
-        label_smoothing: probability that a label is wrong, in [0, 0.5).
-    Returns:
-        DPOLoss(loss, chosen_rewards, rejected_rewards), each (N,); the rewards have no gradient.
-    Raises:
-        ValueError: shapes differ or are not (N,), or beta or label_smoothing is out of its range.
-
-    >>> from torch import tensor
-    >>> dpo_loss(tensor([-8.0]), tensor([-9.0]), tensor([-10.0]), tensor([-9.0]), beta=0.5)
-    DPOLoss(loss=tensor([0.3133]), chosen_rewards=tensor([1.]), rejected_rewards=tensor([0.]))
-    """
-    check_same_shape(
-        policy_chosen=policy_chosen, policy_rejected=policy_rejected,
-        ref_chosen=ref_chosen, ref_rejected=ref_rejected,
-    )
-    check_vector(policy_chosen=policy_chosen)
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta is {beta}: a finite number above 0 is needed")
-    _check_smoothing(label_smoothing)
-    chosen_rewards = beta * (upcast(policy_chosen) - upcast(ref_chosen).detach())
-    rejected_rewards = beta * (upcast(policy_rejected) - upcast(ref_rejected).detach())
-    margin = chosen_rewards - rejected_rewards
-    loss = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
-    return DPOLoss(loss, chosen_rewards.detach(), rejected_rewards.detach())
-
-
-def _check_smoothing(label_smoothing: float) -> None:
+def check_smoothing(label_smoothing: float) -> None:
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}: at least 0 and below 0.5 is legal")

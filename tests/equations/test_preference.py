@@ -11,7 +11,6 @@ from torch import ones, zeros
 from minirlhf.equations.preference import (
     Accuracy,
     bradley_terry_loss,
-    dpo_loss,
     plackett_luce_loss,
     preference_accuracy,
 )
@@ -220,82 +219,9 @@ def test_preference_accuracy_refuses(chosen, rejected, message):
         preference_accuracy(chosen, rejected)
 
 
-def test_dpo_loss_by_hand():
-    # log-ratios: chosen -8 + 10 = 2, rejected -9 + 12 = 3; rewards at beta 1/2: 1, 1.5
-    # margin -1/2, loss log(1 + e^(1/2)) = 0.974077; the second pair: -1/2 + 1/2 = 0, log 2
-    out = dpo_loss(f64([-8, -4]), f64([-9, -4]), f64([-10, -3]), f64([-12, -3]), beta=0.5)
-    assert_close(out.chosen_rewards, f64([1, -0.5]))
-    assert_close(out.rejected_rewards, f64([1.5, -0.5]))
-    assert_close(out.loss, f64([math.log(1 + math.exp(0.5)), log2]))
-    # margin log 3, smoothed by 1/4
-    smoothed = dpo_loss(f64([log3]), f64([0]), f64([0]), f64([0]), 1.0, label_smoothing=0.25)
-    assert_close(smoothed.loss, f64([0.75 * RIGHT + 0.25 * WRONG]))
-
-
-@pytest.mark.parametrize(
-    ("log_ratio", "beta", "smoothing", "expected"),
-    [
-        (2 * log3, 0.5, 0.0, -0.125),  # -beta σ(-margin) at margin log 3
-        (log3, 1.0, 0.25, 0.0),  # -(1 - s) σ(-m) + s σ(m) = 0 where σ(m) = 1 - s
-    ],
-)
-def test_dpo_loss_gradient_by_hand(log_ratio, beta, smoothing, expected):
-    chosen, rejected = f64([log_ratio]).requires_grad_(), f64([0]).requires_grad_()
-    ref = [f64([0]).requires_grad_() for _ in range(2)]
-    out = dpo_loss(chosen, rejected, *ref, beta, smoothing)
-    out.loss.sum().backward()
-    assert_close(chosen.grad, f64([expected]))
-    assert_close(rejected.grad, f64([-expected]))
-    assert [x.grad for x in ref] == [None, None]
-    assert not out.chosen_rewards.requires_grad and not out.rejected_rewards.requires_grad
-
-
-def test_dpo_loss_reduces_to_bradley_terry_on_its_rewards():
-    out = dpo_loss(f64([-1, -2]), f64([-3, -1]), f64([-2, -2]), f64([-1, -5]), beta=0.3)
-    assert_close(out.loss, bradley_terry_loss(out.chosen_rewards, out.rejected_rewards))
-
-
-def test_dpo_loss_is_smallest_where_policy_is_ref_times_exp_reward():
-    # Two responses, ref (1/2, 1/2), first preferred with probability 3/4, so reward difference
-    # log 3. With beta 1 the optimum is policy ∝ ref · e^reward = (3/4, 1/4): no gradient there.
-    logits = f64([log3, 0]).requires_grad_()
-    policy, ref = logits.log_softmax(0), f64([0.5, 0.5]).log()
-    first, second = policy[:1], policy[1:]
-    wins = dpo_loss(first, second, ref[:1], ref[1:], beta=1.0).loss
-    upsets = dpo_loss(second, first, ref[1:], ref[:1], beta=1.0).loss
-    (0.75 * wins + 0.25 * upsets).sum().backward()
-    assert_close(logits.grad, f64([0, 0]))
-
-
-def test_dpo_loss_of_huge_margins_is_finite():
-    chosen = torch.tensor([-6e4, 0.0], dtype=torch.float16, requires_grad=True)
-    zero, rejected = zeros(2).half(), torch.tensor([0.0, -6e4], dtype=torch.float16)
-    out = dpo_loss(chosen, rejected, zero, zero, beta=2.0)
-    out.loss.sum().backward()
-    assert out.loss.dtype == torch.float32 and out.loss[1] == 0
-    assert_close(out.loss[0], torch.tensor(-2.0 * float(chosen.detach()[0])))
-    assert chosen.grad.tolist() == [-2, 0]
-
-
-@pytest.mark.parametrize(
-    ("shapes", "beta", "smoothing", "message"),
-    [
-        ([4, 4, 4, (4, 1)], 0.1, 0.0, r"ref_rejected is \(4, 1\), policy_chosen is \(4,\)"),
-        ([(4, 7)] * 4, 0.1, 0.0, r"policy_chosen is \(4, 7\): one number a row is needed"),
-        *[([1] * 4, beta, 0.0, f"beta is {beta}: a finite number above 0 is needed")
-          for beta in (0, -0.1, nan, inf)],
-        *[([1] * 4, 0.1, s, f"label_smoothing is {s}: at least 0 and below 0")
-          for s in (-0.01, 0.5, nan)],
-    ],
-)
-def test_dpo_loss_refuses(shapes, beta, smoothing, message):
-    with pytest.raises(ValueError, match=message):
-        dpo_loss(*map(zeros, shapes), beta, smoothing)
-
-
 @pytest.mark.parametrize(
     ("function", "tensors", "numbers"),
-    [(bradley_terry_loss, 3, ()), (preference_accuracy, 2, ()), (dpo_loss, 4, (0.1, 0.2))],
+    [(bradley_terry_loss, 3, ()), (preference_accuracy, 2, ())],
 )
 def test_losses_leave_their_inputs_unchanged(function, tensors, numbers):
     inputs = [f64([1.0, -2.0, 0.5]) * (i + 1) for i in range(tensors)]
