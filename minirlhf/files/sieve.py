@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 from minirlhf.errors import UserError, printable
 
-# Columns that data/formats.py, rankings.py and arguments.py read. Those of token ids are spelled as
-# in TRL: a file in another tool's spelling is told by it, and needs no names.
+# Columns that data/formats.py, rankings.py, arguments.py and rewards/verifiers.py read. Those of
+# token ids are spelled as in TRL: a file in another tool's spelling is told by it, and needs no
+# names.
 COLUMNS = (
     "text", "messages", "prompt", "completion", "response", "chosen", "rejected", "margin",
     "chosen_probability", "responses", "ranks", "scores", "best", "choice", "completions",
     "input_ids", "attention_mask", "prompt_length", "prompt_ids", "chosen_ids", "chosen_mask",
-    "rejected_ids", "rejected_mask", "tools", "chat_template_kwargs",
+    "rejected_ids", "rejected_mask", "tools", "chat_template_kwargs", "answer",
 )
 RAW_CAP = 200  # characters of a row that is left out, as they are shown
 

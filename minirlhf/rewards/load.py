@@ -1,16 +1,18 @@
-"""What `--reward` names, read: models, functions and services become one reward source."""
+"""What `--reward` names, read: models, functions, services and rules become one reward source."""
 
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minirlhf import interrupt
+from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import resolve
@@ -25,6 +27,14 @@ from minirlhf.rewards.parse import RewardSourceSettings, Spec, locate, parse_sou
 from minirlhf.rewards.service import Service, service_reward
 from minirlhf.rewards.source import Completions, RewardSource, Scores, combine
 from minirlhf.rewards.user_code import modules_of, open_folder, run_file
+from minirlhf.rewards.verifiers import (
+    exact_reward,
+    format_reward,
+    length_reward,
+    math_reward,
+    reference_number,
+    reference_text,
+)
 
 TOKEN_CAP = 1 << 16  # bytes of the file that holds one
 
@@ -45,6 +55,57 @@ def facts(specs: Sequence[Spec], tokenizer: Tokenizer, prompts: Iterable) -> dic
     if any(spec.kind == "function" for spec in specs) and any(isinstance(p, list) for p in prompts):
         shown["completions"] = 'messages for functions, as in TRL: completion[0]["content"]'
     return shown
+
+
+REFERENCES = {"math": reference_number, "exact": reference_text}  # how a rule reads `answer`
+
+
+def check_answers(specs: Sequence[Spec]) -> Callable[[Prompt], Prompt] | None:
+    """The `finish` of `load_prompts` that finds fault with prompts whose column `answer` a rule of
+    `--reward` cannot read; None where no rule reads it.
+
+    Called, it raises UserError at the prompt's file:line.
+    """
+    rules = [spec.place for spec in specs if spec.place in REFERENCES and spec.kind == "rule"]
+
+    def check(prompt: Prompt) -> Prompt:
+        for rule in rules:
+            if "answer" not in prompt.columns:
+                there = ", ".join(printable(name, 40) for name in sorted(prompt.columns)) or "none"
+                what = f"no column answer, which --reward {rule} needs; beside the prompt: {there}"
+                raise UserError(prompt.where, what, "name it by --columns answer=COLUMN")
+            try:
+                REFERENCES[rule](prompt.columns["answer"])
+            except ValueError as error:
+                do = "mend or remove the row, or leave such rows out by --bad-rows skip"
+                raise UserError(prompt.where, f"--reward {rule}: {error}", do) from None
+        return prompt
+
+    return check if rules else None
+
+
+def rule_reward(place: str) -> RewardSource:
+    """The reward source of a rule of verifiers.py, as math or length:40. Called, it raises
+    UserError where an answer cannot be read or a search for a pattern takes too long."""
+    name, _, argument = place.partition(":")
+    rules = {
+        "math": lambda batch, answers: math_reward(batch.completions, answers),
+        "exact": lambda batch, answers: exact_reward(batch.completions, answers),
+        "format": lambda batch, _: format_reward(batch.completions, argument),
+        "length": lambda batch, _: length_reward(
+            batch.response_ids, batch.finish_reasons, int(argument)
+        ),
+    }
+
+    def score(batch: Completions) -> Tensor:
+        answers = batch.columns.get("answer", [None] * len(batch.completions))
+        try:
+            with interrupt.outside():
+                return torch.tensor(rules[name](batch, answers))
+        except (ValueError, TimeoutError) as error:
+            raise UserError(f"--reward {printable(place)}", str(error)) from None
+
+    return score
 
 
 def reencoded(folder: Path, tokenizer: Tokenizer) -> bool:
@@ -107,7 +168,7 @@ def load_reward(
     journal: Path | None = None, models: list[tuple[RewardModel, Path]] | None = None,
     ran: dict[str, str] | None = None,
 ) -> RewardSource:
-    """The weighted sum of all sources of `--reward`.
+    """The weighted sum of all sources of `--reward`; prompts went through `check_answers`.
 
     Args:
         tokenizer: the policy's. A reward model with another one scores texts, not ids.
@@ -122,6 +183,8 @@ def load_reward(
         place = locate(spec)
         if spec.kind == "function":
             return load_function(spec.place, columns, tokenizer, ran)
+        if spec.kind == "rule":
+            return rule_reward(spec.place)
         if spec.kind == "service":
             file = config.reward_token_file
             service = Service(

@@ -1,7 +1,8 @@
 """What `--reward SOURCE [SOURCE ...]` may say, by its spelling alone: load.py reads what it names.
 
-A SOURCE is the folder of a reward model, file.py:function or http(s)://host:port/path; 0.5*SOURCE
-has a weight. A policy learns from their weighted sum; each is logged by itself.
+A SOURCE is the folder of a reward model, file.py:function, http(s)://host:port/path or a rule of
+verifiers.py: math, exact, format:REGEX or length:N; 0.5*SOURCE has a weight. A policy learns from
+their weighted sum; each is logged by itself.
 """
 
 import math
@@ -16,13 +17,16 @@ from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import resolve
 from minirlhf.run.settings import setting
 
+RULES = {"math": "", "exact": "", "format": "REGEX", "length": "N"}  # name -> what its colon gives
+
 
 @dataclass(frozen=True)
 class RewardSourceSettings:
     """Reward: what scores a response."""
 
     reward: tuple[str, ...] = setting(
-        (), "reward-model folder, file.py:function or http://host:port/path; several are added, "
+        (), "reward-model folder, file.py:function, http://host:port/path, or a rule: math or "
+        "exact (against the column answer), format:REGEX, length:N (tokens); several are added, "
         "each with its weight, as in '0.5*SOURCE' (in quotes: some shells expand the *)",
         metavar="SOURCE", required=True, resume="start",
     )
@@ -67,14 +71,16 @@ class Spec(NamedTuple):
     """One SOURCE, by its spelling: no file has been read."""
 
     weight: float
-    place: str  # folder, file.py:function or URL
-    kind: str  # "model", "function" or "service"
+    place: str  # folder, file.py:function, URL, or a rule with its argument
+    kind: str  # "model", "function", "service" or "rule"
 
     def names(self) -> list[str]:
         """Its possible names in logs, the shortest first."""
         if self.kind == "service":
             parts = urlsplit(self.place)
             return [parts.hostname, parts.netloc, parts.netloc + parts.path, self.place]
+        if self.kind == "rule":
+            return [self.place.partition(":")[0], self.place]
         if self.kind == "function":
             file, _, function = self.place.rpartition(":")
             return [function, f"{Path(file).stem}.{function}", self.place]
@@ -84,25 +90,48 @@ class Spec(NamedTuple):
 
 
 def parse_source(source: str) -> Spec:
-    """Takes a SOURCE apart by its spelling.
+    """Takes a SOURCE apart by its spelling. A folder that is called like a rule is ./math.
 
     Raises:
-        UserError: the weight is no number, or the URL cannot be a service's.
+        UserError: the weight is no number, the URL cannot be a service's, or a rule lacks what
+            stands behind its colon.
     """
     weight, place = 1.0, source
     before, star, after = source.partition("*")
-    if star and not Path(source).exists():
+    if star and not _is_rule(before) and not Path(source).exists():
         number = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
         if not re.fullmatch(number, before) or not math.isfinite(weight := float(before)):
             what = f"{printable(source)}: the weight is {printable(before, 40)!r}"
             raise UserError("--reward", what, "a finite number before the *, as in 0.5*SOURCE")
         place = after
+    if _is_rule(place):
+        _check_rule(place)
+        return Spec(weight, place, "rule")
     if "://" in place:
         _check_url(place)
         return Spec(weight, place, "service")
     file, colon, _ = place.rpartition(":")
     is_code = place.endswith(".py") or (colon and file.endswith(".py"))
     return Spec(weight, place, "function" if is_code else "model")
+
+
+def _is_rule(place: str) -> bool:
+    """Whether a place, or what stands of it before its first star, is a rule's."""
+    name, colon, _ = place.partition(":")
+    return name in RULES and (not colon or bool(RULES[name]))
+
+
+def _check_rule(place: str) -> None:
+    name, _, argument = place.partition(":")
+    if name == "format":
+        try:
+            re.compile(argument)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(f"--reward {printable(place)}", f"no regex: {error}") from None
+    wrong = RULES[name] and not argument
+    if wrong or (name == "length" and not re.fullmatch("0*[1-9][0-9]{0,8}", argument)):
+        what = f"{printable(argument)!r} is no length" if argument else "says too little"
+        raise UserError(f"--reward {printable(place)}", what, f"give {name}:{RULES[name]}")
 
 
 def _check_url(url: str) -> None:
@@ -127,12 +156,12 @@ def _check_url(url: str) -> None:
 
 
 def locate(spec: Spec) -> Path | None:
-    """The folder (as `resolve` finds it) or file that must exist; None for a service.
+    """The folder (as `resolve` finds it) or file that must exist; None for a service or a rule.
 
     Raises:
         UserError: it does not exist, or the file names no function.
     """
-    if spec.kind == "service":
+    if spec.kind in ("service", "rule"):
         return None
     if spec.kind == "model":
         return resolve(spec.place)

@@ -7,6 +7,8 @@ from minirlhf.data.examples import Prompt, Text, load_prompts, load_texts
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report, RowPolicy
+from minirlhf.rewards.load import check_answers
+from minirlhf.rewards.parse import parse_source
 from minirlhf.setup.common import named_files
 from minirlhf.setup.ppo_settings import PPOConfig
 
@@ -52,10 +54,11 @@ def read_data(config: PPOConfig, tokenizer: Tokenizer, room: int, longest_row: i
         longest_row: most tokens of a text.
     """
     policy = RowPolicy.of(config)
+    answers = check_answers([parse_source(source) for source in config.reward])
     files = {"": config.data, **named_files(config.eval_data, "/")}
     sets, texts, reports = {}, [], []
     for prefix, file in files.items():
-        rows, report = load_prompts(file, tokenizer, room, config.overlong, policy=policy)
+        rows, report = load_prompts(file, tokenizer, room, config.overlong, policy, answers)
         print(report)
         sets[prefix] = held_out(rows, config.eval_prompts, file) if prefix else rows
         reports.append(report)

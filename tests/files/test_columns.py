@@ -32,13 +32,14 @@ ROWS = [  # who reads it, a row of each kind
     (load_preferences, LIST | {"choice": 1}),
     (load_preferences, {"prompt": "p", "completions": [{"response": "a", "score": 1},
                                                        {"response": "b", "score": 2}]}),
+    (load_prompts, {"prompt": "p", "answer": 42}),
 ]
 
 
 @pytest.mark.parametrize(("load", "row"), ROWS, ids=[", ".join(row) for _, row in ROWS])
 def test_a_row_is_the_same_under_other_names(load, row, write, tokenizer):
-    expected, report = load(write(row | {"other": 1}), tokenizer, 40, "drop")
-    theirs = {f"their {name}": value for name, value in row.items()} | {"other": 1}
+    expected, report = load(write({"other": 1} | row), tokenizer, 40, "drop")
+    theirs = {"other": 1} | {f"their {name}": value for name, value in row.items()}
     policy = RowPolicy(columns=tuple(f"{name}=their {name}" for name in row))
     found, told = load(write(theirs), tokenizer, 40, "drop", policy=policy)
     assert found == expected and str(told) == str(report)

@@ -23,6 +23,15 @@ BATCH = Completions(["p", "q"], [[1], [1]], ["ab", "c"], [[2, 3], [4]], ["eos", 
         (".5*http://h:1/p?q=1", Spec(0.5, "http://h:1/p?q=1", "service")),
         ("https://h", Spec(1.0, "https://h", "service")),
         ("0*a*b", Spec(0.0, "a*b", "model")),
+        ("math", Spec(1.0, "math", "rule")),
+        ("0.5*exact", Spec(0.5, "exact", "rule")),
+        ("format:^a*b$", Spec(1.0, "format:^a*b$", "rule")),  # the star is the pattern's
+        ("2*format:a*b:c", Spec(2.0, "format:a*b:c", "rule")),
+        ("format:http://.*", Spec(1.0, "format:http://.*", "rule")),
+        ("-1*length:040", Spec(-1.0, "length:040", "rule")),
+        ("./math", Spec(1.0, "./math", "model")),
+        ("math:1", Spec(1.0, "math:1", "model")),
+        ("exact.py:f", Spec(1.0, "exact.py:f", "function")),
     ],
 )
 def test_parse_source_takes_a_source_apart(source, spec):
@@ -33,6 +42,25 @@ def test_parse_source_leaves_the_name_of_a_folder_that_is_there(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a*b").mkdir()
     assert parse_source("a*b") == Spec(1.0, "a*b", "model")
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("format", "says too little: give format:REGEX"),
+        ("format:", "says too little: give format:REGEX"),
+        ("2*length", "says too little: give length:N"),
+        ("format:(a", "no regex: missing ), unterminated subpattern at position 0"),
+        ("format:a{9999999999}", "no regex: the repetition number is too large"),
+        ("length:0", "'0' is no length: give length:N"),
+        ("length:4.5", "'4.5' is no length: give length:N"),
+        ("length:-4", "'-4' is no length: give length:N"),
+    ],
+)
+def test_parse_source_refuses_a_rule_that_lacks_what_it_needs(rule, told):
+    with pytest.raises(UserError) as caught:
+        parse_source(rule)
+    assert str(caught.value) == f"--reward {rule.removeprefix('2*')}: {told}"
 
 
 @pytest.mark.parametrize("weight", ["", "x", "nan", "inf", "1e999", "0x1", "1_0", " 1", "1.5.5"])
@@ -77,6 +105,8 @@ def test_parse_source_refuses_a_url_of_no_service(url, told):
         (["http://h:1/p", "http://h:2/p"], ["h:1", "h:2"]),
         (["http://h:1/p", "http://h:1/q", "a"], ["h:1/p", "h:1/q", "a"]),
         (["http://h/s?m=a", "http://h/s?m=b"], ["http://h/s?m=a", "http://h/s?m=b"]),
+        (["math", "2*format:a"], ["math", "format"]),
+        (["format:a", "format:b", "length:3"], ["format:a", "format:b", "length"]),
     ],
 )
 def test_part_names_are_as_short_as_they_stay_apart(sources, names):
@@ -97,6 +127,7 @@ def test_locate_finds_files_and_folders(tmp_path):
     assert locate(parse_source(f"2*{tmp_path}/f.py:g")) == tmp_path / "f.py"
     assert locate(parse_source(str(tmp_path))) == tmp_path
     assert locate(parse_source("http://h/p")) is None
+    assert locate(parse_source("math")) is None
 
 
 def test_two_files_of_the_same_name_and_two_functions_are_summed(tmp_path):
