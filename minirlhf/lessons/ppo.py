@@ -3,8 +3,8 @@
     python minirlhf/lessons/ppo.py MODEL DATA REWARD OUT [STEPS]
 
 MODEL is a language model's Hugging Face folder, DATA a file of prompts, REWARD a reward model's
-folder or `file.py:function`, OUT takes the aligned model. This is `minirlhf ppo` with default
-settings on a CPU, to the last bit of the weights.
+folder, `file.py:function` or `math`, OUT takes the aligned model. This is `minirlhf ppo` with
+default settings on a CPU, to the last bit of the weights.
 
 An iteration has five parts. Sample: the policy answers B prompts. Score: the reward says how good
 each response is. Measure: policy, critic and reference are read at each response token. Credit:
@@ -35,12 +35,11 @@ from minirlhf.equations.masking import masked_standardize, masked_sum
 from minirlhf.equations.policy import clipped_surrogate, clipped_value_loss
 from minirlhf.errors import BAD_INPUT, UserError, run
 from minirlhf.models.heads import ValueHeadModel
-from minirlhf.models.pretrained import load_pretrained, load_reward_model
+from minirlhf.models.pretrained import load_pretrained
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
-from minirlhf.rewards.load import load_function, locate, reencoded
-from minirlhf.rewards.model import model_reward
-from minirlhf.rewards.parse import parse_source
+from minirlhf.rewards.load import load_reward
+from minirlhf.rewards.parse import RewardSourceSettings
 from minirlhf.rewards.source import RewardSource, as_scores
 from minirlhf.run.machine import make_deterministic
 from minirlhf.run.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
@@ -150,16 +149,6 @@ def ppo_loss(policy: ValueHeadModel, micro: Rollout) -> torch.Tensor:
     return VF_COEF * value.loss + surrogate.loss
 
 
-def load_reward(place: str, tokenizer: Tokenizer) -> RewardSource:
-    """A reward model's folder, or file.py:function."""
-    folder = locate(parse_source(place))
-    if folder.is_file():
-        return load_function(place, tokenizer=tokenizer)
-    own_tokenizer = reencoded(folder, tokenizer)  # then it scores texts, not token ids
-    model = load_reward_model(folder, torch.float32)
-    return model_reward(model, load_tokenizer(folder), MICRO_BATCH_TOKENS, own_tokenizer, place)
-
-
 def main(model: str, data: str, reward: str, out: str, steps: str | None = None) -> None:
     make_deterministic("cpu")
     tokenizer = load_tokenizer(model)
@@ -170,7 +159,9 @@ def main(model: str, data: str, reward: str, out: str, steps: str | None = None)
         raise UserError(model, f"reads too few tokens for {MAX_NEW_TOKENS} new ones")
     prompts, report = load_prompts(data, tokenizer, max_prompt_length, overlong="error")
     print(report)
-    source = load_reward(reward, tokenizer)
+    source = load_reward(
+        RewardSourceSettings(reward=(reward,)), tokenizer, torch.float32, "cpu", MICRO_BATCH_TOKENS
+    )
     Path(out).mkdir(parents=True)  # refused where it exists
     ppo(policy, ref, prompts, source, tokenizer, int(steps or STEPS))
     write_model(policy.lm, tokenizer, Path(out))
