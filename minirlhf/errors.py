@@ -6,7 +6,8 @@ An error is one line: where (file:line or setting), what was found, what is lega
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+
+from minirlhf import console
 
 OK, BUG, BAD_INPUT, NON_FINITE, MACHINE = 0, 1, 2, 3, 4
 REWARD_SERVICE, STOPPED = 5, 75
@@ -48,37 +49,63 @@ def printable(text: object, limit: int = 200) -> str:
 
 def run(program: Callable[[], int | None]) -> int:
     """Runs a command; what a user can mend becomes one line on stderr and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # of a terminal that cannot show every character
-            stream.reconfigure(errors="backslashreplace")
+    with console.speaking():
+        try:
+            return _finished(program)
+        except UserError as error:
+            _tell(error)
+            return error.code
+        except Stopped:
+            return STOPPED
+        except KeyboardInterrupt:  # before a run listens to signals: nothing is written yet
+            _tell("interrupted")
+            return INTERRUPTED
+        except (MemoryError, RuntimeError, ImportError) as error:
+            if (what := _of_machine(error)) is None:
+                raise
+            _tell(what)
+            return MACHINE
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and error.filename == console.STDOUT:
+                return OK  # its reader left, as `head` does
+            where = error.filename or "the operating system"
+            _tell(f"{printable(where)}: {printable(error.strerror or error)}")
+            return MACHINE
+
+
+def _finished(program: Callable[[], int | None]) -> int:
     try:
-        return program() or OK
-    except UserError as error:
-        print(f"error: {printable(error, 2000)}", file=sys.stderr)
-        return error.code
-    except Stopped:
-        return STOPPED
-    except KeyboardInterrupt:  # before a run listens to signals: nothing is written yet
-        print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        with suppress(OSError, ValueError):  # else Python would fail at its last flush
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
-    except MemoryError as error:
-        return _out_of_memory(error)
-    except RuntimeError as error:  # torch's own classes and words for the same
-        if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
-            raise
-        return _out_of_memory(error)
-    except OSError as error:
-        where = error.filename or "the operating system"
-        print(f"error: {printable(where)}: {printable(error.strerror or error)}", file=sys.stderr)
-        return MACHINE
+        os.getcwd()
+    except FileNotFoundError:
+        what = "was removed while this shell is in it"
+        raise UserError("the working folder", what, "cd to another", MACHINE) from None
+    try:
+        code = program() or OK
+    except SystemExit:  # after --help
+        console.check()
+        raise
+    console.check()
+    if code == STOPPED and console.unread():
+        print(f"{console.why_unread()}: stopped", file=sys.stderr)
+    return code
 
 
-def _out_of_memory(error: BaseException) -> int:
-    what = printable(str(error).partition("\n")[0]) or "no memory is left"
-    hint = "give smaller batches; training goes on with --resume --gradient-checkpointing"
-    print(f"error: out of memory: {what}: {hint}", file=sys.stderr)
-    return MACHINE
+def _tell(error: object) -> None:
+    print(f"error: {printable(error, 2000)}", file=sys.stderr)
+
+
+def _of_machine(error: BaseException) -> str | None:
+    """What the machine lacks where an error says that; torch and Python have no class for it."""
+    text = printable(str(error).partition("\n")[0])
+    if isinstance(error, ImportError):  # of a library that the loader of the system refuses
+        of_loader = "shared object" in text or text.startswith("dlopen(")
+        hint = "is there memory, and is it installed as a whole?"
+        return f"a library cannot be loaded: {text}: {hint}" if of_loader else None
+    if isinstance(error, RuntimeError) and text == "can't start new thread":
+        return "no thread can be started: raise the limit (ulimit -u, or pids.max of a container)"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+        "allocate memory" in text
+    ):
+        hint = "give smaller batches; training goes on with --resume --gradient-checkpointing"
+        return f"out of memory: {text or 'no memory is left'}: {hint}"
+    return None

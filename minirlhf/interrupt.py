@@ -12,9 +12,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from minirlhf import console
 from minirlhf.errors import BUG, Stopped, printable
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is how Slurm gives notice
+# Slurm gives notice by SIGUSR1, a terminal that is closed by SIGHUP.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass
@@ -28,13 +30,8 @@ _flag = _Flag()
 
 
 def requested() -> bool:
-    """Whether a signal has asked the run to stop."""
-    return _flag.requested
-
-
-def request() -> None:
-    """Asks to stop, as a signal does."""
-    _flag.requested = True
+    """Whether a signal has asked the run to stop, or nobody reads it any more."""
+    return _flag.requested or console.unread()
 
 
 def check() -> None:
@@ -43,7 +40,7 @@ def check() -> None:
     Raises:
         Stopped: it has.
     """
-    if _flag.requested:
+    if requested():
         raise Stopped
 
 
@@ -54,9 +51,14 @@ def listens() -> bool:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Takes SIGTERM, SIGINT and SIGUSR1 over: the first asks to stop, the second leaves at once."""
+    """Takes the signals over: the first asks to stop, the second leaves at once.
+
+    A SIGHUP that is ignored stays so: that is how nohup starts a command.
+    """
     _flag.requested = False
-    before = {number: signal.signal(number, _take) for number in SIGNALS}
+    console.only_words()
+    taken = [n for n in SIGNALS if (n, signal.getsignal(n)) != (signal.SIGHUP, signal.SIG_IGN)]
+    before = {number: signal.signal(number, _take) for number in taken}
     outer, _flag.before = _flag.before, _flag.before or before
     try:
         yield

@@ -29,7 +29,7 @@ LAZY_DEPENDENCIES = {"jinja2", "huggingface_hub", "matplotlib", "pyarrow"}  # in
 # From the ground up: a wing imports from itself and from wings on lower floors. Wings on one floor
 # do not know each other, and only `minirlhf` itself may name what lies above it (lazily).
 FLOORS = (
-    "errors interrupt streams",
+    "console errors interrupt streams",
     "equations files",
     "models data run",
     "rewards",
@@ -42,7 +42,9 @@ FLOORS = (
     "__main__",
 )
 FLOOR = {wing: level for level, wings in enumerate(FLOORS) for wing in wings.split()}
-TOGETHER = {("interrupt", "errors")}  # the one arrow on the ground floor
+TOGETHER = {  # the arrows on the ground floor
+    ("errors", "console"), ("interrupt", "console"), ("interrupt", "errors"),
+}
 
 
 def name_of(path: Path) -> str:
@@ -119,7 +121,7 @@ def test_no_private_name_crosses_a_module(module):
 
 def test_the_top_of_the_package_shows_the_wings():
     top = {path.stem for path in (ROOT / "minirlhf").glob("*.py")}
-    assert top == {"__init__", "__main__", "cli", "errors", "interrupt", "streams"}
+    assert top == {"__init__", "__main__", "cli", "console", "errors", "interrupt", "streams"}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -46,6 +46,8 @@ def raising(error: BaseException):
         (OSError(errno.ENOSPC, "No space left on device", "f"), MACHINE,
          "error: f: No space left on device"),
         (OSError("odd"), MACHINE, "error: the operating system: odd"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), MACHINE,  # not of our stdout
+         "error: the operating system: Broken pipe"),
         (KeyboardInterrupt(), INTERRUPTED, "error: interrupted"),
         (MemoryError(), MACHINE, "error: out of memory: no memory is left: give smaller"
          " batches; training goes on with --resume --gradient-checkpointing"),
@@ -56,6 +58,11 @@ def raising(error: BaseException):
         (torch.OutOfMemoryError("CUDA out of memory"), MACHINE, "error: out of memory: CUDA out of "
          "memory: give smaller batches; training goes on with "
          "--resume --gradient-checkpointing"),
+        (RuntimeError("can't start new thread"), MACHINE, "error: no thread can be started: raise "
+         "the limit (ulimit -u, or pids.max of a container)"),
+        (ImportError("libtorch.so: failed to map segment from shared object"), MACHINE,
+         "error: a library cannot be loaded: libtorch.so: failed to map segment from shared object"
+         ": is there memory, and is it installed as a whole?"),
     ],
 )
 def test_run_turns_an_error_into_one_line_and_its_code(error, code, line, capsys):
@@ -75,7 +82,19 @@ def test_run_is_told_of_a_memory_that_is_really_out(capsys):
     assert capsys.readouterr().err.startswith("error: out of memory: ")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("x"), KeyError("k")])
+def test_run_tells_of_a_working_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    """Libraries would end the process in their own words."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(raising(AssertionError("was run"))) == MACHINE
+    told = "error: the working folder: was removed while this shell is in it: cd to another\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("shapes"), ValueError("x"), KeyError("k"), ImportError("cannot import name 'x'"),
+])
 def test_run_hides_no_fault_of_ours(error):
     with pytest.raises(type(error)):
         run(raising(error))

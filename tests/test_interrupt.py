@@ -54,7 +54,9 @@ def stop() -> None:
 # ---- the flag ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+)
 def test_check_raises_once_a_signal_has_come(number, capfd):
     before = signal.getsignal(number)
     with interrupt.listening():
@@ -67,6 +69,17 @@ def test_check_raises_once_a_signal_has_come(number, capfd):
     assert not interrupt.requested()
     assert signal.getsignal(number) is before
     assert "once more to leave at once" in capfd.readouterr().err
+
+
+def test_a_closed_terminal_is_no_signal_for_what_nohup_started():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupt.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.requested()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_is_taken_where_nobody_reads_what_it_says(monkeypatch):
@@ -266,17 +279,20 @@ def test_a_forked_child_that_comes_back_ends(way, code, told, capfd):
 
 
 def test_a_child_does_not_hold_the_folder(tmp_path):
-    reading, writing = os.pipe()
+    (reading, writing), (ready, forked) = os.pipe(), os.pipe()
     with toy_run(tmp_path):
         if not (child := os.fork()):
             os.close(writing)
+            os.write(forked, b".")
             os.read(reading, 1)  # lives on until the test has looked
             os._exit(0)
+        os.read(ready, 1)  # what a child does first is done
     with toy_run(tmp_path, resume=True), pytest.raises(UserError, match="is in use by process"):
         toy_run(tmp_path, resume=True).__enter__()
     os.close(writing)
     os.waitpid(child, 0)
-    os.close(reading)
+    for handle in (reading, ready, forked):
+        os.close(handle)
 
 
 def test_a_started_program_has_no_file_of_the_run(tmp_path):

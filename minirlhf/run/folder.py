@@ -7,14 +7,13 @@ It is not a trainer: recipes own their loops and call it at their safe points.
 
 import json
 import math
-import os
 import platform
 import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import minirlhf
-from minirlhf import interrupt
+from minirlhf import console, interrupt
 from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError, printable
 from minirlhf.files import atomic
 from minirlhf.files.reading import check_unchanged, forget_read, read_json
@@ -126,8 +125,9 @@ class Run:
         except BaseException:
             self._lock.close()
             raise
-        self._listening = interrupt.listening()
-        self._listening.__enter__()
+        self._listening = ExitStack()
+        self._listening.enter_context(console.speaking())
+        self._listening.enter_context(interrupt.listening())
         return self
 
     def _record_inputs(self) -> None:
@@ -173,7 +173,7 @@ class Run:
                 do = f"{error.do}; step {step} is saved, --resume goes on at step {step + 1}"
                 raise UserError(error.where, error.what, do, error.code) from error
         finally:
-            self._listening.__exit__(None, None, None)
+            self._listening.close()
             self._lock.close()
             forget_read()
 
@@ -255,13 +255,9 @@ class Run:
                 self.write_file(name, text)
 
     def say(self, text: str) -> None:
-        """Prints above the progress bar. A run that nobody reads any more stops as at a signal."""
-        try:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # for as long as the process lasts
-            interrupt.request()
+        """Prints above the progress bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
     def facts(self, facts: dict[str, object]) -> None:
         """Prints what is about to happen, one aligned line each."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from minirlhf import streams
+from minirlhf import console, streams
 from minirlhf.data.arguments import ARGUMENTS, given_arguments
 from minirlhf.data.encoding import encode
 from minirlhf.data.examples import BARE, Prompt, encoded_text, is_bare, load_prompts
@@ -87,6 +87,8 @@ def json_lines(out: str | None) -> Iterator[Callable[[dict], None]]:
 
     def write(row: dict) -> None:
         print(json.dumps(row, ensure_ascii=ascii_only, allow_nan=False), file=file, flush=True)
+        if out is None:
+            console.check()
 
     try:
         yield write
@@ -151,7 +153,8 @@ def main(argv: list[str] | None = None) -> int:
     total = len(prompts) * config.samples
     with json_lines(config.out) as write:
         written = 0
-        quiet = not sys.stderr.isatty()
+        shown = config.out is None and sys.stdout.isatty()  # the rows, where the bar would be
+        quiet = shown or not sys.stderr.isatty()
         try:
             for row in tqdm(rows, "sample", total, disable=quiet):
                 write(row)

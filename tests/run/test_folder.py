@@ -172,13 +172,12 @@ def test_a_run_that_nobody_reads_stops_as_at_a_signal(tmp_path, monkeypatch):
         def write(self, text):
             raise BrokenPipeError
 
+    monkeypatch.setattr(sys, "stdout", Gone())
     with start(tmp_path / "run") as run:
-        monkeypatch.setattr(sys, "stdout", Gone())
         assert not run.stopped
         run.say("step 1")
         assert run.stopped
         run.say("step 2")  # into nothing
-        sys.stdout.close()
 
 
 # ---- restore -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterable
 
+from minirlhf import console
 from minirlhf.batches.preferences import unread_end
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import OK, UserError, run
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             read = read_tokens(file, model, *limits(config, recipe, model), policy)
         every.append(facts_of(file, read, first))
         print(show(every[-1], read.report), end="\n\n")
+        console.check()
         first = first or file
         problems += [read.problem] if read.problem else []
     if problems:
