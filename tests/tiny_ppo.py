@@ -26,7 +26,7 @@ from minirlhf.recipes import ppo as recipe
 from minirlhf.run.checkpoint import TrainState, load_checkpoint
 from minirlhf.run.meters import Step
 from minirlhf.run.optim import make_optimizer
-from minirlhf.setup.ppo import sampling_of
+from minirlhf.setup.policy import sampling_of
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests.tiny_folders import save_lm, save_scorer, write_lines
 

@@ -190,6 +190,20 @@ def policy_pass(policy: ValueHeadModel, micro: Rollout, temperature: float) -> T
     return response._replace(values=at_tokens, last_values=last)
 
 
+def lm_pass(lm: CausalLM, micro: Rollout, temperature: float) -> TokenPass:
+    """One forward pass of a language model: of a policy without critic, or of the reference."""
+    return response_pass(lm, lm(micro.tokens, lengths=micro.lengths), micro, temperature)
+
+
+def ref_pass(lm: CausalLM, ref: CausalLM | None, micro: Rollout, temperature: float) -> TokenPass:
+    """One forward pass of the reference; ref None: of the policy lm's base under its adapters."""
+    if ref is None:
+        with adapters_off(lm):
+            return lm_pass(lm, micro, temperature)
+    check_known(micro.tokens, ref.config.vocab_size, "the reference")
+    return lm_pass(ref, micro, temperature)
+
+
 def response_pass(lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float) -> TokenPass:
     """Log-probs and entropies of the response tokens, from the hidden states; logits are computed
     for these tokens only, over the support that was sampled from."""
@@ -240,15 +254,10 @@ def measure(
 
     def fill(micro: Rollout) -> Rollout:
         interrupt.check()
-        if ref is not None:
-            check_known(micro.tokens, ref.config.vocab_size, "the reference")
         if policy.critic is not None:
             check_known(micro.tokens, policy.critic.config.vocab_size, "the critic")
         old = policy_pass(policy, micro, temperature)
-        frozen = policy.lm if ref is None else ref
-        with adapters_off(policy) if ref is None else nullcontext():
-            hidden = frozen(micro.tokens, lengths=micro.lengths)
-            of_ref = response_pass(frozen, hidden, micro, temperature)
+        of_ref = ref_pass(policy.lm, ref, micro, temperature)
         micro = micro._replace(
             old_logprobs=old.logprobs, old_values=old.values, last_values=old.last_values,
             ref_logprobs=of_ref.logprobs,
@@ -256,9 +265,27 @@ def measure(
         if full_kl or keep_ref_states:
             micro = micro._replace(ref_states=unpack(of_ref.states, micro.response_mask))
         if full_kl:
-            kl = kl_to_ref("full", policy.lm, old, frozen, micro, temperature)
+            kl = kl_to_ref("full", policy.lm, old, ref, micro, temperature)
             micro = micro._replace(full_kl=kl)
         return micro if keep_ref_states else micro._replace(ref_states=None)
+
+    with nullcontext() if ref is None else in_memory(ref):
+        buffer.map(fill)
+
+
+@torch.no_grad()
+def measure_lm(
+    policy: CausalLM, ref: CausalLM | None, buffer: RolloutBuffer, temperature: float,
+    refers: bool = True,
+) -> None:
+    """As `measure`, of a policy without critic: fills old_logprobs, and ref_logprobs if there is a
+    reference at all (`refers`)."""
+
+    def fill(micro: Rollout) -> Rollout:
+        interrupt.check()
+        old = lm_pass(policy, micro, temperature).logprobs
+        of_ref = ref_pass(policy, ref, micro, temperature).logprobs if refers else None
+        return micro._replace(old_logprobs=old, ref_logprobs=of_ref)
 
     with nullcontext() if ref is None else in_memory(ref):
         buffer.map(fill)

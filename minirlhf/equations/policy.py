@@ -3,6 +3,7 @@
 The caller reduces, in a line of its own. Computed in float32 at least; no argument is changed.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,7 +22,8 @@ class Surrogate(NamedTuple):
     clipped: Tensor  # (B, R) bool, where the loss has no gradient: policy/clipfrac
 
 
-PolicyLoss = Callable[[Tensor, Tensor, Tensor], Surrogate]  # log-probs, old ones, advantages
+# Of log-probs, old ones and advantages; of a parameter response_mask too, where it has one.
+PolicyLoss = Callable[..., Surrogate]
 
 
 class ValueLoss(NamedTuple):
@@ -126,6 +128,14 @@ def clipped_value_loss(
     error = grad_where_finite(error, error + bounded_error)
     largest = torch.where(clipped, bounded_error, error)
     return ValueLoss(largest.square() / 2, clipped)
+
+
+def with_mask(policy_loss: PolicyLoss) -> Callable[[Tensor, Tensor, Tensor, Tensor], Surrogate]:
+    """The loss as a function of (logprobs, old_logprobs, advantages, response_mask): a loss of
+    single tokens needs no mask, one of whole responses names it as a parameter."""
+    if "response_mask" in inspect.signature(policy_loss).parameters:
+        return lambda new, old, credit, mask: policy_loss(new, old, credit, response_mask=mask)
+    return lambda new, old, credit, mask: policy_loss(new, old, credit)
 
 
 def check_not_negative(**numbers: float) -> None:

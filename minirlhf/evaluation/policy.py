@@ -48,8 +48,8 @@ def evaluate_policy(
         lm: the policy.
         reward: completions -> (B,) scores. They are taken as they are: no penalty, scale or clip,
             so that runs with other settings can be compared.
-        measure: fills old_logprobs (the policy's) and ref_logprobs (the reference's), as training
-            does it.
+        measure: fills old_logprobs (the policy's) and, where there is a reference, its
+            ref_logprobs, as training does it.
         seed: of the keys, one for each place among the prompts, the same at every evaluation.
         rows_at_once: how many prompts are answered, scored and measured side by side.
         micro_batch_size, micro_batch_tokens: of `measure`, as in `RolloutBuffer`.
@@ -65,7 +65,7 @@ def evaluate_policy(
     if N < 2:
         raise ValueError(f"{N} prompts: a standard error needs 2 or more")
     keys = streams.key(seed, "evaluation", torch.arange(N))  # (N,)
-    columns, parts, scores, kl = columns_of(prompts), [], [], 0.0
+    columns, parts, scores, log_ratios = columns_of(prompts), [], [], []
     for start in range(0, N, rows_at_once):
         part = slice(start, start + rows_at_once)
         completions, rollout = sample(
@@ -76,34 +76,37 @@ def evaluate_policy(
         buffer = RolloutBuffer(micro_batch_size, micro_batch_tokens)
         buffer.add(rollout)
         measure(buffer)
-        log_ratios = kl_k1(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs"))
-        kl += float(log_ratios.double().sum())
-    check_finite("evaluation", {"objective/kl": kl})
+        if buffer.micro_batches[0].ref_logprobs is not None:
+            k1 = kl_k1(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs"))
+            log_ratios.append(float(k1.double().sum()))
+    kl = sum(log_ratios) if log_ratios else None
+    check_finite("evaluation", {"objective/kl": kl or 0.0})
     metrics = answer_metrics(parts, scores, kl, baseline)
     return PolicyEvaluation(metrics, scores, [text for part in parts for text in part.completions])
 
 
 def answer_metrics(
-    parts: list[Completions], scores: list[float], kl: float, baseline: list[float] | None = None
+    parts: list[Completions], scores: list[float], kl: float | None,
+    baseline: list[float] | None = None,
 ) -> dict[str, float]:
     """What N answers are worth.
 
     Args:
         parts: the answers, N in all.
         scores, baseline: N each, in their order.
-        kl: nats, summed over all response tokens.
+        kl: nats, summed over all response tokens; None: there is no reference.
     Returns:
         objective/scores (mean) and objective/scores_se (its standard error), reward units;
-        objective/kl: nats a response; response_length: tokens; eos_rate: share that ended before
-        the limit; distinct_1, distinct_2, duplicates; with a baseline win_rate, win_rate_low and
-        win_rate_high.
+        objective/kl: nats a response, where there is a reference; response_length: tokens;
+        eos_rate: share that ended before the limit; distinct_1, distinct_2, duplicates; with a
+        baseline win_rate, win_rate_low and win_rate_high.
     """
     N, texts = len(scores), [text for part in parts for text in part.completions]
     truncated = sum(part.finish_reasons.count("length") for part in parts)
     metrics = {
         "objective/scores": fmean(scores),
         "objective/scores_se": stdev(scores) / N**0.5,
-        "objective/kl": kl / N,
+        **({} if kl is None else {"objective/kl": kl / N}),
         "response_length": sum(len(ids) for part in parts for ids in part.response_ids) / N,
         "eos_rate": 1 - truncated / N,
         "distinct_1": distinct(texts, 1),

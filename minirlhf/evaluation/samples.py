@@ -8,25 +8,26 @@ from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import printable
 from minirlhf.models.sampling import Sampling
+from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import RewardSource, as_scores
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.folder import Run
 
 
 def sample_table(
-    state: TrainState, prompts: list[Prompt], reward: RewardSource, tokenizer: Tokenizer,
+    lm: CausalLM, step: int, prompts: list[Prompt], reward: RewardSource, tokenizer: Tokenizer,
     sampling: Sampling, count: int, rows_at_once: int, seed: int,
 ) -> list[dict]:
-    """Responses to the first `count` prompts; at every call only the policy differs."""
+    """Responses to the first `count` prompts; at every call only the policy `lm` differs."""
     fixed = prompts[:count]
     keys = streams.key(seed, "sample table", torch.arange(len(fixed)))
     completions, _ = sample(
-        state.model.lm, fixed, keys, sampling, tokenizer, rows_at_once, columns_of(prompts)
+        lm, fixed, keys, sampling, tokenizer, rows_at_once, columns_of(prompts)
     )
-    where = f"samples at step {state.step}"
+    where = f"samples at step {step}"
     scores = as_scores(reward(completions), completions, where).sums.tolist()
     return [
-        {"step": state.step, "kind": "sample", "prompt": prompt, "response": text,
+        {"step": step, "kind": "sample", "prompt": prompt, "response": text,
          "finish_reason": reason, "score": value}
         for prompt, text, reason, value in zip(
             completions.prompts, completions.completions, completions.finish_reasons, scores,

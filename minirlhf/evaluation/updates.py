@@ -42,7 +42,7 @@ class TokenLosses(NamedTuple):
 
     total: Tensor  # what is minimised: all losses with their weights
     surrogate: Surrogate
-    value: ValueLoss
+    value: ValueLoss | None  # None where there is no critic
     kl: Tensor  # with its coefficient; zeros where the KL is a part of the rewards
     new: TokenPass  # of the policy that is being trained
 
@@ -52,6 +52,7 @@ class MiniBatchStats:
 
     def __init__(self, mini_batch: list[Rollout]):
         self.mini_batch = mini_batch
+        self.rows = sum(len(micro.rows) for micro in mini_batch)
         self.tokens = sum(int(micro.response_mask.sum()) for micro in mini_batch)
         self.sums: dict[str, Tensor] = {}
         self.losses: list[Tensor] = []  # () of each micro-batch
@@ -63,14 +64,21 @@ class MiniBatchStats:
         mask, gap = micro.response_mask, token.surrogate.ratio.detach() - 1
         log_ratio = token.new.logprobs.detach() - micro.old_logprobs
         parts = {
-            "policy_loss": token.surrogate.loss, "value_loss": token.value.loss,
-            "kl_loss": token.kl, "loss": token.total, "approxkl": log_ratio.square() / 2,
-            "policykl": -log_ratio, "clipfrac": token.surrogate.clipped,
-            "entropy": token.new.entropy, "value_clipfrac": token.value.clipped,
-            "vpred": token.new.values, "value_error": (token.new.values - micro.returns).square(),
+            "policy_loss": token.surrogate.loss, "kl_loss": token.kl, "loss": token.total,
+            "approxkl": log_ratio.square() / 2, "policykl": -log_ratio,
+            "clipfrac": token.surrogate.clipped, "entropy": token.new.entropy,
             "gap": gap, "gap_sq": gap.square(),
             "k3": kl_k3(micro.old_logprobs, token.new.logprobs),
         }
+        if token.value is None:  # then both ends of the clip are told apart
+            clipped = token.surrogate.clipped
+            parts |= {"clip_low": clipped & (gap < 0), "clip_high": clipped & (gap > 0)}
+        else:
+            error = token.new.values - micro.returns
+            parts |= {
+                "value_loss": token.value.loss, "value_clipfrac": token.value.clipped,
+                "vpred": token.new.values, "value_error": error.square(),
+            }
         for name, x in parts.items():
             self.sums[name] = self.sums.get(name, 0) + masked_sum(x.detach(), mask)
         self.losses.append(loss.detach())

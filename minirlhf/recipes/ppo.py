@@ -10,7 +10,7 @@ several processes, and models that share layers with their reference.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,13 @@ from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.equations.kl import AdaptiveKL, kl_k1
 from minirlhf.equations.masking import masked_sum
-from minirlhf.equations.policy import PolicyLoss, clipped_surrogate, clipped_value_loss
+from minirlhf.equations.policy import (
+    PolicyLoss,
+    Surrogate,
+    clipped_surrogate,
+    clipped_value_loss,
+    with_mask,
+)
 from minirlhf.equations.scores import EndRule, RunningMoments, scale_scores
 from minirlhf.errors import OK, STOPPED, NonFinite, run
 from minirlhf.evaluation import invariants
@@ -60,7 +66,8 @@ from minirlhf.rewards.source import Completions, RewardSource, Scores, as_scores
 from minirlhf.run import flags, optim, settings
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
-from minirlhf.setup.ppo import PPORun, load_run, rule_for_truncated, sampling_of
+from minirlhf.setup.policy import rule_for_truncated, sampling_of
+from minirlhf.setup.ppo import PPORun, load_run
 from minirlhf.setup.ppo_settings import PPOConfig
 
 EVENTS = ("skipped_updates", "skipped_ratio", "early_stops")  # counted since the start
@@ -84,8 +91,9 @@ def ppo(
         config: only its training settings are read.
         mix: texts whose loss is added to each update; config.ptx_data is not read here.
         policy_loss: (logprobs, old_logprobs, advantages), (b, R) each, of one micro-batch ->
-            Surrogate, of which only the cells under the response mask count; None: the clipped
-            surrogate with config's clips.
+            Surrogate, of which only the cells under the response mask count; it is given the mask
+            too, where it has a parameter response_mask. None: the clipped surrogate with config's
+            clips.
         end_rule: (scores, truncated, lengths), (B,) each -> scores (B,) of responses that may be
             truncated; None: config.missing_eos.
     Raises:
@@ -204,7 +212,7 @@ class Update(NamedTuple):
     policy: ValueHeadModel
     optimizer: torch.optim.Optimizer
     config: PPOConfig
-    policy_loss: PolicyLoss
+    policy_loss: Callable[..., Surrogate]  # of (b, R) log-probs, old ones, advantages and the mask
     kl_coef: float
     counters: dict[str, int]
     ref: CausalLM | None
@@ -241,8 +249,8 @@ def ppo_step(
     assign_credit(rollout, config, kl_coef)
     learns_policy = iteration >= config.critic_warmup_steps
     update = Update(
-        policy, optimizer, config, policy_loss or clipped_loss(config), kl_coef, counters, ref,
-        mix if learns_policy else None, f"step {iteration + 1}",
+        policy, optimizer, config, with_mask(policy_loss or clipped_loss(config)), kl_coef,
+        counters, ref, mix if learns_policy else None, f"step {iteration + 1}",
     )
     made: list[MiniBatchStats] = []
     with nullcontext() if learns_policy else optim.frozen(policy.lm):
@@ -315,7 +323,8 @@ def token_losses(update: Update, micro: Rollout) -> TokenLosses:
     """The loss of each response token, unreduced: (b, R)."""
     config = update.config
     new = policy_pass(update.policy, micro, config.temperature)
-    surrogate = update.policy_loss(new.logprobs, micro.old_logprobs, micro.advantages)
+    surrogate = update.policy_loss(new.logprobs, micro.old_logprobs, micro.advantages,
+                                   micro.response_mask)
     invariants.check_policy_loss(surrogate, new.logprobs)
     value = clipped_value_loss(new.values, micro.old_values, micro.returns, config.value_clip)
     kl_loss = torch.zeros_like(micro.old_logprobs)  # where the KL is in the reward

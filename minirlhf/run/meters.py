@@ -71,8 +71,9 @@ class Stopwatch:
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """Names what has passed since the last lap."""
-        self.laps[name] = time.perf_counter() - self.started - sum(self.laps.values())
+        """Adds what has passed since the last lap to the part of this name."""
+        passed = time.perf_counter() - self.started - sum(self.laps.values())
+        self.laps[name] = self.laps.get(name, 0.0) + passed
 
     def clock(self, total: str, counts: dict[str, int]) -> dict[str, float]:
         """The laps, their sum (of a watch without laps what has passed) under the name `total`, and

@@ -220,6 +220,20 @@ class KLSettings:
         "reward", "whether the KL penalty is subtracted from the rewards or added to the loss",
         choices=("reward", "loss"),
     )
+
+    def check(self) -> list[str]:
+        if self.kl_in == "loss" and self.kl_estimator in ("k1", "abs"):
+            return [
+                f"kl_in loss with kl_estimator {self.kl_estimator}: the gradient of that estimate "
+                "is not the KL's (k1's is 0 on average); use k2 or full, or k3 as GRPO does"
+            ]
+        return []
+
+
+@dataclass(frozen=True)
+class AdaptiveKLSettings:
+    """KL penalty: a coefficient that steers to a target; KLSettings go with them."""
+
     kl_target: float | None = setting(
         None, "adapt kl_coef until the KL of a response is this many nats; none: kl_coef stays",
         above=0,
@@ -229,15 +243,9 @@ class KLSettings:
     )
 
     def check(self) -> list[str]:
-        problems = []
-        if self.kl_in == "loss" and self.kl_estimator in ("k1", "abs"):
-            problems.append(
-                f"kl_in loss with kl_estimator {self.kl_estimator}: the gradient of that estimate "
-                "is not the KL's (k1's is 0 on average); use k2 or full, or k3 as GRPO does"
-            )
         if self.kl_target is not None and self.kl_coef == 0:
-            problems.append("kl_target: kl_coef is 0, which no factor can move; use one above 0")
-        return problems
+            return ["kl_target: kl_coef is 0, which no factor can move; use one above 0"]
+        return []
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from minirlhf.data.batching import cut_by_tokens, next_rows, total_steps, traini
 from minirlhf.data.examples import Prompt, Text
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.run.dry_run import STEPS, DryRun
-from minirlhf.setup.ppo_data import Data
+from minirlhf.setup.policy_data import Data
+from minirlhf.setup.policy_settings import PolicyInputSettings
 from minirlhf.setup.ppo_settings import PPOConfig
 
 T = TypeVar("T")
@@ -108,19 +109,27 @@ def evaluations(steps: int, every: int) -> int:
     return 1 + ((steps - 1) // every if every else 0)
 
 
-def of_ppo(
-    r: DryRun, config: PPOConfig, tokenizer: Tokenizer, data: Data
-) -> tuple[PPOConfig, Tokenizer, Data]:
-    """Config, tokenizer and data for a dry run in which no response ends early."""
-    B, most = config.batch_size, config.micro_batch_tokens
+def of_prompts(
+    r: DryRun, config: PolicyInputSettings, tokenizer: Tokenizer, data: Data
+) -> tuple[PolicyInputSettings, Tokenizer, Data]:
+    """Config, tokenizer and data for a dry run in which no response ends early.
+
+    Args:
+        config: has PolicyTrainingSettings too.
+    """
+    prompts_a_step, samples = config.batch_size, config.rollout_rows // config.batch_size
     r.steps, scanned = config.steps, min(config.steps, SCANNED)
     names = columns_of(data.every_prompt)
 
-    def longest_of(prompts: list[Prompt], batches: Iterable[Tensor]) -> tuple[list[Prompt], float]:
+    def longest_of(
+        prompts: list[Prompt], batches: Iterable[Tensor], samples: int
+    ) -> tuple[list[Prompt], float]:
         tokens = torch.tensor([len(p.ids) for p in prompts]) + config.max_new_tokens
 
         def cut(rows: Tensor) -> list[Tensor]:
-            return cut_by_tokens(tokens[rows], config.micro_batch_size, most)
+            each = rows.repeat_interleave(samples)
+            parts = cut_by_tokens(tokens[each], config.micro_batch_size, config.micro_batch_tokens)
+            return [part // samples for part in parts]  # places among the rows
 
         rows, times = heaviest(batches, cut, tokens)
         chosen = [prompts[i] for i in rows.tolist()]
@@ -128,21 +137,29 @@ def of_ppo(
         columns = [{name: p.columns.get(name) for name in names} for p in chosen]
         return [replace(p, columns=c) for p, c in zip(chosen, columns, strict=True)], times
 
-    order = next_rows(0, scanned * B, len(data.prompts), config.seed)
-    prompts, times = longest_of(data.prompts, order.split(B))
+    order = next_rows(0, scanned * prompts_a_step, len(data.prompts), config.seed)
+    prompts, times = longest_of(data.prompts, order.split(prompts_a_step), samples)
     r.work = times * config.steps / scanned
     sets = {}
     for prefix, others in data.sets.items():
-        abreast = min(config.rollout_batch_size, B)
-        found, times = longest_of(others, torch.arange(len(others)).split(abreast))
+        abreast = min(config.rollout_batch_size, config.rollout_rows)
+        found, times = longest_of(others, torch.arange(len(others)).split(abreast), 1)
         sets[prefix] = found if len(found) > 1 else found * 2  # a standard error needs two
         count = 1 + evaluations(config.steps, config.eval_every)  # and one before step 1
         r.evaluations = max(r.evaluations, times * count)
     endless = copy(tokenizer)
     endless.eos_ids = ()  # then no response ends before max_new_tokens
-    data = data._replace(prompts=prompts, sets=sets, texts=longest_texts(config, data.texts))
-    config = replace(config, steps=min(r.steps, STEPS), critic_warmup_steps=0, stop=())
-    return config, endless, data
+    config = replace(config, steps=min(r.steps, STEPS), stop=())
+    return config, endless, data._replace(prompts=prompts, sets=sets)
+
+
+def of_ppo(
+    r: DryRun, config: PPOConfig, tokenizer: Tokenizer, data: Data
+) -> tuple[PPOConfig, Tokenizer, Data]:
+    """As `of_prompts`; the policy learns from the first step on."""
+    texts = longest_texts(config, data.texts)
+    config, tokenizer, data = of_prompts(r, config, tokenizer, data)
+    return replace(config, critic_warmup_steps=0), tokenizer, data._replace(texts=texts)
 
 
 def longest_texts(config: PPOConfig, texts: list[Text]) -> list[Text]:

@@ -18,6 +18,7 @@ from minirlhf.models.logprobs import TILE, widened
 from minirlhf.models.transformer import CausalLM, shapes_only
 from minirlhf.run.machine import Machine, free_memory, process_bytes
 from minirlhf.setup.groups import TrainingSettings
+from minirlhf.setup.policy_settings import PolicyInputSettings
 from minirlhf.setup.ppo_settings import PPOConfig
 
 SURE = 0.75  # share of an estimate that a run holds in any case
@@ -109,27 +110,43 @@ def of_training(
     return Estimate(recipe, learning(model, largest, config, dtype, unembeds=unembeds))
 
 
-def of_ppo(
-    config: PPOConfig, policy: ModelConfig, critic: ModelConfig | None,
-    frozen: Sequence[ModelConfig], prompt: int, text: int, dtype: torch.dtype,
+def of_policy(
+    recipe: str, config: PolicyInputSettings, policy: ModelConfig, frozen: Sequence[ModelConfig],
+    prompt: int, dtype: torch.dtype, critic: int = 0, texts: int = 0,
 ) -> Estimate:
-    """The estimate of PPO; `frozen`: reference and reward models that are loaded; `prompt` and
-    `text`: tokens of the longest prompt, and of the longest text that is mixed in."""
+    """The estimate of a recipe that learns from what its policy writes.
+
+    Args:
+        config: has PolicyTrainingSettings too.
+        frozen: reference and reward models that are loaded.
+        prompt: tokens of the longest prompt.
+        critic: parameters of a critic's own trunk.
+        texts: tokens of a micro-batch of other texts that are learned from.
+    """
     row, most = prompt + config.max_new_tokens, config.micro_batch_tokens
-    tokens = max(row, text, min(most, max(config.micro_batch_size * row,
-                                          config.ptx_batch_size * text)))
+    tokens = max(row, texts, min(most, config.micro_batch_size * row))
     sizes = [parameters(model) * dtype.itemsize for model in frozen]
     away = config.offload_frozen  # one of them is in memory at a time, and none in an update
-    side = min(config.rollout_batch_size, config.batch_size)
+    side = min(config.rollout_batch_size, config.rollout_rows)
     cache = 2 * policy.num_layers * policy.num_kv_heads * policy.head_dim * dtype.itemsize
-    return Estimate("ppo", [
-        *learning(policy, tokens, config, dtype, parameters(critic) if critic else 0),
+    return Estimate(recipe, [
+        *learning(policy, tokens, config, dtype, critic),
         Part("frozen models", max(sizes, default=0) if away else sum(sizes),
              "give --offload-frozen", "measuring" if away else ""),
         Part("KV cache and logits of sampling",
              side * (row * cache + 4 * policy.vocab_size * widened(dtype).itemsize),
              "lower --rollout-batch-size", "sampling"),
     ])
+
+
+def of_ppo(
+    config: PPOConfig, policy: ModelConfig, critic: ModelConfig | None,
+    frozen: Sequence[ModelConfig], prompt: int, text: int, dtype: torch.dtype,
+) -> Estimate:
+    """The estimate of PPO; `text`: tokens of the longest text that is mixed in."""
+    texts = max(text, min(config.micro_batch_tokens, config.ptx_batch_size * text))
+    of_critic = parameters(critic) if critic else 0
+    return of_policy("ppo", config, policy, frozen, prompt, dtype, of_critic, texts)
 
 
 def announce(

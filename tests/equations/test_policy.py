@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minirlhf.equations.masking import masked_mean, masked_sum
-from minirlhf.equations.policy import clipped_surrogate, clipped_value_loss
+from minirlhf.equations.policy import clipped_surrogate, clipped_value_loss, with_mask
 
 nan, inf = torch.nan, torch.inf
 f64 = partial(torch.tensor, dtype=torch.float64)
@@ -230,3 +230,16 @@ def test_gradient_does_not_depend_on_the_split_into_micro_batches(cuts):
         loss = clipped_surrogate(new, old, credit, 0.2, 0.2).loss
         (masked_sum(loss, chosen) / mask.sum()).backward()
     assert_close(split.grad, whole.grad)
+
+
+def test_a_loss_that_names_the_mask_is_given_it():
+    new, old, credit = torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2, 3)
+    mask = credit > 0
+
+    def whole(logprobs, old_logprobs, advantages, response_mask):
+        return logprobs, old_logprobs, advantages, response_mask
+
+    found = with_mask(whole)(new, old, credit, mask)
+    assert all(x is y for x, y in zip(found, (new, old, credit, mask), strict=True))
+    clipped = partial(clipped_surrogate, clip_low=0.2, clip_high=0.2)
+    assert_close(with_mask(clipped)(new, old, credit, mask).loss, torch.full((2, 3), -1.2))

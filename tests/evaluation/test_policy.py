@@ -25,7 +25,7 @@ from minirlhf.models.lora import add_lora, merge_lora, merged_copy
 from minirlhf.models.sampling import Sampling
 from minirlhf.run.folder import Run
 from minirlhf.run.resume import RunSettings
-from minirlhf.setup.ppo_data import held_out
+from minirlhf.setup.policy_data import held_out
 from tests import tiny_ppo
 from tests.tiny_folders import leftovers, read_lines, timeless, write_lines
 from tests.tiny_ppo import PROMPTS, Letters, command, letter_d, policy_at, tiny_lm, tiny_policy

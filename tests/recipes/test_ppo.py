@@ -17,7 +17,7 @@ from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.function import function_reward
 from minirlhf.rewards.source import as_scores
-from minirlhf.setup.ppo import rule_for_truncated, sampling_of
+from minirlhf.setup.policy import rule_for_truncated, sampling_of
 from tests.tiny_ppo import (
     Letters,
     assert_close,

@@ -192,9 +192,8 @@ def test_score_refuses_another_number_of_scores():
 
 def test_sample_table_takes_the_same_prompts_and_keys_at_every_step():
     state = state_of(tiny_policy(), config_of())
-    first = sample_table(state, PROMPTS, letter_d, Letters(), Sampling(6), 3, 2, seed=0)
-    state.step, state.samples = 7, 28
-    again = sample_table(state, PROMPTS, letter_d, Letters(), Sampling(6), 3, 4, seed=0)
+    first = sample_table(state.model.lm, 0, PROMPTS, letter_d, Letters(), Sampling(6), 3, 2, seed=0)
+    again = sample_table(state.model.lm, 7, PROMPTS, letter_d, Letters(), Sampling(6), 3, 4, seed=0)
     assert [row.pop("step") for row in first] == [0, 0, 0]
     assert [row.pop("step") for row in again] == [7, 7, 7]
     assert again == first
@@ -205,7 +204,7 @@ def test_show_samples_prints_and_keeps_them(tmp_path, capsys):
     prompts = [Prompt([3], [{"role": "user", "content": "how are you"}], "p", {})]
     state = state_of(tiny_policy(), config_of())
     state.step = 7
-    rows = sample_table(state, prompts, letter_d, Letters(), Sampling(6), 4, 4, seed=0)
+    rows = sample_table(state.model.lm, 7, prompts, letter_d, Letters(), Sampling(6), 4, 4, seed=0)
     with Run(RunSettings(out=str(tmp_path / "out")), "ppo") as r:
         show_samples(r, state, rows)
     shown = capsys.readouterr().out

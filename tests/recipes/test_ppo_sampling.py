@@ -11,7 +11,7 @@ from minirlhf.batches.rollouts import Rollout, RolloutBuffer, measure
 from minirlhf.models.generation import generate
 from minirlhf.models.sampling import sampling_distribution
 from minirlhf.models.support import RowSupport
-from minirlhf.setup.ppo import sampling_of
+from minirlhf.setup.policy import sampling_of
 from tests.tiny_ppo import (
     PROMPTS,
     Letters,

@@ -13,8 +13,8 @@ from minirlhf.rewards.load import facts, load_reward
 from minirlhf.rewards.model import model_reward, reencode
 from minirlhf.rewards.parse import parse_source
 from minirlhf.rewards.source import Completions
-from minirlhf.setup.ppo import check_scorers
-from minirlhf.setup.ppo_data import Data
+from minirlhf.setup.policy import check_scorers
+from minirlhf.setup.policy_data import Data
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests.rewards.test_source import BATCH
 from tests.tiny_folders import change_json, save_lm, save_scorer

@@ -9,7 +9,7 @@ from torch import tensor
 from minirlhf.data.batching import epoch_batches, next_rows
 from minirlhf.data.examples import Pair, Prompt, Text
 from minirlhf.setup import longest
-from minirlhf.setup.ppo_data import Data
+from minirlhf.setup.policy_data import Data
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.setup.sft_settings import SFTConfig

@@ -1,16 +1,15 @@
-"""What a PPO run reads beside its models: prompts, held-out prompts, texts that are mixed in."""
+"""What PPO and GRPO read beside their models: prompts, and prompts that are held out."""
 
 from typing import NamedTuple
 
-from minirlhf.batches.demonstrations import with_target
-from minirlhf.data.examples import Prompt, Text, load_prompts, load_texts
+from minirlhf.data.examples import Prompt, Text, load_prompts
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.rewards.load import check_answers
 from minirlhf.rewards.parse import parse_source
 from minirlhf.setup.common import named_files
-from minirlhf.setup.ppo_settings import PPOConfig
+from minirlhf.setup.policy_settings import PolicyInputSettings
 
 
 class Data(NamedTuple):
@@ -18,7 +17,7 @@ class Data(NamedTuple):
 
     prompts: list[Prompt]
     sets: dict[str, list[Prompt]]  # metric prefix -> held-out prompts
-    texts: list[Text]  # mixed into the updates; none without ptx_data
+    texts: list[Text]  # mixed into the updates; none without ptx_data, which PPO reads
     files: dict[str, list[str]]  # setting -> files that it names
     reports: list[Report]
 
@@ -46,41 +45,24 @@ class Data(NamedTuple):
         return max((len(text.ids) for text in self.texts), default=0)
 
 
-def read_data(config: PPOConfig, tokenizer: Tokenizer, room: int, longest_row: int) -> Data:
-    """All rows of all files, each file's report printed.
+def read_prompts(config: PolicyInputSettings, tokenizer: Tokenizer, room: int) -> Data:
+    """All rows of all files of prompts, each file's report printed.
 
     Args:
         room: most tokens of a prompt.
-        longest_row: most tokens of a text.
     """
     policy = RowPolicy.of(config)
     answers = check_answers([parse_source(source) for source in config.reward])
     files = {"": config.data, **named_files(config.eval_data, "/")}
-    sets, texts, reports = {}, [], []
+    sets, reports = {}, []
     for prefix, file in files.items():
         rows, report = load_prompts(file, tokenizer, room, config.overlong, policy, answers)
         print(report)
         sets[prefix] = held_out(rows, config.eval_prompts, file) if prefix else rows
         reports.append(report)
-    if config.ptx_data is not None:
-        texts, report = read_texts(config, tokenizer, longest_row)
-        reports.append(report)
     held_out_files = [file for prefix, file in files.items() if prefix]
-    names = {"data": [config.data], "eval_data": held_out_files,
-             "ptx_data": [config.ptx_data] if config.ptx_data else []}
-    return Data(sets.pop(""), sets, texts, names, reports)
-
-
-def read_texts(
-    config: PPOConfig, tokenizer: Tokenizer, longest_row: int
-) -> tuple[list[Text], Report]:
-    """Those that are mixed into the updates; the file's report is printed."""
-    texts, report = load_texts(
-        config.ptx_data, tokenizer, longest_row, config.overlong, policy=RowPolicy.of(config),
-        finish=with_target,
-    )
-    print(report)
-    return texts, report
+    names = {"data": [config.data], "eval_data": held_out_files}
+    return Data(sets.pop(""), sets, [], names, reports)
 
 
 def held_out(prompts: list[Prompt], most: int | None, file: str) -> list[Prompt]:

@@ -1,0 +1,233 @@
+"""What PPO and GRPO do alike before their loops: they look at models and prompts and refuse what
+cannot work, then load rewards and what evaluates the policy.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minirlhf.batches.rollouts import RolloutBuffer
+from minirlhf.data.ending import tail_of
+from minirlhf.data.examples import Prompt, encoded_text
+from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from minirlhf.equations.scores import EndRule, end_rule
+from minirlhf.errors import UserError
+from minirlhf.evaluation.policy import PolicyEvaluation, evaluate_policy
+from minirlhf.evaluation.samples import sample_table
+from minirlhf.files.folders import resolve
+from minirlhf.models import pretrained
+from minirlhf.models.heads import RewardModel, reads_whole
+from minirlhf.models.lora import merged_copy
+from minirlhf.models.sampling import Sampling
+from minirlhf.models.transformer import CausalLM
+from minirlhf.rewards import load, parse
+from minirlhf.rewards.model import scores_read
+from minirlhf.rewards.parse import Spec
+from minirlhf.rewards.source import RewardSource
+from minirlhf.run.folder import Run
+from minirlhf.setup.common import write_model
+from minirlhf.setup.policy_data import Data, read_prompts
+from minirlhf.setup.policy_settings import EndSettings, PolicyInputSettings
+from minirlhf.setup.training import TrainingRun
+
+# ---------------------------------------------------------------------- looking, before any loading
+
+
+def prompt_room(config: PolicyInputSettings, folders: Sequence[Path]) -> int:
+    """Most tokens of a prompt: all these models read it with the whole response."""
+    models = [pretrained.read_config(folder) for folder in folders]
+    most = min(model.longest_row for model in models)
+    if config.max_new_tokens >= most:
+        raise UserError("--max-new-tokens", f"{config.max_new_tokens} fill the model's context",
+                        f"use less than {most}")
+    room = most - config.max_new_tokens
+    return min(config.max_prompt_length or room, room)
+
+
+def check_models(
+    config: PolicyInputSettings, lms: Sequence[Path], critics: Sequence[Path],
+    scorers: Sequence[Path], tokenizer: Tokenizer,
+) -> None:
+    """What can be known of the models before any weight is read.
+
+    Args:
+        lms: the policy, and its reference where it has one.
+        critics, scorers: reward models, none or one of the first.
+    """
+    for lm in lms:
+        pretrained.without_weights(lm)
+    for flag, folders in ("--ref", lms[1:] if config.ref else []), ("--critic", critics):
+        for folder in folders:
+            if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+                raise UserError(f"{flag} {folder}", "has another tokenizer than the policy",
+                                "give a model that reads the same ids")
+    if not tokenizer.eos_ids and not config.stop:
+        what = "names no eos token, so that no response could end"
+        do = "set eos_token in tokenizer_config.json, or give --stop"
+        raise UserError(tokenizer.folder, what, do)
+    for reward_model in (*critics, *scorers):
+        pretrained.without_weights(reward_model, reward=True)
+
+
+def check_scorers(
+    config: PolicyInputSettings, scorers: Sequence[Path], policy: Tokenizer, data: Data
+) -> None:
+    """Whether reward models have room for every prompt, its response and what stands behind it.
+
+    How many tokens a response has once it is re-encoded is not known before it is sampled: room is
+    asked for as many as the policy may sample, and for the tail of the template where messages are
+    read to the end of their text.
+
+    Args:
+        policy: its tokenizer; a reward model with another one re-encodes texts.
+    """
+    for folder in scorers:
+        tokenizer, model = load_tokenizer(folder), pretrained.read_config(folder)
+        again, most = tokenizer.fingerprint != policy.fingerprint, model.longest_row
+        if config.rendered and again:
+            what = f"the names of tokens are the policy's, --reward {folder} has another tokenizer"
+            raise UserError("--rendered", what, "give prompts as messages, which it renders itself")
+        whole = reads_whole(model.source, folder / "config.json")
+        chats = any(not isinstance(prompt.text, str) for prompt in data.every_prompt)
+        tail = tail_of(tokenizer) if chats and whole else ""
+        for prompt in data.every_prompt:
+            is_text, new = isinstance(prompt.text, str), config.max_new_tokens
+            try:
+                ids = encoded_text(tokenizer, prompt) if again else prompt.ids
+            except UserError as error:
+                raise UserError(prompt.where, str(error)) from None
+            behind = 0 if is_text else len(tokenizer.encode_marked(tail))
+            if len(ids) + new + behind > most:
+                what = f"{len(ids)} tokens as --reward {folder} reads them, {new} new"
+                what += f" and {behind} behind these" if behind else ""
+                do = f"it reads {most}: lower max_prompt_length or max_new_tokens"
+                raise UserError(prompt.where, what, do)
+
+
+class Start(NamedTuple):
+    """All that a run starts from: found, checked and, of its data, read. No weight is loaded."""
+
+    folder: Path  # of the policy
+    ref_folder: Path | None  # the policy's where no --ref is given; None: there is no reference
+    critic: list[Path]  # none or one
+    scorers: list[Path]  # the reward models of --reward
+    specs: list[Spec]  # of --reward
+    tokenizer: Tokenizer
+    data: Data
+    inputs: dict[str, list]  # setting -> files and folders that it names
+
+    @property
+    def lms(self) -> list[Path]:
+        """Of the policy, and of its reference where it has one."""
+        return [self.folder, *([] if self.ref_folder is None else [self.ref_folder])]
+
+
+def look(config: PolicyInputSettings, critic: str | None = None, refers: bool = True) -> Start:
+    """What a run starts from; refuses all that can be refused before anything is loaded, the
+    cheapest first.
+
+    Args:
+        critic: the reward model that a critic starts from.
+        refers: whether the run has a reference.
+    """
+    folder = resolve(config.model)
+    ref_folder = (resolve(config.ref) if config.ref else folder) if refers else None
+    tokenizer = load_tokenizer(folder)
+    tokenizer.check_stops(config.stop)
+    critics = [] if critic is None else [resolve(critic)]
+    specs = [parse.parse_source(source) for source in config.reward]
+    places = [parse.locate(spec) for spec in specs]
+    scorers = [place for place in places if place is not None and place.is_dir()]
+    refs = [ref_folder] if refers else []
+    check_models(config, (folder, *refs), critics, scorers, tokenizer)
+    same = [place for place in scorers if not load.reencoded(place, tokenizer)]
+    data = read_prompts(config, tokenizer, prompt_room(config, (folder, *refs, *critics, *same)))
+    check_scorers(config, scorers, tokenizer, data)
+    inputs = {**data.files, "reward": [place for place in places if place], "ref": refs,
+              "model": tokenizer_files(folder)}
+    return Start(folder, ref_folder, critics, scorers, specs, tokenizer, data, inputs)
+
+
+# ----------------------------------------------------------------------------------------- loading
+
+
+class Rewards(NamedTuple):
+    source: RewardSource
+    models: list[tuple[RewardModel, Path]]  # that it reads, with their folders
+    facts: dict[str, str]  # what is told of them
+
+
+def load_rewards(
+    config: PolicyInputSettings, r: Run, start: Start, tokenizer: Tokenizer, data: Data,
+    dtype: torch.dtype, device: str,
+) -> Rewards:
+    """All that --reward names; what its functions ran becomes an input of the run.
+
+    Args:
+        config: has MicroBatchSettings too.
+        tokenizer, data: of a dry run its own.
+    """
+    models: list[tuple[RewardModel, Path]] = []
+    source = load.load_reward(
+        config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,
+        r.folder / "rewards.jsonl", models, r.sums,
+    )
+    r.inputs["reward"] += r.sums.keys() - set(map(str, r.inputs["reward"]))
+    facts = load.facts(start.specs, tokenizer, [prompt.text for prompt in data.every_prompt])
+    for model, place in models:
+        key = "scores read" if len(models) == 1 else f"scores read by {place.name}"
+        facts[key] = scores_read(model, load_tokenizer(place))
+    return Rewards(source, models, facts)
+
+
+@dataclass
+class PolicyRun(TrainingRun[Prompt]):
+    """A run that learns from what its policy writes, ready to begin; its rows are prompts."""
+
+    lm: CausalLM  # the policy
+    reward: RewardSource
+    ref: CausalLM | None  # None where there is none, or where it is the base under adapters
+    measure: Callable[[RolloutBuffer], None]  # fills log-probs, as training does it
+
+    @property
+    def rows_at_once(self) -> int:
+        """No more than in a training step, so that no evaluation takes more memory than one."""
+        return min(self.config.rollout_batch_size, self.config.rollout_rows)
+
+    def evaluate(self, prompts: list[Prompt], baseline: list[float] | None) -> PolicyEvaluation:
+        """Answers held-out prompts; see `evaluate_policy`."""
+        config = self.config
+        return evaluate_policy(
+            self.lm, prompts, self.reward, self.measure, self.tokenizer, sampling_of(config),
+            config.seed, self.rows_at_once, config.micro_batch_size, config.micro_batch_tokens,
+            baseline,
+        )
+
+    def sample_table(self) -> list[dict]:
+        """Responses to the first prompts of the data."""
+        config = self.config
+        return sample_table(self.lm, self.state.step, self.rows, self.reward, self.tokenizer,
+                            sampling_of(config), config.sample_prompts, self.rows_at_once,
+                            config.seed)
+
+    def export_best(self) -> None:
+        """Writes the policy to best/, adapters merged."""
+        lm = merged_copy(self.lm) if self.config.lora_rank else self.lm
+        self.run.export(lambda target: write_model(lm, self.tokenizer, target), "best")
+
+
+def sampling_of(config: PolicyInputSettings) -> Sampling:
+    """How responses are drawn."""
+    return Sampling(
+        config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.min_p,
+        stop_strings=config.stop, min_new_tokens=config.min_new_tokens,
+    )
+
+
+def rule_for_truncated(config: EndSettings) -> EndRule:
+    """What becomes of the score of a response that the length limit ended."""
+    return end_rule(config.missing_eos, config.missing_eos_penalty, config.max_new_tokens,
+                    config.missing_eos_buffer)
