@@ -40,6 +40,8 @@ VERBS = {
                   "score texts or preferences with a reward model"),
     "serve": Verb("minirlhf.tools.serve", "minirlhf.tools.settings:ServeConfig",
                   "answer requests for scores with a reward model, over HTTP"),
+    "tasks": Verb("minirlhf.tools.tasks", "minirlhf.tools.settings:TasksConfig",
+                  "write problems with exact answers, for rewards that can be verified"),
     "demo": Verb("minirlhf.tools.demo.command", "minirlhf.tools.settings:DemoConfig",
                  "train, align and measure a tiny model from nothing"),
 }

@@ -166,7 +166,7 @@ _SENTENCE = re.compile(
     r"\banswer\b[^\n]{0,100}?(?:\bis\b|[:=])[\s*]*+((?:[^\n.!?]++|[.!?](?![\s*]|$))*+)", re.I
 )
 _UNIT_COMMAND = re.compile(r"\\(?:text|mathrm|mbox) ?\{[^{}]*+\}")
-_HARMLESS = re.compile(rf"[^\W\d_]*|[\s=:.,;!?{_MONEY}%\u00b0'\"*]")  # around a number
+_HARMLESS = re.compile(rf"[^\W\d_]*|[\s=:.,;!?{_MONEY}%\u00b0'\"*{{}}]")  # around a number
 
 
 def final_number(text: str) -> Fraction | None:

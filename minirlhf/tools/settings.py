@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from minirlhf.errors import printable
 from minirlhf.run.glossary import METRICS
 from minirlhf.run.resume import OutSettings
 from minirlhf.run.settings import override, setting
@@ -142,6 +143,57 @@ class SampleConfig(
             problems.append(f"--temperature {self.temperature:g}: 0, or at least {COLDEST:g}")
         if self.samples > 1 and self.temperature == 0:
             problems.append(f"--samples {self.samples} with temperature 0: they would all be one")
+        return problems
+
+
+TASKS = {  # kind of problems -> its tasks, which take turns
+    "arithmetic": ("add", "subtract", "multiply"),
+    "words": ("sort", "reverse", "last", "count"),
+    "format": ("tags", "boxed", "json", "sentence"),
+}
+
+
+@dataclass(frozen=True)
+class TasksConfig(SeedSettings, OutSettings):
+    """Write problems with exact answers, for training and held out."""
+
+    FIRST_WORDS: ClassVar = "kind"
+
+    kind: str = setting(
+        "", "kind of problems; it may come first, without this flag", choices=tuple(TASKS),
+        required=True,
+    )
+    n: int = setting(2000, "problems in train.jsonl", at_least=1, at_most=10**6)
+    held_out: int = setting(
+        200, "problems in eval.jsonl, none of which is in train.jsonl", at_least=1, at_most=10**6
+    )
+    only: tuple[str, ...] = setting(
+        (), "tasks of the kind: " + "; ".join(f"{kind}: {', '.join(names)}"
+                                             for kind, names in TASKS.items()) + "; none: all",
+        metavar="TASK",
+    )
+    digits: int | None = setting(
+        None, "most digits of each number of arithmetic and format; a factor has one; none: 2",
+        at_least=1, at_most=8,
+    )
+    words: int | None = setting(
+        None, "words in each list of words; none: 3", at_least=2, at_most=8
+    )
+    out: str = override("", "new folder, gets train.jsonl and eval.jsonl", metavar="DIR")
+    seed: int = override(help="seed of which problems are drawn")
+
+    def check(self) -> list[str]:
+        problems = check_new(self.out)
+        unknown = [name for name in self.only if name not in TASKS.get(self.kind, ())]
+        if unknown and self.kind in TASKS:
+            legal = ", ".join(TASKS[self.kind])
+            problems.append(f"only: {self.kind} has no {printable(unknown[0], 40)}; it has {legal}")
+        if len(set(self.only)) < len(self.only):
+            problems.append("only: a task stands twice")
+        if self.digits is not None and self.kind == "words":
+            problems.append("digits: is for arithmetic and format")
+        if self.words is not None and self.kind != "words":
+            problems.append("words: is for words")
         return problems
 
 
