@@ -189,6 +189,14 @@ def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
     return length.to_bytes(8, "little") + header + data[8 + size :]
 
 
+def mutate_position(data: bytes, rng: random.Random) -> bytes:
+    """Where a reward model is read, and what decides beside it."""
+    values = json.loads(data)
+    for name in rng.sample(("score_position", "pad_token_id", "read_before_eos"), 2):
+        values[name] = _value(values.get(name), rng)
+    return json.dumps(values).encode("utf-8", "surrogatepass")
+
+
 def mutate_template(data: bytes, rng: random.Random) -> bytes:
     text = data.decode()
     for _ in range(rng.choice((1, 1, 2, 3))):
@@ -333,7 +341,8 @@ def make_world(root: Path) -> None:
     for name in ("bpe", *TOKENIZERS):
         (root / name / "tokenizer_config.json").write_text(json.dumps({
             "eos_token": "<|endoftext|>", "pad_token": {"content": "<|pad|>"}, "auto_map": {},
-            "chat_template": [{"name": "default", "template": CHATML}], "bos_token": None,
+            "chat_template": [{"name": n, "template": CHATML} for n in ("default", "tool_use")],
+            "bos_token": None,
         }))
         for other in ("special_tokens_map", "generation_config", "config"):
             (root / name / f"{other}.json").write_text('{"eos_token_id": [0], "vocab_size": 270}')
@@ -341,6 +350,8 @@ def make_world(root: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (root / "chat" / name).write_bytes((root / "bpe" / name).read_bytes())
     (root / "chat" / "chat_template.jinja").write_text(CHATML)
+    (root / "chat" / "additional_chat_templates").mkdir()
+    (root / "chat" / "additional_chat_templates" / "tool_use.jinja").write_text(CHATML)
     for name, rows in ROWS.items():
         lines = [json.dumps(row) for row in rows * 3]
         (root / f"{name}.jsonl").write_text("\n".join(lines))
@@ -385,7 +396,8 @@ def read_tokenizer(folder: str) -> Callable[[Path], None]:
         tokenizer.encode_batch(["the film <|pad|> is\n good", "", "\U0001f600 naïve\0"])
         tokenizer.decode([0, 1, 2, 5, 10**6])
         tokenizer.encode_dialogue(TURNS, ANSWER)
-        tokenizer.encode_chat(TURNS + ANSWER)
+        for arguments in ({}, {"tools": []}):
+            tokenizer.encode_chat(TURNS + ANSWER, arguments)
         tokenizer.spare_pad_token()
         tokenizer.files()
 
@@ -445,14 +457,16 @@ TARGETS = (
            read_model("reward", pretrained.load_reward_model)),
     Target(("peer/value_head.safetensors", "peer/config.json"), mutate_safetensors,
            read_model("peer", pretrained.load_reward_model)),
+    Target(("reward/config.json",), mutate_position,
+           read_model("reward", pretrained.load_reward_model)),
     Target(("adapter/adapter_config.json",), mutate_json, read_adapter),
     *(Target((f"{n}/tokenizer.json",), mutate_json, read_tokenizer(n))
       for n in ("bpe", *TOKENIZERS)),
     Target(tuple(f"bpe/{n}.json" for n in ("tokenizer_config", "special_tokens_map",
                                            "generation_config", "config")),
            mutate_json, read_tokenizer("bpe")),
-    Target(("chat/chat_template.jinja",), mutate_template, read_tokenizer("chat")),
-    Target(("chat/chat_template.jinja",), mutate_template, read_tokenizer("chat")),
+    *(Target((f"chat/{n}.jinja",), mutate_template, read_tokenizer("chat"))
+      for n in ("chat_template", "additional_chat_templates/tool_use")),
     Target((f"{COMMIT}/manifest.json",), mutate_state, read_checkpoint),
     Target((f"{COMMIT}/state.json", f"{COMMIT}/model.safetensors"), mutate_bytes, read_checkpoint),
     Target(("run.json",), mutate_json, read_settings("run.json")),
@@ -470,7 +484,8 @@ def fuzz_case(root: Path, index: int) -> tuple[str, Callable[[], object]]:
         backup.parent.mkdir(parents=True, exist_ok=True)
         backup.write_bytes(path.read_bytes())
     data = backup.read_bytes()
-    mutate = mutate_json if name.endswith("config.json") else target.mutate
+    other = target.mutate is mutate_safetensors and name.endswith(".json")
+    mutate = mutate_json if other else target.mutate
     path.write_bytes(mutate(data, rng))
 
     def read() -> None:

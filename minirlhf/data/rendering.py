@@ -1,6 +1,7 @@
 """Dialogues as text, by the chat templates of a model's folder."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import file_inside
 from minirlhf.files.reading import read_text
 
+ADDITIONAL = "additional_chat_templates"  # folder of named ones
+TOOLS = "tool_use"  # renders rows that have tools, where a folder has a template of this name
 TEMPLATE_CAP = 4 << 20  # bytes of a template's file
 
 
@@ -25,38 +28,25 @@ class Chat(NamedTuple):
 
 
 class RenderingTokenizer(Vocabulary):
-    """A vocabulary with the chat template of its folder.
+    """A vocabulary with the chat templates of its folder.
 
     Attributes:
-        chat_template: Jinja source, or None where `template_origin` is "plain fallback".
-        tool_template: the one named tool_use, which renders where tools are given, or None.
-        template_origin: "chat_template.jinja", "tokenizer_config.json" or "plain fallback".
+        chat_template: Jinja source, or None where `template_origin` is "plain fallback" or a folder
+            names templates and none of them default.
+        named_templates: name -> source of the others; tool_use renders where tools are given.
+        template_origin: "chat_template.jinja", "additional_chat_templates", "tokenizer_config.json"
+            or "plain fallback".
     """
 
     def __init__(
         self, folder: Path, source: str, config: dict, eos_ids: list[int], model: dict
     ):
         super().__init__(folder, source, config, eos_ids, model)
-        own = file_inside(self.folder, "chat_template.jinja")
-        configured = self._config.get("chat_template")
-        tools = None
-        if isinstance(configured, list):  # [{"name": ..., "template": ...}]
-            named = {str(t.get("name")): t.get("template") for t in configured if type(t) is dict}
-            configured, tools = named.get("default"), named.get("tool_use")
-        self.chat_template: str | None = None
-        self.tool_template = tools if isinstance(tools, str) and not own.exists() else None
-        if own.exists():
-            self.template_origin = own.name
-            self.chat_template = read_text(own, TEMPLATE_CAP)
-        elif configured is not None:
-            self.template_origin = "tokenizer_config.json"
-            if not isinstance(configured, str):
-                where = self.folder / self.template_origin
-                what = f"chat_template is {printable(repr(configured), 80)}"
-                raise UserError(where, what, "a string, or a list of named ones")
-            self.chat_template = configured
-        if not self.chat_template:  # an empty one renders nothing
-            self.template_origin, self.chat_template = "plain fallback", None
+        self.template_origin, named = _stored(self.folder, self._config.get("chat_template"))
+        self.chat_template: str | None = named.pop("default", None) or None
+        self.named_templates: dict[str, str] = named
+        if not (self.chat_template or named):  # an empty one renders nothing
+            self.template_origin = "plain fallback"
         self._templates: dict[str, ChatTemplate] = {}  # made on first use: plain text needs none
         found = learned_control(
             self._backend.get_added_tokens_decoder(), self.eos_ids,
@@ -67,21 +57,22 @@ class RenderingTokenizer(Vocabulary):
     # ---------------------------------------------------------------------------------------- chat
 
     def _written(self) -> tuple[str, str]:
-        """(what the template writes around turns that are not the assistant's, all that it writes);
-        of turns that it refuses, nothing."""
-        if self.chat_template is None:
-            return "", ""
+        """(what the templates write around turns that are not the assistant's, all that they
+        write); of turns that they refuse, nothing."""
         mark = unused_character([])
         system, user, answer, tool = (
             {"role": role, "content": mark} for role in ("system", "user", "assistant", "tool")
         )
-        shown = [text if isinstance(text, str) else "" for text in self._render([
-            Chat([system, user], False), Chat([user], False), Chat([user, answer, tool], False),
-            Chat([system, user, answer, user], True), Chat([user, answer, user], True),
-        ])]
-        parts = shown[2].split(mark)
-        behind = parts[2:] if len(parts) == 4 else []  # of the answer
-        return "\n".join([*shown[:2], *behind]), "\n".join(shown)
+        dialogues = [([user, answer, tool], False), ([system, user], False), ([user], False),
+                     ([system, user, answer, user], True), ([user, answer, user], True)]
+        around, anywhere = [], []
+        for arguments in self._kinds() if self.chat_template or self.named_templates else ():
+            texts = self._render([Chat(*dialogue, arguments) for dialogue in dialogues])
+            shown = [text if isinstance(text, str) else "" for text in texts]
+            parts = shown[0].split(mark)
+            around += [*shown[1:3], *(parts[2:] if len(parts) == 4 else [])]  # behind the answer
+            anywhere += shown
+        return "\n".join(around), "\n".join(anywhere)
 
     def render_chat(
         self, messages: Messages, add_generation_prompt: bool = True,
@@ -102,9 +93,24 @@ class RenderingTokenizer(Vocabulary):
             raise text
         return text
 
-    def _sources(self) -> list[str]:
-        """The template, and the one for tools if there is one."""
-        return [self.chat_template or self.fallback(), *filter(None, [self.tool_template])]
+    def _kinds(self) -> list[Mapping[str, object]]:
+        """What rows may give, of which each is rendered by another template."""
+        return [NONE, *([{"tools": []}] if TOOLS in self.named_templates else [])]
+
+    def _source_for(self, arguments: Mapping[str, object]) -> str:
+        """The template that renders where these are given, chosen as transformers does.
+
+        Raises:
+            UserError: the folder names templates, but none for this.
+        """
+        if arguments.get("tools") is not None and TOOLS in self.named_templates:
+            return self.named_templates[TOOLS]
+        if self.chat_template is None and self.named_templates:
+            names = ", ".join(printable(name, 40) for name in self.named_templates)
+            what = f"has chat templates by the names {names}, and none by the name default"
+            do = "name the one for rows without tools so"
+            raise UserError(f"{self.folder} ({self.template_origin})", what, do)
+        return self.chat_template or self.fallback()
 
     def _template(self, source: str) -> ChatTemplate:
         if source not in self._templates:
@@ -114,7 +120,11 @@ class RenderingTokenizer(Vocabulary):
 
     def template_reads(self) -> set[str]:
         """Names that the chat template, or the one for tools, looks up."""
-        return {name for source in self._sources() for name in self._template(source).reads}
+        found: set[str] = set()
+        for arguments in self._kinds():
+            with suppress(UserError):  # of a row that is to be rendered it is raised there
+                found |= self._template(self._source_for(arguments)).reads
+        return found
 
     def _render(self, chats: list[Chat]) -> list[str | UserError]:
         """`render_chat` of many dialogues, which takes less time than one by one; what one raises
@@ -138,18 +148,20 @@ class RenderingTokenizer(Vocabulary):
 
     def _rendered(self, asked: list[tuple[Messages, bool, dict]]) -> list[str | UserError]:
         """`ChatTemplate.render`, each by the template that is meant for it."""
-        plain, *for_tools = self._sources()
-        chosen = [for_tools[0] if for_tools and names.get("tools") is not None else plain
-                  for *_, names in asked]
-        texts = {}
-        for source in dict.fromkeys(chosen):
-            mine = [i for i, other in enumerate(chosen) if other is source]
+        mine: dict[str, list[int]] = {}  # source -> which of them
+        texts: dict[int, str | UserError] = {}
+        for at, (*_, names) in enumerate(asked):
             try:
-                found = self._template(source).render([asked[i] for i in mine])
+                mine.setdefault(self._source_for(names), []).append(at)
             except UserError as error:
-                found = [error] * len(mine)
-            texts |= zip(mine, found, strict=True)
-        return [texts[i] for i in range(len(asked))]
+                texts[at] = error
+        for source, places in mine.items():
+            try:
+                found = self._template(source).render([asked[at] for at in places])
+            except UserError as error:
+                found = [error] * len(places)
+            texts |= zip(places, found, strict=True)
+        return [texts[at] for at in range(len(asked))]
 
     def _left_open(self, text: str, content: str, mark: str) -> str | UserError:
         """The text up to the mark behind the content of its last turn."""
@@ -163,3 +175,29 @@ class RenderingTokenizer(Vocabulary):
         """The plain template, which an export of a model without one has."""
         bos = "".join(self._backend.id_to_token(id) for id in self._prefix)
         return plain_template(bos, self._eos_text() or "")
+
+
+def _stored(folder: Path, configured: object) -> tuple[str, dict[str, str]]:
+    """(where a folder keeps its chat templates, name -> Jinja source of each), as transformers
+    looks for them: files, and else what tokenizer_config.json has.
+
+    Raises:
+        UserError: that is no string and names no strings.
+    """
+    own = file_inside(folder, "chat_template.jinja")
+    paths = {"default": own} if own.exists() else {}
+    for path in sorted((folder / ADDITIONAL).glob("*.jinja")):
+        paths[path.name.removesuffix(".jinja")] = file_inside(folder, f"{ADDITIONAL}/{path.name}")
+    if paths:
+        origin = own.name if own.exists() else ADDITIONAL
+        return origin, {name: read_text(path, TEMPLATE_CAP) for name, path in paths.items()}
+    origin, named = "tokenizer_config.json", configured
+    if isinstance(configured, list):  # [{"name": ..., "template": ...}]
+        named = {str(one.get("name")): one.get("template") for one in configured
+                 if isinstance(one, dict)}
+    elif not isinstance(configured, dict):
+        named = {} if configured is None else {"default": configured}
+    if any(not isinstance(source, str) for source in named.values()) or (configured and not named):
+        what = f"chat_template is {printable(repr(configured), 80)}"
+        raise UserError(folder / origin, what, "a string, or a list of named ones")
+    return origin, named

@@ -9,6 +9,7 @@ import tokenizers
 from minirlhf.data.dialogues import DialogueTokenizer
 from minirlhf.data.merges import FILES as MERGED
 from minirlhf.data.merges import has_merges, tokenizer_json
+from minirlhf.data.rendering import ADDITIONAL
 from minirlhf.data.vocabulary import EOS, NAMES, PAD
 from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import CODE_KEYS, file_inside
@@ -37,7 +38,11 @@ class Tokenizer(DialogueTokenizer):
                 raise ValueError(f"pad_token {pad_token!r} is no token: use spare_pad_token()")
             config["pad_token"] = pad_token
         made = {"tokenizer.json": self._source}
-        if self.template_origin == "chat_template.jinja":
+        named = self.named_templates
+        if named:  # in this form older versions of transformers find them, too
+            named = {"default": self.chat_template, **named} if self.chat_template else named
+            config["chat_template"] = [{"name": n, "template": t} for n, t in named.items()]
+        elif self.template_origin == "chat_template.jinja":
             made["chat_template.jinja"] = self.chat_template.encode()
         elif self.chat_template is None:
             config["chat_template"] = self.fallback()
@@ -72,7 +77,8 @@ def _name_for_version_4(config: dict) -> None:
 
 def tokenizer_files(folder: Path) -> list[str]:
     """The files that a folder's tokenizer is made of, its chat template and eos among them."""
-    return [str(folder / name) for name in READ if (folder / name).exists()]
+    named = (str(path.relative_to(folder)) for path in (folder / ADDITIONAL).glob("*.jinja"))
+    return [str(folder / name) for name in (*READ, *sorted(named)) if (folder / name).exists()]
 
 
 def _object(folder: Path, name: str) -> dict:

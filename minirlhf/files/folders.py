@@ -18,7 +18,8 @@ CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_impleme
 HARMLESS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 WEIGHTS = "*.safetensors"
 DOWNLOADED = ["*.json", WEIGHTS, "*.jinja"]  # neither pickles nor code
-NOT_DOWNLOADED = ["consolidated*", "*/*"]  # the same weights once more, in another layout
+# The same weights once more, in another layout; of folders, additional_chat_templates is read.
+NOT_DOWNLOADED = ["consolidated*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
 
 
 def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
@@ -67,7 +68,7 @@ def file_inside(folder: Path, name: str) -> Path:
         real = path.resolve()
     except (OSError, RuntimeError):  # links in a circle; Python 3.13 leaves them to the reader
         real = path / name
-    legal = [own]
+    legal = [(own / name).parent]
     if own.parent.name == "snapshots":
         legal.append(own.parents[1] / "blobs")
         if re.fullmatch(r"[0-9a-f]{64}", real.name):

@@ -180,6 +180,60 @@ def test_a_template_named_tool_use_renders_where_there_are_tools(chat, write):
         assert theirs.apply_chat_template([USER], tools=[{}, {}], x="!", tokenize=False) == "T2!"
 
 
+def test_named_templates_in_files_are_found_as_transformers_finds_them(chat, write):
+    """Files stand before what tokenizer_config.json has; an export has all, in a list."""
+    transformers = pytest.importorskip("transformers")
+    folder = chat([{"name": "default", "template": "not read"},
+                   {"name": "tool_use", "template": "not read"}])
+    (folder / "chat_template.jinja").write_text("D{{ messages[0].content }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("T{{ tools | length }}")
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("R")
+    path = write({"prompt": [USER]}, {"prompt": [USER], "tools": [{}, {}]})
+    load_tokenizer(folder).save(folder / "out")
+    for place in (folder, folder / "out"):
+        prompts, _ = load_prompts(path, load_tokenizer(place), None, "error")
+        assert [p.ids for p in prompts] == [spell("DHow hot?"), spell("T2")]
+        theirs = transformers.AutoTokenizer.from_pretrained(place)
+        render = theirs.apply_chat_template
+        assert render([USER], tokenize=False) == "DHow hot?"
+        assert render([USER], tools=[{}, {}], tokenize=False) == "T2"
+        assert render([USER], chat_template="rag", tokenize=False) == "R"
+    (folder / "chat_template.jinja").unlink()  # then there is none for rows without tools
+    alone = load_tokenizer(folder)
+    assert alone.template_origin == "additional_chat_templates"
+    assert alone.render_chat([USER], arguments={"tools": []}) == "T0"
+    assert alone.encode("a") == spell("a")  # texts need none
+    legal = r"chat templates by the names rag, tool_use, and none by the name default"
+    with pytest.raises(UserError, match=legal) as refused:
+        load_prompts(path, alone, None, "error")
+    assert refused.value.where == f"{path}:1"
+    with pytest.raises(ValueError, match="multiple chat templates with no default"):
+        transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template([USER])
+
+
+def test_a_named_template_is_no_link_out_of_its_folder(chat, tmp_path):
+    folder = chat("D")
+    (tmp_path / "mine.jinja").write_text("secret")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "a.jinja").symlink_to(tmp_path / "mine.jinja")
+    with pytest.raises(UserError, match="link to a file outside its folder"):
+        load_tokenizer(folder)
+
+
+def test_tokens_that_only_the_template_for_tools_writes_stay_text(chat):
+    """<|tool|> is an added token that is not special: it controls where a template writes it."""
+    folder = chat([{"name": "default", "template": "{{ messages[0].content }}"},
+                   {"name": "tool_use", "template": "<|tool|>{{ messages[0].content }}"}])
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens(["<|tool|>"])  # 260
+    backend.save(str(folder / "tokenizer.json"))
+    turn = [{"role": "user", "content": "<|tool|>"}]
+    ours = load_tokenizer(folder)
+    assert ours.encode_chat(turn) == spell("<|tool|>")
+    assert ours.encode_chat(turn, {"tools": []}) == [260, *spell("<|tool|>")]
+
+
 @pytest.mark.parametrize(
     ("family", "names"),
     [("qwen-3", {"tools", "enable_thinking"}), ("llama-3.1", {"tools", "date_string"}),

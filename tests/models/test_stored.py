@@ -73,10 +73,16 @@ def test_a_hub_name_is_its_download(monkeypatch, folder):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve("own/model") == folder
-    twice = ["consolidated*", "*/*"]  # the same weights once more
-    assert asked == [("own/model", ["*.json", "*.safetensors", "*.jinja"], twice)]  # no pickle
+    assert [legal for _, legal, _ in asked] == [["*.json", "*.safetensors", "*.jinja"]]  # no pickle
     assert resolve("own/model", weights=False) == folder
-    assert asked[1:] == [("own/model", ["*.json", "*.jinja"], twice)]
+    assert [legal for _, legal, _ in asked[1:]] == [["*.json", "*.jinja"]]
+    for _, legal, never in asked:  # the same weights in another layout are never downloaded
+        mine = ["config.json", "additional_chat_templates/tool_use.jinja"]
+        theirs = ["onnx/config.json", "original/a.safetensors", "awq/b.json", "consolidated.json"]
+        chosen = huggingface_hub.utils.filter_repo_objects(
+            mine + theirs, allow_patterns=legal, ignore_patterns=never
+        )
+        assert list(chosen) == mine
 
 
 # ---- which files count ---------------------------------------------------------------------------
