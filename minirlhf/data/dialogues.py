@@ -1,5 +1,6 @@
 """Dialogues -> ids, by a vocabulary and the text that a chat template makes of them."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -176,11 +177,32 @@ class DialogueTokenizer(RenderingTokenizer):
         """
         encode = partial(self._encode_rendered, swapped=names)
         behind = [text[len(head) :] for text in texts]
-        ids, wholes = encode(head), list(map(encode, texts))
+        at = self._cut_of(head)
+        front = encode(head[:at])  # once for all of them
+        ids, *wholes = (front + encode(text[at:]) for text in (head, *texts))
         if asked is not None and (shared := _shared([ids, *wholes])) >= len(encode(asked)):
             ids = ids[:shared]
         prompt, *answers = self._cut(ids, wholes, behind, encode, counts)
         return prompt, *(answers if whole else map(self.to_its_end, answers))
+
+    def _cut_of(self, text: str) -> int:
+        """Where the last added token of a text begins: the library cuts a text there first, so the
+        ids before it are the same whatever stands behind it. 0 where there is none."""
+        ends = [m.start() for m in self._cutting.finditer(text)] if self._cutting else []
+        return ends[-1] if ends else 0
+
+    @cached_property
+    def _cutting(self) -> re.Pattern | None:
+        """Names of added tokens that are cut out of a text as it stands, the longest first; None
+        where one may take a blank before it, ask for a word's end or begin inside another."""
+        added = [token for token in self._backend.get_added_tokens_decoder().values()
+                 if not token.normalized]
+        names = sorted({token.content for token in added}, key=len, reverse=True)
+        if any(token.lstrip or token.single_word for token in added):
+            return None
+        if any(other in name[1:] for name in names for other in names):
+            return None
+        return re.compile("|".join(map(re.escape, names))) if names else None
 
     def to_its_end(self, ids: list[int]) -> list[int]:
         """Without the blanks behind the last eos, if nothing else stands there."""

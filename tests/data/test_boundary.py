@@ -90,6 +90,33 @@ def test_the_ids_of_a_dialogue_are_those_of_its_rendered_text(kind, name, tmp_pa
         assert ours.answer_text(opened, ids[0], ids[1]) == " hello"
 
 
+def test_a_long_prompt_is_encoded_once_for_all_its_answers(tmp_path, monkeypatch):
+    ours, _ = both(tmp_path, "bytes", ZEPHYR)
+    read, tokens = [], ours._tokens
+    monkeypatch.setattr(ours, "_tokens", lambda texts, *named: read.extend(texts) or tokens(
+        texts, *named))
+    turns = chat("say hello " * 300)
+    ours.encode_dialogue(turns, *(chat("", text)[1:] for text in ("over", "there", "film")))
+    assert sum(text.count("hello") for text in read) == 300
+
+
+@pytest.mark.parametrize(
+    "odd", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}]
+)
+@pytest.mark.parametrize("kind", ["prepend", "first", "bytes"])
+def test_tokens_that_look_around_them_cut_a_dialogue_as_in_the_whole_text(kind, odd, tmp_path):
+    """They may take the blank beside them, or be none behind a letter."""
+    spm.save(tmp_path, kind, "{% for m in messages %}{{ m['content'] + ' </s>\\n' }}{% endfor %}")
+    parsed = json.loads((tmp_path / "tokenizer.json").read_text())
+    parsed["added_tokens"][2] |= odd
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parsed))
+    ours = load_tokenizer(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    turns = chat("where is the film", "a film.", "say hello", "over there")
+    prompt, answer = ours.encode_dialogue(turns[:3], turns[3:], whole=True)
+    assert prompt + answer == theirs.apply_chat_template(turns, return_dict=False)
+
+
 @pytest.mark.parametrize("kind", spm.KINDS)
 def test_text_beside_the_name_of_a_control_token_has_the_ids_of_its_place(kind, tmp_path):
     ours, _ = both(tmp_path / "ours", kind, INST)
