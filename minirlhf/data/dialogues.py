@@ -15,6 +15,7 @@ from minirlhf.errors import UserError
 
 # What is counted, of rows.
 PARTED = "the template writes the prompt otherwise once an answer follows: it ends where they part"
+UNCALLED = "tool calls that the chat template does not write"
 BATCH = 32  # dialogues that are rendered at once
 
 
@@ -90,27 +91,49 @@ class DialogueTokenizer(RenderingTokenizer):
         swapped = [
             self.as_text([dict(d.arguments), d.prompt, *d.responses]) for d in dialogues
         ]
-        chats: list[Chat] = []
         marks = [unused_character(parts) if d.cut else ""
                  for d, (parts, _) in zip(dialogues, swapped, strict=True)]
-        for dialogue, (parts, _), mark in zip(dialogues, swapped, marks, strict=True):
-            seen, prompt, *responses = parts
-            chats += [Chat(prompt, True, seen)]
-            chats += [Chat(marked(_whole(prompt, answer, dialogue.resume), mark), False, seen)
-                      for answer in responses]
-        texts, encoded = iter(self._render(chats)), []
-        for dialogue, (parts, names), mark in zip(dialogues, swapped, marks, strict=True):
-            rendered = list(islice(texts, len(parts) - 1))  # the prompt, each whole dialogue
+        asked = [_chats_of(dialogue, parts, mark) for dialogue, (parts, _), mark
+                 in zip(dialogues, swapped, marks, strict=True)]
+        texts, encoded = iter(self._render([chat for chats in asked for chat in chats])), []
+        for dialogue, (parts, names), mark, chats in zip(
+            dialogues, swapped, marks, asked, strict=True
+        ):
+            shown = list(islice(texts, len(chats)))
+            rendered, bare = shown[: len(parts) - 1], shown[len(parts) - 1 :]
             try:
                 head, *wholes = self._unfailed(rendered, mark)
-                asked = None
+                self._check_calls(parts[1:], rendered, bare, counts)
+                turn = None
                 if not all(text.startswith(head) for text in wholes):
-                    asked, head = self._front(head, wholes, parts, dialogue.resume)
+                    turn, head = self._front(head, wholes, parts, dialogue.resume)
                     counts[PARTED] += 1
-                encoded.append(self._encode_turns(asked, head, wholes, names, whole, counts))
+                encoded.append(self._encode_turns(turn, head, wholes, names, whole, counts))
             except UserError as error:
                 encoded.append(error)
         return encoded
+
+    def _check_calls(
+        self, parts: list[Messages], rendered: list[str], bare: list[str | UserError],
+        counts: Counter[str],
+    ) -> None:
+        """Counts a row whose tool calls the template does not write.
+
+        Args:
+            parts: the prompt, each answer; `rendered` as they are, `bare` without their calls,
+                those that have some.
+        Raises:
+            UserError: they are all that an answer says.
+        """
+        without = iter(bare)
+        lost = [part for part, text in zip(parts, rendered, strict=True)
+                if _calls(part) and next(without) == text]
+        for part in lost:
+            if part is not parts[0] and not any((turn["content"] or "").strip() for turn in part):
+                what = "the chat template does not write tool_calls, and an answer is nothing else"
+                do = "take a model whose template does, or write them in the content"
+                raise UserError(self.folder, what, do)
+        counts[UNCALLED] += bool(lost)
 
     def _unfailed(self, rendered: list[str | UserError], mark: str) -> list[str]:
         """The prompt and each whole dialogue, up to the mark if there is one."""
@@ -258,3 +281,29 @@ def _whole(prompt: Messages, response: Messages, resume: bool) -> Messages:
         return prompt + response
     content = prompt[-1]["content"].rstrip() + response[0]["content"]
     return [*prompt[:-1], prompt[-1] | {"content": content}, *response[1:]]
+
+
+def _calls(messages: Messages) -> bool:
+    return any(turn.get("tool_calls") for turn in messages)
+
+
+def _chats_of(dialogue: Dialogue, parts: list, mark: str) -> list[Chat]:
+    """What is rendered of a dialogue: its prompt, and behind it each answer. Then those of them
+    that have tool calls, without these.
+
+    Args:
+        parts: as in `DialogueTokenizer.as_text`: what the template sees by name, prompt, answers.
+        mark: stands where an answer breaks off.
+    """
+    seen, prompt, *answers = parts
+    bare = [[{key: value for key, value in turn.items() if key != "tool_calls"} for turn in part]
+            for part in parts[1:]]
+
+    def behind(answer: Messages) -> Chat:
+        return Chat(marked(_whole(prompt, answer, dialogue.resume), mark), False, seen)
+
+    chats = [Chat(prompt, True, seen), *map(behind, answers)]
+    chats += [Chat(bare[0], True, seen)] if _calls(prompt) else []
+    return chats + [
+        behind(without) for without, answer in zip(bare[1:], answers, strict=True) if _calls(answer)
+    ]

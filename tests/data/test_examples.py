@@ -383,6 +383,28 @@ def test_a_tool_call_is_an_answer_without_text(write, folder, turn):
     ]
 
 
+def test_tool_calls_that_the_template_does_not_write_are_counted_or_refused(write, folder):
+    """An answer that is nothing else would be an empty turn, which a policy learns to write."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = CALLS.replace("m.tool_calls %}", "m.tool_calls and false %}")
+    turn = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    seen, told = {"role": "tool", "content": "9"}, "tool calls that the chat template does not "
+    said = turn | {"content": "Wait."}
+    path = write({"messages": [U, turn, seen, A]}, {"messages": [U, A]}, {"messages": [U, said]})
+    texts, report = load_texts(path, tokenizer, None, "drop")
+    assert f"{told}write, in 2 rows" in report.notes and len(texts) == 3
+    _, report = load_prompts(write({"prompt": [U, turn, seen]}), tokenizer, None, "drop")
+    assert f"{told}write, in 1 rows" in report.notes
+    pair = {"prompt": [U], "chosen": [A], "rejected": [turn]}
+    for load, row in ((load_texts, {"messages": [U, turn]}), (load_pairs, pair)):
+        with pytest.raises(UserError, match="and an answer is nothing else: take a mo") as caught:
+            load(path := write(row), tokenizer, None, "drop")
+        assert caught.value.where == f"{path}:1"
+    tokenizer.chat_template = CALLS  # which does
+    _, report = load_texts(write({"messages": [U, turn, seen, A]}), tokenizer, None, "drop")
+    assert not report.notes
+
+
 def test_a_message_lacks_what_is_null(write, tokenizer):
     turn = U | {"tool_calls": None, "name": None}
     (prompt,), _ = load_prompts(write({"messages": [turn]}), tokenizer, None, "drop")
