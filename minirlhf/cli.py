@@ -28,6 +28,8 @@ VERBS = {
                    "train a reward model on pairs or ranked lists"),
     "ppo": Verb("minirlhf.recipes.ppo", "minirlhf.setup.ppo_settings:PPOConfig",
                 "align a policy with a reward by PPO"),
+    "dpo": Verb("minirlhf.recipes.dpo", "minirlhf.setup.dpo_settings:DPOConfig",
+                "align a policy with preferences directly: DPO and its family"),
     "check": Verb("minirlhf.tools.check.command", "minirlhf.tools.settings:CheckConfig",
                   "look at data as a recipe reads it, before training"),
     "metrics": Verb("minirlhf.tools.metrics", "minirlhf.tools.settings:MetricsConfig",

@@ -35,6 +35,7 @@ COMMANDS = {
     "sft": "sft --model lm --data texts.jsonl --out out --steps 1",
     "new": "sft --init-config shape.json --data texts.jsonl --out out --steps 1 --vocab-size 258",
     "reward": "reward --model lm --data pairs.jsonl --out out --steps 1",
+    "dpo": "dpo --model lm --data pairs.jsonl --out out --steps 1",
     "ppo": "ppo --model lm --data prompts.jsonl --reward rm --out out --steps 1 --batch-size 2 "
     "--micro-batch-size 2 --max-new-tokens 4",
     "sample": "sample --model lm --data prompts.jsonl --out out --max-new-tokens 4",

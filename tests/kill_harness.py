@@ -267,6 +267,10 @@ OWN = {
         "show_samples": 2, "label_smoothing": 0.1, "heads": 2, "lcb_coef": 0.5,
         "center_rewards_coefficient": 0.01, "normalize": "eval",
     },
+    "dpo": {
+        "data": "pairs", "eval_data": "few_pairs", "eval_every": 2, "micro_batch_tokens": 60,
+        "show_samples": 2, "label_smoothing": 0.1, "sft_coef": 0.5,
+    },
     "ppo": {
         "data": "prompts", "epochs": 2, "mini_batches": 2, "micro_batch_size": 2,
         "max_new_tokens": 3, "kl_target": 0.1, "kl_horizon": 50, "sample_every": 2,

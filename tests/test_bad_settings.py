@@ -361,6 +361,7 @@ ROWS = {"seed", "overlong", "columns", "bad_rows", "fix_text", "allow_empty_prom
 PLACE = ROWS | {"batch_size", "max_length"}  # sft and reward count their place in these rows
 FREE = {  # what no number depends on, save that a device has its own last bits
     "sft": EVERYWHERE, "reward": EVERYWHERE | {"show_samples"},
+    "dpo": EVERYWHERE | {"show_samples"},
     "ppo": EVERYWHERE | {
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
         "reward_token_file", "offload_frozen",
@@ -369,6 +370,7 @@ FREE = {  # what no number depends on, save that a device has its own last bits
 FIXED = {
     "sft": WEIGHTS | PLACE | {"init_config", "tokenizer", "vocab_size"},
     "reward": WEIGHTS | PLACE | {"heads"},
+    "dpo": WEIGHTS | PLACE | {"ref"},
     "ppo": WEIGHTS | {"ref", "critic", "train_critic", "eval_data", "eval_prompts"},
 }
 COMPARED = ROWS | {  # evaluations compare with scores of the start
@@ -457,7 +459,7 @@ def test_the_last_row_is_read_before_any_weight(verb, refused, no_weights):
     assert line.startswith("late.jsonl:51: ")
 
 
-@pytest.mark.parametrize("verb", ["sft", "new", "reward", "ppo"])
+@pytest.mark.parametrize("verb", ["sft", "new", "reward", "dpo", "ppo"])
 def test_the_last_held_out_row_is_read_before_any_weight(verb, refused, no_weights):
     good = COMMANDS[verb].partition("--data ")[2].split()[0]
     line = refused(words(verb, eval_data=(f"a={good}", bad_last_row(verb))))

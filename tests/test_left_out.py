@@ -17,7 +17,7 @@ from tests.test_bad_data import LINES, ROWS
 from tests.tiny_folders import read_lines
 
 world, refused = bad_inputs.world, bad_inputs.refused
-RECIPES = {"sft": TEXT, "new": TEXT, "reward": PAIR, "ppo": PROMPT}
+RECIPES = {"sft": TEXT, "new": TEXT, "reward": PAIR, "dpo": PAIR, "ppo": PROMPT}
 SKIP = {"bad_rows": "skip"}
 
 

@@ -26,6 +26,7 @@ CONFIGS = {recipe: VERBS[recipe].config() for recipe in RECIPES}
 BASE = {
     "sft": {"model": "model", "data": "all.jsonl", "batch_size": 4},
     "reward": {"model": "model", "data": "all.jsonl", "batch_size": 4},
+    "dpo": {"model": "model", "data": "all.jsonl", "batch_size": 4},
     "ppo": {
         "model": "model", "data": "all.jsonl", "reward": "reward.py:letters", "batch_size": 4,
         "micro_batch_size": 2, "epochs": 2, "max_new_tokens": 3,
@@ -110,6 +111,21 @@ CHANGES = {
         "heads": Change(2),
         "lcb_coef": Change(0.5, {"heads": 2, "center_rewards_coefficient": 0.01}),
         "normalize": Change("train"),
+        "columns": Change(["prompt=question"], {"data": "renamed.jsonl"}),  # pairs without prompt
+        "max_length": Change(9, {"overlong": "truncate_response"}),
+        "overlong": Change("truncate_response", {"max_length": 13}, first="drop"),
+    },
+    "dpo": {
+        "ref": Change("other"),
+        "epochs": Change(2.0, {"steps": None}),
+        "eval_data": Change("few.jsonl"),
+        "eval_every": Change(1, {"eval_data": "few.jsonl"}),
+        "show_samples": Change(1, {"eval_data": "few.jsonl"}),
+        "loss": Change("ipo"),
+        "beta": Change(0.5),
+        "label_smoothing": Change(0.1),
+        "simpo_gamma": Change(0.5, {"loss": "simpo"}),
+        "sft_coef": Change(0.5),
         "columns": Change(["prompt=question"], {"data": "renamed.jsonl"}),  # pairs without prompt
         "max_length": Change(9, {"overlong": "truncate_response"}),
         "overlong": Change("truncate_response", {"max_length": 13}, first="drop"),
@@ -232,7 +248,9 @@ def world(tmp_path_factory):
     write_lines(folder / "texts.jsonl", ROWS["texts"])
     write_lines(folder / "lists.jsonl", ROWS["lists"])
     (folder / "tiny.json").write_text(json.dumps(SHAPE))
-    for recipe, rows in (("sft", "texts"), ("reward", "pairs"), ("ppo", "prompts")):
+    for recipe, rows in (
+        ("sft", "texts"), ("reward", "pairs"), ("dpo", "pairs"), ("ppo", "prompts")
+    ):
         lines = [json.dumps(row) + "\n" for row in ROWS[rows]]
         files = {
             "all": lines, "few": lines[:3], "broken": [*lines, "{"],

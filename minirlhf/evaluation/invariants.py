@@ -41,12 +41,17 @@ def check_token_rewards(given: Scores, changes: dict[str, bool], where: str) -> 
             raise UserError(name, what, "leave it out, or return one number a response")
 
 
-def check_start(kl: Tensor) -> None:
-    """At step 0 the policy is its own reference, so every log-ratio must be 0; kl: (N,) nats."""
+def check_start(kl: Tensor, name: str = "objective/kl") -> None:
+    """At step 0 the policy is its own reference, so every log-ratio must be 0.
+
+    Args:
+        kl: (N,) nats a token.
+        name: of the metric that would be wrong.
+    """
     gap = float(kl.abs().max())
     if not gap <= KL_TOLERANCE:
         raise UserError(
-            "step 1: objective/kl", f"a token's KL is {gap:.3g} nats before any training",
+            f"step 1: {name}", f"a token's KL is {gap:.3g} nats before any training",
             "the reference is not the starting policy; name another one with --ref, "
             "which turns this check off", BUG,
         )

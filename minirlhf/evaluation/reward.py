@@ -210,7 +210,9 @@ def calibration_error(chosen: Tensor, rejected: Tensor) -> float:
 def pair_rows(result: Evaluation, tokenizer: Tokenizer | None, count: int) -> list[dict]:
     """The first `count` pairs (-1: all) with both scores and P(chosen > rejected).
 
-    Without a tokenizer the texts are their ids.
+    Args:
+        result: only its pairs, and scores of chosen and rejected, are read.
+        tokenizer: without one the texts are their ids.
     """
     shown = len(result.pairs) if count < 0 else min(count, len(result.pairs))
     return [pair_row(result, i, tokenizer) for i in range(shown)]

@@ -117,6 +117,25 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class LabelSettings:
+    """Preferences: how far their labels are trusted."""
+
+    label_smoothing: float = setting(
+        0.0, "probability that the label of a pair is wrong", at_least=0, below=0.5
+    )
+
+
+@dataclass(frozen=True)
+class PairTableSettings:
+    """Evaluation: held-out pairs to look at."""
+
+    show_samples: int = setting(
+        4, "held-out pairs that each evaluation prints with their scores; -1: all", at_least=-1,
+        resume="free",
+    )
+
+
+@dataclass(frozen=True)
 class StepSettings:
     """Steps and batches: how long the run is."""
 

@@ -110,6 +110,17 @@ def of_training(
     return Estimate(recipe, learning(model, largest, config, dtype, unembeds=unembeds))
 
 
+def of_dpo(
+    config: TrainingSettings, policy: ModelConfig, ref: ModelConfig | None, tokens: Sequence[int],
+    dtype: torch.dtype,
+) -> Estimate:
+    """The estimate of DPO; `ref`: the reference that is loaded, if one is."""
+    estimate = of_training("dpo", config, policy, tokens, dtype)
+    size = parameters(ref) * dtype.itemsize if ref else 0
+    frozen = [Part("reference", size, "give --lora-rank 16")] if ref else []
+    return Estimate("dpo", estimate.parts + frozen)
+
+
 def of_policy(
     recipe: str, config: PolicyInputSettings, policy: ModelConfig, frozen: Sequence[ModelConfig],
     prompt: int, dtype: torch.dtype, critic: int = 0, texts: int = 0,

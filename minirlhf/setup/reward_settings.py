@@ -4,16 +4,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from minirlhf.run.settings import override, setting
-from minirlhf.setup.groups import InputSettings, LengthSettings, TrainingSettings
+from minirlhf.setup.groups import (
+    InputSettings,
+    LabelSettings,
+    LengthSettings,
+    PairTableSettings,
+    TrainingSettings,
+)
 
 
 @dataclass(frozen=True)
-class PreferenceSettings:
+class PreferenceSettings(LabelSettings):
     """Preferences: the loss, and the score that the finished model gives."""
 
-    label_smoothing: float = setting(
-        0.0, "probability that the label of a pair is wrong", at_least=0, below=0.5
-    )
     list_loss: str = setting(
         "plackett-luce",
         "loss of a ranked list: of its whole order (plackett-luce), or of all its pairs: plain, "
@@ -39,7 +42,9 @@ class PreferenceSettings:
 
 
 @dataclass(frozen=True)
-class RewardConfig(InputSettings, LengthSettings, PreferenceSettings, TrainingSettings):
+class RewardConfig(
+    InputSettings, LengthSettings, PreferenceSettings, PairTableSettings, TrainingSettings
+):
     """Train a reward model on pairs or ranked lists."""
 
     SHOWN_FIRST: ClassVar = (
@@ -57,10 +62,6 @@ class RewardConfig(InputSettings, LengthSettings, PreferenceSettings, TrainingSe
     lora_rank: int = override(
         help="rank of the LoRA adapters that are trained with the head, in place of the weights; "
         "0: train the weights"
-    )
-    show_samples: int = setting(
-        4, "held-out pairs that each evaluation prints with their scores; -1: all", at_least=-1,
-        resume="free",
     )
 
     def check(self) -> list[str]:

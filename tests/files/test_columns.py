@@ -86,7 +86,8 @@ def test_a_policy_refuses_words_that_cannot_be_meant():
     assert column_names(["text=a", "prompt=b=c"]) == {"text": "a", "prompt": "b=c"}
 
 
-VERBS = {"sft": TEXT, "new": TEXT, "reward": PAIR, "ppo": PROMPT, "sample": PROMPT, "score": PAIR}
+VERBS = {"sft": TEXT, "new": TEXT, "reward": PAIR, "dpo": PAIR, "ppo": PROMPT, "sample": PROMPT,
+         "score": PAIR}
 
 
 @pytest.mark.parametrize("verb", [*COMMANDS, "check"])

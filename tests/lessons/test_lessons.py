@@ -55,6 +55,7 @@ def world(tmp_path_factory):
                     "rejected": sentence(i + 50, 4), "margin": i % 3 / 4} for i in range(37)],
         "ppo": [{"prompt": sentence(i, 1 + i % 7), "mood": i / 10} for i in range(90)],
     }
+    rows["dpo"] = rows["reward"]
     for name, data in rows.items():
         write_lines(folder / f"{name}.jsonl", data)
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
@@ -66,6 +67,8 @@ CASES = [  # recipe, steps (None: the default of both), reward
     ("sft", 4, None),
     ("reward", None, None),
     ("reward", 5, None),
+    ("dpo", None, None),
+    ("dpo", 5, None),
     ("ppo", 2, "reward.py:short"),
     ("ppo", 1, "judge"),
     ("ppo", 1, "reward.py:tokens"),

@@ -144,7 +144,7 @@ def test_json_is_one_object_a_metric(capsys):
 
 
 def test_metrics_refuses_another_recipe(capsys):
-    assert cli.main(["metrics", "--recipe", "dpo"]) == BAD_INPUT
+    assert cli.main(["metrics", "--recipe", "pop"]) == BAD_INPUT
     assert "must be one of ppo, reward, sft" in capsys.readouterr().err
 
 

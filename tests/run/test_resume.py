@@ -235,7 +235,7 @@ def test_a_run_killed_before_its_first_commit_starts_at_0_and_says_so(
         shutil.rmtree(out_of(argv))
 
 
-@pytest.mark.parametrize("recipe", ["sft", "reward"])
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo"])
 def test_a_run_killed_at_an_epochs_end_goes_on_with_the_next(recipe, server, world, folder, whole):
     # 8 rows, 4 a step: the commit of step 2 is the end of an epoch, and the next file operation
     # comes after it
@@ -304,7 +304,7 @@ def test_resuming_a_finished_run_has_nothing_to_do_and_changes_nothing(
         assert wrong_with(out_of(argv), remains(out)) == []
 
 
-@pytest.mark.parametrize("recipe", ["sft", "reward"])
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo"])
 def test_a_place_that_is_counted_by_steps_keeps_its_batches(recipe, server, folder, whole, world):
     out = folder / f"{recipe}-rebatched"
     shutil.copytree(whole(recipe, NEVER)[0], out)

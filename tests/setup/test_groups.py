@@ -14,6 +14,7 @@ from minirlhf.equations.scores import MISSING_EOS, SCALINGS
 from minirlhf.rewards.service import FORMS
 from minirlhf.run.optim import SCHEDULES
 from minirlhf.run.settings import settings_of
+from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.setup.sft_settings import SFTConfig
@@ -40,7 +41,9 @@ CHOICES = [
     (RewardConfig, "list_loss", LIST_LOSSES), (PPOConfig, "kl_estimator", KL_ESTIMATORS),
     (PPOConfig, "missing_eos", MISSING_EOS), (PPOConfig, "score_scaling", SCALINGS),
     (PPOConfig, "reward_format", FORMS),
-    (CheckConfig, "recipe", ("auto", *dict.fromkeys(kind.recipe for kind in KINDS.values()))),
+    (CheckConfig, "recipe", ("auto", *(r for r in dict.fromkeys(
+        recipe for kind in KINDS.values() for recipe in kind.recipes
+    )))),
 ]
 
 
@@ -67,6 +70,8 @@ def test_the_trainers_have_their_defaults():
                     "max_length": 1024, "overlong": "drop", "log_every": 10, "save_every": 100},
         RewardConfig: {"learning_rate": 1e-5, "batch_size": 16, "epochs": 1.0, "heads": 1,
                        "adam_epsilon": 1e-8, "overlong": "drop", "log_every": 10},
+        DPOConfig: {"learning_rate": 1e-6, "batch_size": 16, "epochs": 1.0, "loss": "sigmoid",
+                    "overlong": "drop", "log_every": 10},
         PPOConfig: {"learning_rate": 3e-6, "batch_size": 64, "epochs": 4, "adam_epsilon": 1e-5,
                     "steps": 100, "overlong": "error", "log_every": 1, "save_every": 20,
                     "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "clip_low": 0.2, "vf_coef": 0.1},

@@ -20,6 +20,7 @@ from minirlhf.models import pretrained
 from minirlhf.models.heads import reads_whole
 from minirlhf.models.stored_heads import VALUE_HEAD
 from minirlhf.run import flags
+from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.policy import prompt_room
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
@@ -28,6 +29,8 @@ from minirlhf.tools.check.facts import Model, facts_of, read_text, read_tokens
 from minirlhf.tools.check.rows import read_file, recipe_of
 from minirlhf.tools.check.words import show, show_model
 from minirlhf.tools.settings import CheckConfig
+
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig}
 
 
 def check_model(name: str, recipes: Iterable[str]) -> Model:
@@ -52,7 +55,7 @@ def check_model(name: str, recipes: Iterable[str]) -> Model:
 
 def limits(config: CheckConfig, recipe: str, model: Model | None) -> tuple[int | None, str]:
     """(tokens of the longest row or, for ppo, prompt; what happens to longer ones)."""
-    defaults = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}[recipe]
+    defaults = CONFIGS[recipe]
     overlong = config.overlong or defaults.overlong
     if recipe != "ppo":
         return config.max_length or defaults.max_length, overlong

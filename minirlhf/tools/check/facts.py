@@ -10,6 +10,7 @@ import numpy as np
 
 from minirlhf.batches.demonstrations import with_target
 from minirlhf.batches.preferences import without_unread
+from minirlhf.batches.responses import with_answers
 from minirlhf.data.examples import tell_labels
 from minirlhf.data.rankings import says_nothing
 from minirlhf.data.tokenizer import Tokenizer
@@ -50,13 +51,13 @@ def facts_of(file: SeenFile, read: Reading, first: SeenFile | None) -> dict:
         first: the file to find shared rows in; None: this is it.
     """
     facts = {
-        "recipe": file.kind.recipe, **asdict(read.report),
+        "recipe": file.recipe, **asdict(read.report),
         "dropped_rows": [row._asdict() for row in read.report.dropped_rows],
         "rejected_rows": [row._asdict() for row in read.report.rejected_rows],
         "different_prompts": len({row.key[0] for row in file.rows} - {None}),
         "lengths": length_facts(file.kind.names, read.rows), **read.facts,
     }
-    if file.kind.recipe == "reward":
+    if file.kind in (KINDS["pairs"], KINDS["lists"]):
         facts["pairs"] = pair_facts(read.rows, [margin for margin, _ in file.labels])
     if file.kind == KINDS["lists"]:
         facts["lists"] = list_facts(read.rows)
@@ -86,9 +87,11 @@ def read_tokens(
     """
     config, tokenizer, _, _, unread, whole = model or (None, None, False, 0, None, True)
     finish, ended, as_read = None, True, {}
-    if file.kind.recipe == "sft":
+    if file.recipe == "sft":
         finish = with_target
-    elif file.kind.recipe == "reward":
+    elif file.recipe == "dpo":
+        finish = with_answers
+    elif file.recipe == "reward":
         as_read, ended = {"whole": whole}, unread is None and not (whole and file.is_chat)
         finish = None if unread is None else partial(without_unread, unread=unread)
 

@@ -22,7 +22,7 @@ from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve
 class Kind(NamedTuple):
     """A kind of file."""
 
-    recipe: str  # that reads it
+    recipes: tuple[str, ...]  # that read it; the first where none is named
     form: Callable  # the first row of a file -> its Format
     load: Callable  # a file -> (its examples, its Report)
     names: tuple[str, ...]  # of the prompt, of responses of rank 1, and of the others
@@ -30,12 +30,15 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "pairs": Kind("reward", pair_format, examples.load_pairs, ("prompt", "chosen", "rejected")),
-    "lists": Kind(
-        "reward", rankings.ranking_format, rankings.load_rankings, ("prompt", "best", "others")
+    "pairs": Kind(
+        ("reward", "dpo"), pair_format, examples.load_pairs, ("prompt", "chosen", "rejected")
     ),
-    "texts": Kind("sft", imitated_format, examples.load_texts, ("prompt", "response")),
-    "prompts": Kind("ppo", prompt_format, examples.load_prompts, ("prompt",), PASSED),
+    "lists": Kind(
+        ("reward", "dpo"), rankings.ranking_format, rankings.load_rankings,
+        ("prompt", "best", "others"),
+    ),
+    "texts": Kind(("sft",), imitated_format, examples.load_texts, ("prompt", "response")),
+    "prompts": Kind(("ppo",), prompt_format, examples.load_prompts, ("prompt",), PASSED),
 }
 
 
@@ -90,6 +93,7 @@ class SeenFile(NamedTuple):
     """A file as it stands."""
 
     kind: Kind
+    recipe: str  # one of the kind's
     rows: list[SeenRow]
     report: Report  # of a file from which nothing is dropped yet
     labels: list[tuple[float | None, float | None]]  # PAIR_LABELS; empty unless they are pairs
@@ -128,8 +132,8 @@ def _recipe_of_row(row: Row) -> str:
             continue
         turns = columns["messages"] if used == ("messages",) else None
         answered = not turns or (len(turns) > 1 and turns[-1].get("role") == "assistant")
-        if kind.recipe != "sft" or answered:
-            return kind.recipe
+        if kind.recipes != ("sft",) or answered:
+            return kind.recipes[0]
     keys = ", ".join(f"{printable(k, 40)} ({json_kind(v)})" for k, v in columns.items())
     do = "legal: chosen with rejected | prompt with responses, best first | prompt with completion "
     do += "or response | prompt | messages | text | ids; other names: --columns prompt=question"
@@ -138,8 +142,8 @@ def _recipe_of_row(row: Row) -> str:
 
 def read_file(path: str, recipe: str, policy: RowPolicy = STRICT) -> SeenFile:
     """All rows of a file, each of the kind that the first one is."""
-    kind = next(kind for kind in KINDS.values() if kind.recipe == recipe)
-    if recipe == "reward" and rankings.holds_rankings(path, policy):
+    kind = next(kind for kind in KINDS.values() if recipe in kind.recipes)
+    if kind == KINDS["pairs"] and rankings.holds_rankings(path, policy):
         kind = KINDS["lists"]
     pairs, sieve, rows = kind == KINDS["pairs"], Sieve(policy), []
     labels_of, others = (pair_labels if pairs else None), kind.others
@@ -153,4 +157,5 @@ def read_file(path: str, recipe: str, policy: RowPolicy = STRICT) -> SeenFile:
         rows.append(SeenRow(row.where, parts, ranks, seen))
     split.report.rejected_rows = sieve.in_order()
     split.report.notes += sieve.notes
-    return SeenFile(kind, rows, split.report, [labels_of(row) for row, _ in split.rows if pairs])
+    labels = [labels_of(row) for row, _ in split.rows if pairs]
+    return SeenFile(kind, recipe, rows, split.report, labels)

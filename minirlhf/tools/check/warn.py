@@ -88,7 +88,7 @@ def odd_lengths(rows: list[SeenRow]) -> Oddities:
     if wins + losses < ENOUGH or wins <= LENGTH_BIAS * (wins + losses):
         return {}
     where = [row.where for row, here in zip(rows, signs, strict=True) if sum(here) > 0]
-    return {"the longer answer wins: a reward model may learn length alone": where}
+    return {"the longer answer wins: length alone may be learned": where}
 
 
 def shared_with(first: SeenFile, file: SeenFile) -> tuple[dict, Oddities]:

@@ -9,6 +9,7 @@ from minirlhf.tools.check.facts import Model
 BAR = 12  # characters of a histogram's longest bar
 WIDTH = 80  # characters in a line of a row's text, of which two are shown
 SHOWN = 20  # rejected rows of a file
+READERS = {"reward": "reward; also --recipe dpo"}  # of rows that more than one recipe reads
 BOUNDARY = ">>>"  # stands where the prompt ends and the response begins
 
 
@@ -71,7 +72,8 @@ def _pairs(pairs: dict) -> list[str]:
 
 def show(facts: dict, report: Report) -> str:
     """The facts of a file as a person reads them."""
-    lines = [*str(report).splitlines(), f"  for:      {facts['recipe']}"]
+    readers = READERS.get(facts["recipe"], facts["recipe"])
+    lines = [*str(report).splitlines(), f"  for:      {readers}"]
     if facts["different_prompts"]:
         lines.append(f"  prompts:  {facts['different_prompts']:,} different ones")
     if lists := facts.get("lists"):

@@ -142,7 +142,7 @@ def test_check_reads_gpt2_weights_under_their_older_names(tmp_path, write, look)
         ([{"prompt": "a"}], "--overlong truncate_response", "--overlong: is truncate_resp"),
         ([{"text": "a"}], "--json no/such/facts.json", "--json: no/such is no folder"),
         ([{"text": "a"}], "--json rows.jsonl", "--json: rows.jsonl is there already"),
-        ([{"text": "a"}], "--recipe dpo", "--recipe: got 'dpo', must be one of auto, reward"),
+        ([{"text": "a"}], "--recipe pop", "--recipe: got 'pop', must be one of auto, reward"),
         ([{"text": "a"}], "--model no-such-folder", "no-such-folder: no such folder"),
         ([], "", "rows.jsonl: no rows"),
         ([{"prompt": "a", "responses": "b"}], "", "rows.jsonl:1: responses is a string: needs a l"),

@@ -243,7 +243,7 @@ def lists_of(count: int, longer: int) -> list[dict]:
 )
 def test_check_warns_where_the_longer_answer_wins(write, facts_of, rows, longer):
     (facts,) = facts_of(write(rows))
-    what = "the longer answer wins: a reward model may learn length alone"
+    what = "the longer answer wins: length alone may be learned"
     assert warned(facts) == ([(what, longer, 1)] if longer else [])
 
 

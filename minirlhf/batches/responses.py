@@ -1,0 +1,154 @@
+"""Preferences as a policy learns them: whole responses with their log-probs, in pairs.
+
+A batch holds the texts of N examples, pairs or ranked lists, each text once, so that one forward
+pass reads them alike. A list counts as all its pairs of different rank, which share its weight:
+they are too alike to be examples of their own (Ouyang et al. 2022, arXiv:2203.02155, sec. 3.5).
+
+A row's log-probs differ in their last bits with the shape of its batch. So the reference is passed
+on the very micro-batches on which the policy is trained: where both have the same weights, each
+log-ratio is exactly 0.
+
+Shapes: N examples, M texts of all of them, P pairs, R response tokens of the longest.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.batches.demonstrations import TextBatch, collate_texts, first_target, target_stats
+from minirlhf.batches.preferences import Example, ordered
+from minirlhf.batches.rollouts import unpack
+from minirlhf.data.examples import Pair, Text
+from minirlhf.equations.dpo import DPOLoss
+from minirlhf.errors import UserError
+from minirlhf.models.lora import adapters_off
+from minirlhf.models.transformer import CausalLM
+
+# (P,) log-probs of chosen and rejected under the policy, then under the reference -> their losses
+PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], DPOLoss]
+Reference = Callable[[TextBatch], Tensor]  # texts of a micro-batch -> (M,) log-probs
+
+
+class Responses(NamedTuple):
+    """M responses under one model."""
+
+    logprobs: Tensor  # (M,) nats, summed over a response's tokens
+    tokens: Tensor  # (M,) of each response, its eos included
+    entropy: Tensor  # (M,) nats, summed likewise, without gradient
+
+
+def with_answers(example: Example) -> Example:
+    """The example itself; one with a response that has no token to learn is refused."""
+    for text in texts_of(example):
+        if len(text.ids) <= first_target(text):
+            raise UserError(example.where, "has a response without tokens", "remove the row")
+    return example
+
+
+def texts_of(example: Example) -> list[Text]:
+    """Each response behind its prompt, the best one first."""
+    prompt, where = example.prompt_ids, example.where
+    return [Text(prompt + ids, len(prompt), where, {}) for ids in example.responses]
+
+
+def response_stats(lm: CausalLM, texts: TextBatch) -> Responses:
+    """Log-probs of M responses; no logits of other tokens are made."""
+    mask = texts.target_mask.to(lm.unembedding.device)  # (M, R)
+    stats = target_stats(lm, texts)
+    entropy = unpack(stats.entropy.detach(), mask).sum(1)
+    return Responses(unpack(stats.logprobs, mask).sum(1), mask.sum(1), entropy)
+
+
+# -------------------------------------------------------------------------------------- reference
+
+
+@torch.no_grad()
+def ref_logprobs(ref: CausalLM, texts: TextBatch) -> Tensor:
+    """(M,) nats, of each response under a frozen model."""
+    return response_stats(ref, texts).logprobs
+
+
+def base_logprobs(policy: CausalLM, texts: TextBatch) -> Tensor:
+    """(M,) nats, of each response under the policy's base, without its adapters."""
+    with adapters_off(policy):
+        return ref_logprobs(policy, texts)
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+class Objective(NamedTuple):
+    """What is minimised: the mean over examples of the mean of `pair_loss` over their pairs."""
+
+    pair_loss: PairLoss
+    of_means: bool = False  # pair_loss is given means over a response's tokens, not sums
+    weight: float = 1.0  # of pair_loss
+    sft_coef: float = 0.0  # weight of -mean log policy(token) of the chosen response
+
+
+class Outcome(NamedTuple):
+    """What is told of P pairs, without gradient."""
+
+    chosen_rewards: Tensor  # (P,)
+    rejected_rewards: Tensor  # (P,)
+    chosen_logprobs: Tensor  # (P,) nats, summed over a response's tokens
+    rejected_logprobs: Tensor  # (P,)
+    nll: Tensor  # (P,) nats a token of the chosen response
+    entropy: Tensor  # (M,) nats, summed over a response's tokens
+    tokens: Tensor  # (M,)
+
+
+class PairsBatch(NamedTuple):
+    texts: TextBatch  # M of them
+    chosen: Tensor  # (P,) which of them
+    rejected: Tensor  # (P,)
+    share: Tensor  # (P,) of each pair in its example
+    pairs: list[int]  # N, pairs of each example
+
+    def losses(
+        self, policy: Responses, ref: Tensor | None, objective: Objective
+    ) -> tuple[Tensor, Outcome]:
+        """The loss of each pair times its share, (P,): their sum is that of the N examples.
+
+        Args:
+            ref: (M,) log-probs under the reference; None where the objective has none.
+        """
+        chosen, rejected = (index.to(policy.logprobs.device) for index in self[1:3])
+        means = policy.logprobs / policy.tokens
+        ours = means if objective.of_means else policy.logprobs
+        theirs = torch.zeros_like(ours) if ref is None else ref.to(ours)
+        theirs = theirs / policy.tokens if objective.of_means else theirs
+        sides = [x.gather(0, side) for x in (ours, theirs) for side in (chosen, rejected)]
+        found = objective.pair_loss(*sides)
+        nll = -means.gather(0, chosen)
+        loss = objective.weight * found.loss
+        if objective.sft_coef:
+            loss = loss + objective.sft_coef * nll
+        sums = policy.logprobs.detach()
+        told = Outcome(
+            found.chosen_rewards, found.rejected_rewards, sums.gather(0, chosen),
+            sums.gather(0, rejected), nll.detach(), policy.entropy, policy.tokens,
+        )
+        return loss * self.share.to(loss), told
+
+
+def collate_answers(examples: list[Example]) -> PairsBatch:
+    """Of pairs the N chosen texts, then the N rejected ones; of lists each one's texts in turn."""
+    N = len(examples)
+    if isinstance(examples[0], Pair):
+        both = [texts_of(pair) for pair in examples]
+        texts = collate_texts([text for side in zip(*both, strict=True) for text in side])
+        index = torch.arange(2 * N)
+        return PairsBatch(texts, index[:N], index[N:], torch.ones(N), [1] * N)
+    texts, chosen, rejected, share, pairs = [], [], [], [], []
+    for example in examples:
+        compared = ordered(example.ranks)
+        chosen += [len(texts) + i for i, _ in compared]
+        rejected += [len(texts) + j for _, j in compared]
+        share += [1 / len(compared)] * len(compared)
+        pairs.append(len(compared))
+        texts += texts_of(example)
+    index = (torch.tensor(side) for side in (chosen, rejected))
+    return PairsBatch(collate_texts(texts), *index, torch.tensor(share, dtype=torch.float64), pairs)

@@ -1,0 +1,171 @@
+"""DPO and its family: a policy learns preferences itself, without a reward model or sampling.
+
+    margin = beta (log policy(y_c) - log ref(y_c) - log policy(y_r) + log ref(y_r))
+    loss   = -log sigmoid(margin)
+
+of a pair of responses y_c, chosen, and y_r, rejected, to one prompt. --loss names another loss of
+the family (`equations/dpo.py`); a ranked list counts as the mean of its pairs. The same with
+default settings on one page: `minirlhf/lessons/dpo.py`.
+
+Run it as `minirlhf dpo` or `python minirlhf/recipes/dpo.py`, or loop over `dpo(...)`. Left out:
+sampling new pairs while the policy learns; `minirlhf sample` and `score` make them beforehand.
+"""
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from math import ceil
+from pathlib import Path
+
+if not __package__ and Path(__file__).parts[-3] == "minirlhf":  # run by its path
+    sys.path[0] = str(Path(__file__).parents[2])
+
+from minirlhf import interrupt
+from minirlhf.batches.preferences import (
+    Example,
+    count_tokens,
+    kind_of,
+    micro_batches,
+    row_lengths,
+)
+from minirlhf.batches.responses import (
+    Objective,
+    Outcome,
+    Reference,
+    collate_answers,
+    response_stats,
+)
+from minirlhf.data.batching import total_steps, training_batches
+from minirlhf.errors import OK, STOPPED, run
+from minirlhf.evaluation import invariants
+from minirlhf.evaluation.dpo import direct_metrics, evaluate_direct
+from minirlhf.evaluation.reward import pair_rows, pair_table
+from minirlhf.run import flags, optim
+from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.meters import Step, Stopwatch
+from minirlhf.setup.dpo import DPORun, load_run, objective_of
+from minirlhf.setup.dpo_settings import DPOConfig
+from minirlhf.setup.training import STEADY
+
+CONSOLE = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+
+
+def dpo(
+    state: TrainState, examples: list[Example], ref: Reference | None, config: DPOConfig,
+    objective: Objective | None = None,
+) -> Iterator[Step]:
+    """Trains state.model, a CausalLM; yields after each optimizer step.
+
+    Args:
+        state: may come from a checkpoint; training goes on at its step.
+        examples: N preference pairs, or N ranked lists.
+        ref: texts of a micro-batch -> (M,) log-probs of the frozen reference, as
+            `partial(ref_logprobs, model)`; None where the loss has no reference.
+        config: only its training settings are read.
+        objective: a loss of your own; None: that of config.loss.
+    Raises:
+        UserError: a number is not finite (exit code 3); the step changed nothing. The policy at
+            step 0 is not its own reference although config.ref is None (code 1).
+    """
+    if not examples:
+        raise ValueError("examples is empty: give at least one")
+    objective = objective or objective_of(config)
+    N, per_epoch = len(examples), ceil(len(examples) / config.batch_size)
+    steps = total_steps(N, config.batch_size, config.epochs, config.steps)
+    lengths = row_lengths(examples)
+    batches = training_batches(lengths, config.batch_size, config.seed, state.step)
+    for rows in islice(batches, steps - state.step):
+        watch, metrics = Stopwatch(), {}
+        rate = optim.follow_schedule(state.optimizer, state.step, steps, config)
+        batch = [examples[i] for i in rows.tolist()]
+        with optim.skip_nonfinite(state.optimizer, state.counters, config.skip_nonfinite):
+            metrics = update_weights(state, batch, ref, config, objective)
+            state.meters.update(metrics, len(rows))
+        state.step += 1
+        state.samples += len(rows)
+        tokens_here = sum(map(count_tokens, batch))
+        state.count("num_tokens", tokens_here)
+        metrics |= {"learning_rate": rate, "epoch": state.step / per_epoch}
+        metrics |= {name: state.counters.get(name, 0) for name in ("num_tokens", "skipped_updates")}
+        clock = watch.clock("step_time", {"tok_per_s": tokens_here})
+        yield Step(state.step, metrics, clock, [])
+
+
+def update_weights(
+    state: TrainState, examples: list[Example], ref: Reference | None, config: DPOConfig,
+    objective: Objective,
+) -> dict[str, float]:
+    """One optimizer step on the mean loss over examples, in micro-batches.
+
+    Returns:
+        loss, grad_norm before clipping, and `direct_metrics`.
+    """
+    lm, where = state.model, f"step {state.step + 1}"
+    total, outcomes = 0.0, list[Outcome]()
+    state.optimizer.zero_grad()
+    for part in micro_batches(examples, config.micro_batch_tokens):
+        here = [examples[i] for i in part.tolist()]
+        batch = collate_answers(here)
+        ref_logprobs = None if ref is None else ref(batch.texts)  # (M,)
+        policy = response_stats(lm, batch.texts)
+        if state.step == 0 and ref is not None and config.ref is None:
+            gap = (policy.logprobs.detach() - ref_logprobs) / policy.tokens
+            invariants.check_start(gap, "rewards/margins")
+        losses, told = batch.losses(policy, ref_logprobs, objective)
+        loss = losses.sum() / len(examples)
+        value = float(loss.detach())
+        optim.check_finite(f"{where} ({', '.join(e.where for e in here[:8])})", {"loss": value})
+        loss.backward()
+        interrupt.check()
+        total += value
+        outcomes.append(told)
+    metrics = {"loss": total} | direct_metrics(outcomes, objective)
+    optim.check_finite(where, metrics)
+    grad_norm = optim.clip_gradients(lm, config.max_grad_norm, where)
+    state.optimizer.step()
+    optim.check_weights(state.optimizer, where)
+    return metrics | {"grad_norm": grad_norm}
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate_all(start: DPORun) -> dict[str, float]:
+    """Every held-out set; tells its numbers and a table of pairs; the metrics under prefixes."""
+    r, state, config, metrics = start.run, start.state, start.config, {}
+    for prefix, examples in start.sets.items():
+        result = evaluate_direct(state.model, examples, start.ref, objective_of(config),
+                                 config.micro_batch_tokens)
+        rows = pair_rows(result, start.tokenizer, config.show_samples)
+        if rows:
+            r.say(pair_table(rows))
+            r.write_samples(state, [{"step": state.step, "set": prefix} | row for row in rows])
+        metrics |= {prefix + name: value for name, value in result.metrics.items()}
+        shown = "  ".join(f"{n.rpartition('/')[2]} {result.metrics[n]:.4f}" for n in CONSOLE)
+        r.say(f"  {prefix.removesuffix('_')}: {len(examples):,} {kind_of(examples)}  {shown}")
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> int:
+    start = load_run(flags.parse(DPOConfig, argv, "minirlhf dpo"))
+    config, r, state = start.config, start.run, start.state
+    with r:
+        start.begin()
+        for step in r.bar(dpo(state, start.rows, start.ref, config), state, start.steps):
+            evaluating = start.is_due(step, config.eval_every)
+            with r.report(state, step):
+                extra = {name: step.metrics[name] for name in STEADY}
+                extra |= evaluate_all(start) if evaluating else {}
+                if evaluating or start.is_due(step, config.log_every):
+                    r.log(state, extra, step.clock, CONSOLE)
+            if start.is_due(step, config.save_every):
+                r.save(state)
+        if r.stopped:
+            r.save(state)
+            return STOPPED
+        start.finish("policy", state.model)
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

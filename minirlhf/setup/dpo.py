@@ -1,0 +1,137 @@
+"""What a run of DPO or its family reads, refuses and loads: preferences, policy and reference."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from minirlhf.batches.preferences import Example, kind_of
+from minirlhf.batches.responses import (
+    Objective,
+    PairLoss,
+    Reference,
+    base_logprobs,
+    ref_logprobs,
+    with_answers,
+)
+from minirlhf.data.examples import Pair
+from minirlhf.data.rankings import load_preferences
+from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from minirlhf.equations.dpo import (
+    dpo_loss,
+    hinge_dpo_loss,
+    ipo_loss,
+    orpo_loss,
+    robust_dpo_loss,
+    simpo_loss,
+)
+from minirlhf.errors import UserError
+from minirlhf.files import folders
+from minirlhf.files.sieve import Report, RowPolicy
+from minirlhf.models import pretrained
+from minirlhf.models.compiling import compile_blocks
+from minirlhf.models.config import ModelConfig
+from minirlhf.run.machine import make_deterministic
+from minirlhf.setup import longest, memory
+from minirlhf.setup.dpo_settings import NO_REFERENCE, OF_MEANS, DPOConfig, beta_of, sft_coef_of
+from minirlhf.setup.training import TrainingRun, load_reference, open_run, read_rows, ready
+
+UNREAD = "margin and chosen_probability: not read, the loss of a policy knows none"
+
+
+def pair_loss_of(config: DPOConfig) -> PairLoss:
+    """The loss of --loss with its numbers."""
+    beta, smoothing = beta_of(config), config.label_smoothing
+    match config.loss:
+        case "sigmoid":
+            return partial(dpo_loss, beta=beta, label_smoothing=smoothing)
+        case "robust":
+            return partial(robust_dpo_loss, beta=beta, label_smoothing=smoothing)
+        case "ipo":
+            return partial(ipo_loss, beta=beta)
+        case "hinge":
+            return partial(hinge_dpo_loss, beta=beta)
+        case "simpo":
+            return lambda chosen, rejected, *_: simpo_loss(
+                chosen, rejected, beta, config.simpo_gamma
+            )
+    return lambda chosen, rejected, *_: orpo_loss(chosen, rejected)
+
+
+def objective_of(config: DPOConfig) -> Objective:
+    """What is minimised: of ORPO beta is the weight of its loss, of the others a part of it."""
+    weight = beta_of(config) if config.loss == "orpo" else 1.0
+    of_means = config.loss in OF_MEANS
+    return Objective(pair_loss_of(config), of_means, weight, sft_coef_of(config))
+
+
+@dataclass
+class DPORun(TrainingRun[Example]):
+    """A run that is ready to begin; its rows are pairs or ranked lists."""
+
+    ref: Reference | None  # None where the loss has none
+
+
+def check_reference(config: DPOConfig, model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The reference's config, of the policy's where none is named; refuses one that does not read
+    what the policy does."""
+    if config.ref is None:
+        return model
+    folder = folders.resolve(config.ref)
+    pretrained.without_weights(folder)
+    if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--ref {config.ref}", "has another tokenizer than the policy",
+                        "give a model that reads the same ids")
+    ref = pretrained.read_config(folder)
+    if ref.vocab_size < tokenizer.vocab_size:
+        what = f"has {ref.vocab_size:,} tokens, the tokenizer {tokenizer.vocab_size:,}"
+        raise UserError(f"--ref {config.ref}", what, "give a model that reads the same ids")
+    return ref
+
+
+def load_run(config: DPOConfig) -> DPORun:
+    """Refuses all that can be refused, the cheapest first, then loads the models."""
+    r, device, dtype = open_run(config, "dpo")
+    folder = folders.resolve(config.model)
+    pretrained.without_weights(folder)
+    tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
+    ref_config = check_reference(config, model_config, tokenizer)
+    ref_folder = folder if config.ref is None else folders.resolve(config.ref)
+    needs_ref = config.loss not in NO_REFERENCE
+    r.inputs["model"] = tokenizer_files(folder)
+    if needs_ref:
+        r.inputs["ref"] = [ref_folder]
+
+    def read(file: str) -> tuple[list[Example], Report]:
+        examples, report = load_preferences(file, tokenizer, config.max_length, config.overlong,
+                                            RowPolicy.of(config), with_answers)
+        if any(isinstance(e, Pair) and (e.margin, e.chosen_probability) != (0.0, 1.0)
+               for e in examples):
+            report.notes.append(UNREAD)
+        return examples, report
+
+    most = min(model_config.longest_row, ref_config.longest_row)
+    config, rows = read_rows(r, config, read, longest.of_preferences, most)
+    make_deterministic(device)
+    own = not needs_ref or (config.ref is None and config.lora_rank > 0)
+    estimate = memory.of_dpo(config, model_config, None if own else ref_config, rows.tokens, dtype)
+    facts = memory.announce(estimate, (folder, ref_folder), dtype, device)
+    facts = {"loss": f"{config.loss}, beta {beta_of(config):g}",
+             "reference": (config.ref or "the policy at step 0") if needs_ref else "none"} | facts
+    lm = pretrained.load_pretrained(folder, dtype)
+    run = ready(config, r, lm, tokenizer, rows, kind_of(rows.train), facts, device)
+    ref = reference_of(run, ref_folder, device, dtype) if needs_ref else None
+    return DPORun(**vars(run), ref=ref)
+
+
+def reference_of(
+    run: TrainingRun[Example], folder: Path, device: str, dtype: torch.dtype
+) -> Reference:
+    """The reference's log-probs, computed each time that they are asked for."""
+    ref = load_reference(run.config, folder, device, dtype)
+    if ref is None:
+        return partial(base_logprobs, run.state.model)
+    if run.config.compile:
+        compile_blocks(ref)
+    return partial(ref_logprobs, ref)

@@ -1,0 +1,98 @@
+"""The settings of direct preference optimisation and its family, and what they refuse together."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from minirlhf.run.settings import override, setting
+from minirlhf.setup.groups import (
+    InputSettings,
+    LabelSettings,
+    LengthSettings,
+    PairTableSettings,
+    ReferenceSettings,
+    TrainingSettings,
+)
+
+LOSSES = ("sigmoid", "robust", "ipo", "hinge", "simpo", "orpo")
+NO_REFERENCE = ("simpo", "orpo")
+OF_MEANS = ("ipo", "simpo", "orpo")  # read mean log-probs of tokens, the others sums
+
+
+@dataclass(frozen=True)
+class DirectSettings(LabelSettings):
+    """Preferences: the loss."""
+
+    loss: str = setting(
+        "sigmoid",
+        "sigmoid: DPO; robust: DPO for labels of which a known share is wrong; ipo: the margin is "
+        "drawn to a finite value; hinge: a pair whose margin is reached is left alone; simpo, "
+        "orpo: without a reference",
+        choices=LOSSES,
+    )
+    beta: float | None = setting(
+        None,
+        "how near the policy is held to the reference; simpo: scale of the rewards; orpo: weight "
+        "of the odds-ratio loss; none: 2 for simpo, 0.1 for the others",
+        above=0,
+    )
+    simpo_gamma: float = setting(
+        1.0, "simpo: by how much the chosen response should win, in units of the reward",
+        at_least=0,
+    )
+
+    sft_coef: float | None = setting(
+        None, "weight of the SFT loss of the chosen response, a mean over its tokens; none: 1 for "
+        "orpo, 0 for the others", at_least=0,
+    )
+
+    def check(self) -> list[str]:
+        problems = []
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            problems.append(f"label_smoothing: goes with --loss sigmoid or robust, not {self.loss}")
+        if self.loss == "robust" and not self.label_smoothing:
+            problems.append("loss robust: needs --label-smoothing, how likely a label is wrong")
+        if self.simpo_gamma != 1.0 and self.loss != "simpo":
+            problems.append(f"simpo_gamma: goes with --loss simpo, not {self.loss}")
+        return problems
+
+
+@dataclass(frozen=True)
+class DPOConfig(
+    InputSettings, ReferenceSettings, LengthSettings, DirectSettings, PairTableSettings,
+    TrainingSettings,
+):
+    """Align a policy with preferences directly: DPO and its family."""
+
+    SHOWN_FIRST: ClassVar = (
+        "model", "data", "max_length", "loss", "beta", "eval_data", "eval_every", "epochs", "steps",
+        "batch_size", "learning_rate", "lora_rank", "seed", "out", "resume",
+    )
+
+    model: str = override(help="language model to align: a folder or a hub name")
+    ref: str | None = override(
+        help="reference model of the loss; none: the policy at step 0"
+    )
+    data: str = override(
+        help="preference pairs or ranked lists: JSON lines, JSON, CSV or TSV, also .gz; or Parquet"
+    )
+    batch_size: int = override(help="pairs or lists in an optimizer step")
+    learning_rate: float = override(1e-6)
+
+    def check(self) -> list[str]:
+        if self.ref is not None and self.loss in NO_REFERENCE:
+            return [f"ref: {self.loss} has no reference: leave it out"]
+        return []
+
+
+def beta_of(config: DirectSettings) -> float:
+    """config.beta, or what none means."""
+    if config.beta is not None:
+        return config.beta
+    return 2.0 if config.loss == "simpo" else 0.1
+
+
+def sft_coef_of(config: DirectSettings) -> float:
+    """config.sft_coef, or what none means."""
+    if config.sft_coef is not None:
+        return config.sft_coef
+    return 1.0 if config.loss == "orpo" else 0.0
