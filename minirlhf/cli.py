@@ -38,6 +38,8 @@ VERBS = {
                         "tell where another tool's parameters went"),
     "sample": Verb("minirlhf.tools.sample", "minirlhf.tools.settings:SampleConfig",
                    "write continuations of prompts, as JSON lines"),
+    "best-of": Verb("minirlhf.tools.best_of", "minirlhf.tools.settings:BestOfConfig",
+                    "write the best of several responses, for sft, or pairs, for dpo"),
     "score": Verb("minirlhf.tools.score", "minirlhf.tools.settings:ScoreConfig",
                   "score texts or preferences with a reward model"),
     "serve": Verb("minirlhf.tools.serve", "minirlhf.tools.settings:ServeConfig",

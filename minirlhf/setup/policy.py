@@ -59,7 +59,7 @@ def check_models(
     """
     for lm in lms:
         pretrained.without_weights(lm)
-    for flag, folders in ("--ref", lms[1:] if config.ref else []), ("--critic", critics):
+    for flag, folders in ("--ref", lms[1:]), ("--critic", critics):
         for folder in folders:
             if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
                 raise UserError(f"{flag} {folder}", "has another tokenizer than the policy",

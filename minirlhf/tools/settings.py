@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from minirlhf.errors import printable
+from minirlhf.rewards.parse import RewardSourceSettings
 from minirlhf.run.glossary import METRICS
 from minirlhf.run.resume import OutSettings
 from minirlhf.run.settings import override, setting
@@ -20,6 +21,7 @@ from minirlhf.setup.groups import (
     SamplingSettings,
     SeedSettings,
 )
+from minirlhf.setup.policy_settings import PromptSettings
 
 
 def check_new(out: str | None, flag: str = "--out") -> list[str]:
@@ -143,6 +145,51 @@ class SampleConfig(
             problems.append(f"--temperature {self.temperature:g}: 0, or at least {COLDEST:g}")
         if self.samples > 1 and self.temperature == 0:
             problems.append(f"--samples {self.samples} with temperature 0: they would all be one")
+        return problems
+
+
+@dataclass(frozen=True)
+class BestOfConfig(
+    ModelSettings, DataSettings, PromptSettings, RewardSourceSettings, SamplingSettings,
+    BatchSettings, MicroBatchSettings, DeviceSettings, SeedSettings, OutSettings,
+):
+    """Write the best of several responses to each prompt, for SFT, or the best and the worst."""
+
+    SHOWN_FIRST: ClassVar = (
+        "model", "data", "reward", "samples", "pairs", "threshold", "keep", "limit",
+        "max_new_tokens", "temperature", "stop", "batch_size", "seed", "out",
+    )
+
+    model: str = override(help="language model: a folder or a hub name")
+    data: str = override(help="prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz; or Parquet")
+    samples: int = setting(8, "responses to each prompt", at_least=2)
+    pairs: bool = setting(False, "write the best response as chosen, the worst as rejected")
+    threshold: float | None = setting(
+        None, "write only responses of at least this score; of pairs, the rejected one is below it"
+    )
+    keep: int = setting(
+        1, "most responses to one prompt that are written, the best first; needs --threshold",
+        at_least=1,
+    )
+    limit: int | None = setting(
+        None, "answer the first prompts of the file only, so many; none: all", at_least=1
+    )
+    bad_rows: str = override(
+        help="what happens to malformed rows: error refuses the file, skip leaves them out and "
+        "tells how many"
+    )
+    overlong: str = override(
+        "error", "what happens to longer prompts", choices=("drop", "error"),
+    )
+    batch_size: int = override(help="responses sampled in parallel")
+    out: str = override("", "new file for the JSON lines", metavar="FILE")
+
+    def check(self) -> list[str]:
+        problems = check_new(self.out)
+        if self.keep > 1 and self.threshold is None:
+            problems.append("keep: goes with --threshold")
+        if self.keep > 1 and self.pairs:
+            problems.append("keep: a prompt gives one pair")
         return problems
 
 
