@@ -427,7 +427,9 @@ def read_published(folder: str) -> Callable[[Path], None]:
         for path in sorted((root / folder).iterdir()):
             for policy in (RowPolicy("skip", chat=True), RowPolicy()):
                 with suppress(UserError):
-                    split = split_rows(path, PUBLISHED[folder][0], Sieve(policy))
+                    split = split_rows(
+                        path, PUBLISHED[folder][0], Sieve(policy), asking=policy.chat
+                    )
                     left_out = len(split.sieve.rejected) + sum(split.report.dropped.values())
                     assert split.report.rows == len(split.rows) + left_out
                     json.dumps([parts for _, parts in split.rows])

@@ -184,7 +184,7 @@ def load_prompts(
     if overlong == "truncate_response":
         legal = "drop, truncate_prompt_left or error: prompts have no response"
         raise UserError("overlong", f"is {overlong!r}", legal)
-    split = split_rows(path, prompt_format, Sieve(policy), others=others)
+    split = split_rows(path, prompt_format, Sieve(policy), others=others, asking=True)
 
     def make(e: Encoded) -> Prompt:
         text = e.prompt

@@ -15,6 +15,7 @@ from minirlhf.data.parts import (
     Messages,
     Part,
     Useless,
+    has_list,
     ids_part,
     messages_part,
     optional_number,
@@ -92,6 +93,8 @@ def unknown_columns(row: Row, legal: str) -> UserError:
         f"{printable(name, 40)} ({json_kind(value)})" for name, value in row.columns.items()
     )
     do = f"legal: {legal}; other names: --columns prompt=question"
+    if any(has_list(row, name) for name in row.columns):
+        do += "; no table has lists: write the file as JSON lines"
     return UserError(row.where, f"columns of no known format: {keys}", do)
 
 

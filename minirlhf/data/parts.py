@@ -32,8 +32,15 @@ class Useless(Exception):
 def wrong_column(row: Row, key: str, legal: str) -> UserError:
     """The error for a column that is missing or of another type."""
     got = f"is {json_kind(row.columns[key])}" if key in row.columns else "is missing"
+    legal += ", which no table has: write the file as JSON lines" if has_list(row, key) else ""
     keys = ", ".join(printable(name, 40) for name in row.columns) or "none"
     return UserError(row.where, f"{key} {got}", f"{legal}; keys present: {keys}")
+
+
+def has_list(row: Row, key: str) -> bool:
+    """Whether a cell of a table that is all text (CSV) has the text of a list or an object."""
+    value = row.columns.get(key)
+    return not row.typed and isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
 
 
 def wrong_value(row: Row, key: str, value: object, legal: str) -> UserError:

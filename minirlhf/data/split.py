@@ -1,6 +1,7 @@
 """A file's rows, each split into its parts, and what is to be told of columns that are no part."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -10,10 +11,14 @@ from minirlhf.data.parts import Parts, Useless, as_turns, is_chat, unpack
 from minirlhf.data.published import reshape, shape_of
 from minirlhf.errors import UserError
 from minirlhf.files.rows import Row, read_rows
-from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve
+from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve, column_names
 
 T = TypeVar("T")
 
+# (our column, a file's) that mean the same where the file's own columns are a published shape's.
+SAME = {("prompt", "instruction"), ("prompt", "question"), ("completion", "output"),
+        ("response", "output"), ("completion", "response"), ("response", "response"),
+        ("chosen", "chosen"), ("rejected", "rejected"), ("messages", "conversations")}
 NOT_READ = "not read"
 ASKING = ("instruction", "question", "query", "input", "context", "system")  # a prompt elsewhere
 JOINED = ("input", "context", "system", "history")  # elsewhere, to a prompt
@@ -34,7 +39,7 @@ class Split(NamedTuple):
 
 def split_rows(
     path: str | Path, detect: Callable[[Row, bool], Format], sieve: Sieve,
-    also: Callable[[Row], object] | None = None, others: str = NOT_READ,
+    also: Callable[[Row], object] | None = None, others: str = NOT_READ, asking: bool = False,
 ) -> Split:
     """Reads a whole file and splits its rows; its first well-formed row tells its kind.
 
@@ -43,17 +48,20 @@ def split_rows(
         sieve: takes malformed rows.
         also: what else a row must stand: raises a UserError where it does not.
         others: what becomes of the columns that no part is made of, in words.
+        asking: prompts are all that is needed, whatever the answers beside them say.
     Raises:
         UserError: a fault in a row that the sieve does not take, or no row left.
     """
     rows, beside = list(read_rows(path, sieve)), given_arguments(sieve.policy.template_kwargs)
     report = Report(str(path), "", len(rows) + len(sieve.rejected))
     form, shape, split, packed, chat = None, None, [], {}, sieve.policy.chat
+    renamed, joined = column_names(sieve.policy.columns), []
     for given in rows:
         try:
-            row, names = unpack(given)
+            joined = joined if form else _joined(given, renamed)
+            row, names = unpack(_named_back(given, renamed) if joined else given)
             kind = shape if form else shape_of(row)
-            row = reshape(row, kind)
+            row = reshape(row, kind, asking)
             if also is not None:
                 also(row)
             found = form or detect(row, sieve.policy.allow_empty_prompt)
@@ -80,10 +88,27 @@ def split_rows(
         report.rejected_rows = sieve.in_order()
         raise report.nothing_left()
     report.detected = form.detected
+    if joined:
+        told = f"{', '.join(joined)} beside the columns named: read as {shape.name}"
+        report.notes.append(f"{told}, where it is part of the prompt")
     if packed:
         report.notes.append(f"messages in texts, as JSON: {', '.join(packed)}")
     report.notes += _unread(form, split, others)
     return Split(form, split, report, sieve)
+
+
+def _named_back(row: Row, renamed: dict[str, str]) -> Row:
+    """With the file's own names for its columns."""
+    columns = {renamed.get(name, name): value for name, value in row.columns.items()}
+    return replace(row, columns=columns)
+
+
+def _joined(row: Row, renamed: dict[str, str]) -> list[str]:
+    """Columns that were not named and are part of the prompt, where the names given are just ours
+    for those of a published shape; none where the names are to be taken as they are."""
+    own = _named_back(row, renamed)
+    shape = shape_of(own) if renamed and SAME >= set(renamed.items()) else None
+    return [name for name in shape.reads if name in own.columns] if shape else []
 
 
 def _unread(form: Format, split: list[tuple[Row, Parts]], others: str) -> list[str]:

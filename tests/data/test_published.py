@@ -242,6 +242,73 @@ def test_a_row_that_says_nothing_is_dropped_and_counted(write, tokenizer, row, w
         load_preferences(write(row), tokenizer, None, "drop")
 
 
+@pytest.mark.parametrize(("row", "why"), USELESS)
+def test_a_prompt_is_not_lost_where_its_answers_say_nothing(write, tokenizer, row, why):
+    if {"conversation_a", "response_a"} & row.keys():
+        return  # of whole dialogues, which are no prompts
+    prompts, report = load_prompts(write(row, row), tokenizer, None, "drop")
+    asked = "POST: q\n\nTL;DR:" if "info" in row else [role("user", "q")]
+    assert [prompt.text[-len(asked) :] for prompt in prompts] == [asked] * 2 and not report.dropped
+    assert {"chosen", "responses"}.isdisjoint(prompts[0].columns)
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "told"),
+    [
+        (ALPACA, ("prompt=instruction", "completion=output"), "input beside the columns named: read"
+         " as alpaca, where it is part of the prompt"),
+        (ALPACA | {"input": None, "history": [["p", "b"]]},
+         ("prompt=instruction", "response=output"), "input, history beside the columns named"),
+        ({"instruction": "q", "context": "i", "response": "a"},
+         ("prompt=instruction", "completion=response"), "context beside the columns named: read as "
+         "dolly, where"),
+    ],
+)
+def test_columns_that_a_published_prompt_has_beside_those_named_are_joined(
+    write, tokenizer, row, words, told
+):
+    (text,), report = load_texts(write(row), tokenizer, None, "drop", RowPolicy(columns=words))
+    (same,), _ = load_texts(write(row), tokenizer, None, "drop")
+    assert text == same and told in report.notes[0]
+    (prompt,), _ = load_prompts(write(row), tokenizer, None, "drop", RowPolicy(columns=words[:1]))
+    assert prompt.ids == same.ids[: same.prompt_length]
+
+
+def test_columns_are_taken_as_they_are_named_where_that_loses_nothing_or_means_another(
+    write, tokenizer
+):
+    words = "prompt=instruction", "completion=output"
+    (text,), report = load_texts(
+        write({"instruction": "q", "output": "a"}), tokenizer, None, "drop",
+        RowPolicy(columns=words),
+    )
+    assert (text.ids, report.notes) == ([*spell("qa"), EOS], [])
+    row = CHOICE | {"instruction": "q", "input": "i"}  # the other one is preferred
+    words = "prompt=instruction", "chosen=rejected", "rejected=chosen"
+    (pair,), report = load_pairs(write(row), tokenizer, None, "drop", RowPolicy(columns=words))
+    assert (pair.chosen_ids, pair.rejected_ids) == ([*spell("a"), EOS], [*spell("b"), EOS])
+    assert "warning: input not read, which 1 rows have" in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "told"),
+    [
+        ("prompt,responses", 'q,"[""a"", ""b""]"', "responses is a string: needs a list, which no"),
+        ("input_ids", '"[1, 2]"', "input_ids is a string: needs a list of token ids, which no tab"),
+        ("chosen_ids,rejected_ids", '[1],"[1, 2]"', "chosen_ids is a string: needs a list of tok"),
+        ("prompt,completions", 'q,"[{""response"": ""a"", ""score"": 1}]"', "no table has lists"),
+    ],
+)
+def test_lists_in_a_cell_of_a_table_are_refused_with_a_way_out(tmp_path, tokenizer, header, cells,
+                                                               told):
+    path = tmp_path / "a.csv"
+    path.write_text(f"{header}\n{cells}\n")
+    load = load_texts if header == "input_ids" else load_preferences
+    with pytest.raises(UserError, match="write the file as JSON lines") as caught:
+        load(path, tokenizer, None, "drop")
+    assert told in str(caught.value) and caught.value.where == f"{path}:2"
+
+
 WRONG = [  # row, change, what is told of it
     (HELPSTEER | {"overall_preference": 1}, {"overall_preference": 4},
      "overall_preference is 4: needs a number from -3 to 3; detected: HelpSteer3 (context, resp"),
