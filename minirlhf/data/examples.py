@@ -21,7 +21,7 @@ from minirlhf.data.formats import (
     text_format,
     was_sampled,
 )
-from minirlhf.data.parts import Messages, Part
+from minirlhf.data.parts import Messages, Part, Useless
 from minirlhf.data.split import Split, split_rows
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
@@ -131,7 +131,8 @@ def load_pairs(
             has no eos, since its text did not end there.
         policy: what becomes of malformed rows, how much may be left out, and how the file calls its
             columns.
-        finish: a last change of each pair; a UserError that it raises is a fault of the row.
+        finish: a last change of each pair; a UserError that it raises is a fault of the row, a
+            Useless why it is dropped.
         whole: answers in messages end where the rendered text does, as a reward model reads them,
             not at the eos that a policy learns to end them with.
     Raises:
@@ -271,6 +272,9 @@ def load_examples(
         example = make(Encoded(row, prompt, prompt_ids, responses, others, truncated))
         try:
             examples.append(example if finish is None else finish(example))
+        except Useless as why:
+            report.drop(row.where, str(why))
+            continue
         except UserError as error:
             sieve.reject(error, row.raw)
             continue

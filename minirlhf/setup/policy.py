@@ -12,6 +12,7 @@ import torch
 from minirlhf.batches.rollouts import RolloutBuffer
 from minirlhf.data.ending import tail_of
 from minirlhf.data.examples import Prompt, encoded_text
+from minirlhf.data.parts import Useless
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from minirlhf.equations.scores import EndRule, end_rule
 from minirlhf.errors import UserError
@@ -72,10 +73,11 @@ def check_models(
         pretrained.without_weights(reward_model, reward=True)
 
 
-def check_scorers(
-    config: PolicyInputSettings, scorers: Sequence[Path], policy: Tokenizer, data: Data
-) -> None:
-    """Whether reward models have room for every prompt, its response and what stands behind it.
+def fits_scorers(
+    config: PolicyInputSettings, scorers: Sequence[Path], policy: Tokenizer
+) -> Callable[[Prompt], Prompt]:
+    """What gives back a prompt that reward models have room for, with its response and what stands
+    behind it.
 
     How many tokens a response has once it is re-encoded is not known before it is sampled: room is
     asked for as many as the policy may sample, and for the tail of the template where messages are
@@ -83,28 +85,39 @@ def check_scorers(
 
     Args:
         policy: its tokenizer; a reward model with another one re-encodes texts.
+    Raises:
+        UserError: strings are rendered already, and a reward model has another tokenizer.
     """
+    readers = []
     for folder in scorers:
         tokenizer, model = load_tokenizer(folder), pretrained.read_config(folder)
-        again, most = tokenizer.fingerprint != policy.fingerprint, model.longest_row
+        again = tokenizer.fingerprint != policy.fingerprint
         if config.rendered and again:
             what = f"the names of tokens are the policy's, --reward {folder} has another tokenizer"
             raise UserError("--rendered", what, "give prompts as messages, which it renders itself")
         whole = reads_whole(model.source, folder / "config.json")
-        chats = any(not isinstance(prompt.text, str) for prompt in data.every_prompt)
-        tail = tail_of(tokenizer) if chats and whole else ""
-        for prompt in data.every_prompt:
-            is_text, new = isinstance(prompt.text, str), config.max_new_tokens
+        tail = len(tokenizer.encode_marked(tail_of(tokenizer))) if whole else 0
+        readers.append((folder, tokenizer if again else None, model.longest_row, tail))
+
+    def fits(prompt: Prompt) -> Prompt:
+        new = config.max_new_tokens
+        for folder, own, most, tail in readers:
             try:
-                ids = encoded_text(tokenizer, prompt) if again else prompt.ids
-            except UserError as error:
+                length = len(encoded_text(own, prompt) if own else prompt.ids)
+            except UserError as error:  # its template refuses the prompt
                 raise UserError(prompt.where, str(error)) from None
-            behind = 0 if is_text else len(tokenizer.encode_marked(tail))
-            if len(ids) + new + behind > most:
-                what = f"{len(ids)} tokens as --reward {folder} reads them, {new} new"
-                what += f" and {behind} behind these" if behind else ""
-                do = f"it reads {most}: lower max_prompt_length or max_new_tokens"
-                raise UserError(prompt.where, what, do)
+            behind = 0 if isinstance(prompt.text, str) else tail
+            if length + new + behind <= most:
+                continue
+            if config.overlong == "drop":
+                raise Useless(f"--reward {folder} has no room for it and its response")
+            what = f"{length} tokens as --reward {folder} reads them, {new} new"
+            what += f" and {behind} behind these" if behind else ""
+            do = f"it reads {most}: lower max_prompt_length or max_new_tokens"
+            raise UserError(prompt.where, what, do)
+        return prompt
+
+    return fits
 
 
 class Start(NamedTuple):
@@ -144,8 +157,8 @@ def look(config: PolicyInputSettings, critic: str | None = None, refers: bool = 
     refs = [ref_folder] if refers else []
     check_models(config, (folder, *refs), critics, scorers, tokenizer)
     same = [place for place in scorers if not load.reencoded(place, tokenizer)]
-    data = read_prompts(config, tokenizer, prompt_room(config, (folder, *refs, *critics, *same)))
-    check_scorers(config, scorers, tokenizer, data)
+    room = prompt_room(config, (folder, *refs, *critics, *same))
+    data = read_prompts(config, tokenizer, room, fits_scorers(config, scorers, tokenizer))
     inputs = {**data.files, "reward": [place for place in places if place], "ref": refs,
               "model": tokenizer_files(folder)}
     return Start(folder, ref_folder, critics, scorers, specs, tokenizer, data, inputs)

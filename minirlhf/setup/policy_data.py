@@ -1,5 +1,6 @@
 """What PPO and GRPO read beside their models: prompts, and prompts that are held out."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from minirlhf.data.examples import Prompt, Text, load_prompts
@@ -45,18 +46,22 @@ class Data(NamedTuple):
         return max((len(text.ids) for text in self.texts), default=0)
 
 
-def read_prompts(config: PolicyInputSettings, tokenizer: Tokenizer, room: int) -> Data:
+def read_prompts(
+    config: PolicyInputSettings, tokenizer: Tokenizer, room: int, fits: Callable[[Prompt], Prompt]
+) -> Data:
     """All rows of all files of prompts, each file's report printed.
 
     Args:
         room: most tokens of a prompt.
+        fits: gives a prompt back, or raises where it is of no use.
     """
     policy = RowPolicy.of(config)
     answers = check_answers([parse_source(source) for source in config.reward])
+    finish = fits if answers is None else lambda prompt: fits(answers(prompt))
     files = {"": config.data, **named_files(config.eval_data, "/")}
     sets, reports = {}, []
     for prefix, file in files.items():
-        rows, report = load_prompts(file, tokenizer, room, config.overlong, policy, answers)
+        rows, report = load_prompts(file, tokenizer, room, config.overlong, policy, finish)
         print(report)
         sets[prefix] = held_out(rows, config.eval_prompts, file) if prefix else rows
         reports.append(report)

@@ -7,6 +7,7 @@ import pytest
 
 from minirlhf.data.encoding import ENDED
 from minirlhf.data.examples import Pair, Prompt, Text, load_pairs, load_prompts, load_texts
+from minirlhf.data.parts import Useless
 from minirlhf.data.rankings import load_preferences
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import UserError
@@ -665,3 +666,16 @@ def test_prompts_that_go_round_a_chat_template_are_told_once(write, folder, row,
     tokenizer.chat_template, tokenizer.template_origin = CALLS, "chat_template.jinja"
     report = load_texts(write(row, row), tokenizer, None, "drop")[1]
     assert report.notes.count(told) == bare
+
+
+def test_a_row_that_finish_has_no_use_for_is_dropped_and_counted(write, tokenizer):
+    def finish(prompt):
+        if prompt.text == "b":
+            raise Useless("no room")
+        return prompt
+
+    rows = [{"prompt": text} for text in "abcb"]
+    kept, report = load_prompts(write(*rows), tokenizer, None, "drop", finish=finish)
+    assert [prompt.text for prompt in kept] == ["a", "c"]
+    assert (report.kept, report.dropped) == (2, {"no room": 2})
+    assert [row.where[-2:] for row in report.dropped_rows] == [":2", ":4"]

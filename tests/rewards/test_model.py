@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minirlhf.data.examples import Prompt
+from minirlhf.data.parts import Useless
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.models.pretrained import load_reward_model
@@ -13,8 +14,7 @@ from minirlhf.rewards.load import facts, load_reward
 from minirlhf.rewards.model import model_reward, reencode
 from minirlhf.rewards.parse import parse_source
 from minirlhf.rewards.source import Completions
-from minirlhf.setup.policy import check_scorers
-from minirlhf.setup.policy_data import Data
+from minirlhf.setup.policy import fits_scorers
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests.rewards.test_source import BATCH
 from tests.tiny_folders import change_json, save_lm, save_scorer
@@ -232,7 +232,7 @@ def test_messages_are_rendered_with_what_their_row_tells(words, tmp_path):
     prompt = Prompt([1], MESSAGES, "p.jsonl:1", {"tools": TOLD["tools"][0] * 60})
     config = PPOConfig(max_new_tokens=4)
     with pytest.raises(UserError, match=r"^p.jsonl:1: \d+ tokens as --reward .* reads them, 4 new"):
-        check_scorers(config, [path], policy, Data([prompt], {}, [], {}, []))
+        fits_scorers(config, [path], policy)(prompt)
 
 
 @pytest.mark.parametrize("prompt", [MESSAGES, "the film?"], ids=["messages", "a string"])
@@ -280,7 +280,7 @@ TAILS = [("", 0, ""), ("zz", 2, " and 2 behind these")]
 @pytest.mark.parametrize(("tail", "behind", "shown"), TAILS)
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("chat", [False, True])
-def test_check_scorers_wants_room_for_all_that_is_read(
+def test_fits_scorers_wants_room_for_all_that_is_read(
     chat, again, tail, behind, shown, words, folder, tmp_path
 ):
     scorer = shutil.copytree(words, tmp_path / "scorer")
@@ -290,28 +290,40 @@ def test_check_scorers_wants_room_for_all_that_is_read(
     text = MESSAGES if chat else "qq"  # a byte is a token, but for words of its training
     ids = own.encode_chat(text) if chat else own.encode("qq")
     size, shown = len(ids) + (behind if chat else 0), shown if chat else ""
+    prompt = Prompt([67] if again else ids, text, "p:2", {})
 
-    def check(new: int, held_out: bool) -> None:
-        rows = [Prompt([67], "q", "p:1", {}), Prompt([67] if again else ids, text, "p:2", {})]
-        data = Data(rows[: 2 - held_out], {"held/": rows[1:]}, [], [], [])
-        check_scorers(PPOConfig(max_new_tokens=new), [scorer], policy, data)
+    def check(new: int, overlong: str = "error") -> Prompt:
+        config = PPOConfig(max_new_tokens=new, overlong=overlong)
+        return fits_scorers(config, [scorer], policy)(prompt)
 
-    for held_out in (False, True):
-        check(64 - size, held_out)  # of 64 positions
-        told = f"p:2: {len(ids)} tokens as --reward .*scorer reads them, {65 - size} new{shown}: it"
+    assert check(64 - size) is check(64 - size, "drop") is prompt  # of 64 positions
+    told = f"p:2: {len(ids)} tokens as --reward .*scorer reads them, {65 - size} new{shown}: it"
+    for overlong in ("error", "truncate_prompt_left"):
         with pytest.raises(UserError, match=f"^{told} reads 64: lower max_prompt_length"):
-            check(65 - size, held_out)
+            check(65 - size, overlong)
+    with pytest.raises(Useless, match=r"--reward .*scorer has no room for it and its response"):
+        check(65 - size, "drop")
     change_json(scorer / "config.json", score_position="end_of_turn")
-    check(64 - len(ids), held_out)
+    check(64 - len(ids))
 
 
-def test_check_scorers_names_the_prompt_that_the_template_refuses(words, folder, tmp_path):
+def test_fits_scorers_names_the_prompt_that_the_template_refuses(words, folder, tmp_path):
     shutil.copytree(words, tmp_path / "own")
     set_template(tmp_path / "own", "{{ raise_exception('no system here') }}")
-    prompts = [Prompt([67], "q", "p:1", {}), Prompt([67], MESSAGES, "p:2", {})]
+    config = PPOConfig(max_new_tokens=8)
+    fits = fits_scorers(config, [tmp_path / "own"], load_tokenizer(folder))
+    fits(Prompt([67], "q", "p:1", {}))
     with pytest.raises(UserError, match=r"^p:2: .*no system here"):
-        check_scorers(PPOConfig(max_new_tokens=8), [tmp_path / "own"], load_tokenizer(folder),
-                      Data(prompts, {}, [], [], []))
+        fits(Prompt([67], MESSAGES, "p:2", {}))
+
+
+def test_rendered_prompts_are_refused_for_a_reward_model_with_another_tokenizer(words, folder):
+    """Names of control tokens in them are the policy's tokens, and the other has others."""
+    config = PPOConfig(rendered=True)
+    told = r"^--rendered: the names of tokens are the policy's, --reward .*words.* has another tok"
+    with pytest.raises(UserError, match=told):
+        fits_scorers(config, [folder, words], load_tokenizer(folder))
+    fits_scorers(config, [folder], load_tokenizer(folder))  # its own tokenizer: they mean the same
 
 
 def test_facts_say_that_texts_are_reencoded(folder, words):
