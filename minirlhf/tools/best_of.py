@@ -42,7 +42,7 @@ from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
 from minirlhf.run.resume import contents
 from minirlhf.run.settings import as_dict, resume_rules
-from minirlhf.setup.policy import check_models, check_scorers, prompt_room
+from minirlhf.setup.policy import check_models, fits_scorers, prompt_room
 from minirlhf.setup.policy_data import Data
 from minirlhf.tools.settings import BestOfConfig
 
@@ -271,13 +271,14 @@ def look(config: BestOfConfig, folder: Path, dtype: torch.dtype, device: str) ->
     scorers = [place for place in places if place.is_dir()]
     check_models(config, [folder], [], scorers, tokenizer)
     same = [place for place in scorers if not load.reencoded(place, tokenizer)]
+    use = usable(tokenizer, load.check_answers(specs))
+    fits = fits_scorers(config, scorers, tokenizer)
     prompts, report = load_prompts(
         config.data, tokenizer, prompt_room(config, [folder, *same]), config.overlong,
-        RowPolicy.of(config), usable(tokenizer, load.check_answers(specs)),
+        RowPolicy.of(config), lambda prompt: fits(use(prompt)),
     )
     print(report)
     data = Data(prompts[: config.limit], {}, [], {}, [])
-    check_scorers(config, scorers, tokenizer, data)
     for line in pretrained.remarks([folder, *scorers], dtype):
         print(f"warning: {line}")
     ran: dict[str, str] = {}
