@@ -304,11 +304,12 @@ def command(recipe: str, world: Path, out: Path, **changes: object) -> list[str]
             settings[name] = world / f"{settings[name]}.jsonl"
     if recipe == "ppo":
         settings["reward"] = f"{world / 'reward.py'}:letters"
-    flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
-    return [
-        recipe,
-        *(w for flag, v in flags.items() for w in (flag, *([str(v)] * (v is not True)))),
-    ]
+    words = [recipe]
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        words += [f"--no-{flag}" if value is False else f"--{flag}"]
+        words += [] if isinstance(value, bool) else [str(value)]
+    return words
 
 
 LISTS = {"data": "lists", "eval_data": "few_lists", "label_smoothing": 0.0}  # instead of pairs

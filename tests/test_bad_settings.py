@@ -361,7 +361,7 @@ ROWS = {"seed", "overlong", "columns", "bad_rows", "fix_text", "allow_empty_prom
 PLACE = ROWS | {"batch_size", "max_length"}  # sft and reward count their place in these rows
 FREE = {  # what no number depends on, save that a device has its own last bits
     "sft": EVERYWHERE, "reward": EVERYWHERE | {"show_samples"},
-    "dpo": EVERYWHERE | {"show_samples"},
+    "dpo": EVERYWHERE | {"show_samples", "cache_ref"},
     "ppo": EVERYWHERE | {
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
         "reward_token_file", "offload_frozen",

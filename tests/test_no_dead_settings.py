@@ -117,6 +117,7 @@ CHANGES = {
     },
     "dpo": {
         "ref": Change("other"),
+        "cache_ref": Change(False),
         "epochs": Change(2.0, {"steps": None}),
         "eval_data": Change("few.jsonl"),
         "eval_every": Change(1, {"eval_data": "few.jsonl"}),

@@ -49,6 +49,7 @@ OUTSIDE = "|".join(
 )
 DERIVED = "|".join(
     (
+        r"^main: start\.ref\b",  # prepared between the restore and the first step
         r"\.grad$",  # cleared before the first backward pass of a step
         r"\.rotary\.(cos|sin)$",  # a function of the config, made when it is first asked for
         r"param_groups\[\d+\]\['lr'\]$",  # a function of the step, set before each update

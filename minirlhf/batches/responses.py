@@ -11,14 +11,14 @@ log-ratio is exactly 0.
 Shapes: N examples, M texts of all of them, P pairs, R response tokens of the longest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minirlhf.batches.demonstrations import TextBatch, collate_texts, first_target, target_stats
-from minirlhf.batches.preferences import Example, ordered
+from minirlhf.batches.preferences import Example, micro_batches, ordered
 from minirlhf.batches.rollouts import unpack
 from minirlhf.data.examples import Pair, Text
 from minirlhf.equations.dpo import DPOLoss
@@ -152,3 +152,13 @@ def collate_answers(examples: list[Example]) -> PairsBatch:
         texts += texts_of(example)
     index = (torch.tensor(side) for side in (chosen, rejected))
     return PairsBatch(collate_texts(texts), *index, torch.tensor(share, dtype=torch.float64), pairs)
+
+
+def batches_of(
+    examples: list[Example], max_tokens: int
+) -> Iterator[tuple[list[int], PairsBatch]]:
+    """Examples in micro-batches, and which of them each one holds: in training, in evaluation and
+    where the reference is passed alone they are the same."""
+    for part in micro_batches(examples, max_tokens):
+        rows = part.tolist()
+        yield rows, collate_answers([examples[i] for i in rows])

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from minirlhf import interrupt
-from minirlhf.batches.preferences import Example, as_pairs, micro_batches
+from minirlhf.batches.preferences import Example, as_pairs
 from minirlhf.batches.responses import (
     Objective,
     Outcome,
     Reference,
-    collate_answers,
+    batches_of,
     response_stats,
 )
 from minirlhf.data.examples import Pair
@@ -65,14 +65,13 @@ def evaluate_direct(
     """
     outcomes, total, order = [], 0.0, []
     rewards: list[tuple[Tensor, Tensor]] = []
-    for part in micro_batches(examples, micro_batch_tokens):
+    for rows, batch in batches_of(examples, micro_batch_tokens):
         interrupt.check()
-        batch = collate_answers([examples[i] for i in part.tolist()])
         policy = response_stats(lm, batch.texts)
         losses, told = batch.losses(policy, None if ref is None else ref(batch.texts), objective)
         total += float(losses.double().sum()) / len(examples)
         outcomes.append(told)
-        order += part.tolist()
+        order += rows
         sides = (x.cpu().split(batch.pairs) for x in (told.chosen_rewards, told.rejected_rewards))
         rewards += zip(*sides, strict=True)
     values = {"loss": total} | direct_metrics(outcomes, objective)

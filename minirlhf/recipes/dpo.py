@@ -25,14 +25,13 @@ from minirlhf.batches.preferences import (
     Example,
     count_tokens,
     kind_of,
-    micro_batches,
     row_lengths,
 )
 from minirlhf.batches.responses import (
     Objective,
     Outcome,
     Reference,
-    collate_answers,
+    batches_of,
     response_stats,
 )
 from minirlhf.data.batching import total_steps, training_batches
@@ -103,9 +102,7 @@ def update_weights(
     lm, where = state.model, f"step {state.step + 1}"
     total, outcomes = 0.0, list[Outcome]()
     state.optimizer.zero_grad()
-    for part in micro_batches(examples, config.micro_batch_tokens):
-        here = [examples[i] for i in part.tolist()]
-        batch = collate_answers(here)
+    for rows, batch in batches_of(examples, config.micro_batch_tokens):
         ref_logprobs = None if ref is None else ref(batch.texts)  # (M,)
         policy = response_stats(lm, batch.texts)
         if state.step == 0 and ref is not None and config.ref is None:
@@ -114,7 +111,8 @@ def update_weights(
         losses, told = batch.losses(policy, ref_logprobs, objective)
         loss = losses.sum() / len(examples)
         value = float(loss.detach())
-        optim.check_finite(f"{where} ({', '.join(e.where for e in here[:8])})", {"loss": value})
+        here = ", ".join(examples[i].where for i in rows[:8])
+        optim.check_finite(f"{where} ({here})", {"loss": value})
         loss.backward()
         interrupt.check()
         total += value
@@ -151,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     config, r, state = start.config, start.run, start.state
     with r:
         start.begin()
+        start.prepare_reference()
         for step in r.bar(dpo(state, start.rows, start.ref, config), state, start.steps):
             evaluating = start.is_due(step, config.eval_every)
             with r.report(state, step):

@@ -1,4 +1,5 @@
-"""The replies of reward services, kept on disk: each text is paid for and scored once.
+"""Numbers by their keys, on disk before they are used, as the replies of reward services: each text
+is paid for and scored once.
 
 Replies are the only input of a run that cannot be computed again, because a service may answer
 otherwise when it is asked twice. They are found by what was asked, not by when, so the file is not
@@ -20,10 +21,11 @@ class Journal:
 
     Args:
         path: `rewards.jsonl`, made with the first reply; None keeps the scores in memory.
+        what: a score is, for messages.
     """
 
-    def __init__(self, path: Path | None = None):
-        self.path = path
+    def __init__(self, path: Path | None = None, what: str = "reply of a service"):
+        self.path, self.what = path, what
         self._scores: dict[str, float] | None = None
 
     @property
@@ -34,7 +36,7 @@ class Journal:
             UserError: a line is damaged, other than a last one that a kill left unfinished.
         """
         if self._scores is None:
-            self._scores = {} if self.path is None else _read(self.path)
+            self._scores = {} if self.path is None else _read(self.path, self.what)
         return self._scores
 
     def add(self, scores: dict[str, float]) -> None:
@@ -49,7 +51,7 @@ class Journal:
         known.update(scores)
 
 
-def _read(path: Path) -> dict[str, float]:
+def _read(path: Path, what: str) -> dict[str, float]:
     data = path.read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
     if whole < len(data):  # a kill inside the last append
@@ -64,6 +66,6 @@ def _read(path: Path) -> dict[str, float]:
             case {"key": str(key), "score": float(score)} if len(entry) == 2 and key not in scores:
                 scores[key] = score
             case _:
-                what = "is no reply of a service, or stands here twice"
-                raise UserError(f"{path}:{number}", what, "put the file back as it was")
+                told = f"is no {what}, or stands here twice"
+                raise UserError(f"{path}:{number}", told, "put the file back as it was")
     return scores

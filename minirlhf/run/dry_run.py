@@ -33,6 +33,7 @@ class DryRun(Run):
         steps: of the run that it stands for.
         work: of that run's steps together, in steps of the dry run.
         evaluations: of that run together, in evaluations of the dry run.
+        once_seconds: of what that run does once, before its first step.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class DryRun(Run):
         above = next(parent for parent in self.folder.absolute().parents if parent.exists())
         self.folder = above / f".dry-run-{secrets.token_hex(8)}"
         self.steps, self.work, self.evaluations, self.device = STEPS, float(STEPS), 0.0, "cpu"
+        self.once_seconds = 0.0
         self._step_seconds: list[float] = []
         self._report_seconds = 0.0  # of the last step's, which evaluates
 
@@ -102,7 +104,7 @@ class DryRun(Run):
     def done(self, what: str, folder: Path) -> None:
         """Tells the measured peak and the time of a step, and how long the run would take."""
         a_step = self._step_seconds[-1]
-        whole = self.work * a_step + self.evaluations * self._report_seconds
+        whole = self.once_seconds + self.work * a_step + self.evaluations * self._report_seconds
         self.say(f"dry run: {len(self._step_seconds)} of {self.steps:,} steps, on the longest rows")
         self.facts({
             "peak memory": f"{peak_bytes(self.device) / 1e9:.2f} GB",

@@ -1,20 +1,28 @@
 """What a run of DPO or its family reads, refuses and loads: preferences, policy and reference."""
 
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from minirlhf.batches.preferences import Example, kind_of
+from minirlhf.batches.kept import KeptReference
+from minirlhf.batches.preferences import Example, kind_of, micro_batches, row_lengths
 from minirlhf.batches.responses import (
     Objective,
     PairLoss,
     Reference,
     base_logprobs,
+    batches_of,
     ref_logprobs,
     with_answers,
 )
+from minirlhf.data.batching import training_batches
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import load_preferences
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
@@ -32,6 +40,7 @@ from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.config import ModelConfig
+from minirlhf.run.dry_run import DryRun
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.dpo_settings import NO_REFERENCE, OF_MEANS, DPOConfig, beta_of, sft_coef_of
@@ -70,7 +79,49 @@ def objective_of(config: DPOConfig) -> Objective:
 class DPORun(TrainingRun[Example]):
     """A run that is ready to begin; its rows are pairs or ranked lists."""
 
-    ref: Reference | None  # None where the loss has none
+    load_ref: Callable[[], Reference] | None  # None where the loss has no reference
+    ref: Reference | None = None  # once it is prepared
+
+    def prepare_reference(self) -> None:
+        """Loads the reference, or computes all that the run will ask it for, and lets it go.
+
+        What the run's folder has of it already is not computed again.
+
+        Raises:
+            Stopped: at a signal; what is computed is kept.
+        """
+        if self.load_ref is None or not self.config.cache_ref:
+            self.ref = self.load_ref and self.load_ref()
+            return
+        config, r, loaded, seconds = self.config, self.run, None, []
+        sums = [r.record.inputs[file] for file in r.record.named_by.get("ref", ())]
+        identity = " ".join([*sums, config.dtype, str(config.compile)])
+        self.ref = kept = KeptReference(r.folder / "reference.jsonl", identity)
+        groups = list(self.upcoming())
+        counts = [len(micro_batches(group, config.micro_batch_tokens)) for group in groups]
+        batches = (batch.texts for group in groups
+                   for _, batch in batches_of(group, config.micro_batch_tokens))
+        with tqdm(total=sum(counts), desc="reference", disable=not sys.stderr.isatty()) as bar:
+            for texts in kept.missing(batches):
+                loaded = loaded or self.load_ref()
+                started = time.perf_counter()
+                kept.add(texts, loaded)
+                seconds.append(time.perf_counter() - started)
+                bar.update()
+        if isinstance(r, DryRun):
+            once = r.evaluations / longest.evaluations(r.steps, config.eval_every)
+            passes = r.work * counts[0] + once * sum(counts[self.steps :])
+            r.once_seconds = passes * sum(seconds) / len(seconds)
+
+    def upcoming(self) -> Iterator[list[Example]]:
+        """Examples of each step from here on, then the held-out sets."""
+        config, rows = self.config, self.rows
+        batches = training_batches(
+            row_lengths(rows), config.batch_size, config.seed, self.state.step
+        )
+        for batch in islice(batches, self.steps - self.state.step):
+            yield [rows[i] for i in batch.tolist()]
+        yield from self.sets.values()
 
 
 def check_reference(config: DPOConfig, model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -121,8 +172,8 @@ def load_run(config: DPOConfig) -> DPORun:
              "reference": (config.ref or "the policy at step 0") if needs_ref else "none"} | facts
     lm = pretrained.load_pretrained(folder, dtype)
     run = ready(config, r, lm, tokenizer, rows, kind_of(rows.train), facts, device)
-    ref = reference_of(run, ref_folder, device, dtype) if needs_ref else None
-    return DPORun(**vars(run), ref=ref)
+    load_ref = partial(reference_of, run, ref_folder, device, dtype) if needs_ref else None
+    return DPORun(**vars(run), load_ref=load_ref)
 
 
 def reference_of(

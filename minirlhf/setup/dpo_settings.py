@@ -57,8 +57,19 @@ class DirectSettings(LabelSettings):
 
 
 @dataclass(frozen=True)
+class KeptReferenceSettings(ReferenceSettings):
+    """Memory and speed: the reference."""
+
+    ref: str | None = override(help="reference model of the loss; none: the policy at step 0")
+    cache_ref: bool = setting(
+        True, "compute the log-probs of the reference before the first step, keep them in the "
+        "run's folder and let the reference go; not: compute them at each step", resume="free",
+    )
+
+
+@dataclass(frozen=True)
 class DPOConfig(
-    InputSettings, ReferenceSettings, LengthSettings, DirectSettings, PairTableSettings,
+    InputSettings, KeptReferenceSettings, LengthSettings, DirectSettings, PairTableSettings,
     TrainingSettings,
 ):
     """Align a policy with preferences directly: DPO and its family."""
@@ -69,9 +80,6 @@ class DPOConfig(
     )
 
     model: str = override(help="language model to align: a folder or a hub name")
-    ref: str | None = override(
-        help="reference model of the loss; none: the policy at step 0"
-    )
     data: str = override(
         help="preference pairs or ranked lists: JSON lines, JSON, CSV or TSV, also .gz; or Parquet"
     )
@@ -79,9 +87,11 @@ class DPOConfig(
     learning_rate: float = override(1e-6)
 
     def check(self) -> list[str]:
-        if self.ref is not None and self.loss in NO_REFERENCE:
-            return [f"ref: {self.loss} has no reference: leave it out"]
-        return []
+        if self.loss not in NO_REFERENCE:
+            return []
+        given = {"ref": self.ref is not None, "cache_ref": not self.cache_ref}
+        return [f"{name}: {self.loss} has no reference: leave it out" for name in given
+                if given[name]]
 
 
 def beta_of(config: DirectSettings) -> float:

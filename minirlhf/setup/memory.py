@@ -17,6 +17,7 @@ from minirlhf.models.config import ModelConfig
 from minirlhf.models.logprobs import TILE, widened
 from minirlhf.models.transformer import CausalLM, shapes_only
 from minirlhf.run.machine import Machine, free_memory, process_bytes
+from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.groups import TrainingSettings
 from minirlhf.setup.policy_settings import PolicyInputSettings
 from minirlhf.setup.ppo_settings import PPOConfig
@@ -111,14 +112,16 @@ def of_training(
 
 
 def of_dpo(
-    config: TrainingSettings, policy: ModelConfig, ref: ModelConfig | None, tokens: Sequence[int],
+    config: DPOConfig, policy: ModelConfig, ref: ModelConfig | None, tokens: Sequence[int],
     dtype: torch.dtype,
 ) -> Estimate:
     """The estimate of DPO; `ref`: the reference that is loaded, if one is."""
     estimate = of_training("dpo", config, policy, tokens, dtype)
     size = parameters(ref) * dtype.itemsize if ref else 0
-    frozen = [Part("reference", size, "give --lora-rank 16")] if ref else []
-    return Estimate("dpo", estimate.parts + frozen)
+    frozen = Part("reference", size, "leave out --no-cache-ref")
+    if config.cache_ref:
+        frozen = Part("reference", size, "take a smaller one", "measuring")
+    return Estimate("dpo", [*estimate.parts, frozen])
 
 
 def of_policy(

@@ -2,12 +2,17 @@
 
 import json
 import math
+import os
 import re
+import shutil
+import signal
+import weakref
 from functools import partial
 
 import pytest
 import torch
 
+from minirlhf.batches.kept import KeptReference
 from minirlhf.batches.responses import (
     Objective,
     base_logprobs,
@@ -17,15 +22,17 @@ from minirlhf.batches.responses import (
 )
 from minirlhf.cli import main
 from minirlhf.equations.dpo import dpo_loss
-from minirlhf.errors import BAD_INPUT, BUG, OK, UserError
+from minirlhf.errors import BAD_INPUT, BUG, OK, STOPPED, UserError
 from minirlhf.evaluation.dpo import evaluate_direct
 from minirlhf.models.lora import add_lora
 from minirlhf.models.pretrained import load_pretrained
+from minirlhf.recipes import dpo as dpo_recipe
 from minirlhf.recipes.dpo import dpo
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.setup.dpo import objective_of
 from minirlhf.setup.dpo_settings import LOSSES, NO_REFERENCE
-from tests.kill_harness import SHAPE, command, make_world
+from minirlhf.setup.training import load_reference
+from tests.kill_harness import SHAPE, command, make_world, remains
 from tests.tiny_dpo import config_of, reference, state_of, sums_by_hand, tiny_lm
 from tests.tiny_folders import read_lines, rebuilt_at_each_step, save_lm, timeless, write_lines
 from tests.tiny_reward import LISTS, PAIRS, pair
@@ -259,10 +266,9 @@ def test_dpo_goes_on_bit_for_bit_from_any_yield(examples, tmp_path):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = make_world(tmp_path_factory.mktemp("world"))
-    save_lm(folder / "short", SHAPE, vocab_size=258, max_position_embeddings=12)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (folder / "model" / name).exists():
-            (folder / "short" / name).write_bytes((folder / "model" / name).read_bytes())
+    for name, changes in (("short", {"max_position_embeddings": 12}), ("other", {})):
+        shutil.copytree(folder / "model", folder / name)
+        save_lm(folder / name, SHAPE, 1, vocab_size=258, **changes)
     return folder
 
 
@@ -303,6 +309,85 @@ def test_main_with_lora_writes_a_merged_model_that_changed(world, tmp_path):
     assert changed and all("_proj" in name for name in changed)
 
 
+def run(world, out, **changes) -> dict[str, bytes]:
+    """A run of 4 steps that saves each; what it leaves."""
+    settings = {"steps": 4, "log_every": 1, "eval_every": 1, **changes}
+    assert main(command("dpo", world, out, **settings)) == OK
+    return remains(out)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"ref": "other"}, {"data": "lists"}],
+                         ids=["plain", "lora", "ref", "lists"])
+def test_kept_log_probs_are_those_that_are_computed_each_time(changes, world, tmp_path):
+    if "ref" in changes:
+        changes = changes | {"ref": world / changes["ref"]}
+    kept = run(world, tmp_path / "kept", **changes)
+    each = run(world, tmp_path / "each", cache_ref=False, **changes)
+    assert len(kept.pop("reference.jsonl").splitlines()) > 16
+    assert kept == each
+
+
+def test_the_reference_leaves_memory_and_a_resumed_run_does_without(world, tmp_path, monkeypatch):
+    loaded = []
+
+    def load(*arguments):
+        model = load_reference(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("minirlhf.setup.dpo.load_reference", load)
+    steps = dpo_recipe.dpo
+
+    def watched(*arguments):
+        assert [model() for model in loaded] == [None]  # before the first step
+        yield from steps(*arguments)
+
+    monkeypatch.setattr(dpo_recipe, "dpo", watched)
+    whole = run(world, tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr("minirlhf.setup.dpo.load_reference", None)  # it must not be asked for
+    argv = command("dpo", world, tmp_path / "run", steps=4, log_every=1, eval_every=1)
+    assert main([*argv, "--resume", "--resume-from", "step-00000002"]) == BAD_INPUT  # is pruned
+    assert main([*argv, "--resume", "--resume-from", "step-00000003"]) == OK
+    assert remains(tmp_path / "run") == whole
+
+
+def test_a_signal_while_the_reference_is_passed_loses_nothing(world, tmp_path, monkeypatch):
+    whole, out, add = run(world, tmp_path / "whole"), tmp_path / "run", KeptReference.add
+    passes = []
+
+    def stopping(*arguments):
+        passes.append(1)
+        if len(passes) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(*arguments)
+
+    monkeypatch.setattr(KeptReference, "add", stopping)
+    argv = command("dpo", world, out, steps=4, log_every=1, eval_every=1)
+    assert main(argv) == STOPPED
+    monkeypatch.undo()
+    kept = (out / "reference.jsonl").read_bytes()
+    assert whole["reference.jsonl"].startswith(kept) and kept.count(b"\n") > 2
+    with (out / "reference.jsonl").open("ab") as file:  # and a kill inside a later append
+        file.write(whole["reference.jsonl"][len(kept) : len(kept) + 130])
+    assert main([*argv, "--resume"]) == OK
+    assert remains(out) == whole
+
+
+def test_kept_log_probs_of_another_reference_are_not_taken(tmp_path):
+    texts = collate_answers(PAIRS).texts
+    ref = reference(tiny_lm())
+    kept = KeptReference(tmp_path / "reference.jsonl", "one")
+    kept.add(texts, ref)
+    assert torch.equal(kept(texts), ref(texts))
+    assert list(kept.missing([texts])) == []
+    again, other = (KeptReference(kept.journal.path, name) for name in ("one", "other"))
+    assert torch.equal(again(texts), ref(texts))
+    assert list(other.missing([texts])) == [texts]
+    for changed in (PAIRS[:4], PAIRS[::-1]):  # a row's neighbours are part of what it is
+        assert len(list(again.missing([collate_answers(changed).texts]))) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -311,6 +396,7 @@ def test_main_with_lora_writes_a_merged_model_that_changed(world, tmp_path):
         ({"simpo_gamma": 0.5}, "simpo_gamma: goes with --loss simpo, not sigmoid"),
         ({"loss": "simpo", "label_smoothing": 0.0, "ref": "model"}, "ref: simpo has no reference"),
         ({"loss": "dpo"}, "--loss: got 'dpo', must be one of sigmoid, robust, ipo, hinge"),
+        ({"loss": "orpo", "label_smoothing": 0.0, "cache_ref": False}, "cache_ref: orpo has no r"),
         ({"ref": "short"}, "a row of 15 tokens, the model reads 12: give --max-length 12"),
     ],
 )
