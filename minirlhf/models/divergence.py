@@ -47,8 +47,12 @@ def token_divergence(
     What lies between is bounded, and falls to 0 with beta and with 1 - beta: divided by these it
     has KL(q || p) and KL(p || q) as its limits.
 
+    Models of one family may have unembeddings of different length, padded behind the tokenizer's
+    words (Qwen2.5 has 151,936 rows at 0.5B, 152,064 at 7B). p and q are then those of the words
+    that both have, as if the longer one could not say the others.
+
     Args:
-        lm, ref: whose unembeddings W (V, D) and (V, D') are used.
+        lm, ref: whose unembeddings W (V, D) and (V', D') are used.
         hidden, ref_hidden: (…, D) and (…, D') states before the tokens; ref_hidden and the
             reference's unembedding are constants.
         temperature, support: as in `logprobs.token_logprobs`, of both distributions.
@@ -63,16 +67,21 @@ def token_divergence(
             f"ref_hidden is {tuple(ref_hidden.shape)}, hidden is {tuple(hidden.shape)}: "
             "give the reference's state for each of the policy's"
         )
-    if len(lm.unembedding) != len(ref.unembedding):
-        raise ValueError(f"the reference has {len(ref.unembedding)} words, the policy "
-                         f"{len(lm.unembedding)}: both need the same vocabulary")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}: at least 0 and at most 1 is legal")
     check_distribution(temperature, support, hidden[..., 0].numel())
     states, ref_states = (x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden.detach()))
-    apart = _Divergence.apply(states, lm.unembedding, ref_states, ref.unembedding.detach(), beta,
-                              temperature, chunk, support)
+    weight, ref_weight = _words_of_both(lm.unembedding, ref.unembedding.detach())
+    apart = _Divergence.apply(states, weight, ref_states, ref_weight, beta, temperature, chunk,
+                              support)
     return apart.view(hidden.shape[:-1])
+
+
+def _words_of_both(weight: Tensor, ref_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(V, D) and (V', D') unembeddings, the longer one cut to the length of the other."""
+    words = min(len(weight), len(ref_weight))
+    # A slice of all would cost a copy of the gradient.
+    return tuple(w if len(w) == words else w[:words] for w in (weight, ref_weight))
 
 
 class _Divergence(torch.autograd.Function):
