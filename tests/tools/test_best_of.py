@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 from minirlhf.cli import main
+from minirlhf.data.tokenizer import load_tokenizer
+from minirlhf.models.heads import RewardModel, initialize_score
+from minirlhf.models.pretrained import load_pretrained
+from minirlhf.setup.reward import write_reward_model
+from minirlhf.streams import generator
 from minirlhf.tools.best_of import Response, best, pair, ranked
 from minirlhf.tools.settings import BestOfConfig
+from tests import pages
 from tests.tiny_folders import read_lines
 from tests.tools.conftest import PROMPTS, lines_of, write_lines
 
@@ -254,6 +260,19 @@ def test_a_file_that_came_meanwhile_is_not_replaced(files, capsys, home):
     assert (home / "b.jsonl").read_text() == "mine"
     (home / "b.jsonl").unlink()
     assert main(words) == 0 and json.loads((home / "b.jsonl").read_text().splitlines()[0])
+
+
+def test_iterative_dpo_is_three_commands_of_a_page(home):
+    pages.make_world(home)
+    tokenizer = load_tokenizer(pages.MODEL)
+    judge = initialize_score(RewardModel(load_pretrained(pages.MODEL)), generator(0, "judge"))
+    write_reward_model(judge, tokenizer, home / "runs/reward/model")
+    commands = [words[1:] for words in pages.commands("minirlhf/rewards/README.md")
+                if {"pairs-1.jsonl", "pairs-2.jsonl"} & {*words}]
+    assert [words[0] for words in commands] == ["best-of", "dpo", "best-of"]
+    assert [main(words) for words in commands] == [0, 0, 0]
+    first, second = (read_lines(home / f"pairs-{i}.jsonl") for i in (1, 2))
+    assert first and second and first != second
 
 
 @pytest.mark.parametrize(
