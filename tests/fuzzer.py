@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from minirlhf.models import pretrained
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, ValueHeadModel, initialize_score
 from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.rewards.load import check_answers
+from minirlhf.rewards.parse import parse_source
 from minirlhf.run import checkpoint, flags
 from minirlhf.run.optim import make_optimizer
 from minirlhf.setup.ppo_settings import PPOConfig
@@ -289,6 +292,7 @@ ROWS = {
     "turns": [{"prompt": TURNS, "chosen": ANSWER, "rejected": BAD, "source": [1, {"a": 2}]}],
     "ids": [{"prompt_ids": [3], "chosen_ids": [4, 5], "rejected_ids": [6], "chosen_mask": [1, 0]}],
     "prompts": [{"prompt": "the film", "answer": "good"}],
+    "answers": [{"prompt": "the film", "answer": "6 * 3 = 18\n#### 18", "id": 1.5}],
     "texts": [{"prompt": TURNS, "completion": ANSWER, "tools": '[{"name": "film"}]',
                "chat_template_kwargs": {"mood": [1, {"a": "<|pad|>"}]}}],
     "plain": [{"text": "the film is good"}],
@@ -298,7 +302,9 @@ PUBLISHED = {  # folder of files, each of one row of a published shape -> what d
     "published/pairs": (pair_format, [row for row, *_ in published.PAIRS]),
     "published/lists": (ranking_format, [published.ULTRA, published.NECTAR]),
 }
-LOAD = {"pairs": load_pairs, "turns": load_pairs, "ids": load_pairs, "prompts": load_prompts}
+CHECKED = check_answers([parse_source(rule) for rule in ("math", "exact")])
+LOAD = {"pairs": load_pairs, "turns": load_pairs, "ids": load_pairs, "prompts": load_prompts,
+        "answers": partial(load_prompts, finish=CHECKED)}
 SETTINGS = {
     "model": "policy", "data": "prompts.jsonl", "out": "out", "reward": ["reward"], "steps": 3,
     "learning_rate": 3e-6, "kl_target": 6.0, "lora_rank": 0, "whiten_advantages": False, "seed": 1,

@@ -1,5 +1,7 @@
 """Rules that say of a response whether it is right. Values are read by eye: a text, its number."""
 
+import random
+from contextlib import suppress
 from fractions import Fraction
 
 import pytest
@@ -176,6 +178,25 @@ def test_a_rule_is_a_reward_source(rule, scores):
 def test_a_rule_without_answers_says_so():
     with pytest.raises(UserError, match=r"^--reward math: answer is missing$"):
         rule_reward("math")(BATCH._replace(columns={}))
+
+
+PIECES = [  # of which texts are put together
+    *"0 1 12 345 000 , . - \u2212 + $ % / = ( ) { } [ ] ^ _ e E x \u00d7 \u03c0 10^ ! : is".split(),
+    r"\times", r"\frac", r"\boxed{", r"\text{", r"\,", "{,}", "<answer>", "</answer>", "####",
+    "answer", "\u00bd", "\u2150", "\u202f", "\u0664", "\u2044", "\ud800", "\0", " ", "\n", "9" * 50,
+]
+
+
+def test_what_a_reference_is_read_as_a_response_is_too():
+    rng, read = random.Random(0), 0
+    for _ in range(4000):
+        text = "".join(rng.choices(PIECES, k=rng.randrange(1, 12)))
+        found = final_number(text)
+        assert found is None or isinstance(found, Fraction)
+        with suppress(ValueError):  # it is no reference
+            assert reference_number(text) == found, text
+            read += 1
+    assert read > 100
 
 
 def test_no_text_takes_long():
