@@ -192,8 +192,10 @@ def reference_number(answer: object) -> Fraction:
     Raises:
         ValueError: it is not exactly one number.
     """
-    if isinstance(answer, int | float) and not isinstance(answer, bool) and isfinite(answer):
-        return Fraction(str(answer))  # of a float the decimal number that was written
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return Fraction(answer)
+    if isinstance(answer, float) and isfinite(answer):
+        return Fraction(str(answer))  # the decimal number that was written
     text = _plain(reference_text(answer))
     if (place := _place(text)) is None:
         place = (_SENTENCE.findall(text) or [text])[-1]
