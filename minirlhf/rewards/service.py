@@ -14,6 +14,8 @@ import hashlib
 import http.client
 import io
 import json
+import math
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +37,7 @@ EXPECTED = {
     "llama-factory": '{"scores": [number, ...]} with one number for each text, in their order',
 }
 FORMS = tuple(EXPECTED)
-REPLY_CAP = 16 << 20  # bytes
+BODY_CAP, SCORE_CAP = 1 << 20, 4 << 10  # bytes of a reply's body: in all, and more for each text
 LONGEST_PAUSE = 10.0  # seconds between two attempts
 
 
@@ -112,7 +114,7 @@ def ask(service: Service, items: dict[str, dict | str]) -> dict[str, float]:
         request["messages"] = list(items.values())
     body, reply = json.dumps(request, ensure_ascii=False, allow_nan=False).encode(), b""
     try:
-        reply = post(service, body)
+        reply = post(service, body, BODY_CAP + SCORE_CAP * len(items))
         return scores_of(strict_json(reply.decode(), "reply"), service.form, list(items))
     except (UserError, ValueError) as error:  # UnicodeDecodeError is one
         what = printable(error, 240) + (f" in {_excerpt(reply)}" if reply else "")
@@ -152,22 +154,22 @@ def scores_of(reply: object, form: str, keys: list[str]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------- HTTP
 
 
-def post(service: Service, body: bytes) -> bytes:
+def post(service: Service, body: bytes, most: int) -> bytes:
     """The body of a reply. No proxy is asked, no redirect followed, nothing compressed.
 
     Raises:
-        ValueError: no reply of status 200 and at most 16 MiB came.
+        ValueError: no reply of status 200 and at most `most` bytes came.
     """
     for attempt in range(1, service.retries + 2):
         with interrupt.outside():
             if attempt > 1:
                 time.sleep(min(service.backoff * 2.0 ** (attempt - 2), LONGEST_PAUSE))
             try:
-                status, data = _exchange(service, body)
+                status, data = _exchange(service, body, most)
             except (OSError, http.client.IncompleteRead) as error:
                 failed = str(error) or type(error).__name__
                 continue
-            except http.client.HTTPException as error:
+            except (http.client.HTTPException, OverflowError) as error:  # of a chunk's size
                 raise ValueError(f"no HTTP reply: {type(error).__name__} {error}") from None
         if status == 200:
             return data
@@ -181,7 +183,7 @@ def _excerpt(data: bytes) -> str:
     return repr(printable(data[:200].decode(errors="replace"), 120))
 
 
-def _exchange(service: Service, body: bytes) -> tuple[int, bytes]:
+def _exchange(service: Service, body: bytes, most: int) -> tuple[int, bytes]:
     """Status and body of one reply; of an error's body only its start."""
     end, url = time.monotonic() + service.timeout, urlsplit(service.url)
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
@@ -196,32 +198,39 @@ def _exchange(service: Service, body: bytes) -> tuple[int, bytes]:
         connection.connect()
         connection.sock.settimeout(max(end - time.monotonic(), 1e-3))
         connection.request("POST", target, body, headers)
-        response = http.client.HTTPResponse(Timed(connection.sock, end), method="POST")
+        # Thrice: with its headers and the sizes of its chunks.
+        received = Received(connection.sock, end, 3 * most)
+        response = http.client.HTTPResponse(received, method="POST")
         response.begin()
         if response.status != 200:
             return response.status, response.read(1000)
         if (coding := response.getheader("Content-Encoding", "identity")) != "identity":
             raise ValueError(f"a body that is {printable(coding, 40)}, not plain")
+        for length in response.headers.get_all("Content-Length", ()):
+            if re.fullmatch("[0-9]{1,18}", length) is None:
+                raise ValueError(f"Content-Length is {printable(length, 40)}")
         announced = response.length or 0  # None where only the end of the connection tells
-        data = response.read(REPLY_CAP + 1) if announced <= REPLY_CAP else b""
-        if max(len(data), announced) > REPLY_CAP:
-            raise ValueError(f"a body of more than {REPLY_CAP:,} bytes")
+        data = response.read(most + 1) if announced <= most else b""
+        if max(len(data), announced) > most:
+            raise ValueError(f"a body of more than {most:,} bytes")
         if response.length:  # the connection ended before the length that was announced
             raise http.client.IncompleteRead(data, response.length)
         return 200, data
 
 
-class Timed(io.RawIOBase):
-    """What a socket receives, as a file all of whose reads end by one instant.
+class Received(io.RawIOBase):
+    """What a socket receives, as a file all of whose reads end by one instant and some length.
 
-    A socket's own timeout is for each read: a peer that sends a byte a second would never end.
+    A socket's own timeout is for each read: a peer that sends a byte a second would never end. And
+    http.client takes a chunk of -1 bytes for all that comes.
 
     Args:
         end: by `time.monotonic`.
+        most: bytes, whatever they are of: headers, chunk sizes, bodies.
     """
 
-    def __init__(self, sock: socket.socket, end: float):
-        self.sock, self.end = sock, end
+    def __init__(self, sock: socket.socket, end: float, most: float = math.inf):
+        self.sock, self.end, self.most, self.size = sock, end, most, 0
 
     def makefile(self, _: str) -> io.BufferedReader:
         """What http.client asks a socket for."""
@@ -235,4 +244,8 @@ class Timed(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("timed out")
         self.sock.settimeout(left)
-        return self.sock.recv_into(buffer)
+        size = self.sock.recv_into(buffer)
+        self.size += size
+        if self.size > self.most:
+            raise http.client.HTTPException(f"more than {self.most:,} bytes")
+        return size

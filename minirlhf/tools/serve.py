@@ -36,7 +36,7 @@ from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel
 from minirlhf.rewards.load import read_token
 from minirlhf.rewards.model import model_reward, scores_read
-from minirlhf.rewards.service import Timed
+from minirlhf.rewards.service import Received
 from minirlhf.rewards.source import Completions
 from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.rfile = io.BufferedReader(Timed(self.connection, time.monotonic() + REQUEST_TIME))
+        self.rfile = io.BufferedReader(Received(self.connection, time.monotonic() + REQUEST_TIME))
 
     def handle(self) -> None:
         try:

@@ -5,6 +5,7 @@ import http.client
 import itertools
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 
 from minirlhf.errors import REWARD_SERVICE, UserError
 from minirlhf.rewards.journal import Journal
-from minirlhf.rewards.service import EXPECTED, REPLY_CAP, Service, key_of, service_reward
+from minirlhf.rewards.service import EXPECTED, Service, key_of, service_reward
 from minirlhf.rewards.source import Completions
 
 BATCH = Completions(
@@ -270,6 +271,33 @@ def endless_chunks(request: Request) -> None:
         request.raw(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
 
 
+def after(head: bytes, more: bytes = b"") -> Callable[[Request], None]:
+    """Some bytes, then others without end."""
+
+    def answer(request: Request) -> None:
+        request.raw(head)
+        while more:
+            request.raw(more)
+
+    return answer
+
+
+def reset(request: Request) -> None:
+    """The connection is reset in the middle of the body."""
+    request.raw(HEAD + b'Content-Length: 99\r\n\r\n{"scores": [')
+    request.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def no_length(value: str) -> Callable[[Request], None]:
+    """Right scores, and a Content-Length that is no length."""
+
+    def answer(request: Request) -> None:
+        body = json.dumps({"scores": request.scores}).encode()
+        request.raw(HEAD + f"Content-Length: {value}\r\n\r\n".encode() + body)
+
+    return answer
+
+
 def going_on(request: Request) -> None:
     while True:
         request.raw(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -301,6 +329,10 @@ def nothing(request: Request) -> None:
 
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+MILLION = b"1" * (1 << 20)
+TOO_LONG = "a body of more than 1,060,864 bytes"  # 2^20 + 3 * 2^12, for three texts
+TOO_MUCH = "more than 3,182,592 bytes"  # thrice that, in all
 GOOD = Request.good
 MOVED = "Location: http://127.0.0.1:9/elsewhere"
 MISBEHAVIOURS = {  # name: (answers, what is told or None where the rewards are right, requests)
@@ -350,11 +382,12 @@ MISBEHAVIOURS = {  # name: (answers, what is told or None where the rewards are 
     "-Infinity": ((score_is("-Infinity"),), "-Infinity is not JSON", 1),
     "1e400": ((score_is("1e400"),), "number 1e400 is not finite", 1),
     "beyond float32": ((score_is("1e39"),), '"score": 1e+39}', 1),
+    "an integer of 5,000 digits": ((score_is("9" * 5000),), "", 1),
     "a huge integer": ((score_is("9" * 400),), '"score": 999', 1),
     "an integer": ((score_is("7"),), [1.5, 7.0, 0.5], 1),
     # endless, slow, compressed, no HTTP
-    "endless": ((endless,), f"a body of more than {REPLY_CAP:,} bytes", 1),
-    "endless chunks": ((endless_chunks,), f"a body of more than {REPLY_CAP:,} bytes", 1),
+    "endless": ((endless,), TOO_LONG, 1),
+    "endless chunks": ((endless_chunks,), TOO_LONG, 1),
     "announces 1 TB": ((raw(HEAD + b"Content-Length: 1000000000000\r\n\r\n[1]"),), "a body of", 1),
     "drips its body": ((drip(HEAD + b"Content-Length: 99999\r\n\r\n"),), "timed out", 3),
     "drips its header": ((drip(HEAD + b"X: "),), "timed out", 3),
@@ -363,6 +396,28 @@ MISBEHAVIOURS = {  # name: (answers, what is told or None where the rewards are 
     "cut short": ((cut_short,), "IncompleteRead", 3),
     "cut short once": ((cut_short, GOOD), None, 2),
     "chunks of a byte": ((chunked,), None, 1),
+    "a chunk of -1 bytes, endless": ((after(CHUNKED + b"-1\r\n", MILLION),), TOO_MUCH, 1),
+    "a chunk of -5 bytes": ((raw(CHUNKED + b"-5\r\n" + MILLION),), "read length must be", 1),
+    "a chunk of -2^72 bytes": ((raw(CHUNKED + b"-" + b"f" * 18 + b"\r\n[1]"),), "Overflow", 1),
+    "a chunk of 2^72 bytes, endless": (
+        (after(CHUNKED + b"f" * 18 + b"\r\n", MILLION),), TOO_LONG, 1),
+    "a chunk of 2^72 bytes": ((raw(CHUNKED + b"f" * 18 + b"\r\n[1]"),), "IncompleteRead", 3),
+    "a chunk of no size": ((raw(CHUNKED + b"many\r\n[1]\r\n0\r\n\r\n"),), "IncompleteRead", 3),
+    "a chunk without an end": ((raw(CHUNKED + b"3\r\n[1]"),), "IncompleteRead", 3),
+    "a chunk's size, endless": ((after(CHUNKED, MILLION),), "LineTooLong", 1),
+    "a trailer, endless": ((after(CHUNKED + b"0\r\n", b"X: " + b"1" * 60000 + b"\r\n"),),
+                          TOO_MUCH, 1),
+    "an error's chunk of -1 bytes, endless": (
+        (after(CHUNKED.replace(b"200", b"500") + b"-1\r\n", MILLION),), TOO_MUCH, 1),
+    "a status line, endless": ((after(b"HTTP/1.1 200 ", MILLION),), "no HTTP reply", 1),
+    "zeros, endless": ((after(b"", b"\0" * (1 << 20)),), "no HTTP reply", 1),
+    "a length of -1": ((no_length("-1"),), "Content-Length is -1", 1),
+    "a length of 1_0": ((no_length("1_0"),), "Content-Length is 1_0", 1),
+    "a length that is none": ((no_length("all"),), "Content-Length is all", 1),
+    "a length that is too short": ((no_length("20"),), "not valid JSON", 1),
+    "a length beyond any integer's digits": ((no_length("9" * 5000),), "Content-Length is 9", 1),
+    "reset": ((reset,), "Connection reset by peer", 3),
+    "reset once": ((reset, GOOD), None, 2),
     "gzip": ((answers("200 OK", b"\x1f\x8b", "Content-Encoding: gzip"),), "that is gzip, not", 1),
     "no HTTP": ((raw(b"SSH-2.0-OpenSSH_9.6\r\n"),), "no HTTP reply: BadStatusLine SSH-2.0", 1),
     "a long header": ((raw(HEAD + b"X: " + b"a" * 70000 + b"\r\n\r\n"),), "no HTTP reply", 1),
