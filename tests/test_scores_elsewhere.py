@@ -17,7 +17,7 @@ from minirlhf.models.pretrained import load_reward_model
 from minirlhf.rewards.model import model_reward, scores_read
 from minirlhf.rewards.source import Completions
 from minirlhf.setup.reward import write_reward_model
-from minirlhf.tools.serve import answer_with
+from minirlhf.tools.answers import answer_with
 from tests.tiny_folders import change_json, random_lm, read_lines, write_lines
 
 transformers = pytest.importorskip("transformers")

@@ -15,132 +15,82 @@ import errno
 import hmac
 import io
 import json
-import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
-from minirlhf.data.arguments import ARGUMENTS, template_arguments
-from minirlhf.data.ending import completed
-from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
+from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import OK, UserError, printable, run
 from minirlhf.files import folders
 from minirlhf.files.reading import strict_json
 from minirlhf.models import pretrained
-from minirlhf.models.heads import RewardModel
 from minirlhf.rewards.load import read_token
-from minirlhf.rewards.model import model_reward, scores_read
+from minirlhf.rewards.model import scores_read
 from minirlhf.rewards.service import Received
-from minirlhf.rewards.source import Completions
 from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
+from minirlhf.tools.answers import Answer, answer_with
 from minirlhf.tools.settings import ServeConfig
 
 PATHS = ("/", "/score", "/v1/score/evaluation")  # the last is LLaMA-Factory's
 BODY_CAP, HELD = 16 << 20, 64 << 20  # bytes of a body, and of all that wait
+SMALL = 256 << 10  # bytes of a body that is scored in one turn
 REQUEST_TIME = 30.0  # seconds within which a whole request must have come
 STOP_TIME = 1.0  # seconds that a signal waits for the reply in the making
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
-
-Answer = Callable[[object], dict]
-
-
-# ---------------------------------------------------------------------------------------- scoring
-
-BODY = 'either {"items": [item, ...]} or {"messages": [text, ...]}, with at least one'
-ITEM = (
-    '{"id": text or whole number, another one for each, "prompt": text or [{"role": text, '
-    '"content": text}, ...], "completion": text, "finish_reason": "eos", "stop" or "length", '
-    '"columns": {"tools": [schema, ...], "chat_template_kwargs": {...}}}'
-)
-
-
-def completions_of(items: list) -> tuple[list, Completions]:
-    """(ids, texts) of the items of a request.
-
-    Raises:
-        UserError: an item is not of the form.
-    """
-    found: dict[str | int, tuple] = {}
-    for i, item in enumerate(items):
-        match {"finish_reason": "eos", "columns": {}} | item if isinstance(item, dict) else item:
-            case {
-                "id": str() | int() as id, "prompt": prompt, "completion": str(text),
-                "finish_reason": "eos" | "stop" | "length" as reason, "columns": dict(columns),
-            } if _is_prompt(prompt) and not isinstance(id, bool) and id not in found:
-                if not isinstance(prompt, str):
-                    template_arguments(columns, f"items[{i}]")  # refuses wrong ones
-                found[id] = prompt, text, reason, columns
-            case _:
-                raise UserError(f"items[{i}]", f"is {json.dumps(item)[:200]}", ITEM)
-    prompts, texts, reasons, columns = map(list, zip(*found.values(), strict=True))
-    no_ids: list[list[int]] = [[] for _ in found]  # of the policy: the texts are encoded here
-    read = {name: [others.get(name) for others in columns] for name in ARGUMENTS}
-    return list(found), Completions(prompts, no_ids, texts, no_ids, reasons, read)
-
-
-def _is_prompt(value: object) -> bool:
-    match value:
-        case str():
-            return True
-        case [_, *_]:
-            return all(
-                isinstance(turn, dict) and isinstance(turn.get("role"), str)
-                and isinstance(turn.get("content"), str) for turn in value
-            )
-    return False
-
-
-def answer_with(model: RewardModel, tokenizer: Tokenizer, micro_batch_tokens: int) -> Answer:
-    """Reply to a request's body, of either form.
-
-    Raises:
-        UserError: when called: the body is of neither form, a text is too long, or a score is not
-            finite.
-    """
-    by_text = model_reward(model, tokenizer, micro_batch_tokens, own_tokenizer=True, name="items")
-    by_ids = model_reward(model, tokenizer, micro_batch_tokens, name="messages")
-
-    def answer(body: object) -> dict:
-        match body:
-            case {"items": [_, *_] as items} if "messages" not in body:
-                ids, batch = completions_of(items)
-                scores = by_text(batch).tolist()
-                reply = [{"id": id, "score": s} for id, s in zip(ids, scores, strict=True)]
-            case {"messages": [_, *_] as texts} if (
-                "items" not in body and all(isinstance(text, str) for text in texts)
-            ):
-                none: list[list[int]] = [[] for _ in texts]
-                ids = [tokenizer.encode_marked(text) for text in texts]
-                if model.whole:
-                    ids = [completed(tokenizer, [], row) for row in ids]
-                as_it_is = ["length"] * len(texts)  # no eos is added
-                scores = reply = by_ids(Completions(texts, none, texts, ids, as_it_is, {})).tolist()
-            case _:
-                raise UserError("body", f"is {json.dumps(body)[:200]}", BODY)
-        for i, score in enumerate(scores):
-            if not math.isfinite(score):
-                raise UserError(f"score {i}", f"is {score}", "the weights of --model diverged")
-        return {"scores": reply}
-
-    return answer
 
 
 # ------------------------------------------------------------------------------------------- HTTP
 
 
+class Turns:
+    """A lock that is given in the order in which it was asked for, so that a pause is one."""
+
+    def __init__(self):
+        self.guard, self.waiting = threading.Lock(), deque[threading.Lock]()
+
+    def acquire(self, timeout: float = -1) -> bool:
+        mine = threading.Lock()
+        mine.acquire()
+        with self.guard:
+            self.waiting.append(mine)
+            if len(self.waiting) == 1:
+                return True
+        if mine.acquire(timeout=timeout):
+            return True
+        with self.guard:
+            if mine.acquire(blocking=False):  # in the last moment
+                return True
+            self.waiting.remove(mine)
+        return False
+
+    def release(self, *_: object) -> None:
+        with self.guard:
+            self.waiting.popleft()
+            if self.waiting:
+                self.waiting[0].release()
+
+    __enter__, __exit__ = acquire, release
+
+
+class Stopping(Exception):
+    """The server is about to stop."""
+
+
 class Server(ThreadingHTTPServer):
-    """Threads read requests and write replies; one at a time scores.
+    """Threads read requests and write replies; one at a time scores, in turns. One alone of those
+    that pause is in memory as a whole.
 
     Args:
         address: host and port.
-        answer: body -> reply.
+        answer: body, and what it calls to pause -> reply.
         token: what a request's Authorization must hold; None: nothing is asked.
     """
 
@@ -149,7 +99,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], answer: Answer, token: str | None = None):
         self.answer, self.token = answer, token
-        self.scoring, self.counting = threading.Lock(), threading.Lock()
+        self.scoring, self.large, self.counting = Turns(), Turns(), threading.Lock()
         self.stopping, self.held, self.replying = False, 0, 0
         super().__init__(address, Handler)
 
@@ -172,6 +122,31 @@ class Server(ThreadingHTTPServer):
     def release(self, size: int) -> None:
         with self.counting:
             self.held -= size
+
+    def score(self, data: bytearray) -> dict:
+        """The reply to a request's body. A small one has one turn, a large one one for each slice.
+
+        Raises:
+            UserError: the body is not of the form.
+            Stopping: before it had all its turns.
+        """
+        small = len(data) <= SMALL
+
+        def pause() -> None:
+            if small:
+                return
+            self.scoring.release()
+            self.scoring.acquire()
+            if self.stopping:
+                raise Stopping
+
+        with nullcontext() if small else self.large, self.scoring:
+            if self.stopping:
+                raise Stopping
+            reply = self.answer(strict_json(data.decode(), "body"), pause)
+            with self.counting:
+                self.replying += 1
+            return reply
 
     def close(self) -> bool:
         """Closes the port after the reply that is being made, if that does not take long; whether
@@ -213,8 +188,7 @@ class Handler(BaseHTTPRequestHandler):
         self.log_message("%d, %d texts, %.3f s", status, texts, time.perf_counter() - started)
 
     def _answered(self) -> tuple[int, dict | str]:
-        """(status, reply or reason). One at a time is parsed and scored: a body becomes many times
-        its size. The reply is sent when the next one is at work."""
+        """(status, reply or reason). The reply is sent when the next one is at work."""
         data, server = bytearray(), self.server
         try:
             left = int(self.headers["Content-Length"])
@@ -225,13 +199,9 @@ class Handler(BaseHTTPRequestHandler):
                 else:
                     self._skip(left)
                     return 503, f"not now: {HELD:,} bytes of other requests wait"
-            with server.scoring:
-                if server.stopping:
-                    return 503, "not now: it is about to stop"
-                reply = server.answer(strict_json(data.decode(), "body"))
-                with server.counting:
-                    server.replying += 1
-                return 200, reply
+            return 200, server.score(data)
+        except Stopping:
+            return 503, "not now: it is about to stop"
         except (UserError, UnicodeDecodeError) as error:
             return 400, printable(error, 500)
         except (RuntimeError, MemoryError) as error:  # out of memory, most often

@@ -25,7 +25,8 @@ from minirlhf.errors import REWARD_SERVICE, UserError
 from minirlhf.models.pretrained import load_reward_model
 from minirlhf.rewards.load import load_reward
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.tools.serve import BODY_CAP, Server, answer_with
+from minirlhf.tools.answers import answer_with
+from minirlhf.tools.serve import BODY_CAP, SMALL, Server, Turns
 from tests.rewards.test_model import (
     CHAT,
     MESSAGES,
@@ -243,7 +244,7 @@ def test_no_web_page_reaches_it(folder, headers, wanted, told):
 
 
 def test_a_client_that_does_not_read_its_reply_holds_nobody(folder):
-    def answer(body: object) -> dict:
+    def answer(body: object, _) -> dict:
         return {"scores": [0.5] * (3_000_000 if body["items"] == "many" else 1)}
 
     with serving(folder, answer=answer) as address:
@@ -256,11 +257,79 @@ def test_a_client_that_does_not_read_its_reply_holds_nobody(folder):
                 assert ask(address, {"items": "one"}) == (200, {"scores": [0.5]})
 
 
+def test_a_large_request_lets_others_in_between(folder):
+    order, large, end = [], {"items": "x" * (SMALL + 1)}, time.monotonic() + 20
+
+    def answer(body: object, pause) -> dict:
+        for _ in range(3 if body == large else 1):
+            order.append(len(body["items"]) > SMALL)
+            if body == large:
+                while len(server.scoring.waiting) < 2 and order.count(False) < 2:
+                    assert time.monotonic() < end
+                    time.sleep(0.001)  # until somebody waits
+                pause()
+        return {"scores": [1.0]}
+
+    server = Server(("127.0.0.1", 0), answer)
+    threads = [threading.Thread(target=server.serve_forever, args=(0.01,))]
+    threads[0].start()
+    address = f"127.0.0.1:{server.server_port}"
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(ask, address, large)
+        while not order:
+            time.sleep(0.001)
+        for _ in range(2):
+            assert ask(address, {"items": "small"})[0] == 200
+        assert first.result()[0] == 200
+    server.shutdown()
+    server.close()
+    threads[0].join()
+    assert order == [True, False, True, False, True]
+
+
+def test_turns_are_given_in_order_and_given_up_in_time():
+    turns, order = Turns(), []
+
+    def work(name: int) -> None:
+        with turns:
+            order.append(name)
+
+    with turns, ThreadPoolExecutor() as pool:
+        for name in range(4):
+            pool.submit(work, name)
+            while len(turns.waiting) < 2 + name:
+                time.sleep(0.001)
+        assert not turns.acquire(timeout=0.01)
+        assert len(turns.waiting) == 5
+        turns.release()
+        while len(order) < 4:
+            time.sleep(0.001)
+        assert order == [0, 1, 2, 3] and turns.acquire(timeout=1)
+
+
+def test_a_large_request_is_scored_in_slices(folder):
+    model, pauses = load_reward_model(folder), []
+    answer = answer_with(model, load_tokenizer(folder), 64)
+    words = [f"a {'b ' * (i % 5)}" for i in range(130)]
+    items = [{"id": i, "prompt": "a", "completion": text} for i, text in enumerate(words)]
+    for body, name in (({"items": items}, "items"), ({"messages": words}, "messages")):
+        whole = answer(body, lambda: pauses.append(1))["scores"]
+        parts = [answer({name: body[name][i : i + 1]})["scores"][0] for i in range(130)]
+        if name == "items":
+            assert [row["id"] for row in whole] == list(range(130))
+            whole, parts = ([row["score"] for row in rows] for rows in (whole, parts))
+        torch.testing.assert_close(torch.tensor(whole), torch.tensor(parts), rtol=0, atol=1e-6)
+    assert len(pauses) == 2 * 2  # 130 texts are 64, 64 and 2
+    items[70] |= {"completion": "a " * 5000}
+    with pytest.raises(UserError, match=r"^items from 64 on: text 6 has \d+ tokens"):
+        answer({"items": items})
+
+
 def test_bodies_that_wait_are_bounded(folder, monkeypatch):
     monkeypatch.setattr("minirlhf.tools.serve.HELD", 1000)
     entered, go = threading.Event(), threading.Event()
 
-    def answer(_: object) -> dict:
+    def answer(*_: object) -> dict:
         entered.set()
         go.wait(10)
         return {"scores": [1.0]}
@@ -280,7 +349,7 @@ def test_a_stop_waits_for_the_reply_in_the_making_and_for_no_other(folder, monke
     monkeypatch.setattr("minirlhf.tools.serve.STOP_TIME", 0.5)
     entered, go = threading.Event(), threading.Event()
 
-    def answer(_: object) -> dict:
+    def answer(*_: object) -> dict:
         entered.set()
         assert go.wait(20)
         return {"scores": [1.0]}
@@ -311,7 +380,7 @@ def test_a_stop_waits_for_the_reply_in_the_making_and_for_no_other(folder, monke
 
 
 def test_without_descriptors_it_waits_and_does_not_spin(folder, monkeypatch):
-    server, slept = Server(("127.0.0.1", 0), lambda _: {"scores": []}), []
+    server, slept = Server(("127.0.0.1", 0), lambda *_: {"scores": []}), []
     server.server_close()
     for number in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
         def accept(number=number):
