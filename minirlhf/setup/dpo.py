@@ -44,7 +44,14 @@ from minirlhf.run.dry_run import DryRun
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.dpo_settings import NO_REFERENCE, OF_MEANS, DPOConfig, beta_of, sft_coef_of
-from minirlhf.setup.training import TrainingRun, load_reference, open_run, read_rows, ready
+from minirlhf.setup.training import (
+    TrainingRun,
+    check_tokenizer,
+    load_reference,
+    open_run,
+    read_rows,
+    ready,
+)
 
 UNREAD = "margin and chosen_probability: not read, the loss of a policy knows none"
 
@@ -131,9 +138,7 @@ def check_reference(config: DPOConfig, model: ModelConfig, tokenizer: Tokenizer)
         return model
     folder = folders.resolve(config.ref)
     pretrained.without_weights(folder)
-    if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"--ref {config.ref}", "has another tokenizer than the policy",
-                        "give a model that reads the same ids")
+    check_tokenizer(f"--ref {config.ref}", folder, tokenizer)
     ref = pretrained.read_config(folder)
     if ref.vocab_size < tokenizer.vocab_size:
         what = f"has {ref.vocab_size:,} tokens, the tokenizer {tokenizer.vocab_size:,}"

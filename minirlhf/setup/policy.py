@@ -30,22 +30,11 @@ from minirlhf.rewards.parse import Spec
 from minirlhf.rewards.source import RewardSource
 from minirlhf.run.folder import Run
 from minirlhf.setup.common import write_model
-from minirlhf.setup.policy_data import Data, read_prompts
-from minirlhf.setup.policy_settings import EndSettings, PolicyInputSettings
-from minirlhf.setup.training import TrainingRun
+from minirlhf.setup.policy_data import Data, prompt_room, read_prompts
+from minirlhf.setup.policy_settings import EndSettings, PolicyInputSettings, RolloutSettings
+from minirlhf.setup.training import TrainingRun, check_tokenizer
 
 # ---------------------------------------------------------------------- looking, before any loading
-
-
-def prompt_room(config: PolicyInputSettings, folders: Sequence[Path]) -> int:
-    """Most tokens of a prompt: all these models read it with the whole response."""
-    models = [pretrained.read_config(folder) for folder in folders]
-    most = min(model.longest_row for model in models)
-    if config.max_new_tokens >= most:
-        raise UserError("--max-new-tokens", f"{config.max_new_tokens} fill the model's context",
-                        f"use less than {most}")
-    room = most - config.max_new_tokens
-    return min(config.max_prompt_length or room, room)
 
 
 def check_models(
@@ -62,15 +51,19 @@ def check_models(
         pretrained.without_weights(lm)
     for flag, folders in ("--ref", lms[1:]), ("--critic", critics):
         for folder in folders:
-            if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
-                raise UserError(f"{flag} {folder}", "has another tokenizer than the policy",
-                                "give a model that reads the same ids")
+            check_tokenizer(f"{flag} {folder}", folder, tokenizer)
+    check_ends(config, tokenizer)
+    for reward_model in (*critics, *scorers):
+        pretrained.without_weights(reward_model, reward=True)
+
+
+def check_ends(config: RolloutSettings, tokenizer: Tokenizer) -> None:
+    """Refuses a policy whose responses could never end."""
+    tokenizer.check_stops(config.stop)
     if not tokenizer.eos_ids and not config.stop:
         what = "names no eos token, so that no response could end"
         do = "set eos_token in tokenizer_config.json, or give --stop"
         raise UserError(tokenizer.folder, what, do)
-    for reward_model in (*critics, *scorers):
-        pretrained.without_weights(reward_model, reward=True)
 
 
 def fits_scorers(
@@ -149,7 +142,6 @@ def look(config: PolicyInputSettings, critic: str | None = None, refers: bool = 
     folder = resolve(config.model)
     ref_folder = (resolve(config.ref) if config.ref else folder) if refers else None
     tokenizer = load_tokenizer(folder)
-    tokenizer.check_stops(config.stop)
     critics = [] if critic is None else [resolve(critic)]
     specs = [parse.parse_source(source) for source in config.reward]
     places = [parse.locate(spec) for spec in specs]
@@ -158,7 +150,9 @@ def look(config: PolicyInputSettings, critic: str | None = None, refers: bool = 
     check_models(config, (folder, *refs), critics, scorers, tokenizer)
     same = [place for place in scorers if not load.reencoded(place, tokenizer)]
     room = prompt_room(config, (folder, *refs, *critics, *same))
-    data = read_prompts(config, tokenizer, room, fits_scorers(config, scorers, tokenizer))
+    fits, answers = fits_scorers(config, scorers, tokenizer), load.check_answers(specs)
+    finish = fits if answers is None else lambda prompt: fits(answers(prompt))
+    data = read_prompts(config, tokenizer, room, finish)
     inputs = {**data.files, "reward": [place for place in places if place], "ref": refs,
               "model": tokenizer_files(folder)}
     return Start(folder, ref_folder, critics, scorers, specs, tokenizer, data, inputs)
@@ -232,7 +226,7 @@ class PolicyRun(TrainingRun[Prompt]):
         self.run.export(lambda target: write_model(lm, self.tokenizer, target), "best")
 
 
-def sampling_of(config: PolicyInputSettings) -> Sampling:
+def sampling_of(config: RolloutSettings) -> Sampling:
     """How responses are drawn."""
     return Sampling(
         config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.min_p,

@@ -1,16 +1,16 @@
-"""What PPO and GRPO read beside their models: prompts, and prompts that are held out."""
+"""What is read beside the models of a policy: prompts, and prompts that are held out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from minirlhf.data.examples import Prompt, Text, load_prompts
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report, RowPolicy
-from minirlhf.rewards.load import check_answers
-from minirlhf.rewards.parse import parse_source
+from minirlhf.models import pretrained
 from minirlhf.setup.common import named_files
-from minirlhf.setup.policy_settings import PolicyInputSettings
+from minirlhf.setup.policy_settings import PromptInputSettings
 
 
 class Data(NamedTuple):
@@ -46,18 +46,32 @@ class Data(NamedTuple):
         return max((len(text.ids) for text in self.texts), default=0)
 
 
+def prompt_room(config: PromptInputSettings, folders: Sequence[Path]) -> int:
+    """Most tokens of a prompt: all these models read it with the whole response.
+
+    Args:
+        config: has RolloutSettings too.
+    """
+    models = [pretrained.read_config(folder) for folder in folders]
+    most = min(model.longest_row for model in models)
+    if config.max_new_tokens >= most:
+        raise UserError("--max-new-tokens", f"{config.max_new_tokens} fill the model's context",
+                        f"use less than {most}")
+    room = most - config.max_new_tokens
+    return min(config.max_prompt_length or room, room)
+
+
 def read_prompts(
-    config: PolicyInputSettings, tokenizer: Tokenizer, room: int, fits: Callable[[Prompt], Prompt]
+    config: PromptInputSettings, tokenizer: Tokenizer, room: int,
+    finish: Callable[[Prompt], Prompt] | None = None,
 ) -> Data:
     """All rows of all files of prompts, each file's report printed.
 
     Args:
         room: most tokens of a prompt.
-        fits: gives a prompt back, or raises where it is of no use.
+        finish: gives a prompt back, or raises where it is of no use.
     """
     policy = RowPolicy.of(config)
-    answers = check_answers([parse_source(source) for source in config.reward])
-    finish = fits if answers is None else lambda prompt: fits(answers(prompt))
     files = {"": config.data, **named_files(config.eval_data, "/")}
     sets, reports = {}, []
     for prefix, file in files.items():

@@ -1,4 +1,4 @@
-"""Settings of the recipes that learn from what a policy writes, PPO and GRPO."""
+"""Settings of the recipes that learn from what a policy writes: PPO, GRPO and distillation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,23 +28,33 @@ class PromptSettings:
 
 
 @dataclass(frozen=True)
-class PolicyEvaluationSettings(EvaluationSettings):
-    """Evaluation: the policy's responses to held-out prompts."""
+class HeldOutSettings(EvaluationSettings):
+    """Evaluation: responses to held-out prompts."""
 
     eval_prompts: int | None = setting(
         None, "evaluate on the first prompts of each held-out file only, so many; none: on all",
         at_least=2, resume="fixed",
     )
+
+    def check(self) -> list[str]:
+        alone = self.eval_prompts and not self.eval_data
+        return ["eval_prompts: goes with --eval-data"] if alone else []
+
+
+@dataclass(frozen=True)
+class BestSettings(HeldOutSettings):
+    """Evaluation: the best policy of a run."""
+
     keep_best: bool = setting(
         False, "export the policy of the best evaluation so far to best/", resume="start"
     )
 
     def check(self) -> list[str]:
-        if self.eval_data:
-            late = "keep_best: goes with --eval-every, the policy at the end is in model/"
-            return [late] if self.keep_best and not self.eval_every else []
-        given = {"eval_prompts": self.eval_prompts, "keep_best": self.keep_best}
-        return [f"{name}: goes with --eval-data" for name, value in given.items() if value]
+        if self.keep_best and not self.eval_data:
+            return ["keep_best: goes with --eval-data"]
+        if self.keep_best and not self.eval_every:
+            return ["keep_best: goes with --eval-every, the policy at the end is in model/"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,9 @@ class RolloutSettings(SamplingSettings):
     )
     rollout_batch_size: int = setting(
         256, "most responses that are sampled in parallel", at_least=1
+    )
+    temperature: float = override(
+        help="logits are divided by it before the softmax, in sampling and in every log-prob"
     )
 
     def check(self) -> list[str]:
@@ -125,10 +138,16 @@ class UpdateSettings:
 
 
 @dataclass(frozen=True)
-class PolicyMemorySettings(MemorySettings):
-    """Memory and speed: rows side by side, models that are not trained."""
+class PassSettings(MemorySettings):
+    """Memory and speed: rows side by side."""
 
     micro_batch_size: int = setting(8, "most rows in one forward pass", at_least=1)
+
+
+@dataclass(frozen=True)
+class PolicyMemorySettings(PassSettings):
+    """Memory and speed: models that are not trained."""
+
     offload_frozen: bool = setting(
         False, "hold reference and reward models in memory only while they are used, and read them "
         "again each time", resume="free",
@@ -136,26 +155,28 @@ class PolicyMemorySettings(MemorySettings):
 
 
 @dataclass(frozen=True)
-class PolicyRunSettings(RunSettings):
-    """Run: which responses are written."""
+class SampleTableSettings(RunSettings):
+    """Run: the table of sample responses."""
 
     sample_every: int = setting(
         10, "steps from one table of sample responses to the next; 0: none", at_least=0
     )
     sample_prompts: int = setting(4, "prompts in the table of samples, always the same", at_least=1)
+
+
+@dataclass(frozen=True)
+class PolicyRunSettings(SampleTableSettings):
+    """Run: which rollouts are written."""
+
     save_rollouts: bool = setting(
         False, "write every rollout to samples.jsonl, with token ids, log-probs and rewards"
     )
 
 
 @dataclass(frozen=True)
-class PolicyInputSettings(
-    InputSettings, ReferenceSettings, PromptSettings, RewardSourceSettings,
-    PolicyEvaluationSettings, RolloutSettings, EndSettings,
-):
-    """What is read and sampled; PolicyTrainingSettings go with them."""
+class PromptInputSettings(InputSettings, PromptSettings, HeldOutSettings):
+    """What is read where the data are prompts; RolloutSettings go with them."""
 
-    model: str = override(help="language model to align: a folder or a hub name")
     data: str = override(help="prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz; or Parquet")
     overlong: str = override(
         "error", "what happens to prompts that are longer than max_prompt_length",
@@ -167,19 +188,26 @@ class PolicyInputSettings(
     eval_every: int = override(
         help="steps from one evaluation to the next; 0: evaluate at the start and the end only"
     )
-    epochs: int = override(4, "passes over each rollout", at_least=1)
-    steps: int = override(
-        100, "iterations: each samples a rollout and learns from it", at_least=1
-    )
-    batch_size: int = override(64, "prompts sampled in an iteration", resume="ask")
-    temperature: float = override(
-        help="logits are divided by it before the softmax, in sampling and in every log-prob"
-    )
 
     @property
     def rollout_rows(self) -> int:
         """Responses in an iteration's rollout."""
         return self.batch_size
+
+
+@dataclass(frozen=True)
+class PolicyInputSettings(
+    PromptInputSettings, ReferenceSettings, RewardSourceSettings, BestSettings, RolloutSettings,
+    EndSettings,
+):
+    """What is read and sampled; PolicyTrainingSettings go with them."""
+
+    model: str = override(help="language model to align: a folder or a hub name")
+    epochs: int = override(4, "passes over each rollout", at_least=1)
+    steps: int = override(
+        100, "iterations: each samples a rollout and learns from it", at_least=1
+    )
+    batch_size: int = override(64, "prompts sampled in an iteration", resume="ask")
 
     def check(self) -> list[str]:
         buffer, most = self.missing_eos_buffer, self.max_new_tokens

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from minirlhf.data.batching import total_steps
-from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report
 from minirlhf.models import pretrained
@@ -64,6 +64,21 @@ class TrainingRun(Generic[T]):
             merge_lora(self.state.model)
         folder = self.run.export(lambda target: write_model(lm, self.tokenizer, target))
         self.run.done(what, folder)
+
+
+def check_tokenizer(
+    where: str, folder: Path, tokenizer: Tokenizer, whose: str = "the policy"
+) -> None:
+    """Refuses a second model that does not read the ids of the model that is trained.
+
+    Args:
+        where: what names it on the command line.
+        folder: its own.
+        tokenizer: of the model that is trained; `whose` it is.
+    """
+    if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(where, f"has another tokenizer than {whose}",
+                        "give a model that reads the same ids")
 
 
 def load_reference(

@@ -42,8 +42,8 @@ from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
 from minirlhf.run.resume import contents
 from minirlhf.run.settings import as_dict, resume_rules
-from minirlhf.setup.policy import check_models, fits_scorers, prompt_room
-from minirlhf.setup.policy_data import Data
+from minirlhf.setup.policy import check_models, fits_scorers
+from minirlhf.setup.policy_data import Data, prompt_room
 from minirlhf.tools.settings import BestOfConfig
 
 SAME = "whose responses all score the same"
@@ -265,7 +265,6 @@ class Start(NamedTuple):
 def look(config: BestOfConfig, folder: Path, dtype: torch.dtype, device: str) -> Start:
     """Refuses what cannot work, the cheapest first, and loads what scores."""
     tokenizer = load_tokenizer(folder)
-    tokenizer.check_stops(config.stop)
     specs = [parse_source(source) for source in config.reward]
     places = [place for spec in specs if (place := locate(spec)) is not None]
     scorers = [place for place in places if place.is_dir()]

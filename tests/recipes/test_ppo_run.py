@@ -29,7 +29,7 @@ from minirlhf.recipes import ppo as recipe
 from minirlhf.run.checkpoint import verify
 from minirlhf.run.folder import Run
 from minirlhf.setup import ppo as loading
-from minirlhf.setup.policy import prompt_room
+from minirlhf.setup.policy_data import prompt_room
 from tests import tiny_ppo
 from tests.tiny_folders import leftovers, read_lines, save_scorer, timeless
 from tests.tiny_ppo import REWARD, SHAPE, command, config_of, parameters, policy_at, run_steps

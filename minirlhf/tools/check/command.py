@@ -21,7 +21,7 @@ from minirlhf.models.heads import reads_whole
 from minirlhf.models.stored_heads import VALUE_HEAD
 from minirlhf.run import flags
 from minirlhf.setup.dpo_settings import DPOConfig
-from minirlhf.setup.policy import prompt_room
+from minirlhf.setup.policy_data import prompt_room
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.setup.sft_settings import SFTConfig
