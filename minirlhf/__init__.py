@@ -55,9 +55,11 @@ _PUBLIC = {
     "run.checkpoint": ("TrainState", "save_checkpoint", "load_checkpoint"),
     "setup.sft_settings": ("SFTConfig",),
     "setup.reward_settings": ("RewardConfig",),
+    "setup.dpo_settings": ("DPOConfig",),
     "setup.ppo_settings": ("PPOConfig",),
     "recipes.sft": ("sft",),
     "recipes.reward": ("reward",),
+    "recipes.dpo": ("dpo",),
     "recipes.ppo": ("ppo", "ppo_step"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PUBLIC.items() for name in names}

@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""One optimizer step of supervised fine-tuning, a reward model or DPO, beside TRL's trainer.
+
+    python benchmarks/train_step.py --recipe reward --model real/SmolLM2-135M-Instruct --data real \
+        --trl VENV/bin/python --out benchmarks/results/reward_step.json
+
+Film sentences of about 26 tokens, 16 of them or 16 pairs, all weights trained. Ours is the recipe's
+own generator. Both draw their batches from the same 4,096 rows, ours of like length, as the recipe
+does; so they are compared by tokens a second, padding not counted. `peers/README.md` says how to
+make the peer's environment; without one it is left out. Each program runs in a process of its own,
+in turns, `--rounds` times; the first step of each process is not counted.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import hardware
+from side_by_side import compare, flags_of, read_flags, several, show, take_turns, write
+
+HERE = Path(__file__).parent
+BATCH, ROWS, LONGEST = 16, 4096, 128
+RECIPES = {"sft": "sentences", "reward": "pairs_train", "dpo": "pairs_train"}
+
+
+def write_rows(recipe: str, data: str, target: Path) -> None:
+    """The rows that both read; for DPO the sentences go on from one prompt."""
+    with open(f"{data}/movie_{RECIPES[recipe]}.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(ROWS), strict=False)]
+    kept = ("text",) if recipe == "sft" else ("chosen", "rejected")
+    rows = [{name: row[name] for name in kept} for row in rows]
+    if recipe == "dpo":
+        rows = [{"prompt": "A film review:"} | {k: f" {v}" for k, v in row.items()} for row in rows]
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def ours(args: argparse.Namespace) -> None:
+    """The recipe's generator, one JSON line."""
+    from minirlhf import TrainState, load_pretrained, load_tokenizer
+    from minirlhf.models.compiling import compile_blocks
+    from minirlhf.models.transformer import CausalLM
+    from minirlhf.run.machine import choose_dtype, make_deterministic
+    from minirlhf.run.optim import make_optimizer
+
+    make_deterministic("cpu")  # as the recipe does
+    tokenizer, dtype = load_tokenizer(args.model), choose_dtype(args.dtype)
+    lm: CausalLM = load_pretrained(args.model, dtype)
+    values = {"model": args.model, "data": args.rows, "out": "run", "steps": args.steps,
+              "batch_size": BATCH, "learning_rate": 1e-6}
+    passes, model = 1, lm
+    match args.recipe:
+        case "sft":
+            from minirlhf import SFTConfig, sft
+            from minirlhf.batches.demonstrations import with_target
+            from minirlhf.data.examples import load_texts
+
+            rows, _ = load_texts(args.rows, tokenizer, LONGEST, "drop", finish=with_target)
+            config = SFTConfig(**values)
+            train = partial(sft, texts=rows, config=config)
+        case "reward":
+            import torch
+
+            from minirlhf import RewardConfig, RewardModel, reward
+            from minirlhf.data.examples import load_pairs
+            from minirlhf.models.heads import initialize_score
+
+            rows, _ = load_pairs(args.rows, tokenizer, LONGEST, "drop")
+            config = RewardConfig(**values)
+            model = initialize_score(RewardModel(lm), torch.Generator().manual_seed(0))
+            train = partial(reward, examples=rows, config=config)
+        case "dpo":
+            from minirlhf import DPOConfig, dpo
+            from minirlhf.batches.responses import ref_logprobs, with_answers
+            from minirlhf.data.examples import load_pairs
+
+            rows, _ = load_pairs(args.rows, tokenizer, LONGEST, "drop", finish=with_answers)
+            config = DPOConfig(**values)
+            frozen = load_pretrained(args.model, dtype).requires_grad_(False)
+            train = partial(dpo, examples=rows, ref=partial(ref_logprobs, frozen), config=config)
+            passes = 4 / 3  # a forward pass of the reference is a third of the policy's three
+    if args.compile:
+        compile_blocks(model)
+    state = TrainState(model, make_optimizer(model, config.learning_rate))
+    before, seconds, tokens = 0, [], []
+    for step in train(state):
+        seconds.append(step.clock["step_time"])
+        tokens.append(step.metrics["num_tokens"] - before)
+        before = step.metrics["num_tokens"]
+    c = lm.config
+    block = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
+    block += 3 * c.hidden_size * c.intermediate_size
+    prompts = 2 * BATCH * len(rows[0].prompt_ids) if args.recipe == "dpo" else 0  # not unembedded
+    words = 0 if args.recipe == "reward" else c.vocab_size
+    operations = [
+        6 * passes * (c.num_layers * block * n + c.hidden_size * words * (n - prompts))
+        for n in tokens[1:]
+    ]
+    print(json.dumps({
+        "seconds": seconds[1:], "tokens": tokens[1:], "operations": operations,
+        "peak_bytes": hardware.resident_peak(),
+    }))
+
+
+def main() -> None:
+    flags = flags_of(__doc__)
+    flags.add_argument("--recipe", choices=RECIPES, required=True)
+    flags.add_argument("--trl", metavar="PYTHON")
+    flags.add_argument("--compile", action="store_true", help="also compiled")
+    flags.add_argument("--steps", type=several, default=6)
+    flags.add_argument("--rows", help=argparse.SUPPRESS)
+    args = read_flags(flags)
+    if args.child:
+        return ours(args)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        write_rows(args.recipe, args.data, rows)
+        shared = ["--recipe", args.recipe, "--model", args.model, "--rows", str(rows),
+                  "--steps", str(args.steps)]
+        mine, peers = {}, {}
+        for dtype in ("float32", "bfloat16") if args.bfloat16 else ("float32",):
+            command = [sys.executable, __file__, "--child", *shared, "--dtype", dtype]
+            mine[f"minirlhf, {dtype}"] = (command, None)
+            if args.compile:
+                mine[f"minirlhf, {dtype}, compiled"] = ([*command, "--compile"], None)
+            if args.trl:
+                script = [args.trl, str(HERE / "peers/trl_step.py")]
+                peers[f"TRL, {dtype}"] = ([*script, *shared, "--dtype", dtype], None)
+        if not peers:
+            print("TRL: left out, give --trl PYTHON", file=sys.stderr)
+        found, machine = take_turns(mine, peers, args.rounds)
+    table = compare(found, peers, machine)
+    show(table, machine)
+    settings = {"recipe": args.recipe, "rows": BATCH, "steps": args.steps, "rounds": args.rounds}
+    if args.out:
+        write(args.out, machine, settings, table)
+
+
+if __name__ == "__main__":
+    main()
