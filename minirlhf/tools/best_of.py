@@ -14,7 +14,7 @@ command, given again, goes on where it stopped.
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from math import fsum
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,6 @@ from minirlhf.data.examples import Prompt, encoded_text, load_prompts
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, STOPPED, Stopped, UserError, run
 from minirlhf.files import atomic, folders
-from minirlhf.files.reading import strict_json
 from minirlhf.files.sieve import RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.models.sampling import Sampling
@@ -40,11 +39,10 @@ from minirlhf.rewards.parse import locate, parse_source
 from minirlhf.rewards.source import RewardSource, as_scores
 from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
-from minirlhf.run.resume import contents
-from minirlhf.run.settings import as_dict, resume_rules
 from minirlhf.setup.policy import check_models, fits_scorers
 from minirlhf.setup.policy_data import Data, prompt_room
 from minirlhf.tools.settings import BestOfConfig
+from minirlhf.tools.unfinished import begin, facts_of, outcomes
 
 SAME = "whose responses all score the same"
 NONE_ENDED = "without a response that has a text and an end"
@@ -176,29 +174,6 @@ def usable(
 # ------------------------------------------------------------------------- what becomes of prompts
 
 
-def begin(partial: Path, facts: dict) -> int:
-    """How many prompts an earlier call of the same command has done; the file is ready for more.
-
-    Raises:
-        UserError: the file is of another command, or is damaged.
-    """
-    data = partial.read_bytes() if partial.exists() else b""
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):  # a kill inside the last append
-        atomic.truncate(partial, whole)
-    if not whole:
-        atomic.append_line(partial, json.dumps(facts))
-        return 0
-    first, *done = data[:whole].split(b"\n")[:-1]
-    if strict_json(first.decode(), partial, 1) != json.loads(json.dumps(facts)):
-        what = "is what another command, or this one with other inputs, began to write"
-        raise UserError(partial, what, "finish that one, or remove the file")
-    for number, line in enumerate(done):
-        if strict_json(line.decode(), partial, number + 2).get("at") != number:
-            raise UserError(f"{partial}:{number + 2}", "is not in order", "remove the file")
-    return len(done)
-
-
 def finish(partial: Path, out: Path, config: BestOfConfig) -> None:
     """Writes the rows of all prompts, and tells what became of them.
 
@@ -208,17 +183,14 @@ def finish(partial: Path, out: Path, config: BestOfConfig) -> None:
     why, left, scores, tops, count = Counter(), Counter(), [], [], 0
     written = out.with_name(f"{atomic.TEMPORARY}{out.name}")
     atomic.discard(written)
-    with partial.open(encoding="utf-8") as lines:
-        next(lines)
-        for line in lines:
-            done = json.loads(line)
-            scores.append(done["mean"])
-            tops.append(done["best"])
-            left.update(done["left"])
-            why.update([done["why"]] if done["why"] else [])
-            for row in done["rows"]:
-                atomic.append_line(written, json.dumps(row, ensure_ascii=False))
-                count += 1
+    for done in outcomes(partial):
+        scores.append(done["mean"])
+        tops.append(done["best"])
+        left.update(done["left"])
+        why.update([done["why"]] if done["why"] else [])
+        for row in done["rows"]:
+            atomic.append_line(written, json.dumps(row, ensure_ascii=False))
+            count += 1
     print(f"{len(scores):,} prompts, {len(scores) * config.samples:,} responses: "
           f"mean score {fsum(scores) / len(scores):.4f}, of each prompt's best "
           f"{fsum(tops) / len(tops):.4f}")
@@ -243,14 +215,6 @@ def outcome(at: int, prompt: Prompt, responses: list[Response], config: BestOfCo
     left = Counter(one.why_not for one in responses if one.why_not)
     return {"at": at, "rows": rows, "why": why, "left": left,
             "mean": fsum(scores) / len(scores), "best": max(scores)}
-
-
-def facts_of(config: BestOfConfig, inputs: Sequence[Path], ran: dict[str, str]) -> dict:
-    """What a command must share with the one that it goes on from."""
-    rules = resume_rules(config)
-    settings = {name: value for name, value in as_dict(config).items() if rules[name] != "free"}
-    return {"settings": settings,
-            "inputs": {str(file): atomic.sha256(file) for file in contents(inputs)} | ran}
 
 
 class Start(NamedTuple):

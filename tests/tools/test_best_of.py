@@ -216,6 +216,25 @@ def test_other_inputs_or_a_damaged_file_are_no_place_to_go_on(files, capsys, hom
     assert main(words) == 0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [("--seed", 1), ("--samples", 7), ("--max-new-tokens", 5), ("--stop", "a"), ("--limit", 2),
+     ("--temperature", 0.2), ("--top-k", 3), ("--top-p", 0.3), ("--min-p", 0.9), ("--chat",)],
+)
+def test_settings_change_what_is_written(change, files, capsys, home):
+    (home / "reward.py").write_text(
+        "def f(completions):\n    return [len(str(c)) for c in completions]"
+    )
+    words = words_of(files, "b.jsonl", "--threshold", 0, reward="reward.py:f")
+    assert main(words) == 0
+    words[words.index("b.jsonl")] = "c.jsonl"
+    if change[0] in words:
+        at = words.index(change[0])
+        del words[at : at + (3 if change[0] == "--stop" else 2)]
+    assert main([*words, *map(str, change)]) == 0
+    assert (home / "b.jsonl").read_bytes() != (home / "c.jsonl").read_bytes()
+
+
 def test_no_row_at_all_is_an_error_and_leaves_nothing(files, capsys, home):
     assert main(words_of(files, "b.jsonl", reward="reward.py:same")) == 2
     shown = capsys.readouterr()
