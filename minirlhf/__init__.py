@@ -57,10 +57,12 @@ _PUBLIC = {
     "setup.reward_settings": ("RewardConfig",),
     "setup.dpo_settings": ("DPOConfig",),
     "setup.ppo_settings": ("PPOConfig",),
+    "setup.grpo_settings": ("GRPOConfig",),
     "recipes.sft": ("sft",),
     "recipes.reward": ("reward",),
     "recipes.dpo": ("dpo",),
     "recipes.ppo": ("ppo", "ppo_step"),
+    "recipes.grpo": ("grpo", "grpo_step"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PUBLIC.items() for name in names}
 

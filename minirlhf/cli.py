@@ -28,6 +28,8 @@ VERBS = {
                    "train a reward model on pairs or ranked lists"),
     "ppo": Verb("minirlhf.recipes.ppo", "minirlhf.setup.ppo_settings:PPOConfig",
                 "align a policy with a reward by PPO"),
+    "grpo": Verb("minirlhf.recipes.grpo", "minirlhf.setup.grpo_settings:GRPOConfig",
+                 "align a policy by comparing responses to a prompt, without a critic"),
     "dpo": Verb("minirlhf.recipes.dpo", "minirlhf.setup.dpo_settings:DPOConfig",
                 "align a policy with preferences directly: DPO and its family"),
     "check": Verb("minirlhf.tools.check.command", "minirlhf.tools.settings:CheckConfig",

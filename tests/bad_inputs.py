@@ -38,6 +38,8 @@ COMMANDS = {
     "dpo": "dpo --model lm --data pairs.jsonl --out out --steps 1",
     "ppo": "ppo --model lm --data prompts.jsonl --reward rm --out out --steps 1 --batch-size 2 "
     "--micro-batch-size 2 --max-new-tokens 4",
+    "grpo": "grpo --model lm --data prompts.jsonl --reward rm --out out --steps 1 --batch-size 1 "
+    "--samples-per-prompt 2 --mini-batches 1 --micro-batch-size 2 --max-new-tokens 4",
     "sample": "sample --model lm --data prompts.jsonl --out out --max-new-tokens 4",
     "score": "score --model rm --data pairs.jsonl --out out",
 }

@@ -229,6 +229,9 @@ SHAPE = {
 REWARD = """
 def letters(completions, bonus):
     return [sum(ord(c) % 7 for c in t) + b for t, b in zip(completions, bonus, strict=True)]
+
+def parity(completions, bonus):  # so that the two responses to a prompt often agree
+    return [sum(map(ord, t)) % 2 + b for t, b in zip(completions, bonus, strict=True)]
 """
 WORDS = ("good", "bad", "long", "dull", "fine", "a film", "warm", "odd")
 ROWS = {
@@ -248,10 +251,6 @@ ROWS = {
         for i in range(6)
     ],
     "prompts": [{"prompt": "It was" + "!" * i, "bonus": i / 8} for i in range(5)],
-    "liked": [
-        {"prompt": "It was" + "!" * (i % 3), "completion": f" {word}.", "label": i % 3 > 0}
-        for i, word in enumerate(WORDS)
-    ],
 }
 # A row that is no JSON and one that is too long, for rejected.jsonl and dropped.jsonl.
 LEFT_OUT = {"texts": "{\n" + json.dumps({"prompt": "It was", "completion": "!" * 40}) + "\n"}
@@ -282,6 +281,12 @@ OWN = {
         "eval_data": "few_prompts", "eval_every": 2, "keep_best": True,
         "seed": 2,
     },
+    "grpo": {
+        "data": "prompts", "samples_per_prompt": 2, "resample": 2, "epochs": 2, "mini_batches": 2,
+        "micro_batch_size": 2, "max_new_tokens": 3, "sample_every": 2, "sample_prompts": 2,
+        "early_stop_kl": 1e-4, "top_p": 0.9, "eval_data": "few_prompts", "eval_every": 2,
+        "keep_best": True, "seed": 2,
+    },
 }
 
 
@@ -306,8 +311,8 @@ def command(recipe: str, world: Path, out: Path, **changes: object) -> list[str]
     for name in ("data", "eval_data"):
         if name in settings:
             settings[name] = world / f"{settings[name]}.jsonl"
-    if recipe == "ppo":
-        settings["reward"] = f"{world / 'reward.py'}:letters"
+    if function := {"ppo": "letters", "grpo": "parity"}.get(recipe):
+        settings["reward"] = f"{world / 'reward.py'}:{function}"
     words = [recipe]
     for name, value in settings.items():
         flag = name.replace("_", "-")
@@ -317,8 +322,6 @@ def command(recipe: str, world: Path, out: Path, **changes: object) -> list[str]
 
 
 LISTS = {"data": "lists", "eval_data": "few_lists", "label_smoothing": 0.0}  # instead of pairs
-KTO = {"data": "liked", "eval_data": "few_liked", "label_smoothing": 0.0, "loss": "kto",
-       "desirable_weight": 1.5}
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------

@@ -362,16 +362,17 @@ PLACE = ROWS | {"batch_size", "max_length"}  # sft and reward count their place 
 FREE = {  # what no number depends on, save that a device has its own last bits
     "sft": EVERYWHERE, "reward": EVERYWHERE | {"show_samples"},
     "dpo": EVERYWHERE | {"show_samples", "cache_ref"},
-    "ppo": EVERYWHERE | {
+    **dict.fromkeys(("ppo", "grpo"), EVERYWHERE | {
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
         "reward_token_file", "offload_frozen",
-    },
+    }),
 }
 FIXED = {
     "sft": WEIGHTS | PLACE | {"init_config", "tokenizer", "vocab_size"},
     "reward": WEIGHTS | PLACE | {"heads"},
     "dpo": WEIGHTS | PLACE | {"ref"},
     "ppo": WEIGHTS | {"ref", "critic", "train_critic", "eval_data", "eval_prompts"},
+    "grpo": WEIGHTS | {"ref", "eval_data", "eval_prompts"},
 }
 COMPARED = ROWS | {  # evaluations compare with scores of the start
     "reward", "reward_format", "stop", "temperature", "top_k", "top_p", "min_p", "max_new_tokens",
@@ -384,6 +385,7 @@ COMPARED = ROWS | {  # evaluations compare with scores of the start
     [
         *((verb, {}, set()) for verb in RECIPES),
         ("ppo", {"eval_data": ("held.jsonl",)}, COMPARED),
+        ("grpo", {"eval_data": ("held.jsonl",)}, COMPARED),
         ("ppo", {"kl_target": 6.0}, {"kl_coef"}),
     ],
 )
@@ -448,7 +450,8 @@ def no_weights(monkeypatch):
 
 
 def bad_last_row(verb: str) -> str:
-    row = {"sft": TEXT, "new": TEXT, "ppo": PROMPT, "sample": PROMPT}.get(verb, PAIR)
+    of_prompts = dict.fromkeys(("ppo", "grpo", "sample"), PROMPT)
+    row = {"sft": TEXT, "new": TEXT, **of_prompts}.get(verb, PAIR)
     Path("late.jsonl").write_text(json_lines(*[row] * 50, {}), encoding="utf-8")
     return "late.jsonl"
 
@@ -459,7 +462,7 @@ def test_the_last_row_is_read_before_any_weight(verb, refused, no_weights):
     assert line.startswith("late.jsonl:51: ")
 
 
-@pytest.mark.parametrize("verb", ["sft", "new", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("verb", ["sft", "new", "reward", "dpo", "ppo", "grpo"])
 def test_the_last_held_out_row_is_read_before_any_weight(verb, refused, no_weights):
     good = COMMANDS[verb].partition("--data ")[2].split()[0]
     line = refused(words(verb, eval_data=(f"a={good}", bad_last_row(verb))))

@@ -31,6 +31,11 @@ BASE = {
         "model": "model", "data": "all.jsonl", "reward": "reward.py:letters", "batch_size": 4,
         "micro_batch_size": 2, "epochs": 2, "max_new_tokens": 3,
     },
+    "grpo": {
+        "model": "model", "data": "all.jsonl", "reward": "reward.py:letters", "batch_size": 2,
+        "samples_per_prompt": 2, "micro_batch_size": 2, "epochs": 2, "mini_batches": 2,
+        "max_new_tokens": 3,
+    },
 }
 PLACES = {"model", "data", "eval_data", "ref", "critic", "tokenizer", "init_config", "reward",
           "ptx_data"}
@@ -48,6 +53,58 @@ class Change(NamedTuple):
 LETTERS = [chr(i) for i in range(33, 127)]  # a third of the 258 tokens
 ENDS = {"stop": LETTERS, "max_new_tokens": 8}
 ENDS_CHANGE = Change(LETTERS, {"max_new_tokens": 8})
+POLICY = {  # of recipes that learn from what a policy writes
+    "reward": Change("reward.py:short"),
+    "chat": Change(True, {"reward": "reward.py:shown"}),  # which is given messages then
+    "template_kwargs": Change(  # `letters` reads strings
+        ["mood=dull"], {"model": "told", "data": "turns.jsonl", "reward": "reward.py:short"}
+    ),
+    **{
+        name: Change(value, refused="is for a service; no --reward is http://host:port/path")
+        for name, value in {
+            "reward_format": "llama-factory", "reward_timeout": 1.0, "reward_retries": 1,
+            "reward_connect_timeout": 1.0, "reward_batch_size": 1, "reward_token_file": "t",
+        }.items()
+    },
+    "eval_data": Change("few.jsonl"),
+    "eval_every": Change(1, {"eval_data": "few.jsonl"}),
+    "eval_prompts": Change(2, {"eval_data": "few.jsonl"}),
+    "keep_best": Change(
+        True, {"eval_data": "few.jsonl", "eval_every": 1, "steps": 8, "learning_rate": 3e-2}
+    ),
+    "ref": Change("other"),
+    "max_new_tokens": Change(2),
+    "temperature": Change(0.5),
+    "top_k": Change(5),
+    "top_p": Change(0.5),
+    "min_p": Change(0.9),
+    "min_new_tokens": Change(3, {"model": "ending"}),
+    "stop": ENDS_CHANGE,
+    "rollout_batch_size": Change(1, held=True),
+    "max_prompt_length": Change(8, {"overlong": "truncate_prompt_left"}),
+    "overlong": Change("truncate_prompt_left", {"max_prompt_length": 8}, first="drop"),
+    "kl_coef": Change(0.5),
+    "kl_estimator": Change("k3"),
+    "missing_eos_penalty": Change(1.0),
+    "missing_eos": Change("replace"),
+    "missing_eos_buffer": Change(
+        1, {"missing_eos": "ramp", "missing_eos_penalty": 1.0, **ENDS}, first=6
+    ),
+    "epochs": Change(1),
+    "mini_batches": Change(2, first=1),
+    "micro_batch_size": Change(1),
+    "clip_low": Change(0.0),
+    "clip_high": Change(0.0),
+    "dual_clip": Change(1.21, {"learning_rate": 5e-2, "epochs": 4}),
+    "max_ratio": Change(1.0001, {"learning_rate": 5e-2, "epochs": 4}),
+    "early_stop_kl": Change(1e-9, {"mini_batches": 2}),
+    "entropy_coef": Change(0.1),
+    "allow_empty_prompt": Change(True, {"data": "empty.jsonl"}, refused="no beginning-of-text"),
+    "offload_frozen": Change(True, held=True),
+    "sample_every": Change(1),
+    "sample_prompts": Change(1),
+    "save_rollouts": Change(True),
+}
 CHANGES = {
     "all": {
         "model": Change("other"),
@@ -126,71 +183,24 @@ CHANGES = {
         "beta": Change(0.5),
         "label_smoothing": Change(0.1),
         "simpo_gamma": Change(0.5, {"loss": "simpo"}),
-        "desirable_weight": Change(2.0, {"loss": "kto", "data": "liked.jsonl"}),
-        "undesirable_weight": Change(2.0, {"loss": "kto", "data": "liked.jsonl"}),
         "sft_coef": Change(0.5),
         "columns": Change(["prompt=question"], {"data": "renamed.jsonl"}),  # pairs without prompt
         "max_length": Change(9, {"overlong": "truncate_response"}),
         "overlong": Change("truncate_response", {"max_length": 13}, first="drop"),
     },
-    "ppo": {
-        "reward": Change("reward.py:short"),
-        "chat": Change(True, {"reward": "reward.py:shown"}),  # which is given messages then
-        "template_kwargs": Change(  # `letters` reads strings
-            ["mood=dull"], {"model": "told", "data": "turns.jsonl", "reward": "reward.py:short"}
-        ),
-        **{
-            name: Change(value, refused="is for a service; no --reward is http://host:port/path")
-            for name, value in {
-                "reward_format": "llama-factory", "reward_timeout": 1.0, "reward_retries": 1,
-                "reward_connect_timeout": 1.0, "reward_batch_size": 1, "reward_token_file": "t",
-            }.items()
-        },
-        "eval_data": Change("few.jsonl"),
-        "eval_every": Change(1, {"eval_data": "few.jsonl"}),
-        "eval_prompts": Change(2, {"eval_data": "few.jsonl"}),
-        "keep_best": Change(
-            True, {"eval_data": "few.jsonl", "eval_every": 1, "steps": 8, "learning_rate": 3e-2}
-        ),
-        "ref": Change("other"),
+    "ppo": POLICY | {
         "critic": Change("rm"),
         "train_critic": Change(False, {"critic": "rm"}),
         "batch_size": Change(8),
-        "max_new_tokens": Change(2),
-        "temperature": Change(0.5),
-        "top_k": Change(5),
-        "top_p": Change(0.5),
-        "min_p": Change(0.9),
-        "min_new_tokens": Change(3, {"model": "ending"}),
-        "stop": ENDS_CHANGE,
-        "rollout_batch_size": Change(1, held=True),
-        "max_prompt_length": Change(8, {"overlong": "truncate_prompt_left"}),
-        "overlong": Change("truncate_prompt_left", {"max_prompt_length": 8}, first="drop"),
-        "kl_coef": Change(0.5),
-        "kl_estimator": Change("k3"),
         "kl_in": Change("loss", {"kl_estimator": "k3"}),
         "kl_target": Change(0.1, {"kl_horizon": 50.0}),
         "kl_horizon": Change(100.0, {"kl_target": 0.1}),
-        "missing_eos_penalty": Change(1.0),
-        "missing_eos": Change("replace"),
-        "missing_eos_buffer": Change(
-            1, {"missing_eos": "ramp", "missing_eos_penalty": 1.0, **ENDS}, first=6
-        ),
         "score_scaling": Change("normalize"),
         "score_clip": Change(0.1),
         "whiten_rewards": Change(True),
         "bootstrap_truncated": Change(True),
         "gamma": Change(0.5),
         "lam": Change(0.5),
-        "epochs": Change(1),
-        "mini_batches": Change(2),
-        "micro_batch_size": Change(1),
-        "clip_low": Change(0.0),
-        "clip_high": Change(0.0),
-        "dual_clip": Change(1.21, {"learning_rate": 5e-2, "epochs": 4}),
-        "max_ratio": Change(1.0001, {"learning_rate": 5e-2, "epochs": 4}),
-        "early_stop_kl": Change(1e-9, {"mini_batches": 2}),
-        "entropy_coef": Change(0.1),
         "value_clip": Change(1e-4),
         "vf_coef": Change(1.0),
         "whiten_advantages": Change(False),
@@ -199,13 +209,19 @@ CHANGES = {
         ),
         "ptx_coef": Change(2.0, {"ptx_data": "texts.jsonl"}, first=1.0),
         "ptx_batch_size": Change(2, {"ptx_data": "texts.jsonl", "ptx_coef": 1.0}),
-        "allow_empty_prompt": Change(True, {"data": "empty.jsonl"}, refused="no beginning-of-text"),
         "critic_learning_rate": Change(1e-3),
         "critic_warmup_steps": Change(1),
-        "offload_frozen": Change(True, held=True),
-        "sample_every": Change(1),
-        "sample_prompts": Change(1),
-        "save_rollouts": Change(True),
+    },
+    "grpo": POLICY | {
+        "batch_size": Change(4),
+        "samples_per_prompt": Change(4),
+        "resample": Change(2, {"reward": "reward.py:parity"}),
+        "advantage": Change("dr_grpo"),
+        "policy_loss": Change("cispo"),
+        "loss_mean": Change("sequence", {"model": "ending"}),  # of unequal lengths
+        "kl_in": Change(
+            "reward", {"kl_estimator": "k1"}, needed="kl_in loss with kl_estimator k1"
+        ),
     },
 }
 # see the last test
@@ -250,11 +266,9 @@ def world(tmp_path_factory):
     (folder / "told" / "chat_template.jinja").write_text(template)
     write_lines(folder / "texts.jsonl", ROWS["texts"])
     write_lines(folder / "lists.jsonl", ROWS["lists"])
-    write_lines(folder / "liked.jsonl", ROWS["liked"])
     (folder / "tiny.json").write_text(json.dumps(SHAPE))
-    for recipe, rows in (
-        ("sft", "texts"), ("reward", "pairs"), ("dpo", "pairs"), ("ppo", "prompts")
-    ):
+    data = dict.fromkeys(("reward", "dpo"), "pairs") | dict.fromkeys(("ppo", "grpo"), "prompts")
+    for recipe, rows in {"sft": "texts", **data}.items():
         lines = [json.dumps(row) + "\n" for row in ROWS[rows]]
         files = {
             "all": lines, "few": lines[:3], "broken": [*lines, "{"],

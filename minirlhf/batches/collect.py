@@ -85,8 +85,22 @@ def with_scores(rollout: Rollout, scores: Scores) -> Rollout:
     return rollout._replace(scores=scores.total.to(device), given_rewards=given)
 
 
+def gather(parts: Sequence[tuple[Completions, Sequence[int]]]) -> Completions:
+    """Some rows of several batches, one after another.
+
+    Args:
+        parts: each batch, with the numbers of its rows.
+    """
+    *lists, _ = Completions._fields
+    names = parts[0][0].columns
+    return Completions(
+        *([getattr(batch, name)[i] for batch, rows in parts for i in rows] for name in lists),
+        {name: [batch.columns[name][i] for batch, rows in parts for i in rows] for name in names},
+    )
+
+
 def replay_rows(completions: Completions, buffer: RolloutBuffer) -> list[dict]:
-    """A measured rollout as JSON rows that hold everything PPO learned from, in batch order."""
+    """A measured rollout as JSON rows that hold all that was learned from, in batch order."""
     out: dict[int, dict] = {}
     fields = ("old_logprobs", "ref_logprobs", "old_values", "rewards", "advantages", "returns")
     for micro in buffer.micro_batches:
@@ -99,5 +113,6 @@ def replay_rows(completions: Completions, buffer: RolloutBuffer) -> list[dict]:
                 "score": float(micro.scores[b]),
                 "prompt_ids": completions.prompt_ids[i],
                 "response_ids": completions.response_ids[i],
-            } | {name: getattr(micro, name)[b][mask].tolist() for name in fields}
+            } | {name: x[b][mask].tolist() for name in fields
+                 if (x := getattr(micro, name)) is not None}
     return [out[i] for i in sorted(out)]

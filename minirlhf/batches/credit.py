@@ -1,16 +1,24 @@
 """Credit: from the scores of responses to an advantage and a return for each of their tokens.
 
     rewards     -kl_coef KL(policy || reference) a token, + the score at the last token
-    advantages  GAE over the rewards and the critic's values (arXiv:1506.02438)
+    advantages  GAE over the rewards and the critic's values (arXiv:1506.02438), or without a critic
+                from the scores of a prompt's responses
 """
 
+from functools import partial
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer, penalised_kl
 from minirlhf.equations.advantages import gae, token_rewards
-from minirlhf.equations.masking import masked_rescale, masked_standardize
+from minirlhf.equations.critic_free import (
+    group_advantages,
+    leave_one_out_advantages,
+    rewards_to_go,
+)
+from minirlhf.equations.masking import masked_rescale, masked_standardize, masked_sum
 
 
 class CreditSettings(Protocol):
@@ -25,7 +33,14 @@ class CreditSettings(Protocol):
     bootstrap_truncated: bool
 
 
-def reward_kl(config: CreditSettings) -> str | None:
+class KLInReward(Protocol):
+    """Where the KL penalty is."""
+
+    kl_estimator: str
+    kl_in: str
+
+
+def reward_kl(config: KLInReward) -> str | None:
     """Estimator of the KL penalty in the rewards; None where the penalty is a loss."""
     return config.kl_estimator if config.kl_in == "reward" else None
 
@@ -54,3 +69,57 @@ def assign_credit(buffer: RolloutBuffer, config: CreditSettings, kl_coef: float)
     buffer.map(credit)
     if config.whiten_advantages:
         buffer.over_all("advantages", masked_standardize)
+
+
+# ------------------------------------------------------------------------------- without a critic
+
+OF_GROUPS = {  # (B,) scores and the size of a group -> (B,) advantages
+    "grpo": group_advantages,
+    "dr_grpo": partial(group_advantages, divide_by_std=False),
+    "rloo": leave_one_out_advantages,
+}
+
+
+class GroupCreditSettings(KLInReward, Protocol):
+    """The settings that `assign_group_credit` reads."""
+
+    advantage: str
+    samples_per_prompt: int
+    kl_coef: float
+
+
+def assign_group_credit(
+    buffer: RolloutBuffer, scores: Tensor, config: GroupCreditSettings
+) -> None:
+    """Fills advantages, without a critic.
+
+    Args:
+        buffer: measured, its rows with their scores.
+        scores: (B,) all reward of each response, in the order of the batch, groups adjacent.
+    """
+    estimator = reward_kl(config) if config.kl_coef else None
+    if config.advantage == "reinforce++":
+        def to_go(micro: Rollout) -> Rollout:
+            kl, mask = penalised_kl(micro, estimator), micro.response_mask
+            rewards = token_rewards(micro.scores, kl, mask, config.kl_coef)
+            if micro.given_rewards is not None:
+                rewards = rewards + micro.given_rewards
+            return micro._replace(rewards=rewards, advantages=rewards_to_go(rewards, mask))
+
+        buffer.map(to_go)
+        buffer.over_all("advantages", masked_standardize)
+        return
+    if estimator is not None:
+        kl = torch.zeros_like(scores)
+        for micro in buffer.micro_batches:
+            of_rows = masked_sum(penalised_kl(micro, estimator), micro.response_mask, dim=1)
+            kl[micro.rows.cpu()] = of_rows.cpu()
+        scores = scores - config.kl_coef * kl
+    advantages = OF_GROUPS[config.advantage](scores, config.samples_per_prompt)  # (B,)
+    buffer.map(partial(spread, advantages))
+
+
+def spread(advantages: Tensor, micro: Rollout) -> Rollout:
+    """Gives each token the advantage of its response; advantages: (B,) of the whole batch."""
+    of_rows = advantages.to(micro.rows.device)[micro.rows]  # (b,)
+    return micro._replace(advantages=torch.where(micro.response_mask, of_rows[:, None], 0))

@@ -1,4 +1,4 @@
-"""Alarms: what a PPO run's numbers say is going wrong, with the likely cause and what to change.
+"""Alarms: what a run's numbers say is going wrong, with the likely cause and what to change.
 
 Each is raised once a run. `check_alarms` is a pure function of a history, which is part of the
 state, so a resumed run raises those of the uninterrupted one. The comment above a rule names the
@@ -75,6 +75,18 @@ def mean_fell(share: float, shown: str = "{:.2f}") -> Test:
     return test
 
 
+def rose_above(limit: float) -> Test:
+    """Whether the latest 5 values are on average above the limit, and twice what the first were."""
+
+    def test(seen: Seen) -> str | None:
+        window, start = seen.recent(5), mean(seen.first)
+        if window and mean(window) > max(limit, 2 * start):
+            return f"{seen.name} rose from {start:.2f} to {mean(window):.2f}"
+        return None
+
+    return test
+
+
 def not_zero_at_start(kl: Seen) -> str | None:
     if kl.steps == 1 and abs(kl.latest[0]) > 0.1:
         return f"{kl.name} is {kl.latest[0]:.3g} nats before any training"
@@ -140,6 +152,8 @@ RULES = (
     # of thumb. Schulman et al. 2017, sec. 3, has the clip for outliers.
     Rule("clipped_policy", ("policy/clipfrac_avg",), mean_above(0.3, 5),
          "updates run into the clip: lower learning_rate, epochs or mini_batches"),
+    Rule("clipped_policy", ("clip_ratio/region_mean",), mean_above(0.3, 5),
+         "updates run into the clip: lower learning_rate, epochs or mini_batches"),
     # value_clip is in units of the reward: a critic with far to go is held back (rule of thumb).
     Rule("clipped_value", ("val/clipfrac_avg",), mean_above(0.5, 5),
          "rewards are large for value_clip, which is in their units: set value_clip none"),
@@ -150,17 +164,28 @@ RULES = (
     # 2025, arXiv:2505.22617, eq. 6). A fifth of the first steps' is a rule of thumb.
     Rule("entropy_collapse", ("policy/entropy_avg",), mean_fell(0.2, "{:.3g} nats a token"),
          "the policy hardly varies what it writes: raise kl_coef, lower learning_rate"),
+    Rule("entropy_collapse", ("entropy",), mean_fell(0.2, "{:.3g} nats a token"),
+         "the policy hardly varies what it writes: raise kl_coef, lower learning_rate"),
     # Truncated texts are not what the reward was trained on; half of the first steps' (rule of
     # thumb).
     Rule("endless_responses", ("health/eos_rate",), mean_fell(0.5),
+         "the reward does not mind truncated texts: raise missing_eos_penalty"),
+    Rule("endless_responses", ("completions/clipped_ratio",), rose_above(0.5),
          "the reward does not mind truncated texts: raise missing_eos_penalty"),
     # Most of the reward that PPO gains may come from length alone (Singhal et al. 2023,
     # arXiv:2310.03716). Chance gives 20 independent steps r > 0.8 once in 87,000 times.
     Rule("length_drift", ("response_length", "objective/scores"), grows_with_score,
          "the reward may pay for length: look at the samples, raise kl_coef, correct the reward"),
+    Rule("length_drift", ("completions/mean_length", "reward"), grows_with_score,
+         "the reward may pay for length: look at the samples, raise kl_coef, correct the reward"),
     Rule("equal_scores", ("objective/learned_scores_std",), no_spread,
          "nothing tells good texts from bad: check --reward (or, with bootstrap_truncated, whether "
          "any response ends), raise batch_size or temperature"),
+    # Where four of five groups agree, a rollout is worth a fifth of what it costs: rule of thumb.
+    # Yu et al. 2025 (arXiv:2503.14476), sec. 3.2, see their share grow.
+    Rule("equal_groups", ("frac_reward_zero_std",), mean_above(0.8, 5),
+         "most groups agree and teach nothing: take prompts that are answered well now and then, "
+         "raise samples_per_prompt or temperature, or set resample"),
     # Ten times the median of 10 steps or more before it: rule of thumb.
     Rule("gradient_spike", ("grad_norm",), spike,
          "one batch pulls much harder than the others: look at its rollout, lower max_grad_norm"),

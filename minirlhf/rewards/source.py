@@ -4,7 +4,7 @@ A reward source is any function `source(completions) -> (B,) Tensor | Scores`. S
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -64,6 +64,20 @@ class Scores(NamedTuple):
                 out[f"rewards/{name}/mean"] = float(there.mean())
                 out[f"rewards/{name}/std"] = float(there.std(correction=0))
         return out
+
+
+def joined_scores(batches: Sequence[Scores]) -> Scores:
+    """Of several batches, one after another: all reward of each response, and its parts; a part
+    that a batch lacks is NaN there."""
+
+    def columns(field: str) -> dict[str, Tensor]:
+        names = dict.fromkeys(name for batch in batches for name in getattr(batch, field))
+        nan = [torch.full_like(batch.total, math.nan) for batch in batches]
+        of = [getattr(batch, field) for batch in batches]
+        return {n: torch.cat([o.get(n, x) for o, x in zip(of, nan, strict=True)]) for n in names}
+
+    total = torch.cat([batch.sums for batch in batches])
+    return Scores(total, columns("parts"), None, columns("logged"))
 
 
 RewardSource = Callable[[Completions], Tensor | Scores]

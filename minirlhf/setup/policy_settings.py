@@ -99,6 +99,7 @@ class EndSettings:
     missing_eos_buffer: int = setting(
         0, "tokens before the limit over which missing_eos ramp grows", at_least=0
     )
+
     def check(self) -> list[str]:
         if self.missing_eos == "ramp" and self.missing_eos_penalty == 0:
             return ["missing_eos ramp: missing_eos_penalty is 0, a ramp to nothing; use one above "
@@ -131,6 +132,7 @@ class UpdateSettings:
         "that sampled is above this, in nats per token; none: no limit", above=0,
     )
     entropy_coef: float = setting(0.0, "weight of the entropy bonus, per nat", at_least=0)
+
     def check(self) -> list[str]:
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             return [f"dual_clip {self.dual_clip:g}: must be above 1 + clip_high {self.clip_high:g}"]

@@ -12,6 +12,7 @@ from minirlhf import cli
 from minirlhf.errors import OK
 from minirlhf.evaluation.alarms import FIRST, LAST, RULES, Alarm, check_alarms
 from minirlhf.run.glossary import definition
+from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests.kill_harness import command, make_world
 
@@ -25,6 +26,7 @@ KL, CLIP, VALUE = "objective/kl", "policy/clipfrac_avg", "val/clipfrac_avg"
 EV, ENTROPY, EOS = "health/explained_variance", "policy/entropy_avg", "health/eos_rate"
 APPROX, NORM, DUP = "policy/approxkl_avg", "grad_norm", "health/dup_rate"
 LENGTH, SCORE, STD = "response_length", "objective/scores", "objective/learned_scores_std"
+REGION, CUT, FLAT = "clip_ratio/region_mean", "completions/clipped_ratio", "frac_reward_zero_std"
 
 
 def steps_of(series: dict[str, list[float]]) -> list[dict[str, float]]:
@@ -55,6 +57,10 @@ def lengths_and_scores(scored: int, last: float = 40.0) -> dict[str, list[float]
     return {LENGTH: 15 * [20.0] + 5 * [last], SCORE: (15 - scored) * [0.0] + (scored + 5) * [1.0]}
 
 
+def renamed(series: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {"completions/mean_length": series[LENGTH], "reward": series[SCORE]}
+
+
 # alarm, a series that is just not alarming, one that is, and the step at which that is told
 CASES = [
     ("kl_at_start", {KL: [0.1, 9.0]}, {KL: [0.1001, 0.0]}, 1),
@@ -82,6 +88,15 @@ CASES = [
     ("gradient_spike", {NORM: 10 * [1.0] + [10.0]}, {NORM: 10 * [1.0] + [10.01]}, 11),
     ("gradient_spike", {NORM: 12 * [0.0] + [1.0]}, {NORM: 12 * [0.0] + 13 * [1.0] + [99.0]}, 26),
     ("gradient_spike", {NORM: 9 * [1.0] + [99.0]}, {NORM: 4 * [0.0] + 7 * [1.0] + [99.0]}, 12),
+    # what GRPO logs instead
+    ("clipped_policy", {REGION: 5 * [0.3]}, {REGION: 4 * [0.3] + [0.301]}, 5),
+    ("entropy_collapse", {"entropy": 5 * [2.0] + 9 * [0.4]},
+     {"entropy": 5 * [2.0] + 4 * [0.4] + [0.399]}, 10),
+    # above 0.5, and above twice the start's
+    ("endless_responses", {CUT: 5 * [0.1] + 9 * [0.5]}, {CUT: 5 * [0.1] + 4 * [0.5] + [0.501]}, 10),
+    ("endless_responses", {CUT: 5 * [0.4] + 9 * [0.8]}, {CUT: 5 * [0.4] + 4 * [0.8] + [0.801]}, 10),
+    ("length_drift", renamed(lengths_and_scores(2)), renamed(lengths_and_scores(1)), 20),
+    ("equal_groups", {FLAT: 5 * [0.8]}, {FLAT: 4 * [0.8] + [0.801]}, 5),
     ("repeated_responses", {DUP: 3 * [0.5]}, {DUP: [0.0, 0.5, 0.5, 0.501]}, 4),
 ]
 
@@ -112,10 +127,12 @@ def test_alarm_says_what_was_seen_its_cause_and_what_to_change():
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.name for rule in RULES])
 def test_rules_look_at_metrics_and_name_settings_that_there_are(rule):
-    settings = {field.name for field in fields(PPOConfig)}
     metric = r"[a-z]+/[a-z_]+"
-    for name in (*rule.metrics, *re.findall(metric, rule.advice)):
-        assert definition("ppo", name)
+    names = [*rule.metrics, *re.findall(metric, rule.advice)]
+    config = {"ppo": PPOConfig, "grpo": GRPOConfig}
+    recipes = [recipe for recipe in config if all(definition(recipe, name) for name in names)]
+    assert recipes  # that log all of them
+    settings = {field.name for recipe in recipes[:1] for field in fields(config[recipe])}
     words = set(re.findall(r"[a-z_]+", re.sub(metric, "", rule.advice).replace("--", "")))
     assert words & settings
     assert {word for word in words if "_" in word} <= settings

@@ -4,7 +4,6 @@ import pytest
 
 from minirlhf.data.examples import load_pairs, load_prompts, load_texts
 from minirlhf.data.rankings import load_preferences
-from minirlhf.data.unpaired import load_unpaired
 from minirlhf.errors import UserError
 from minirlhf.files.rows import read_rows
 from minirlhf.files.sieve import COLUMNS, RowPolicy, Sieve, column_names, column_problems
@@ -34,7 +33,6 @@ ROWS = [  # who reads it, a row of each kind
     (load_preferences, {"prompt": "p", "completions": [{"response": "a", "score": 1},
                                                        {"response": "b", "score": 2}]}),
     (load_prompts, {"prompt": "p", "answer": 42}),
-    (load_unpaired, {"prompt": "p", "completion": "a", "label": False}),
 ]
 
 
@@ -88,8 +86,8 @@ def test_a_policy_refuses_words_that_cannot_be_meant():
     assert column_names(["text=a", "prompt=b=c"]) == {"text": "a", "prompt": "b=c"}
 
 
-VERBS = {"sft": TEXT, "new": TEXT, "reward": PAIR, "dpo": PAIR, "ppo": PROMPT, "sample": PROMPT,
-         "score": PAIR}
+VERBS = {"sft": TEXT, "new": TEXT, "reward": PAIR, "dpo": PAIR, "ppo": PROMPT, "grpo": PROMPT,
+         "sample": PROMPT, "score": PAIR}
 
 
 @pytest.mark.parametrize("verb", [*COMMANDS, "check"])

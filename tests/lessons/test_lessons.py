@@ -54,6 +54,7 @@ def world(tmp_path_factory):
         "reward": [{"prompt": sentence(i, 3), "chosen": sentence(i, 2 + i % 4),
                     "rejected": sentence(i + 50, 4), "margin": i % 3 / 4} for i in range(37)],
         "ppo": [{"prompt": sentence(i, 1 + i % 7), "mood": i / 10} for i in range(90)],
+        "grpo": [{"prompt": sentence(i, 1 + i % 7), "mood": i / 10} for i in range(13)],
     }
     rows["dpo"] = rows["reward"]
     for name, data in rows.items():
@@ -72,6 +73,9 @@ CASES = [  # recipe, steps (None: the default of both), reward
     ("ppo", 2, "reward.py:short"),
     ("ppo", 1, "judge"),
     ("ppo", 1, "reward.py:tokens"),
+    ("grpo", 2, "reward.py:short"),
+    ("grpo", 1, "judge"),
+    ("grpo", 1, "reward.py:tokens"),
 ]
 
 

@@ -1,0 +1,105 @@
+"""What a GRPO run looks at, refuses and tells before it costs anything, and the policy it loads."""
+
+from functools import partial
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from minirlhf.batches.rollouts import measure_lm
+from minirlhf.models import pretrained
+from minirlhf.models.compiling import compile_blocks
+from minirlhf.models.lora import add_lora
+from minirlhf.models.transformer import CausalLM
+from minirlhf.run import optim
+from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.dry_run import DryRun
+from minirlhf.run.folder import Run
+from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
+from minirlhf.setup import longest, memory
+from minirlhf.setup.grpo_settings import GRPOConfig
+from minirlhf.setup.policy import PolicyRun, Start, load_rewards, look
+from minirlhf.setup.training import load_reference
+
+
+def load_policy(config: GRPOConfig, folder: Path, device: str, dtype: torch.dtype) -> CausalLM:
+    """The model to align, with adapters if they are asked for."""
+    lm = pretrained.load_pretrained(folder, dtype, device)
+    if config.lora_rank:
+        add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
+    lm.model.checkpointing = config.gradient_checkpointing
+    return lm
+
+
+def run_facts(config: GRPOConfig, prompts: int, policy: CausalLM) -> dict[str, object]:
+    """What is about to happen, before it costs anything."""
+    rows, G = config.rollout_rows, config.samples_per_prompt
+    per_step = ceil(rows / config.mini_batches)
+    accumulated = ceil(per_step / config.micro_batch_size)
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    again = f", drawn again up to {config.resample} times where scores agree"
+    reference = config.ref or "the policy at step 0; their KL must be 0 there"
+    return {
+        "prompts": prompts,
+        "epochs over prompts": f"{config.steps * config.batch_size / prompts:.2f}",
+        "rows in a forward pass": f"at most {config.micro_batch_size}, "
+        f"{config.micro_batch_tokens:,} tokens",
+        "rows in an optimizer step": f"about {per_step}, {accumulated} or more forward passes",
+        "rows in a rollout": f"{rows}: {config.batch_size} prompts, {G} responses to each"
+        + (again if config.resample else ""),
+        "optimisation": f"{config.epochs} epochs of {config.mini_batches} mini-batches a rollout",
+        "steps": config.steps,
+        "trainable parameters": sum(p.numel() for p in policy.parameters() if p.requires_grad),
+        "learning rate": f"{config.learning_rate:g}, {config.schedule}, "
+        f"{config.warmup_steps} warm-up steps",
+        "advantage": config.advantage,
+        "loss": f"{config.policy_loss}, ratio {low:g} to {high:g}, mean by {config.loss_mean}",
+        "kl_coef": f"{config.kl_coef:g}, {config.kl_estimator} in the {config.kl_in}"
+        if config.kl_coef else "0",
+        "reference": reference if config.refers else "none: kl_coef is 0",
+    }
+
+
+def load_run(config: GRPOConfig) -> PolicyRun:
+    """Refuses all that can be refused, the cheapest first, then loads the models."""
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    start = look(config, refers=config.refers)
+    tokenizer, data = start.tokenizer, start.data
+    # Refused here, before anything is loaded; written to only once all is.
+    r = (DryRun if config.dry_run else Run)(config, "grpo", start.inputs)
+    if config.dry_run:
+        config, tokenizer, data = longest.of_prompts(r, config, tokenizer, data)
+    make_deterministic(device)
+    of_machine = announce_memory(config, start, dtype, device)
+    rewards = load_rewards(config, r, start, tokenizer, data, dtype, device)
+    policy = load_policy(config, start.folder, device, dtype)
+    ref = load_reference(config, start.ref_folder, device, dtype) if config.refers else None
+    frozen = rewards.models + ([] if ref is None else [(ref, start.ref_folder)])
+    if config.offload_frozen:
+        for model, folder in frozen:
+            pretrained.offload(model, folder)
+    if config.compile:
+        compile_blocks(policy, *(model for model, _ in frozen))
+    optimizer = optim.make_optimizer(
+        policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
+    )
+    facts = run_facts(config, len(data.prompts), policy) | of_machine | {"seed": config.seed}
+    measure = partial(
+        measure_lm, policy, ref, temperature=config.temperature, refers=config.refers
+    )
+    return PolicyRun(
+        config, r, TrainState(policy, optimizer), data.prompts, data.sets, tokenizer, data.reports,
+        facts | rewards.facts, config.steps, policy, rewards.source, ref, measure,
+    )
+
+
+def announce_memory(
+    config: GRPOConfig, start: Start, dtype: torch.dtype, device: str
+) -> dict[str, str]:
+    """What the run tells of its machine; errors as `memory.announce`."""
+    own = config.ref is None and config.lora_rank  # the policy is its own reference
+    refs = [start.ref_folder] if config.refers and not own else []
+    frozen = [pretrained.read_config(folder) for folder in (*start.scorers, *refs)]
+    policy = pretrained.read_config(start.folder)
+    estimate = memory.of_policy("grpo", config, policy, frozen, start.data.longest_prompt, dtype)
+    return memory.announce(estimate, (*start.lms, *start.scorers), dtype, device)
