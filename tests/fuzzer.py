@@ -25,6 +25,7 @@ from minirlhf.data.formats import pair_format, text_format
 from minirlhf.data.rankings import ranking_format
 from minirlhf.data.split import split_rows
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
+from minirlhf.data.unpaired import load_unpaired
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import RowPolicy, Sieve
 from minirlhf.models import pretrained
@@ -296,6 +297,7 @@ ROWS = {
     "texts": [{"prompt": TURNS, "completion": ANSWER, "tools": '[{"name": "film"}]',
                "chat_template_kwargs": {"mood": [1, {"a": "<|pad|>"}]}}],
     "plain": [{"text": "the film is good"}],
+    "liked": [{"prompt": TURNS, "completion": ANSWER, "label": False}],
 }
 PUBLISHED = {  # folder of files, each of one row of a published shape -> what detects them
     "published/texts": (text_format, [row for row, *_ in published.TEXTS]),
@@ -304,7 +306,7 @@ PUBLISHED = {  # folder of files, each of one row of a published shape -> what d
 }
 CHECKED = check_answers([parse_source(rule) for rule in ("math", "exact")])
 LOAD = {"pairs": load_pairs, "turns": load_pairs, "ids": load_pairs, "prompts": load_prompts,
-        "answers": partial(load_prompts, finish=CHECKED)}
+        "answers": partial(load_prompts, finish=CHECKED), "liked": load_unpaired}
 SETTINGS = {
     "model": "policy", "data": "prompts.jsonl", "out": "out", "reward": ["reward"], "steps": 3,
     "learning_rate": 3e-6, "kl_target": 6.0, "lora_rank": 0, "whiten_advantages": False, "seed": 1,

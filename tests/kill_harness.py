@@ -251,6 +251,10 @@ ROWS = {
         for i in range(6)
     ],
     "prompts": [{"prompt": "It was" + "!" * i, "bonus": i / 8} for i in range(5)],
+    "liked": [
+        {"prompt": "It was" + "!" * (i % 3), "completion": f" {word}.", "label": i % 3 > 0}
+        for i, word in enumerate(WORDS)
+    ],
 }
 # A row that is no JSON and one that is too long, for rejected.jsonl and dropped.jsonl.
 LEFT_OUT = {"texts": "{\n" + json.dumps({"prompt": "It was", "completion": "!" * 40}) + "\n"}
@@ -322,6 +326,8 @@ def command(recipe: str, world: Path, out: Path, **changes: object) -> list[str]
 
 
 LISTS = {"data": "lists", "eval_data": "few_lists", "label_smoothing": 0.0}  # instead of pairs
+KTO = {"data": "liked", "eval_data": "few_liked", "label_smoothing": 0.0, "loss": "kto",
+       "desirable_weight": 1.5}
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------

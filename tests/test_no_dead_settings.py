@@ -183,6 +183,8 @@ CHANGES = {
         "beta": Change(0.5),
         "label_smoothing": Change(0.1),
         "simpo_gamma": Change(0.5, {"loss": "simpo"}),
+        "desirable_weight": Change(2.0, {"loss": "kto", "data": "liked.jsonl"}),
+        "undesirable_weight": Change(2.0, {"loss": "kto", "data": "liked.jsonl"}),
         "sft_coef": Change(0.5),
         "columns": Change(["prompt=question"], {"data": "renamed.jsonl"}),  # pairs without prompt
         "max_length": Change(9, {"overlong": "truncate_response"}),
@@ -266,6 +268,7 @@ def world(tmp_path_factory):
     (folder / "told" / "chat_template.jinja").write_text(template)
     write_lines(folder / "texts.jsonl", ROWS["texts"])
     write_lines(folder / "lists.jsonl", ROWS["lists"])
+    write_lines(folder / "liked.jsonl", ROWS["liked"])
     (folder / "tiny.json").write_text(json.dumps(SHAPE))
     data = dict.fromkeys(("reward", "dpo"), "pairs") | dict.fromkeys(("ppo", "grpo"), "prompts")
     for recipe, rows in {"sft": "texts", **data}.items():

@@ -30,7 +30,7 @@ from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.folder import Run
 from minirlhf.run.meters import Step
 from minirlhf.run.resume import RunSettings
-from tests.kill_harness import LISTS, RECIPES, command, make_world, remains, wrong_with
+from tests.kill_harness import KTO, LISTS, RECIPES, command, make_world, remains, wrong_with
 
 # Paths of numbers that may differ, and why.
 OUTSIDE = "|".join(
@@ -251,7 +251,9 @@ def recipe_main(recipe: str) -> Callable:
     return importlib.import_module(f"minirlhf.recipes.{recipe}").main
 
 
-@pytest.mark.parametrize(("recipe", "changes"), [*((r, {}) for r in RECIPES), ("reward", LISTS)])
+@pytest.mark.parametrize(
+    ("recipe", "changes"), [*((r, {}) for r in RECIPES), ("reward", LISTS), ("dpo", KTO)]
+)
 def test_recipe_hides_no_number_from_its_checkpoint(recipe, changes, world, tmp_path, monkeypatch):
     argv = command(recipe, world, tmp_path / "run", **changes)[1:]
     audit = Audit(recipe_main(recipe), argv, monkeypatch)

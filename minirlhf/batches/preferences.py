@@ -22,6 +22,7 @@ from minirlhf.data.encoding import read_part
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import Ranking
 from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.data.unpaired import Unpaired
 from minirlhf.equations.masking import check_same_shape
 from minirlhf.equations.preference import (
     bradley_terry_loss,
@@ -32,7 +33,7 @@ from minirlhf.models.alignment import pad_right
 from minirlhf.models.config import ModelConfig
 
 Example = Pair | Ranking
-E = TypeVar("E", Pair, Ranking)
+E = TypeVar("E", Pair, Ranking, Unpaired)
 # chosen scores (P,), rejected (P,), margin (P,), probability (P,), label smoothing -> (P,)
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 LIST_LOSSES = ("plackett-luce", "pairs", "margins", "probabilities")
@@ -56,7 +57,7 @@ def row_lengths(examples: list[E]) -> Tensor:
 
 def kind_of(examples: list[E]) -> str:
     """What they are, in a word."""
-    return "pairs" if isinstance(examples[0], Pair) else "lists"
+    return {Pair: "pairs", Ranking: "lists", Unpaired: "responses"}[type(examples[0])]
 
 
 def count_texts(examples: list[E]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Preferences as a policy learns them: whole responses with their log-probs, in pairs.
+"""Preferences as a policy learns them: whole responses with their log-probs, in pairs or single.
 
 A batch holds the texts of N examples, pairs or ranked lists, each text once, so that one forward
 pass reads them alike. A list counts as all its pairs of different rank, which share its weight:
@@ -8,24 +8,32 @@ A row's log-probs differ in their last bits with the shape of its batch. So the 
 on the very micro-batches on which the policy is trained: where both have the same weights, each
 log-ratio is exactly 0.
 
+KTO compares single responses with how far the policy is from the reference on responses that do not
+belong to their prompts; `mismatched` makes these of a batch.
+
 Shapes: N examples, M texts of all of them, P pairs, R response tokens of the longest.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minirlhf import interrupt
 from minirlhf.batches.demonstrations import TextBatch, collate_texts, first_target, target_stats
-from minirlhf.batches.preferences import Example, micro_batches, ordered
+from minirlhf.batches.preferences import micro_batches, ordered
 from minirlhf.batches.rollouts import unpack
 from minirlhf.data.examples import Pair, Text
-from minirlhf.equations.dpo import DPOLoss
+from minirlhf.data.rankings import Ranking
+from minirlhf.data.unpaired import Unpaired
+from minirlhf.equations.dpo import DPOLoss, kto_loss
 from minirlhf.errors import UserError
 from minirlhf.models.lora import adapters_off
 from minirlhf.models.transformer import CausalLM
 
+Example = Pair | Ranking | Unpaired
 # (P,) log-probs of chosen and rejected under the policy, then under the reference -> their losses
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], DPOLoss]
 Reference = Callable[[TextBatch], Tensor]  # texts of a micro-batch -> (M,) log-probs
@@ -79,7 +87,7 @@ def base_logprobs(policy: CausalLM, texts: TextBatch) -> Tensor:
 # ---------------------------------------------------------------------------------------- batches
 
 
-class Objective(NamedTuple):
+class PairObjective(NamedTuple):
     """What is minimised: the mean over examples of the mean of `pair_loss` over their pairs."""
 
     pair_loss: PairLoss
@@ -88,8 +96,22 @@ class Objective(NamedTuple):
     sft_coef: float = 0.0  # weight of -mean log policy(token) of the chosen response
 
 
+class KTOObjective(NamedTuple):
+    """What is minimised: the mean over single responses of `kto_loss`."""
+
+    beta: float
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    sft_coef: float = 0.0  # weight of -mean log policy(token) of a desirable response
+    kl: Tensor | None = None  # (N,) nats, of the whole step: see `mismatched`
+
+
+Objective = PairObjective | KTOObjective
+
+
 class Outcome(NamedTuple):
-    """What is told of P pairs, without gradient."""
+    """What is told of P pairs, without gradient; or of single responses, of which the desirable
+    ones stand as chosen and the others as rejected."""
 
     chosen_rewards: Tensor  # (P,)
     rejected_rewards: Tensor  # (P,)
@@ -98,6 +120,7 @@ class Outcome(NamedTuple):
     nll: Tensor  # (P,) nats a token of the chosen response
     entropy: Tensor  # (M,) nats, summed over a response's tokens
     tokens: Tensor  # (M,)
+    kl: Tensor  # (1,) nats, what KTO's rewards are compared with; (0,) of pairs
 
 
 class PairsBatch(NamedTuple):
@@ -107,8 +130,12 @@ class PairsBatch(NamedTuple):
     share: Tensor  # (P,) of each pair in its example
     pairs: list[int]  # N, pairs of each example
 
+    def sizes(self) -> tuple[list[int], list[int]]:
+        """How many chosen and how many rejected rewards each example has in its outcome."""
+        return self.pairs, self.pairs
+
     def losses(
-        self, policy: Responses, ref: Tensor | None, objective: Objective
+        self, policy: Responses, ref: Tensor | None, objective: PairObjective
     ) -> tuple[Tensor, Outcome]:
         """The loss of each pair times its share, (P,): their sum is that of the N examples.
 
@@ -129,14 +156,44 @@ class PairsBatch(NamedTuple):
         sums = policy.logprobs.detach()
         told = Outcome(
             found.chosen_rewards, found.rejected_rewards, sums.gather(0, chosen),
-            sums.gather(0, rejected), nll.detach(), policy.entropy, policy.tokens,
+            sums.gather(0, rejected), nll.detach(), policy.entropy, policy.tokens, sums[:0],
         )
         return loss * self.share.to(loss), told
 
 
-def collate_answers(examples: list[Example]) -> PairsBatch:
+class UnpairedBatch(NamedTuple):
+    texts: TextBatch  # N of them
+    desirable: Tensor  # (N,) bool
+
+    def sizes(self) -> tuple[list[int], list[int]]:
+        """How many chosen and how many rejected rewards each example has in its outcome."""
+        return self.desirable.int().tolist(), (~self.desirable).int().tolist()
+
+    def losses(
+        self, policy: Responses, ref: Tensor, objective: KTOObjective
+    ) -> tuple[Tensor, Outcome]:
+        """(N,) losses; arguments as in `PairsBatch`, objective.kl of the whole step."""
+        good = self.desirable.to(policy.logprobs.device)
+        found = kto_loss(
+            policy.logprobs, ref.to(policy.logprobs), good, objective.kl, objective.beta,
+            objective.desirable_weight, objective.undesirable_weight,
+        )
+        loss, nll = found.loss, -policy.logprobs / policy.tokens
+        if objective.sft_coef:
+            loss = loss + objective.sft_coef * torch.where(good, nll, 0)
+        sums, rewards = policy.logprobs.detach(), found.rewards
+        return loss, Outcome(
+            rewards[good], rewards[~good], sums[good], sums[~good], nll.detach()[good],
+            policy.entropy, policy.tokens, found.kl[None],
+        )
+
+
+def collate_answers(examples: list[Example]) -> PairsBatch | UnpairedBatch:
     """Of pairs the N chosen texts, then the N rejected ones; of lists each one's texts in turn."""
     N = len(examples)
+    if isinstance(examples[0], Unpaired):
+        texts = collate_texts([text for example in examples for text in texts_of(example)])
+        return UnpairedBatch(texts, torch.tensor([example.desirable for example in examples]))
     if isinstance(examples[0], Pair):
         both = [texts_of(pair) for pair in examples]
         texts = collate_texts([text for side in zip(*both, strict=True) for text in side])
@@ -156,9 +213,47 @@ def collate_answers(examples: list[Example]) -> PairsBatch:
 
 def batches_of(
     examples: list[Example], max_tokens: int
-) -> Iterator[tuple[list[int], PairsBatch]]:
+) -> Iterator[tuple[list[int], PairsBatch | UnpairedBatch]]:
     """Examples in micro-batches, and which of them each one holds: in training, in evaluation and
     where the reference is passed alone they are the same."""
     for part in micro_batches(examples, max_tokens):
         rows = part.tolist()
         yield rows, collate_answers([examples[i] for i in rows])
+
+
+# ---------------------------------------------------------------------------------- the KL of KTO
+
+
+def mismatched(examples: list[Unpaired], longest: int) -> list[Unpaired]:
+    """The responses of a batch, each under the next prompt of the batch that is another one.
+
+    Their log-ratios estimate how far the policy is from the reference whatever it is asked: a
+    response to its own prompt would tell of its label as well. Ethayarajh et al. 2024
+    (arXiv:2402.01306), sec. 4.2. The batch is that of the whole optimizer step. A prompt with which
+    the row would be longer than `longest` is passed over; where none is left, the response keeps
+    its own.
+
+    Args:
+        longest: tokens of the longest row that the models read, as that of the data.
+    """
+    found, N = [], len(examples)
+    for at, example in enumerate(examples):
+        room = longest - len(example.response_ids)
+        others = (examples[(at + step) % N].prompt_ids for step in range(1, N))
+        fits = (ids for ids in others if ids != example.prompt_ids and 0 < len(ids) <= room)
+        found.append(replace(example, prompt_ids=next(fits, example.prompt_ids)))
+    return found
+
+
+@torch.no_grad()
+def mismatched_ratios(
+    lm: CausalLM, examples: list[Unpaired], ref: Reference, longest: int, max_tokens: int
+) -> Tensor:
+    """(N,) nats: log policy - log reference of each `mismatched` response of an optimizer step."""
+    others = mismatched(examples, longest)
+    ratios = []
+    for _, batch in batches_of(others, max_tokens):
+        interrupt.check()
+        policy = response_stats(lm, batch.texts).logprobs
+        ratios.append(policy - ref(batch.texts).to(policy))
+    return torch.cat(ratios)

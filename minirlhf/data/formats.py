@@ -215,6 +215,7 @@ def pair_format(row: Row, empty_prompt: bool = False) -> Format:
         labels = [name for name in GRADES if name in columns]
         told = f", with {', '.join(labels)}" if labels else ""
         do = "make rows of one prompt with chosen and rejected, or with responses and scores"
+        do += "; dpo --loss kto learns from a label" if {*labels} & {*LIKED} else ""
         raise UserError(row.where, f"one answer a row{told}, where two are compared", do)
     legal = "chosen and rejected with or without prompt, as strings or messages, or ids in "
     ids = " | ".join(f"{pair[1]}, {pair[3]}" for pair in ID_PAIRS)
@@ -282,7 +283,7 @@ def _tokenised(row: Row) -> tuple[list[int] | None, list[int]]:
     return (ids[:length], ids[length:]) if length else (None, ids)
 
 
-def _truth(row: Row, name: str) -> bool | None:
+def truth(row: Row, name: str) -> bool | None:
     """A column's true or false, which a table of text spells; None where it is neither."""
     value = row.columns.get(name)
     if not row.typed and isinstance(value, str):
@@ -325,13 +326,14 @@ def imitated_format(row: Row, empty_prompt: bool = False) -> Format:
     form = text_format(row, empty_prompt)
     if form.detected.startswith(("texts", "tokenised texts")):
         return form
-    liked = [name for name in LIKED if _truth(row, name) is not None]
+    liked = [name for name in LIKED if truth(row, name) is not None]
 
     def parts(row: Row) -> tuple[Part | None, ...]:
         for name in liked:
-            if not _truth(row, name):
+            if not truth(row, name):
                 what = f"{name} is false: an answer that was not liked"
-                raise UserError(row.where, what, f"keep the rows whose {name} is true")
+                do = f"keep the rows whose {name} is true; dpo --loss kto learns from all"
+                raise UserError(row.where, what, do)
         found = form.parts(row)
         last = found[-1][-1] if isinstance(found[-1], list) else {}
         for name in LEARNED:

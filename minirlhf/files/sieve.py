@@ -20,8 +20,8 @@ from minirlhf.errors import UserError, printable
 COLUMNS = (
     "text", "messages", "prompt", "completion", "response", "chosen", "rejected", "margin",
     "chosen_probability", "responses", "ranks", "scores", "best", "choice", "completions",
-    "input_ids", "attention_mask", "prompt_length", "prompt_ids", "chosen_ids", "chosen_mask",
-    "rejected_ids", "rejected_mask", "tools", "chat_template_kwargs", "answer",
+    "label", "input_ids", "attention_mask", "prompt_length", "prompt_ids", "chosen_ids",
+    "chosen_mask", "rejected_ids", "rejected_mask", "tools", "chat_template_kwargs", "answer",
 )
 RAW_CAP = 200  # characters of a row that is left out, as they are shown
 

@@ -4,8 +4,8 @@
     loss   = -log sigmoid(margin)
 
 of a pair of responses y_c, chosen, and y_r, rejected, to one prompt. --loss names another loss of
-the family (`equations/dpo.py`); a ranked list counts as the mean of its pairs. The same with
-default settings on one page: `minirlhf/lessons/dpo.py`.
+the family (`equations/dpo.py`); a ranked list counts as the mean of its pairs; kto reads single
+responses, each liked or not. The same with default settings on one page: `minirlhf/lessons/dpo.py`.
 
 Run it as `minirlhf dpo` or `python minirlhf/recipes/dpo.py`, or loop over `dpo(...)`. Left out:
 sampling new pairs while the policy learns; `minirlhf sample` and `score` make them beforehand.
@@ -21,24 +21,21 @@ if not __package__ and Path(__file__).parts[-3] == "minirlhf":  # run by its pat
     sys.path[0] = str(Path(__file__).parents[2])
 
 from minirlhf import interrupt
-from minirlhf.batches.preferences import (
-    Example,
-    count_tokens,
-    kind_of,
-    row_lengths,
-)
+from minirlhf.batches.preferences import count_tokens, kind_of, row_lengths
 from minirlhf.batches.responses import (
+    Example,
+    KTOObjective,
     Objective,
     Outcome,
     Reference,
     batches_of,
+    mismatched_ratios,
     response_stats,
 )
 from minirlhf.data.batching import total_steps, training_batches
 from minirlhf.errors import OK, STOPPED, run
 from minirlhf.evaluation import invariants
-from minirlhf.evaluation.dpo import direct_metrics, evaluate_direct
-from minirlhf.evaluation.reward import pair_rows, pair_table
+from minirlhf.evaluation.dpo import direct_metrics, direct_rows, direct_table, evaluate_direct
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
@@ -46,7 +43,8 @@ from minirlhf.setup.dpo import DPORun, load_run, objective_of
 from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.training import STEADY
 
-CONSOLE = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+CONSOLE = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected",
+           "kl")
 
 
 def dpo(
@@ -57,7 +55,7 @@ def dpo(
 
     Args:
         state: may come from a checkpoint; training goes on at its step.
-        examples: N preference pairs, or N ranked lists.
+        examples: N preference pairs, N ranked lists, or of KTO N single responses.
         ref: texts of a micro-batch -> (M,) log-probs of the frozen reference, as
             `partial(ref_logprobs, model)`; None where the loss has no reference.
         config: only its training settings are read.
@@ -72,14 +70,21 @@ def dpo(
     N, per_epoch = len(examples), ceil(len(examples) / config.batch_size)
     steps = total_steps(N, config.batch_size, config.epochs, config.steps)
     lengths = row_lengths(examples)
+    longest = int(lengths.max())
     batches = training_batches(lengths, config.batch_size, config.seed, state.step)
     for rows in islice(batches, steps - state.step):
         watch, metrics = Stopwatch(), {}
         rate = optim.follow_schedule(state.optimizer, state.step, steps, config)
         batch = [examples[i] for i in rows.tolist()]
         with optim.skip_nonfinite(state.optimizer, state.counters, config.skip_nonfinite):
-            metrics = update_weights(state, batch, ref, config, objective)
-            state.meters.update(metrics, len(rows))
+            if isinstance(objective, KTOObjective):  # the KL of the whole step, before its losses
+                ratios = mismatched_ratios(
+                    state.model, batch, ref, longest, config.micro_batch_tokens
+                )
+                objective = objective._replace(kl=ratios)
+            metrics, counts = update_weights(state, batch, ref, config, objective)
+            for name, value in metrics.items():
+                state.meters.update({name: value}, counts.get(name, len(rows)))
         state.step += 1
         state.samples += len(rows)
         tokens_here = sum(map(count_tokens, batch))
@@ -93,11 +98,11 @@ def dpo(
 def update_weights(
     state: TrainState, examples: list[Example], ref: Reference | None, config: DPOConfig,
     objective: Objective,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, int]]:
     """One optimizer step on the mean loss over examples, in micro-batches.
 
     Returns:
-        loss, grad_norm before clipping, and `direct_metrics`.
+        loss, grad_norm before clipping, and `direct_metrics`; how many each of these is a mean of.
     """
     lm, where = state.model, f"step {state.step + 1}"
     total, outcomes = 0.0, list[Outcome]()
@@ -117,29 +122,31 @@ def update_weights(
         interrupt.check()
         total += value
         outcomes.append(told)
-    metrics = {"loss": total} | direct_metrics(outcomes, objective)
+    values, counts = direct_metrics(outcomes, objective)
+    metrics = {"loss": total} | values
     optim.check_finite(where, metrics)
     grad_norm = optim.clip_gradients(lm, config.max_grad_norm, where)
     state.optimizer.step()
     optim.check_weights(state.optimizer, where)
-    return metrics | {"grad_norm": grad_norm}
+    return metrics | {"grad_norm": grad_norm}, counts
 
 
 # ------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate_all(start: DPORun) -> dict[str, float]:
-    """Every held-out set; tells its numbers and a table of pairs; the metrics under prefixes."""
+    """Every held-out set; tells its numbers and a table of rows; the metrics under prefixes."""
     r, state, config, metrics = start.run, start.state, start.config, {}
     for prefix, examples in start.sets.items():
         result = evaluate_direct(state.model, examples, start.ref, objective_of(config),
                                  config.micro_batch_tokens)
-        rows = pair_rows(result, start.tokenizer, config.show_samples)
+        rows = direct_rows(result, start.tokenizer, config.show_samples)
         if rows:
-            r.say(pair_table(rows))
+            r.say(direct_table(rows))
             r.write_samples(state, [{"step": state.step, "set": prefix} | row for row in rows])
         metrics |= {prefix + name: value for name, value in result.metrics.items()}
-        shown = "  ".join(f"{n.rpartition('/')[2]} {result.metrics[n]:.4f}" for n in CONSOLE)
+        told = [name for name in CONSOLE if name in result.metrics]
+        shown = "  ".join(f"{n.rpartition('/')[2]} {result.metrics[n]:.4f}" for n in told)
         r.say(f"  {prefix.removesuffix('_')}: {len(examples):,} {kind_of(examples)}  {shown}")
     return metrics
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -12,20 +12,25 @@ import torch
 from tqdm import tqdm
 
 from minirlhf.batches.kept import KeptReference
-from minirlhf.batches.preferences import Example, kind_of, micro_batches, row_lengths
+from minirlhf.batches.preferences import kind_of, micro_batches, row_lengths
 from minirlhf.batches.responses import (
+    Example,
+    KTOObjective,
     Objective,
     PairLoss,
+    PairObjective,
     Reference,
     base_logprobs,
     batches_of,
+    mismatched,
     ref_logprobs,
     with_answers,
 )
-from minirlhf.data.batching import training_batches
+from minirlhf.data.batching import total_steps, training_batches
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import load_preferences
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from minirlhf.data.unpaired import load_unpaired
 from minirlhf.equations.dpo import (
     dpo_loss,
     hinge_dpo_loss,
@@ -77,14 +82,17 @@ def pair_loss_of(config: DPOConfig) -> PairLoss:
 
 def objective_of(config: DPOConfig) -> Objective:
     """What is minimised: of ORPO beta is the weight of its loss, of the others a part of it."""
+    if config.loss == "kto":
+        weights = config.desirable_weight, config.undesirable_weight
+        return KTOObjective(beta_of(config), *weights, sft_coef_of(config))
     weight = beta_of(config) if config.loss == "orpo" else 1.0
     of_means = config.loss in OF_MEANS
-    return Objective(pair_loss_of(config), of_means, weight, sft_coef_of(config))
+    return PairObjective(pair_loss_of(config), of_means, weight, sft_coef_of(config))
 
 
 @dataclass
 class DPORun(TrainingRun[Example]):
-    """A run that is ready to begin; its rows are pairs or ranked lists."""
+    """A run that is ready to begin; its rows are pairs, ranked lists or single responses."""
 
     load_ref: Callable[[], Reference] | None  # None where the loss has no reference
     ref: Reference | None = None  # once it is prepared
@@ -104,7 +112,8 @@ class DPORun(TrainingRun[Example]):
         sums = [r.record.inputs[file] for file in r.record.named_by.get("ref", ())]
         identity = " ".join([*sums, config.dtype, str(config.compile)])
         self.ref = kept = KeptReference(r.folder / "reference.jsonl", identity)
-        groups = list(self.upcoming())
+        of_steps, held_out = self.asked()
+        groups = of_steps + held_out
         counts = [len(micro_batches(group, config.micro_batch_tokens)) for group in groups]
         batches = (batch.texts for group in groups
                    for _, batch in batches_of(group, config.micro_batch_tokens))
@@ -117,18 +126,24 @@ class DPORun(TrainingRun[Example]):
                 bar.update()
         if isinstance(r, DryRun):
             once = r.evaluations / longest.evaluations(r.steps, config.eval_every)
-            passes = r.work * counts[0] + once * sum(counts[self.steps :])
+            of_steps = sum(counts[: len(of_steps)])
+            passes = r.work * of_steps / self.steps + once * (sum(counts) - of_steps)
             r.once_seconds = passes * sum(seconds) / len(seconds)
 
-    def upcoming(self) -> Iterator[list[Example]]:
-        """Examples of each step from here on, then the held-out sets."""
-        config, rows = self.config, self.rows
-        batches = training_batches(
-            row_lengths(rows), config.batch_size, config.seed, self.state.step
-        )
-        for batch in islice(batches, self.steps - self.state.step):
-            yield [rows[i] for i in batch.tolist()]
-        yield from self.sets.values()
+    def asked(self) -> tuple[list[list[Example]], list[list[Example]]]:
+        """What the reference will be asked for: examples of each step from here on, and held-out
+        ones; of KTO each with its mismatched ones."""
+        config, rows, lengths = self.config, self.rows, row_lengths(self.rows)
+        batches = training_batches(lengths, config.batch_size, config.seed, self.state.step)
+        batches = islice(batches, self.steps - self.state.step)
+        of_steps = [[rows[i] for i in batch.tolist()] for batch in batches]
+        held_out = list(self.sets.values())
+        if config.loss == "kto":
+            longest = int(lengths.max())
+            of_steps = [g for group in of_steps for g in (mismatched(group, longest), group)]
+            held_out = [g for group in held_out for g in
+                        (mismatched(group, int(row_lengths(group).max())), group)]
+        return of_steps, held_out
 
 
 def check_reference(config: DPOConfig, model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -146,6 +161,15 @@ def check_reference(config: DPOConfig, model: ModelConfig, tokenizer: Tokenizer)
     return ref
 
 
+def check_batches(config: DPOConfig, rows: list[Example]) -> None:
+    """Refuses a single response at an epoch's end, which KTO would compare with itself."""
+    steps = total_steps(len(rows), config.batch_size, config.epochs, config.steps)
+    whole, left = divmod(len(rows), config.batch_size)
+    if config.loss == "kto" and left == 1 and steps > whole:
+        what = f"is {config.batch_size}: of {len(rows):,} responses one is left for a step"
+        raise UserError("--batch-size", what, "kto compares it with others: use another")
+
+
 def load_run(config: DPOConfig) -> DPORun:
     """Refuses all that can be refused, the cheapest first, then loads the models."""
     r, device, dtype = open_run(config, "dpo")
@@ -160,8 +184,9 @@ def load_run(config: DPOConfig) -> DPORun:
         r.inputs["ref"] = [ref_folder]
 
     def read(file: str) -> tuple[list[Example], Report]:
-        examples, report = load_preferences(file, tokenizer, config.max_length, config.overlong,
-                                            RowPolicy.of(config), with_answers)
+        load = load_unpaired if config.loss == "kto" else load_preferences
+        examples, report = load(file, tokenizer, config.max_length, config.overlong,
+                                RowPolicy.of(config), with_answers)
         if any(isinstance(e, Pair) and (e.margin, e.chosen_probability) != (0.0, 1.0)
                for e in examples):
             report.notes.append(UNREAD)
@@ -169,6 +194,8 @@ def load_run(config: DPOConfig) -> DPORun:
 
     most = min(model_config.longest_row, ref_config.longest_row)
     config, rows = read_rows(r, config, read, longest.of_preferences, most)
+    if not config.dry_run:
+        check_batches(config, rows.train)
     make_deterministic(device)
     own = not needs_ref or (config.ref is None and config.lora_rank > 0)
     estimate = memory.of_dpo(config, model_config, None if own else ref_config, rows.tokens, dtype)

@@ -13,7 +13,7 @@ from minirlhf.setup.groups import (
     TrainingSettings,
 )
 
-LOSSES = ("sigmoid", "robust", "ipo", "hinge", "simpo", "orpo")
+LOSSES = ("sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto")
 NO_REFERENCE = ("simpo", "orpo")
 OF_MEANS = ("ipo", "simpo", "orpo")  # read mean log-probs of tokens, the others sums
 
@@ -26,7 +26,7 @@ class DirectSettings(LabelSettings):
         "sigmoid",
         "sigmoid: DPO; robust: DPO for labels of which a known share is wrong; ipo: the margin is "
         "drawn to a finite value; hinge: a pair whose margin is reached is left alone; simpo, "
-        "orpo: without a reference",
+        "orpo: without a reference; kto: single responses, each liked or not",
         choices=LOSSES,
     )
     beta: float | None = setting(
@@ -40,6 +40,12 @@ class DirectSettings(LabelSettings):
         at_least=0,
     )
 
+    desirable_weight: float = setting(
+        1.0, "kto: weight of responses that were liked", at_least=0
+    )
+    undesirable_weight: float = setting(
+        1.0, "kto: weight of responses that were not liked", at_least=0
+    )
     sft_coef: float | None = setting(
         None, "weight of the SFT loss of the chosen response, a mean over its tokens; none: 1 for "
         "orpo, 0 for the others", at_least=0,
@@ -53,6 +59,9 @@ class DirectSettings(LabelSettings):
             problems.append("loss robust: needs --label-smoothing, how likely a label is wrong")
         if self.simpo_gamma != 1.0 and self.loss != "simpo":
             problems.append(f"simpo_gamma: goes with --loss simpo, not {self.loss}")
+        for name in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, name) != 1.0 and self.loss != "kto":
+                problems.append(f"{name}: goes with --loss kto, not {self.loss}")
         return problems
 
 
@@ -81,12 +90,19 @@ class DPOConfig(
 
     model: str = override(help="language model to align: a folder or a hub name")
     data: str = override(
-        help="preference pairs or ranked lists: JSON lines, JSON, CSV or TSV, also .gz; or Parquet"
+        help="preference pairs or ranked lists, or of kto single responses with a label: JSON "
+        "lines, JSON, CSV or TSV, also .gz; or Parquet"
     )
-    batch_size: int = override(help="pairs or lists in an optimizer step")
+    batch_size: int = override(help="pairs, lists or responses in an optimizer step")
+    show_samples: int = override(
+        help="held-out pairs or responses that each evaluation prints with their rewards; -1: all"
+    )
     learning_rate: float = override(1e-6)
 
     def check(self) -> list[str]:
+        if self.loss == "kto" and self.batch_size == 1:
+            do = "kto compares a response with others of its step: use 2 or more"
+            return [f"batch_size: got 1, {do}"]
         if self.loss not in NO_REFERENCE:
             return []
         given = {"ref": self.ref is not None, "cache_ref": not self.cache_ref}

@@ -4,6 +4,7 @@ import pytest
 
 from minirlhf.data.examples import load_pairs, load_prompts, load_texts
 from minirlhf.data.rankings import load_preferences
+from minirlhf.data.unpaired import load_unpaired
 from minirlhf.errors import UserError
 from minirlhf.files.rows import read_rows
 from minirlhf.files.sieve import COLUMNS, RowPolicy, Sieve, column_names, column_problems
@@ -33,6 +34,7 @@ ROWS = [  # who reads it, a row of each kind
     (load_preferences, {"prompt": "p", "completions": [{"response": "a", "score": 1},
                                                        {"response": "b", "score": 2}]}),
     (load_prompts, {"prompt": "p", "answer": 42}),
+    (load_unpaired, {"prompt": "p", "completion": "a", "label": False}),
 ]
 
 

@@ -14,7 +14,7 @@ import torch
 
 from minirlhf.batches.kept import KeptReference
 from minirlhf.batches.responses import (
-    Objective,
+    PairObjective,
     base_logprobs,
     collate_answers,
     response_stats,
@@ -37,6 +37,7 @@ from tests.tiny_dpo import config_of, reference, state_of, sums_by_hand, tiny_lm
 from tests.tiny_folders import read_lines, rebuilt_at_each_step, save_lm, timeless, write_lines
 from tests.tiny_reward import LISTS, PAIRS, pair
 
+OF_PAIRS = [loss for loss in LOSSES if loss != "kto"]  # which is in test_kto.py
 NUMBERS = {"robust": {"label_smoothing": 0.1}}
 
 
@@ -90,7 +91,7 @@ def test_at_step_0_the_policy_is_its_reference_to_the_last_bit(dtype, tokens):
     assert metrics["rewards/accuracies"] == 0  # all tie
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", OF_PAIRS)
 def test_the_step_is_that_of_the_mean_loss_over_pairs_for_any_micro_batch(loss):
     """Gradients by autograd over rows passed alone, each formula written out once more."""
     config = config_of(**settings_of(loss, batch_size=5, max_grad_norm=None, learning_rate=1.0,
@@ -176,7 +177,7 @@ def test_a_ranked_list_counts_as_the_mean_of_its_pairs():
     assert found["rewards/margins"] == pytest.approx(sum(margins) / 9, abs=1e-9)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", OF_PAIRS)
 def test_dpo_learns_a_tiny_set(loss):
     policy = tiny_lm()
     ref = None if loss in NO_REFERENCE else reference(tiny_lm())
@@ -207,7 +208,7 @@ def test_a_loss_of_ones_own_is_the_one_that_is_learned_from():
 
     plain, twice = (
         next(dpo(state_of(tiny_lm()), PAIRS, reference(tiny_lm()), config_of(), objective)).metrics
-        for objective in (None, Objective(doubled))
+        for objective in (None, PairObjective(doubled))
     )
     assert twice["loss"] == 2 * plain["loss"]
     assert twice["grad_norm"] == pytest.approx(2 * plain["grad_norm"], rel=1e-12)

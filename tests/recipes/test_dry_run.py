@@ -12,7 +12,7 @@ from minirlhf import interrupt
 from minirlhf.cli import VERBS, main
 from minirlhf.errors import BAD_INPUT, NON_FINITE, OK, REWARD_SERVICE, STOPPED
 from minirlhf.run import dry_run
-from tests.kill_harness import LISTS, OWN, RECIPES, command, make_world
+from tests.kill_harness import KTO, LISTS, OWN, RECIPES, command, make_world
 
 MODULES = {recipe: import_module(VERBS[recipe].module) for recipe in RECIPES}
 CASES = {
@@ -24,6 +24,7 @@ CASES = {
     "dpo": ("dpo", {}),
     "dpo, lists": ("dpo", LISTS),
     "dpo, lora": ("dpo", {"lora_rank": 2}),
+    "dpo, kto": ("dpo", KTO),
     "ppo": ("ppo", {}),
     "ppo, lora": ("ppo", {"lora_rank": 2}),
     "ppo, stops": ("ppo", {"stop": "!", "critic_warmup_steps": 2}),

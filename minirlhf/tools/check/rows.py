@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from minirlhf.batches.preferences import ordered
-from minirlhf.data import examples, rankings
+from minirlhf.data import examples, rankings, unpaired
 from minirlhf.data.arguments import template_arguments
 from minirlhf.data.examples import PASSED
 from minirlhf.data.formats import imitated_format, pair_format, pair_labels, prompt_format
@@ -39,6 +39,9 @@ KINDS = {
     ),
     "texts": Kind(("sft",), imitated_format, examples.load_texts, ("prompt", "response")),
     "prompts": Kind(("ppo",), prompt_format, examples.load_prompts, ("prompt",), PASSED),
+    "unpaired": Kind(
+        ("dpo",), unpaired.unpaired_format, unpaired.load_unpaired, ("prompt", "response")
+    ),
 }
 
 
@@ -107,7 +110,9 @@ class SeenFile(NamedTuple):
         return isinstance(self.rows[0].parts[-1], list) and not self.is_chat
 
 
-def row_of(example: examples.Pair | rankings.Ranking | examples.Prompt | examples.Text) -> SeenRow:
+def row_of(
+    example: examples.Pair | rankings.Ranking | unpaired.Unpaired | examples.Prompt | examples.Text
+) -> SeenRow:
     match example:
         case examples.Prompt():
             return SeenRow(example.where, [example.ids], [])
@@ -143,7 +148,9 @@ def _recipe_of_row(row: Row) -> str:
 def read_file(path: str, recipe: str, policy: RowPolicy = STRICT) -> SeenFile:
     """All rows of a file, each of the kind that the first one is."""
     kind = next(kind for kind in KINDS.values() if recipe in kind.recipes)
-    if kind == KINDS["pairs"] and rankings.holds_rankings(path, policy):
+    if recipe == "dpo" and unpaired.holds_unpaired(path, policy):
+        kind = KINDS["unpaired"]
+    elif kind == KINDS["pairs"] and rankings.holds_rankings(path, policy):
         kind = KINDS["lists"]
     pairs, sieve, rows = kind == KINDS["pairs"], Sieve(policy), []
     labels_of, others = (pair_labels if pairs else None), kind.others
