@@ -5,7 +5,7 @@ state, so a resumed run raises those of the uninterrupted one. The comment above
 source of its threshold, or says that it is a rule of thumb.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import NamedTuple
 
@@ -20,9 +20,10 @@ class Alarm(NamedTuple):
     name: str
     step: int
     text: str  # what was seen, its cause, the setting to change
+    word: str = "alarm"  # or "note", of what is usual
 
     def __str__(self) -> str:
-        return f"alarm at step {self.step}: {self.name}: {self.text}"
+        return f"{self.word} at step {self.step}: {self.name}: {self.text}"
 
 
 class Seen(NamedTuple):
@@ -46,6 +47,7 @@ class Rule(NamedTuple):
     metrics: tuple[str, ...]
     test: Test
     advice: str
+    word: str = "alarm"
 
 
 # ------------------------------------------------------------------------------------------ tests
@@ -133,6 +135,17 @@ def spike(norm: Seen) -> str | None:
     return None
 
 
+def both_fall(chosen: Seen, rejected: Seen, margins: Seen) -> str | None:
+    windows = [seen.recent(5) for seen in (chosen, rejected, margins)]
+    if not all(windows):
+        return None
+    means = [mean(window) for window in windows]
+    if means[0] < 0 and means[1] < 0 < means[2]:
+        numbers = "{:.3g} and {:.3g}, {:.3g} apart".format(*means)
+        return f"{chosen.name} and {rejected.name} are {numbers}, on average over 5 steps"
+    return None
+
+
 # ------------------------------------------------------------------------------------------ rules
 
 RULES = (
@@ -194,9 +207,21 @@ RULES = (
          "the policy gives the same answers again: raise temperature or kl_coef"),
 )
 
+DPO_RULES = (
+    # A reward is beta times how much likelier a response is than under the reference. Likelihood
+    # displacement: Razin et al. 2024 (arXiv:2410.08847); seen before by Pal et al. 2024
+    # (arXiv:2402.13228). The loss asks for the margin alone.
+    Rule("both_fall", ("rewards/chosen", "rewards/rejected", "rewards/margins"), both_fall,
+         "both kinds of response have become less likely than under the reference, the rejected "
+         "ones more so: usual, since the loss asks for their difference alone, but what they lose "
+         "goes to texts that are neither: look at samples; sft_coef holds the chosen ones up, a "
+         "larger beta holds both", "note"),
+)
+
 
 def check_alarms(
-    history: Mapping[str, list[float]], step: int, metrics: Mapping[str, float]
+    history: Mapping[str, list[float]], step: int, metrics: Mapping[str, float],
+    rules: Sequence[Rule] = RULES,
 ) -> tuple[list[Alarm], History]:
     """The alarms that a step raises, and the history with that step in it.
 
@@ -210,15 +235,15 @@ def check_alarms(
     history = {name: list(values) for name, values in history.items()}
     steps = int(history.get("steps", [0])[0]) + 1
     history["steps"] = [steps]
-    for name in sorted({name for rule in RULES for name in rule.metrics if name in metrics}):
+    for name in sorted({name for rule in rules for name in rule.metrics if name in metrics}):
         history[f"first {name}"] = [*history.get(f"first {name}", []), metrics[name]][:FIRST]
         history[name] = [*history.get(name, []), metrics[name]][-LAST:]
     alarms = []
-    for rule in RULES:
+    for rule in rules:
         if f"told {rule.name}" in history or not all(name in metrics for name in rule.metrics):
             continue
         series = [Seen(n, history[f"first {n}"], history[n], steps) for n in rule.metrics]
         if what := rule.test(*series):
             history[f"told {rule.name}"] = [step]
-            alarms.append(Alarm(rule.name, step, f"{what}: {rule.advice}"))
+            alarms.append(Alarm(rule.name, step, f"{what}: {rule.advice}", rule.word))
     return alarms, history

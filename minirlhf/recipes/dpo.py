@@ -35,6 +35,7 @@ from minirlhf.batches.responses import (
 from minirlhf.data.batching import total_steps, training_batches
 from minirlhf.errors import OK, STOPPED, run
 from minirlhf.evaluation import invariants
+from minirlhf.evaluation.alarms import DPO_RULES, check_alarms
 from minirlhf.evaluation.dpo import direct_metrics, direct_rows, direct_table, evaluate_direct
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
@@ -160,6 +161,12 @@ def main(argv: list[str] | None = None) -> int:
         for step in r.bar(dpo(state, start.rows, start.ref, config), state, start.steps):
             evaluating = start.is_due(step, config.eval_every)
             with r.report(state, step):
+                if start.ref is not None:
+                    notes, state.health = check_alarms(
+                        state.health, step.number, step.metrics, DPO_RULES
+                    )
+                    for note in notes:
+                        r.say(str(note))
                 extra = {name: step.metrics[name] for name in STEADY}
                 extra |= evaluate_all(start) if evaluating else {}
                 if evaluating or start.is_due(step, config.log_every):

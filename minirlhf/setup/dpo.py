@@ -119,7 +119,10 @@ class DPORun(TrainingRun[Example]):
                    for _, batch in batches_of(group, config.micro_batch_tokens))
         with tqdm(total=sum(counts), desc="reference", disable=not sys.stderr.isatty()) as bar:
             for texts in kept.missing(batches):
-                loaded = loaded or self.load_ref()
+                if loaded is None:
+                    r.say(f"reference: {sum(counts):,} micro-batches are passed before step "
+                          f"{self.state.step + 1}, known ones left out")
+                    loaded = self.load_ref()
                 started = time.perf_counter()
                 kept.add(texts, loaded)
                 seconds.append(time.perf_counter() - started)

@@ -10,8 +10,9 @@ import pytest
 
 from minirlhf import cli
 from minirlhf.errors import OK
-from minirlhf.evaluation.alarms import FIRST, LAST, RULES, Alarm, check_alarms
+from minirlhf.evaluation.alarms import DPO_RULES, FIRST, LAST, RULES, Alarm, check_alarms
 from minirlhf.run.glossary import definition
+from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests.kill_harness import command, make_world
@@ -136,6 +137,33 @@ def test_rules_look_at_metrics_and_name_settings_that_there_are(rule):
     words = set(re.findall(r"[a-z_]+", re.sub(metric, "", rule.advice).replace("--", "")))
     assert words & settings
     assert {word for word in words if "_" in word} <= settings
+
+
+C, R, M = "rewards/chosen", "rewards/rejected", "rewards/margins"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "at"),
+    [
+        (5 * [-0.1], 5 * [-0.3], 5),
+        ([0.0, 0.7, *5 * [-0.2]], [0.0, *6 * [-0.4]], 6),  # the mean is below 0 from step 6 on
+        (9 * [0.1], 9 * [-0.3], None),  # chosen rises
+        (9 * [-0.1], 9 * [0.1], None),  # the margin is below 0
+        (4 * [-0.1], 4 * [-0.3], None),  # too few
+        (9 * [0.0], 9 * [0.0], None),
+    ],
+)
+def test_a_dpo_run_notes_once_that_both_responses_became_less_likely(chosen, rejected, at):
+    history, found = {}, []
+    for number, (c, r) in enumerate(zip(chosen, rejected, strict=True), 1):
+        notes, history = check_alarms(history, number, {C: c, R: r, M: c - r}, DPO_RULES)
+        history = json.loads(json.dumps(history))
+        found += notes
+    assert [note.step for note in found] == ([] if at is None else [at])
+    settings = {field.name for field in fields(DPOConfig)}
+    for note in found:
+        assert str(note).startswith(f"note at step {at}: both_fall: rewards/chosen and ")
+        assert {"sft_coef", "beta"} <= set(re.findall(r"[a-z_]+", note.text)) & settings
 
 
 def test_history_stays_small_and_keeps_the_first_values():
