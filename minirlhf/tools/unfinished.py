@@ -36,7 +36,7 @@ def begin(partial: Path, facts: dict) -> int:
     if not whole:
         atomic.append_line(partial, json.dumps(facts))
         return 0
-    first = strict_json(data[: data.index(b"\n")].decode(), partial, 1)
+    first = strict_json(data[: data.index(b"\n")].decode(errors="replace"), partial, 1)
     if first != json.loads(json.dumps(facts)):
         what = "is what another command, or this one with other inputs, began to write"
         raise UserError(partial, what, "finish that one, or remove the file")
@@ -49,10 +49,10 @@ def outcomes(partial: Path) -> Iterator[dict]:
     Raises:
         UserError: the file is damaged, as by two commands that write it at once.
     """
-    with partial.open(encoding="utf-8") as lines:
+    with partial.open(encoding="utf-8", errors="replace") as lines:
         next(lines)
         for at, line in enumerate(lines):
-            found = strict_json(line, partial, at + 2)
-            if found.get("at") != at:
+            found = strict_json(line.rstrip("\n"), partial, at + 2)
+            if not (isinstance(found, dict) and found.get("at") == at):
                 raise UserError(f"{partial}:{at + 2}", "is not in order", "remove the file")
             yield found

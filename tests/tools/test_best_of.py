@@ -212,6 +212,9 @@ def test_other_inputs_or_a_damaged_file_are_no_place_to_go_on(files, capsys, hom
     partial.write_bytes(b"".join([lines[0], lines[1], lines[1]]))
     assert main(words) == 2
     assert "s.jsonl.partial:3: is not in order: remove the file" in capsys.readouterr().err
+    for damage in (b"[]\n", b"\xff\n", b"{\n"):
+        partial.write_bytes(lines[0] + damage)
+        assert main(words) == 2 and "s.jsonl.partial:2: " in capsys.readouterr().err
     partial.write_bytes(lines[0][:20])  # a kill inside the first append: nothing was done
     assert main(words) == 0
 
