@@ -307,8 +307,8 @@ def nearest(word: str, names: Iterable[str]) -> str:
     names = list(names)
     short = re.sub(r"\W", "", word).lower()
     initials = (n for n in names if short == "".join(part[:1] for part in re.findall(r"[a-z]+", n)))
-    found = next(initials, None) or difflib.get_close_matches(word[:80], names, n=1, cutoff=0)[0]
-    return f"the nearest is {found}"
+    close = difflib.get_close_matches(word[:80].lower(), names, n=1, cutoff=0)  # names are lower
+    return f"the nearest is {next(initials, None) or close[0]}"
 
 
 def shown(value: object) -> str:

@@ -33,6 +33,15 @@ def check_new(out: str | None, flag: str = "--out") -> list[str]:
     return []
 
 
+def temperature_problems(temperature: float, samples: int) -> list[str]:
+    """What is wrong with a temperature that may be 0, for so many responses to a prompt."""
+    if 0 < temperature < COLDEST:
+        return [f"--temperature {temperature:g}: 0, or at least {COLDEST:g}"]
+    if samples > 1 and temperature == 0:
+        return [f"--samples {samples} with temperature 0: they would all be one"]
+    return []
+
+
 @dataclass(frozen=True)
 class RecipeSettings:
     """Recipe: which one is asked about."""
@@ -141,11 +150,7 @@ class SampleConfig(
         problems = []
         if (self.data is None) == (self.prompt is None):
             problems.append("give exactly one of --data and --prompt")
-        if 0 < self.temperature < COLDEST:
-            problems.append(f"--temperature {self.temperature:g}: 0, or at least {COLDEST:g}")
-        if self.samples > 1 and self.temperature == 0:
-            problems.append(f"--samples {self.samples} with temperature 0: they would all be one")
-        return problems
+        return problems + temperature_problems(self.temperature, self.samples)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class BestOfConfig(
 
     model: str = override(help="language model: a folder or a hub name")
     data: str = override(help="prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz; or Parquet")
-    samples: int = setting(8, "responses to each prompt", at_least=2)
+    samples: int = setting(8, "responses to each prompt", at_least=1)
     pairs: bool = setting(False, "write the best response as chosen, the worst as rejected")
     threshold: float | None = setting(
         None, "write only responses of at least this score; of pairs, the rejected one is below it"
@@ -181,11 +186,17 @@ class BestOfConfig(
     overlong: str = override(
         "error", "what happens to longer prompts", choices=("drop", "error"),
     )
+    temperature: float = override(
+        help="logits are divided by it before the softmax; 0: always the most probable token",
+        at_least=0,
+    )
     batch_size: int = override(help="responses sampled in parallel")
     out: str = override("", "new file for the JSON lines", metavar="FILE")
 
     def check(self) -> list[str]:
-        problems = check_new(self.out)
+        problems = check_new(self.out) + temperature_problems(self.temperature, self.samples)
+        if self.samples == 1 and (self.pairs or self.threshold is None):
+            problems.append("samples 1: nothing to compare; give --threshold, and no --pairs")
         if self.keep > 1 and self.threshold is None:
             problems.append("keep: goes with --threshold")
         if self.keep > 1 and self.pairs:

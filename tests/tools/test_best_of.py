@@ -238,6 +238,17 @@ def test_settings_change_what_is_written(change, files, capsys, home):
     assert (home / "b.jsonl").read_bytes() != (home / "c.jsonl").read_bytes()
 
 
+def test_one_greedy_response_is_scored_too(files, capsys, home):
+    argv = words_of(files, "b.jsonl", "--threshold", 0, "--temperature", 0)
+    argv[argv.index("--samples") + 1] = "1"
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    argv = ["sample", "--model", files["LM"], "--data", files["PROMPTS"], *DRAW[2:]]
+    greedy = lines_of(capsys, *argv, "--temperature", 0)
+    mean = sum(len(row["response"]) for row in greedy) / len(PROMPTS)
+    assert f"6 prompts, 6 responses: mean score {mean:.4f}, " in shown
+
+
 def test_no_row_at_all_is_an_error_and_leaves_nothing(files, capsys, home):
     assert main(words_of(files, "b.jsonl", reward="reward.py:same")) == 2
     shown = capsys.readouterr()
@@ -301,6 +312,8 @@ def test_iterative_dpo_is_three_commands_of_a_page(home):
     ("settings", "told"),
     [
         ({"keep": 2}, "keep: goes with --threshold"),
+        ({"samples": 1}, "samples 1: nothing to compare; give --threshold, and no --pairs"),
+        ({"temperature": 0.0}, "--samples 8 with temperature 0: they would all be one"),
         ({"keep": 2, "threshold": 1.0, "pairs": True}, "keep: a prompt gives one pair"),
         ({"out": "no/where"}, "--out: no is no folder"),
     ],
