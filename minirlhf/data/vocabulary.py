@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 
 from minirlhf.data.control import swap_names
-from minirlhf.data.library import check_growth, one_line
+from minirlhf.data.library import check_parts, one_line
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import strict_json
 
@@ -72,7 +72,7 @@ class Vocabulary:
         self.fingerprint = hashlib.sha256(self._source).hexdigest()
         path = folder / "tokenizer.json"
         parsed = strict_json(source, path)
-        check_growth(parsed, path)
+        check_parts(parsed, path)
         with one_line():
             self._backend = self._guard(tokenizers.Tokenizer.from_str, source)
         self._backend.no_truncation()

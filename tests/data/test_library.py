@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from minirlhf.data.library import check_growth, one_line
+from minirlhf.data.library import check_parts, one_line
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.errors import UserError
 
@@ -50,7 +50,28 @@ def test_a_text_that_would_grow_too_much_is_refused_before_it_is_loaded(
     {"normalizers": [replace("a", "aa")] * 10},
 ])
 def test_what_is_in_use_may_grow(tmp_path, part):
-    check_growth({"normalizer": part}, tmp_path)
+    check_parts({"normalizer": part}, tmp_path)
+
+
+def test_long_expressions_and_chance_are_refused(tmp_path):
+    split = {"type": "Split", "pattern": {"Regex": "[" + r"\p{L}" * 2000 + "]"},
+             "behavior": "Isolated", "invert": False}
+    edited(tmp_path / "a", pre_tokenizer={"type": "Sequence", "pretokenizers": [split]})
+    told = "pre_tokenizer has a regular expression of 10,002 characters: at most 8,192"
+    with pytest.raises(UserError, match=told):
+        load_tokenizer(tmp_path / "a")
+    train_tokenizer([], 258, tmp_path / "b")
+    path = tmp_path / "b" / "tokenizer.json"
+    made = json.loads(path.read_text("utf-8"))
+    for share in (0.1, 1):
+        made["model"]["dropout"] = share
+        path.write_text(json.dumps(made), encoding="utf-8")
+        told = rf"model\.dropout is {share}: a text has other ids each time: set it to null"
+        with pytest.raises(UserError, match=told):
+            load_tokenizer(tmp_path / "b")
+    made["model"]["dropout"] = 0.0
+    path.write_text(json.dumps(made), encoding="utf-8")
+    load_tokenizer(tmp_path / "b")
 
 
 def test_a_panic_is_one_line_and_what_others_wrote_is_kept(tmp_path, capfd):
