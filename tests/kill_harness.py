@@ -227,8 +227,15 @@ SHAPE = {
     "num_attention_heads": 2, "max_position_embeddings": 48, "eos_token_id": 0,
 }
 REWARD = """
+import random
+import numpy as np
+import torch
+
+AT_IMPORT = random.random() + np.random.rand() + torch.rand(()).item()
+
 def letters(completions, bonus):
-    return [sum(ord(c) % 7 for c in t) + b for t, b in zip(completions, bonus, strict=True)]
+    drawn = AT_IMPORT + random.random() + np.random.rand() + torch.rand(()).item()
+    return [drawn + sum(ord(c) % 7 for c in t) + b for t, b in zip(completions, bonus, strict=True)]
 
 def parity(completions, bonus):  # so that the two responses to a prompt often agree
     return [sum(map(ord, t)) % 2 + b for t, b in zip(completions, bonus, strict=True)]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minirlhf import streams
 from minirlhf.errors import printable
 
 
@@ -81,27 +82,40 @@ def _put_random_states(states: list[Any]) -> None:
         torch.cuda.set_rng_state_all(of_cuda)
 
 
+def _seed(stream: str) -> None:
+    seed = int(streams.key(0, stream)) & (2**63 - 1)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 class Container:
     """Of one user's code: each entering is one import or call of it.
 
-    What it has changed of `KEPT` is put back, and told once. Random numbers it has of its own: what
-    it seeds and draws goes on from call to call, and changes none of the process.
+    What it has changed of `KEPT` is put back, and told once. Random numbers that it draws are
+    derived from what it is called for, as all of a run: a resumed run draws the same. They change
+    none of the process.
     """
 
     def __init__(self, name: str):
-        self.name, self.told, self.random = name, set(), None
+        self.name, self.told = name, set()
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self, called_for: object = "") -> Iterator[None]:
+        """Around one import or call.
+
+        Args:
+            called_for: what its random numbers depend on, beside its name, by its `repr`.
+        """
         before, random_states = {n: kept.get() for n, kept in KEPT.items()}, _random_states()
-        if self.random is not None:
-            _put_random_states(self.random)
+        _seed(f"{os.path.basename(self.name)} {called_for!r}")  # wherever the file lies
         home = os.getpid()
         try:
             yield
         finally:
             if os.getpid() == home:  # a child has nobody to put it back for
-                self.random = _random_states()
                 _put_random_states(random_states)
                 self._put_back(before)
 

@@ -89,7 +89,7 @@ def function_reward(
             return [_call(function, asks.first, item) for item in items]
 
         do = f"it was given {', '.join(given)}"
-        with interrupt.outside(), container.entered():
+        with interrupt.outside(), container.entered([batch.prompt_ids, batch.response_ids]):
             returned = _returned(function, call, name, do)
             if per_row:
                 returned = of_rows(returned, name)

@@ -55,31 +55,50 @@ def test_what_a_function_changes_is_put_back_and_told_once(name, at, tmp_path, c
     assert capsys.readouterr().out == told
 
 
-def test_random_numbers_of_a_function_are_its_own(capsys):
-    drawn = []
+def draw() -> tuple[float, float, float]:
+    return random.random(), np.random.rand(), torch.rand(()).item()
 
-    def f(completions, seed=None):
-        if not drawn:
-            random.seed(1)
-            np.random.seed(2)
-            torch.manual_seed(3)
-        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+
+def test_random_numbers_of_a_function_depend_on_what_it_scores_alone(tmp_path, capsys):
+    """As in a run that is resumed: the file is imported anew, and other calls came before."""
+    (tmp_path / "r.py").write_text(IMPORTS + """
+def draw():
+    return [random.random(), np.random.rand(), torch.rand(()).item()]
+at_import = draw()
+def f(completions): return draw()
+def g(completions): return draw()
+def h(completions): return at_import
+""")
+    other = BATCH._replace(response_ids=[[9], *BATCH.response_ids[1:]])
+
+    def source(name: str):
+        return load_function(f"{tmp_path / 'r.py'}:{name}")
+
+    def scores(name: str, batch=BATCH) -> list[float]:
+        return source(name)(batch).total.tolist()
+
+    first = source("f")
+    unbroken = [first(batch).total.tolist() for batch in (BATCH, other, BATCH)]
+    assert scores("f", other) == unbroken[1] and scores("f") == unbroken[0] == unbroken[2]
+    assert scores("h") == scores("h", other)
+    assert len({*unbroken[0], *unbroken[1], *scores("g"), *scores("h")}) == 12
+
+
+def test_random_numbers_of_a_function_are_none_of_the_run_s(capsys):
+    def f(completions):
+        random.seed(1)
+        draw()
         return [0.0, 0.0, 0.0]
 
-    random.seed(7)
-    np.random.seed(8)
-    torch.manual_seed(9)
-    expected = random.random(), np.random.rand(), torch.rand(()).item()
-    random.seed(7)
-    np.random.seed(8)
-    torch.manual_seed(9)
-    source = function_reward(f, "f")
-    source(BATCH)
-    source(BATCH)
-    assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
-    assert drawn[0] != drawn[1]  # its own go on
-    a, b, c = random.Random(1), np.random.RandomState(2), torch.Generator().manual_seed(3)
-    assert drawn == [(a.random(), b.rand(), torch.rand((), generator=c).item()) for _ in range(2)]
+    drawn = []
+    for between in (lambda: None, lambda: function_reward(f, "f")(BATCH)):
+        random.seed(7)
+        np.random.seed(8)
+        torch.manual_seed(9)
+        first = draw()
+        between()
+        drawn.append((first, draw()))
+    assert drawn[0] == drawn[1]
     assert capsys.readouterr().out == ""
 
 
