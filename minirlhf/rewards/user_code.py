@@ -15,6 +15,7 @@ from importlib.machinery import (
     SourceFileLoader,
 )
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,7 @@ from minirlhf.errors import UserError
 OURS = Path(minirlhf.__file__).parent
 _folders: list[Path] = []  # of the files that were run
 _modules: dict[Path, str] = {}  # file of each module that was imported from there -> sha256
+_named: dict[str, Path] = {}  # module -> file of those that were run by their own names
 
 
 class _Source(SourceFileLoader):
@@ -44,12 +46,21 @@ def run_file(file: str) -> tuple[ModuleType, dict[str, str]]:
         The module; file -> sha256 of it and of all that it imported from its folder, and below.
     """
     path, place, own = Path(file).resolve(), os.path.abspath(file), {}
-    name = f"user_reward.{path}"  # two files may have the same name
+    name = _free_name(path)
     spec = spec_from_file_location(name, place, loader=_Source(own, name, place))
     module = module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
+    sys.modules[name] = module  # dataclasses and pickle look their module up there
     spec.loader.exec_module(module)
     return module, {str(Path(file)): own[path]} | modules_of(file)
+
+
+def _free_name(path: Path) -> str:
+    """The file's own, by which processes that a function starts find it again; another one where a
+    module has it."""
+    if path.stem.isidentifier() and path.stem not in sys.modules:
+        _named[path.stem] = path
+        return path.stem
+    return next(n for i in count() if (n := f"user_reward_{i}") not in sys.modules)
 
 
 def modules_of(file: str) -> dict[str, str]:
@@ -74,6 +85,10 @@ def open_folder(file: str) -> None:
         if home != folder and (folder / top).exists():
             raise UserError(folder / top, f"has the name of {home / top}, which runs already",
                             "rename one of them")
+    for name in [n for n, path in _named.items() if path.parent != folder]:
+        if any((folder / there).exists() for there in (name, f"{name}.py")):
+            sys.modules.pop(name, None)  # what is run there means its own
+            del _named[name]
     if not _folders:
         sys.path_hooks.insert(0, _finder)
     _folders.append(folder)

@@ -87,3 +87,36 @@ def test_two_folders_with_a_module_of_one_name_are_refused(tmp_path):
     told = "b/own_twin.py: has the name of .*a/own_twin.py, which runs already: rename one of them"
     with pytest.raises(UserError, match=told):
         load_function(f"{tmp_path}/b/reward.py:f")
+
+
+POOL = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+def judge(text):
+    return float(len(text))
+def f(completions):
+    context = multiprocessing.get_context({method!r})
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return list(pool.map(judge, completions))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_functions_of_the_file_run_in_pools_of_processes(method, tmp_path):
+    file = tmp_path / f"pooled_by_{method}.py"
+    file.write_text(POOL.format(method=method))
+    source = load_function(f"{file}:f")
+    assert source(BATCH).total.tolist() == [len(text) for text in BATCH.completions]
+
+
+def test_files_of_one_name_are_two_modules(tmp_path):
+    """And what lies beside the second is not taken from the first."""
+    for folder, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same_name.py").write_text(f"VALUE = {value}\n" + score(value))
+    (tmp_path / "b" / "beside.py").write_text("from same_name import VALUE\n" + score(0).replace(
+        "[0]", "[VALUE]"))
+    first = load_function(f"{tmp_path / 'a' / 'same_name.py'}:f")
+    for other in ("beside.py", "same_name.py"):
+        source = load_function(f"{tmp_path / 'b' / other}:f")
+        assert (first(BATCH).total[0], source(BATCH).total[0]) == (1.0, 2.0)
