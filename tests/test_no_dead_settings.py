@@ -150,6 +150,7 @@ CHANGES = {
             "tiny.json", {"model": None}, needed="give exactly one of --model and --init-config"
         ),
         "tokenizer": Change("model", {"model": None, "init_config": "tiny.json"}),
+        "train_on": Change("last", {"data": "talk.jsonl"}),
         "vocab_size": Change(262, {"model": None, "init_config": "tiny.json"}),
         "eval_data": Change("few.jsonl"),
         "eval_every": Change(1, {"eval_data": "few.jsonl"}),
@@ -284,6 +285,9 @@ def world(tmp_path_factory):
         (folder / recipe).mkdir()
         for name, some in files.items():
             (folder / recipe / f"{name}.jsonl").write_text("".join(some))
+    twice = [[turn | {"content": turn["content"][:2]} for part in in_turns(row).values()
+              for turn in part] * 2 for row in ROWS["texts"]]
+    write_lines(folder / "sft" / "talk.jsonl", [{"messages": turns} for turns in twice])
     with (folder / "reward.py").open("a") as file:
         file.write("\ndef short(completions):\n    return [-len(t) for t in completions]\n")
         file.write("\ndef shown(completions):\n    return [len(str(t)) for t in completions]\n")

@@ -20,7 +20,8 @@ class TextBatch(NamedTuple):
     tokens: Tensor  # (B, T) int64
     starts: Tensor  # (B,) index of the first target, at least 1
     targets: Tensor  # (B, R) int64
-    target_mask: Tensor  # (B, R) bool
+    target_mask: Tensor  # (B, R) bool; False behind a text's end, and in its gaps
+    lengths: Tensor  # (B,) tokens of each text
 
 
 def first_target(text: Text) -> int:
@@ -33,27 +34,37 @@ def collate_texts(texts: list[Text]) -> TextBatch:
     targets = [text.ids[first_target(text) :] for text in texts]
     counts = torch.tensor([len(ids) for ids in targets])
     mask = torch.arange(int(counts.max())) < counts[:, None]
-    return TextBatch(pad_right([text.ids for text in texts]), starts, pad_right(targets), mask)
+    for row, text in zip(mask, texts, strict=True):
+        for first, end in text.gaps:
+            row[text.prompt_length + first - first_target(text) :][: end - first] = False
+    lengths = torch.tensor([len(text.ids) for text in texts])
+    return TextBatch(
+        pad_right([text.ids for text in texts]), starts, pad_right(targets), mask, lengths
+    )
 
 
 def with_target(text: Text) -> Text:
     """The text itself; one without a target is refused."""
-    if len(text.ids) <= first_target(text):
+    if not count_targets(text):
         raise UserError(text.where, "has no token after the first", "remove the row")
     return text
+
+
+def count_targets(text: Text) -> int:
+    return len(text.ids) - first_target(text) - sum(end - first for first, end in text.gaps)
 
 
 def count_tokens(texts: list[Text]) -> tuple[Tensor, Tensor]:
     """Tokens of each text and targets among them, (N,) each; a text without a target is refused."""
     texts = list(map(with_target, texts))
     lengths = torch.tensor([len(text.ids) for text in texts])
-    return lengths, lengths - torch.tensor([first_target(text) for text in texts])
+    return lengths, torch.tensor(list(map(count_targets, texts)))
 
 
 def target_stats(lm: CausalLM, batch: TextBatch) -> TokenStats:
     """Log-probs and entropies of the targets of all rows, (n,) each; no logits of other tokens."""
-    tokens, starts, targets, mask = (tensor.to(lm.unembedding.device) for tensor in batch)
-    hidden = lm(tokens, lengths=starts + mask.sum(1))
+    tokens, starts, targets, mask, lengths = (x.to(lm.unembedding.device) for x in batch)
+    hidden = lm(tokens, lengths=lengths)
     states = response_states(hidden, starts, targets.shape[1])  # (B, R, D)
     return token_logprobs(lm, states[mask], targets[mask])
 

@@ -31,6 +31,8 @@ class Dialogue(NamedTuple):
 class DialogueTokenizer(RenderingTokenizer):
     """What encodes dialogues, and tells the text of an answer from its ids."""
 
+    _last_front: tuple[str, list[int]] = "", []
+
     def encode_chat(
         self, messages: Messages, arguments: Mapping[str, object] = NONE
     ) -> list[int]:
@@ -77,16 +79,17 @@ class DialogueTokenizer(RenderingTokenizer):
 
     def encode_dialogues(
         self, dialogues: Sequence[Dialogue], whole: bool = False,
-        counts: Counter[str] | None = None,
+        counts: Sequence[Counter[str]] | None = None,
     ) -> Iterator[tuple[list[int], ...] | UserError]:
         """`encode_dialogue` of many, in less time than one by one; what one raises stands in the
-        place of its ids. `counts` as in `encode_parts`."""
-        counts = Counter() if counts is None else counts
+        place of its ids. `counts`, of each one, as in `encode_parts`."""
+        counts = [Counter() for _ in dialogues] if counts is None else counts
         for start in range(0, len(dialogues), BATCH):
-            yield from self._encode_batch(dialogues[start : start + BATCH], whole, counts)
+            batch = slice(start, start + BATCH)
+            yield from self._encode_batch(dialogues[batch], whole, counts[batch])
 
     def _encode_batch(
-        self, dialogues: Sequence[Dialogue], whole: bool, counts: Counter[str]
+        self, dialogues: Sequence[Dialogue], whole: bool, every: Sequence[Counter[str]]
     ) -> list[tuple[list[int], ...] | UserError]:
         swapped = [
             self.as_text([dict(d.arguments), d.prompt, *d.responses]) for d in dialogues
@@ -96,8 +99,8 @@ class DialogueTokenizer(RenderingTokenizer):
         asked = [_chats_of(dialogue, parts, mark) for dialogue, (parts, _), mark
                  in zip(dialogues, swapped, marks, strict=True)]
         texts, encoded = iter(self._render([chat for chats in asked for chat in chats])), []
-        for dialogue, (parts, names), mark, chats in zip(
-            dialogues, swapped, marks, asked, strict=True
+        for dialogue, (parts, names), mark, chats, counts in zip(
+            dialogues, swapped, marks, asked, every, strict=True
         ):
             shown = list(islice(texts, len(chats)))
             rendered, bare = shown[: len(parts) - 1], shown[len(parts) - 1 :]
@@ -201,12 +204,24 @@ class DialogueTokenizer(RenderingTokenizer):
         encode = partial(self._encode_rendered, swapped=names)
         behind = [text[len(head) :] for text in texts]
         at = self._cut_of(head)
-        front = encode(head[:at])  # once for all of them
+        front = self._ids_before(head[:at], names)  # once for all of them
         ids, *wholes = (front + encode(text[at:]) for text in (head, *texts))
         if asked is not None and (shared := _shared([ids, *wholes])) >= len(encode(asked)):
             ids = ids[:shared]
         prompt, *answers = self._cut(ids, wholes, behind, encode, counts)
         return prompt, *(answers if whole else map(self.to_its_end, answers))
+
+    def _ids_before(self, text: str, names: dict[str, str]) -> list[int]:
+        """Ids of a text that ends at `_cut_of` a longer one. Where it goes on with the last such
+        text, as from turn to turn of a dialogue, only what is new is encoded."""
+        if names:  # what stands for them may stand for others next time
+            return self._encode_rendered(text, names)
+        seen, ids = self._last_front
+        is_cut = text.startswith(seen) and self._cutting and self._cutting.match(text, len(seen))
+        if text != seen and not is_cut:
+            seen, ids = "", []
+        self._last_front = text, ids + self._encode_rendered(text[len(seen) :], names)
+        return self._last_front[1]
 
     def _cut_of(self, text: str) -> int:
         """Where the last added token of a text begins: the library cuts a text there first, so the

@@ -6,7 +6,9 @@ model an answer in messages ends where the rendered text does, as in other tools
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from minirlhf.data.arguments import ARGUMENTS, given_arguments, template_arguments
 from minirlhf.data.chat_template import TemplateOverrun
@@ -16,6 +18,7 @@ from minirlhf.data.ending import completed
 from minirlhf.data.formats import was_sampled
 from minirlhf.data.parts import Parts, is_chat
 from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.data.turns import Gaps, fold, unfold
 from minirlhf.errors import UserError, printable
 from minirlhf.files.rows import Row
 from minirlhf.files.sieve import RowPolicy, Sieve
@@ -25,15 +28,24 @@ ENDED = "an answer ends with the name of an eos, which ends it once"
 SPELLED = "names of control tokens stay text"
 
 
+class Encoding(NamedTuple):
+    """The rows of a file in tokens."""
+
+    ids: list[tuple[list[int], ...] | None]  # (prompt, response, ...); None: the sieve took the row
+    gaps: list[Gaps]  # of each row, what of its one response is not learned
+    lead: list[int]  # what the tokenizer puts before a text
+    notes: list[str]  # for the report
+
+
 def encode(
     path: str | Path, rows: list[tuple[Row, Parts]], tokenizer: Tokenizer | None, sieve: Sieve,
-    whole: bool = False,
-) -> tuple[list[tuple[list[int], ...] | None], list[int], list[str]]:
-    """((prompt ids, response ids, ...) of each row, None where the sieve took it;
-    ids that the tokenizer puts before a text; notes for the report).
+    whole: bool = False, each_turn: bool = False,
+) -> Encoding:
+    """The parts of a file's rows as ids.
 
     Args:
         whole: as in `Tokenizer.encode_dialogue`.
+        each_turn: of several messages in an answer, the assistant's alone are learned.
     """
     parts = [part for _, part in rows]
     sample = parts[0][-1]
@@ -47,12 +59,13 @@ def encode(
         what = "names no eos token, which every text ends with"
         raise UserError(tokenizer.folder, what, "set eos_token in tokenizer_config.json")
     counts: Counter[str] = Counter()
+    gaps: list[Gaps] = [()] * len(rows)
     if ready:
         found = parts
     elif isinstance(sample, str):
         found = _each_string(rows, tokenizer, sieve.policy, rendered, counts)
     else:
-        found = _each_dialogue(path, rows, tokenizer, sieve.policy, whole, counts)
+        found, gaps = _each_dialogue(path, rows, tokenizer, sieve.policy, whole, each_turn, counts)
     headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
     encoded: list[tuple[list[int], ...] | None] = []
     for (row, _), ids in zip(rows, found, strict=True):
@@ -77,7 +90,8 @@ def encode(
             sieve.reject(error, row.raw)
             ids = None
         encoded.append(ids)
-    return encoded, lead, [f"{what}, in {count:,} rows" for what, count in counts.items() if count]
+    notes = [f"{what}, in {count:,} rows" for what, count in counts.items() if count]
+    return Encoding(encoded, gaps, lead, notes)
 
 
 def _each_string(
@@ -159,17 +173,25 @@ def _with_ends(
 
 def _each_dialogue(
     path: str | Path, rows: list[tuple[Row, Parts]], tokenizer: Tokenizer, policy: RowPolicy,
-    whole: bool, counts: Counter[str],
-) -> list[tuple[list[int], ...] | UserError]:
-    """Ids of all rows, or what is wrong with a row."""
+    whole: bool, each_turn: bool, counts: Counter[str],
+) -> tuple[list[tuple[list[int], ...] | UserError], list[Gaps]]:
+    """(ids of all rows, or what is wrong with a row; what of each is not learned)."""
     if policy.rendered:
         do = "leave it out: the chat template renders them"
         raise UserError(path, "holds messages, and --rendered is for strings", do)
     found: list = [_plain_turns(row, parts, tokenizer, policy, counts) for row, parts in rows]
-    ids = tokenizer.encode_dialogues(
-        [part for part in found if not isinstance(part, UserError)], whole, counts
-    )
-    return [part if isinstance(part, UserError) else next(ids) for part in found]
+    asked = [[] if isinstance(part, UserError) else unfold(part) if each_turn else [part]
+             for part in found]
+    flat = [dialogue for dialogues in asked for dialogue in dialogues]
+    every: list[Counter[str]] = [Counter() for _ in flat]
+    ids = tokenizer.encode_dialogues(flat, whole, every)
+    told, gaps = iter(every), [()] * len(rows)
+    for at, ((row, _), dialogues) in enumerate(zip(rows, asked, strict=True)):
+        if dialogues:
+            parts = list(islice(ids, len(dialogues)))
+            found[at], gaps[at] = fold(row, parts) if len(parts) > 1 else (parts[0], ())
+            counts.update({what for one in islice(told, len(parts)) for what in +one})
+    return found, gaps
 
 
 def _plain_turns(

@@ -7,6 +7,7 @@ error with file:line.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -21,9 +22,10 @@ from minirlhf.data.formats import (
     text_format,
     was_sampled,
 )
-from minirlhf.data.parts import Messages, Part, Useless
+from minirlhf.data.parts import TRAIN_ON, Messages, Part, Useless
 from minirlhf.data.split import Split, split_rows
 from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.data.turns import Gaps
 from minirlhf.errors import UserError
 from minirlhf.files.rows import Row
 from minirlhf.files.sieve import STRICT, Report, RowPolicy, Sieve
@@ -90,12 +92,15 @@ class Text:
         prompt_length: tokens before the loss starts; 0 for a plain text.
         where: "file:line".
         columns: the row's other columns.
+        gaps: (first, behind the last) tokens behind the prompt that the loss leaves out, as turns
+            of the user between those of the assistant; counted from the prompt's end.
     """
 
     ids: list[int]
     prompt_length: int
     where: str
     columns: dict
+    gaps: Gaps = ()
 
 
 def is_bare(prompt: Part | None, tokenizer: Tokenizer) -> bool:
@@ -114,6 +119,7 @@ class Encoded(NamedTuple):
     responses: list[list[int]]
     columns: dict
     truncated: bool = False  # to max_length
+    gaps: Gaps = ()  # as in Text, before it was truncated
 
 
 def load_pairs(
@@ -209,21 +215,26 @@ def encoded_text(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 def load_texts(
     path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     policy: RowPolicy = STRICT, finish: Callable[[Text], Text] | None = None,
-    whole: bool = False, imitated: bool = True,
+    whole: bool = False, imitated: bool = True, train_on: str = "all",
 ) -> tuple[list[Text], Report]:
     """Texts of a file, arguments as in `load_pairs`.
 
     Args:
         imitated: to learn from, so that those that are not to be learned are refused or dropped.
+        train_on: of messages to learn from, as in `turns.learned_parts`.
     """
-    detect = imitated_format if imitated else text_format
+    if train_on not in TRAIN_ON:
+        raise UserError("train_on", f"is {train_on!r}", f"legal: {', '.join(TRAIN_ON)}")
+    detect = partial(imitated_format, train_on=train_on) if imitated else text_format
     split = split_rows(path, detect, Sieve(policy))
 
     def make(e: Encoded) -> Text:
-        length = 0 if e.prompt is None else len(e.prompt_ids)
-        return Text(e.prompt_ids + e.responses[0], length, e.row.where, e.columns)
+        length, (answer,) = 0 if e.prompt is None else len(e.prompt_ids), e.responses
+        gaps = tuple((start, min(end, len(answer))) for start, end in e.gaps if start < len(answer))
+        return Text(e.prompt_ids + answer, length, e.row.where, e.columns, gaps)
 
-    return load_examples(split, make, finish, tokenizer, max_length, overlong, whole=whole)
+    return load_examples(split, make, finish, tokenizer, max_length, overlong, whole=whole,
+                         each_turn=imitated and train_on == "all")
 
 
 # -------------------------------------------------------------------------------- parts, in tokens
@@ -233,26 +244,28 @@ def load_examples(
     split: Split, make: Callable[[Encoded], T], finish: Callable[[T], T] | None,
     tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     drop: Callable[[Row, list[list[int]]], str | None] | None = None, whole: bool = False,
+    each_turn: bool = False,
 ) -> tuple[list[T], Report]:
     """Examples of a file's rows; what is not said here as in `load_pairs`.
 
     Args:
         make: a row and its ids -> the example.
         drop: row, ids of its responses as they would be trained -> why it is dropped, or None.
+        each_turn: as in `encode`.
     """
     if overlong not in OVERLONG:
         raise UserError("overlong", f"is {overlong!r}", f"legal: {', '.join(OVERLONG)}")
     if max_length is not None and max_length < 1:
         raise UserError("max_length", f"is {max_length}", "needs at least 1")
     form, rows, report, sieve = split
-    encoded, lead, notes = encode(report.path, rows, tokenizer, sieve, whole)
+    encoded, gaps, lead, notes = encode(report.path, rows, tokenizer, sieve, whole, each_turn)
     report.notes += notes + unread_arguments(rows, tokenizer, sieve.policy)
     first, (prompt, *_) = rows[0]
     ready = tokenizer is None or was_sampled(first) or sieve.policy.rendered
     if not ready and is_bare(prompt, tokenizer):
         report.notes.append(BARE)
     examples = []
-    for (row, (prompt, *_)), ids in zip(rows, encoded, strict=True):
+    for (row, (prompt, *_)), ids, left in zip(rows, encoded, gaps, strict=True):
         if ids is None:
             continue  # the sieve has it
         prompt_ids, *responses = ids
@@ -269,7 +282,7 @@ def load_examples(
             report.drop(row.where, why)
             continue
         others = {k: v for k, v in row.columns.items() if k not in form.used}
-        example = make(Encoded(row, prompt, prompt_ids, responses, others, truncated))
+        example = make(Encoded(row, prompt, prompt_ids, responses, others, truncated, left))
         try:
             examples.append(example if finish is None else finish(example))
         except Useless as why:

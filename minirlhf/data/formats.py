@@ -4,7 +4,6 @@ A row's parts are (prompt or None, response, ...), each as parts.py reads it. RE
 of each kind.
 """
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,9 +13,9 @@ from minirlhf.data.parts import (
     REMOVE,
     Messages,
     Part,
-    Useless,
     has_list,
     ids_part,
+    is_chat,
     messages_part,
     optional_number,
     part_kind,
@@ -24,6 +23,7 @@ from minirlhf.data.parts import (
     turns_part,
     wrong_value,
 )
+from minirlhf.data.turns import learned_parts, whole_dialogue
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import json_kind
 from minirlhf.files.rows import Row
@@ -31,7 +31,8 @@ from minirlhf.files.rows import Row
 ANSWER = "\n\nAssistant:"  # how Anthropic's HH transcripts (arXiv:2204.05862) begin an answer
 LOSS_MASKS = ("labels", "completion_mask", "assistant_masks")  # of tokenised texts elsewhere
 LIKED = ("label", "kto_tag")  # true: the answer was liked (Ethayarajh et al. 2024, KTO)
-LEARNED = ("weight", "train", "loss")  # of a message, in OpenAI's form, axolotl's and ms-swift's
+LOSS_ON = {"all": ", loss on each turn of the assistant", "last": ", loss on the last turn only",
+           "completion": ", loss on all of the answer"}
 GRADES = (*LIKED, "score", "rating", "helpfulness", "correctness", "reward")
 # (prompt or None, chosen, its mask, rejected, its mask): TRL's collator, TRL 1.x, LLaMA-Factory
 PAIR_LABELS = {"margin": 0.0, "chosen_probability": 1.0}  # optional columns, and what none means
@@ -313,16 +314,20 @@ def text_format(row: Row, empty_prompt: bool = False) -> Format:
         return Format(detected, keys, _columns(read, keys, empty_prompt))
     for key in ("messages", "text"):  # a table may have the latter's as JSON
         if part_kind(columns.get(key)) == "messages":
-            detected = f"dialogues ({key}), loss on the last turn of the assistant only"
+            detected = f"dialogues ({key})"
             return Format(detected, (key,), partial(_last_answer, key=key))
     if isinstance(columns.get("text"), str):
         return Format("texts (text)", ("text",), lambda row: (None, string_part(row, "text")))
     raise unknown_columns(row, "text | prompt with completion or response | messages | input_ids")
 
 
-def imitated_format(row: Row, empty_prompt: bool = False) -> Format:
+def imitated_format(row: Row, empty_prompt: bool = False, train_on: str = "all") -> Format:
     """`text_format` of texts to learn from: a row with an answer that people did not like is an
-    error, and one whose last turn says that it is not to be learned useless."""
+    error, and one without a turn that is to be learned useless.
+
+    Args:
+        train_on: as in `turns.learned_parts`.
+    """
     form = text_format(row, empty_prompt)
     if form.detected.startswith(("texts", "tokenised texts")):
         return form
@@ -335,13 +340,12 @@ def imitated_format(row: Row, empty_prompt: bool = False) -> Format:
                 do = f"keep the rows whose {name} is true; dpo --loss kto learns from all"
                 raise UserError(row.where, what, do)
         found = form.parts(row)
-        last = found[-1][-1] if isinstance(found[-1], list) else {}
-        for name in LEARNED:
-            if last.get(name) not in (None, 0, 1):
-                raise wrong_value(row, f"{name} of the last turn", last[name], "needs 0 or 1")
-            if last.get(name) == 0:
-                raise Useless(f"{name} of the last turn is {printable(json.dumps(last[name]))}")
-        return found
+        if not is_chat(found[-1]):
+            return found
+        is_whole = form.used in (("messages",), ("text",)) and train_on == "all"
+        return learned_parts(row, whole_dialogue(found) if is_whole else found, train_on)
 
-    told = f", those whose {liked[0]} is true" if liked else ""
+    is_spoken = any(part_kind(row.columns.get(name)) == "messages" for name in form.used)
+    told = LOSS_ON[train_on] if is_spoken else ""
+    told += f", those whose {liked[0]} is true" if liked else ""
     return Format(form.detected + told, (*form.used, *liked), parts, form.absent)

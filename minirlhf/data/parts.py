@@ -17,6 +17,7 @@ Part = str | Messages | list[int]
 Parts = tuple[Part | None, ...]  # (prompt or None, response, ...)
 
 SPOKEN = re.compile(r"\n\n(Human|Assistant):")  # before each turn of an HH transcript
+TRAIN_ON = ("all", "last", "completion")  # turns of messages that are learned, as turns.py says
 REMOVE = "remove the row or fill it in"
 SPEAKERS = {  # `from` in ShareGPT and its kin -> role
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",

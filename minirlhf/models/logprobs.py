@@ -35,6 +35,7 @@ TILE = Tile()
 class TokenStats(NamedTuple):
     logprobs: Tensor  # (…), nats
     entropy: Tensor  # (…), nats, of the whole distribution at that position
+    greedy: Tensor  # (…) bool, whether no token is likelier than the target
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -50,7 +51,8 @@ def plain_token_logprobs(
     logits = F.linear(hidden.to(wide), lm.unembedding.to(wide)) / temperature  # (…, V)
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return TokenStats(logprobs.gather(-1, targets[..., None])[..., 0], entropy)
+    chosen = logprobs.gather(-1, targets[..., None])[..., 0]
+    return TokenStats(chosen, entropy, chosen >= logprobs.amax(-1))
 
 
 def token_logprobs(
@@ -73,7 +75,8 @@ def token_logprobs(
             outside it has log-prob -inf.
         tile: how many logits are held at once.
     Returns:
-        TokenStats(logprobs, entropy), each (…) float32 (float64 for a float64 model).
+        TokenStats(logprobs, entropy, greedy), each (…); the first two float32 (float64 for a
+        float64 model), and with gradient.
     Raises:
         ValueError: shapes that do not fit, a temperature of 0, an id beyond the vocabulary.
     """
@@ -191,11 +194,13 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(states, weight, ids, normalizer, entropy)
         ctx.temperature, ctx.support, ctx.tile = temperature, support, tile
         ctx.set_materialize_grads(False)
-        return (target - best) - total.log(), entropy
+        greedy = target >= best
+        ctx.mark_non_differentiable(greedy)
+        return (target - best) - total.log(), entropy, greedy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None):
+    def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None):
         states, weight, ids, normalizer, entropy = ctx.saved_tensors
         wide = widened(states.dtype)
         grad_states = torch.zeros_like(states, dtype=wide)

@@ -2,17 +2,18 @@
 
     loss = -(sum over target tokens of log pi(token | those before it)) / (number of target tokens)
 
-With a prompt the targets are the answer's tokens, without one all that have a predecessor. The same
-with default settings on one page: `minirlhf/lessons/sft.py`.
+With a prompt the targets are the answer's tokens, of a dialogue those of each turn of the assistant
+(`--train-on`), of a plain text all that have a predecessor. The same with default settings on one
+page: `minirlhf/lessons/sft.py`.
 
 Run it as `minirlhf sft` or `python minirlhf/recipes/sft.py`, or loop over `sft(...)`. Left out:
 packing several texts into one row, which would let them see each other.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from itertools import islice
-from math import ceil
 from pathlib import Path
 
 if not __package__ and Path(__file__).parts[-3] == "minirlhf":  # run by its path
@@ -33,6 +34,8 @@ from minirlhf.setup.sft import keep_tokenizer, load_run
 from minirlhf.setup.sft_settings import SFTConfig
 from minirlhf.setup.training import STEADY, TrainingRun
 
+PER_TOKEN = ("loss", "entropy", "mean_token_accuracy")  # means over target tokens
+
 
 def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Step]:
     """Trains state.model, a CausalLM; yields after each optimizer step.
@@ -48,7 +51,7 @@ def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Ste
     if not texts:
         raise ValueError("texts is empty: give at least one")
     lengths, counts = count_tokens(texts)
-    per_epoch = ceil(len(texts) / config.batch_size)
+    per_epoch = math.ceil(len(texts) / config.batch_size)
     steps = total_steps(len(texts), config.batch_size, config.epochs, config.steps)
     batches = training_batches(lengths, config.batch_size, config.seed, state.step)
     for rows in islice(batches, steps - state.step):
@@ -57,7 +60,7 @@ def sft(state: TrainState, texts: list[Text], config: SFTConfig) -> Iterator[Ste
         batch = [texts[i] for i in rows.tolist()]
         with optim.skip_nonfinite(state.optimizer, state.counters, config.skip_nonfinite):
             metrics = update_weights(state, batch, config)
-            tokens = {name: metrics[name] for name in ("loss", "entropy")}
+            tokens = {name: metrics[name] for name in PER_TOKEN}
             state.meters.update(tokens, int(counts[rows].sum()))
             state.meters.update({"grad_norm": metrics["grad_norm"]})
         state.step += 1
@@ -74,11 +77,11 @@ def update_weights(state: TrainState, batch: list[Text], config: SFTConfig) -> d
     """One optimizer step on the mean loss over the targets of a batch, in micro-batches.
 
     Returns:
-        loss and entropy, nats a target; grad_norm, before clipping.
+        loss and entropy, nats a target; mean_token_accuracy; grad_norm, before clipping.
     """
     lm, where = state.model, f"step {state.step + 1}"
     lengths, counts = count_tokens(batch)
-    sums, count = {"loss": 0.0, "entropy": 0.0}, int(counts.sum())  # whatever the micro-batches
+    sums, count = dict.fromkeys(PER_TOKEN, 0.0), int(counts.sum())  # whatever the micro-batches
     state.optimizer.zero_grad()
     for part in cut_by_tokens(lengths, len(batch), config.micro_batch_tokens):
         here = [batch[i] for i in part.tolist()]
@@ -90,6 +93,7 @@ def update_weights(state: TrainState, batch: list[Text], config: SFTConfig) -> d
         interrupt.check()
         sums["loss"] += value
         sums["entropy"] += float(stats.entropy.detach().sum()) / count
+        sums["mean_token_accuracy"] += int(stats.greedy.sum()) / count
     grad_norm = optim.clip_gradients(lm, config.max_grad_norm, where)
     state.optimizer.step()
     optim.check_weights(state.optimizer, where)
@@ -101,15 +105,17 @@ def update_weights(state: TrainState, batch: list[Text], config: SFTConfig) -> d
 
 @torch.no_grad()
 def evaluate(lm: CausalLM, texts: list[Text], micro_batch_tokens: int = 4096) -> dict[str, float]:
-    """loss and entropy, nats a target token over all texts, and perplexity = exp(loss)."""
+    """loss and entropy, nats a target token over all texts, perplexity = exp(loss), and
+    mean_token_accuracy."""
     lengths, counts = count_tokens(texts)
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
     for part in cut_by_tokens(lengths, len(texts), micro_batch_tokens):
         interrupt.check()
         stats = target_stats(lm, collate_texts([texts[i] for i in part.tolist()]))
-        sums += torch.stack((-stats.logprobs.sum(), stats.entropy.sum())).cpu()
-    loss, entropy = sums / counts.sum()
-    return {"loss": float(loss), "perplexity": float(loss.exp()), "entropy": float(entropy)}
+        sums += torch.stack((-stats.logprobs.sum(), stats.entropy.sum(), stats.greedy.sum())).cpu()
+    loss, entropy, accuracy = (sums / counts.sum()).tolist()
+    return {"loss": loss, "perplexity": math.exp(loss), "entropy": entropy,
+            "mean_token_accuracy": accuracy}
 
 
 def evaluate_all(start: TrainingRun[Text]) -> dict[str, float]:
@@ -136,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
                 extra = {name: step.metrics[name] for name in STEADY}
                 extra |= evaluate_all(start) if evaluating else {}
                 if evaluating or start.is_due(step, config.log_every):
-                    r.log(state, extra, step.clock, ("loss", "entropy", "grad_norm"))
+                    r.log(state, extra, step.clock, (*PER_TOKEN, "grad_norm"))
             if start.is_due(step, config.save_every):
                 r.save(state)
         if r.stopped:

@@ -10,6 +10,7 @@ needs another default, sentence or range says so by `override`. No group imports
 from dataclasses import dataclass
 
 from minirlhf.data.arguments import argument_problems
+from minirlhf.data.parts import TRAIN_ON
 from minirlhf.files.sieve import column_problems, name_problems
 from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import setting
@@ -141,6 +142,17 @@ class StepSettings:
 
     epochs: float = setting(1.0, "passes over the data", above=0, at_most=1e6)
     steps: int | None = setting(None, "optimizer steps; given, it replaces epochs", at_least=1)
+
+
+@dataclass(frozen=True)
+class TurnSettings:
+    """Data: what of messages is learned."""
+
+    train_on: str = setting(
+        "all", "what of messages is learned: all turns of the assistant (of a row with a prompt, "
+        "those of its completion), the last one, or the whole completion, whoever speaks in it",
+        choices=TRAIN_ON, resume="start",
+    )
 
 
 @dataclass(frozen=True)

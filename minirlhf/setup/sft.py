@@ -124,7 +124,8 @@ def load_run(config: SFTConfig) -> TrainingRun[Text]:
 
     def read(file: str) -> tuple[list[Text], Report]:
         return load_texts(file, tokenizer, config.max_length, config.overlong,
-                          policy=RowPolicy.of(config), finish=with_target)
+                          policy=RowPolicy.of(config), finish=with_target,
+                          train_on=config.train_on)
 
     config, rows = read_rows(r, config, read, longest.of_texts, model_config.longest_row)
     make_deterministic(device)

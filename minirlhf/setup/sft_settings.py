@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from minirlhf.run.settings import override, setting
-from minirlhf.setup.groups import InputSettings, LengthSettings, TrainingSettings
+from minirlhf.setup.groups import InputSettings, LengthSettings, TrainingSettings, TurnSettings
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class NewModelSettings:
 
 
 @dataclass(frozen=True)
-class SFTConfig(InputSettings, NewModelSettings, LengthSettings, TrainingSettings):
+class SFTConfig(InputSettings, NewModelSettings, TurnSettings, LengthSettings, TrainingSettings):
     """Fine-tune a language model on demonstrations."""
 
     SHOWN_FIRST: ClassVar = (
-        "model", "init_config", "data", "max_length", "eval_data", "eval_every", "epochs", "steps",
-        "batch_size", "learning_rate", "lora_rank", "seed", "out", "resume",
+        "model", "init_config", "data", "train_on", "max_length", "eval_data", "eval_every",
+        "epochs", "steps", "batch_size", "learning_rate", "lora_rank", "seed", "out", "resume",
     )
 
     model: str | None = override(

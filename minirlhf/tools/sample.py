@@ -122,8 +122,9 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
     row = Row("--prompt", {"prompt": prompt.text, **columns}), (prompt.text,)
     ids = tokenizer.encode("")
     if config.prompt:
-        ((ids,),), _, notes = encode("--prompt", [row], tokenizer, Sieve(RowPolicy.of(config)))
-        print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+        found = encode("--prompt", [row], tokenizer, Sieve(RowPolicy.of(config)))
+        ((ids,),) = found.ids
+        print("".join(f"note: {note}\n" for note in found.notes), end="", file=sys.stderr)
     if not 1 <= len(ids) <= room:
         raise UserError("--prompt", f"has {len(ids)} tokens", f"must have 1 to {room}")
     return [replace(prompt, ids=ids)]

@@ -20,6 +20,7 @@ from minirlhf.setup.groups import (
     ResponseSettings,
     SamplingSettings,
     SeedSettings,
+    TurnSettings,
 )
 from minirlhf.setup.policy_settings import PromptSettings
 
@@ -70,7 +71,8 @@ class LinesSettings(OutSettings):
 
 @dataclass(frozen=True)
 class CheckConfig(
-    ModelSettings, DataSettings, LengthSettings, ResponseSettings, RecipeSettings, JsonSettings
+    ModelSettings, DataSettings, TurnSettings, LengthSettings, ResponseSettings, RecipeSettings,
+    JsonSettings,
 ):
     """Look at data as a recipe will read it."""
 

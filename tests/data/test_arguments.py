@@ -57,7 +57,7 @@ def test_rows_are_rendered_as_transformers_renders_them(family, chat, write, mon
     folder = chat(FAMILIES[family])
     ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     path = write(*({"messages": ASKED, **columns} for columns, _ in FORMS))
-    texts, _ = load_texts(path, ours, None, "error", whole=True)
+    texts, _ = load_texts(path, ours, None, "error", whole=True, train_on="last")
     path = write(*({"prompt": ASKED[:3], **columns} for columns, _ in FORMS))
     prompts, _ = load_prompts(path, ours, None, "error")
     assert len(texts) == len(prompts) == len(FORMS)

@@ -100,6 +100,17 @@ def test_a_long_prompt_is_encoded_once_for_all_its_answers(tmp_path, monkeypatch
     assert sum(text.count("hello") for text in read) == 300
 
 
+def test_a_dialogue_that_begins_as_the_one_before_it_is_encoded_by_itself(tmp_path):
+    """What is kept of the one before ends where a token was cut out; here "say" is one token."""
+    template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    ours, theirs = both(tmp_path, "bytes", template)
+    said = [chat("sa", "over"), chat("say hello", "over"), chat("say hello", "over", "a", "film"),
+            chat("say hello", "over", "a film", "film")]
+    for turns in (*said, *said[::-1]):
+        ids = ours.encode_dialogue(turns[:-1], turns[-1:], whole=True)
+        assert [*ids[0], *ids[1]] == theirs.apply_chat_template(turns, return_dict=False)
+
+
 @pytest.mark.parametrize(
     "odd", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}]
 )
@@ -215,7 +226,7 @@ def test_a_prompt_ends_where_the_template_parts(
     system = [{"role": "system", "content": before}] if before else []
     turns, counts = chat(*contents[:2]), Counter()
     replies = [[{"role": "assistant", "content": text}] for text in contents[1:]]
-    (ids,) = ours.encode_dialogues([Dialogue(system + turns[:1], replies)], counts=counts)
+    (ids,) = ours.encode_dialogues([Dialogue(system + turns[:1], replies)], counts=[counts])
     assert [theirs.decode(part) for part in ids] == [prompt, *(f"{a}</s>" for a in answers)]
     assert +counts == {PARTED: 1}
     for reply, answer in zip(replies, ids[1:], strict=True):

@@ -336,13 +336,6 @@ def test_load_texts_marks_where_the_loss_starts(write, tokenizer, row, prompt, a
     assert texts == [Text(expected, len(spell(prompt)), f"{path}:1", {"extra": 1})]
 
 
-def test_load_texts_trains_on_the_last_answer_of_a_dialogue(write, tokenizer):
-    path = write({"messages": [U, A, V, B]})
-    (text,), report = load_texts(path, tokenizer, None, "drop")
-    assert text.ids[text.prompt_length :] == [*spell(" b"), EOS]
-    assert report.detected == "dialogues (messages), loss on the last turn of the assistant only"
-
-
 def test_the_text_of_a_prompt_that_was_cut_is_what_is_left(write, tokenizer):
     path = write({"prompt": "abcdef"}, {"prompt": "xy"})
     prompts, report = load_prompts(path, tokenizer, 3, "truncate_prompt_left")
@@ -378,7 +371,7 @@ def test_a_tool_call_is_an_answer_without_text(write, folder, turn):
     assert ids(pair) == expected
     seen = {"from": "observation", "value": "9"}
     rows = write({"messages": [U, turn, seen, A]}, {"messages": [U, turn]})
-    texts, _ = load_texts(rows, tokenizer, None, "drop")
+    texts, _ = load_texts(rows, tokenizer, None, "drop", train_on="last")
     assert [text.prompt_length for text in texts] == [
         len("[user]q[assistant]heat Oslo[tool]9[assistant]"), len("[user]q[assistant]")
     ]
@@ -392,7 +385,7 @@ def test_tool_calls_that_the_template_does_not_write_are_counted_or_refused(writ
     seen, told = {"role": "tool", "content": "9"}, "tool calls that the chat template does not "
     said = turn | {"content": "Wait."}
     path = write({"messages": [U, turn, seen, A]}, {"messages": [U, A]}, {"messages": [U, said]})
-    texts, report = load_texts(path, tokenizer, None, "drop")
+    texts, report = load_texts(path, tokenizer, None, "drop", train_on="last")
     assert f"{told}write, in 2 rows" in report.notes and len(texts) == 3
     _, report = load_prompts(write({"prompt": [U, turn, seen]}), tokenizer, None, "drop")
     assert f"{told}write, in 1 rows" in report.notes

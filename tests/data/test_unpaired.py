@@ -33,7 +33,7 @@ def read(path: str, tokenizer, **more):
         ({"prompt": PROMPT, "completion": ANSWER, "label": True},
          "prompts with answers, in messages (prompt, completion), each with label"),
         ({"messages": PROMPT + ANSWER, "label": True},
-         "dialogues (messages), loss on the last turn of the assistant only, each with label"),
+         "dialogues (messages), each with label"),
         ({"instruction": "How was it?", "input": "", "output": "Good.", "kto_tag": True},
          "alpaca (instruction, output), read as prompts with answers"),
         ({"text": "It was good.", "label": True}, "texts (text), each with label"),

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from minirlhf.batches.demonstrations import collate_texts, count_tokens
+from minirlhf.batches.demonstrations import collate_texts, count_tokens, target_stats
 from minirlhf.cli import main
 from minirlhf.data.batching import epoch_batches
 from minirlhf.data.examples import Text
@@ -72,6 +72,33 @@ def test_collate_texts_counts_only_tokens_after_the_prompt():
     assert batch.target_mask.tolist() == [[True, True, True], [True, True, False]]
 
 
+# Of [1 2 | 3 4 | 5 6 | 7 8] the prompt is 1 2, and 5 6 stands in a gap, 2 tokens behind the prompt;
+# of [9 1 | 2] nothing does.
+GAPPED = [Text([1, 2, 3, 4, 5, 6, 7, 8], 2, "t:1", {}, ((2, 4),)), Text([9, 1, 2], 2, "t:2", {})]
+
+
+def test_gaps_are_read_and_no_targets():
+    batch = collate_texts(GAPPED)
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8], [9, 1, 2, 0, 0, 0, 0, 0]]
+    assert batch.target_mask.tolist() == [
+        [True, True, False, False, True, True], [True] + [False] * 5
+    ]
+    assert [x.tolist() for x in count_tokens(GAPPED)] == [[8, 3], [4, 1]]
+    with pytest.raises(UserError, match="has no token after the first"):
+        count_tokens([Text([1, 2, 3], 2, "t:1", {}, ((0, 1),))])
+
+
+def test_targets_behind_a_gap_see_all_before_them():
+    lm = tiny_lm()
+    stats = target_stats(lm, collate_texts(GAPPED))
+    tokens = torch.tensor([GAPPED[0].ids])
+    logprobs = lm.logits(lm(tokens)).log_softmax(-1)[0]
+    # a target at index i is predicted at i - 1: 3, 4 at 1, 2 and 7, 8 at 5, 6
+    expected = [logprobs[at - 1, GAPPED[0].ids[at]] for at in (2, 3, 6, 7)]
+    assert torch.allclose(stats.logprobs[:4], torch.stack(expected), rtol=0, atol=1e-9)
+    assert len(stats.logprobs) == 5
+
+
 def test_sft_loss_and_entropy_are_log_v_for_a_uniform_model():
     lm = tiny_lm()
     torch.nn.init.zeros_(lm.lm_head.weight)  # all logits 0: each of 11 tokens has 1/11
@@ -107,6 +134,9 @@ def test_evaluate_is_the_mean_over_tokens_by_hand():
     result = evaluate(lm, texts)
     assert result["loss"] == pytest.approx(sum(losses) / 4, abs=1e-6)
     assert result["perplexity"] == pytest.approx((21 * 6 * 10.5 * 12) ** 0.25, rel=1e-6)
+    # After 2 token 3 is the least likely and all others are as likely; after the others it is the
+    # likeliest: 3 after 3 and 5 after 2 are right, 3 after 2 and 1 after 5 are not.
+    assert result["mean_token_accuracy"] == 0.5
 
 
 def test_evaluate_of_a_prompt_ignores_what_the_model_thinks_of_it():

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         print(show_model(model), end="\n\n")
     every, first, problems = [], None, []
     for path, recipe in zip(config.data, recipes, strict=True):
-        file = read_file(path, recipe, policy)
+        file = read_file(path, recipe, policy, config.train_on)
         if model is None and not file.is_ids:
             read = read_text(file, policy)
         else:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import count
+from itertools import count, pairwise, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from minirlhf.batches.responses import with_answers
 from minirlhf.data.examples import tell_labels
 from minirlhf.data.rankings import says_nothing
 from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.data.turns import Gaps
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.models.config import ModelConfig
@@ -21,6 +22,7 @@ from minirlhf.tools.check import warn
 from minirlhf.tools.check.rows import KINDS, SeenFile, SeenRow, row_of
 
 BINS = 8  # of a histogram
+UNLEARNED = ("<<<", ">>>")  # around what of a response is not learned
 
 
 class Model(NamedTuple):
@@ -97,9 +99,7 @@ def read_tokens(
 
     def load(limit: int | None, overlong: str, policy: RowPolicy) -> tuple[list[SeenRow], Report]:
         path = file.report.path
-        found, report = file.kind.load(
-            path, tokenizer, limit, overlong, policy, finish, **as_read
-        )
+        found, report = file.load(path, tokenizer, limit, overlong, policy, finish, **as_read)
         return list(map(row_of, found)), report
 
     rows, report = load(None, "drop", replace(policy, max_drop=1.0))
@@ -119,6 +119,7 @@ def read_tokens(
             for name, limit in limits.items() if limit is not None}
     facts = {"unit": "tokens", "limits": over | {"overlong": overlong},
              "samples": samples(file.kind.names, kept, tokenizer)}
+    facts["gaps"] = any(row.gaps for row in kept)
     odd = warn.odd_texts(file)
     if tokenizer is not None:
         odd |= warn.odd_tokens(rows, tokenizer, ended=ended)
@@ -163,11 +164,19 @@ def samples(
     def text(ids: Sequence[int]) -> str:
         return "" if tokenizer is None else tokenizer.decode(ids, skip_special=False)
 
+    def shown(ids: Sequence[int], gaps: Gaps) -> str:
+        """Of a response, with a mark around what is not learned."""
+        starts = [0, *(at for gap in gaps for at in gap)]
+        pieces = [text(ids[a:b]) for a, b in pairwise([*starts, len(ids)])]
+        marks = [UNLEARNED[at % 2] for at in range(len(pieces) - 1)]
+        return "".join(map("".join, zip_longest(pieces, marks, fillvalue="")))
+
     def seen(row: SeenRow, why: str) -> dict:
         ranked = ("prompt", *(f"rank {rank}" for rank in row.ranks))
         parts = zip(ranked if names[-1] == "others" else names, row.parts, strict=True)
         return {"where": row.where, "why": why, "parts": [
-            {"part": name, "tokens": len(ids), "text": text(ids),
+            {"part": name, "tokens": len(ids),
+             "text": text(ids) if name == "prompt" else shown(ids, row.gaps),
              "begins": [[id, text([id])] for id in ids[:2]],
              "ends": [[id, text([id])] for id in ids[2:][-3:]]}
             for name, ids in parts if ids

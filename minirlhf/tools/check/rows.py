@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from minirlhf.batches.preferences import ordered
@@ -13,6 +13,7 @@ from minirlhf.data.examples import PASSED
 from minirlhf.data.formats import imitated_format, pair_format, pair_labels, prompt_format
 from minirlhf.data.parts import Part, is_chat
 from minirlhf.data.split import NOT_READ, first_row, split_rows
+from minirlhf.data.turns import Gaps
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import json_kind
 from minirlhf.files.rows import Row
@@ -53,6 +54,7 @@ class SeenRow:
     parts: list[Part | None]  # prompt or None, and responses, best first
     ranks: list[int]  # of the responses
     arguments: dict = field(default_factory=dict)  # what else the chat template sees
+    gaps: Gaps = ()  # tokens of the one response that are not learned
 
     @cached_property
     def strings(self) -> list[str]:
@@ -100,6 +102,7 @@ class SeenFile(NamedTuple):
     rows: list[SeenRow]
     report: Report  # of a file from which nothing is dropped yet
     labels: list[tuple[float | None, float | None]]  # PAIR_LABELS; empty unless they are pairs
+    load: Callable  # the kind's, with what it is told beside the usual
 
     @property
     def is_chat(self) -> bool:
@@ -116,8 +119,8 @@ def row_of(
     match example:
         case examples.Prompt():
             return SeenRow(example.where, [example.ids], [])
-        case examples.Text(ids=ids, prompt_length=length):
-            return SeenRow(example.where, [ids[:length], ids[length:]], [1])
+        case examples.Text(ids=ids, prompt_length=length, gaps=gaps):
+            return SeenRow(example.where, [ids[:length], ids[length:]], [1], gaps=gaps)
     return SeenRow(example.where, [example.prompt_ids, *example.responses], example.ranks)
 
 
@@ -145,8 +148,14 @@ def _recipe_of_row(row: Row) -> str:
     raise UserError(row.where, f"columns of no known format: {keys}", do)
 
 
-def read_file(path: str, recipe: str, policy: RowPolicy = STRICT) -> SeenFile:
-    """All rows of a file, each of the kind that the first one is."""
+def read_file(
+    path: str, recipe: str, policy: RowPolicy = STRICT, train_on: str = "all"
+) -> SeenFile:
+    """All rows of a file, each of the kind that the first one is.
+
+    Args:
+        train_on: what of messages sft learns.
+    """
     kind = next(kind for kind in KINDS.values() if recipe in kind.recipes)
     if recipe == "dpo" and unpaired.holds_unpaired(path, policy):
         kind = KINDS["unpaired"]
@@ -154,7 +163,8 @@ def read_file(path: str, recipe: str, policy: RowPolicy = STRICT) -> SeenFile:
         kind = KINDS["lists"]
     pairs, sieve, rows = kind == KINDS["pairs"], Sieve(policy), []
     labels_of, others = (pair_labels if pairs else None), kind.others
-    split = split_rows(path, kind.form, sieve, also=labels_of, others=others)
+    told = {"train_on": train_on} if kind == KINDS["texts"] else {}
+    split = split_rows(path, partial(kind.form, **told), sieve, also=labels_of, others=others)
     for row, (prompt, *responses) in split.rows:
         ranks = list(range(1, len(responses) + 1))
         if kind == KINDS["lists"]:
@@ -165,4 +175,5 @@ def read_file(path: str, recipe: str, policy: RowPolicy = STRICT) -> SeenFile:
     split.report.rejected_rows = sieve.in_order()
     split.report.notes += sieve.notes
     labels = [labels_of(row) for row, _ in split.rows if pairs]
-    return SeenFile(kind, recipe, rows, split.report, labels)
+    load = partial(kind.load, **told)
+    return SeenFile(kind, recipe, rows, split.report, labels, load)

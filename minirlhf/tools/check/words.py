@@ -81,7 +81,9 @@ def show(facts: dict, report: Report) -> str:
         lines.append(f"  lists:    {n['min']} to {n['max']} responses, median {n['median']:g}; "
                      f"pairs of equal rank: {lists['tied_pairs']:,}")
     if facts["samples"]:
-        lines += ["", f"  rows as the model reads them; {BOUNDARY} is where the response begins"]
+        told = f"  rows as the model reads them; {BOUNDARY} is where the response begins"
+        told += ", <<< where nothing is learned" if facts["gaps"] else ""
+        lines += ["", told]
     for sample in facts["samples"]:
         lines += _sample(sample)
     lines += _lengths(facts["unit"], facts["lengths"])
