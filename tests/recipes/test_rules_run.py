@@ -1,4 +1,4 @@
-"""PPO with rewards that can be verified: what it reads, refuses before it loads, and logs."""
+"""Rewards that can be verified, in PPO and GRPO: what is read, refused first, and logged."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ GOOD = PROMPT | {"answer": "6 * 3 = 18\n#### 18"}
 TURNS = {"prompt": [{"role": "user", "content": "18?"}], "answer": 18}
 
 
+@pytest.mark.parametrize("verb", ["ppo", "grpo"])
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
@@ -27,12 +28,12 @@ TURNS = {"prompt": [{"role": "user", "content": "18?"}], "answer": 18}
     ],
 )
 def test_prompts_whose_answer_cannot_be_read_are_refused_before_a_model(
-    rows, told, refused, monkeypatch
+    rows, told, verb, refused, monkeypatch
 ):
     monkeypatch.setattr("minirlhf.models.pretrained.load_pretrained", None)  # nothing is loaded
     data = write("d.jsonl", json_lines(*rows))
-    assert refused(words("ppo", data=data, reward=("math", "0.5*format:x"))).startswith(told)
-    held_out = words("ppo", data=write("g.jsonl", json_lines(GOOD, GOOD)), reward="math")
+    assert refused(words(verb, data=data, reward=("math", "0.5*format:x"))).startswith(told)
+    held_out = words(verb, data=write("g.jsonl", json_lines(GOOD, GOOD)), reward="math")
     assert refused([*held_out, "--eval-data", data]).startswith(told)
 
 
@@ -52,11 +53,12 @@ def folder(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_run_learns_from_rules_and_logs_each(folder):
+@pytest.mark.parametrize(("verb", "score"), [("ppo", "objective/scores"), ("grpo", "reward")])
+def test_a_run_learns_from_rules_and_logs_each(verb, score, folder):
     solved = [{"prompt": row["prompt"], "solution": row["answer"]} for row in (TURNS, TURNS, TURNS)]
     data = write("d.jsonl", json_lines(*solved, solved[0] | {"solution": "two"}))
     rules = ("math", "0.5*format:[0-9]", "2*length:2", "0*exact")
-    argv = words("ppo", data=data, reward=rules, columns="answer=solution", bad_rows="skip",
+    argv = words(verb, data=data, reward=rules, columns="answer=solution", bad_rows="skip",
                  log_every=1, sample_every=1, max_new_tokens=3)
     assert main(argv) == 0
     assert [row["where"] for row in read_lines(Path("out/rejected.jsonl"))] == ["d.jsonl:4"]
@@ -66,4 +68,4 @@ def test_a_run_learns_from_rules_and_logs_each(folder):
     means = {name: line[f"rewards/{name}/mean"] for name in ("math", "format", "length", "exact")}
     # a mean of (B,) scores is a sum of means: 1 math + 0.5 format + 2 length + 0 exact
     total = means["math"] + 0.5 * means["format"] + 2 * means["length"]
-    assert line["objective/scores"] == pytest.approx(total, abs=1e-6) and 0 < total <= 3.5
+    assert line[score] == pytest.approx(total, abs=1e-6) and 0 < total <= 3.5
