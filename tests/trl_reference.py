@@ -251,6 +251,94 @@ def reward_reference() -> dict:
     return out
 
 
+# ---- TRL 1.16: DPOTrainer, KTOTrainer, ORPOTrainer, CPOTrainer -----------------------------------
+
+REJECTED = [[2], [5, 5, 8], [4, 1]]  # beside RESPONSES, which are chosen
+LIKED = [True, False, True]  # of RESPONSES alone
+KTO_PHASES = {"kto": (NEW, REF), "kto, KL above 0": (REF, NEW)}
+BETA, SMOOTHING, SIMPO_BETA, GAMMA, WEIGHTS = 0.3, 0.1, 2.0, 0.5, (1.5, 0.75)
+
+
+def language_model(phase: float) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return fill(LlamaForCausalLM(LlamaConfig(**SHAPE)).double().eval(), phase)
+
+
+def fused(model: nn.Module):
+    """A model as TRL patches it, which gives what its trainers read in the place of logits."""
+
+    def call(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: object):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+        targets, logprobs = labels[:, 1:], logits.log_softmax(-1)
+        at_labels = logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        return SimpleNamespace(
+            log_probs=torch.where(targets >= 0, at_labels, 0), mean_logits=logits.mean(-1),
+            entropy=-(logprobs.exp() * logprobs).sum(-1), is_top1=logits.argmax(-1) == targets,
+        )
+
+    return call
+
+
+def direct_trainer(kind: type, **settings: object):
+    trainer = object.__new__(kind)
+    alone = lambda x: x  # noqa: E731
+    trainer.accelerator = SimpleNamespace(device="cpu", gather=alone, gather_for_metrics=alone)
+    trainer.args = SimpleNamespace(gradient_checkpointing_kwargs=None)
+    trainer.model = nn.Module()  # asked whether it is in training, and whether it has adapters
+    trainer.model.is_gradient_checkpointing = False
+    trainer.ref_model = fused(language_model(REF))
+    trainer._metrics = {"train": defaultdict(list)}
+    trainer._total_train_tokens, trainer._tp_size = 0, 1
+    trainer.precompute_ref_logps = trainer.aux_loss_enabled = False
+    for name, value in settings.items():
+        setattr(trainer, name, value)
+    return trainer
+
+
+def loss_and_metrics(trainer, model: nn.Module, batch: dict) -> dict:
+    loss = trainer._compute_loss(fused(model), batch, False)
+    metrics = {n: values[0] for n, values in trainer._metrics["train"].items()
+               if n.startswith(("rewards/", "logps/")) or n in ("entropy", "kl")}
+    return {"loss": loss, "metrics": metrics, "gradient": projected(model, loss)}
+
+
+def direct_reference() -> dict:
+    from trl import DPOTrainer, KTOTrainer
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+    model, out = language_model(NEW), {}
+    rows = [{"prompt_ids": q, "chosen_ids": c, "rejected_ids": r}
+            for q, c, r in zip(QUERIES, RESPONSES, REJECTED, strict=True)]
+    for loss in ("sigmoid", "robust", "hinge", "ipo"):
+        trainer = direct_trainer(
+            DPOTrainer, beta=BETA, loss_types=[loss], loss_weights=[1.0], label_smoothing=SMOOTHING,
+            ld_alpha=None, f_divergence_type="reverse_kl", use_weighting=False,
+        )
+        batch = DataCollatorForPreference(pad_token_id=0)(rows)
+        out[loss] = loss_and_metrics(trainer, model, batch)
+    turned = RESPONSES[-1:] + RESPONSES[:-1]  # as its _prepare_dataset does with a batch
+    rows = [{"prompt_ids": q, "completion_ids": c, "KL_completion_ids": k, "label": label}
+            for q, c, k, label in zip(QUERIES, RESPONSES, turned, LIKED, strict=True)]
+    batch = DataCollatorForUnpairedPreference(pad_token_id=0)(rows)
+    for name, (policy, ref) in KTO_PHASES.items():
+        trainer = direct_trainer(KTOTrainer, beta=BETA, loss_type="kto", calculate_KL=True,
+                                 desirable_weight=WEIGHTS[0], undesirable_weight=WEIGHTS[1],
+                                 ref_model=fused(language_model(ref)))
+        out[name] = loss_and_metrics(trainer, language_model(policy), batch)
+    means = torch.tensor([[-0.5, -1.25, -3.0], [-1.0, -0.75, -2.0]], dtype=torch.float64)
+    losses, *_ = direct_trainer(ORPOTrainer, beta=BETA).odds_ratio_loss(*means)
+    out["orpo"] = {"means": means, "losses": -losses}  # TRL adds them as -losses.mean()
+    trainer = direct_trainer(CPOTrainer, beta=SIMPO_BETA, alpha=0.0, loss_type="simpo",
+                             simpo_gamma=GAMMA, label_smoothing=0.0)
+    losses, chosen, rejected = trainer.cpo_loss(*means)
+    out["simpo"] = {"means": means, "losses": losses, "rewards": torch.stack((chosen, rejected))}
+    return out
+
+
 # ---- reward functions: what TRL gives them, and what it makes of what they return ----------------
 
 FUNCTION_BATCH = {  # B = 3; a prompt is a text or a conversation
@@ -322,7 +410,9 @@ def function_reference() -> dict:
 
 REFERENCES = {
     "0.9.6": ppo_reference,
-    "1.16.0": lambda: reward_reference() | {"functions": function_reference()},
+    "1.16.0": lambda: reward_reference() | {
+        "functions": function_reference(), "direct": direct_reference(),
+    },
 }
 
 
