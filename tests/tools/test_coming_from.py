@@ -8,13 +8,14 @@ import pytest
 import minirlhf
 from minirlhf import cli
 from minirlhf.errors import BAD_INPUT, OK
+from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.tools.coming_from import TOOLS, WIDTH, Section, sections
 
 FLAGS = {
     recipe: {"--" + f.name.replace("_", "-") for f in fields(config)}
-    for recipe, config in (("ppo", PPOConfig), ("reward", RewardConfig))
+    for recipe, config in (("ppo", PPOConfig), ("reward", RewardConfig), ("dpo", DPOConfig))
 }
 
 # Fields of trl 0.9.6's PPOConfig and of that of 0.12 to 1.12 (with the two that went in between),
@@ -57,9 +58,34 @@ reward_model_quantization_bit lora_rank lora_alpha lora_dropout lora_target temp
 max_new_tokens max_steps template cutoff_len dataset plot_loss resume_from_checkpoint
 logging_steps save_steps learning_rate lr_scheduler_type max_grad_norm
 """.split()
+# Fields of their own of trl 1.16's configs with the arguments of its trainers, and those of the
+# DPO and KTO stages of LLaMA-Factory.
+TRL_DPO = """
+learning_rate model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout
+dataset_num_proc max_length truncation_mode padding_free pad_to_multiple_of
+precompute_ref_log_probs precompute_ref_batch_size loss_type loss_weights ld_alpha f_divergence_type
+f_alpha_divergence_coef label_smoothing beta use_weighting discopop_tau activation_offloading
+sync_ref_model ref_model_mixup_alpha ref_model_sync_steps pad_token model ref_model args
+data_collator train_dataset eval_dataset processing_class compute_metrics callbacks optimizers
+quantization_config peft_config
+""".split()
+TRL_KTO = """
+loss_type desirable_weight undesirable_weight beta learning_rate max_length train_sampling_strategy
+""".split()
+TRL_ORPO_CPO = """
+learning_rate max_length max_completion_length beta disable_dropout padding_value
+generate_during_eval is_encoder_decoder model_init_kwargs trust_remote_code dataset_num_proc
+label_smoothing cpo_alpha simpo_gamma alpha
+""".split()
+LLAMA_FACTORY_DPO = """
+pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight
+kto_rejected_weight simpo_gamma ref_model ref_model_adapters ref_model_quantization_bit ld_alpha
+""".split()
 SECTIONS = sections()
 OF = {section.title: section for section in SECTIONS}
-SHARED = "TrainingArguments of RewardConfig and of the stages ppo and rm"
+SHARED = (
+    "TrainingArguments of RewardConfig, DPOConfig and its kin, and of the stages ppo, rm, dpo, kto"
+)
 
 
 def names(*sections: Section) -> set[str]:
@@ -74,9 +100,14 @@ def names(*sections: Section) -> set[str]:
         (TRL1_PPO, ["PPOConfig of TRL 0.12 to 1.12"]),
         (TRL1_PPO_TRAINER, ["PPOTrainer of TRL 0.12 to 1.12"]),
         (TRL_REWARD, ["RewardTrainer and RewardConfig of TRL 0.11"]),
+        (TRL_DPO, ["DPOConfig and DPOTrainer of TRL 1.16"]),
+        (TRL_KTO, ["KTOConfig and KTOTrainer of TRL 1.16"]),
+        (TRL_ORPO_CPO, ["ORPOConfig and CPOConfig of TRL 1.16"]),
+        (LLAMA_FACTORY_DPO, ["stages dpo and kto of LLaMA-Factory"]),
         (LLAMA_FACTORY, ["stage ppo of LLaMA-Factory", SHARED]),
     ],
-    ids=["PPOConfig", "PPOTrainer", "PPOConfig 1", "PPOTrainer 1", "RewardTrainer", "LF"],
+    ids=["PPOConfig", "PPOTrainer", "PPOConfig 1", "PPOTrainer 1", "RewardTrainer", "DPO", "KTO",
+         "ORPO and CPO", "LF dpo", "LF"],
 )
 def test_tables_are_complete(theirs, sections):
     assert set(theirs) - names(*(OF[title] for title in sections)) == set()
