@@ -23,6 +23,7 @@ from minirlhf.models import generation
 from minirlhf.models.generation import generate
 from minirlhf.models.heads import RewardModel
 from minirlhf.models.sampling import Sampling
+from minirlhf.recipes import dpo as dpo_recipe
 from minirlhf.recipes import ppo as ppo_recipe
 from minirlhf.recipes import reward as reward_recipe
 from minirlhf.recipes import sft as sft_recipe
@@ -35,6 +36,8 @@ from minirlhf.run.folder import Run
 from minirlhf.run.meters import Step
 from minirlhf.run.resume import RunSettings
 from minirlhf.setup import reward, sft
+from minirlhf.setup.dpo_settings import DPOConfig
+from tests import tiny_dpo
 from tests.evaluation.test_policy import evaluated
 from tests.tiny_ppo import (
     Letters,
@@ -328,7 +331,17 @@ def reward_case() -> Case:
     return Case(model, PAIRS, steps, config, RewardModel, "head_scores")
 
 
-each_case = pytest.mark.parametrize("make", [sft_case, reward_case], ids=["sft", "reward"])
+def dpo_case() -> Case:
+    def steps(state, rows, config):
+        return dpo_recipe.dpo(state, rows, tiny_dpo.reference(tiny_dpo.tiny_lm()), config)
+
+    lm, config = tiny_dpo.tiny_lm(), DPOConfig
+    return Case(lm, PAIRS, steps, config, dpo_recipe, "response_stats")
+
+
+each_case = pytest.mark.parametrize(
+    "make", [sft_case, reward_case, dpo_case], ids=["sft", "reward", "dpo"]
+)
 
 
 @each_case

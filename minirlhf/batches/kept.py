@@ -17,6 +17,7 @@ from minirlhf import interrupt
 from minirlhf.batches.demonstrations import TextBatch
 from minirlhf.batches.responses import Reference
 from minirlhf.rewards.journal import Journal
+from minirlhf.run import optim
 
 
 class KeptReference:
@@ -50,8 +51,14 @@ class KeptReference:
                 yield texts
 
     def add(self, texts: TextBatch, ref: Reference) -> None:
-        """Computes a micro-batch and keeps it; on disk before it is used."""
+        """Computes a micro-batch and keeps it; on disk before it is used.
+
+        Raises:
+            UserError: a log-prob is not finite (exit code 3).
+        """
         interrupt.check()
         found = dict(zip(self.keys(texts), ref(texts).tolist(), strict=True))
+        for value in found.values():
+            optim.check_finite("the reference", {"log-prob of a response": value})
         known = self.journal.scores  # some of its rows may be, after a kill
         self.journal.add({key: value for key, value in found.items() if key not in known})

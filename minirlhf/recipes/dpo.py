@@ -111,14 +111,14 @@ def update_weights(
     for rows, batch in batches_of(examples, config.micro_batch_tokens):
         ref_logprobs = None if ref is None else ref(batch.texts)  # (M,)
         policy = response_stats(lm, batch.texts)
-        if state.step == 0 and ref is not None and config.ref is None:
-            gap = (policy.logprobs.detach() - ref_logprobs) / policy.tokens
-            invariants.check_start(gap, "rewards/margins")
         losses, told = batch.losses(policy, ref_logprobs, objective)
         loss = losses.sum() / len(examples)
         value = float(loss.detach())
         here = ", ".join(examples[i].where for i in rows[:8])
         optim.check_finite(f"{where} ({here})", {"loss": value})
+        if state.step == 0 and ref is not None and config.ref is None:
+            gap = (policy.logprobs.detach() - ref_logprobs) / policy.tokens
+            invariants.check_start(gap, "rewards/margins")
         loss.backward()
         interrupt.check()
         total += value

@@ -389,6 +389,14 @@ def test_kept_log_probs_of_another_reference_are_not_taken(tmp_path):
         assert len(list(again.missing([collate_answers(changed).texts]))) == 1
 
 
+def test_a_log_prob_of_the_reference_that_is_not_finite_is_not_kept(tmp_path):
+    kept = KeptReference(tmp_path / "reference.jsonl", "one")
+    texts = collate_answers(PAIRS).texts
+    with pytest.raises(UserError, match="the reference: log-prob of a response: is nan") as error:
+        kept.add(texts, lambda _: torch.full((10,), math.nan))
+    assert error.value.code == 3 and not kept.journal.path.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -12,6 +12,7 @@ from minirlhf.models.config import ModelConfig
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run.machine import Machine
 from minirlhf.setup import memory
+from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.memory import Estimate, Part
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
@@ -109,6 +110,18 @@ def test_of_training_by_hand():
     small = memory.of_training("sft", small, UNTIED, [3, 5, 2], float32)
     assert sizes(small.peak)["gradients"] == 212 * 4
     assert sizes(small.peak)["activations"] == 7 * 256 + 3 * 7 * 10 * 4
+
+
+def test_of_dpo_holds_its_reference_before_the_first_step_or_all_the_time():
+    plain = memory.of_training("dpo", DPOConfig(batch_size=2), TINY, [3, 5, 2], float32)
+    kept, each = (
+        memory.of_dpo(DPOConfig(batch_size=2, cache_ref=cached), TINY, TINY, [3, 5, 2], float32)
+        for cached in (True, False)
+    )
+    assert kept.total == plain.total and "reference" not in sizes(kept.peak)
+    assert sizes(each.peak)["reference"] == 172 * 4 and each.total == plain.total + 172 * 4
+    own = memory.of_dpo(DPOConfig(batch_size=2, lora_rank=2), TINY, None, [3, 5, 2], float32)
+    assert sizes(own.parts)["reference"] == 0
 
 
 def test_of_training_of_a_reward_model_reads_no_logits_and_holds_the_longest_row():

@@ -64,6 +64,25 @@ def test_recipe_of_reads_the_columns(write, row, recipe):
     assert recipe_of(write([row])) == recipe
 
 
+@pytest.mark.parametrize(
+    ("rows", "detected"),
+    [
+        (PAIRS, "preference pairs (prompt, chosen, rejected"),
+        (LISTS, "ranked lists (prompt, responses, ranks)"),
+        ([{"prompt": "it was", "completion": " good", "label": i == 1} for i in range(3)],
+         "prompts with answers (prompt, completion), each with label"),
+    ],
+)
+def test_check_reads_pairs_lists_and_single_answers_for_dpo(write, facts_of, lm, rows, detected):
+    for words in ([], ["--model", lm]):
+        (facts,) = facts_of(write(rows), "--recipe", "dpo", *words)
+        assert facts["recipe"] == "dpo" and facts["detected"].startswith(detected)
+        assert facts["kept"] > 1
+        assert ("pairs" in facts) is ("label" not in rows[0])
+    if "label" in rows[0]:
+        assert "1 answers were liked, 2 were not" in facts["notes"]
+
+
 def test_check_takes_the_recipe_that_is_given(write, facts_of):
     path = write([{"text": "a"}])
     assert [facts_of(path, *words)[0]["detected"] for words in ([], ["--recipe", "ppo"])] == [
