@@ -4,11 +4,14 @@ An answer ends with eos, unless it is truncated: then its text does not end ther
 model an answer in messages ends where the rendered text does, as in other tools.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from minirlhf.data.arguments import ARGUMENTS, given_arguments, template_arguments
 from minirlhf.data.chat_template import TemplateOverrun
@@ -26,6 +29,8 @@ from minirlhf.files.sieve import RowPolicy, Sieve
 # What is counted, of rows.
 ENDED = "an answer ends with the name of an eos, which ends it once"
 SPELLED = "names of control tokens stay text"
+BATCH = 1024  # rows of strings that are encoded at once
+DELAY = 3.0  # seconds before a bar is shown
 
 
 class Encoding(NamedTuple):
@@ -63,7 +68,7 @@ def encode(
     if ready:
         found = parts
     elif isinstance(sample, str):
-        found = _each_string(rows, tokenizer, sieve.policy, rendered, counts)
+        found = _each_string(path, rows, tokenizer, sieve.policy, rendered, counts)
     else:
         found, gaps = _each_dialogue(path, rows, tokenizer, sieve.policy, whole, each_turn, counts)
     headless = parts[0][0] is None or (sieve.policy.allow_empty_prompt and len(parts[0]) > 1)
@@ -94,24 +99,25 @@ def encode(
     return Encoding(encoded, gaps, lead, notes)
 
 
+def _bar(path: str | Path, rows: int) -> tqdm:
+    """Shown where someone looks on, once it has taken a while."""
+    return tqdm(desc=f"tokenise {printable(Path(path).name, 40)}", total=rows, unit=" rows",
+                delay=DELAY, leave=False, disable=not sys.stderr.isatty())
+
+
 def _each_string(
-    rows: list[tuple[Row, Parts]], tokenizer: Tokenizer, policy: RowPolicy, whole: bool,
-    counts: Counter[str],
+    path: str | Path, rows: list[tuple[Row, Parts]], tokenizer: Tokenizer, policy: RowPolicy,
+    whole: bool, counts: Counter[str],
 ) -> list[tuple[list[int], ...] | UserError]:
     """Ids of all rows, or what is wrong with a row; `whole`: with what stands behind their eos."""
     found: list = [_plain_parts(row, parts, tokenizer, policy, counts) for row, parts in rows]
     texts = [part for part in found if not isinstance(part, UserError)]
-    here: Counter[str] = Counter()
-    try:
-        encoded = tokenizer.encode_parts([row for row, _ in texts], here, policy.rendered)
-    except UserError:  # of one row
-        encoded, here = [], Counter()
-        for row, _ in texts:
-            try:
-                encoded += tokenizer.encode_parts([row], here, policy.rendered)
-            except UserError as error:
-                encoded.append(error)
-    counts += here
+    encoded: list = []
+    with _bar(path, len(texts)) as bar:
+        for start in range(0, len(texts), BATCH):
+            part = [row for row, _ in texts[start : start + BATCH]]
+            encoded += _batch(part, tokenizer, policy.rendered, counts)
+            bar.update(len(part))
     ids = iter(encoded)
     if whole:
         return [part if isinstance(part, UserError) else next(ids) for part in found]
@@ -119,6 +125,21 @@ def _each_string(
         part if isinstance(part, UserError) else _with_ends(next(ids), part[1], tokenizer)
         for part in found
     ]
+
+
+def _batch(
+    texts: list[list[str]], tokenizer: Tokenizer, rendered: bool, counts: Counter[str]
+) -> list[tuple[list[int], ...] | UserError]:
+    """Ids of several rows at once, or what is wrong with a row."""
+    here: Counter[str] = Counter()
+    try:
+        encoded: list = tokenizer.encode_parts(texts, here, rendered)
+    except UserError as error:
+        if len(texts) == 1:
+            return [error]
+        return [ids for text in texts for ids in _batch([text], tokenizer, rendered, counts)]
+    counts += here
+    return encoded
 
 
 def _whole_end(tokenizer: Tokenizer, head: list[int], answer: list[int]) -> list[int]:
@@ -186,11 +207,13 @@ def _each_dialogue(
     every: list[Counter[str]] = [Counter() for _ in flat]
     ids = tokenizer.encode_dialogues(flat, whole, every)
     told, gaps = iter(every), [()] * len(rows)
-    for at, ((row, _), dialogues) in enumerate(zip(rows, asked, strict=True)):
-        if dialogues:
-            parts = list(islice(ids, len(dialogues)))
-            found[at], gaps[at] = fold(row, parts) if len(parts) > 1 else (parts[0], ())
-            counts.update({what for one in islice(told, len(parts)) for what in +one})
+    with _bar(path, len(rows)) as bar:
+        for at, ((row, _), dialogues) in enumerate(zip(rows, asked, strict=True)):
+            if dialogues:
+                parts = list(islice(ids, len(dialogues)))
+                found[at], gaps[at] = fold(row, parts) if len(parts) > 1 else (parts[0], ())
+                counts.update({what for one in islice(told, len(parts)) for what in +one})
+            bar.update()
     return found, gaps
 
 

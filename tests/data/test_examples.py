@@ -672,3 +672,16 @@ def test_a_row_that_finish_has_no_use_for_is_dropped_and_counted(write, tokenize
     assert [prompt.text for prompt in kept] == ["a", "c"]
     assert (report.kept, report.dropped) == (2, {"no room": 2})
     assert [row.where[-2:] for row in report.dropped_rows] == [":2", ":4"]
+
+
+@pytest.mark.parametrize("row", [{"prompt": "p", "completion": "c"}, {"messages": [U, A]}])
+def test_a_bar_shows_rows_being_tokenised_where_someone_looks_on(
+    write, tokenizer, row, monkeypatch, capsys
+):
+    path = write(row, row)
+    load_texts(path, tokenizer, None, "drop")
+    assert not capsys.readouterr().err
+    monkeypatch.setattr("minirlhf.data.encoding.DELAY", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    load_texts(path, tokenizer, None, "drop")
+    assert "tokenise a.jsonl" in capsys.readouterr().err
