@@ -297,6 +297,7 @@ ROWS = {
     "texts": [{"prompt": TURNS, "completion": ANSWER, "tools": '[{"name": "film"}]',
                "chat_template_kwargs": {"mood": [1, {"a": "<|pad|>"}]}}],
     "plain": [{"text": "the film is good"}],
+    "talk": [{"messages": [*TURNS, *ANSWER, TURNS[1], BAD[0] | {"weight": 0}, TURNS[1], *ANSWER]}],
     "liked": [{"prompt": TURNS, "completion": ANSWER, "label": False}],
 }
 PUBLISHED = {  # folder of files, each of one row of a published shape -> what detects them
