@@ -41,7 +41,7 @@ from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
 from minirlhf.setup.dpo import DPORun, load_run, objective_of
-from minirlhf.setup.dpo_settings import DPOConfig
+from minirlhf.setup.dpo_settings import NO_REFERENCE, DPOConfig
 from minirlhf.setup.training import STEADY
 
 CONSOLE = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected",
@@ -67,6 +67,8 @@ def dpo(
     """
     if not examples:
         raise ValueError("examples is empty: give at least one")
+    if ref is None and objective is None and config.loss not in NO_REFERENCE:
+        raise ValueError(f"ref is None: give one, the loss {config.loss} is relative to it")
     objective = objective or objective_of(config)
     N, per_epoch = len(examples), ceil(len(examples) / config.batch_size)
     steps = total_steps(N, config.batch_size, config.epochs, config.steps)

@@ -30,7 +30,7 @@ from minirlhf.data.batching import total_steps, training_batches
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import load_preferences
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
-from minirlhf.data.unpaired import load_unpaired
+from minirlhf.data.unpaired import Unpaired, load_unpaired
 from minirlhf.equations.dpo import (
     dpo_loss,
     hinge_dpo_loss,
@@ -128,9 +128,9 @@ class DPORun(TrainingRun[Example]):
                 seconds.append(time.perf_counter() - started)
                 bar.update()
         if isinstance(r, DryRun):
-            once = r.evaluations / longest.evaluations(r.steps, config.eval_every)
-            of_steps = sum(counts[: len(of_steps)])
-            passes = r.work * of_steps / self.steps + once * (sum(counts) - of_steps)
+            a_step = sum(counts[: len(of_steps)]) / self.steps  # passes
+            sets = r.evaluations / longest.evaluations(r.steps, config.eval_every)
+            passes = r.work * a_step + sets * sum(counts[len(of_steps) :])
             r.once_seconds = passes * sum(seconds) / len(seconds)
 
     def asked(self) -> tuple[list[list[Example]], list[list[Example]]]:
@@ -142,8 +142,8 @@ class DPORun(TrainingRun[Example]):
         of_steps = [[rows[i] for i in batch.tolist()] for batch in batches]
         held_out = list(self.sets.values())
         if config.loss == "kto":
-            longest = int(lengths.max())
-            of_steps = [g for group in of_steps for g in (mismatched(group, longest), group)]
+            most = int(lengths.max())
+            of_steps = [g for group in of_steps for g in (mismatched(group, most), group)]
             held_out = [g for group in held_out for g in
                         (mismatched(group, int(row_lengths(group).max())), group)]
         return of_steps, held_out
@@ -171,6 +171,14 @@ def check_batches(config: DPOConfig, rows: list[Example]) -> None:
     if config.loss == "kto" and left == 1 and steps > whole:
         what = f"is {config.batch_size}: of {len(rows):,} responses one is left for a step"
         raise UserError("--batch-size", what, "kto compares it with others: use another")
+
+
+def told_balance(config: DPOConfig, rows: list[Unpaired]) -> str:
+    """How much the two kinds of responses weigh in all."""
+    liked = sum(row.desirable for row in rows)
+    weights = liked * config.desirable_weight, (len(rows) - liked) * config.undesirable_weight
+    share = f" = {weights[0] / weights[1]:.2f}" if weights[1] else ""
+    return f"{weights[0]:,g} : {weights[1]:,g}{share}, weighted; 1 to 1.33 is usual"
 
 
 def load_run(config: DPOConfig) -> DPORun:
@@ -205,6 +213,8 @@ def load_run(config: DPOConfig) -> DPORun:
     facts = memory.announce(estimate, (folder, ref_folder), dtype, device)
     facts = {"loss": f"{config.loss}, beta {beta_of(config):g}",
              "reference": (config.ref or "the policy at step 0") if needs_ref else "none"} | facts
+    if config.loss == "kto":
+        facts = {"liked : others": told_balance(config, rows.train)} | facts
     lm = pretrained.load_pretrained(folder, dtype)
     run = ready(config, r, lm, tokenizer, rows, kind_of(rows.train), facts, device)
     load_ref = partial(reference_of, run, ref_folder, device, dtype) if needs_ref else None

@@ -222,6 +222,11 @@ def test_dpo_refuses_an_empty_list_of_pairs():
         next(dpo(state_of(tiny_lm()), [], reference(tiny_lm()), config_of()))
 
 
+def test_dpo_refuses_to_do_without_a_reference_where_its_loss_has_one():
+    with pytest.raises(ValueError, match="ref is None: give one, the loss sigmoid is relative"):
+        next(dpo(state_of(tiny_lm()), PAIRS, None, config_of()))
+
+
 def test_dpo_refuses_a_reference_that_is_not_the_policy_at_step_0():
     steps = dpo(state_of(tiny_lm(0)), PAIRS, reference(tiny_lm(1)), config_of())
     with pytest.raises(UserError, match="step 1: rewards/margins: a token's KL is") as error:

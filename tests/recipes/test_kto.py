@@ -15,6 +15,7 @@ from minirlhf.errors import BAD_INPUT, OK
 from minirlhf.evaluation.dpo import evaluate_direct
 from minirlhf.recipes.dpo import dpo
 from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.glossary import definition
 from minirlhf.setup.dpo import objective_of
 from tests.kill_harness import KTO, command, make_world, remains
 from tests.tiny_dpo import config_of, reference, state_of, sums_by_hand, tiny_lm
@@ -183,7 +184,10 @@ def test_kept_log_probs_are_those_that_are_computed_each_time(changes, world, tm
     assert lines[0]["kl"] == 0 and lines[0]["rewards/margins"] == 0 < lines[-1]["eval_kl"]
     rows = read_lines(tmp_path / "kept" / "samples.jsonl")
     assert [row["desirable"] for row in rows[:2]] == [False, True]
+    assert all(definition("dpo", name) for line in lines for name in line)
     told = capsys.readouterr().out
+    # 5 of 8 rows at 1.5, 3 at 1
+    assert "  liked : others        7.5 : 3 = 2.50, weighted; 1 to 1.33 is usual" in told
     assert "note:     5 answers were liked, 3 were not" in told
     assert "  responses a step      4" in told
     assert re.search(r"\n  response +desirable +reward  tokens\n +good\. +no ", told)
