@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from minirlhf import console
 from minirlhf.cli import main
 from minirlhf.errors import BAD_INPUT, MACHINE, OK, STOPPED, UserError, run
+from minirlhf.files import atomic
 from minirlhf.run.folder import Run
 from minirlhf.tools.sample import json_lines
 from tests.kill_harness import RECIPES, command, make_world
@@ -192,12 +194,36 @@ def test_no_file_of_ours_takes_the_number_of_a_closed_stream(numbers, tmp_path):
     assert done.stderr == ("" if 2 in numbers else "what a library saysa word\n")
 
 
-# ---- runs ----------------------------------------------------------------------------------------
+# ---- verbs ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+TOOLS = {  # whose result is on stdout
+    "check": "{world}/prompts.jsonl --model {world}/model --max-new-tokens 8",
+    "sample": "--model {world}/model --data {world}/prompts.jsonl --limit 3 --max-new-tokens 2",
+    "metrics": "--recipe ppo --json",
+    "coming-from": "trl",
+}
+
+
+@pytest.mark.parametrize("way", OFTEN)
+@pytest.mark.parametrize("verb", TOOLS)
+def test_a_tool_is_worth_its_result_and_not_its_words(verb, way, world, broken, capsys):
+    argv = [verb, *TOOLS[verb].format(world=world).split()]
+    assert main(argv) == OK
+    result = capsys.readouterr().out
+    broken("stderr", way)
+    assert main(argv) == OK
+    assert capsys.readouterr().out == result
+    broken("stdout", way)
+    assert main(argv) == (OK if way == "closed pipe" else MACHINE)  # with no word, and no error
+
+
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def steps(out: Path) -> list[int]:
@@ -250,3 +276,33 @@ def test_a_run_at_a_terminal_that_goes_saves_its_last_whole_step(recipe, world, 
     assert main(command(recipe, world, cut, resume=True)) == OK
     name = "model/model.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+# ---- machines that lack something else -----------------------------------------------------------
+
+
+def test_a_run_without_threads_is_one_line_and_can_be_resumed(world, tmp_path, capsys, monkeypatch):
+    def refused(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as limits:
+        limits.setattr(threading.Thread, "start", refused)
+        limits.setattr(atomic, "SMALL", 1)  # bytes from which on a file is hashed in a thread
+        assert main(command("sft", world, out)) == MACHINE
+    told = capsys.readouterr().err
+    assert told == ("error: no thread can be started: raise the limit (ulimit -u, or pids.max of a "
+                    "container)\n")
+    assert main(command("sft", world, out, resume=True)) == OK
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("below", ["file/run", "file", "/proc/none/run", "/dev/null/run"])
+def test_an_out_that_cannot_be_is_one_line_and_leaves_nothing(recipe, below, world, tmp_path,
+                                                              capsys):
+    (tmp_path / "file").write_text("precious")
+    assert main(command(recipe, world, tmp_path / below)) in (BAD_INPUT, MACHINE)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith("error: "), told
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "precious"
