@@ -1,5 +1,6 @@
 """No closed, full or vanished stdout or stderr ends a command, or a run without saving."""
 
+import errno
 import io
 import json
 import os
@@ -124,10 +125,10 @@ def test_rows_are_not_made_for_a_stdout_that_is_lost(way, broken, capsys):
     made = []
 
     def rows():
-        with json_lines(None) as write:
-            for i in range(100):
-                made.append(i)
-                write({"i": i})
+        write = json_lines(None)
+        for i in range(100):
+            made.append(i)
+            write({"i": i})
 
     broken("stdout", way)
     assert run(rows) == (OK if way == "closed pipe" else MACHINE)
@@ -294,6 +295,34 @@ def test_a_run_without_threads_is_one_line_and_can_be_resumed(world, tmp_path, c
     assert told == ("error: no thread can be started: raise the limit (ulimit -u, or pids.max of a "
                     "container)\n")
     assert main(command("sft", world, out, resume=True)) == OK
+
+
+@pytest.mark.parametrize("verb", ["sample", "check"])
+def test_a_disk_that_fills_under_a_tool_is_named_and_keeps_whole_lines(verb, world, tmp_path,
+                                                                       capsys, monkeypatch):
+    real, left, out = os.write, 100, tmp_path / "out.jsonl"
+
+    def write(handle: int, data: bytes) -> int:
+        nonlocal left
+        if not os.path.samefile(f"/dev/fd/{handle}", out):
+            return real(handle, data)
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        data = bytes(data[:left])
+        left -= len(data)
+        return real(handle, data)
+
+    monkeypatch.setattr(os, "write", write)
+    flag = {"sample": "--out", "check": "--json"}[verb]
+    argv = [verb, *TOOLS[verb].format(world=world).split(), flag, str(out)]
+    assert main(argv) == MACHINE and not left
+    told = capsys.readouterr().err
+    assert told.endswith(f"error: {out}: No space left on device\n")
+    if verb == "sample":
+        (line,) = out.read_text().splitlines(keepends=True)
+        assert json.loads(line)["prompt"] == "It was" and line.endswith("\n")
+    else:
+        assert not out.exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

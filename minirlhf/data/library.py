@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,7 +40,8 @@ def one_line() -> Iterator[None]:
             os.dup2(kept, 2)
             os.close(kept)
             if size:
-                os.write(2, os.pread(aside.fileno(), size, 0))
+                with suppress(OSError):  # nobody reads it
+                    os.write(2, os.pread(aside.fileno(), size, 0))
 
 
 def _scratch() -> BinaryIO:

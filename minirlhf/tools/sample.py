@@ -5,10 +5,11 @@ number of its row and the seed, not on the rows that share its batch.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from minirlhf.data.examples import BARE, Prompt, encoded_text, is_bare, load_pro
 from minirlhf.data.split import NOT_READ
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import OK, STOPPED, UserError, run
-from minirlhf.files import folders
+from minirlhf.files import atomic, folders
 from minirlhf.files.rows import Row
 from minirlhf.files.sieve import RowPolicy, Sieve
 from minirlhf.models import pretrained
@@ -79,22 +80,31 @@ def sample(
             yield row
 
 
-@contextmanager
-def json_lines(out: str | None) -> Iterator[Callable[[dict], None]]:
-    """A function that writes a row as a JSON line at once, to the new file `out` or to stdout."""
-    file = sys.stdout if out is None else open(out, "x", encoding="utf-8")
-    ascii_only = (getattr(file, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
+def json_lines(out: str | None) -> Callable[[dict], None]:
+    """A function that writes a row as a JSON line at once, to the new file `out` or to stdout.
 
-    def write(row: dict) -> None:
-        print(json.dumps(row, ensure_ascii=ascii_only, allow_nan=False), file=file, flush=True)
-        if out is None:
+    Where a disk fails or Ctrl-C comes, the lines before stay, and no half of one.
+    """
+    if out is None:
+        ascii_only = (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")
+
+        def say(row: dict) -> None:
+            print(json.dumps(row, ensure_ascii=ascii_only, allow_nan=False), flush=True)
             console.check()
 
-    try:
-        yield write
-    finally:
-        if out is not None:
-            file.close()
+        return say
+    path, size = Path(out), 0
+    path.touch(exist_ok=False)
+
+    def write(row: dict) -> None:
+        nonlocal size
+        try:
+            size = atomic.append_line(path, json.dumps(row, ensure_ascii=False, allow_nan=False))
+        except BaseException:
+            os.truncate(path, size)
+            raise
+
+    return write
 
 
 def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[Prompt]:
@@ -152,17 +162,17 @@ def main(argv: list[str] | None = None) -> int:
         lm, tokenizer, prompts, sampling, config.seed, config.batch_size, config.samples
     )
     total = len(prompts) * config.samples
-    with json_lines(config.out) as write:
-        written = 0
-        shown = config.out is None and sys.stdout.isatty()  # the rows, where the bar would be
-        quiet = shown or not sys.stderr.isatty()
-        try:
-            for row in tqdm(rows, "sample", total, disable=quiet):
-                write(row)
-                written += 1
-        except KeyboardInterrupt:
-            print(f"stopped after {written:,} of {total:,} rows", file=sys.stderr)
-            return STOPPED
+    write = json_lines(config.out)
+    written = 0
+    shown = config.out is None and sys.stdout.isatty()  # the rows, where the bar would be
+    quiet = shown or not sys.stderr.isatty()
+    try:
+        for row in tqdm(rows, "sample", total, disable=quiet):
+            write(row)
+            written += 1
+    except KeyboardInterrupt:
+        print(f"stopped after {written:,} of {total:,} rows", file=sys.stderr)
+        return STOPPED
     return OK
 
 

@@ -120,9 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     model = pretrained.load_reward_model(folder, dtype, device)
     print(f"scores read: {scores_read(model, tokenizer)}", file=sys.stderr)
     rows, summary = make(model, examples, config.micro_batch_tokens)
-    with json_lines(config.out) as write:
-        for row in rows:
-            write(row)
+    write = json_lines(config.out)
+    for row in rows:
+        write(row)
     print(summary, file=sys.stderr)
     return OK
 

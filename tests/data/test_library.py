@@ -86,3 +86,15 @@ def test_a_panic_is_one_line_and_what_others_wrote_is_kept(tmp_path, capfd):
     with one_line():
         os.write(2, b"a word of another thread\n")
     assert capfd.readouterr().err == "a word of another thread\n"
+
+
+def test_words_of_others_that_nobody_reads_are_no_error(capfd):
+    kept, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, 2)
+    try:
+        with one_line():
+            os.write(2, b"a word of another thread\n")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(full)

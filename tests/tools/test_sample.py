@@ -50,8 +50,7 @@ def test_sample_draws_several_responses_of_each_prompt(files, capsys, tmp_path):
 def test_rows_are_json_whatever_the_terminal_can_show(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="backslashreplace")
     monkeypatch.setattr(sys, "stdout", stream)
-    with json_lines(None) as write:
-        write({"prompt": "caf\u00e9 \U0001f600"})
+    json_lines(None)({"prompt": "caf\u00e9 \U0001f600"})
     stream.seek(0)
     assert json.loads(stream.read()) == {"prompt": "caf\u00e9 \U0001f600"}
 

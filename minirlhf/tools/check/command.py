@@ -9,12 +9,13 @@ line that begins with "warning:" names what a recipe accepts and few people mean
 import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from minirlhf import console
 from minirlhf.batches.preferences import unread_end
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import OK, UserError, run
-from minirlhf.files import folders
+from minirlhf.files import atomic, folders
 from minirlhf.files.sieve import RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.models.heads import reads_whole
@@ -92,8 +93,13 @@ def main(argv: list[str] | None = None) -> int:
     if problems:
         raise problems[0]
     if config.json is not None:
-        with open(config.json, "x", encoding="utf-8") as file:
-            json.dump({"files": every}, file, indent=1, allow_nan=False)
+        path = Path(config.json)
+        path.touch(exist_ok=False)
+        try:
+            atomic.write_text(path, json.dumps({"files": every}, indent=1, allow_nan=False))
+        except OSError:
+            atomic.discard(path)
+            raise
     kept, rows = (sum(facts[name] for facts in every) for name in ("kept", "rows"))
     print(f"ok: {kept:,} of {rows:,} rows can be used")
     return OK
