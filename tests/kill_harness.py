@@ -231,10 +231,13 @@ import random
 import numpy as np
 import torch
 
-AT_IMPORT = random.random() + np.random.rand() + torch.rand(()).item()
+def draw():  # too little to change which response is the best
+    return (random.random() + np.random.rand() + torch.rand(()).item()) / 1000
+
+AT_IMPORT = draw()
 
 def letters(completions, bonus):
-    drawn = AT_IMPORT + random.random() + np.random.rand() + torch.rand(()).item()
+    drawn = AT_IMPORT + draw()
     return [drawn + sum(ord(c) % 7 for c in t) + b for t, b in zip(completions, bonus, strict=True)]
 
 def parity(completions, bonus):  # so that the two responses to a prompt often agree
