@@ -36,6 +36,7 @@ from minirlhf.rewards.load import check_answers
 from minirlhf.rewards.parse import parse_source
 from minirlhf.run import checkpoint, flags
 from minirlhf.run.optim import make_optimizer
+from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests.data import test_published as published
 from tests.watched import Finding, run_cases
@@ -313,6 +314,12 @@ SETTINGS = {
     "learning_rate": 3e-6, "kl_target": 6.0, "lora_rank": 0, "whiten_advantages": False, "seed": 1,
     "stop": ["a", "b"], "dtype": "float32", "temperature": 0.7,
 }
+GROUPS = {
+    "samples_per_prompt": 4, "resample": 2, "advantage": "rloo", "policy_loss": "clip",
+    "loss_mean": "fixed", "kl_coef": 0.04, "kl_in": "reward", "kl_estimator": "k1",
+    "clip_high": 0.28, "dual_clip": 3.0, "mini_batches": 2, "missing_eos": "ramp",
+    "missing_eos_penalty": 1.0, "missing_eos_buffer": 4,
+}
 
 
 def tiny(values: dict) -> CausalLM:
@@ -374,6 +381,9 @@ def make_world(root: Path) -> None:
     state.meters.update({"loss": 1.0})
     checkpoint.save_checkpoint(state, root / "checkpoints")
     (root / "run.json").write_text(json.dumps(SETTINGS))
+    of_ppo = "kl_target", "whiten_advantages"
+    both = {name: value for name, value in SETTINGS.items() if name not in of_ppo}
+    (root / "grpo.json").write_text(json.dumps(both | GROUPS))
     toml = (f"{key} = {json.dumps(value)}" for key, value in SETTINGS.items())
     (root / "run.toml").write_text("\n".join(toml))
 
@@ -451,8 +461,8 @@ def read_checkpoint(root: Path) -> None:
     checkpoint.load_checkpoint(make_state(), newest)
 
 
-def read_settings(name: str) -> Callable[[Path], object]:
-    return lambda root: flags.parse(PPOConfig, ["--config", str(root / name)], "ppo")
+def read_settings(name: str, config: type = PPOConfig) -> Callable[[Path], object]:
+    return lambda root: flags.parse(config, ["--config", str(root / name)], "minirlhf")
 
 
 COMMIT = "checkpoints/step-00000000"
@@ -482,6 +492,7 @@ TARGETS = (
     Target((f"{COMMIT}/state.json", f"{COMMIT}/model.safetensors"), mutate_bytes, read_checkpoint),
     Target(("run.json",), mutate_json, read_settings("run.json")),
     Target(("run.toml",), mutate_toml, read_settings("run.toml")),
+    Target(("grpo.json",), mutate_json, read_settings("grpo.json", GRPOConfig)),
 )
 
 

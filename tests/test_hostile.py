@@ -318,6 +318,7 @@ VERBS = {
     "sft": "sft --model m --data rows.jsonl --out out",
     "reward": "reward --model m --data rows.jsonl --out out",
     "ppo": "ppo --model m --data rows.jsonl --out out --reward m --max-new-tokens 2",
+    "grpo": "grpo --model m --data rows.jsonl --out out --reward m --max-new-tokens 2",
     "sample": "sample --model m --data rows.jsonl --max-new-tokens 2",
     "score": "score --model m --data rows.jsonl",
 }

@@ -24,6 +24,7 @@ from minirlhf.models.generation import generate
 from minirlhf.models.heads import RewardModel
 from minirlhf.models.sampling import Sampling
 from minirlhf.recipes import dpo as dpo_recipe
+from minirlhf.recipes import grpo as grpo_recipe
 from minirlhf.recipes import ppo as ppo_recipe
 from minirlhf.recipes import reward as reward_recipe
 from minirlhf.recipes import sft as sft_recipe
@@ -37,9 +38,11 @@ from minirlhf.run.meters import Step
 from minirlhf.run.resume import RunSettings
 from minirlhf.setup import reward, sft
 from minirlhf.setup.dpo_settings import DPOConfig
+from minirlhf.setup.grpo_settings import GRPOConfig
 from tests import tiny_dpo
 from tests.evaluation.test_policy import evaluated
 from tests.tiny_ppo import (
+    PROMPTS,
     Letters,
     config_of,
     parameters,
@@ -398,6 +401,41 @@ def test_ppo_drops_the_rollout_before_its_first_update_and_finishes_after_it(
     assert len(passes) == 2 + 4 if done else at <= len(passes) <= 3
     assert (state.step, state.samples, state.counters) == (done, 4 * done, {})
     assert torch.equal(parameters(state.model), before) is not bool(done)
+
+
+def ids_added(completions) -> torch.Tensor:
+    return torch.tensor([float(sum(ids)) for ids in completions.response_ids])
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+def test_grpo_drops_the_rollout_before_its_first_update_and_finishes_after_it(
+    at, monkeypatch, capfd
+):
+    """As PPO: two micro-batches are measured, by the policy and its reference, then two epochs of
+    two updates follow; the signal comes in the policy's `at`-th pass of these six."""
+    config = GRPOConfig(batch_size=2, samples_per_prompt=2, epochs=2, mini_batches=2, steps=2,
+                        micro_batch_size=2, max_new_tokens=6, learning_rate=1e-2)
+    lm, passes, real = tiny_lm(), [], passes_module.lm_pass
+    state, before = TrainState(lm, optim.make_optimizer(lm, 1e-2)), parameters(lm)
+
+    def counted(model, *arguments):
+        passes.append(1) if model is lm else None
+        if model is lm and len(passes) == at:
+            stop()
+        return real(model, *arguments)
+
+    monkeypatch.setattr(grpo_recipe, "lm_pass", counted)
+    monkeypatch.setattr(passes_module, "lm_pass", counted)
+    loop = grpo_recipe.grpo(state, PROMPTS, ids_added, tiny_lm(), Letters(), config)
+    done = int(at == 4)
+    with interrupt.listening():
+        if done:
+            assert next(loop).number == 1
+        with pytest.raises(Stopped):
+            next(loop)
+    assert len(passes) == 2 + 4 if done else at <= len(passes) <= 3
+    assert (state.step, state.samples, state.counters == {}) == (done, 2 * done, not done)
+    assert torch.equal(parameters(lm), before) is not bool(done)
 
 
 # ---- the report of a step ------------------------------------------------------------------------

@@ -265,6 +265,9 @@ def vowels(completions, prompts, bonus):
     pairs = zip(completions, bonus, strict=True)
     return [sum(c in "aeiou" for c in text) + more for text, more in pairs]
 
+def letters(completions):
+    return [sum(ord(c) % 7 for c in text) for text in completions]
+
 def broken(completions):
     return [float("nan")] * len(completions)
 """

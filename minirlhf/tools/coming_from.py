@@ -15,7 +15,7 @@ from minirlhf.errors import OK, UserError, run
 from minirlhf.run.settings import nearest
 
 TOOLS = ("trl", "llama-factory")
-WIDTH = 32  # characters of a column of names; longer ones are wrapped
+WIDTH = 36  # characters of a column of names; longer ones are wrapped
 USAGE = f"""usage: minirlhf coming-from TOOL
 
 Prints what another tool's parameters are called here, and what behaves differently.

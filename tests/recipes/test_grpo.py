@@ -483,6 +483,20 @@ def test_what_agrees_after_the_last_draw_is_learned_from_and_counted():
     assert state.counters["num_tokens"] == step.metrics["num_tokens"] == judge.tokens
 
 
+def test_a_prompt_that_is_drawn_again_is_answered_anew():
+    answers = []
+
+    def flat(completions):
+        answers.append(completions.response_ids)
+        return torch.ones(len(completions.completions))
+
+    config = config_of(batch_size=1, samples_per_prompt=2, mini_batches=1, steps=1, resample=2)
+    state = state_of(tiny_lm(), config)
+    list(recipe.grpo(state, PROMPTS[:1], flat, tiny_lm(), Letters(), config))
+    assert len(answers) == 3 and len({json.dumps(ids) for ids in answers}) == 3
+    assert state.samples == 3  # of the one prompt
+
+
 def test_no_group_is_drawn_again_by_default():
     judge = Judge([T, T, T])
     step, state = drawn_again(judge)

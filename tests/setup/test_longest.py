@@ -9,6 +9,7 @@ from torch import tensor
 from minirlhf.data.batching import epoch_batches, next_rows
 from minirlhf.data.examples import Pair, Prompt, Text
 from minirlhf.setup import longest
+from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.policy_data import Data
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
@@ -126,6 +127,20 @@ def test_of_ppo_evaluates_the_heaviest_rows_that_stand_side_by_side(r):
     config = PPOConfig(batch_size=1, micro_batch_size=1, steps=3, max_new_tokens=1)
     _, _, dry = longest.of_ppo(r, config, TOKENIZER, data_of(prompts_of([1, 1]), sets))
     assert [len(p.ids) for p in dry.sets["eval/"]] == [9, 9]  # a standard error needs two
+
+
+def test_of_prompts_counts_every_response_to_a_prompt(r):
+    # a micro-batch of 3 rows holds the longest prompt three times: 9 + 1 and twice 4 + 1 would be
+    # the heaviest of single rows, 7 + 1 with 8 + 1 is not
+    config = GRPOConfig(batch_size=2, samples_per_prompt=3, micro_batch_size=3, steps=2,
+                        max_new_tokens=1, mini_batches=1)
+    order = next_rows(0, 4, 4, 0).tolist()
+    lengths = dict(zip(order, [9, 2, 7, 8], strict=True))
+    prompts = prompts_of([lengths[i] for i in range(4)])
+    made, _, dry = longest.of_prompts(r, config, TOKENIZER, data_of(prompts))
+    assert sorted(lengths_of(dry.prompts)) == [2, 9]
+    assert (made.steps, made.rollout_rows) == (2, 6)
+    assert r.work == pytest.approx((11 + 2 + 15 + 2) / (11 + 2))
 
 
 def test_of_ppo_takes_the_texts_of_the_heaviest_update(r):

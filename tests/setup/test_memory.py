@@ -13,6 +13,7 @@ from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run.machine import Machine
 from minirlhf.setup import memory
 from minirlhf.setup.dpo_settings import DPOConfig
+from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.memory import Estimate, Part
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
@@ -190,6 +191,14 @@ def test_of_ppo_takes_the_larger_micro_batch_of_rollouts_and_texts():
     config = replace(SETTINGS, ptx_batch_size=3)
     found = sizes(memory.of_ppo(config, TINY, None, [], 2, 7, float32).parts)
     assert found["activations"] == 21 * 256 + 3 * 21 * 10 * 4
+
+
+def test_of_policy_samples_every_response_to_a_prompt_side_by_side():
+    config = GRPOConfig(batch_size=2, samples_per_prompt=3, max_new_tokens=3, micro_batch_size=2)
+    found = sizes(memory.of_policy("grpo", config, TINY, [TINY], 2, float32).parts)
+    assert found["activations"] == 10 * 256 + 3 * 10 * 10 * 4  # 2 rows of 2 + 3 tokens
+    assert found["KV cache and logits of sampling"] == 6 * (5 * 16 + 4 * 10 * 4)
+    assert (found["weights"], found["frozen models"]) == (688, 688)
 
 
 # ---- what is told, and refused -------------------------------------------------------------------

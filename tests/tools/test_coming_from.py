@@ -9,17 +9,21 @@ import minirlhf
 from minirlhf import cli
 from minirlhf.errors import BAD_INPUT, OK
 from minirlhf.setup.dpo_settings import DPOConfig
+from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.tools.coming_from import TOOLS, WIDTH, Section, sections
 
 FLAGS = {
     recipe: {"--" + f.name.replace("_", "-") for f in fields(config)}
-    for recipe, config in (("ppo", PPOConfig), ("reward", RewardConfig), ("dpo", DPOConfig))
+    for recipe, config in (
+        ("ppo", PPOConfig), ("grpo", GRPOConfig), ("reward", RewardConfig), ("dpo", DPOConfig)
+    )
 }
 
 # Fields of trl 0.9.6's PPOConfig and of that of 0.12 to 1.12 (with the two that went in between),
-# of trl 0.11's RewardTrainer, and those that LLaMA-Factory reads for ppo.
+# of trl 1.x's GRPOConfig, what its RLOOConfig has otherwise, of trl 0.11's RewardTrainer, and those
+# that LLaMA-Factory reads for ppo.
 TRL_PPO = """
 exp_name seed log_with task_name model_name query_dataset reward_model remove_unused_columns
 tracker_kwargs accelerator_kwargs project_kwargs tracker_project_name push_to_hub_if_best_kwargs
@@ -45,6 +49,25 @@ cliprange_value gamma lam ds3_gather_for_generation exp_name run_name
 TRL1_PPO_TRAINER = """
 args processing_class model ref_model reward_model train_dataset value_model data_collator
 eval_dataset optimizers callbacks peft_config train save_model generate_completions
+""".split()
+TRL_GRPO = """
+model_init_kwargs disable_dropout cast_lm_head_to_fp32 remove_unused_columns num_generations
+num_generations_eval max_completion_length ds3_gather_for_generation shuffle_dataset
+generation_batch_size steps_per_generation temperature top_p top_k min_p generation_kwargs
+chat_template_kwargs repetition_penalty use_transformers_paged cache_implementation use_vllm
+vllm_mode vllm_model_impl vllm_structured_outputs_regex vllm_server_base_url vllm_server_host
+vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization
+vllm_max_model_length vllm_tensor_parallel_size vllm_enable_sleep_mode beta num_iterations epsilon
+delta epsilon_high sapo_temperature_neg sapo_temperature_pos importance_sampling_level
+reward_weights multi_objective_aggregation scale_rewards loss_type mask_truncated_completions
+sync_ref_model ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile
+max_tool_calling_iterations vllm_importance_sampling_correction vllm_importance_sampling_mode
+vllm_importance_sampling_cap off_policy_mask_threshold use_bias_correction_kl log_completions
+num_completions_to_print log_unique_prompts log_completions_hub_repo learning_rate
+""".split()
+TRL_RLOO = """
+num_generations beta num_iterations epsilon epsilon_high reward_weights normalize_advantages
+reward_clip_range
 """.split()
 TRL_REWARD = """
 model data_collator train_dataset eval_dataset tokenizer model_init compute_metrics callbacks
@@ -99,6 +122,8 @@ def names(*sections: Section) -> set[str]:
         (TRL_PPO_TRAINER, ["PPOTrainer of TRL 0.9.6"]),
         (TRL1_PPO, ["PPOConfig of TRL 0.12 to 1.12"]),
         (TRL1_PPO_TRAINER, ["PPOTrainer of TRL 0.12 to 1.12"]),
+        (TRL_GRPO, ["GRPOConfig of TRL 1.x"]),
+        (TRL_RLOO, ["RLOOConfig of TRL 1.x"]),
         (TRL_REWARD, ["RewardTrainer and RewardConfig of TRL 0.11"]),
         (TRL_DPO, ["DPOConfig and DPOTrainer of TRL 1.16"]),
         (TRL_KTO, ["KTOConfig and KTOTrainer of TRL 1.16"]),
@@ -106,8 +131,8 @@ def names(*sections: Section) -> set[str]:
         (LLAMA_FACTORY_DPO, ["stages dpo and kto of LLaMA-Factory"]),
         (LLAMA_FACTORY, ["stage ppo of LLaMA-Factory", SHARED]),
     ],
-    ids=["PPOConfig", "PPOTrainer", "PPOConfig 1", "PPOTrainer 1", "RewardTrainer", "DPO", "KTO",
-         "ORPO and CPO", "LF dpo", "LF"],
+    ids=["PPOConfig", "PPOTrainer", "PPOConfig 1", "PPOTrainer 1", "GRPO", "RLOO", "RewardTrainer",
+         "DPO", "KTO", "ORPO and CPO", "LF dpo", "LF"],
 )
 def test_tables_are_complete(theirs, sections):
     assert set(theirs) - names(*(OF[title] for title in sections)) == set()

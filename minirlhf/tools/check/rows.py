@@ -39,7 +39,9 @@ KINDS = {
         ("prompt", "best", "others"),
     ),
     "texts": Kind(("sft",), imitated_format, examples.load_texts, ("prompt", "response")),
-    "prompts": Kind(("ppo",), prompt_format, examples.load_prompts, ("prompt",), PASSED),
+    "prompts": Kind(
+        ("ppo", "grpo"), prompt_format, examples.load_prompts, ("prompt",), PASSED
+    ),
     "unpaired": Kind(
         ("dpo",), unpaired.unpaired_format, unpaired.load_unpaired, ("prompt", "response")
     ),
