@@ -368,7 +368,7 @@ FREE = {  # what no number depends on, save that a device has its own last bits
     }),
 }
 FIXED = {
-    "sft": WEIGHTS | PLACE | {"init_config", "tokenizer", "vocab_size"},
+    "sft": WEIGHTS | PLACE | {"init_config", "tokenizer", "vocab_size", "train_on"},
     "reward": WEIGHTS | PLACE | {"heads"},
     "dpo": WEIGHTS | PLACE | {"ref"},
     "ppo": WEIGHTS | {"ref", "critic", "train_critic", "eval_data", "eval_prompts"},
