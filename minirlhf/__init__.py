@@ -44,6 +44,7 @@ _PUBLIC = {
     "models.config": ("ModelConfig",),
     "models.transformer": ("CausalLM",),
     "models.logprobs": ("token_logprobs",),
+    "models.divergence": ("token_divergence",),
     "models.heads": ("ValueHeadModel", "RewardModel"),
     "models.pretrained": ("load_pretrained", "save_pretrained", "load_reward_model"),
     "models.sampling": ("Sampling",),
@@ -58,11 +59,13 @@ _PUBLIC = {
     "setup.dpo_settings": ("DPOConfig",),
     "setup.ppo_settings": ("PPOConfig",),
     "setup.grpo_settings": ("GRPOConfig",),
+    "setup.distill_settings": ("DistillConfig",),
     "recipes.sft": ("sft",),
     "recipes.reward": ("reward",),
     "recipes.dpo": ("dpo",),
     "recipes.ppo": ("ppo", "ppo_step"),
     "recipes.grpo": ("grpo", "grpo_step"),
+    "recipes.distill": ("distill",),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PUBLIC.items() for name in names}
 

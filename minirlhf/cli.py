@@ -32,6 +32,8 @@ VERBS = {
                  "align a policy by comparing responses to a prompt, without a critic"),
     "dpo": Verb("minirlhf.recipes.dpo", "minirlhf.setup.dpo_settings:DPOConfig",
                 "align a policy with preferences directly: DPO and its family"),
+    "distill": Verb("minirlhf.recipes.distill", "minirlhf.setup.distill_settings:DistillConfig",
+                    "train a student by a teacher, on the student's own responses"),
     "check": Verb("minirlhf.tools.check.command", "minirlhf.tools.settings:CheckConfig",
                   "look at data as a recipe reads it, before training"),
     "metrics": Verb("minirlhf.tools.metrics", "minirlhf.tools.settings:MetricsConfig",

@@ -40,6 +40,8 @@ COMMANDS = {
     "--micro-batch-size 2 --max-new-tokens 4",
     "grpo": "grpo --model lm --data prompts.jsonl --reward rm --out out --steps 1 --batch-size 1 "
     "--samples-per-prompt 2 --mini-batches 1 --micro-batch-size 2 --max-new-tokens 4",
+    "distill": "distill --model lm --teacher teacher --data prompts.jsonl --out out --steps 1 "
+    "--batch-size 2 --max-new-tokens 4",
     "sample": "sample --model lm --data prompts.jsonl --out out --max-new-tokens 4",
     "score": "score --model rm --data pairs.jsonl --out out",
 }
@@ -71,10 +73,11 @@ def json_lines(*rows: object) -> str:
 
 
 def make_world(folder: Path) -> Path:
-    """A language model, its reward model, both with another tokenizer, and a file for each verb."""
+    """A language model, its teacher, its reward model, both with another tokenizer, and a file for
+    each verb."""
     words = ["some words"] * 9
     for name, texts, size, save in (
-        ("lm", [], 258, save_lm), ("rm", [], 258, save_scorer),
+        ("lm", [], 258, save_lm), ("teacher", [], 258, save_lm), ("rm", [], 258, save_scorer),
         ("other-lm", words, 260, save_lm), ("other", words, 260, save_scorer),
     ):
         vocabulary = train_tokenizer(texts, size, folder / name).vocab_size

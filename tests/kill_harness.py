@@ -301,16 +301,24 @@ OWN = {
         "early_stop_kl": 1e-4, "top_p": 0.9, "eval_data": "few_prompts", "eval_every": 2,
         "keep_best": True, "seed": 2,
     },
+    "distill": {
+        "data": "prompts", "teacher": "teacher", "gkd_beta": 0.5, "micro_batch_size": 2,
+        "max_new_tokens": 3, "top_p": 0.9, "sample_every": 2, "sample_prompts": 2,
+        "eval_data": "few_prompts", "eval_every": 2, "seed": 2,
+    },
 }
 
 
 def make_world(folder: Path, vocabulary: int = 258) -> Path:
-    """Fills a folder with a tiny model, its tokenizer, data for each recipe, a reward."""
+    """Fills a folder with a tiny model, its tokenizer, a teacher of it that is padded further, data
+    for each recipe, a reward."""
     from minirlhf.data.tokenizer import train_tokenizer
     from tests.tiny_folders import save_lm
 
     train_tokenizer([], 258, folder / "model")
     save_lm(folder / "model", SHAPE, vocab_size=vocabulary)
+    train_tokenizer([], 258, folder / "teacher")
+    save_lm(folder / "teacher", SHAPE | {"hidden_size": 8}, 1, vocab_size=vocabulary + 2)
     held_out = {f"few_{name}": ROWS[name][:3] for name in ROWS}
     for name, rows in (ROWS | held_out).items():
         text = "".join(json.dumps(row) + "\n" for row in rows) + LEFT_OUT.get(name, "")
@@ -325,6 +333,8 @@ def command(recipe: str, world: Path, out: Path, **changes: object) -> list[str]
     for name in ("data", "eval_data"):
         if name in settings:
             settings[name] = world / f"{settings[name]}.jsonl"
+    if "teacher" in settings:
+        settings["teacher"] = world / settings["teacher"]
     if function := {"ppo": "letters", "grpo": "parity"}.get(recipe):
         settings["reward"] = f"{world / 'reward.py'}:{function}"
     words = [recipe]

@@ -366,6 +366,7 @@ FREE = {  # what no number depends on, save that a device has its own last bits
         "reward_timeout", "reward_connect_timeout", "reward_retries", "reward_batch_size",
         "reward_token_file", "offload_frozen",
     }),
+    "distill": EVERYWHERE,
 }
 FIXED = {
     "sft": WEIGHTS | PLACE | {"init_config", "tokenizer", "vocab_size", "train_on"},
@@ -373,11 +374,13 @@ FIXED = {
     "dpo": WEIGHTS | PLACE | {"ref"},
     "ppo": WEIGHTS | {"ref", "critic", "train_critic", "eval_data", "eval_prompts"},
     "grpo": WEIGHTS | {"ref", "eval_data", "eval_prompts"},
+    "distill": WEIGHTS | {"teacher", "eval_data", "eval_prompts"},
 }
-COMPARED = ROWS | {  # evaluations compare with scores of the start
-    "reward", "reward_format", "stop", "temperature", "top_k", "top_p", "min_p", "max_new_tokens",
-    "min_new_tokens", "keep_best", "max_prompt_length",
+SAMPLED = ROWS | {  # evaluations compare with those of the start
+    "stop", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "min_new_tokens",
+    "max_prompt_length",
 }
+COMPARED = SAMPLED | {"reward", "reward_format", "keep_best"}
 
 
 @pytest.mark.parametrize(
@@ -387,6 +390,7 @@ COMPARED = ROWS | {  # evaluations compare with scores of the start
         ("ppo", {"eval_data": ("held.jsonl",)}, COMPARED),
         ("grpo", {"eval_data": ("held.jsonl",)}, COMPARED),
         ("ppo", {"kl_target": 6.0}, {"kl_coef"}),
+        ("distill", {"eval_data": ("held.jsonl",)}, SAMPLED),
     ],
 )
 def test_a_resumed_run_changes_what_is_free_and_no_more_without_leave(
@@ -450,7 +454,7 @@ def no_weights(monkeypatch):
 
 
 def bad_last_row(verb: str) -> str:
-    of_prompts = dict.fromkeys(("ppo", "grpo", "sample"), PROMPT)
+    of_prompts = dict.fromkeys(("ppo", "grpo", "distill", "sample"), PROMPT)
     row = {"sft": TEXT, "new": TEXT, **of_prompts}.get(verb, PAIR)
     Path("late.jsonl").write_text(json_lines(*[row] * 50, {}), encoding="utf-8")
     return "late.jsonl"
@@ -462,7 +466,7 @@ def test_the_last_row_is_read_before_any_weight(verb, refused, no_weights):
     assert line.startswith("late.jsonl:51: ")
 
 
-@pytest.mark.parametrize("verb", ["sft", "new", "reward", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("verb", ["sft", "new", "reward", "dpo", "ppo", "grpo", "distill"])
 def test_the_last_held_out_row_is_read_before_any_weight(verb, refused, no_weights):
     good = COMMANDS[verb].partition("--data ")[2].split()[0]
     line = refused(words(verb, eval_data=(f"a={good}", bad_last_row(verb))))

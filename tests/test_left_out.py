@@ -17,7 +17,8 @@ from tests.test_bad_data import LINES, ROWS
 from tests.tiny_folders import read_lines
 
 world, refused = bad_inputs.world, bad_inputs.refused
-RECIPES = {"sft": TEXT, "new": TEXT, "reward": PAIR, "dpo": PAIR, "ppo": PROMPT, "grpo": PROMPT}
+RECIPES = {"sft": TEXT, "new": TEXT, "reward": PAIR, "dpo": PAIR, "ppo": PROMPT, "grpo": PROMPT,
+           "distill": PROMPT}
 SKIP = {"bad_rows": "skip"}
 
 
@@ -84,7 +85,7 @@ def test_the_tables_hold_enough_malformed_rows():
 def test_a_run_lists_what_it_leaves_out_once_and_the_same_after_resume(verb, run):
     data = dirty(RECIPES[verb])
     argv = words(verb, data=data, overlong="drop", **SKIP)
-    argv += [] if verb in ("ppo", "grpo") else ["--max-length", "40"]
+    argv += [] if RECIPES[verb] is PROMPT else ["--max-length", "40"]
     code, out, _ = run(argv)
     assert code == 0
     assert "6 rows · kept 3" in out

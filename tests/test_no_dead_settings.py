@@ -36,9 +36,13 @@ BASE = {
         "samples_per_prompt": 2, "micro_batch_size": 2, "epochs": 2, "mini_batches": 2,
         "max_new_tokens": 3,
     },
+    "distill": {
+        "model": "model", "teacher": "teacher", "data": "all.jsonl", "batch_size": 4,
+        "micro_batch_size": 2, "max_new_tokens": 3,
+    },
 }
 PLACES = {"model", "data", "eval_data", "ref", "critic", "tokenizer", "init_config", "reward",
-          "ptx_data"}
+          "ptx_data", "teacher"}
 
 
 class Change(NamedTuple):
@@ -53,7 +57,26 @@ class Change(NamedTuple):
 LETTERS = [chr(i) for i in range(33, 127)]  # a third of the 258 tokens
 ENDS = {"stop": LETTERS, "max_new_tokens": 8}
 ENDS_CHANGE = Change(LETTERS, {"max_new_tokens": 8})
-POLICY = {  # of recipes that learn from what a policy writes
+SAMPLED = {  # of recipes that sample responses to prompts
+    "eval_data": Change("few.jsonl"),
+    "eval_every": Change(1, {"eval_data": "few.jsonl"}),
+    "eval_prompts": Change(2, {"eval_data": "few.jsonl"}),
+    "max_new_tokens": Change(2),
+    "temperature": Change(0.5),
+    "top_k": Change(5),
+    "top_p": Change(0.5),
+    "min_p": Change(0.9),
+    "min_new_tokens": Change(3, {"model": "ending"}),
+    "stop": ENDS_CHANGE,
+    "rollout_batch_size": Change(1, held=True),
+    "max_prompt_length": Change(8, {"overlong": "truncate_prompt_left"}),
+    "overlong": Change("truncate_prompt_left", {"max_prompt_length": 8}, first="drop"),
+    "micro_batch_size": Change(1),
+    "allow_empty_prompt": Change(True, {"data": "empty.jsonl"}, refused="no beginning-of-text"),
+    "sample_every": Change(1),
+    "sample_prompts": Change(1),
+}
+POLICY = SAMPLED | {  # of recipes that learn from what a policy writes
     "reward": Change("reward.py:short"),
     "chat": Change(True, {"reward": "reward.py:shown"}),  # which is given messages then
     "template_kwargs": Change(  # `letters` reads strings
@@ -66,23 +89,10 @@ POLICY = {  # of recipes that learn from what a policy writes
             "reward_connect_timeout": 1.0, "reward_batch_size": 1, "reward_token_file": "t",
         }.items()
     },
-    "eval_data": Change("few.jsonl"),
-    "eval_every": Change(1, {"eval_data": "few.jsonl"}),
-    "eval_prompts": Change(2, {"eval_data": "few.jsonl"}),
     "keep_best": Change(
         True, {"eval_data": "few.jsonl", "eval_every": 1, "steps": 8, "learning_rate": 3e-2}
     ),
     "ref": Change("other"),
-    "max_new_tokens": Change(2),
-    "temperature": Change(0.5),
-    "top_k": Change(5),
-    "top_p": Change(0.5),
-    "min_p": Change(0.9),
-    "min_new_tokens": Change(3, {"model": "ending"}),
-    "stop": ENDS_CHANGE,
-    "rollout_batch_size": Change(1, held=True),
-    "max_prompt_length": Change(8, {"overlong": "truncate_prompt_left"}),
-    "overlong": Change("truncate_prompt_left", {"max_prompt_length": 8}, first="drop"),
     "kl_coef": Change(0.5),
     "kl_estimator": Change("k3"),
     "missing_eos_penalty": Change(1.0),
@@ -92,17 +102,13 @@ POLICY = {  # of recipes that learn from what a policy writes
     ),
     "epochs": Change(1),
     "mini_batches": Change(2, first=1),
-    "micro_batch_size": Change(1),
     "clip_low": Change(0.0),
     "clip_high": Change(0.0),
     "dual_clip": Change(1.21, {"learning_rate": 5e-2, "epochs": 4}),
     "max_ratio": Change(1.0001, {"learning_rate": 5e-2, "epochs": 4}),
     "early_stop_kl": Change(1e-9, {"mini_batches": 2}),
     "entropy_coef": Change(0.1),
-    "allow_empty_prompt": Change(True, {"data": "empty.jsonl"}, refused="no beginning-of-text"),
     "offload_frozen": Change(True, held=True),
-    "sample_every": Change(1),
-    "sample_prompts": Change(1),
     "save_rollouts": Change(True),
 }
 CHANGES = {
@@ -226,6 +232,14 @@ CHANGES = {
             "reward", {"kl_estimator": "k1"}, needed="kl_in loss with kl_estimator k1"
         ),
     },
+    "distill": SAMPLED | {
+        "batch_size": Change(8),
+        "teacher": Change("other"),
+        "gkd_beta": Change(0.5),
+        "epochs": Change(2.0, {"steps": None}),
+        # weights that still can be sampled from
+        "skip_nonfinite": Change(5, {"learning_rate": 1e6}),
+    },
 }
 # see the last test
 OTHERWISE = {"out", "resume", "resume_from", "allow_data_change", "allow_setting_change"}
@@ -271,7 +285,8 @@ def world(tmp_path_factory):
     write_lines(folder / "lists.jsonl", ROWS["lists"])
     write_lines(folder / "liked.jsonl", ROWS["liked"])
     (folder / "tiny.json").write_text(json.dumps(SHAPE))
-    data = dict.fromkeys(("reward", "dpo"), "pairs") | dict.fromkeys(("ppo", "grpo"), "prompts")
+    data = dict.fromkeys(("reward", "dpo"), "pairs")
+    data |= dict.fromkeys(("ppo", "grpo", "distill"), "prompts")
     for recipe, rows in {"sft": "texts", **data}.items():
         lines = [json.dumps(row) + "\n" for row in ROWS[rows]]
         files = {

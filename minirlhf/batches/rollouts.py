@@ -190,6 +190,12 @@ def policy_pass(policy: ValueHeadModel, micro: Rollout, temperature: float) -> T
     return response._replace(values=at_tokens, last_values=last)
 
 
+def lm_states(lm: CausalLM, micro: Rollout) -> Tensor:
+    """(N, D) states before the response tokens, row by row, of one forward pass."""
+    hidden, mask = lm(micro.tokens, lengths=micro.lengths), micro.response_mask
+    return response_states(hidden, micro.prompt_lengths, mask.shape[1])[mask]
+
+
 def lm_pass(lm: CausalLM, micro: Rollout, temperature: float) -> TokenPass:
     """One forward pass of a language model: of a policy without critic, or of the reference."""
     return response_pass(lm, lm(micro.tokens, lengths=micro.lengths), micro, temperature)

@@ -35,11 +35,11 @@ def sample_table(
     ]
 
 
-def show_samples(r: Run, state: TrainState, rows: list[dict]) -> None:
-    """The table on the console and in samples.jsonl."""
+def show_samples(r: Run, state: TrainState, rows: list[dict], number: str = "score") -> None:
+    """The table on the console, each response behind its number, and in samples.jsonl."""
     r.say(f"  samples at step {state.step}")
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         shown = f"{printable(prompt, 60)} | {printable(row['response'], 160)}"
-        r.say(f"  {row['score']:>8.3f}  {shown}")
+        r.say(f"  {row[number]:>8.3f}  {shown}")
     r.write_samples(state, rows)

@@ -22,7 +22,7 @@ from minirlhf.data.examples import Prompt, Text
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.run.dry_run import STEPS, DryRun
 from minirlhf.setup.policy_data import Data
-from minirlhf.setup.policy_settings import PolicyInputSettings
+from minirlhf.setup.policy_settings import PromptInputSettings
 from minirlhf.setup.ppo_settings import PPOConfig
 
 T = TypeVar("T")
@@ -110,12 +110,12 @@ def evaluations(steps: int, every: int) -> int:
 
 
 def of_prompts(
-    r: DryRun, config: PolicyInputSettings, tokenizer: Tokenizer, data: Data
-) -> tuple[PolicyInputSettings, Tokenizer, Data]:
+    r: DryRun, config: PromptInputSettings, tokenizer: Tokenizer, data: Data
+) -> tuple[PromptInputSettings, Tokenizer, Data]:
     """Config, tokenizer and data for a dry run in which no response ends early.
 
     Args:
-        config: has PolicyTrainingSettings too.
+        config: has RolloutSettings and PassSettings too, and its number of steps.
     """
     prompts_a_step, samples = config.batch_size, config.rollout_rows // config.batch_size
     r.steps, scanned = config.steps, min(config.steps, SCANNED)

@@ -14,12 +14,13 @@ from torch import nn
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.models import pretrained
 from minirlhf.models.config import ModelConfig
+from minirlhf.models.divergence import CHUNK
 from minirlhf.models.logprobs import TILE, widened
 from minirlhf.models.transformer import CausalLM, shapes_only
 from minirlhf.run.machine import Machine, free_memory, process_bytes
 from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.groups import TrainingSettings
-from minirlhf.setup.policy_settings import PolicyInputSettings
+from minirlhf.setup.policy_settings import PolicyInputSettings, PromptInputSettings
 from minirlhf.setup.ppo_settings import PPOConfig
 
 SURE = 0.75  # share of an estimate that a run holds in any case
@@ -141,15 +142,11 @@ def of_policy(
     tokens = max(row, texts, min(most, config.micro_batch_size * row))
     sizes = [parameters(model) * dtype.itemsize for model in frozen]
     away = config.offload_frozen  # one of them is in memory at a time, and none in an update
-    side = min(config.rollout_batch_size, config.rollout_rows)
-    cache = 2 * policy.num_layers * policy.num_kv_heads * policy.head_dim * dtype.itemsize
     return Estimate(recipe, [
         *learning(policy, tokens, config, dtype, critic),
         Part("frozen models", max(sizes, default=0) if away else sum(sizes),
              "give --offload-frozen", "measuring" if away else ""),
-        Part("KV cache and logits of sampling",
-             side * (row * cache + 4 * policy.vocab_size * widened(dtype).itemsize),
-             "lower --rollout-batch-size", "sampling"),
+        of_sampling(config, policy, row, dtype),
     ])
 
 
@@ -161,6 +158,33 @@ def of_ppo(
     texts = max(text, min(config.micro_batch_tokens, config.ptx_batch_size * text))
     of_critic = parameters(critic) if critic else 0
     return of_policy("ppo", config, policy, frozen, prompt, dtype, of_critic, texts)
+
+
+def of_distill(
+    config: PromptInputSettings, student: ModelConfig, teacher: ModelConfig, prompt: int,
+    dtype: torch.dtype,
+) -> Estimate:
+    """The estimate of distillation. Arguments as of `of_policy`."""
+    row = prompt + config.max_new_tokens
+    tokens = max(row, min(config.micro_batch_tokens, config.micro_batch_size * row))
+    logits = 6 * min(tokens, CHUNK) * student.vocab_size * widened(dtype).itemsize
+    return Estimate("distill", [
+        *learning(student, tokens, config, dtype),
+        Part("teacher", parameters(teacher) * dtype.itemsize, "take a smaller teacher"),
+        Part("logits of student and teacher", logits, "lower --micro-batch-tokens", "update"),
+        of_sampling(config, student, row, dtype),
+    ])
+
+
+def of_sampling(
+    config: PromptInputSettings, policy: ModelConfig, row: int, dtype: torch.dtype
+) -> Part:
+    """What responses take while they are sampled, in rows of so many tokens with their prompts."""
+    side = min(config.rollout_batch_size, config.rollout_rows)
+    cache = 2 * policy.num_layers * policy.num_kv_heads * policy.head_dim * dtype.itemsize
+    logits = 4 * policy.vocab_size * widened(dtype).itemsize
+    return Part("KV cache and logits of sampling", side * (row * cache + logits),
+                "lower --rollout-batch-size", "sampling")
 
 
 def announce(

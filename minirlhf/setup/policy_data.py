@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from minirlhf.data.examples import Prompt, Text, load_prompts
+from minirlhf.data.examples import PASSED, Prompt, Text, load_prompts
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report, RowPolicy
@@ -63,19 +63,22 @@ def prompt_room(config: PromptInputSettings, folders: Sequence[Path]) -> int:
 
 def read_prompts(
     config: PromptInputSettings, tokenizer: Tokenizer, room: int,
-    finish: Callable[[Prompt], Prompt] | None = None,
+    finish: Callable[[Prompt], Prompt] | None = None, others: str = PASSED,
 ) -> Data:
     """All rows of all files of prompts, each file's report printed.
 
     Args:
         room: most tokens of a prompt.
         finish: gives a prompt back, or raises where it is of no use.
+        others: what becomes of columns that are no part of a prompt.
     """
     policy = RowPolicy.of(config)
     files = {"": config.data, **named_files(config.eval_data, "/")}
     sets, reports = {}, []
     for prefix, file in files.items():
-        rows, report = load_prompts(file, tokenizer, room, config.overlong, policy, finish)
+        rows, report = load_prompts(
+            file, tokenizer, room, config.overlong, policy, finish, others
+        )
         print(report)
         sets[prefix] = held_out(rows, config.eval_prompts, file) if prefix else rows
         reports.append(report)

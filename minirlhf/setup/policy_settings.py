@@ -72,15 +72,10 @@ class RolloutSettings(SamplingSettings):
     )
 
     def check(self) -> list[str]:
-        problems = []
-        if self.top_k == 1 or self.min_p == 1:
-            name, use = ("top_k", "0, or 2 or more") if self.top_k == 1 else ("min_p", "less")
-            problems.append(f"{name} 1: one token is left to draw, whose log-prob is 0 whatever "
-                            f"the policy; use {use}")
         if self.min_new_tokens > self.max_new_tokens:
-            problems.append(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "
-                            f"{self.max_new_tokens}: lower one or raise the other")
-        return problems
+            return [f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "
+                    f"{self.max_new_tokens}: lower one or raise the other"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -212,11 +207,15 @@ class PolicyInputSettings(
     batch_size: int = override(64, "prompts sampled in an iteration", resume="ask")
 
     def check(self) -> list[str]:
-        buffer, most = self.missing_eos_buffer, self.max_new_tokens
+        problems, buffer, most = [], self.missing_eos_buffer, self.max_new_tokens
         if self.missing_eos == "ramp" and not 1 <= buffer <= most:
-            return [f"missing_eos ramp: missing_eos_buffer is {buffer}, must be from 1 to "
-                    f"max_new_tokens {most}"]
-        return []
+            problems.append(f"missing_eos ramp: missing_eos_buffer is {buffer}, must be from 1 to "
+                            f"max_new_tokens {most}")
+        if self.top_k == 1 or self.min_p == 1:
+            name, use = ("top_k", "0, or 2 or more") if self.top_k == 1 else ("min_p", "less")
+            problems.append(f"{name} 1: one token is left to draw, whose log-prob is 0 whatever "
+                            f"the policy; use {use}")
+        return problems
 
 
 @dataclass(frozen=True)

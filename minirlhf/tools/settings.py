@@ -95,7 +95,7 @@ class CheckConfig(
     max_new_tokens: int = override(help="room for the response that ppo needs behind a prompt")
     recipe: str = override(
         "auto", "recipe that will read the files; auto: as their columns say",
-        choices=("auto", "reward", "dpo", "sft", "ppo", "grpo"),
+        choices=("auto", "reward", "dpo", "sft", "ppo", "grpo", "distill"),
     )
 
     def check(self) -> list[str]:

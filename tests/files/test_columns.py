@@ -89,7 +89,7 @@ def test_a_policy_refuses_words_that_cannot_be_meant():
 
 
 VERBS = {"sft": TEXT, "new": TEXT, "reward": PAIR, "dpo": PAIR, "ppo": PROMPT, "grpo": PROMPT,
-         "sample": PROMPT, "score": PAIR}
+         "distill": PROMPT, "sample": PROMPT, "score": PAIR}
 
 
 @pytest.mark.parametrize("verb", [*COMMANDS, "check"])

@@ -56,7 +56,9 @@ def world(tmp_path_factory):
         "ppo": [{"prompt": sentence(i, 1 + i % 7), "mood": i / 10} for i in range(90)],
         "grpo": [{"prompt": sentence(i, 1 + i % 7), "mood": i / 10} for i in range(13)],
     }
-    rows["dpo"] = rows["reward"]
+    rows["dpo"], rows["distill"] = rows["reward"], rows["ppo"]
+    train_tokenizer([sentence(i, 9) for i in range(20)], 300, folder / "teacher")
+    save_lm(folder / "teacher", SHAPE, 1, vocab_size=size + 3, max_position_embeddings=128)
     for name, data in rows.items():
         write_lines(folder / f"{name}.jsonl", data)
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
@@ -76,14 +78,18 @@ CASES = [  # recipe, steps (None: the default of both), reward
     ("grpo", 2, "reward.py:short"),
     ("grpo", 1, "judge"),
     ("grpo", 1, "reward.py:tokens"),
+    ("distill", 2, None),
+    ("distill", None, None),
 ]
 
 
 @pytest.mark.parametrize(("recipe", "steps", "reward"), CASES)
 def test_lesson_trains_the_weights_of_its_recipe(recipe, steps, reward, world, tmp_path, capsys):
     model, data = str(world / "model"), str(world / f"{recipe}.jsonl")
+    teacher = [str(world / "teacher")] if recipe == "distill" else []
     source = [] if reward is None else [str(world / reward)]
     flags = ["--reward", *source] if source else []
+    flags += ["--teacher", *teacher] if teacher else []
     flags += [] if steps is None else ["--steps", str(steps)]
     out = tmp_path / "recipe"
     assert main([recipe, "--model", model, "--data", data, "--out", str(out), *flags]) == OK
@@ -91,8 +97,8 @@ def test_lesson_trains_the_weights_of_its_recipe(recipe, steps, reward, world, t
     lesson = runpy.run_path(str(PACKAGE / "lessons" / f"{recipe}.py"), run_name="lesson")
     given = [] if steps is None else [str(steps)]
     with pytest.raises(FileExistsError):  # before it trains for nothing
-        lesson["main"](model, data, *source, str(tmp_path), *given)
-    lesson["main"](model, data, *source, str(tmp_path / "lesson"), *given)
+        lesson["main"](model, *teacher, data, *source, str(tmp_path), *given)
+    lesson["main"](model, *teacher, data, *source, str(tmp_path / "lesson"), *given)
 
     trained = (tmp_path / "lesson" / "model.safetensors").read_bytes()
     assert trained == (out / "model" / "model.safetensors").read_bytes()

@@ -28,6 +28,8 @@ CASES = {
     "ppo": ("ppo", {}),
     "ppo, lora": ("ppo", {"lora_rank": 2}),
     "ppo, stops": ("ppo", {"stop": "!", "critic_warmup_steps": 2}),
+    "distill": ("distill", {}),
+    "distill, lora": ("distill", {"lora_rank": 2, "steps": 3}),
     "ppo, offloaded": ("ppo", {"offload_frozen": True}),
     "grpo": ("grpo", {}),
     "grpo, lora": ("grpo", {"lora_rank": 2}),

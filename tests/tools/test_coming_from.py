@@ -8,6 +8,7 @@ import pytest
 import minirlhf
 from minirlhf import cli
 from minirlhf.errors import BAD_INPUT, OK
+from minirlhf.setup.distill_settings import DistillConfig
 from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.ppo_settings import PPOConfig
@@ -17,7 +18,8 @@ from minirlhf.tools.coming_from import TOOLS, WIDTH, Section, sections
 FLAGS = {
     recipe: {"--" + f.name.replace("_", "-") for f in fields(config)}
     for recipe, config in (
-        ("ppo", PPOConfig), ("grpo", GRPOConfig), ("reward", RewardConfig), ("dpo", DPOConfig)
+        ("ppo", PPOConfig), ("grpo", GRPOConfig), ("reward", RewardConfig), ("dpo", DPOConfig),
+        ("distill", DistillConfig),
     )
 }
 
@@ -100,6 +102,10 @@ learning_rate max_length max_completion_length beta disable_dropout padding_valu
 generate_during_eval is_encoder_decoder model_init_kwargs trust_remote_code dataset_num_proc
 label_smoothing cpo_alpha simpo_gamma alpha
 """.split()
+TRL_GKD = """
+temperature lmbda beta max_new_tokens teacher_model_name_or_path teacher_model_init_kwargs
+disable_dropout seq_kd teacher_model
+""".split()
 LLAMA_FACTORY_DPO = """
 pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight
 kto_rejected_weight simpo_gamma ref_model ref_model_adapters ref_model_quantization_bit ld_alpha
@@ -128,11 +134,12 @@ def names(*sections: Section) -> set[str]:
         (TRL_DPO, ["DPOConfig and DPOTrainer of TRL 1.16"]),
         (TRL_KTO, ["KTOConfig and KTOTrainer of TRL 1.16"]),
         (TRL_ORPO_CPO, ["ORPOConfig and CPOConfig of TRL 1.16"]),
+        (TRL_GKD, ["GKDConfig and GKDTrainer of TRL 1.16"]),
         (LLAMA_FACTORY_DPO, ["stages dpo and kto of LLaMA-Factory"]),
         (LLAMA_FACTORY, ["stage ppo of LLaMA-Factory", SHARED]),
     ],
     ids=["PPOConfig", "PPOTrainer", "PPOConfig 1", "PPOTrainer 1", "GRPO", "RLOO", "RewardTrainer",
-         "DPO", "KTO", "ORPO and CPO", "LF dpo", "LF"],
+         "DPO", "KTO", "ORPO and CPO", "GKD", "LF dpo", "LF"],
 )
 def test_tables_are_complete(theirs, sections):
     assert set(theirs) - names(*(OF[title] for title in sections)) == set()

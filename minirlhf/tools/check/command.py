@@ -21,6 +21,7 @@ from minirlhf.models import pretrained
 from minirlhf.models.heads import reads_whole
 from minirlhf.models.stored_heads import VALUE_HEAD
 from minirlhf.run import flags
+from minirlhf.setup.distill_settings import DistillConfig
 from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.policy_data import prompt_room
@@ -28,12 +29,12 @@ from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.setup.sft_settings import SFTConfig
 from minirlhf.tools.check.facts import Model, facts_of, read_text, read_tokens
-from minirlhf.tools.check.rows import read_file, recipe_of
+from minirlhf.tools.check.rows import KINDS, read_file, recipe_of
 from minirlhf.tools.check.words import show, show_model
 from minirlhf.tools.settings import CheckConfig
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig,
-           "grpo": GRPOConfig}
+           "grpo": GRPOConfig, "distill": DistillConfig}
 
 
 def check_model(name: str, recipes: Iterable[str]) -> Model:
@@ -57,10 +58,10 @@ def check_model(name: str, recipes: Iterable[str]) -> Model:
 
 
 def limits(config: CheckConfig, recipe: str, model: Model | None) -> tuple[int | None, str]:
-    """(tokens of the longest row or, for ppo and grpo, prompt; what happens to longer ones)."""
+    """(tokens of the longest row or, of prompts alone, prompt; what happens to longer ones)."""
     defaults = CONFIGS[recipe]
     overlong = config.overlong or defaults.overlong
-    if recipe not in ("ppo", "grpo"):
+    if recipe not in KINDS["prompts"].recipes:
         return config.max_length or defaults.max_length, overlong
     if overlong == "truncate_response":
         raise UserError("--overlong", f"is {overlong}", "prompts have no response to truncate")

@@ -40,7 +40,7 @@ KINDS = {
     ),
     "texts": Kind(("sft",), imitated_format, examples.load_texts, ("prompt", "response")),
     "prompts": Kind(
-        ("ppo", "grpo"), prompt_format, examples.load_prompts, ("prompt",), PASSED
+        ("ppo", "grpo", "distill"), prompt_format, examples.load_prompts, ("prompt",), PASSED
     ),
     "unpaired": Kind(
         ("dpo",), unpaired.unpaired_format, unpaired.load_unpaired, ("prompt", "response")

@@ -9,8 +9,10 @@ from minirlhf.tools.check.facts import Model
 BAR = 12  # characters of a histogram's longest bar
 WIDTH = 80  # characters in a line of a row's text, of which two are shown
 SHOWN = 20  # rejected rows of a file
-# Of rows that more than one recipe reads.
-READERS = {"reward": "reward; also --recipe dpo", "ppo": "ppo; also --recipe grpo"}
+READERS = {  # of rows that more than one recipe reads
+    "reward": "reward; also --recipe dpo",
+    "ppo": "ppo; also --recipe grpo and distill",
+}
 BOUNDARY = ">>>"  # stands where the prompt ends and the response begins
 
 
