@@ -300,6 +300,21 @@ def test_main_evaluates_named_sets_and_shows_their_pairs(world, tmp_path, capsys
     assert "reference             the policy at step 0" in told
 
 
+def test_a_run_notes_once_that_both_responses_fall_and_a_resumed_one_does_not_again(
+    world, tmp_path, capsys
+):
+    settings = {"steps": 12, "learning_rate": 0.1, "sft_coef": 0.0, "label_smoothing": 0.0}
+
+    def notes(*more: str) -> list[str]:
+        assert main([*command("dpo", world, tmp_path / "run", **settings), *more]) == OK
+        told = capsys.readouterr().out.splitlines()
+        return [line for line in told if line.startswith("note at step")]
+
+    (first,) = notes()
+    assert "both_fall: rewards/chosen and rewards/rejected are -" in first
+    assert notes("--resume", "--resume-from", "step-00000011") == []
+
+
 def test_main_of_lists_learns_from_their_pairs(world, tmp_path):
     out = tmp_path / "run"
     assert main(command("dpo", world, out, data="lists", eval_data="few_lists", log_every=1)) == OK
