@@ -142,8 +142,11 @@ def test_metrics_are_means_over_liked_and_other_responses_and_left_out_where_the
     step = next(dpo(state, liked, reference(ref), kto(batch_size=3)))
     assert "rewards/chosen" in step.metrics
     assert not {"rewards/rejected", "rewards/margins", "logps/rejected"} & step.metrics.keys()
-    # a log window weighs each mean by what it is a mean of
-    assert state.meters.meters["rewards/chosen"].count == 3
+    # a log window weighs each mean by what it is a mean of: liked, others, rows, tokens
+    state = state_of(policy)
+    next(dpo(state, ROWS, reference(ref), kto()))
+    names = ("rewards/chosen", "logps/rejected", "loss", "entropy")
+    assert [state.meters.meters[name].count for name in names] == [3, 2, 5, 11]
 
 
 def test_kto_learns_a_tiny_set():
