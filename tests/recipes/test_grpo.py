@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from math import log
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from minirlhf.errors import BUG, NON_FINITE, UserError
 from minirlhf.models.lora import add_lora
 from minirlhf.recipes import grpo as recipe
 from minirlhf.rewards.source import Scores
+from minirlhf.run import flags
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.optim import make_optimizer
 from minirlhf.run.settings import validate
@@ -613,3 +616,13 @@ def test_token_rewards_are_refused_where_a_setting_would_pass_them_by():
         run_steps(config_of(missing_eos="replace"), tokens)
     (step,), _ = run_steps(config_of(steps=1), tokens)
     assert step.metrics["reward"] == step.metrics["completions/mean_length"]
+
+
+def test_the_page_names_settings_that_go_together():
+    page = Path(recipe.__file__).with_name("README.md").read_text("utf-8")
+    rows = re.findall(r"^\| \[.+?\]\(https://arxiv\S+\) \| `(.+?)`", page, re.MULTILINE)
+    assert len(rows) == 7
+    needed = ["--model", "m", "--data", "d", "--reward", "math", "--out", "o"]
+    found = [flags.parse(GRPOConfig, needed + row.split(), "minirlhf grpo") for row in rows]
+    assert {config.advantage for config in found} == {"grpo", "dr_grpo", "rloo", "reinforce++"}
+    assert {config.policy_loss for config in found} == {"clip", "gspo", "cispo"}

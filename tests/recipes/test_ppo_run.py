@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from minirlhf.batches import rollouts
 from minirlhf.cli import main
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
-from minirlhf.equations.policy import Surrogate
+from minirlhf.equations.policy import Surrogate, clipped_surrogate
 from minirlhf.errors import BAD_INPUT, NON_FINITE, OK, STOPPED
 from minirlhf.models import pretrained
 from minirlhf.models.heads import ValueHeadModel
@@ -453,6 +453,19 @@ def surrogate_of(**changes):
 def test_ppo_refuses_a_policy_loss_that_gives_something_else(policy_loss, told):
     with pytest.raises(ValueError, match=f"policy_loss gave .*{told}"):
         run_steps(config_of(steps=1), policy_loss=policy_loss)
+
+
+def test_ppo_gives_a_policy_loss_the_mask_where_it_asks_for_it():
+    ends = []
+
+    def whole(logprobs, old_logprobs, advantages, response_mask):
+        assert response_mask.shape == logprobs.shape and response_mask.dtype == torch.bool
+        return clipped_surrogate(logprobs, old_logprobs, advantages, 0.2, 0.2)
+
+    for policy_loss in (whole, None):
+        _, state = run_steps(config_of(steps=2), policy_loss=policy_loss)
+        ends.append(parameters(state.model))
+    assert torch.equal(*ends)
 
 
 def test_main_learns_from_a_policy_loss_of_ones_own(world, tmp_path):
