@@ -117,12 +117,21 @@ def grpo(
 # --------------------------------------------------------------------------------------- a rollout
 
 
+class Round(NamedTuple):
+    """M responses that were drawn at once, groups adjacent, and those of them that are kept."""
+
+    completions: Completions
+    given: Scores  # as the sources gave it
+    scores: Tensor  # (M,) all reward of each, under the rule for truncated responses
+    kept: Tensor  # numbers of the rows that are learned from
+
+
 class Drawn(NamedTuple):
     """An iteration's rollout, B = batch_size · samples_per_prompt rows, and all that was drawn."""
 
     completions: Completions  # of the B rows
     buffer: RolloutBuffer  # of the same
-    scores: Tensor  # (B,) all reward of each, under the rule for truncated responses
+    scores: Tensor  # (B,) as in Round
     prompts: int  # how many were drawn: batch_size, and more where groups were drawn again
     flat: int  # groups among all that were drawn whose scores agree
     sampled: int  # response tokens of all that were drawn
@@ -140,37 +149,36 @@ def draw_groups(
     at most config.resample times; in the last round they are kept as they are, so that a rollout
     has B rows whatever the rewards. Yu et al. 2025, DAPO (arXiv:2503.14476), sec. 3.2.
     """
-    G, columns, where = config.samples_per_prompt, columns_of(prompts), f"step {state.step + 1}"
+    G, where, rounds = config.samples_per_prompt, f"step {state.step + 1}", []
     buffer = RolloutBuffer(config.micro_batch_size, config.micro_batch_tokens)
-    parts, found, ruled, kept, flat = [], [], [], [], 0  # a round each
-    start, missing, rounds = 0, config.batch_size, config.resample
+    drawn, missing, flat = 0, config.batch_size, 0  # prompts, prompts, groups
     while missing:
-        made = sample_groups(state, prompts, columns, tokenizer, config, start, missing)
+        completions, rollout = sample_groups(state, prompts, tokenizer, config, drawn, missing)
         watch.lap("time/rollout")
-        given, rollout = score_groups(reward, *made, config, end_rule, where)
-        agree = without_spread(given.ruled, G) if G > 1 else torch.zeros(missing).bool()
-        keep = torch.ones_like(agree) if rounds == 0 else ~agree
-        rows = keep.repeat_interleave(G).nonzero()[:, 0]  # of the M that this round drew
+        given, scores, rollout = score_groups(reward, completions, rollout, config, end_rule, where)
+        agree = without_spread(scores, G) if G > 1 else torch.zeros(missing).bool()
+        keep = torch.ones_like(agree) if len(rounds) == config.resample else ~agree
+        rows = keep.repeat_interleave(G).nonzero()[:, 0]
         if len(rows):
-            places = torch.arange(len(rows), device=rollout.rows.device) + sum(map(len, kept))
-            chosen = rollout.select(rows.to(places.device))
+            chosen = rollout.select(rows.to(rollout.rows.device))
+            places = torch.arange(len(rows), device=chosen.rows.device) + len(buffer)
             buffer.add(chosen._replace(rows=places))
-        parts.append((made[0], rows.tolist()))
-        found.append(given.source)
-        ruled.append(given.ruled)
-        kept.append(given.ruled[rows])
-        flat += int(agree.sum())
-        start, missing, rounds = start + missing, missing - int(keep.sum()), rounds - 1
+        rounds.append(Round(completions, given, scores, rows))
+        drawn, missing, flat = drawn + missing, missing - int(keep.sum()), flat + int(agree.sum())
         watch.lap("time/score")
-    sampled = sum(len(ids) for batch, _ in parts for ids in batch.response_ids)
-    read = sum(len(ids) for batch, _ in parts for ids in batch.prompt_ids)
-    return Drawn(gather(parts), buffer, torch.cat(kept), start, flat, sampled, sampled + read,
-                 reward_statistics(joined_scores(found), torch.cat(ruled), G))
+    sampled, read = (sum(len(ids) for r in rounds for ids in getattr(r.completions, name))
+                     for name in ("response_ids", "prompt_ids"))
+    return Drawn(
+        gather([(r.completions, r.kept.tolist()) for r in rounds]), buffer,
+        torch.cat([r.scores[r.kept] for r in rounds]), drawn, flat, sampled, sampled + read,
+        reward_statistics(joined_scores([r.given for r in rounds]),
+                          torch.cat([r.scores for r in rounds]), G),
+    )
 
 
 def sample_groups(
-    state: TrainState, prompts: list[Prompt], columns: list[str], tokenizer: Tokenizer,
-    config: GRPOConfig, start: int, count: int,
+    state: TrainState, prompts: list[Prompt], tokenizer: Tokenizer, config: GRPOConfig, start: int,
+    count: int,
 ) -> tuple[Completions, Rollout]:
     """Responses to `count` prompts, those of a prompt adjacent; the prompt itself is read once.
 
@@ -186,28 +194,22 @@ def sample_groups(
     keys = streams.key(seed, "rollout", state.step, rows, places)
     batch = [prompts[i] for i in rows.tolist()]
     return sample(state.model, batch, keys, sampling_of(config), tokenizer,
-                  config.rollout_batch_size, columns)
-
-
-class Given(NamedTuple):
-    """What rewards say of M responses."""
-
-    source: Scores  # as the sources gave it
-    ruled: Tensor  # (M,) all reward of each, under the rule for truncated responses
+                  config.rollout_batch_size, columns_of(prompts))
 
 
 def score_groups(
     reward: RewardSource, completions: Completions, rollout: Rollout, config: GRPOConfig,
     end_rule: EndRule | None, where: str,
-) -> tuple[Given, Rollout]:
-    """The rewards of M responses, and the rollout with what the rule for truncated ones leaves."""
+) -> tuple[Scores, Tensor, Rollout]:
+    """What the sources say of M responses; all reward of each (M,) under the rule for truncated
+    ones; the rollout with that."""
     given = as_scores(reward(completions), completions, where)
     replaces = {"missing_eos replace": config.missing_eos == "replace"}
     invariants.check_token_rewards(given, replaces, where)
     end_rule = end_rule or rule_for_truncated(config)
     total = end_rule(given.total, rollout.truncated.cpu(), rollout.response_lengths.cpu())
     scores = given._replace(total=total)
-    return Given(given, scores.sums), with_scores(rollout, scores)
+    return given, scores.sums, with_scores(rollout, scores)
 
 
 def measure_rollout(
