@@ -115,7 +115,7 @@ def rows_of(prompt: Prompt, responses: list[Response], config: BestOfConfig) -> 
 
     told = {name: prompt.columns[name] for name in ARGUMENTS if name in prompt.columns}
     if not config.pairs:
-        found = best(responses, config.threshold, config.keep)
+        found = best(responses, config.threshold, config.best)
         return found if isinstance(found, str) else [
             {"prompt": prompt.text, "completion": part(one), "score": one.score} | told
             for one in found

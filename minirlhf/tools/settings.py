@@ -104,9 +104,19 @@ class CheckConfig(
 
 
 @dataclass(frozen=True)
+class AnswerSettings:
+    """Sampling: of how many prompts, and how often of each."""
+
+    limit: int | None = setting(
+        None, "answer the first prompts of the file only, so many; none: all", at_least=1
+    )
+    samples: int = setting(1, "responses to each prompt, one after another", at_least=1)
+
+
+@dataclass(frozen=True)
 class SampleConfig(
-    ModelSettings, DataSettings, LengthSettings, SamplingSettings, BatchSettings, DeviceSettings,
-    SeedSettings, LinesSettings,
+    ModelSettings, DataSettings, LengthSettings, SamplingSettings, AnswerSettings, BatchSettings,
+    DeviceSettings, SeedSettings, LinesSettings,
 ):
     """Write continuations of prompts, as JSON lines."""
 
@@ -120,10 +130,6 @@ class SampleConfig(
         None, "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz; or Parquet", required=False
     )
     prompt: str | None = setting(None, "one prompt, instead of --data", verbatim=True)
-    limit: int | None = setting(
-        None, "continue the first prompts of the file only, so many; none: all", at_least=1
-    )
-    samples: int = setting(1, "continuations of each prompt, one after another", at_least=1)
     bad_rows: str = override(
         help="what happens to malformed rows: error refuses the file, skip leaves them out and "
         "tells how many"
@@ -158,28 +164,25 @@ class SampleConfig(
 @dataclass(frozen=True)
 class BestOfConfig(
     ModelSettings, DataSettings, PromptSettings, RewardSourceSettings, SamplingSettings,
-    BatchSettings, MicroBatchSettings, DeviceSettings, SeedSettings, OutSettings,
+    AnswerSettings, BatchSettings, MicroBatchSettings, DeviceSettings, SeedSettings, OutSettings,
 ):
     """Write the best of several responses to each prompt, for SFT, or the best and the worst."""
 
     SHOWN_FIRST: ClassVar = (
-        "model", "data", "reward", "samples", "pairs", "threshold", "keep", "limit",
+        "model", "data", "reward", "samples", "pairs", "threshold", "best", "limit",
         "max_new_tokens", "temperature", "stop", "batch_size", "seed", "out",
     )
 
     model: str = override(help="language model: a folder or a hub name")
     data: str = override(help="prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz; or Parquet")
-    samples: int = setting(8, "responses to each prompt", at_least=1)
+    samples: int = override(8)
     pairs: bool = setting(False, "write the best response as chosen, the worst as rejected")
     threshold: float | None = setting(
         None, "write only responses of at least this score; of pairs, the rejected one is below it"
     )
-    keep: int = setting(
+    best: int = setting(
         1, "most responses to one prompt that are written, the best first; needs --threshold",
         at_least=1,
-    )
-    limit: int | None = setting(
-        None, "answer the first prompts of the file only, so many; none: all", at_least=1
     )
     bad_rows: str = override(
         help="what happens to malformed rows: error refuses the file, skip leaves them out and "
@@ -199,10 +202,10 @@ class BestOfConfig(
         problems = check_new(self.out) + temperature_problems(self.temperature, self.samples)
         if self.samples == 1 and (self.pairs or self.threshold is None):
             problems.append("samples 1: nothing to compare; give --threshold, and no --pairs")
-        if self.keep > 1 and self.threshold is None:
-            problems.append("keep: goes with --threshold")
-        if self.keep > 1 and self.pairs:
-            problems.append("keep: a prompt gives one pair")
+        if self.best > 1 and self.threshold is None:
+            problems.append("best: goes with --threshold")
+        if self.best > 1 and self.pairs:
+            problems.append("best: a prompt gives one pair")
         return problems
 
 

@@ -144,7 +144,7 @@ def test_pairs_and_thresholds(files, capsys, home):
     assert [row["chosen"] for row in found] == [row["chosen"] for row in expected]
     for row, right in zip(found, expected, strict=True):  # of equal worst ones any
         assert len(row["rejected"]) == len(right["rejected"])
-    assert main(words_of(files, "t.jsonl", "--threshold", 3, "--keep", 9)) == 0
+    assert main(words_of(files, "t.jsonl", "--threshold", 3, "--best", 9)) == 0
     assert [row["completion"] for row in read_lines(home / "t.jsonl")] == [
         text for _, texts in groups for text in texts if len(text) >= 3
     ]
@@ -311,10 +311,10 @@ def test_iterative_dpo_is_three_commands_of_a_page(home):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"keep": 2}, "keep: goes with --threshold"),
+        ({"best": 2}, "best: goes with --threshold"),
         ({"samples": 1}, "samples 1: nothing to compare; give --threshold, and no --pairs"),
         ({"temperature": 0.0}, "--samples 8 with temperature 0: they would all be one"),
-        ({"keep": 2, "threshold": 1.0, "pairs": True}, "keep: a prompt gives one pair"),
+        ({"best": 2, "threshold": 1.0, "pairs": True}, "best: a prompt gives one pair"),
         ({"out": "no/where"}, "--out: no is no folder"),
     ],
 )
