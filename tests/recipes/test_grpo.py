@@ -178,6 +178,13 @@ def test_kl_in_the_loss_by_hand(estimator, gradient, loss, monkeypatch):
     assert stats.loss == pytest.approx(stats.kl_loss)
 
 
+def test_kl_in_the_reward_is_no_part_of_the_loss(monkeypatch):
+    buffer = credited(((0.0, 0.0), (0.0, nan)))
+    settings = {"kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.1}
+    moved, stats = hand_step(monkeypatch, buffer, **settings)
+    assert not moved.any() and stats.loss == stats.kl_loss == 0
+
+
 def test_entropy_bonus_by_hand(monkeypatch):
     _, stats = hand_step(monkeypatch, credited(), entropy_coef=0.5)
     assert stats.loss == pytest.approx(-1.4 / 3 - 0.5 * 2)  # entropies 1, 2 and 3
@@ -514,6 +521,7 @@ def test_without_a_kl_there_is_no_reference():
     for step in steps:
         assert not {"kl", "objective/kl"} & step.metrics.keys()
         assert step.metrics["loss/kl_avg"] == 0
+    run_steps(config_of(kl_coef=0.0, kl_in="reward", kl_estimator="k1", steps=1), ref=None)
     steps, _ = run_steps(config_of(kl_coef=0.0))  # one that is given is measured
     assert steps[0].metrics["kl"] == 0 < steps[3].metrics["kl"]
 
