@@ -30,6 +30,7 @@ MODULES = {
 PROCESSES = {"subprocess", "multiprocessing", "pty"}
 STARTS_PROCESSES = {  # why it may
     "minirlhf/data/chat_template.py": "a stranger's template runs where it can be ended",
+    "minirlhf/rewards/verifiers.py": "a pattern searches in a model's text where it can be ended",
 }
 # Calls that do, by the end of their dotted name.
 CALLS = {
@@ -209,12 +210,16 @@ def test_processes_are_started_only_where_it_is_said_why():
     )
     for code in ("from subprocess import run", "import multiprocessing.pool as p", "import pty"):
         assert starts_processes(ast.parse(code).body[0])
-    tree = TREES["minirlhf/data/chat_template.py"]
-    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
-            and ast.unparse(node.func).startswith("subprocess.")]
-    assert [ast.unparse(use.func) for use in uses] == ["subprocess.Popen"]
-    command = ast.unparse(uses[0].args[0])
-    assert command.startswith("[sys.executable, '-I', '-S', template_worker.__file__, ")
+    for place, call, worker in (
+        ("data/chat_template.py", "Popen", "template_worker.__file__"),
+        ("rewards/verifiers.py", "run", "worker"),
+    ):
+        tree = TREES[f"minirlhf/{place}"]
+        uses = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
+                and ast.unparse(node.func).startswith("subprocess.")]
+        assert [ast.unparse(use.func) for use in uses] == [f"subprocess.{call}"]
+        command = ast.unparse(uses[0].args[0])
+        assert command.startswith(f"[sys.executable, '-I', '-S', {worker}, ")
 
 
 def test_modules_are_imported_by_name_only_where_it_is_said_why():
@@ -237,6 +242,13 @@ COMMANDS = {
     "--batch-size 2 --micro-batch-size 2 --max-new-tokens 4 --sample-every 1 --resume",
     "ppo, own reward": "ppo --model lm --data rows.jsonl --reward reward.py:length --out own "
     "--steps 1 --batch-size 2 --micro-batch-size 2 --max-new-tokens 4",
+    "grpo": "grpo --model lm --data rows.jsonl --reward rm --out grpo --steps 1 --batch-size 1 "
+    "--samples-per-prompt 4 --mini-batches 1 --micro-batch-size 2 --max-new-tokens 4",
+    "dpo": "dpo --model lm --data rows.jsonl --eval-data rows.jsonl --out dpo --steps 1",
+    "distill": "distill --model lm --teacher sft/model --data rows.jsonl --out distill "
+    "--steps 1 --batch-size 2 --max-new-tokens 4",
+    "best-of": "best-of --model lm --data rows.jsonl --reward length:2 --samples 16 --threshold 0 "
+    "--max-new-tokens 32 --stop a e i o --out best.jsonl",
     "check": "check --model lm --data rows.jsonl --recipe reward",
     "dry run": "reward --model lm --data rows.jsonl --out dry/run --dry-run",
     "sample": "sample --model lm --data rows.jsonl --max-new-tokens 4 --out sampled.jsonl",
@@ -279,12 +291,13 @@ def test_no_command_reaches_out(world, monkeypatch):
     own = {f.what for f in found if f.name == "ppo, own reward"}
     assert own == {f"{event} '{world / 'reward.py'}'" for event in ("compile", "exec")}
     assert [f for f in found if f.name != "ppo, own reward"] == []
-    for made in ("sft/model", "new/model", "lora/model", "rm1/model", "ppo/model", "own/model"):
+    for made in ("sft/model", "new/model", "lora/model", "rm1/model", "ppo/model", "own/model",
+                 "grpo/model", "dpo/model", "distill/model"):
         assert (world / made / "model.safetensors").exists()
     assert (world / "sampled.jsonl").exists() and (world / "scored.jsonl").exists()
 
 
-NO_FILES = {"demo", "metrics", "coming-from"}
+NO_FILES = {"demo", "metrics", "coming-from", "tasks"}
 TO_BE_REACHED = {"serve"}  # tests/test_serve.py says by whom
 
 
