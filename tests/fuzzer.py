@@ -135,8 +135,9 @@ def _places(node: object) -> Iterator[tuple[object, object]]:
 
 def _value(old: object, rng: random.Random) -> object:
     """Another value in place of one, of its type or of any."""
-    # A tiny vocabulary reads "huge" as 500,000 tokens, and a case reads its file twice.
-    made = {"huge": lambda: "word " * 100_000, "deep": lambda: json.loads("[" * 70 + "]" * 70)}
+    # A tiny vocabulary reads "huge" as 200,000 tokens, and a case reads its file twice, a dialogue
+    # once for each turn that is learned.
+    made = {"huge": lambda: "word " * 40_000, "deep": lambda: json.loads("[" * 70 + "]" * 70)}
     plain = (*NUMBERS, *TEXTS, None, True, False, [], {}, [None], {"": 0}, float("nan"))
     draw = rng.random()
     if draw < 0.01:

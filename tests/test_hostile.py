@@ -375,8 +375,16 @@ def test_a_signal_inside_the_library_is_no_refusal(leaving, small):
 def test_a_stray_key_of_another_kind_of_tokenizer_is_ignored(small):
     model = json.loads((small / "tokenizer.json").read_text())["model"]
     change_json(small / "tokenizer.json", model=model | {"unk_id": 0})  # Unigram's, in a BPE
-    change_json(small / "tokenizer_config.json", chat_template=[{"name": [], "template": "x"}, 5])
-    assert load_tokenizer(small).template_origin == "plain fallback"
+    assert load_tokenizer(small).vocab_size == 258
+
+
+@pytest.mark.parametrize("entry", [{"name": [], "template": "x"}, {"template": "x"}, 5])
+def test_a_chat_template_without_a_name_is_refused(entry, small):
+    named = [{"name": "default", "template": "x"}, entry]
+    change_json(small / "tokenizer_config.json", chat_template=named)
+    told = r"chat_template is \[.*: a string, or a list of named ones"
+    with pytest.raises(UserError, match=told):
+        load_tokenizer(small)
 
 
 # ---- chat templates ------------------------------------------------------------------------------

@@ -193,11 +193,12 @@ def _stored(folder: Path, configured: object) -> tuple[str, dict[str, str]]:
         return origin, {name: read_text(path, TEMPLATE_CAP) for name, path in paths.items()}
     origin, named = "tokenizer_config.json", configured
     if isinstance(configured, list):  # [{"name": ..., "template": ...}]
-        named = {str(one.get("name")): one.get("template") for one in configured
-                 if isinstance(one, dict)}
+        pairs = [(one.get("name"), one.get("template")) if isinstance(one, dict) else (None, None)
+                 for one in configured]
+        named = {name if isinstance(name, str) else "": source for name, source in pairs}
     elif not isinstance(configured, dict):
         named = {} if configured is None else {"default": configured}
-    if any(not isinstance(source, str) for source in named.values()) or (configured and not named):
+    if "" in named or not all(isinstance(source, str) for source in named.values()):
         what = f"chat_template is {printable(repr(configured), 80)}"
         raise UserError(folder / origin, what, "a string, or a list of named ones")
     return origin, named
