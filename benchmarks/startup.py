@@ -91,13 +91,13 @@ def parts_of_start(verb: str, argv: list[str]) -> dict[str, float]:
 
 def prepare(folder: Path, rows: int) -> dict[str, list[str]]:
     """The demo's files and two models of two steps; verb -> its flags, without --out."""
-    from minirlhf.tools.demo import command, film_judge
+    from minirlhf.tools.demo import film_data, film_judge
     from minirlhf.tools.settings import DemoConfig
 
     data = folder / "data"
     if not data.exists():
-        command.write_world(DemoConfig(out=str(folder)))
-        command.write_rows(data / "pairs.jsonl", film_judge.preferences(rows, 0))
+        film_data.write_world(DemoConfig(out=str(folder)))
+        film_data.write_rows(data / "pairs.jsonl", film_judge.preferences(rows, 0))
     minirlhf, steps = [sys.executable, "-m", "minirlhf"], ["--steps", "2"]
     sft = ["--init-config", f"{data}/tiny-model.json", "--vocab-size", "1024",
            "--data", f"{data}/reviews.jsonl", "--batch-size", "48"]

@@ -299,6 +299,10 @@ class DemoConfig(SeedSettings, OutSettings):
     """RLHF end to end in two minutes, offline."""
 
     out: str = override("minirlhf-demo", "new folder for data, runs and models", required=False)
+    algorithm: str = setting(
+        "ppo", "how the model is aligned: dpo needs no reward model, grpo no critic",
+        choices=("ppo", "dpo", "grpo"),
+    )
     scale: float = setting(1.0, "share of the training steps that is run", above=0, at_most=1)
     seed: int = override(help="seed of the world and of every run")
 
