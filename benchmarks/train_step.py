@@ -37,6 +37,22 @@ def write_rows(recipe: str, data: str, target: Path) -> None:
     target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def operations_of(recipe: str, c, tokens: int, prompt: int) -> float:
+    """Floating-point operations of a step: 6 a weight and token, of a forward pass and a backward
+    one of twice its work; 2 more of DPO's reference.
+
+    Args:
+        c: the model's config.
+        prompt: tokens that each text of DPO begins with, whose states are not unembedded.
+    """
+    block = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
+    block += 3 * c.hidden_size * c.intermediate_size
+    words = 0 if recipe == "reward" else c.vocab_size
+    learned = tokens - 2 * BATCH * prompt
+    weights = c.num_layers * block * tokens + c.hidden_size * words * learned
+    return (8 if recipe == "dpo" else 6) * weights
+
+
 def ours(args: argparse.Namespace) -> None:
     """The recipe's generator, one JSON line."""
     from minirlhf import TrainState, load_pretrained, load_tokenizer
@@ -50,7 +66,7 @@ def ours(args: argparse.Namespace) -> None:
     lm: CausalLM = load_pretrained(args.model, dtype)
     values = {"model": args.model, "data": args.rows, "out": "run", "steps": args.steps,
               "batch_size": BATCH, "learning_rate": 1e-6}
-    passes, model = 1, lm
+    model = lm
     match args.recipe:
         case "sft":
             from minirlhf import SFTConfig, sft
@@ -80,7 +96,6 @@ def ours(args: argparse.Namespace) -> None:
             config = DPOConfig(**values)
             frozen = load_pretrained(args.model, dtype).requires_grad_(False)
             train = partial(dpo, examples=rows, ref=partial(ref_logprobs, frozen), config=config)
-            passes = 4 / 3  # a forward pass of the reference is a third of the policy's three
     if args.compile:
         compile_blocks(model)
     state = TrainState(model, make_optimizer(model, config.learning_rate))
@@ -89,15 +104,8 @@ def ours(args: argparse.Namespace) -> None:
         seconds.append(step.clock["step_time"])
         tokens.append(step.metrics["num_tokens"] - before)
         before = step.metrics["num_tokens"]
-    c = lm.config
-    block = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
-    block += 3 * c.hidden_size * c.intermediate_size
-    prompts = 2 * BATCH * len(rows[0].prompt_ids) if args.recipe == "dpo" else 0  # not unembedded
-    words = 0 if args.recipe == "reward" else c.vocab_size
-    operations = [
-        6 * passes * (c.num_layers * block * n + c.hidden_size * words * (n - prompts))
-        for n in tokens[1:]
-    ]
+    prompt = len(rows[0].prompt_ids) if args.recipe == "dpo" else 0
+    operations = [operations_of(args.recipe, lm.config, n, prompt) for n in tokens[1:]]
     print(json.dumps({
         "seconds": seconds[1:], "tokens": tokens[1:], "operations": operations,
         "peak_bytes": hardware.resident_peak(),
