@@ -30,7 +30,6 @@ from minirlhf.data.rankings import Ranking
 from minirlhf.data.unpaired import Unpaired
 from minirlhf.equations.dpo import DPOLoss, kto_loss
 from minirlhf.errors import UserError
-from minirlhf.models.lora import adapters_off
 from minirlhf.models.transformer import CausalLM
 
 Example = Pair | Ranking | Unpaired
@@ -76,12 +75,6 @@ def response_stats(lm: CausalLM, texts: TextBatch) -> Responses:
 def ref_logprobs(ref: CausalLM, texts: TextBatch) -> Tensor:
     """(M,) nats, of each response under a frozen model."""
     return response_stats(ref, texts).logprobs
-
-
-def base_logprobs(policy: CausalLM, texts: TextBatch) -> Tensor:
-    """(M,) nats, of each response under the policy's base, without its adapters."""
-    with adapters_off(policy):
-        return ref_logprobs(policy, texts)
 
 
 # ---------------------------------------------------------------------------------------- batches

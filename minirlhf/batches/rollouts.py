@@ -6,7 +6,6 @@ response tokens in all, D hidden size.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ from minirlhf.models.alignment import check_known, response_states, response_tok
 from minirlhf.models.divergence import token_kl
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.logprobs import token_logprobs
-from minirlhf.models.lora import adapters_off
 from minirlhf.models.pretrained import in_memory
 from minirlhf.models.support import RowSupport
 from minirlhf.models.transformer import CausalLM
@@ -201,11 +199,8 @@ def lm_pass(lm: CausalLM, micro: Rollout, temperature: float) -> TokenPass:
     return response_pass(lm, lm(micro.tokens, lengths=micro.lengths), micro, temperature)
 
 
-def ref_pass(lm: CausalLM, ref: CausalLM | None, micro: Rollout, temperature: float) -> TokenPass:
-    """One forward pass of the reference; ref None: of the policy lm's base under its adapters."""
-    if ref is None:
-        with adapters_off(lm):
-            return lm_pass(lm, micro, temperature)
+def ref_pass(ref: CausalLM, micro: Rollout, temperature: float) -> TokenPass:
+    """One forward pass of the reference."""
     check_known(micro.tokens, ref.config.vocab_size, "the reference")
     return lm_pass(ref, micro, temperature)
 
@@ -230,28 +225,28 @@ def kl_to_ref(
 
     Args:
         estimator: one of KL_ESTIMATORS; "full" needs micro.ref_states and ref's unembedding.
-        ref: None where the policy has adapters: they leave the unembedding as it is.
+        ref: read where the KL is full.
     """
     mask = micro.response_mask
     if estimator != "full":
         return torch.where(mask, ESTIMATORS[estimator](now.logprobs, micro.ref_logprobs), 0)
     support = None if micro.support is None else micro.support.flat(mask)
     kl = token_kl(
-        policy, now.states, ref or policy, micro.ref_states[mask], temperature, support=support
+        policy, now.states, ref, micro.ref_states[mask], temperature, support=support
     )
     return unpack(kl, mask)
 
 
 @torch.no_grad()
 def measure(
-    policy: ValueHeadModel, ref: CausalLM | None, buffer: RolloutBuffer, temperature: float,
+    policy: ValueHeadModel, ref: CausalLM, buffer: RolloutBuffer, temperature: float,
     full_kl: bool = False, keep_ref_states: bool = False,
 ) -> None:
     """Fills old_logprobs, old_values, last_values and ref_logprobs, on the micro-batches of the
     training passes.
 
     Args:
-        ref: the frozen reference; None: the policy's own base under its adapters.
+        ref: the frozen reference; of a policy with adapters `lora.base_of` it.
         full_kl: fill full_kl, the KL over the whole vocabulary, too.
         keep_ref_states: fill ref_states, for a full KL in the loss.
     Raises:
@@ -263,7 +258,7 @@ def measure(
         if policy.critic is not None:
             check_known(micro.tokens, policy.critic.config.vocab_size, "the critic")
         old = policy_pass(policy, micro, temperature)
-        of_ref = ref_pass(policy.lm, ref, micro, temperature)
+        of_ref = ref_pass(ref, micro, temperature)
         micro = micro._replace(
             old_logprobs=old.logprobs, old_values=old.values, last_values=old.last_values,
             ref_logprobs=of_ref.logprobs,
@@ -275,25 +270,24 @@ def measure(
             micro = micro._replace(full_kl=kl)
         return micro if keep_ref_states else micro._replace(ref_states=None)
 
-    with nullcontext() if ref is None else in_memory(ref):
+    with in_memory(ref):
         buffer.map(fill)
 
 
 @torch.no_grad()
 def measure_lm(
-    policy: CausalLM, ref: CausalLM | None, buffer: RolloutBuffer, temperature: float,
-    refers: bool = True,
+    policy: CausalLM, ref: CausalLM | None, buffer: RolloutBuffer, temperature: float
 ) -> None:
     """As `measure`, of a policy without critic: fills old_logprobs, and ref_logprobs if there is a
-    reference at all (`refers`)."""
+    reference."""
 
     def fill(micro: Rollout) -> Rollout:
         interrupt.check()
         old = lm_pass(policy, micro, temperature).logprobs
-        of_ref = ref_pass(policy, ref, micro, temperature).logprobs if refers else None
+        of_ref = None if ref is None else ref_pass(ref, micro, temperature).logprobs
         return micro._replace(old_logprobs=old, ref_logprobs=of_ref)
 
-    with nullcontext() if ref is None else in_memory(ref):
+    with in_memory(*([] if ref is None else [ref])):
         buffer.map(fill)
 
 

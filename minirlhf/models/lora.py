@@ -1,14 +1,28 @@
 """Low-rank adapters: two thin matrices are trained beside each layer. Hu et al. 2021
-(arXiv:2106.09685).
+(arXiv:2106.09685), with the scale of rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) and the
+magnitudes of DoRA (Liu et al. 2024, arXiv:2402.09353).
 
-The base weights stay as they are, so they are also the reference policy: under `adapters_off` the
-model computes what it computed before `add_lora`, without a second copy. There is no dropout.
+    h = W x + b + s B A x      W (out, in) is frozen; A (rank, in) and B (out, rank) are trained
+    s = alpha / rank           or alpha / sqrt(rank) (rsLoRA)
+
+Fine-tuning changes W by a matrix of low rank, or nearly so; then the change need not have the
+shape of W. A starts at random and B at 0: the first forward pass is the base's, and the first
+gradient of B is not 0, as it would be if both were 0. The scale s keeps the size of the change
+when the rank is raised, so that one learning rate serves several ranks; alpha / rank does so less
+well the higher the rank, since B A x grows with sqrt(rank).
+
+DoRA also trains the length of each row of W + s B A, so that length and direction of a row are
+learned apart, as they are when W itself is trained:
+
+    h = m ⊙ (W x + s B A x) / |W + s B A| + b      m (out,), at first the lengths of W's rows
+
+Each model is a tree of modules of its own, and trees may share what is frozen: policy, reference,
+reward model and critic can be four models over one set of weights (`share`, `base_of`).
 """
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import torch
@@ -18,80 +32,138 @@ from torch import Tensor, nn
 from minirlhf import streams
 from minirlhf.models.heads import RewardModel, ValueHeadModel
 from minirlhf.models.logprobs import widened
-from minirlhf.models.transformer import CausalLM, Linear, linear
+from minirlhf.models.transformer import CausalLM, Decoder, Linear, linear
 
-Model = TypeVar("Model", CausalLM, ValueHeadModel, RewardModel)
+Model = TypeVar("Model", CausalLM, ValueHeadModel, RewardModel, Decoder)
+GROUPS = {"all": "*", "attention": "*.self_attn.*", "mlp": "*.mlp.*"}  # names for several layers
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with an adapter. Hu et al. 2021 (arXiv:2106.09685), eq. 3, sec. 4.1.
+    """A frozen linear layer, `base`, with an adapter: the equations above.
 
-        h = W x + b + (alpha / rank) B A x
-
-    W and b are the base layer's own parameters under their own names, so its keys in a state dict
-    remain and `lora_A` (rank, in) and `lora_B` (out, rank) join them. B starts at 0, which leaves
-    the function unchanged. A is uniform in ±1/sqrt(in), as in the authors' code (the paper's text
-    has a Gaussian), drawn in float32 on the CPU: the same numbers for any dtype and device.
+    A is uniform in ±1/sqrt(in), as in the authors' code (the paper's text has a Gaussian), drawn in
+    float32 on the CPU: the same numbers for any dtype and device.
 
     Args:
-        base: whose parameters are taken over and frozen; A and B get their dtype and device.
+        base: its layer; it is frozen, and A, B and m get its dtype and device.
         rng: a CPU generator.
+        rslora: divide alpha by sqrt(rank), not by rank.
+        dora: learn magnitudes too.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, rng: torch.Generator):
+    def __init__(
+        self, base: nn.Module, rank: int, alpha: float, rng: torch.Generator, rslora: bool = False,
+        dora: bool = False,
+    ):
         super().__init__()
-        base.requires_grad_(False)
-        self.weight, self.bias = base.weight, base.bias
+        self.base = base.requires_grad_(False)
+        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        like = {"dtype": base.weight.dtype, "device": base.weight.device}
         down = torch.empty(rank, base.in_features, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=rng)
-        self.lora_A = nn.Parameter(down.to(self.weight))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(base.out_features, rank))
-        self.scaling = alpha / rank
-        self.enabled = True
+        self.lora_A = nn.Parameter(down.to(**like))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        self.magnitude = nn.Parameter(self.row_lengths()) if dora else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = linear(x, self.weight, self.bias)
-        if not self.enabled:
-            return out
-        return out + linear(self.scaling * F.linear(x, self.lora_A), self.lora_B)
+        """(…, in) -> (…, out)."""
+        change = linear(self.scaling * F.linear(x, self.lora_A), self.lora_B)
+        if self.magnitude is None:
+            return self.base(x) + change
+        # Sec. 4.3: the lengths are read as constants, which the gradient does not pass.
+        factor, bias = self.magnitude / self.row_lengths(), self.base.bias
+        if bias is None:
+            return factor * (self.base(x) + change)
+        return factor * (self.base(x) - bias + change) + bias
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The plain layer W + (alpha / rank) B A, in place in W; rounded to W's dtype only once."""
-        wide = widened(self.weight.dtype)
-        update = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))  # (out, in)
-        self.weight.copy_(self.weight.to(wide) + update)
-        out_features, in_features = self.weight.shape
-        layer = Linear(in_features, out_features, self.bias is not None, device="meta")
-        layer.weight, layer.bias = self.weight, self.bias
+    def row_lengths(self) -> Tensor:
+        """(out,) 2-norms of the rows of W + s B A."""
+        return self.adapted().norm(dim=1).to(self.lora_A.dtype)
+
+    @torch.no_grad()
+    def adapted(self) -> Tensor:
+        """(out, in) W + s B A, in float32 at least."""
+        wide = widened(self.lora_A.dtype)
+        change = self.lora_B.to(wide) @ self.lora_A.to(wide)
+        return self.base.weight.to(wide) + self.scaling * change
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        """The plain layer that computes the same; its weight is a new one, rounded once."""
+        weight = self.adapted()
+        if self.magnitude is not None:
+            weight *= (self.magnitude / self.row_lengths()).to(weight)[:, None]
+        out_features, in_features = weight.shape
+        bias = self.base.bias
+        layer = Linear(in_features, out_features, bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight.to(self.lora_A.dtype))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
         return layer
 
 
-def _adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """All adapted layers by name; a model without any is refused."""
-    adapters = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not adapters:
-        raise ValueError("the model has no adapters: call add_lora first")
-    return adapters
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """All adapted layers by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def add_lora(model: Model, rank: int, alpha: float, seed: int = 0) -> Model:
-    """Puts an adapter on every linear layer of the trunk, in place: they and a scalar head are
-    trained, nothing else.
+def has_lora(model: nn.Module) -> bool:
+    return bool(adapters(model))
+
+
+def trunk_of(model: CausalLM | ValueHeadModel | RewardModel | Decoder) -> Decoder:
+    """The decoder that adapters go into: of a policy with a critic the policy's."""
+    if isinstance(model, Decoder):
+        return model
+    return model.lm.model if isinstance(model, ValueHeadModel) else model.model
+
+
+def target_layers(trunk: Decoder, targets: tuple[str, ...] = ("all",)) -> dict[str, nn.Module]:
+    """The linear layers that adapters go on, by name.
+
+    Args:
+        targets: "all", "attention", "mlp", or patterns with * and ?, which a layer's whole name
+            ("layers.0.self_attn.q_proj") or its last part matches.
+    Raises:
+        ValueError: one that no layer matches.
+    """
+    layers = {n: m for n, m in trunk.named_modules() if hasattr(m, "in_features")}
+    found = set()
+    for target in targets:
+        pattern = GROUPS.get(target, target)
+        here = {n for n in layers if any(fnmatchcase(x, pattern) for x in (n, n.split(".")[-1]))}
+        if not here:
+            legal = ", ".join(GROUPS) + " or names as " + ", ".join(
+                dict.fromkeys(name.split(".")[-1] for name in layers))
+            raise ValueError(f"target '{target}' is no layer of this model: legal are {legal}")
+        found |= here
+    return {name: layer for name, layer in layers.items() if name in found}
+
+
+def add_lora(
+    model: Model, rank: int, alpha: float, seed: int = 0, targets: tuple[str, ...] = ("all",),
+    rslora: bool = False, dora: bool = False,
+) -> Model:
+    """Puts an adapter on linear layers of the trunk, in place: they and a scalar head are trained,
+    nothing else.
 
     Frozen are all weights of the language model, its embeddings and `lm_head` included. `score` and
     `v_head` are trained in full: a head starts at 0 or at random, and frozen it would stay so. Make
     the optimizer after this call.
 
     Args:
-        model: policy, policy with critic, or reward model, in any dtype and on any device.
+        model: policy, policy with critic, reward model or decoder, in any dtype, on any device.
         rank: >= 1, rows of A and columns of B.
-        alpha: > 0; an adapter's output is scaled by alpha / rank.
+        alpha: > 0; see `LoRALinear` for it, for rslora and for dora.
         seed: of A; each layer draws from its own stream.
+        targets: see `target_layers`. All is best (Schulman et al. 2025, "LoRA Without Regret").
     Returns:
-        The same model; its outputs are those before, exactly, until the first update.
+        The same model; its outputs are those before until the first update: exactly, with dora up
+        to rounding.
     Raises:
-        ValueError: rank or alpha out of range, or the model has adapters already.
+        ValueError: rank or alpha out of range, a target that is no layer, or the model has adapters
+            already.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}: must be 1 or more")
@@ -99,63 +171,57 @@ def add_lora(model: Model, rank: int, alpha: float, seed: int = 0) -> Model:
         raise ValueError(f"alpha is {alpha}: must be above 0 and finite")
     if has_lora(model):
         raise ValueError("the model has adapters already: call merge_lora before adding new ones")
-    trunk = model.lm.model if isinstance(model, ValueHeadModel) else model.model
-    layers = {n: m for n, m in trunk.named_modules() if isinstance(m, nn.Linear)}
+    trunk = trunk_of(model)
+    layers = target_layers(trunk, targets)
     model.requires_grad_(False)
-    if isinstance(model, ValueHeadModel):
-        model.v_head.requires_grad_(True)
-    elif isinstance(model, RewardModel):
-        model.score.requires_grad_(True)
+    for head in ("v_head", "score"):
+        if hasattr(model, head):
+            getattr(model, head).requires_grad_(True)
     for name, layer in layers.items():
         rng = streams.generator(seed, f"lora {name}")
-        trunk.set_submodule(name, LoRALinear(layer, rank, alpha, rng))
+        trunk.set_submodule(name, LoRALinear(layer, rank, alpha, rng, rslora, dora))
     return model
 
 
 def merge_lora(model: Model) -> Model:
-    """Folds the adapters into the weights, in place, and leaves the plain model.
+    """Folds the adapters into weights, in place, and leaves the plain model.
 
     Layers and parameter names are again those before `add_lora`, so `save_pretrained` works; all
-    parameters are trainable, as in a model that was just loaded. An optimizer made before still
-    holds the adapters: make a new one.
+    parameters are trainable, as in a model that was just loaded. The base's own weights stay as
+    they are, for whoever shares them. An optimizer made before still holds the adapters: make a new
+    one.
 
     Raises:
         ValueError: the model has no adapters.
     """
-    for name, layer in _adapters(model).items():
-        model.set_submodule(name, layer.merged())
-    return model.requires_grad_(True)
+    if not has_lora(model):
+        raise ValueError("the model has no adapters: call add_lora first")
+    return _merged(model).requires_grad_(True)
 
 
 def merged_copy(model: Model) -> Model:
-    """The plain model that `merge_lora` would leave, as a copy: the given one goes on learning.
+    """The model that `merge_lora` would leave, over the same frozen weights: the given one goes on
+    learning."""
+    return _merged(share(model))
 
-    Raises:
-        ValueError: the model has no adapters.
+
+def _merged(model: Model) -> Model:
+    for name, layer in adapters(model).items():
+        model.set_submodule(name, layer.merged())
+    return model
+
+
+def share(model: Model) -> Model:
+    """Another model over the same weights: its modules are its own, its tensors are not."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def base_of(model: Model) -> Model:
+    """The model that `add_lora` was given, over the same weights: the reference policy, exactly.
+
+    A scalar head is the one that is trained.
     """
-    return merge_lora(copy.deepcopy(model))
-
-
-def has_lora(model: nn.Module) -> bool:
-    return any(isinstance(module, LoRALinear) for module in model.modules())
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it the model computes what it did before `add_lora`: the reference policy, exactly.
-
-    A scalar head keeps its trained weights. What the adapters were (on, or off in a nested use)
-    they are again afterwards, also after an exception.
-
-    Raises:
-        ValueError: the model has no adapters, so what it would compute is no reference.
-    """
-    layers = list(_adapters(model).values())
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+    base = share(model)
+    for name, layer in adapters(base).items():
+        base.set_submodule(name, layer.base)
+    return base

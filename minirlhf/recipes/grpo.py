@@ -74,8 +74,8 @@ def grpo(
         prompts: N of them, in any order; they are shuffled anew each time all are used up.
         reward: completions -> (B,) scores, or `Scores`. The config.samples_per_prompt responses to
             a prompt lie next to each other.
-        ref: the frozen reference; None where there is none (config.kl_coef is 0), or where the
-            policy has adapters: its base.
+        ref: the frozen reference, of a policy with adapters `lora.base_of` it; None where
+            config.kl_coef is 0.
         tokenizer: of the policy; decodes what reward sources see.
         config: only its training settings are read.
         policy_loss: (logprobs, old_logprobs, advantages), (b, R) each, of one micro-batch ->
@@ -217,9 +217,10 @@ def measure_rollout(
     iteration: int,
 ) -> None:
     """Passes a rollout through the policy and, where there is one, its reference."""
-    refers = ref is not None or config.kl_coef > 0
-    measure_lm(policy, ref, buffer, config.temperature, refers)
-    if iteration == 0 and refers and config.ref is None:
+    if ref is None and config.kl_coef:
+        raise ValueError(f"ref is None, kl_coef is {config.kl_coef}: give the reference, or 0")
+    measure_lm(policy, ref, buffer, config.temperature)
+    if iteration == 0 and ref is not None and config.ref is None:
         invariants.check_start(kl_k1(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs")))
 
 

@@ -60,7 +60,6 @@ from minirlhf.evaluation.updates import (
     summarise_updates,
 )
 from minirlhf.models.heads import ValueHeadModel
-from minirlhf.models.lora import has_lora
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import Completions, RewardSource, Scores, as_scores
 from minirlhf.run import flags, optim, settings
@@ -76,7 +75,7 @@ CONSOLE = ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_av
 
 
 def ppo(
-    state: TrainState, prompts: list[Prompt], reward: RewardSource, ref: CausalLM | None,
+    state: TrainState, prompts: list[Prompt], reward: RewardSource, ref: CausalLM,
     tokenizer: Tokenizer, config: PPOConfig, mix: TextMix | None = None,
     policy_loss: PolicyLoss | None = None, end_rule: EndRule | None = None,
 ) -> Iterator[Step]:
@@ -86,7 +85,7 @@ def ppo(
         state: may come from a checkpoint; the run goes on at its step.
         prompts: N of them, in any order; they are shuffled anew each time all are used up.
         reward: completions -> (B,) scores, or `Scores`.
-        ref: the frozen reference; None where the policy has adapters: its base.
+        ref: the frozen reference; of a policy with adapters `lora.base_of` it.
         tokenizer: of the policy; decodes what reward sources see.
         config: only its training settings are read.
         mix: texts whose loss is added to each update; config.ptx_data is not read here.
@@ -170,8 +169,7 @@ def score_rollout(
 
 
 def measure_rollout(
-    policy: ValueHeadModel, ref: CausalLM | None, rollout: Rollout, config: PPOConfig,
-    iteration: int,
+    policy: ValueHeadModel, ref: CausalLM, rollout: Rollout, config: PPOConfig, iteration: int
 ) -> tuple[RolloutBuffer, float]:
     """Cuts the rollout once into micro-batches, and passes them through policy and reference.
 
@@ -234,7 +232,7 @@ def ppo_step(
             which texts of `mix` come, and whether the critic still warms up. None is 0.
         kl_coef: None is config.kl_coef.
         counters: where updates that were not made and early stops are counted.
-        ref: needed where the full KL is a loss, unless the policy has adapters.
+        ref: needed where the full KL is a loss.
         mix: texts whose loss is added to each update.
         policy_loss: as in `ppo`.
     Raises:
@@ -242,7 +240,7 @@ def ppo_step(
         NonFinite: more losses or gradients in a row are not finite than config.skip_nonfinite, or
             all of the rollout's; none of these was applied.
     """
-    check_step(policy, config, iteration, ref)
+    check_step(config, iteration, ref)
     iteration = iteration or 0
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
     counters = {} if counters is None else counters
@@ -274,13 +272,10 @@ def ppo_step(
     return summarise_updates(made, rollout, reward_kl(config), kl_coef, epoch + 1, ptx_coef)
 
 
-def check_step(
-    policy: ValueHeadModel, config: PPOConfig, iteration: int | None, ref: CausalLM | None
-) -> None:
+def check_step(config: PPOConfig, iteration: int | None, ref: CausalLM | None) -> None:
     """Refuses a `ppo_step` that lacks what its settings need."""
     if ref is None and config.kl_in == "loss" and config.kl_estimator == "full":
-        if not has_lora(policy):
-            raise ValueError("ref is None: a full KL in the loss needs it, or a policy's adapters")
+        raise ValueError("ref is None: a full KL in the loss needs it")
     if iteration is None and config.critic_warmup_steps:
         raise ValueError("iteration is None: critic_warmup_steps needs it, give 0, 1, …")
 

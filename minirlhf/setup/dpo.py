@@ -20,7 +20,6 @@ from minirlhf.batches.responses import (
     PairLoss,
     PairObjective,
     Reference,
-    base_logprobs,
     batches_of,
     mismatched,
     ref_logprobs,
@@ -225,9 +224,7 @@ def reference_of(
     run: TrainingRun[Example], folder: Path, device: str, dtype: torch.dtype
 ) -> Reference:
     """The reference's log-probs, computed each time that they are asked for."""
-    ref = load_reference(run.config, folder, device, dtype)
-    if ref is None:
-        return partial(base_logprobs, run.state.model)
+    ref = load_reference(run.config, run.state.model, folder, dtype, device)
     if run.config.compile:
         compile_blocks(ref)
     return partial(ref_logprobs, ref)

@@ -18,7 +18,7 @@ from minirlhf.run.folder import Run
 from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.grpo_settings import GRPOConfig
-from minirlhf.setup.policy import PolicyRun, Start, load_rewards, look
+from minirlhf.setup.policy import PolicyRun, Start, load_rewards, look, offload_frozen
 from minirlhf.setup.training import load_reference
 
 
@@ -73,20 +73,15 @@ def load_run(config: GRPOConfig) -> PolicyRun:
     of_machine = announce_memory(config, start, dtype, device)
     rewards = load_rewards(config, r, start, tokenizer, data, dtype, device)
     policy = load_policy(config, start.folder, device, dtype)
-    ref = load_reference(config, start.ref_folder, device, dtype) if config.refers else None
-    frozen = rewards.models + ([] if ref is None else [(ref, start.ref_folder)])
-    if config.offload_frozen:
-        for model, folder in frozen:
-            pretrained.offload(model, folder)
+    ref = load_reference(config, policy, start.ref_folder, dtype, device) if config.refers else None
+    offload_frozen(config, rewards.models, ref, start.ref_folder)
     if config.compile:
-        compile_blocks(policy, *(model for model, _ in frozen))
+        compile_blocks(policy, *(model for model, _ in rewards.models), *([ref] if ref else []))
     optimizer = optim.make_optimizer(
         policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )
     facts = run_facts(config, len(data.prompts), policy) | of_machine | {"seed": config.seed}
-    measure = partial(
-        measure_lm, policy, ref, temperature=config.temperature, refers=config.refers
-    )
+    measure = partial(measure_lm, policy, ref, temperature=config.temperature)
     return PolicyRun(
         config, r, TrainState(policy, optimizer), data.prompts, data.sets, tokenizer, data.reports,
         facts | rewards.facts, config.steps, policy, rewards.source, ref, measure,

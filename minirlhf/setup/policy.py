@@ -161,6 +161,22 @@ def look(config: PolicyInputSettings, critic: str | None = None, refers: bool = 
 # ----------------------------------------------------------------------------------------- loading
 
 
+def offload_frozen(
+    config: PolicyInputSettings, scorers: list[tuple[RewardModel, Path]], ref: CausalLM | None,
+    ref_folder: Path | None,
+) -> None:
+    """With --offload-frozen, frees the frozen models until they are used; a reference that shares
+    the policy's weights takes none.
+
+    Args:
+        config: has PolicyTrainingSettings too.
+    """
+    own = ref is not None and (config.ref is not None or not config.lora_rank)
+    for model, folder in [*scorers, *([(ref, ref_folder)] if own else [])]:
+        if config.offload_frozen:
+            pretrained.offload(model, folder)
+
+
 class Rewards(NamedTuple):
     source: RewardSource
     models: list[tuple[RewardModel, Path]]  # that it reads, with their folders

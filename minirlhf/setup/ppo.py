@@ -22,7 +22,7 @@ from minirlhf.run.dry_run import DryRun
 from minirlhf.run.folder import Run
 from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
 from minirlhf.setup import longest, memory
-from minirlhf.setup.policy import PolicyRun, Start, load_rewards, look
+from minirlhf.setup.policy import PolicyRun, Start, load_rewards, look, offload_frozen
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.training import load_reference
 
@@ -115,13 +115,10 @@ def load_run(config: PPOConfig) -> PPORun:
     of_machine = announce_memory(config, start, dtype, device)
     rewards = load_rewards(config, r, start, tokenizer, data, dtype, device)
     policy = load_policy(config, start.folder, device, dtype)
-    ref = load_reference(config, start.ref_folder, device, dtype)
-    frozen = rewards.models + ([] if ref is None else [(ref, start.ref_folder)])
-    if config.offload_frozen:
-        for model, folder in frozen:
-            pretrained.offload(model, folder)
+    ref = load_reference(config, policy.lm, start.ref_folder, dtype, device)
+    offload_frozen(config, rewards.models, ref, start.ref_folder)
     if config.compile:
-        compile_blocks(policy, *(model for model, _ in frozen))
+        compile_blocks(policy, ref, *(model for model, _ in rewards.models))
     state = TrainState(policy, ppo_optimizer(policy, config), kl_coef=config.kl_coef)
     sizes = config.ptx_batch_size, config.micro_batch_tokens
     mix = TextMix(data.texts, config.ptx_coef, *sizes, config.seed) if data.texts else None

@@ -18,7 +18,7 @@ from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report
 from minirlhf.models import pretrained
 from minirlhf.models.compiling import compile_blocks
-from minirlhf.models.lora import add_lora, merge_lora
+from minirlhf.models.lora import add_lora, base_of, merge_lora
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
@@ -82,15 +82,17 @@ def check_tokenizer(
 
 
 def load_reference(
-    config: TrainingSettings, folder: Path, device: str, dtype: torch.dtype
-) -> CausalLM | None:
-    """The frozen reference; None where the policy's base under its adapters is the reference.
+    config: TrainingSettings, policy: CausalLM, folder: Path, dtype: torch.dtype, device: str
+) -> CausalLM:
+    """The frozen reference: the policy's base under its adapters, or a model of its own.
 
     Args:
         config: has ReferenceSettings too.
+        policy: with its adapters.
+        folder: of the reference.
     """
     if config.ref is None and config.lora_rank:
-        return None
+        return base_of(policy)
     return pretrained.load_pretrained(folder, dtype, device).requires_grad_(False)
 
 

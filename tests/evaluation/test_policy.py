@@ -163,7 +163,7 @@ def test_merged_copy_computes_the_same_and_leaves_the_model_as_it_was():
         assert torch.equal(lm.logits(lm(row)), expected)
     now = dict(lm.named_parameters())
     assert now.keys() == before.keys() and all(torch.equal(now[n], before[n]) for n in before)
-    assert not now["model.layers.0.self_attn.q_proj.weight"].requires_grad
+    assert not now["model.layers.0.self_attn.q_proj.base.weight"].requires_grad
     assert copy.state_dict().keys() == merge_lora(lm).state_dict().keys()
 
 

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -7,7 +8,16 @@ from torch import nn
 from minirlhf.errors import UserError
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, ValueHeadModel, critic_from_reward_model
-from minirlhf.models.lora import LoRALinear, adapters_off, add_lora, has_lora, merge_lora
+from minirlhf.models.lora import (
+    LoRALinear,
+    adapters,
+    add_lora,
+    base_of,
+    has_lora,
+    merge_lora,
+    merged_copy,
+    share,
+)
 from minirlhf.models.pretrained import load_pretrained, load_reward_model, save_pretrained
 from minirlhf.models.transformer import CausalLM, Linear, initialize
 from minirlhf.run.checkpoint import TrainState, load_checkpoint, save_checkpoint
@@ -62,8 +72,8 @@ def two_by_two():
     base = nn.Linear(2, 2).double()
     layer = LoRALinear(base, rank=2, alpha=6.0, rng=generator(0, "test"))
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[1, 2], [3, 4]]))
-        layer.bias.copy_(torch.tensor([10, 20]))
+        layer.base.weight.copy_(torch.tensor([[1, 2], [3, 4]]))
+        layer.base.bias.copy_(torch.tensor([10, 20]))
         layer.lora_A.copy_(torch.tensor([[1, -1], [0, 1]]))
         layer.lora_B.copy_(torch.tensor([[2, 1], [0.5, 0]]))
     return layer, torch.tensor([5, 3], dtype=torch.float64)
@@ -85,7 +95,7 @@ def test_lora_linear_gradient_by_hand():
     layer(x).sum().backward()
     assert layer.lora_A.grad.tolist() == [[37.5, 22.5], [15, 9]]
     assert layer.lora_B.grad.tolist() == [[6, 9], [6, 9]]
-    assert layer.weight.grad is None and layer.bias.grad is None
+    assert layer.base.weight.grad is None and layer.base.bias.grad is None
 
 
 def test_lora_linear_merged_by_hand():
@@ -103,10 +113,51 @@ def test_lora_linear_merged_rounds_once_in_bfloat16():
     # product first would lose its last term and leave 0.
     layer = LoRALinear(nn.Linear(1, 1, bias=False).bfloat16(), 1, 1.0, generator(0, "test"))
     with torch.no_grad():
-        layer.weight.fill_(-(1 + 6 / 128))
+        layer.base.weight.fill_(-(1 + 6 / 128))
         layer.lora_A.fill_(1 + 3 / 128)
         layer.lora_B.fill_(1 + 3 / 128)
     assert layer.merged().weight.item() == 9 / 16384
+
+
+def test_rslora_divides_by_the_root_of_the_rank():
+    # rank 4, alpha 6: s = 6 / 2 = 3 in place of 6 / 4
+    base = nn.Linear(2, 2)
+    scales = [LoRALinear(base, 4, 6.0, generator(0, "test"), rslora=r).scaling for r in (1, 0)]
+    assert scales == [3, 1.5]
+
+
+def two_by_two_with_magnitudes():
+    layer, x = two_by_two()
+    dora = LoRALinear(layer.base, 2, 6.0, generator(0, "test"), dora=True)
+    with torch.no_grad():
+        dora.lora_A.copy_(layer.lora_A)
+        dora.lora_B.copy_(layer.lora_B)
+    return dora, x
+
+
+def test_dora_by_hand():
+    # m = the lengths of W's rows, (sqrt 5, 5); W + 3 B A = [[7, -1], [4.5, 2.5]] has rows of length
+    # sqrt 50 and sqrt 26.5; (W + 3 B A) x = (32, 30), as above without b = (10, 20)
+    layer, x = two_by_two_with_magnitudes()
+    wanted = [32 * (5 / 50) ** 0.5 + 10, 30 * 5 / 26.5**0.5 + 20]
+    assert layer(x).tolist() == pytest.approx(wanted, abs=1e-6)
+    assert layer.merged()(x).tolist() == pytest.approx(wanted, abs=1e-6)
+    rows = layer.merged().weight.norm(dim=1).tolist()
+    assert rows == pytest.approx([5**0.5, 5], abs=1e-6)  # their lengths are m
+
+
+def test_dora_gradient_by_hand():
+    # With f = m / |W + 3 B A| a constant, of the sum of h: dB = 3 f (A x)ᵀ with A x = (2, 3), and
+    # dm = (W + 3 B A) x / |W + 3 B A| = (32 / sqrt 50, 30 / sqrt 26.5)
+    layer, x = two_by_two_with_magnitudes()
+    layer(x).sum().backward()
+    f = [(5 / 50) ** 0.5, 5 / 26.5**0.5]
+    rows = layer.lora_B.grad.tolist()
+    for row, factor in zip(rows, f, strict=True):
+        assert row == pytest.approx([6 * factor, 9 * factor], abs=1e-6)
+    wanted = [32 / 50**0.5, 30 / 26.5**0.5]
+    assert layer.magnitude.grad.tolist() == pytest.approx(wanted, abs=1e-6)
+    assert layer.base.weight.grad is None
 
 
 @pytest.mark.filterwarnings("ignore")  # of its imports
@@ -116,7 +167,7 @@ def test_lora_linear_agrees_with_peft():
     nn.init.normal_(ours.lora_B, generator=generator(1, "test"))
     base = nn.Sequential()
     base.add_module("q_proj", nn.Linear(6, 4))
-    base.q_proj.load_state_dict({"weight": ours.weight, "bias": ours.bias})
+    base.q_proj.load_state_dict({"weight": ours.base.weight, "bias": ours.base.bias})
     theirs = peft.get_peft_model(
         base, peft.LoraConfig(r=3, lora_alpha=12, lora_dropout=0.0, target_modules=["q_proj"])
     )
@@ -181,12 +232,13 @@ def test_add_lora_step_changes_outputs_and_no_base_weight(wrap):
     after = model.state_dict()
     for name, tensor in base.items():
         is_head = name.startswith(("v_head", "score"))
+        name = name if name in after else re.sub(r"_proj\.", "_proj.base.", name)
         assert torch.equal(after[name], tensor) != is_head, name
 
 
-def test_add_lora_keeps_the_keys_and_adds_two_a_layer():
+def test_add_lora_adds_two_keys_a_layer():
     lm = make_lm()
-    before = set(lm.state_dict())
+    before = {re.sub(r"_proj\.", "_proj.base.", name) for name in lm.state_dict()}
     added = set(add_lora(lm, 2, 4.0).state_dict()) - before
     parts = {"self_attn": "qkvo", "mlp": ("gate", "up", "down")}
     assert added == {
@@ -236,6 +288,36 @@ def test_add_lora_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(("targets", "layers"), [
+    (("attention",), {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    (("mlp",), {"gate_proj", "up_proj", "down_proj"}),
+    (("q_proj", "*down*"), {"q_proj", "down_proj"}),
+    (("all",), ALL),
+])
+def test_add_lora_adapts_the_layers_that_are_named(targets, layers):
+    found = adapters(add_lora(make_lm(), 1, 1.0, targets=targets))
+    assert {name.split(".")[-1] for name in found} == layers
+    assert len(found) == 2 * len(layers)  # in both blocks
+
+
+def test_add_lora_adapts_a_layer_by_its_whole_name():
+    found = adapters(add_lora(make_lm(), 1, 1.0, targets=("layers.1.*.v_proj",)))
+    assert list(found) == ["model.layers.1.self_attn.v_proj"]
+
+
+@CONFIGS
+@KINDS
+def test_dora_begins_as_the_base_and_merges(config, wrap):
+    model = wrap(make_lm(config))
+    before = outputs(model)
+    add_lora(model, 2, 4.0, dora=True, rslora=True)
+    torch.testing.assert_close(outputs(model), before, rtol=0, atol=1e-12)
+    train(model)
+    trained = outputs(model)
+    assert not torch.isclose(trained, before).any()
+    torch.testing.assert_close(outputs(merge_lora(model)), trained, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_add_lora_takes_dtype_and_device_of_the_base(dtype):
     on_cpu = add_lora(make_lm(dtype=dtype), 2, 4.0)
@@ -251,6 +333,9 @@ def test_add_lora_takes_dtype_and_device_of_the_base(dtype):
         ({"alpha": 0.0}, "alpha is 0.0: must be above 0 and finite"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"alpha": float("inf")}, "alpha is inf"),
+        ({"targets": ("q_proj", "c_attn")}, "target 'c_attn' is no layer of this model: legal are "
+         "all, attention, mlp or names as q_proj, k_proj, v_proj, o_proj"),
+        ({"targets": ("lm_head",)}, "target 'lm_head' is no layer"),
     ],
 )
 def test_add_lora_refuses_and_leaves_the_model_as_it_was(options, message):
@@ -318,8 +403,7 @@ def test_merge_lora_then_add_lora_has_the_merged_model_as_its_base():
     train(lm)
     merged = outputs(merge_lora(lm))
     train(add_lora(lm, 2, 4.0))
-    with adapters_off(lm):
-        assert torch.equal(outputs(lm), merged)
+    assert torch.equal(outputs(base_of(lm)), merged)
 
 
 def test_merge_lora_refuses_a_model_without_adapters():
@@ -338,34 +422,41 @@ def test_has_lora_is_true_between_add_and_merge(wrap):
 
 
 @CONFIGS
-def test_adapters_off_is_the_base_exactly(config):
-    lm = make_lm(config)
-    base = outputs(lm)
-    model = add_lora(ValueHeadModel(lm), 2, 4.0)
-    train(model)
-    trained = outputs(model)
-    with adapters_off(model):
-        assert torch.equal(outputs(lm), base)
-    assert torch.equal(outputs(model), trained)
-    assert not torch.equal(outputs(lm), base)
+@KINDS
+def test_base_of_is_the_model_before_exactly_and_shares_its_weights(config, wrap):
+    model = wrap(make_lm(config))
+    before, heads = outputs(model), {"v_head", "score"}
+    weights = {id(p) for n, p in model.named_parameters() if n.split(".")[0] not in heads}
+    base = base_of(add_lora(model, 2, 4.0))
+    assert not has_lora(base) and has_lora(model)
+    assert torch.equal(outputs(base), before)
+    assert weights <= {id(p) for p in base.parameters()}  # the same tensors, no copies
+    if wrap not in (ValueHeadModel, RewardModel):
+        train(model)
+        assert torch.equal(outputs(base), before)
+        assert not torch.isclose(outputs(model), before).any()
 
 
-def test_adapters_off_restores_on_exception_and_when_nested():
+def test_share_gives_each_tree_adapters_of_its_own():
+    lm = make_lm()
+    before, other = outputs(lm), share(lm)
+    train(add_lora(lm, 2, 4.0))
+    assert torch.equal(outputs(other), before)
+    trained = outputs(lm)
+    train(add_lora(other, 3, 4.0, seed=1))
+    assert torch.equal(outputs(lm), trained)
+    frozen = [{id(p) for p in m.parameters() if not p.requires_grad} for m in (lm, other)]
+    assert frozen[0] == frozen[1] and len(frozen[0]) == 14 + 4 + 3  # linears, norms; first and last
+
+
+def test_merged_copy_leaves_what_is_trained_and_what_is_shared():
     lm = add_lora(make_lm(), 2, 4.0)
     train(lm)
-    trained = outputs(lm)
-    with pytest.raises(KeyError), adapters_off(lm):
-        with adapters_off(lm):
-            base = outputs(lm)
-        assert torch.equal(outputs(lm), base)  # the inner one left them off
-        raise KeyError
-    assert torch.equal(outputs(lm), trained)
-    assert not torch.equal(base, trained)
-
-
-def test_adapters_off_refuses_a_model_without_adapters():
-    with pytest.raises(ValueError, match="has no adapters"), adapters_off(make_lm()):
-        pass
+    base, trained, learned = outputs(base_of(lm)), outputs(lm), trainable(lm)
+    copied = merged_copy(lm)
+    torch.testing.assert_close(outputs(copied), trained, rtol=0, atol=1e-6)
+    assert trainable(lm) == learned and torch.equal(outputs(lm), trained)
+    assert torch.equal(outputs(base_of(lm)), base)
 
 
 @KINDS

@@ -17,7 +17,7 @@ from minirlhf.batches.rollouts import RolloutBuffer, TokenPass, measure_lm
 from minirlhf.equations.critic_free import sequence_surrogate
 from minirlhf.equations.policy import Surrogate, clipped_surrogate
 from minirlhf.errors import BUG, NON_FINITE, UserError
-from minirlhf.models.lora import add_lora
+from minirlhf.models.lora import add_lora, base_of
 from minirlhf.recipes import grpo as recipe
 from minirlhf.rewards.source import Scores
 from minirlhf.run import flags
@@ -285,7 +285,7 @@ def measured(lm, rows=2, ref=None, refers=True, **settings) -> RolloutBuffer:
     buffer = RolloutBuffer(rows, 99)
     scores = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, 0.0])
     buffer.add(rollout._replace(scores=scores))
-    measure_lm(lm, ref or tiny_lm(f64), buffer, config.temperature, refers)
+    measure_lm(lm, (ref or tiny_lm(f64)) if refers else None, buffer, config.temperature)
     assign_group_credit(buffer, scores, config)
     return buffer
 
@@ -529,11 +529,11 @@ def test_without_a_kl_there_is_no_reference():
 def test_lora_reference_is_the_policy_without_its_adapters():
     lm = add_lora(tiny_lm(), 2, 32.0, 0)
     base = {n: p.detach().clone() for n, p in lm.named_parameters() if not p.requires_grad}
-    steps, _ = run_steps(config_of(lora_rank=2), lm=lm, ref=None)
+    steps, _ = run_steps(config_of(lora_rank=2), lm=lm, ref=base_of(lm))
     assert steps[0].metrics["objective/kl"] == 0 != steps[3].metrics["objective/kl"]
     now = dict(lm.named_parameters())
     assert all(torch.equal(now[name], before) for name, before in base.items())
-    with pytest.raises(ValueError, match="no adapters"):
+    with pytest.raises(ValueError, match=r"ref is None, kl_coef is 0\.\d+: give the reference"):
         run_steps(config_of(), ref=None)
 
 

@@ -12,7 +12,7 @@ from minirlhf.data.examples import Prompt
 from minirlhf.errors import BUG, NON_FINITE, UserError
 from minirlhf.evaluation.samples import sample_table, show_samples
 from minirlhf.models.heads import ValueHeadModel
-from minirlhf.models.lora import add_lora
+from minirlhf.models.lora import add_lora, base_of
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import initialize
 from minirlhf.run.folder import Run
@@ -71,7 +71,8 @@ def test_dropping_and_rebuilding_the_generator_at_every_yield_changes_no_bit(set
         return state
 
     def steps_of(state):
-        return steps_from(state, config, ref=None if config.lora_rank else tiny_lm())
+        ref = base_of(state.model.lm) if config.lora_rank else tiny_lm()
+        return steps_from(state, config, ref=ref)
 
     whole = fresh()
     expected = [(step.metrics, step.samples) for step in steps_of(whole)]
@@ -130,22 +131,16 @@ def test_ppo_trains_on_rows_that_fill_a_model_with_learned_positions():
 def test_lora_reference_is_the_policy_without_its_adapters():
     policy = with_lora(tiny_policy())
     base = {n: p.detach().clone() for n, p in policy.named_parameters() if not p.requires_grad}
-    steps, _ = run_steps(config_of(lora_rank=2), policy=policy, ref=None)
+    steps, _ = run_steps(config_of(lora_rank=2), policy=policy, ref=base_of(policy.lm))
     assert steps[0].metrics["objective/kl"] == 0
     assert steps[3].metrics["objective/kl"] != 0
     now = dict(policy.named_parameters())
     assert all(torch.equal(now[name], before) for name, before in base.items())
     buffer = measured(policy)
     own = buffer.flat("ref_logprobs")
-    measure(policy, None, buffer, 1.0)
+    measure(policy, base_of(policy.lm), buffer, 1.0)
     assert torch.equal(buffer.flat("ref_logprobs"), own)  # as a copy of the base gives
     assert not torch.equal(buffer.flat("old_logprobs"), own)
-
-
-def test_measure_refuses_no_reference_for_a_policy_without_adapters():
-    buffer = measured(tiny_policy())
-    with pytest.raises(ValueError, match="no adapters"):
-        measure(tiny_policy(), None, buffer, 1.0)
 
 
 def test_ppo_stops_where_the_reference_is_not_the_starting_policy():
