@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from minirlhf import streams
 from minirlhf.models.heads import RewardModel, ValueHeadModel
 from minirlhf.models.logprobs import widened
+from minirlhf.models.quantized import QuantizedLinear, quantized_layers
 from minirlhf.models.transformer import CausalLM, Decoder, Linear, linear
 
 Model = TypeVar("Model", CausalLM, ValueHeadModel, RewardModel, Decoder)
@@ -58,7 +59,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        of = base if isinstance(base, QuantizedLinear) else base.weight  # whose would be unpacked
+        like = {"dtype": of.dtype, "device": of.device}
         down = torch.empty(rank, base.in_features, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=rng)
         self.lora_A = nn.Parameter(down.to(**like))
@@ -188,8 +190,8 @@ def merge_lora(model: Model) -> Model:
 
     Layers and parameter names are again those before `add_lora`, so `save_pretrained` works; all
     parameters are trainable, as in a model that was just loaded. The base's own weights stay as
-    they are, for whoever shares them. An optimizer made before still holds the adapters: make a new
-    one.
+    they are, for whoever shares them; quantised ones are unpacked, so that the model computes what
+    was trained. An optimizer made before still holds the adapters: make a new one.
 
     Raises:
         ValueError: the model has no adapters.
@@ -208,6 +210,8 @@ def merged_copy(model: Model) -> Model:
 def _merged(model: Model) -> Model:
     for name, layer in adapters(model).items():
         model.set_submodule(name, layer.merged())
+    for name, layer in quantized_layers(model).items():
+        model.set_submodule(name, layer.plain())
     return model
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from minirlhf.errors import MACHINE, UserError, printable
 from minirlhf.files.atomic import check_finite
@@ -30,6 +30,7 @@ from minirlhf.models.heads import (
     reward_model_of,
 )
 from minirlhf.models.lora import has_lora
+from minirlhf.models.quantized import pack, quantize_trunk, quantized_layers
 from minirlhf.models.stored import (
     JSON_CAP,
     UNKNOWN,
@@ -132,29 +133,43 @@ def _check(module: CausalLM | RewardModel, tensors: dict[str, Tensor], where: Pa
 
 def _fill(
     module: CausalLM | RewardModel, tensors: dict[str, Tensor], where: Path,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | None, trunk_bits: int = 0,
 ) -> None:
-    """Puts tensors that `_check` let pass into a module that is on the meta device."""
+    """Puts tensors that `_check` let pass into a module that is on the meta device. The linear
+    layers of its trunk are packed into `trunk_bits` one by one, so that the memory never holds more
+    than one of them in full; 0: none is."""
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
     if dtype is None and len(kinds) > 1:
         raise UserError(where, f"mixes {' and '.join(kinds)}", "choose one dtype")
-    _check_memory(tensors, where, dtype)
+    dtype = dtype or getattr(torch, kinds[0])
+    module.to(dtype)
+    layers = quantize_trunk(module, trunk_bits) if trunk_bits else {}
+    packed = {f"{name}.weight": name for name in layers}
+    _check_memory(module, where)
     if module.config.family == "gpt2":
         tensors = from_gpt2(module.config, tensors)
     # Copied out of the mapped file: its addresses are unaligned, and the last bit of a matrix
     # product depends on alignment, so the same weights from another file would round otherwise.
     rows = torch.contiguous_format
-    as_asked = {
-        n: t.to(dtype or t.dtype, copy=True, memory_format=rows) for n, t in tensors.items()
-    }
+    as_asked = {}
+    for name, stored in tensors.items():
+        tensor = stored.to(dtype, copy=True, memory_format=rows)
+        if name not in packed:
+            as_asked[name] = tensor
+            continue
+        try:
+            buffers = pack(tensor, trunk_bits)
+        except ValueError as error:
+            raise UserError(where, f"'{name}': {error}", "damaged weights?") from error
+        as_asked |= {f"{packed[name]}.{n}": buffer for n, buffer in buffers.items()}
     module.load_state_dict(as_asked, assign=True)
     for parameter in module.parameters():
         parameter.requires_grad_(True)
 
 
-def _check_memory(tensors: dict[str, Tensor], where: Path, dtype: torch.dtype | None) -> None:
+def _check_memory(module: nn.Module, where: Path) -> None:
     """A file may claim more than it stores: its holes take no disk, but their copies memory."""
-    needed = sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values())
+    needed = sum(t.nbytes for t in module.state_dict().values())
     held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > held:
         what = f"weights of {needed:,} bytes, this machine has {held:,}"
@@ -208,7 +223,8 @@ def _no_head(folder: Path) -> UserError:
 
 
 def load_pretrained(
-    folder: str | os.PathLike, dtype: torch.dtype | None = None, device: str | None = None
+    folder: str | os.PathLike, dtype: torch.dtype | None = None, device: str | None = None,
+    trunk_bits: int = 0,
 ) -> CausalLM:
     """A causal language model from a Hugging Face folder (or hub name).
 
@@ -216,6 +232,8 @@ def load_pretrained(
         folder: config.json and model.safetensors, single or sharded with an index.
         dtype: of the parameters; None keeps the file's.
         device: None is the CPU.
+        trunk_bits: 8 or 4 packs the trunk's linear layers, to be frozen under adapters, as in
+            `quantized`; 0 does not.
     Raises:
         UserError: naming the file and the tensor or key that is wrong.
     """
@@ -230,12 +248,13 @@ def load_pretrained(
                 folder, "'lm_head.weight' differs from the embedding it is tied to",
                 "set tie_word_embeddings to false in config.json",
             )
-    _fill(lm, tensors, folder, dtype)
+    _fill(lm, tensors, folder, dtype, trunk_bits)
     return lm.to(device or "cpu")
 
 
 def load_reward_model(
-    folder: str | os.PathLike, dtype: torch.dtype | None = None, device: str | None = None
+    folder: str | os.PathLike, dtype: torch.dtype | None = None, device: str | None = None,
+    trunk_bits: int = 0,
 ) -> RewardModel:
     """A reward model saved by `save_pretrained`, as Hugging Face's …ForSequenceClassification, or
     with the head of TRL, LLaMA-Factory or OpenRLHF.
@@ -245,7 +264,7 @@ def load_reward_model(
     """
     folder = resolve(folder)
     model, tensors, _ = _described(folder, reward=True)
-    _fill(model, tensors, folder, dtype)
+    _fill(model, tensors, folder, dtype, trunk_bits)
     return model.to(device or "cpu")
 
 
@@ -293,7 +312,8 @@ def _refill(
     for path in tensor_files(folder):
         check_unchanged(path)
     _, tensors, _ = _described(folder, isinstance(model, RewardModel))
-    _fill(model, tensors, folder, dtype)
+    bits = next((layer.bits for layer in quantized_layers(model).values()), 0)
+    _fill(model, tensors, folder, dtype, bits)
     model.to(device).requires_grad_(False)
 
 
@@ -313,6 +333,8 @@ def save_pretrained(
     """
     if has_lora(model):
         raise ValueError("the model has adapters: call merge_lora(model) before saving it")
+    if quantized_layers(model):
+        raise ValueError("the trunk is quantised, and no tool reads these files: save its adapters")
     if isinstance(model, ValueHeadModel) and model.critic is not None:
         raise ValueError("the critic has a trunk of its own: save the policy, model.lm")
     folder = Path(folder)
