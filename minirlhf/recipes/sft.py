@@ -136,6 +136,9 @@ def main(argv: list[str] | None = None) -> int:
         if config.model is None and config.tokenizer is None:
             keep_tokenizer(start.tokenizer, r.folder)
         start.begin()
+        # where a signal stopped the first step, the evaluation before it is there
+        if start.sets and state.step == 0 and not state.log_bytes["metrics.jsonl"]:
+            r.log(state, evaluate_all(start), {}, ())
         for step in r.bar(sft(state, start.rows, config), state, start.steps):
             evaluating = start.is_due(step, config.eval_every)
             with r.report(state, step):

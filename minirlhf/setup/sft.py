@@ -20,6 +20,7 @@ from minirlhf.models import pretrained
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, name_eos
 from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.run.dry_run import DryRun
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.sft_settings import SFTConfig
@@ -128,6 +129,8 @@ def load_run(config: SFTConfig) -> TrainingRun[Text]:
                           train_on=config.train_on)
 
     config, rows = read_rows(r, config, read, longest.of_texts, model_config.longest_row)
+    if isinstance(r, DryRun):  # one evaluation more, before step 1
+        r.evaluations *= 1 + 1 / longest.evaluations(r.steps, config.eval_every)
     make_deterministic(device)
     estimate = memory.of_training("sft", config, model_config, rows.tokens, dtype)
     start = [folders.resolve(config.model)] if config.model else []

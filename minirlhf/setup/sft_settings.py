@@ -41,6 +41,9 @@ class SFTConfig(InputSettings, NewModelSettings, TurnSettings, LengthSettings, T
         help="texts, or prompts with responses: JSON lines, JSON, CSV, TSV or .txt, also .gz; or "
         "Parquet"
     )
+    eval_every: int = override(
+        help="steps from one evaluation to the next; 0: evaluate at the start and the end only"
+    )
     batch_size: int = override(help="texts in an optimizer step")
     learning_rate: float = override(2e-5)
 

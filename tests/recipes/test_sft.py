@@ -16,6 +16,7 @@ from minirlhf.models.pretrained import load_pretrained, save_pretrained
 from minirlhf.models.transformer import CausalLM
 from minirlhf.recipes.sft import evaluate, sft
 from minirlhf.run.checkpoint import TrainState
+from minirlhf.setup.sft import load_run
 from minirlhf.setup.sft_settings import SFTConfig
 from tests.tiny_folders import random_lm, rebuilt_at_each_step, timeless, write_lines
 
@@ -300,10 +301,15 @@ def test_main_from_nothing_learns_and_evaluates_named_sets(base, tmp_path):
                    "--learning-rate", 0.01, "--eval-every", 60, "--log-every", 1)
     assert code == 0
     lines = timeless(out)
-    assert len(lines) == 120  # 40 passes over 24 texts, 8 a step
-    assert lines[0]["loss"] == pytest.approx(math.log(300), abs=0.2)
+    assert len(lines) == 121  # before training; then 40 passes over 24 texts, 8 a step
+    assert lines[0].keys() == {"step"} | {
+        f"eval_{prefix}{name}" for prefix in ("", "seen_")
+        for name in ("loss", "perplexity", "entropy", "mean_token_accuracy")
+    }
+    assert lines[0]["eval_loss"] == pytest.approx(math.log(300), abs=0.2)
+    assert lines[1]["loss"] == pytest.approx(math.log(300), abs=0.2)
     assert lines[-1]["loss"] < 1.0
-    assert [line["step"] for line in lines if "eval_loss" in line] == [60, 120]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 60, 120]
     last = lines[-1]
     assert last["eval_seen_loss"] == last["eval_loss"] < 1.0
     assert last["eval_perplexity"] == pytest.approx(math.exp(last["eval_loss"]), rel=1e-12)
@@ -368,3 +374,10 @@ def test_main_with_lora_writes_a_merged_model_that_changed(base, tmp_path):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()
     assert changed and all("_proj" in name for name in changed)
+
+
+def test_dry_run_counts_the_evaluation_before_training(base, tmp_path):
+    config = SFTConfig(model=str(base[0]), data=str(base[1]), eval_data=(str(base[1]),),
+                       out=str(tmp_path / "run"), steps=6, eval_every=2, dry_run=True)
+    # the held-out texts are one micro-batch; before step 1, after steps 2, 4 and 6
+    assert load_run(config).run.evaluations == pytest.approx(4.0, abs=1e-12)
