@@ -155,6 +155,11 @@ LINES = [  # a command line, what is told
      "nowhere: no such folder: give a model folder or a hub name"),
     ("sft --init-config shape.json --lora-rank 4 --data texts.jsonl --out out",
      "--lora-rank goes with --model: random weights need training in full"),
+    ("sft --model lm --trunk-bits 4 --data texts.jsonl --out out",
+     "trunk_bits: got 4, but packed weights cannot be trained: give --lora-rank too, 16 for a "
+     "start"),
+    ("sft --model lm --trunk-bits 3 --data texts.jsonl --out out",
+     "--trunk-bits: got 3, must be one of 0, 8, 4"),
     ("sft --init-config lm/config.json --tokenizer other --data texts.jsonl --out out",
      "lm/config.json: vocab_size: is 258: must be at least the tokenizer's 260"),
     ("demo --scale 2", "--scale: got 2.0, must be a finite number > 0 and <= 1"),
@@ -286,7 +291,8 @@ def bad_words(field: dataclasses.Field) -> tuple[str, ...]:
     """What no flag of this type takes, and what lies outside its limits and choices."""
     rule = field.metadata
     outside = [f"{limit + BEYOND[sign]}" for sign, limit in rule["limits"].items()]
-    unlike = [word for choice in (rule["choices"] or ())[:1] for word in ("", choice.upper(), " ")]
+    unlike = [word for choice in (rule["choices"] or ())[:1]
+              for word in ("", f"{choice}9", str(choice).upper() + "9" * (kind(field) is int), " ")]
     empty = [""] if rule["metavar"] in ("FILE", "FOLDER", "DIR", "SOURCE") else []
     return (*BAD_WORDS.get(kind(field), ()), *outside, *unlike, *empty)
 
@@ -355,7 +361,7 @@ def another(field: dataclasses.Field, value: object) -> object:
 
 EVERYWHERE = {"out", "resume", "resume_from", "log_every", "save_every", "keep", "device",
               "allow_data_change", "allow_setting_change", "gradient_checkpointing", "dry_run"}
-WEIGHTS = {"model", "lora_rank", "lora_alpha", "dtype"}  # a checkpoint's are of them
+WEIGHTS = {"model", "lora_rank", "lora_alpha", "trunk_bits", "dtype"}  # a checkpoint's are of them
 ROWS = {"seed", "overlong", "columns", "bad_rows", "fix_text", "allow_empty_prompt", "chat",
         "template_kwargs", "rendered", "spelled"}
 PLACE = ROWS | {"batch_size", "max_length"}  # sft and reward count their place in these rows

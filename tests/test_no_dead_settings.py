@@ -130,6 +130,7 @@ CHANGES = {
         "skip_nonfinite": Change(5),
         "lora_rank": Change(2),
         "lora_alpha": Change(2.0, {"lora_rank": 2}),
+        "trunk_bits": Change(4, {"lora_rank": 2}, first=8),
         "gradient_checkpointing": Change(True, held=True),
         "compile": Change(True, refused="torch.compile: fails here: no compiler"),
         "dtype": Change("bfloat16"),

@@ -61,7 +61,7 @@ def load_run(config: DistillConfig) -> DistillRun:
     shapes = pretrained.read_config(folder), pretrained.read_config(teacher_folder)
     estimate = memory.of_distill(config, *shapes, data.longest_prompt, dtype)
     facts = run_facts(config) | memory.announce(estimate, (folder, teacher_folder), dtype, device)
-    student = pretrained.load_pretrained(folder, dtype)
+    student = pretrained.load_pretrained(folder, dtype, trunk_bits=config.trunk_bits)
     rows = Rows(data.prompts, data.sets, data.reports, [])
     run = ready(config, r, student, tokenizer, rows, "prompts", facts, device)
     return DistillRun(**vars(run), teacher=load_teacher(config, teacher_folder, device, dtype))

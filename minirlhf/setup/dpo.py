@@ -214,7 +214,7 @@ def load_run(config: DPOConfig) -> DPORun:
              "reference": (config.ref or "the policy at step 0") if needs_ref else "none"} | facts
     if config.loss == "kto":
         facts = {"liked : others": told_balance(config, rows.train)} | facts
-    lm = pretrained.load_pretrained(folder, dtype)
+    lm = pretrained.load_pretrained(folder, dtype, trunk_bits=config.trunk_bits)
     run = ready(config, r, lm, tokenizer, rows, kind_of(rows.train), facts, device)
     load_ref = partial(reference_of, run, ref_folder, device, dtype) if needs_ref else None
     return DPORun(**vars(run), load_ref=load_ref)

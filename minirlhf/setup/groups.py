@@ -198,6 +198,16 @@ class AdapterSettings:
     lora_alpha: float = setting(
         32.0, "adapter outputs are multiplied by lora_alpha / lora_rank", above=0, resume="fixed"
     )
+    trunk_bits: int = setting(
+        0, "bits of the frozen weights under the adapters: 8 (int8) or 4 (NF4, Dettmers et al. "
+        "2023, arXiv:2305.14314); 0: as many as dtype has", choices=(0, 8, 4), resume="fixed",
+    )
+
+    def check(self) -> list[str]:
+        if self.trunk_bits and not self.lora_rank:
+            return [f"trunk_bits: got {self.trunk_bits}, but packed weights cannot be trained: "
+                    "give --lora-rank too, 16 for a start"]
+        return []
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from minirlhf.setup.training import load_reference
 
 def load_policy(config: GRPOConfig, folder: Path, device: str, dtype: torch.dtype) -> CausalLM:
     """The model to align, with adapters if they are asked for."""
-    lm = pretrained.load_pretrained(folder, dtype, device)
+    lm = pretrained.load_pretrained(folder, dtype, device, config.trunk_bits)
     if config.lora_rank:
         add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
     lm.model.checkpointing = config.gradient_checkpointing

@@ -16,6 +16,7 @@ from minirlhf.models import pretrained
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.divergence import CHUNK
 from minirlhf.models.logprobs import TILE, widened
+from minirlhf.models.quantized import quantize_trunk
 from minirlhf.models.transformer import CausalLM, shapes_only
 from minirlhf.run.machine import Machine, free_memory, process_bytes
 from minirlhf.setup.dpo_settings import DPOConfig
@@ -60,6 +61,22 @@ def parameters(config: ModelConfig, rank: int = 0) -> int:
     return sum(p.numel() for p in lm.parameters())
 
 
+def stored(config: ModelConfig, dtype: torch.dtype, trunk_bits: int = 0) -> int:
+    """Bytes of the language model's weights, the trunk's in so many bits."""
+    with shapes_only():
+        lm = CausalLM(config).to(dtype)
+    if trunk_bits:
+        quantize_trunk(lm, trunk_bits)
+    return sum(tensor.nbytes for tensor in (*lm.parameters(), *lm.buffers()))
+
+
+def unpacked(config: ModelConfig) -> int:
+    """Bytes of the largest layer while a product needs it: its weights in float32, and what they
+    are looked up by."""
+    widest = max(config.intermediate_size, config.num_heads * config.head_dim)
+    return 8 * widest * config.hidden_size
+
+
 def kept_per_token(config: ModelConfig, dtype: torch.dtype, checkpointing: bool = False) -> int:
     """Bytes a token that a forward pass keeps for the backward pass: of each block what its norms
     read and made, RMSNorm in float32; 2 vectors more of the hidden size; q, k, v and the output of
@@ -81,6 +98,8 @@ def learning(
     """A model that learns from micro-batches of so many tokens; its loss reads logits if it
     `unembeds`. `critic`: parameters of a critic's own trunk, which adapters leave as it is."""
     own, wide, rank = parameters(model), widened(dtype).itemsize, config.lora_rank
+    bits = config.trunk_bits
+    weights = stored(model, dtype, bits) + (unpacked(model) if bits else 0)
     trained = parameters(model, rank) if rank else own + critic
     # The gradient of tied embeddings is made as two matrices, of the first layer and of the last.
     twice = model.vocab_size * model.hidden_size * (unembeds and model.tied_embeddings and not rank)
@@ -90,7 +109,8 @@ def learning(
     kept = trunks * tokens * kept_per_token(model, dtype, config.gradient_checkpointing)
     fewer = "lower --lora-rank" if rank else "give --lora-rank 16"
     return [
-        Part("weights", (own + critic) * dtype.itemsize, "take a smaller model"),
+        Part("weights", weights + critic * dtype.itemsize,
+             "give --trunk-bits 4" if rank and bits != 4 else "take a smaller model"),
         Part("moments", 2 * trained * wide + masters, fewer),
         Part("gradients", (trained + twice) * wide, fewer, "update"),
         Part("activations", kept + tile, "lower --micro-batch-tokens", "update"),

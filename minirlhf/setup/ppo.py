@@ -49,7 +49,7 @@ def look_for_ppo(config: PPOConfig) -> Start:
 
 def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype) -> ValueHeadModel:
     """The model to align with its critic, and with adapters if they are asked for."""
-    lm = pretrained.load_pretrained(folder, dtype, device)
+    lm = pretrained.load_pretrained(folder, dtype, device, config.trunk_bits)
     if config.critic is None:
         policy = ValueHeadModel(lm)
         pretrained.load_value_head(policy, folder)

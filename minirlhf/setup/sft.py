@@ -105,7 +105,7 @@ def load_start(
 ) -> CausalLM:
     """The model of --model, or random weights; its config.json will name the eos of its texts."""
     if config.model is not None:
-        lm = pretrained.load_pretrained(config.model, dtype)
+        lm = pretrained.load_pretrained(config.model, dtype, trunk_bits=config.trunk_bits)
     else:
         rng = streams.generator(config.seed, "initial weights")
         lm = initialize(CausalLM(model_config), rng).to(dtype)

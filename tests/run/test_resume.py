@@ -275,6 +275,20 @@ def test_a_run_on_lists_killed_anywhere_leaves_the_same(server, world, folder):
         assert wrong_with(out_of(argv), expected) == []
 
 
+@pytest.mark.parametrize(("recipe", "bits"), [("ppo", 4), ("reward", 8)])
+def test_a_run_on_a_quantised_trunk_killed_anywhere_leaves_the_same(
+    recipe, bits, server, world, folder
+):
+    changes = {"lora_rank": 2, "trunk_bits": bits}
+    argv = command(recipe, world, folder / f"{recipe}-bits", **changes)
+    measured, expected = server.run(argv), remains(out_of(argv))
+    assert measured.code == 0, log_of(argv).read_text("utf-8")
+    for what, at in (("update", 4), ("forward", measured.counts["forward"] // 2), ("file", 40)):
+        argv = command(recipe, world, folder / f"{recipe}-bits-{what}", **changes)
+        resumed(server, argv, [Kill(what, at)])
+        assert wrong_with(out_of(argv), expected) == []
+
+
 def test_a_run_killed_while_it_removes_a_commit_leaves_nothing_of_it(server, world, folder, whole):
     # past the rename that takes its name away, and past the first of its files
     at = first_event(whole("sft", 1)[1], "os.rename", "/checkpoints/step-") + 3

@@ -62,6 +62,14 @@ def test_parameters_allocates_no_weights(monkeypatch):
     assert set(made) == {"meta"}
 
 
+def test_stored_weights_by_hand():
+    assert memory.stored(TINY, float32) == 172 * 4 and memory.stored(UNTIED, bfloat16) == 212 * 2
+    # 120 of the 172 are in linear layers, which have 4 + 2 + 2 + 4 + 6 + 6 + 4 = 28 outputs
+    assert memory.stored(TINY, float32, 8) == 120 + 28 * 4 + 52 * 4
+    # 7 layers of one block of 64: 32 bytes, its scale 1, and that one's scale and mean 8
+    assert memory.stored(TINY, bfloat16, 4) == 7 * (32 + 1 + 8) + 52 * 2
+
+
 def test_kept_per_token_by_hand():
     block = 6 * 4 + 4 * 2 * 2 + 4 * 6  # around the norms; q, k, v and output; in the MLP
     assert memory.kept_per_token(TINY, float32) == 4 * block
@@ -136,6 +144,13 @@ def test_of_training_with_adapters_trains_little():
     config = SFTConfig(lora_rank=2)
     found = sizes(memory.of_training("sft", config, TINY, [5], float32).peak)
     assert (found["weights"], found["moments"], found["gradients"]) == (688, 2 * 464, 464)
+
+
+def test_of_training_counts_a_quantised_trunk_and_its_largest_layer_unpacked():
+    config = SFTConfig(lora_rank=2, trunk_bits=8)
+    weights = memory.of_training("sft", config, TINY, [5], float32).parts[0]
+    assert weights.bytes == memory.stored(TINY, float32, 8) + 8 * 6 * 4
+    assert weights.lower == "give --trunk-bits 4"
 
 
 def test_of_training_in_half_precision_has_float32_masters_and_gradients():
