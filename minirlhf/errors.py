@@ -55,8 +55,6 @@ def run(program: Callable[[], int | None]) -> int:
         except UserError as error:
             _tell(error)
             return error.code
-        except Stopped:
-            return STOPPED
         except KeyboardInterrupt:  # before a run listens to signals: nothing is written yet
             _tell("interrupted")
             return INTERRUPTED
@@ -81,6 +79,8 @@ def _finished(program: Callable[[], int | None]) -> int:
         raise UserError("the working folder", what, "cd to another", MACHINE) from None
     try:
         code = program() or OK
+    except Stopped:  # before the first step
+        code = STOPPED
     except SystemExit:  # after --help
         console.check()
         raise
