@@ -329,7 +329,8 @@ class Run:
         clock = {"elapsed": time.perf_counter() - self.started, "peak_memory": peak} | clock
         self._append(state, "metrics.jsonl", [metrics | {"clock": clock}])
         shown = [f"{n.rpartition('/')[2]} {metrics[n]:<9.4g}" for n in columns if n in metrics]
-        self.say(f"step {state.step:>5}  " + "  ".join(shown).rstrip())
+        if shown:  # not where an evaluation has told its own
+            self.say(f"step {state.step:>5}  " + "  ".join(shown).rstrip())
 
     def write_samples(self, state: TrainState, rows: list[dict]) -> None:
         """Adds rows to samples.jsonl."""

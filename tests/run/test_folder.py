@@ -384,6 +384,15 @@ def test_log_line_is_strict_json_with_the_clock_apart(tmp_path, capsys):
     assert capsys.readouterr().out == "step     3  loss 1.5        b 0.1        epoch 0.5\n"
 
 
+def test_log_without_columns_says_nothing(tmp_path, capsys):
+    with start(tmp_path) as run:
+        state = make_state()
+        run.restore(state)
+        run.log(state, {"eval_loss": 0.5}, {}, ())
+    assert [row["eval_loss"] for row in metrics(tmp_path)] == [0.5]
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_log_stops_at_a_number_that_is_not_finite(tmp_path, bad):
     state = make_state()
