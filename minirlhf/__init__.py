@@ -47,6 +47,8 @@ _PUBLIC = {
     "models.divergence": ("token_divergence",),
     "models.heads": ("ValueHeadModel", "RewardModel"),
     "models.pretrained": ("load_pretrained", "save_pretrained", "load_reward_model"),
+    "models.lora": ("add_lora", "merge_lora"),
+    "models.peft_files": ("save_adapter", "load_adapter"),
     "models.sampling": ("Sampling",),
     "models.generation": ("Generation", "generate", "decode_steps"),
     "data.tokenizer": ("load_tokenizer", "Tokenizer"),

@@ -27,10 +27,13 @@ from minirlhf.data.split import split_rows
 from minirlhf.data.tokenizer import load_tokenizer, train_tokenizer
 from minirlhf.data.unpaired import load_unpaired
 from minirlhf.errors import UserError
+from minirlhf.files.folders import resolve
 from minirlhf.files.sieve import RowPolicy, Sieve
 from minirlhf.models import pretrained
 from minirlhf.models.families import config_from_hf
 from minirlhf.models.heads import RewardModel, ValueHeadModel, initialize_score
+from minirlhf.models.lora import add_lora
+from minirlhf.models.peft_files import TENSORS, save_adapter
 from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.rewards.load import check_answers
 from minirlhf.rewards.parse import parse_source
@@ -340,9 +343,9 @@ def make_world(root: Path) -> None:
     pretrained.save_pretrained(scorer, root / "reward", pad_token_id=1)
     openrlhf = LLAMA | {"normalize_reward": True, "mean": 1.5, "std": 2.0, "value_head_prefix": "x"}
     pretrained.save_pretrained(ValueHeadModel(tiny(openrlhf)), root / "peer")
-    (root / "adapter").mkdir()
-    named = {"peft_type": "LORA", "base_model_name_or_path": "owner/name", "r": 8}
-    (root / "adapter" / "adapter_config.json").write_text(json.dumps(named))
+    adapted = add_lora(tiny(GPT2), 2, 4.0, targets=("*.0.*", "*.down_proj"), dora=True)
+    save_adapter(adapted, root / "adapter", "../gpt2")
+    save_adapter(add_lora(scorer, 2, 4.0), root / "adapter/scorer", "llama", pad_token_id=1)
     pretrained.save_pretrained(tiny(LLAMA), root / "shards")
     tensors = load_file(root / "shards" / "model.safetensors")
     (root / "shards" / "model.safetensors").unlink()
@@ -402,12 +405,6 @@ def read_model(folder: str, load: Callable = pretrained.load_pretrained) -> Call
         pretrained.remarks([root / folder], torch.bfloat16)
 
     return read
-
-
-def read_adapter(root: Path) -> None:
-    with suppress(UserError):  # it is no model, whatever it says
-        pretrained.read_config(root / "adapter")
-        raise AssertionError("an adapter was read as a model")
 
 
 def read_tokenizer(folder: str) -> Callable[[Path], None]:
@@ -481,7 +478,10 @@ TARGETS = (
            read_model("peer", pretrained.load_reward_model)),
     Target(("reward/config.json",), mutate_position,
            read_model("reward", pretrained.load_reward_model)),
-    Target(("adapter/adapter_config.json",), mutate_json, read_adapter),
+    *(Target((f"adapter/{name}",), mutate, read_model("adapter"))
+      for name, mutate in (("adapter_config.json", mutate_json), (TENSORS, mutate_safetensors))),
+    Target((f"adapter/scorer/{TENSORS}",), mutate_safetensors,
+           read_model("adapter/scorer", pretrained.load_reward_model)),
     *(Target((f"{n}/tokenizer.json",), mutate_json, read_tokenizer(n))
       for n in ("bpe", *TOKENIZERS)),
     Target(tuple(f"bpe/{n}.json" for n in ("tokenizer_config", "special_tokens_map",
@@ -523,6 +523,8 @@ def fuzz_case(root: Path, index: int) -> tuple[str, Callable[[], object]]:
 def fuzz(root: Path, cases: range) -> list[Finding]:
     """Findings of a range of cases, in a folder of their own."""
     make_world(root)
+    with suppress(UserError):  # loads the hub's library, which a base of that name asks
+        resolve("owner/name")
     for target in TARGETS:  # every right file is read, and every library loaded, before children
         target.load(root)
     return run_cases(cases, lambda index: fuzz_case(root, index), root)

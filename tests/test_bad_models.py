@@ -238,7 +238,8 @@ def test_a_tensor_in_two_shards_is_refused(refuses):
 PICKLED = "pickle files are not read: convert the model to safetensors: transformers'"
 LORA = '{"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2-7B", "r": 8}'
 MERGE = "which is not read: merge it into its model first (peft's merge_and_unload), and give the r"
-LORA_OF = f"m: holds an adapter (LoRA) of Qwen/Qwen2-7B, {MERGE}"
+LORA_OF = "m: its base Qwen/Qwen2-7B: neither a local folder nor to be had from the hub ("
+ALONE = "m: holds an adapter (adapter_model.bin) without adapter_config.json: download that, too"
 
 
 def adapter(config: str = LORA, *kept: str) -> Spoil:
@@ -277,7 +278,8 @@ KINDS = [  # what the folder holds, what is told of it
     (adapter('{"peft_type": "IA3"}'), f"m: holds an adapter (IA3), {MERGE}"),
     (adapter("[]"), f"m: holds an adapter (peft), {MERGE}"),
     (adapter("{"), "m/adapter_config.json:1: not valid JSON"),
-    (only("adapter_model.bin"), f"m: holds an adapter (peft), {MERGE}"),
+    (adapter('{"peft_type": "LORA"}'), "m/adapter_config.json: base_model_name_or_path: is None"),
+    (only("adapter_model.bin"), ALONE),
     (only("optimizer.safetensors", "model.safetensors", "manifest.json"),
      "m: holds checkpoints of a run (optimizer.safetensors): give the run's folder model or best"),
     (only("step-00000040/state.json"), "m: holds checkpoints of a run (step-00000040): give the r"),
@@ -379,7 +381,7 @@ def test_every_model_of_a_command_is_checked_alike(verb, flag, source, spoil, to
     [words("sample", model="m"), words("score", model="m"), ["serve", "--model", "m"],
      ["check", "--model", "m", "--data", "prompts.jsonl"], words("ppo", reward="0.5*m")],
 )
-def test_every_command_says_what_an_adapter_is(words, refused, world):
+def test_every_command_says_where_an_adapter_lacks_its_base(words, refused, world):
     adapter(LORA, "tokenizer.json")(shutil.copytree(world / "rm", Path("m")))
     assert refused(words).startswith(LORA_OF)
 

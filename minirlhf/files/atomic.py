@@ -128,11 +128,16 @@ def write_json(path: Path, value: object) -> Written:
     return write_text(path, text)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Written:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> Written:
     """A safetensors file, byte for byte as its own library writes it, but hashed on the way.
 
     The tensors of a CPU are written from where they lie; others are copied one at a time.
 
+    Args:
+        metadata: what the header says besides, in this order: the library's own order of several
+            differs from one process to the next.
     Raises:
         ValueError: a tensor's type has no name in safetensors.
         UserError: a number is not finite (exit code 3).
@@ -141,7 +146,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Written:
         if tensor.dtype not in DTYPES:
             raise ValueError(f"'{name}' is {tensor.dtype}, which safetensors cannot hold")
     check_finite(path, tensors)
-    return _write(path, _safetensors(tensors))
+    return _write(path, _safetensors(tensors, metadata or {}))
 
 
 def check_finite(where: Path, tensors: dict[str, Tensor]) -> None:
@@ -159,10 +164,12 @@ def check_finite(where: Path, tensors: dict[str, Tensor]) -> None:
             raise UserError(where, what, "nothing is written; lower learning_rate", NON_FINITE)
 
 
-def _safetensors(tensors: dict[str, Tensor]) -> Iterator[memoryview | bytes]:
+def _safetensors(
+    tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> Iterator[memoryview | bytes]:
     """Length of the header in 8 bytes, the header in JSON padded to 8 bytes, the tensors."""
     names = sorted(tensors, key=lambda name: (-_RANK[tensors[name].dtype], name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in names:
         tensor, start = tensors[name], end

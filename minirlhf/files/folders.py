@@ -8,7 +8,8 @@ import os
 import re
 from pathlib import Path
 
-from minirlhf.errors import UserError
+from minirlhf.errors import UserError, printable
+from minirlhf.files.reading import read_json
 
 # What makes other tools import code, from the folder or from the hub.
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation",
@@ -16,24 +17,89 @@ CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_impleme
              "_experts_implementation_internal")
 # Tensors that old checkpoints carry and no computation needs.
 HARMLESS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
+ADAPTER, ADAPTER_CAP = "adapter_config.json", 1 << 20  # of PEFT; bytes
+MERGE = "merge it into its model first (peft's merge_and_unload), and give the result"
 WEIGHTS = "*.safetensors"
 DOWNLOADED = ["*.json", WEIGHTS, "*.jinja"]  # neither pickles nor code
 # The same weights once more, in another layout; of folders, additional_chat_templates is read.
 NOT_DOWNLOADED = ["consolidated*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
 
 
-def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
+class AdapterFolder(type(Path())):
+    """The folder of an adapter; `base` is the one of the model that it was trained on."""
+
+    base: Path | None = None
+
+
+def weights_of(folder: Path) -> Path:
+    """The folder with the weights: of an adapter its base's."""
+    return folder.base if isinstance(folder, AdapterFolder) else folder
+
+
+def resolve(
+    name: str | os.PathLike, weights: bool = True, base: str | os.PathLike | None = None
+) -> Path:
     """The folder of this name, or else a download of the hub's model of this name (owner/name).
 
     Args:
         weights: whether a download brings them too.
+        base: of an adapter, in place of the one that its adapter_config.json names.
     Raises:
-        UserError: a file, no such folder, no huggingface_hub, or whatever the hub answers.
+        UserError: a file, no such folder, no huggingface_hub, or whatever the hub answers; an
+            adapter whose base is not found.
     """
-    folder = Path(name)
-    if folder.is_dir():
+    if isinstance(name, AdapterFolder) and name.base is not None and base is None:
+        return name
+    folder = find(name, weights)
+    if not (folder / ADAPTER).exists():
         return folder
-    if folder.exists():
+    adapter, _ = AdapterFolder(folder), read_adapter_config(folder)
+    adapter.base = _base(folder, weights) if base is None else find(base, weights)
+    if (adapter.base / ADAPTER).exists():
+        raise UserError(folder, f"its base {printable(adapter.base)} is an adapter itself",
+                        "merge that into its own base first: minirlhf export --merge")
+    return adapter
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """The adapter_config.json of an adapter, of a kind that is read."""
+    path = file_inside(folder, ADAPTER)
+    values = read_json(path, ADAPTER_CAP)
+    kind = values.get("peft_type", "peft") if isinstance(values, dict) else "peft"
+    if kind != "LORA":
+        shown = printable(kind, 40)
+        raise UserError(folder, f"holds an adapter ({shown}), which is not read", MERGE)
+    return values
+
+
+def _base(folder: Path, weights: bool) -> Path:
+    """What an adapter was trained on: the folder that its file names, seen from the adapter's own
+    folder, from the working directory or from a folder around the adapter's; or a hub name."""
+    values = read_adapter_config(folder)
+    name, revision = values.get("base_model_name_or_path"), values.get("revision")
+    if not isinstance(name, str) or not 0 < len(name) < 1024 or not name.isprintable():
+        what = f"is {printable(repr(name), 80)}"
+        where = f"{folder / ADAPTER}: base_model_name_or_path"
+        raise UserError(where, what, "name the base with --base")
+    places = [folder / name, Path(name), *(place / name for place in folder.resolve().parents)]
+    if found := [place for place in places if os.path.isdir(place)]:
+        return found[0]
+    if revision not in (None, "main"):
+        what = f"is of revision {printable(repr(revision), 80)} of {printable(name)}"
+        raise UserError(folder, what, "download that, and give its folder with --base")
+    try:
+        return find(name, weights)
+    except UserError as error:
+        raise UserError(folder, f"its base {printable(name)}: {error.what}",
+                        "give the base's folder with --base") from error
+
+
+def find(name: str | os.PathLike, weights: bool = True) -> Path:
+    """As `resolve`, without looking for a base."""
+    folder = Path(name)
+    if os.path.isdir(folder):  # pathlib fails at a name that is too long
+        return folder
+    if os.path.exists(folder):
         raise UserError(name, "is a file", "give the folder that holds config.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise UserError(name, "no such folder", "give a model folder or a hub name (owner/name)")

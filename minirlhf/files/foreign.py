@@ -1,14 +1,11 @@
-"""What a folder is that is no model: an adapter, a checkpoint, the weights of another library."""
+"""What a folder is that is no model: a checkpoint, the weights of another library."""
 
 import re
 from pathlib import Path
 
 from minirlhf.errors import UserError, printable
-from minirlhf.files.folders import file_inside
-from minirlhf.files.reading import read_json
+from minirlhf.files.folders import ADAPTER, MERGE
 
-CAP = 1 << 20  # bytes of adapter_config.json
-ADAPTER = "adapter_config.json"
 WHOLE = "give a Hugging Face folder, with config.json and model.safetensors"
 CONVERT = "convert the model to safetensors: transformers' from_pretrained, then save_pretrained"
 # What a name in the folder tells, and what to do.
@@ -39,8 +36,9 @@ def no_model(folder: Path, lack: UserError) -> UserError:
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         return UserError(folder, "is an empty folder", WHOLE)
-    if any(re.fullmatch(r"adapter_(config|model)\..*", name) for name in names):
-        return _adapter(folder)
+    if found := [name for name in names if re.fullmatch(r"adapter_model\..*", name)]:
+        do = f"download that, too, or {MERGE}"
+        return UserError(folder, f"holds an adapter ({found[0]}) without {ADAPTER}", do)
     if "config.json" in names and {"model.safetensors", "model.safetensors.index.json"} & {*names}:
         return lack
     for pattern, what, do in FOREIGN:
@@ -57,17 +55,6 @@ def no_model(folder: Path, lack: UserError) -> UserError:
         return UserError(folder, "is a run that has not ended",
                          "go on with --resume; at its end stands the model, in the folder model")
     return lack
-
-
-def _adapter(folder: Path) -> UserError:
-    path = file_inside(folder, ADAPTER)
-    values = read_json(path, CAP) if path.exists() else {}
-    values = values if isinstance(values, dict) else {}
-    kind, base = values.get("peft_type"), values.get("base_model_name_or_path")
-    kind = "LoRA" if kind == "LORA" else printable(kind or "peft", 40)
-    of = f" of {printable(base)}" if isinstance(base, str) else ""
-    return UserError(folder, f"holds an adapter ({kind}){of}, which is not read",
-                     "merge it into its model first (peft's merge_and_unload), and give the result")
 
 
 def _models_inside(folder: Path) -> list[Path]:

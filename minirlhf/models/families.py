@@ -50,6 +50,10 @@ ROPE_NEEDS = {
     "yarn": ("factor",),
 }
 LARGEST = 1e30  # of a number; its inverse and its products with sizes are finite, too
+GPT2_PARTS = {  # of a block: our name -> GPT-2's
+    "input_layernorm": "ln_1", "self_attn.o_proj": "attn.c_proj",
+    "post_attention_layernorm": "ln_2", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
+}
 YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor")  # each may be absent
 
 
@@ -234,21 +238,24 @@ def name_eos(config: ModelConfig, eos_ids: Sequence[int]) -> None:
         config.source["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
 
 
+def stored_layer(config: ModelConfig, name: str) -> str:
+    """What files call a linear layer of the decoder; query, key and value are one in GPT-2's."""
+    if config.family != "gpt2":
+        return f"model.{name}"
+    _, block, part = name.split(".", 2)
+    return f"transformer.h.{block}.{GPT2_PARTS.get(part, 'attn.c_attn')}"
+
+
 def _gpt2_names(config: ModelConfig) -> dict[str, str]:
     """Our name -> GPT-2's, for tensors that are one to one."""
     names = {
         "model.embed_tokens.weight": "transformer.wte.weight",
         "model.embed_positions.weight": "transformer.wpe.weight",
     }
-    parts = {
-        "input_layernorm": "ln_1", "self_attn.o_proj": "attn.c_proj",
-        "post_attention_layernorm": "ln_2",
-        "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
-    }
     for kind in ("weight", "bias"):
         names[f"model.norm.{kind}"] = f"transformer.ln_f.{kind}"
         for i in range(config.num_layers):
-            for ours, theirs in parts.items():
+            for ours, theirs in GPT2_PARTS.items():
                 names[f"model.layers.{i}.{ours}.{kind}"] = f"transformer.h.{i}.{theirs}.{kind}"
     return names
 

@@ -58,6 +58,7 @@ class LoRALinear(nn.Module):
     ):
         super().__init__()
         self.base = base.requires_grad_(False)
+        self.alpha, self.rslora = alpha, rslora
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         of = base if isinstance(base, QuantizedLinear) else base.weight  # whose would be unpacked
         like = {"dtype": of.dtype, "device": of.device}
@@ -99,7 +100,8 @@ class LoRALinear(nn.Module):
         out_features, in_features = weight.shape
         bias = self.base.bias
         layer = Linear(in_features, out_features, bias is not None, device="meta")
-        layer.weight = nn.Parameter(weight.to(self.lora_A.dtype))
+        of = self.base if isinstance(self.base, QuantizedLinear) else self.base.weight
+        layer.weight = nn.Parameter(weight.to(of.dtype))
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone())
         return layer

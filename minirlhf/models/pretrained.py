@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minirlhf.errors import MACHINE, UserError, printable
+from minirlhf.errors import MACHINE, UserError
 from minirlhf.files.atomic import check_finite
-from minirlhf.files.folders import file_inside, resolve
-from minirlhf.files.foreign import ADAPTER, no_model
+from minirlhf.files.folders import AdapterFolder, file_inside, resolve, weights_of
+from minirlhf.files.foreign import no_model
 from minirlhf.files.reading import check_unchanged, read_json
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, config_to_hf, from_gpt2, to_gpt2
+from minirlhf.models.fingerprint import fingerprint_of
 from minirlhf.models.heads import (
     REWARD_KEYS,
     RewardModel,
@@ -29,29 +30,31 @@ from minirlhf.models.heads import (
     reward_keys,
     reward_model_of,
 )
-from minirlhf.models.lora import has_lora
+from minirlhf.models.logprobs import widened
+from minirlhf.models.lora import has_lora, merge_lora
+from minirlhf.models.peft_files import TENSORS, check_fit, check_role, put_adapter, read_adapter
 from minirlhf.models.quantized import pack, quantize_trunk, quantized_layers
 from minirlhf.models.stored import (
     JSON_CAP,
-    UNKNOWN,
     VALUE_FILE,
-    likely_origin,
     read_tensors,
     tensor_files,
     tensor_names,
 )
-from minirlhf.models.stored_heads import VALUE_HEAD, head_names, name_of_head, take_head
+from minirlhf.models.stored_heads import VALUE_HEAD, Head, name_of_head, take_head
+from minirlhf.models.stored_model import STORED, check_tensors, stored_tensors
 from minirlhf.models.transformer import CausalLM, shapes_only
-
-LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d{1,9})\.")
-STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be
-WRAPPED = "pretrained_model."  # before each name that TRL 0.x saved of its wrapper
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The sizes and switches of a folder's model."""
+    """The sizes and switches of a folder's model; of an adapter's those of its base."""
+    folder = resolve(folder)
+    if isinstance(folder, AdapterFolder):
+        config = read_config(folder.base)
+        config.source.update(read_adapter(folder).reward)
+        return config
     path = file_inside(folder, "config.json")
-    if not path.exists() or (folder / ADAPTER).exists():  # transformers would add the adapter
+    if not path.exists():
         lack = UserError(folder, "has no config.json", "give a Hugging Face model folder")
         raise no_model(folder, lack)
     return config_from_hf(read_json(path, JSON_CAP), path)
@@ -59,6 +62,9 @@ def read_config(folder: Path) -> ModelConfig:
 
 def stored_head(folder: Path) -> str | None:
     """What the head of a folder's reward model is called; None for a language model alone."""
+    folder = resolve(folder)
+    if isinstance(folder, AdapterFolder):
+        return "score" if read_adapter(folder).head is not None else stored_head(folder.base)
     config = read_config(folder)
     return name_of_head(tensor_names(tensor_files(folder)), config.source, folder)
 
@@ -68,7 +74,7 @@ def remarks(folders: Iterable[Path], dtype: torch.dtype) -> list[str]:
     what fine-tuning added to one is often less than half a step of bfloat16, and of what is left
     out."""
     name, told = str(dtype).removeprefix("torch."), []
-    for folder in dict.fromkeys(folders):
+    for folder in dict.fromkeys(weights_of(resolve(folder)) for folder in folders):
         source, tensors = read_config(folder).source, read_tensors(tensor_files(folder))
         if any(
             t.dtype in STORED and torch.finfo(t.dtype).eps < torch.finfo(dtype).eps
@@ -87,57 +93,28 @@ def remarks(folders: Iterable[Path], dtype: torch.dtype) -> list[str]:
     return told
 
 
-def stored_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a folder under the names that transformers gives them today.
-
-    Raises:
-        UserError: a file that is not whole, or fewer layers than config.json asks for: building
-            those would take long before anyone could see that they are not there.
-    """
-    stored = read_tensors(tensor_files(folder))
-    tensors = {name.removeprefix(WRAPPED): tensor for name, tensor in stored.items()}
-    if len(tensors) < len(stored):
-        what = f"holds a tensor with and without '{WRAPPED}' before its name"
-        raise UserError(folder, what, "bad export?")
-    if config.family == "gpt2":
-        # The first files were saved from the bare trunk, without its name before each tensor.
-        heads = tuple(f"{name}." for name in head_names(config.source))
-        named = ("transformer.", "lm_head.", *heads)
-        tensors = {n if n.startswith(named) else f"transformer.{n}": t for n, t in tensors.items()}
-    layers = {match[1] for name in tensors if (match := LAYER.match(name))}
-    if 0 < len(layers) < config.num_layers:
-        what = f"holds {len(layers)} layers, config.json asks for {config.num_layers}"
-        raise UserError(folder, what, UNKNOWN)
-    return tensors
-
-
-def _check(module: CausalLM | RewardModel, tensors: dict[str, Tensor], where: Path) -> None:
-    """Raises UserError where names, shapes or dtypes are not those of the module."""
-    wanted = module.state_dict()
-    if module.config.family == "gpt2":
-        wanted = to_gpt2(module.config, wanted)  # the names a reader finds in files
-    shown = {n: f"'{printable(n, 80)}'" for n in (*wanted, *tensors)}
-    problems = [f"lacks {shown[n]}" for n in wanted if n not in tensors]
-    unknown = [n for n in tensors if n not in wanted]
-    problems += [f"has {shown[n]}, which this architecture lacks" for n in unknown]
-    problems += [
-        f"{shown[n]} is {tuple(tensors[n].shape)}, config.json asks for {tuple(wanted[n].shape)}"
-        for n in wanted
-        if n in tensors and tensors[n].shape != wanted[n].shape
-    ]
-    problems += [f"{shown[n]} is {t.dtype}" for n, t in tensors.items() if t.dtype not in STORED]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(where, "; ".join(problems[:5]) + more, likely_origin(unknown))
+def _load(
+    module: CausalLM | RewardModel, tensors: dict[str, Tensor], folder: Path,
+    dtype: torch.dtype | None, trunk_bits: int,
+) -> None:
+    """Fills a module with what `_described` gave, and merges into it what an adapter adds."""
+    if not isinstance(folder, AdapterFolder):
+        return _fill(module, tensors, folder, dtype, trunk_bits)
+    _fill(module, tensors, folder.base, dtype)
+    wide = widened(next(module.parameters()).dtype)
+    merge_lora(put_adapter(module, read_adapter(folder), wide))
+    if trunk_bits:
+        quantize_trunk(module, trunk_bits)
+    return None
 
 
 def _fill(
     module: CausalLM | RewardModel, tensors: dict[str, Tensor], where: Path,
     dtype: torch.dtype | None, trunk_bits: int = 0,
 ) -> None:
-    """Puts tensors that `_check` let pass into a module that is on the meta device. The linear
-    layers of its trunk are packed into `trunk_bits` one by one, so that the memory never holds more
-    than one of them in full; 0: none is."""
+    """Puts checked tensors into a module that is on the meta device. The linear layers of its trunk
+    are packed into `trunk_bits` one by one, so that the memory never holds more than one of them in
+    full; 0: none is."""
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
     if dtype is None and len(kinds) > 1:
         raise UserError(where, f"mixes {' and '.join(kinds)}", "choose one dtype")
@@ -148,6 +125,9 @@ def _fill(
     _check_memory(module, where)
     if module.config.family == "gpt2":
         tensors = from_gpt2(module.config, tensors)
+    if packed:
+        module.model.fingerprint = fingerprint_of({
+            n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
     # Copied out of the mapped file: its addresses are unaligned, and the last bit of a matrix
     # product depends on alignment, so the same weights from another file would round otherwise.
     rows = torch.contiguous_format
@@ -191,12 +171,17 @@ def _described(
     folder: Path, reward: bool
 ) -> tuple[CausalLM | RewardModel, dict[str, Tensor], Tensor | None]:
     """(model on the meta device, its tensors as mapped files, a stored unembedding beside a tied
-    embedding or None); names and shapes are right."""
-    config = read_config(folder)
-    tensors, stored = stored_tensors(folder, config), None
-    head = take_head(tensors, config, folder)
+    embedding or None); names and shapes are right. Of an adapter, those of its base."""
+    config, weights, adapter = read_config(folder), weights_of(folder), None
+    tensors, stored = stored_tensors(weights, config), None
+    head = take_head(tensors, config, weights)
+    if weights is not folder:
+        adapter = read_adapter(folder)
+        check_role(adapter, reward)
+        if reward:  # in the dtype of its base, with which it is loaded
+            head = Head("score", adapter.head.to(next(iter(tensors.values()))), 0.0)
     if head is not None and head.name != VALUE_HEAD and not reward:
-        raise UserError(folder, "is a reward model, not a language model",
+        raise UserError(weights, "is a reward model, not a language model",
                         "give the language model; ppo takes a reward model as its reward")
     if head is None and reward:
         raise _no_head(folder)
@@ -209,7 +194,9 @@ def _described(
         tensors["score.weight"] = head.weight
     elif config.tied_embeddings:
         stored = tensors.pop("lm_head.weight", None)
-    _check(module, tensors, folder)
+    check_tensors(module, tensors, folder)
+    if adapter is not None:
+        check_fit(module, adapter)
     return module, tensors, stored
 
 
@@ -229,7 +216,8 @@ def load_pretrained(
     """A causal language model from a Hugging Face folder (or hub name).
 
     Args:
-        folder: config.json and model.safetensors, single or sharded with an index.
+        folder: config.json and model.safetensors, single or sharded with an index; or an adapter of
+            PEFT, which is merged into its base (`folders.resolve` says where that is looked for).
         dtype: of the parameters; None keeps the file's.
         device: None is the CPU.
         trunk_bits: 8 or 4 packs the trunk's linear layers, to be frozen under adapters, as in
@@ -248,7 +236,7 @@ def load_pretrained(
                 folder, "'lm_head.weight' differs from the embedding it is tied to",
                 "set tie_word_embeddings to false in config.json",
             )
-    _fill(lm, tensors, folder, dtype, trunk_bits)
+    _load(lm, tensors, folder, dtype, trunk_bits)
     return lm.to(device or "cpu")
 
 
@@ -264,14 +252,14 @@ def load_reward_model(
     """
     folder = resolve(folder)
     model, tensors, _ = _described(folder, reward=True)
-    _fill(model, tensors, folder, dtype, trunk_bits)
+    _load(model, tensors, folder, dtype, trunk_bits)
     return model.to(device or "cpu")
 
 
 def load_value_head(model: ValueHeadModel, folder: str | os.PathLike) -> None:
     """Starts a critic from the value head that TRL or LLaMA-Factory left beside its policy; without
     one in the folder, nothing changes."""
-    folder = resolve(folder)
+    folder = weights_of(resolve(folder))
     config = read_config(folder)
     head = take_head(stored_tensors(folder, config), config, folder)
     if head is not None:
@@ -309,11 +297,12 @@ def _refill(
     model: CausalLM | RewardModel, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> None:
     # A function of its own, so that no file stays mapped while the next is read.
-    for path in tensor_files(folder):
+    own = [folder / TENSORS] if isinstance(folder, AdapterFolder) else []
+    for path in (*tensor_files(weights_of(folder)), *own):
         check_unchanged(path)
     _, tensors, _ = _described(folder, isinstance(model, RewardModel))
     bits = next((layer.bits for layer in quantized_layers(model).values()), 0)
-    _fill(model, tensors, folder, dtype, bits)
+    _load(model, tensors, folder, dtype, bits)
     model.to(device).requires_grad_(False)
 
 

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minirlhf.models.fingerprint import fingerprint
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.transformer import Linear, linear
 
@@ -216,6 +217,8 @@ def quantize_trunk(model: nn.Module, bits: int) -> dict[str, QuantizedLinear]:
     they compute is not forgiving. Adapters come after this.
     """
     trunk = model.lm.model if isinstance(model, ValueHeadModel) else model.model
+    if not trunk.embed_tokens.weight.is_meta:
+        trunk.fingerprint = fingerprint(trunk)
     for name, layer in list(trunk.named_modules()):
         if isinstance(layer, nn.Linear):
             trunk.set_submodule(name, QuantizedLinear(layer, bits))

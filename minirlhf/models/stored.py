@@ -126,6 +126,12 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not HARMLESS.search(name)}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header says beside its tensors."""
+    with _opened(path) as opened:
+        return opened.metadata() or {}
+
+
 def likely_origin(unknown: Iterable[str]) -> str:
     """Advice for a folder with tensors of these names that its architecture lacks."""
     names = "\n".join(unknown)
