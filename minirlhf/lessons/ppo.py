@@ -16,6 +16,7 @@ t of a (b, R) tensor belongs to response token a_t and to the state before it, s
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__ and Path(__file__).parts[-3] == "minirlhf":  # run by its path
@@ -35,7 +36,7 @@ from minirlhf.equations.masking import masked_standardize, masked_sum
 from minirlhf.equations.policy import clipped_surrogate, clipped_value_loss
 from minirlhf.errors import BAD_INPUT, UserError, run
 from minirlhf.models.heads import ValueHeadModel
-from minirlhf.models.pretrained import load_pretrained
+from minirlhf.models.pretrained import load_pretrained, load_reward_model
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.load import load_reward
@@ -159,9 +160,9 @@ def main(model: str, data: str, reward: str, out: str, steps: str | None = None)
         raise UserError(model, f"reads too few tokens for {MAX_NEW_TOKENS} new ones")
     prompts, report = load_prompts(data, tokenizer, max_prompt_length, overlong="error")
     print(report)
-    source = load_reward(
-        RewardSourceSettings(reward=(reward,)), tokenizer, torch.float32, "cpu", MICRO_BATCH_TOKENS
-    )
+    load_model = partial(load_reward_model, dtype=torch.float32)
+    settings = RewardSourceSettings(reward=(reward,))
+    source = load_reward(settings, tokenizer, load_model, MICRO_BATCH_TOKENS)
     Path(out).mkdir(parents=True)  # refused where it exists
     ppo(policy, ref, prompts, source, tokenizer, int(steps or STEPS))
     write_model(policy.lm, tokenizer, Path(out))

@@ -4,7 +4,6 @@ reward model's keys of config.json.
 Shapes: B rows, T tokens, D hidden size.
 """
 
-import copy
 from pathlib import Path
 
 import torch
@@ -166,10 +165,8 @@ def normalize_scores(model: RewardModel, mean: float, std: float) -> RewardModel
     return model
 
 
-def critic_from_reward_model(
-    lm: CausalLM, reward_model: RewardModel, trainable: bool = True
-) -> ValueHeadModel:
-    """A critic with a decoder of its own, a copy of the reward model (arXiv:2403.17031, detail 22).
+def critic_from_reward_model(lm: CausalLM, reward_model: RewardModel) -> ValueHeadModel:
+    """A critic with a decoder of its own, the reward model's (arXiv:2403.17031, detail 22).
 
     Its value of a state is at first the score of the text so far: a guess at the final score that a
     head from zero would have to learn. The mean of an ensemble and what normalises a score are
@@ -177,22 +174,20 @@ def critic_from_reward_model(
 
     Args:
         lm: the policy.
-        reward_model: of the same tokenizer; it is copied and stays as it is.
-        trainable: False freezes the critic.
+        reward_model: of the same tokenizer. Its decoder is not copied: it learns as the critic's,
+            unless its parameters are frozen.
     Raises:
         UserError: the score is the lower bound of an ensemble, which is not linear in the state.
     """
     if reward_model.lcb_coef:
         what = f"is an ensemble with a lcb_coef of {reward_model.lcb_coef}, a critic has one head"
         raise UserError("critic", what, "give a reward model of one head, or of lcb_coef 0")
-    policy = ValueHeadModel(lm, copy.deepcopy(reward_model.model))
+    policy = ValueHeadModel(lm, reward_model.model)
     policy.v_head.to(reward_model.score.weight)
     with torch.no_grad():
         head = reward_model.score.weight.mean(0, keepdim=True)
         policy.v_head.weight.copy_(head / reward_model.reward_std)
         policy.v_head.bias.fill_(-reward_model.reward_mean / reward_model.reward_std)
-    for part in (policy.critic, policy.v_head):
-        part.requires_grad_(trainable)
     return policy
 
 

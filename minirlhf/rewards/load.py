@@ -18,7 +18,6 @@ from minirlhf.errors import UserError, printable
 from minirlhf.files.folders import resolve
 from minirlhf.files.reading import read_text
 from minirlhf.models.heads import RewardModel
-from minirlhf.models.pretrained import load_reward_model
 from minirlhf.rewards.containment import Container
 from minirlhf.rewards.function import failures, function_reward
 from minirlhf.rewards.journal import Journal
@@ -163,18 +162,17 @@ def load_function(
 
 
 def load_reward(
-    config: RewardSourceSettings, tokenizer: Tokenizer, dtype: torch.dtype, device: str,
+    config: RewardSourceSettings, tokenizer: Tokenizer, load_model: Callable[[Path], RewardModel],
     micro_batch_tokens: int, columns: Mapping[str, set[str]] | None = None,
-    journal: Path | None = None, models: list[tuple[RewardModel, Path]] | None = None,
-    ran: dict[str, str] | None = None,
+    journal: Path | None = None, ran: dict[str, str] | None = None,
 ) -> RewardSource:
     """The weighted sum of all sources of `--reward`; prompts went through `check_answers`.
 
     Args:
         tokenizer: the policy's. A reward model with another one scores texts, not ids.
+        load_model: folder -> its reward model, as `load_reward_model`.
         columns: as in `function_reward`.
         journal: file that keeps the replies of services, made with the first; None: in memory.
-        models: takes the reward models that are read, with their folders, for `offload`.
         ran: as in `load_function`.
     """
     specs, replies = [parse_source(source) for source in config.reward], Journal(journal)
@@ -193,13 +191,9 @@ def load_reward(
                 None if file is None else read_token(file),
             )
             return service_reward(service, partial(tokenizer.decode, skip_special=False), replies)
-        model = load_reward_model(place, dtype, device)
-        if models is not None:
-            models.append((model, place))
-        return model_reward(
-            model, load_tokenizer(place), micro_batch_tokens, reencoded(place, tokenizer),
-            f"--reward {spec.place}",
-        )
+        model, own = load_model(place), load_tokenizer(place)
+        again = reencoded(place, tokenizer)
+        return model_reward(model, own, micro_batch_tokens, again, f"--reward {spec.place}")
 
     names = part_names(specs)
     return combine([(n, s.weight, load(s)) for n, s in zip(names, specs, strict=True)])

@@ -20,6 +20,7 @@ from minirlhf.setup import longest, memory
 from minirlhf.setup.distill_settings import DistillConfig
 from minirlhf.setup.policy import check_ends
 from minirlhf.setup.policy_data import prompt_room, read_prompts
+from minirlhf.setup.roles import load_trained
 from minirlhf.setup.training import Rows, TrainingRun, check_tokenizer, open_run, ready
 
 
@@ -61,7 +62,7 @@ def load_run(config: DistillConfig) -> DistillRun:
     shapes = pretrained.read_config(folder), pretrained.read_config(teacher_folder)
     estimate = memory.of_distill(config, *shapes, data.longest_prompt, dtype)
     facts = run_facts(config) | memory.announce(estimate, (folder, teacher_folder), dtype, device)
-    student = pretrained.load_pretrained(folder, dtype, trunk_bits=config.trunk_bits)
+    student = load_trained(config, folder, dtype)
     rows = Rows(data.prompts, data.sets, data.reports, [])
     run = ready(config, r, student, tokenizer, rows, "prompts", facts, device)
     return DistillRun(**vars(run), teacher=load_teacher(config, teacher_folder, device, dtype))

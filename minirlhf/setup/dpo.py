@@ -48,10 +48,10 @@ from minirlhf.run.dry_run import DryRun
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.dpo_settings import NO_REFERENCE, OF_MEANS, DPOConfig, beta_of, sft_coef_of
+from minirlhf.setup.roles import load_reference, load_trained
 from minirlhf.setup.training import (
     TrainingRun,
     check_tokenizer,
-    load_reference,
     open_run,
     read_rows,
     ready,
@@ -214,17 +214,17 @@ def load_run(config: DPOConfig) -> DPORun:
              "reference": (config.ref or "the policy at step 0") if needs_ref else "none"} | facts
     if config.loss == "kto":
         facts = {"liked : others": told_balance(config, rows.train)} | facts
-    lm = pretrained.load_pretrained(folder, dtype, trunk_bits=config.trunk_bits)
+    lm = load_trained(config, folder, dtype)
     run = ready(config, r, lm, tokenizer, rows, kind_of(rows.train), facts, device)
-    load_ref = partial(reference_of, run, ref_folder, device, dtype) if needs_ref else None
+    load_ref = partial(reference_of, run, folder, ref_folder, dtype, device) if needs_ref else None
     return DPORun(**vars(run), load_ref=load_ref)
 
 
 def reference_of(
-    run: TrainingRun[Example], folder: Path, device: str, dtype: torch.dtype
+    run: TrainingRun[Example], start: Path, folder: Path, dtype: torch.dtype, device: str
 ) -> Reference:
     """The reference's log-probs, computed each time that they are asked for."""
-    ref = load_reference(run.config, run.state.model, folder, dtype, device)
+    ref = load_reference(run.config, run.state.model, start, folder, dtype, device)
     if run.config.compile:
         compile_blocks(ref)
     return partial(ref_logprobs, ref)

@@ -2,14 +2,12 @@
 
 from functools import partial
 from math import ceil
-from pathlib import Path
 
 import torch
 
 from minirlhf.batches.rollouts import measure_lm
 from minirlhf.models import pretrained
 from minirlhf.models.compiling import compile_blocks
-from minirlhf.models.lora import add_lora
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
@@ -19,16 +17,7 @@ from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.policy import PolicyRun, Start, load_rewards, look, offload_frozen
-from minirlhf.setup.training import load_reference
-
-
-def load_policy(config: GRPOConfig, folder: Path, device: str, dtype: torch.dtype) -> CausalLM:
-    """The model to align, with adapters if they are asked for."""
-    lm = pretrained.load_pretrained(folder, dtype, device, config.trunk_bits)
-    if config.lora_rank:
-        add_lora(lm, config.lora_rank, config.lora_alpha, config.seed)
-    lm.model.checkpointing = config.gradient_checkpointing
-    return lm
+from minirlhf.setup.roles import load_reference, load_trained
 
 
 def run_facts(config: GRPOConfig, prompts: int, policy: CausalLM) -> dict[str, object]:
@@ -71,12 +60,16 @@ def load_run(config: GRPOConfig) -> PolicyRun:
         config, tokenizer, data = longest.of_prompts(r, config, tokenizer, data)
     make_deterministic(device)
     of_machine = announce_memory(config, start, dtype, device)
+    policy = load_trained(config, start.folder, dtype, device)
+    policy.model.checkpointing = config.gradient_checkpointing
     rewards = load_rewards(config, r, start, tokenizer, data, dtype, device)
-    policy = load_policy(config, start.folder, device, dtype)
-    ref = load_reference(config, policy, start.ref_folder, dtype, device) if config.refers else None
-    offload_frozen(config, rewards.models, ref, start.ref_folder)
+    ref, frozen = None, rewards.models
+    if config.refers:
+        ref = load_reference(config, policy, start.folder, start.ref_folder, dtype, device)
+        frozen = [*frozen, (ref, start.ref_folder)]
+    offload_frozen(config, policy, frozen)
     if config.compile:
-        compile_blocks(policy, *(model for model, _ in rewards.models), *([ref] if ref else []))
+        compile_blocks(policy, *(model for model, _ in frozen))
     optimizer = optim.make_optimizer(
         policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )

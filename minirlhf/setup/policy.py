@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from minirlhf.batches.rollouts import RolloutBuffer
 from minirlhf.data.ending import tail_of
@@ -32,6 +33,7 @@ from minirlhf.run.folder import Run
 from minirlhf.setup.common import write_model
 from minirlhf.setup.policy_data import Data, prompt_room, read_prompts
 from minirlhf.setup.policy_settings import EndSettings, PolicyInputSettings, RolloutSettings
+from minirlhf.setup.roles import share_weights
 from minirlhf.setup.training import TrainingRun, check_tokenizer
 
 # ---------------------------------------------------------------------- looking, before any loading
@@ -162,18 +164,16 @@ def look(config: PolicyInputSettings, critic: str | None = None, refers: bool = 
 
 
 def offload_frozen(
-    config: PolicyInputSettings, scorers: list[tuple[RewardModel, Path]], ref: CausalLM | None,
-    ref_folder: Path | None,
+    config: PolicyInputSettings, policy: nn.Module, frozen: list[tuple[nn.Module, Path]]
 ) -> None:
-    """With --offload-frozen, frees the frozen models until they are used; a reference that shares
-    the policy's weights takes none.
+    """With --offload-frozen, frees these models, loaded from these folders, until they are used;
+    one that lies over the policy's weights takes no memory of its own.
 
     Args:
         config: has PolicyTrainingSettings too.
     """
-    own = ref is not None and (config.ref is not None or not config.lora_rank)
-    for model, folder in [*scorers, *([(ref, ref_folder)] if own else [])]:
-        if config.offload_frozen:
+    for model, folder in frozen:
+        if config.offload_frozen and not share_weights(model, policy):
             pretrained.offload(model, folder)
 
 
@@ -190,13 +190,19 @@ def load_rewards(
     """All that --reward names; what its functions ran becomes an input of the run.
 
     Args:
-        config: has MicroBatchSettings too.
+        config: has PolicyTrainingSettings too.
         tokenizer, data: of a dry run its own.
     """
     models: list[tuple[RewardModel, Path]] = []
+
+    def load_model(folder: Path) -> RewardModel:
+        model = pretrained.load_reward_model(folder, dtype, device)
+        models.append((model, folder))
+        return model
+
     source = load.load_reward(
-        config, tokenizer, dtype, device, config.micro_batch_tokens, data.columns,
-        r.folder / "rewards.jsonl", models, r.sums,
+        config, tokenizer, load_model, config.micro_batch_tokens, data.columns,
+        r.folder / "rewards.jsonl", r.sums,
     )
     r.inputs["reward"] += r.sums.keys() - set(map(str, r.inputs["reward"]))
     facts = load.facts(start.specs, tokenizer, [prompt.text for prompt in data.every_prompt])
@@ -212,7 +218,7 @@ class PolicyRun(TrainingRun[Prompt]):
 
     lm: CausalLM  # the policy
     reward: RewardSource
-    ref: CausalLM | None  # None where there is none, or where it is the base under adapters
+    ref: CausalLM | None  # None where there is none
     measure: Callable[[RolloutBuffer], None]  # fills log-probs, as training does it
 
     @property

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,6 @@ from minirlhf.files.sieve import RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.heads import ValueHeadModel, critic_from_reward_model
-from minirlhf.models.lora import add_lora
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.dry_run import DryRun
@@ -24,7 +22,7 @@ from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.policy import PolicyRun, Start, load_rewards, look, offload_frozen
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.training import load_reference
+from minirlhf.setup.roles import load_reference, load_trained
 
 
 def look_for_ppo(config: PPOConfig) -> Start:
@@ -47,18 +45,22 @@ def look_for_ppo(config: PPOConfig) -> Start:
     return start._replace(data=start.data._replace(texts=texts, reports=reports))
 
 
-def load_policy(config: PPOConfig, folder: Path, device: str, dtype: torch.dtype) -> ValueHeadModel:
-    """The model to align with its critic, and with adapters if they are asked for."""
-    lm = pretrained.load_pretrained(folder, dtype, device, config.trunk_bits)
+def load_policy(
+    config: PPOConfig, start: Start, dtype: torch.dtype, device: str
+) -> ValueHeadModel:
+    """The model to align with its critic: a head on its states, or a model of its own.
+
+    Beside a policy with adapters, such a critic is trained by its head alone.
+    """
+    lm = load_trained(config, start.folder, dtype, device)
     if config.critic is None:
         policy = ValueHeadModel(lm)
-        pretrained.load_value_head(policy, folder)
+        pretrained.load_value_head(policy, start.folder)
     else:
-        critic = pretrained.load_reward_model(config.critic, dtype, device)
-        policy = critic_from_reward_model(lm, critic, config.train_critic)
-    if config.lora_rank:
-        add_lora(policy, config.lora_rank, config.lora_alpha, config.seed)
-        policy.v_head.requires_grad_(config.critic is None or config.train_critic)
+        scorer = pretrained.load_reward_model(start.critic[0], dtype, device)
+        policy = critic_from_reward_model(lm, scorer)
+        policy.critic.requires_grad_(config.train_critic and not config.lora_rank)
+        policy.v_head.requires_grad_(config.train_critic)
     for trunk in filter(None, (policy.lm.model, policy.critic)):
         trunk.checkpointing = config.gradient_checkpointing
     return policy
@@ -113,10 +115,10 @@ def load_run(config: PPOConfig) -> PPORun:
         config, tokenizer, data = longest.of_ppo(r, config, tokenizer, data)
     make_deterministic(device)
     of_machine = announce_memory(config, start, dtype, device)
+    policy = load_policy(config, start, dtype, device)
     rewards = load_rewards(config, r, start, tokenizer, data, dtype, device)
-    policy = load_policy(config, start.folder, device, dtype)
-    ref = load_reference(config, policy.lm, start.ref_folder, dtype, device)
-    offload_frozen(config, rewards.models, ref, start.ref_folder)
+    ref = load_reference(config, policy.lm, start.folder, start.ref_folder, dtype, device)
+    offload_frozen(config, policy, [*rewards.models, (ref, start.ref_folder)])
     if config.compile:
         compile_blocks(policy, ref, *(model for model, _ in rewards.models))
     state = TrainState(policy, ppo_optimizer(policy, config), kl_coef=config.kl_coef)

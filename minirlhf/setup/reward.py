@@ -28,6 +28,7 @@ from minirlhf.rewards.model import scores_read
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.reward_settings import RewardConfig
+from minirlhf.setup.roles import load_trained, load_trained_scorer
 from minirlhf.setup.training import TrainingRun, open_run, read_rows, ready
 
 
@@ -55,7 +56,7 @@ def load_start(config: RewardConfig, unread: int | None, dtype: torch.dtype) -> 
     """
     folder = folders.resolve(config.model)
     if pretrained.stored_head(folder) is not None:
-        model = pretrained.load_reward_model(folder, dtype, trunk_bits=config.trunk_bits)
+        model = load_trained_scorer(config, folder, dtype)
         if model.heads != config.heads:
             what = f"is {config.heads}, the reward model {config.model} has {model.heads}"
             raise UserError("--heads", what, f"give --heads {model.heads}")
@@ -68,7 +69,7 @@ def load_start(config: RewardConfig, unread: int | None, dtype: torch.dtype) -> 
                   f"of {std:.4f}: both are left out")
         model.lcb_coef, model.reward_mean, model.reward_std = config.lcb_coef, 0.0, 1.0
     else:
-        lm = pretrained.load_pretrained(folder, dtype, trunk_bits=config.trunk_bits)
+        lm = load_trained(config, folder, dtype)
         model = RewardModel(lm, heads=config.heads, lcb_coef=config.lcb_coef)
         first = streams.generator(config.seed, "reward head")  # of a model with one head, too
         others = (streams.generator(config.seed, "reward head", h) for h in range(1, config.heads))

@@ -23,6 +23,7 @@ from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run.dry_run import DryRun
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
+from minirlhf.setup.roles import load_trained
 from minirlhf.setup.sft_settings import SFTConfig
 from minirlhf.setup.training import TrainingRun, open_run, read_rows, ready
 
@@ -105,7 +106,7 @@ def load_start(
 ) -> CausalLM:
     """The model of --model, or random weights; its config.json will name the eos of its texts."""
     if config.model is not None:
-        lm = pretrained.load_pretrained(config.model, dtype, trunk_bits=config.trunk_bits)
+        lm = load_trained(config, config.model, dtype)
     else:
         rng = streams.generator(config.seed, "initial weights")
         lm = initialize(CausalLM(model_config), rng).to(dtype)

@@ -16,9 +16,8 @@ from minirlhf.data.batching import total_steps
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report
-from minirlhf.models import pretrained
 from minirlhf.models.compiling import compile_blocks
-from minirlhf.models.lora import add_lora, base_of, merge_lora
+from minirlhf.models.lora import has_lora, merge_lora
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
@@ -29,6 +28,7 @@ from minirlhf.run.meters import Step
 from minirlhf.setup import longest
 from minirlhf.setup.common import named_files, write_model
 from minirlhf.setup.groups import TrainingSettings
+from minirlhf.setup.roles import with_adapters
 
 T = TypeVar("T")
 STEADY = ("learning_rate", "epoch", "num_tokens", "skipped_updates")  # logged, but not averaged
@@ -79,21 +79,6 @@ def check_tokenizer(
     if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
         raise UserError(where, f"has another tokenizer than {whose}",
                         "give a model that reads the same ids")
-
-
-def load_reference(
-    config: TrainingSettings, policy: CausalLM, folder: Path, dtype: torch.dtype, device: str
-) -> CausalLM:
-    """The frozen reference: the policy's base under its adapters, or a model of its own.
-
-    Args:
-        config: has ReferenceSettings too.
-        policy: with its adapters.
-        folder: of the reference.
-    """
-    if config.ref is None and config.lora_rank:
-        return base_of(policy)
-    return pretrained.load_pretrained(folder, dtype, device).requires_grad_(False)
 
 
 # ------------------------------------------------------------------ recipes that pass over the data
@@ -158,8 +143,8 @@ def ready(
         model: has its trunk as `.model`.
         kind: what the rows are, for the facts.
     """
-    if config.lora_rank:
-        add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
+    if config.lora_rank and not has_lora(model):
+        with_adapters(config, model)
     model.model.checkpointing = config.gradient_checkpointing
     model.to(device)
     if config.compile:

@@ -32,6 +32,7 @@ from minirlhf.errors import OK, STOPPED, Stopped, UserError, run
 from minirlhf.files import atomic, folders
 from minirlhf.files.sieve import RowPolicy
 from minirlhf.models import pretrained
+from minirlhf.models.heads import RewardModel
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards import load
@@ -245,7 +246,11 @@ def look(config: BestOfConfig, folder: Path, dtype: torch.dtype, device: str) ->
     for line in pretrained.remarks([folder, *scorers], dtype):
         print(f"warning: {line}")
     ran: dict[str, str] = {}
-    reward = load.load_reward(config, tokenizer, dtype, device, config.micro_batch_tokens,
+
+    def load_model(place: Path) -> RewardModel:
+        return pretrained.load_reward_model(place, dtype, device)
+
+    reward = load.load_reward(config, tokenizer, load_model, config.micro_batch_tokens,
                               data.columns, ran=ran)
     facts = facts_of(config, [Path(config.data), folder, *places], ran)
     return Start(tokenizer, data.prompts, reward, facts)

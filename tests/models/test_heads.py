@@ -71,26 +71,19 @@ def test_value_head_by_hand():
     assert_close(values, 2 * hidden[..., 3] + 5)
 
 
-@pytest.mark.parametrize("trainable", [True, False])
-def test_critic_from_reward_model_values_a_state_at_the_score_of_the_text_so_far(trainable):
+def test_critic_from_reward_model_values_a_state_at_the_score_of_the_text_so_far():
     reward_model, lm, tokens = make_reward(f64), make_lm(), targets(2, 5)
-    policy = critic_from_reward_model(lm, reward_model, trainable)
+    policy = critic_from_reward_model(lm, reward_model)
     hidden, values = policy(tokens)
     assert torch.equal(hidden, lm(tokens))
     for length in range(1, 6):
         scores = reward_model(tokens, torch.tensor([length, length]))
         assert_close(values[:, length - 1], scores, atol=1e-12)
-    parts = [*policy.critic.parameters(), *policy.v_head.parameters()]
-    assert all(p.requires_grad is trainable for p in parts)
-    assert all(p.requires_grad for p in policy.lm.parameters())
-
-
-def test_critic_from_reward_model_is_a_copy():
-    reward_model, tokens = make_reward(f64), targets(1, 3)
-    policy = critic_from_reward_model(make_lm(), reward_model)
     policy(tokens)[1].sum().backward()
     assert policy.v_head.weight.grad is not None and policy.critic.norm.weight.grad is not None
-    assert all(p.grad is None for p in [*reward_model.parameters(), *policy.lm.parameters()])
+    assert all(p.grad is None for p in policy.lm.parameters())
+    assert policy.critic is reward_model.model  # not a copy
+    assert reward_model.score.weight.grad is None
 
 
 # ---- reward model --------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from minirlhf.recipes.dpo import dpo
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.setup.dpo import objective_of
 from minirlhf.setup.dpo_settings import LOSSES, NO_REFERENCE
-from minirlhf.setup.training import load_reference
+from minirlhf.setup.roles import load_reference
 from tests.kill_harness import SHAPE, command, make_world, remains
 from tests.tiny_dpo import config_of, reference, state_of, sums_by_hand, tiny_lm
 from tests.tiny_folders import read_lines, rebuilt_at_each_step, save_lm, timeless, write_lines

@@ -299,7 +299,7 @@ def test_main_without_frozen_models_in_memory_changes_no_bit(world, tmp_path, mo
 
     models, measured, draw = [], rollouts.response_pass, recipe.sample
     start = loading.load_policy
-    monkeypatch.setattr("minirlhf.rewards.load.load_reward_model", loaded)
+    monkeypatch.setattr(pretrained, "load_reward_model", loaded)
     monkeypatch.setattr(recipe, "ppo_step", stepped)
     monkeypatch.setattr(recipe, "sample", sampled)
     monkeypatch.setattr(

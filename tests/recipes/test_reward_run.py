@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -306,7 +307,7 @@ def test_whoever_loads_a_normalised_ensemble_sees_its_scores(base, ensemble, cap
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["chosen_score"] for row in rows] == pytest.approx(result.chosen.tolist(), abs=1e-5)
     config = PPOConfig(reward=(str(ensemble / "model"),))
-    source = load_reward(config, tokenizer, torch.float32, "cpu", 4096)
+    source = load_reward(config, tokenizer, partial(load_reward_model, dtype=torch.float32), 4096)
     batch = Completions(
         [""] * 3, [p.prompt_ids for p in pairs], [""] * 3, [p.chosen_ids for p in pairs],
         ["eos"] * 3, {},

@@ -1,6 +1,7 @@
 """Reward models as reward sources: by the policy's ids, or by texts in a tokenizer of their own."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def alone(folder, ids: list[int]) -> float:
 
 def load(folder, tokenizer, tokens: int = 64):
     """The source of `--reward FOLDER` for a policy with this tokenizer."""
-    return load_reward(PPOConfig(reward=(str(folder),)), tokenizer, torch.float32, "cpu", tokens)
+    load_model = partial(load_reward_model, dtype=torch.float32)
+    return load_reward(PPOConfig(reward=(str(folder),)), tokenizer, load_model, tokens)
 
 
 def reward_of(folder, batch: Completions, before: bool = False, tokens: int = 64) -> list[float]:

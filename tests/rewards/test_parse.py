@@ -1,7 +1,6 @@
 """What --reward may say: spellings, names in logs, what is looked for, and the files of code."""
 
 import pytest
-import torch
 
 from minirlhf.errors import UserError
 from minirlhf.rewards.load import load_reward, read_token
@@ -147,7 +146,7 @@ def one(completions):
         (tmp_path / name / "f.py").write_text(code)
     a, b = (f"{tmp_path}/{name}/f.py" for name in "ab")
     config = PPOConfig(reward=(f"{a}:length", f"10*{a}:one", f"-0.5*{b}:length"))
-    scores = load_reward(config, None, torch.float32, "cpu", 64)(BATCH)
+    scores = load_reward(config, None, None, 64)(BATCH)
     assert scores.total.tolist() == [11.0, 10.5]  # 2 + 10 - 1; 1 + 10 - 0.5
     assert list(scores.parts) == [f"{a}:length", "one", f"{b}:length"]
 

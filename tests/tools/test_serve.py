@@ -63,7 +63,7 @@ def serving(folder, token: str | None = None, before: bool = False, answer=None)
 
 def source_of(address: str, tokenizer, path: str = "/score", **settings):
     config = PPOConfig(reward=(f"http://{address}{path}",), reward_retries=0, **settings)
-    return load_reward(config, tokenizer, torch.float32, "cpu", 64)
+    return load_reward(config, tokenizer, None, 64)
 
 
 def ask(address: str, body: object, path: str = "/score", **headers: str) -> tuple[int, dict]:
@@ -249,7 +249,7 @@ def test_a_client_that_does_not_read_its_reply_holds_nobody(folder):
 
     with serving(folder, answer=answer) as address:
         host, port = address.split(":")
-        with socket.create_connection((host, int(port)), 5) as silent:
+        with socket.create_connection((host, int(port)), 60) as silent:
             head = f"POST /score HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json"
             silent.sendall(f'{head}\r\nContent-Length: 17\r\n\r\n{{"items": "many"}}'.encode())
             silent.recv(1)  # its reply, of 15 MB, has begun
