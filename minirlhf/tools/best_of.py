@@ -46,6 +46,7 @@ from minirlhf.tools.settings import BestOfConfig
 from minirlhf.tools.unfinished import begin, facts_of, outcomes
 
 SAME = "whose responses all score the same"
+ALONE = "with one response alone that could be chosen"
 NONE_ENDED = "without a response that has a text and an end"
 NONE_REACHES = "without a response that reaches --threshold"
 NONE_BELOW = "without a response below --threshold"
@@ -88,7 +89,7 @@ def best(responses: list[Response], threshold: float | None, keep: int) -> list[
     if not found:
         return NONE_ENDED
     if threshold is None:
-        return SAME if found[0].score == found[-1].score else found[:1]
+        return _no_better(found) or found[:1]
     return [response for response in found[:keep] if response.score >= threshold] or NONE_REACHES
 
 
@@ -98,13 +99,20 @@ def pair(responses: list[Response], threshold: float | None) -> tuple[Response, 
     if not found:
         return NONE_ENDED
     chosen, rejected = found[0], found[-1]
-    if chosen.score == rejected.score:
-        return SAME
+    if why := _no_better(found):
+        return why
     if threshold is not None and chosen.score < threshold:
         return NONE_REACHES
     if threshold is not None and rejected.score >= threshold:
         return NONE_BELOW
     return chosen, rejected
+
+
+def _no_better(found: list[Response]) -> str:
+    """Why the best of these is better than none of the others; "" where it is."""
+    if len(found) == 1:
+        return ALONE
+    return SAME if found[0].score == found[-1].score else ""
 
 
 def rows_of(prompt: Prompt, responses: list[Response], config: BestOfConfig) -> list[dict] | str:

@@ -58,7 +58,7 @@ def test_ranked_leaves_out_what_has_no_end_or_text_and_what_stands_twice():
         ([A, B, C], 1.0, 1, [C]),
         ([A, B, C], 2.5, 8, "without a response that reaches --threshold"),
         ([CUT, EMPTY], None, 1, "without a response that has a text and an end"),
-        ([A], None, 1, "whose responses all score the same"),  # better than none
+        ([A], None, 1, "with one response alone that could be chosen"),  # better than none
         ([A], 1.0, 1, [A]),
         ([A, Response("e", 1.0, "eos")], None, 1, "whose responses all score the same"),
         ([A, Response("e", 1.0, "eos")], 0.5, 2, [A, Response("e", 1.0, "eos")]),
@@ -76,7 +76,8 @@ def test_best(responses, threshold, keep, found):
         ([A, B, C], 2.0, (C, B)),
         ([A, B, C], 2.5, "without a response that reaches --threshold"),
         ([A, B, C], 0.0, "without a response below --threshold"),
-        ([A, CUT], None, "whose responses all score the same"),
+        ([A, CUT], None, "with one response alone that could be chosen"),
+        ([A, Response("e", 1.0, "eos")], None, "whose responses all score the same"),
         ([CUT], None, "without a response that has a text and an end"),
     ],
 )
