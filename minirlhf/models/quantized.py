@@ -27,7 +27,6 @@ Shapes: n weights of a layer, b = ceil(n / 64) blocks, s = ceil(b / 256) blocks 
 
 import math
 from collections.abc import Callable
-from functools import cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -61,7 +60,6 @@ def from_int8(codes: Tensor, scales: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ 4 bits
 
 
-@cache
 def nf4_codebook() -> Tensor:
     """The 16 values of NF4, ascending, (16,) float32. QLoRA, sec. 3, eq. 4; appendix E.
 
@@ -79,6 +77,9 @@ def nf4_codebook() -> Tensor:
     negative = [-quantile(0.5 + (outermost - 0.5) * step / 7) for step in range(7, 0, -1)]
     normal = torch.tensor([*negative, 0.0, *positive], dtype=torch.float64, device="cpu")
     return (normal / normal[-1]).float()
+
+
+CODEBOOK = nf4_codebook()
 
 
 class NF4(NamedTuple):
@@ -101,9 +102,8 @@ def to_nf4(weight: Tensor) -> NF4:
     rest = F.pad(absmax - mean, (0, -len(absmax) % SCALES)).view(-1, SCALES)
     scales, scales_scale = to_int8(rest)  # (s, 256), (s, 1)
     unit = blocks / absmax.where(absmax > 0, 1.0)[:, None]
-    book = nf4_codebook()
     codes = torch.zeros_like(unit, dtype=torch.uint8)
-    for middle in ((book[1:] + book[:-1]) / 2).tolist():
+    for middle in ((CODEBOOK[1:] + CODEBOOK[:-1]) / 2).tolist():
         codes += unit > middle  # 0 to 15: how many values lie below the nearest one
     codes = codes.flatten()
     pairs = codes[::2] << 4 | codes[1::2]
@@ -116,7 +116,7 @@ def from_nf4(packed: NF4, shape: tuple[int, ...]) -> Tensor:
     scales = from_int8(packed.scales, shared) + packed.mean
     # Both values of a byte are looked up at once and moved as one number of 8 bytes: 10 times as
     # fast on a CPU.
-    pairs = torch.cartesian_prod(nf4_codebook(), nf4_codebook()).view(torch.int64).flatten()
+    pairs = torch.cartesian_prod(CODEBOOK, CODEBOOK).view(torch.int64).flatten()
     bytes_ = pairs.to(packed.codes.device).index_select(0, packed.codes.int())  # (32 b,)
     values = bytes_.view(torch.float32).view(-1, BLOCK)
     values.mul_(scales[:, None])
