@@ -59,38 +59,49 @@ class KVCache:
 
 
 class Packing:
-    """Which cells of left-aligned rows hold tokens.
+    """Which cells of left-aligned rows hold tokens that are computed, and whose states the others
+    have.
 
     Only attention has to know rows. All else in a decoder treats each token by itself, so it runs
-    on the n tokens alone, and padding costs nothing.
+    on the n tokens alone, and padding costs nothing. Under causal attention tokens that a row
+    begins with have the states of the same tokens in the row above, so they are computed once: the
+    prompt of several responses, the first words of a chat template.
 
     Args:
+        tokens: (B, T) ids.
         lengths: (B,) tokens of each row.
-        width: T.
     """
 
-    def __init__(self, lengths: Tensor, width: int):
-        columns = torch.arange(width, device=lengths.device)
-        self.shape = (len(lengths), width)
-        self.cells = (columns < lengths[:, None]).flatten().nonzero()[:, 0]  # (n,) of B * T
+    def __init__(self, tokens: Tensor, lengths: Tensor):
+        self.shape = tokens.shape
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        self.real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (B, T)
+        equal = (tokens[1:] == tokens[:-1]) & self.real[1:] & self.real[:-1]
+        known = torch.zeros_like(self.real)  # of the row above
+        known[1:] = equal.cumprod(1).bool()
+        computed = self.real & ~known
+        self.cells = computed.flatten().nonzero()[:, 0]  # (n,) of B * T
+        # Where a cell's state is computed: itself, or the last row above that does not know it.
+        owner = torch.where(known, 0, rows).cummax(0).values
+        places = (computed.flatten().cumsum(0) - 1).view_as(known).clamp(min=0)
+        self.places = places.gather(0, owner).flatten()  # (B * T,) of n; padding has any
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, …) -> (n, …)."""
         return x.flatten(0, 1).index_select(0, self.cells)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(n, …) -> (B, T, …), zeros where there is no token."""
-        B, T = self.shape
-        return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.cells, x).unflatten(0, (B, T))
+        """(n, …) -> (B, T, …); padding has the state of some token."""
+        return x.index_select(0, self.places).unflatten(0, self.shape)
 
 
-def pack_rows(lengths: Tensor, width: int) -> Packing | None:
-    """The packing of rows of these lengths, (B,), in `width` columns; None where none is padded.
+def pack_rows(tokens: Tensor, lengths: Tensor) -> Packing | None:
+    """The packing of rows (B, T) of these lengths (B,); None where all cells are computed.
 
     Raises:
-        ValueError: a row is longer than `width`.
+        ValueError: a row is longer than T.
     """
-    tokens, longest = torch.stack((lengths.sum(), lengths.max())).tolist()  # one wait for a GPU
-    if longest > width:
-        raise ValueError(f"a row's length is {longest}, tokens has {width} columns")
-    return Packing(lengths, width) if tokens < len(lengths) * width else None
+    packing = Packing(tokens, lengths)
+    if (longest := int(lengths.max())) > tokens.shape[1]:
+        raise ValueError(f"a row's length is {longest}, tokens has {tokens.shape[1]} columns")
+    return None if len(packing.cells) == tokens.numel() else packing

@@ -169,7 +169,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids (B, T) -> hidden states (B, T, D), after the final norm.
 
-    `lengths` (B,) tells where rows end: then their padding is not computed, and its states are 0.
+    `lengths` (B,) tells where rows end: then their padding is not computed, and its states are 0;
+    nor are tokens that a row has in common with the one above it, from its start on.
     With `checkpointing` a block's activations are not kept but computed again in the backward pass
     (Chen et al. 2016, arXiv:1604.06174): a forward pass more, for one block's memory.
     """
@@ -198,7 +199,7 @@ class Decoder(nn.Module):
             cache.key_mask = torch.arange(longest, device=tokens.device) <= where
         else:
             where = torch.arange(T, device=tokens.device)
-        packing = None if lengths is None else pack_rows(lengths, T)
+        packing = None if lengths is None else pack_rows(tokens, lengths)
         if packing is not None:
             tokens, where = packing.pack(tokens), packing.pack(where.expand_as(tokens))
         x = self.embed_tokens(tokens)  # (B, T, D), or (n, D) where it is packed
@@ -217,7 +218,7 @@ class Decoder(nn.Module):
             else:  # past what `compiling.compile_blocks` made of it: a cache changes in place
                 x = block.forward(x, rope, cache, packing)
         x = self.norm(x)
-        return x if packing is None else packing.unpack(x)
+        return x if packing is None else packing.unpack(x).where(packing.real[..., None], 0)
 
     def _check(self, tokens: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
         if tokens.dim() != 2:
