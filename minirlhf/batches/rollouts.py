@@ -5,7 +5,7 @@ Shapes: B rows, b of a micro-batch, T tokens of the longest, R tokens of the lon
 response tokens in all, D hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,9 +96,12 @@ class RolloutBuffer:
     def __len__(self) -> int:
         return sum(len(micro.tokens) for micro in self.micro_batches)
 
-    def add(self, rollout: Rollout) -> None:
+    def add(self, rollout: Rollout, group_size: int = 1) -> None:
         """Cuts B more rows into micro-batches.
 
+        Args:
+            group_size: so many rows each, which begin with the same prompt, stay neighbours: then
+                its tokens are computed once for as many of them as a micro-batch takes.
         Raises:
             ValueError: a row without a response token, or without a prompt.
         """
@@ -106,12 +109,18 @@ class RolloutBuffer:
             raise ValueError("a row has no response token: eos counts as one")
         if not (rollout.prompt_lengths >= 1).all():
             raise ValueError("a row has no prompt token: start it with a BOS")
-        parts = cut_by_tokens(rollout.lengths, self.micro_batch_size, self.micro_batch_tokens)
+        longest = rollout.lengths.view(-1, group_size).amax(1).repeat_interleave(group_size)
+        parts = cut_by_tokens(longest, self.micro_batch_size, self.micro_batch_tokens)
         self.micro_batches += [rollout.select(part) for part in parts]
 
     def map(self, function: Callable[[Rollout], Rollout]) -> None:
         """Replaces each micro-batch by the function's result, as to fill its fields."""
         self.micro_batches = [function(micro) for micro in self.micro_batches]
+
+    def renew(self, old: Sequence[Rollout], new: Sequence[Rollout]) -> None:
+        """Puts each of `new` in the place of the micro-batch of `old` that it was made of."""
+        made = {id(micro): later for micro, later in zip(old, new, strict=True)}
+        self.map(lambda micro: made[id(micro)])
 
     def flat(self, name: str) -> Tensor:
         """(N,) the field's values at all response tokens of the buffer, in its order."""
@@ -276,16 +285,17 @@ def measure(
 
 @torch.no_grad()
 def measure_lm(
-    policy: CausalLM, ref: CausalLM | None, buffer: RolloutBuffer, temperature: float
+    policy: CausalLM, ref: CausalLM | None, buffer: RolloutBuffer, temperature: float,
+    old: bool = True,
 ) -> None:
-    """As `measure`, of a policy without critic: fills old_logprobs, and ref_logprobs if there is a
-    reference."""
+    """As `measure`, of a policy without critic: fills old_logprobs unless `old` is False, and
+    ref_logprobs if there is a reference."""
 
     def fill(micro: Rollout) -> Rollout:
         interrupt.check()
-        old = lm_pass(policy, micro, temperature).logprobs
+        of_old = lm_pass(policy, micro, temperature).logprobs if old else None
         of_ref = None if ref is None else ref_pass(ref, micro, temperature).logprobs
-        return micro._replace(old_logprobs=old, ref_logprobs=of_ref)
+        return micro._replace(old_logprobs=of_old, ref_logprobs=of_ref)
 
     with in_memory(*([] if ref is None else [ref])):
         buffer.map(fill)
@@ -298,7 +308,7 @@ def penalised_kl(micro: Rollout, estimator: str | None) -> Tensor:
         estimator: one of KL_ESTIMATORS; None where the penalty is a loss, and no part of rewards.
     """
     if estimator is None:
-        return torch.zeros_like(micro.old_logprobs)
+        return micro.scores.new_zeros(micro.response_mask.shape)
     if estimator == "full":
         return micro.full_kl
     return ESTIMATORS[estimator](micro.old_logprobs, micro.ref_logprobs)

@@ -54,6 +54,7 @@ class MiniBatchStats:
         self.mini_batch = mini_batch
         self.rows = sum(len(micro.rows) for micro in mini_batch)
         self.tokens = sum(int(micro.response_mask.sum()) for micro in mini_batch)
+        self.passed: list[Rollout] = []  # those that were added, with their old log-probs
         self.sums: dict[str, Tensor] = {}
         self.losses: list[Tensor] = []  # () of each micro-batch
         self.gaps: list[Tensor] = []  # () largest |ratio - 1| of each
@@ -61,6 +62,7 @@ class MiniBatchStats:
 
     def add(self, micro: Rollout, token: TokenLosses, loss: Tensor) -> None:
         """Adds a micro-batch; loss: (), its share of the loss of the step."""
+        self.passed.append(micro)
         mask, gap = micro.response_mask, token.surrogate.ratio.detach() - 1
         log_ratio = token.new.logprobs.detach() - micro.old_logprobs
         parts = {

@@ -88,7 +88,7 @@ def grpo(
         # Measure. `lm_pass`, which also trains, reads old_logprobs on the micro-batches of
         # training. So before the first optimizer.step() every ratio pi / pi_old is exactly 1.
         buffer = RolloutBuffer(MICRO_BATCH_SIZE, MICRO_BATCH_TOKENS)
-        buffer.add(rollout)
+        buffer.add(rollout, SAMPLES_PER_PROMPT)
         measure_lm(policy, ref, buffer, TEMPERATURE)
 
         # Credit. A_i = (S_i - mean(group)) / (std(group) + 1e-4). Shao et al. 2024, sec. 4.1.2

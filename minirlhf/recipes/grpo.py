@@ -23,13 +23,21 @@ import torch
 from torch import Tensor
 
 from minirlhf import interrupt, streams
-from minirlhf.batches.collect import columns_of, gather, replay_rows, sample, with_scores
-from minirlhf.batches.credit import assign_group_credit
-from minirlhf.batches.rollouts import Rollout, RolloutBuffer, kl_to_ref, lm_pass, measure_lm
+from minirlhf.batches.collect import columns_of, replay_rows, sample, with_scores
+from minirlhf.batches.credit import assign_group_credit, reward_kl
+from minirlhf.batches.groups import Drawn, draw_groups
+from minirlhf.batches.rollouts import (
+    Rollout,
+    RolloutBuffer,
+    TokenPass,
+    kl_to_ref,
+    lm_pass,
+    measure_lm,
+)
 from minirlhf.data.batching import next_rows
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
-from minirlhf.equations.critic_free import cispo_loss, sequence_surrogate, without_spread
+from minirlhf.equations.critic_free import cispo_loss, sequence_surrogate
 from minirlhf.equations.kl import kl_k1
 from minirlhf.equations.masking import masked_mean, masked_sum
 from minirlhf.equations.policy import PolicyLoss, Surrogate, clipped_surrogate, with_mask
@@ -47,7 +55,7 @@ from minirlhf.evaluation.policy import evaluate_sets, keep_best
 from minirlhf.evaluation.samples import show_samples
 from minirlhf.evaluation.updates import MiniBatchStats, TokenLosses, moved_too_far
 from minirlhf.models.transformer import CausalLM
-from minirlhf.rewards.source import Completions, RewardSource, Scores, as_scores, joined_scores
+from minirlhf.rewards.source import Completions, RewardSource, Scores, as_scores
 from minirlhf.run import flags, optim, settings
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
@@ -92,16 +100,20 @@ def grpo(
     while state.step < config.steps:
         watch, where = Stopwatch(), f"step {state.step + 1}"
         rate = optim.follow_schedule(state.optimizer, state.step, config.steps, config)
-        drawn = draw_groups(state, prompts, reward, tokenizer, config, end_rule, watch)
-        buffer = drawn.buffer
+        buffer = RolloutBuffer(config.micro_batch_size, config.micro_batch_tokens)
+        drawn = draw_groups(
+            buffer, config.batch_size, config.samples_per_prompt, config.resample,
+            partial(sample_groups, state, prompts, tokenizer, config),
+            partial(score_groups, reward, config, end_rule, where), watch.lap,
+        )
         measure_rollout(policy, ref, buffer, config, state.step)
         watch.lap("time/measure")
         assign_group_credit(buffer, drawn.scores, config)
         stats = grpo_step(policy, state.optimizer, buffer, config, state.step, state.counters,
                           policy_loss)
         invariants.check_ratio(where, stats.first_ratio_gap)
-        metrics = drawn.metrics | summarise_groups(
-            stats, drawn.completions, drawn.scores, buffer, tokenizer)
+        metrics = reward_statistics(drawn.given, drawn.all_scores, config.samples_per_prompt)
+        metrics |= summarise_groups(stats, drawn.completions, drawn.scores, buffer, tokenizer)
         advance(state, drawn, config)
         state.meters.update(metrics, config.rollout_rows)
         metrics |= {"learning_rate": rate, "epoch": state.samples / len(prompts)}
@@ -117,68 +129,9 @@ def grpo(
 # --------------------------------------------------------------------------------------- a rollout
 
 
-class Round(NamedTuple):
-    """M responses that were drawn at once, groups adjacent, and those of them that are kept."""
-
-    completions: Completions
-    given: Scores  # as the sources gave it
-    scores: Tensor  # (M,) all reward of each, under the rule for truncated responses
-    kept: Tensor  # numbers of the rows that are learned from
-
-
-class Drawn(NamedTuple):
-    """An iteration's rollout, B = batch_size · samples_per_prompt rows, and all that was drawn."""
-
-    completions: Completions  # of the B rows
-    buffer: RolloutBuffer  # of the same
-    scores: Tensor  # (B,) as in Round
-    prompts: int  # how many were drawn: batch_size, and more where groups were drawn again
-    flat: int  # groups among all that were drawn whose scores agree
-    sampled: int  # response tokens of all that were drawn
-    tokens: int  # the same, with their prompts
-    metrics: dict[str, float]  # of the rewards of all that were drawn
-
-
-def draw_groups(
-    state: TrainState, prompts: list[Prompt], reward: RewardSource, tokenizer: Tokenizer,
-    config: GRPOConfig, end_rule: EndRule | None, watch: Stopwatch,
-) -> Drawn:
-    """Responses to the next prompts, with their scores.
-
-    Groups whose scores all agree teach nothing. They give way to groups of the prompts after these,
-    at most config.resample times; in the last round they are kept as they are, so that a rollout
-    has B rows whatever the rewards. Yu et al. 2025, DAPO (arXiv:2503.14476), sec. 3.2.
-    """
-    G, where, rounds = config.samples_per_prompt, f"step {state.step + 1}", []
-    buffer = RolloutBuffer(config.micro_batch_size, config.micro_batch_tokens)
-    drawn, missing, flat = 0, config.batch_size, 0  # prompts, prompts, groups
-    while missing:
-        completions, rollout = sample_groups(state, prompts, tokenizer, config, drawn, missing)
-        watch.lap("time/rollout")
-        given, scores, rollout = score_groups(reward, completions, rollout, config, end_rule, where)
-        agree = without_spread(scores, G) if G > 1 else torch.zeros(missing).bool()
-        keep = torch.ones_like(agree) if len(rounds) == config.resample else ~agree
-        rows = keep.repeat_interleave(G).nonzero()[:, 0]
-        if len(rows):
-            chosen = rollout.select(rows.to(rollout.rows.device))
-            places = torch.arange(len(rows), device=chosen.rows.device) + len(buffer)
-            buffer.add(chosen._replace(rows=places))
-        rounds.append(Round(completions, given, scores, rows))
-        drawn, missing, flat = drawn + missing, missing - int(keep.sum()), flat + int(agree.sum())
-        watch.lap("time/score")
-    sampled, read = (sum(len(ids) for r in rounds for ids in getattr(r.completions, name))
-                     for name in ("response_ids", "prompt_ids"))
-    return Drawn(
-        gather([(r.completions, r.kept.tolist()) for r in rounds]), buffer,
-        torch.cat([r.scores[r.kept] for r in rounds]), drawn, flat, sampled, sampled + read,
-        reward_statistics(joined_scores([r.given for r in rounds]),
-                          torch.cat([r.scores for r in rounds]), G),
-    )
-
-
 def sample_groups(
-    state: TrainState, prompts: list[Prompt], tokenizer: Tokenizer, config: GRPOConfig, start: int,
-    count: int,
+    state: TrainState, prompts: list[Prompt], tokenizer: Tokenizer, config: GRPOConfig,
+    start: int, count: int,
 ) -> tuple[Completions, Rollout]:
     """Responses to `count` prompts, those of a prompt adjacent; the prompt itself is read once.
 
@@ -198,8 +151,8 @@ def sample_groups(
 
 
 def score_groups(
-    reward: RewardSource, completions: Completions, rollout: Rollout, config: GRPOConfig,
-    end_rule: EndRule | None, where: str,
+    reward: RewardSource, config: GRPOConfig, end_rule: EndRule | None, where: str,
+    completions: Completions, rollout: Rollout,
 ) -> tuple[Scores, Tensor, Rollout]:
     """What the sources say of M responses; all reward of each (M,) under the rule for truncated
     ones; the rollout with that."""
@@ -216,11 +169,18 @@ def measure_rollout(
     policy: CausalLM, ref: CausalLM | None, buffer: RolloutBuffer, config: GRPOConfig,
     iteration: int,
 ) -> None:
-    """Passes a rollout through the policy and, where there is one, its reference."""
+    """Passes a rollout through the policy and, where there is one, its reference.
+
+    A single update sees the policy as it was when it sampled: the log-probs of its own pass are the
+    old ones, so that one pass is spared unless the KL is needed before.
+    """
     if ref is None and config.kl_coef:
         raise ValueError(f"ref is None, kl_coef is {config.kl_coef}: give the reference, or 0")
-    measure_lm(policy, ref, buffer, config.temperature)
-    if iteration == 0 and ref is not None and config.ref is None:
+    starts = iteration == 0 and ref is not None and config.ref is None
+    rewarded = config.kl_coef > 0 and reward_kl(config) is not None
+    old = starts or rewarded or config.epochs * config.mini_batches > 1
+    measure_lm(policy, ref, buffer, config.temperature, old)
+    if starts:
         invariants.check_start(kl_k1(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs")))
 
 
@@ -255,14 +215,19 @@ def grpo_step(
     """The update on one rollout, for one's own loop.
 
     Args:
-        rollout: measured (see `measure_lm`), with its advantages (see `assign_group_credit`).
+        rollout: measured (see `measure_lm`), with its advantages (see `assign_group_credit`). If it
+            has no old_logprobs yet, which is legal for a single update, it gets those of its pass.
         iteration: 0, 1, … of the run; decides, with config.seed, the order of the mini-batches.
         counters: where updates that were not made and early stops are counted.
         policy_loss: as in `grpo`.
     Raises:
+        ValueError: there are no old_logprobs, and several updates to make.
         NonFinite: more losses or gradients in a row are not finite than config.skip_nonfinite, or
             all of the rollout's; none of these was applied.
     """
+    measured = rollout.micro_batches[0].old_logprobs is not None
+    if not measured and config.epochs * config.mini_batches > 1:
+        raise ValueError("the rollout has no old_logprobs: measure it, or make one update of it")
     counters = {} if counters is None else counters
     update = Update(policy, optimizer, config, with_mask(policy_loss or loss_of(config)), counters,
                     f"step {iteration + 1}")
@@ -283,6 +248,8 @@ def grpo_step(
     if not made:
         what = f"all {(epoch + 1) * config.mini_batches} updates were skipped"
         raise NonFinite(update.where, what, "lower learning_rate")
+    if not measured:
+        rollout.renew(mini_batch, made[0].passed)
     return summarise_group_updates(made, epoch + 1)
 
 
@@ -296,7 +263,10 @@ def update_weights(update: Update, mini_batch: list[Rollout], may_stop: bool) ->
     stats = MiniBatchStats(mini_batch)
     update.optimizer.zero_grad()
     for micro in mini_batch:
-        losses, mask = token_losses(update, micro), micro.response_mask
+        new, mask = lm_pass(policy, micro, config.temperature), micro.response_mask
+        if micro.old_logprobs is None:
+            micro = micro._replace(old_logprobs=new.logprobs.detach())
+        losses = token_losses(update, micro, new)
         # The share of these rows in the loss of the step, however it is split.
         if config.loss_mean == "token":
             loss = masked_sum(losses.total, mask) / stats.tokens
@@ -318,10 +288,9 @@ def update_weights(update: Update, mini_batch: list[Rollout], may_stop: bool) ->
     return stats
 
 
-def token_losses(update: Update, micro: Rollout) -> TokenLosses:
-    """The loss of each response token, unreduced: (b, R)."""
+def token_losses(update: Update, micro: Rollout, new: TokenPass) -> TokenLosses:
+    """The loss of each response token, unreduced: (b, R); new: of the pass that is trained."""
     config, lm = update.config, update.policy
-    new = lm_pass(lm, micro, config.temperature)
     surrogate = update.policy_loss(new.logprobs, micro.old_logprobs, micro.advantages,
                                    micro.response_mask)
     invariants.check_policy_loss(surrogate, new.logprobs)
