@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""One optimizer step of supervised fine-tuning, a reward model or DPO, beside TRL's trainer.
+"""One optimizer step of supervised fine-tuning, a reward model, DPO or GRPO, beside TRL's trainer.
 
     python benchmarks/train_step.py --recipe reward --model real/SmolLM2-135M-Instruct --data real \
         --trl VENV/bin/python --out benchmarks/results/reward_step.json
 
 Film sentences of about 26 tokens, 16 of them or 16 pairs, all weights trained. Ours is the recipe's
 own generator. Both draw their batches from the same 4,096 rows, ours of like length, as the recipe
-does; so they are compared by tokens a second, padding not counted. `peers/README.md` says how to
-make the peer's environment; without one it is left out. Each program runs in a process of its own,
-in turns, `--rounds` times; the first step of each process is not counted.
+does; so they are compared by tokens a second, padding not counted. A step of GRPO is a rollout and
+one update on it, TRL's default: 8 problems of `minirlhf tasks arithmetic`, 4 responses of 64 tokens
+to each, a KL to a frozen reference in the loss; its tokens are those that are sampled.
+`peers/README.md` says how to make the peer's environment; without one it is left out. Each program
+runs in a process of its own, in turns, `--rounds` times; the first step of each process is not
+counted.
 """
 
 import argparse
@@ -23,11 +26,19 @@ from side_by_side import compare, flags_of, read_flags, several, show, take_turn
 
 HERE = Path(__file__).parent
 BATCH, ROWS, LONGEST = 16, 4096, 128
-RECIPES = {"sft": "sentences", "reward": "pairs_train", "dpo": "pairs_train"}
+PROMPTS, SAMPLES, NEW_TOKENS = 8, 4, 64  # of GRPO
+RECIPES = {"sft": "sentences", "reward": "pairs_train", "dpo": "pairs_train", "grpo": None}
 
 
 def write_rows(recipe: str, data: str, target: Path) -> None:
     """The rows that both read; for DPO the sentences go on from one prompt."""
+    if recipe == "grpo":
+        from minirlhf.tools.settings import TasksConfig
+        from minirlhf.tools.tasks import rows
+
+        problems = rows(TasksConfig(kind="arithmetic", n=1024, held_out=0, out="tasks"))
+        target.write_text("".join(json.dumps(row) + "\n" for row in problems), encoding="utf-8")
+        return
     with open(f"{data}/movie_{RECIPES[recipe]}.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(ROWS), strict=False)]
     kept = ("text",) if recipe == "sft" else ("chosen", "rejected")
@@ -39,18 +50,21 @@ def write_rows(recipe: str, data: str, target: Path) -> None:
 
 def operations_of(recipe: str, c, tokens: int, prompt: int) -> float:
     """Floating-point operations of a step: 6 a weight and token, of a forward pass and a backward
-    one of twice its work; 2 more of DPO's reference.
+    one of twice its work; 2 more of a reference, and 2 of sampling.
 
     Args:
         c: the model's config.
-        prompt: tokens that each text of DPO begins with, whose states are not unembedded.
+        tokens: that are learned from, with prompts; of GRPO those that are sampled.
+        prompt: tokens that each text of DPO begins with, or of all prompts of GRPO, each once,
+            whose states are not unembedded.
     """
     block = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
     block += 3 * c.hidden_size * c.intermediate_size
     words = 0 if recipe == "reward" else c.vocab_size
-    learned = tokens - 2 * BATCH * prompt
-    weights = c.num_layers * block * tokens + c.hidden_size * words * learned
-    return (8 if recipe == "dpo" else 6) * weights
+    learned = tokens if recipe == "grpo" else tokens - 2 * BATCH * prompt
+    read = tokens + prompt if recipe == "grpo" else tokens
+    weights = c.num_layers * block * read + c.hidden_size * words * learned
+    return {"dpo": 8, "grpo": 10}.get(recipe, 6) * weights
 
 
 def ours(args: argparse.Namespace) -> None:
@@ -96,20 +110,44 @@ def ours(args: argparse.Namespace) -> None:
             config = DPOConfig(**values)
             frozen = load_pretrained(args.model, dtype).requires_grad_(False)
             train = partial(dpo, examples=rows, ref=partial(ref_logprobs, frozen), config=config)
+        case "grpo":
+            from minirlhf import GRPOConfig, grpo
+            from minirlhf.data.examples import load_prompts
+
+            rows, _ = load_prompts(args.rows, tokenizer, LONGEST, "drop")
+            values |= {"batch_size": PROMPTS, "samples_per_prompt": SAMPLES, "mini_batches": 1,
+                       "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+            config = GRPOConfig(**values, reward=("brevity",), kl_coef=0.04, kl_estimator="k3")
+            frozen = load_pretrained(args.model, dtype).requires_grad_(False)
+            train = partial(grpo, prompts=rows, reward=brevity, ref=frozen, tokenizer=tokenizer,
+                            config=config)
     if args.compile:
-        compile_blocks(model)
+        compile_blocks(model, *([frozen] if args.recipe in ("dpo", "grpo") else []))
     state = TrainState(model, make_optimizer(model, config.learning_rate))
-    before, seconds, tokens = 0, [], []
+    before, seconds, tokens, phases = 0, [], [], []
     for step in train(state):
         seconds.append(step.clock["step_time"])
         tokens.append(step.metrics["num_tokens"] - before)
         before = step.metrics["num_tokens"]
-    prompt = len(rows[0].prompt_ids) if args.recipe == "dpo" else 0
-    operations = [operations_of(args.recipe, lm.config, n, prompt) for n in tokens[1:]]
+        phases.append({name: s for name, s in step.clock.items() if name.startswith("time/")})
+    prompts = [len(rows[0].prompt_ids) if args.recipe == "dpo" else 0] * len(tokens)
+    if args.recipe == "grpo":
+        sampled = PROMPTS * SAMPLES * NEW_TOKENS
+        prompts = [(n - sampled) // SAMPLES for n in tokens]
+        tokens = [sampled] * len(tokens)
+    operations = [operations_of(args.recipe, lm.config, *of) for of in
+                  zip(tokens, prompts, strict=True)]
     print(json.dumps({
-        "seconds": seconds[1:], "tokens": tokens[1:], "operations": operations,
-        "peak_bytes": hardware.resident_peak(),
+        "seconds": seconds[1:], "tokens": tokens[1:], "operations": operations[1:],
+        "peak_bytes": hardware.resident_peak(), "phases": phases[1:],
     }))
+
+
+def brevity(completions):
+    """(B,) scores that reward short texts, as the peer's."""
+    import torch
+
+    return torch.tensor([-len(text) / 100 for text in completions.completions])
 
 
 def main() -> None:
@@ -135,13 +173,17 @@ def main() -> None:
                 mine[f"minirlhf, {dtype}, compiled"] = ([*command, "--compile"], None)
             if args.trl:
                 script = [args.trl, str(HERE / "peers/trl_step.py")]
+                if args.recipe == "grpo":
+                    script += ["--batch-size", str(PROMPTS), "--samples", str(SAMPLES),
+                               "--new-tokens", str(NEW_TOKENS)]
                 peers[f"TRL, {dtype}"] = ([*script, *shared, "--dtype", dtype], None)
         if not peers:
             print("TRL: left out, give --trl PYTHON", file=sys.stderr)
         found, machine = take_turns(mine, peers, args.rounds)
     table = compare(found, peers, machine)
     show(table, machine)
-    settings = {"recipe": args.recipe, "rows": BATCH, "steps": args.steps, "rounds": args.rounds}
+    rows = PROMPTS * SAMPLES if args.recipe == "grpo" else BATCH
+    settings = {"recipe": args.recipe, "rows": rows, "steps": args.steps, "rounds": args.rounds}
     if args.out:
         write(args.out, machine, settings, table)
 

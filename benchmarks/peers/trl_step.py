@@ -76,7 +76,8 @@ def counting(trainer: type) -> type:
 
 
 def brevity(completions, **columns):
-    return [-len(text) / 100 for text in completions]
+    """Of conversations."""
+    return [-len(turns[0]["content"]) / 100 for turns in completions]
 
 
 shared = {

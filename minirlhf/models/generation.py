@@ -74,7 +74,7 @@ def decode_steps(
     rows, keys = torch.arange(len(prompts), device=device), keys.to(device)
     hidden, cache = _read_prompts(lm, prompts, sampling.max_new_tokens)
     seen = _tokens_seen(lm, prompts) if sampling.repetition_penalty != 1.0 else None
-    eos = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
+    eos = torch.tensor(sorted(set(eos_ids)), dtype=torch.int64, device=device)
     ends = _Ends(sampling, prompts, decode)
     for t in range(sampling.max_new_tokens):
         interrupt.check()
@@ -89,7 +89,7 @@ def decode_steps(
         drawn = draw(distribution, keys, torch.tensor(t, device=device).expand(len(rows)))  # (A,)
         logprobs = distribution.gather(-1, drawn[:, None])[:, 0]
         reasons = ends.reasons(rows, drawn, torch.isin(drawn, eos), t + 1)
-        yield DecodeStep(rows, drawn, logprobs, reasons, support_of(distribution, sampling))
+        yield DecodeStep(rows, drawn, logprobs, reasons, support_of(distribution, sampling, banned))
         active = torch.tensor([i for i, r in enumerate(reasons) if r is None], device=device)
         if len(active) == 0:
             return

@@ -103,13 +103,23 @@ def sampling_distribution(
     return logits.log_softmax(-1)
 
 
-def support_of(distribution: Tensor, sampling: Sampling) -> Support | None:
-    """Which tokens could be drawn from log-probs (A, V); None: all of them, or greedily one."""
+def support_of(
+    distribution: Tensor, sampling: Sampling, banned: Tensor | None = None
+) -> Support | None:
+    """Which tokens could be drawn from log-probs (A, V); None: all of them, or greedily one.
+
+    Args:
+        banned: (M,) int64, the ids that all rows lack, ascending.
+    """
     if not sampling.narrows:
         return None
-    banned = not sampling.truncates  # then an eos or a few are missing: they make the shorter list
-    listed = (distribution > -torch.inf) != banned
-    return Support(listed.nonzero()[:, 1].int(), listed.sum(1), banned)
+    if not sampling.truncates:  # then an eos or a few are missing: they make the shorter list
+        rows, device = len(distribution), distribution.device
+        ids = torch.empty(0, device=device) if banned is None else banned
+        counts = torch.full((rows,), len(ids), device=device)
+        return Support(ids.int().repeat(rows), counts, banned=True)
+    listed = distribution > -torch.inf
+    return Support(listed.nonzero()[:, 1].int(), listed.sum(1))
 
 
 def draw(distribution: Tensor, keys: Tensor, t: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, 
 
 BLOCKS = 8  # of the weight's rows: fixed, so that no result depends on the number of threads
 MOST_ROWS = 128  # tokens; with more there is work enough for a plain product
-MOST_COLUMNS = 4  # tokens; up to so many, W x^T is faster than x W^T
+MOST_COLUMNS, MANY_COLUMNS = 4, 24  # tokens; up to and from so many, W x^T beats x W^T
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     tokens = x[:, 0]
     blocks = weight.unflatten(0, (BLOCKS, -1))  # (BLOCKS, out / BLOCKS, in)
-    if len(x) <= MOST_COLUMNS:
+    if not MOST_COLUMNS < len(x) < MANY_COLUMNS:
         out = torch.bmm(blocks, tokens.T.expand(BLOCKS, -1, -1)).flatten(0, 1).T
     else:
         out = torch.bmm(tokens.expand(BLOCKS, -1, -1), blocks.mT).transpose(0, 1).flatten(1)

@@ -356,7 +356,7 @@ LAW = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]]).log()
 def test_support_of_names_what_was_left_or_what_was_taken_away_by_hand():
     def narrowed(banned=None, **settings):
         sampling = Sampling(4, **settings)
-        return support_of(sampling_distribution(LAW, sampling, banned=banned), sampling)
+        return support_of(sampling_distribution(LAW, sampling, banned=banned), sampling, banned)
 
     # the two most probable tokens of each row
     kept = narrowed(top_k=2)

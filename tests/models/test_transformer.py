@@ -13,6 +13,7 @@ from minirlhf.models.pretrained import load_pretrained
 from minirlhf.models.rotary import RotaryTable, rotary_frequencies
 from minirlhf.models.transformer import (
     BLOCKS,
+    MANY_COLUMNS,
     MOST_COLUMNS,
     MOST_ROWS,
     CausalLM,
@@ -366,7 +367,7 @@ def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=f64)
 
 
-@pytest.mark.parametrize("tokens", [1, MOST_COLUMNS + 1])
+@pytest.mark.parametrize("tokens", [1, MOST_COLUMNS + 1, MANY_COLUMNS])
 def test_linear_by_hand(tokens):
     # Output j is row j of W times x, plus j: 1 · 10 + 0 · 1 + 0, 0 · 10 + 1 · 1 + 1, …
     rows = [[1, 0], [0, 1], [1, 1], [2, 0], [0, 2], [2, 2], [3, 0], [0, 3]]
@@ -377,7 +378,8 @@ def test_linear_by_hand(tokens):
     assert got.tolist() == [[[10, 2, 13, 23, 6, 27, 36, 10]]] * tokens
 
 
-TOKENS = [0, 1, 2, MOST_COLUMNS, MOST_COLUMNS + 1, MOST_ROWS, MOST_ROWS + 1]
+TOKENS = [0, 1, MOST_COLUMNS, MOST_COLUMNS + 1, MANY_COLUMNS - 1, MANY_COLUMNS, MOST_ROWS,
+          MOST_ROWS + 1]
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
