@@ -48,7 +48,7 @@ from minirlhf.run.dry_run import DryRun
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.dpo_settings import NO_REFERENCE, OF_MEANS, DPOConfig, beta_of, sft_coef_of
-from minirlhf.setup.roles import load_reference, load_trained
+from minirlhf.setup.roles import load_reference, load_trained, shares_trunk, trunk_facts
 from minirlhf.setup.training import (
     TrainingRun,
     check_tokenizer,
@@ -207,9 +207,10 @@ def load_run(config: DPOConfig) -> DPORun:
     if not config.dry_run:
         check_batches(config, rows.train)
     make_deterministic(device)
-    own = not needs_ref or (config.ref is None and config.lora_rank > 0)
+    own = not needs_ref or shares_trunk(config, folder, ref_folder)
     estimate = memory.of_dpo(config, model_config, None if own else ref_config, rows.tokens, dtype)
-    facts = memory.announce(estimate, (folder, ref_folder), dtype, device)
+    facts = trunk_facts(config, folder, ref_folder if needs_ref else None)
+    facts |= memory.announce(estimate, (folder, ref_folder), dtype, device)
     facts = {"loss": f"{config.loss}, beta {beta_of(config):g}",
              "reference": (config.ref or "the policy at step 0") if needs_ref else "none"} | facts
     if config.loss == "kto":

@@ -16,8 +16,15 @@ from minirlhf.run.folder import Run
 from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.grpo_settings import GRPOConfig
-from minirlhf.setup.policy import PolicyRun, Start, load_rewards, look, offload_frozen
-from minirlhf.setup.roles import load_reference, load_trained
+from minirlhf.setup.policy import (
+    PolicyRun,
+    Start,
+    load_rewards,
+    look,
+    offload_frozen,
+    own_frozen,
+)
+from minirlhf.setup.roles import load_reference, load_trained, trunk_facts
 
 
 def run_facts(config: GRPOConfig, prompts: int, policy: CausalLM) -> dict[str, object]:
@@ -62,7 +69,7 @@ def load_run(config: GRPOConfig) -> PolicyRun:
     of_machine = announce_memory(config, start, dtype, device)
     policy = load_trained(config, start.folder, dtype, device)
     policy.model.checkpointing = config.gradient_checkpointing
-    rewards = load_rewards(config, r, start, tokenizer, data, dtype, device)
+    rewards = load_rewards(config, r, start, policy, tokenizer, data, dtype, device)
     ref, frozen = None, rewards.models
     if config.refers:
         ref = load_reference(config, policy, start.folder, start.ref_folder, dtype, device)
@@ -85,9 +92,8 @@ def announce_memory(
     config: GRPOConfig, start: Start, dtype: torch.dtype, device: str
 ) -> dict[str, str]:
     """What the run tells of its machine; errors as `memory.announce`."""
-    own = config.ref is None and config.lora_rank  # the policy is its own reference
-    refs = [start.ref_folder] if config.refers and not own else []
-    frozen = [pretrained.read_config(folder) for folder in (*start.scorers, *refs)]
+    frozen = [pretrained.read_config(folder) for folder in own_frozen(config, start)]
     policy = pretrained.read_config(start.folder)
     estimate = memory.of_policy("grpo", config, policy, frozen, start.data.longest_prompt, dtype)
-    return memory.announce(estimate, (*start.lms, *start.scorers), dtype, device)
+    shared = trunk_facts(config, start.folder, start.ref_folder, start.scorers)
+    return shared | memory.announce(estimate, (*start.lms, *start.scorers), dtype, device)

@@ -93,19 +93,20 @@ def kept_per_token(config: ModelConfig, dtype: torch.dtype, checkpointing: bool 
 
 def learning(
     model: ModelConfig, tokens: int, config: TrainingSettings, dtype: torch.dtype, critic: int = 0,
-    unembeds: bool = True,
+    unembeds: bool = True, shared_critic: bool = False,
 ) -> list[Part]:
     """A model that learns from micro-batches of so many tokens; its loss reads logits if it
-    `unembeds`. `critic`: parameters of a critic's own trunk, which adapters leave as it is."""
+    `unembeds`. `critic`: parameters of a critic's own trunk, which adapters leave as it is; a
+    `shared_critic` has adapters of its own on the model's trunk."""
     own, wide, rank = parameters(model), widened(dtype).itemsize, config.lora_rank
     bits = config.trunk_bits
     weights = stored(model, dtype, bits) + (unpacked(model) if bits else 0)
-    trained = parameters(model, rank) if rank else own + critic
+    trained = parameters(model, rank) * (1 + shared_critic) if rank else own + critic
     # The gradient of tied embeddings is made as two matrices, of the first layer and of the last.
     twice = model.vocab_size * model.hidden_size * (unembeds and model.tied_embeddings and not rank)
     masters = trained * wide if dtype.itemsize < wide else 0
     tile = 3 * min(tokens, TILE.tokens) * min(model.vocab_size, TILE.words) * wide * unembeds
-    trunks = 2 if critic and not rank else 1
+    trunks = 2 if shared_critic or (critic and not rank) else 1
     kept = trunks * tokens * kept_per_token(model, dtype, config.gradient_checkpointing)
     fewer = "lower --lora-rank" if rank else "give --lora-rank 16"
     return [
@@ -147,23 +148,24 @@ def of_dpo(
 
 def of_policy(
     recipe: str, config: PolicyInputSettings, policy: ModelConfig, frozen: Sequence[ModelConfig],
-    prompt: int, dtype: torch.dtype, critic: int = 0, texts: int = 0,
+    prompt: int, dtype: torch.dtype, critic: int = 0, texts: int = 0, shared_critic: bool = False,
 ) -> Estimate:
     """The estimate of a recipe that learns from what its policy writes.
 
     Args:
         config: has PolicyTrainingSettings too.
-        frozen: reference and reward models that are loaded.
+        frozen: reference and reward models that do not lie over the policy's weights.
         prompt: tokens of the longest prompt.
         critic: parameters of a critic's own trunk.
         texts: tokens of a micro-batch of other texts that are learned from.
+        shared_critic: as in `learning`.
     """
     row, most = prompt + config.max_new_tokens, config.micro_batch_tokens
     tokens = max(row, texts, min(most, config.micro_batch_size * row))
     sizes = [parameters(model) * dtype.itemsize for model in frozen]
     away = config.offload_frozen  # one of them is in memory at a time, and none in an update
     return Estimate(recipe, [
-        *learning(policy, tokens, config, dtype, critic),
+        *learning(policy, tokens, config, dtype, critic, shared_critic=shared_critic),
         Part("frozen models", max(sizes, default=0) if away else sum(sizes),
              "give --offload-frozen", "measuring" if away else ""),
         of_sampling(config, policy, row, dtype),
@@ -173,11 +175,14 @@ def of_policy(
 def of_ppo(
     config: PPOConfig, policy: ModelConfig, critic: ModelConfig | None,
     frozen: Sequence[ModelConfig], prompt: int, text: int, dtype: torch.dtype,
+    shared_critic: bool = False,
 ) -> Estimate:
-    """The estimate of PPO; `text`: tokens of the longest text that is mixed in."""
+    """The estimate of PPO; `text`: tokens of the longest text that is mixed in. `critic` is None
+    where it has no trunk, or shares the policy's."""
     texts = max(text, min(config.micro_batch_tokens, config.ptx_batch_size * text))
     of_critic = parameters(critic) if critic else 0
-    return of_policy("ppo", config, policy, frozen, prompt, dtype, of_critic, texts)
+    return of_policy(
+        "ppo", config, policy, frozen, prompt, dtype, of_critic, texts, shared_critic)
 
 
 def of_distill(

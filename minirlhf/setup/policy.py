@@ -31,9 +31,10 @@ from minirlhf.rewards.parse import Spec
 from minirlhf.rewards.source import RewardSource
 from minirlhf.run.folder import Run
 from minirlhf.setup.common import write_model
+from minirlhf.setup.groups import TrainingSettings
 from minirlhf.setup.policy_data import Data, prompt_room, read_prompts
 from minirlhf.setup.policy_settings import EndSettings, PolicyInputSettings, RolloutSettings
-from minirlhf.setup.roles import share_weights
+from minirlhf.setup.roles import load_scorer, share_weights, shares_trunk
 from minirlhf.setup.training import TrainingRun, check_tokenizer
 
 # ---------------------------------------------------------------------- looking, before any loading
@@ -160,6 +161,21 @@ def look(config: PolicyInputSettings, critic: str | None = None, refers: bool = 
     return Start(folder, ref_folder, critics, scorers, specs, tokenizer, data, inputs)
 
 
+def own_trunks(
+    config: TrainingSettings, start: Start, scorers: Sequence[Path]
+) -> list[Path]:
+    """Those of these reward models that do not lie over the policy's weights."""
+    policy = start.folder
+    return [each for each in scorers if not shares_trunk(config, policy, each, reward=True)]
+
+
+def own_frozen(config: TrainingSettings, start: Start) -> list[Path]:
+    """The frozen models of a run that do not lie over the policy's weights."""
+    ref, policy = start.ref_folder, start.folder
+    apart = ref is not None and not shares_trunk(config, policy, ref)
+    return [*own_trunks(config, start, start.scorers), *([ref] if apart else [])]
+
+
 # ----------------------------------------------------------------------------------------- loading
 
 
@@ -184,8 +200,8 @@ class Rewards(NamedTuple):
 
 
 def load_rewards(
-    config: PolicyInputSettings, r: Run, start: Start, tokenizer: Tokenizer, data: Data,
-    dtype: torch.dtype, device: str,
+    config: PolicyInputSettings, r: Run, start: Start, policy: CausalLM, tokenizer: Tokenizer,
+    data: Data, dtype: torch.dtype, device: str,
 ) -> Rewards:
     """All that --reward names; what its functions ran becomes an input of the run.
 
@@ -196,7 +212,7 @@ def load_rewards(
     models: list[tuple[RewardModel, Path]] = []
 
     def load_model(folder: Path) -> RewardModel:
-        model = pretrained.load_reward_model(folder, dtype, device)
+        model = load_scorer(config, policy, start.folder, folder, dtype, device)
         models.append((model, folder))
         return model
 

@@ -14,15 +14,24 @@ from minirlhf.files.sieve import RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.heads import ValueHeadModel, critic_from_reward_model
+from minirlhf.models.lora import has_lora
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.dry_run import DryRun
 from minirlhf.run.folder import Run
 from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
 from minirlhf.setup import longest, memory
-from minirlhf.setup.policy import PolicyRun, Start, load_rewards, look, offload_frozen
+from minirlhf.setup.policy import (
+    PolicyRun,
+    Start,
+    load_rewards,
+    look,
+    offload_frozen,
+    own_frozen,
+    own_trunks,
+)
 from minirlhf.setup.ppo_settings import PPOConfig
-from minirlhf.setup.roles import load_reference, load_trained
+from minirlhf.setup.roles import load_reference, load_scorer, load_trained, trunk_facts
 
 
 def look_for_ppo(config: PPOConfig) -> Start:
@@ -50,16 +59,16 @@ def load_policy(
 ) -> ValueHeadModel:
     """The model to align with its critic: a head on its states, or a model of its own.
 
-    Beside a policy with adapters, such a critic is trained by its head alone.
+    Beside a policy with adapters, such a critic is trained by its own or, without, its head alone.
     """
     lm = load_trained(config, start.folder, dtype, device)
     if config.critic is None:
         policy = ValueHeadModel(lm)
         pretrained.load_value_head(policy, start.folder)
     else:
-        scorer = pretrained.load_reward_model(start.critic[0], dtype, device)
+        scorer = load_scorer(config, lm, start.folder, start.critic[0], dtype, device,
+                             trainable=config.train_critic)
         policy = critic_from_reward_model(lm, scorer)
-        policy.critic.requires_grad_(config.train_critic and not config.lora_rank)
         policy.v_head.requires_grad_(config.train_critic)
     for trunk in filter(None, (policy.lm.model, policy.critic)):
         trunk.checkpointing = config.gradient_checkpointing
@@ -72,7 +81,8 @@ def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel) -> dict[s
     per_step = ceil(config.batch_size / config.mini_batches)
     accumulated = ceil(per_step / config.micro_batch_size)
     adapting = config.kl_target and f"adapting to {config.kl_target:g} nats a response"
-    adapts = config.lora_rank and config.train_critic
+    adapts = policy.critic is not None and has_lora(policy.critic)
+    head_alone = config.lora_rank and config.train_critic and not adapts
     begins = "as it stands in its folder" if policy.v_head.weight.any() else "starting from zero"
     low, high = 1 - config.clip_low, 1 + config.clip_high
     return {
@@ -90,7 +100,7 @@ def run_facts(config: PPOConfig, prompts: int, policy: ValueHeadModel) -> dict[s
         "kl_coef": f"{config.kl_coef:g}, {adapting or 'fixed'}",
         "gamma, lambda": f"{config.gamma:g}, {config.lam:g}",
         "clip": f"ratio {low:g} to {high:g}, value {config.value_clip}",
-        "critic": config.critic + (", its head alone: adapters leave its trunk" if adapts else "")
+        "critic": config.critic + (", its head alone: it has no adapters" if head_alone else "")
         if config.critic
         else f"a value head on the policy's trunk, {begins}",
         "reference": config.ref or "the policy at step 0; their KL must be 0 there",
@@ -116,7 +126,7 @@ def load_run(config: PPOConfig) -> PPORun:
     make_deterministic(device)
     of_machine = announce_memory(config, start, dtype, device)
     policy = load_policy(config, start, dtype, device)
-    rewards = load_rewards(config, r, start, tokenizer, data, dtype, device)
+    rewards = load_rewards(config, r, start, policy.lm, tokenizer, data, dtype, device)
     ref = load_reference(config, policy.lm, start.folder, start.ref_folder, dtype, device)
     offload_frozen(config, policy, [*rewards.models, (ref, start.ref_folder)])
     if config.compile:
@@ -137,13 +147,15 @@ def announce_memory(
 ) -> dict[str, str]:
     """What the run tells of its machine; errors as `memory.announce`."""
     read, data = pretrained.read_config, start.data
-    own = config.ref is None and config.lora_rank  # the policy is its own reference
-    frozen = [read(folder) for folder in (*start.scorers, *([] if own else [start.ref_folder]))]
-    critic = read(start.critic[0]) if start.critic else None
-    estimate = memory.of_ppo(config, read(start.folder), critic, frozen, data.longest_prompt,
-                             data.longest_text, dtype)
+    critics = [read(folder) for folder in own_trunks(config, start, start.critic)]
+    estimate = memory.of_ppo(
+        config, read(start.folder), critics[0] if critics else None,
+        [read(folder) for folder in own_frozen(config, start)], data.longest_prompt,
+        data.longest_text, dtype, shared_critic=bool(start.critic) and not critics,
+    )
     folders = start.folder, start.ref_folder, *start.critic, *start.scorers
-    return memory.announce(estimate, folders, dtype, device)
+    shared = trunk_facts(config, start.folder, start.ref_folder, start.scorers, start.critic)
+    return shared | memory.announce(estimate, folders, dtype, device)
 
 
 def ppo_optimizer(policy: ValueHeadModel, config: PPOConfig) -> torch.optim.AdamW:

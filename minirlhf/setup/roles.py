@@ -1,29 +1,52 @@
-"""Which models of a run lie over one set of frozen weights: policy, reference, reward, critic.
+"""The models of a run, and which of them lie over one set of frozen weights.
 
-Adapters leave their base as it is. So with --lora-rank a reference that is this base is a tree of
-modules over the policy's own frozen weights (`lora.base_of`).
+Adapters leave their base as it is. So with --lora-rank all models whose folders are the policy's
+base or adapters of it, be they reference, reward model or critic, are trees of modules over the
+policy's own frozen weights (`lora.base_of`). Whether two bases are one is told by where they lie.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from minirlhf.files.folders import resolve
+from minirlhf.errors import UserError
+from minirlhf.files.folders import AdapterFolder, resolve, weights_of
 from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel
-from minirlhf.models.lora import Model, add_lora, base_of
+from minirlhf.models.lora import Model, adapters, add_lora, base_of
+from minirlhf.models.peft_files import load_adapter, read_adapter
 from minirlhf.models.transformer import CausalLM
 from minirlhf.setup.groups import TrainingSettings
 
 
-def shares_trunk(config: TrainingSettings, policy: Path, folder: Path) -> bool:
-    """Whether a frozen model of a run lies over the policy's frozen weights.
+def shares_trunk(
+    config: TrainingSettings, policy: Path, folder: Path, reward: bool = False
+) -> bool:
+    """Whether another model of a run lies over the policy's frozen weights.
 
     Args:
         policy, folder: of both models.
+        reward: whether it is a reward model: of these, only an adapter leaves its base as it was.
     """
-    return bool(config.lora_rank) and policy.resolve() == folder.resolve()
+    one = weights_of(policy).resolve() == weights_of(folder).resolve()
+    return bool(config.lora_rank) and one and (isinstance(folder, AdapterFolder) or not reward)
+
+
+def trunk_facts(
+    config: TrainingSettings, policy: Path, ref: Path | None = None, scorers: Sequence[Path] = (),
+    critic: Sequence[Path] = (),
+) -> dict[str, str]:
+    """What is told of adapters that go on being trained, and of models that share weights."""
+    told, roles = {}, [("reference", ref is not None and shares_trunk(config, policy, ref))]
+    if config.lora_rank and isinstance(policy, AdapterFolder):
+        told["adapters"] = f"those of {policy} are trained on, with their own alpha and layers"
+    for name, folders in ("reward model", scorers), ("critic", critic):
+        roles += [(name, shares_trunk(config, policy, each, reward=True)) for each in folders]
+    if shared := dict.fromkeys(name for name, shares in roles if shares):
+        told["one set of weights for"] = ", ".join(["policy", *shared])
+    return told
 
 
 def with_adapters(config: TrainingSettings, model: Model) -> Model:
@@ -31,11 +54,31 @@ def with_adapters(config: TrainingSettings, model: Model) -> Model:
     return add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
 
 
+def goes_on(config: TrainingSettings, model: Model, folder: AdapterFolder) -> Model:
+    """The base with the adapters of a folder, which are trained on.
+
+    Raises:
+        UserError: they have another rank than --lora-rank.
+    """
+    load_adapter(model, folder)
+    ranks = sorted({len(layer.lora_A) for layer in adapters(model).values()})
+    if ranks != [config.lora_rank]:
+        has = ", ".join(map(str, ranks))
+        do = f"give --lora-rank {has}" if len(ranks) == 1 else "merge it: minirlhf export --merge"
+        raise UserError("--lora-rank", f"is {config.lora_rank}, the adapter {folder} has {has}", do)
+    return model
+
+
 def load_trained(
     config: TrainingSettings, folder: str | Path, dtype: torch.dtype, device: str | None = None
 ) -> CausalLM:
-    """The language model that a run trains, with adapters if they are asked for."""
-    lm = pretrained.load_pretrained(resolve(folder), dtype, device, config.trunk_bits)
+    """The language model that a run trains. With --lora-rank, its adapters are new or those of its
+    folder; without, those are merged into their base, and all weights are trained."""
+    folder = resolve(folder)
+    if config.lora_rank and isinstance(folder, AdapterFolder):
+        base = pretrained.load_pretrained(folder.base, dtype, device, config.trunk_bits)
+        return goes_on(config, base, folder)
+    lm = pretrained.load_pretrained(folder, dtype, device, config.trunk_bits)
     return with_adapters(config, lm) if config.lora_rank else lm
 
 
@@ -43,8 +86,16 @@ def load_trained_scorer(
     config: TrainingSettings, folder: Path, dtype: torch.dtype
 ) -> RewardModel:
     """As `load_trained`, of a reward model."""
+    if config.lora_rank and isinstance(folder, AdapterFolder):
+        base = pretrained.load_pretrained(folder.base, dtype, trunk_bits=config.trunk_bits)
+        return goes_on(config, _with_heads(base, folder), folder)
     model = pretrained.load_reward_model(folder, dtype, trunk_bits=config.trunk_bits)
     return with_adapters(config, model) if config.lora_rank else model
+
+
+def _with_heads(base: CausalLM, folder: AdapterFolder) -> RewardModel:
+    """A reward model with as many heads as the adapter brings; `load_adapter` brings them."""
+    return RewardModel(base, heads=len(read_adapter(folder).head))
 
 
 def load_reference(
@@ -57,9 +108,22 @@ def load_reference(
         policy: with its adapters.
         start, folder: of the policy, and of the reference.
     """
-    if shares_trunk(config, start, folder):
-        return base_of(policy)
-    return pretrained.load_pretrained(folder, dtype, device).requires_grad_(False)
+    if not shares_trunk(config, start, folder):
+        return pretrained.load_pretrained(folder, dtype, device).requires_grad_(False)
+    ref, adapted = base_of(policy), isinstance(folder, AdapterFolder)
+    return load_adapter(ref, folder, trainable=False) if adapted else ref
+
+
+def load_scorer(
+    config: TrainingSettings, policy: CausalLM, start: Path, folder: Path, dtype: torch.dtype,
+    device: str, trainable: bool = False,
+) -> RewardModel:
+    """A reward model, or what a critic begins as; over the policy's weights where it can be.
+    Arguments as of `load_reference`."""
+    if shares_trunk(config, start, folder, reward=True):
+        return load_adapter(_with_heads(base_of(policy), folder), folder, trainable)
+    model = pretrained.load_reward_model(folder, dtype, device)
+    return model.requires_grad_(trainable and not config.lora_rank)
 
 
 def share_weights(model: nn.Module, other: nn.Module) -> bool:
