@@ -4,14 +4,14 @@
     python benchmarks/train_step.py --recipe reward --model real/SmolLM2-135M-Instruct --data real \
         --trl VENV/bin/python --out benchmarks/results/reward_step.json
 
-Film sentences of about 26 tokens, 16 of them or 16 pairs, all weights trained. Ours is the recipe's
-own generator. Both draw their batches from the same 4,096 rows, ours of like length, as the recipe
-does; so they are compared by tokens a second, padding not counted. A step of GRPO is a rollout and
-one update on it, TRL's default: 8 problems of `minirlhf tasks arithmetic`, 4 responses of 64 tokens
-to each, a KL to a frozen reference in the loss; its tokens are those that are sampled.
-`peers/README.md` says how to make the peer's environment; without one it is left out. Each program
-runs in a process of its own, in turns, `--rounds` times; the first step of each process is not
-counted.
+Film sentences of about 26 tokens, 16 of them or 16 pairs. All weights are trained, or adapters of
+`--lora-rank` on all linear layers, those of peft there. Ours is the recipe's own generator. Both
+draw their batches from the same 4,096 rows, ours of like length, as the recipe does; so they are
+compared by tokens a second, padding not counted. A step of GRPO is a rollout and one update on it,
+TRL's default: 8 problems of `minirlhf tasks arithmetic`, 4 responses of 64 tokens to each, a KL to
+a frozen reference in the loss; its tokens are those that are sampled. `peers/README.md` says how to
+make the peer's environment; without one it is left out. Each program runs in a process of its own,
+in turns, `--rounds` times; the first step of each process is not counted.
 """
 
 import argparse
@@ -48,11 +48,13 @@ def write_rows(recipe: str, data: str, target: Path) -> None:
     target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def operations_of(recipe: str, c, tokens: int, prompt: int) -> float:
+def operations_of(recipe: str, frozen: bool, c, tokens: int, prompt: int) -> float:
     """Floating-point operations of a step: 6 a weight and token, of a forward pass and a backward
-    one of twice its work; 2 more of a reference, and 2 of sampling.
+    one of twice its work, or of the same work where weights are frozen (the adapters' own are not
+    counted); 2 more of a reference, and 2 of sampling.
 
     Args:
+        frozen: whether only adapters are trained.
         c: the model's config.
         tokens: that are learned from, with prompts; of GRPO those that are sampled.
         prompt: tokens that each text of DPO begins with, or of all prompts of GRPO, each once,
@@ -64,13 +66,14 @@ def operations_of(recipe: str, c, tokens: int, prompt: int) -> float:
     learned = tokens if recipe == "grpo" else tokens - 2 * BATCH * prompt
     read = tokens + prompt if recipe == "grpo" else tokens
     weights = c.num_layers * block * read + c.hidden_size * words * learned
-    return {"dpo": 8, "grpo": 10}.get(recipe, 6) * weights
+    return ({"dpo": 8, "grpo": 10}.get(recipe, 6) - 2 * frozen) * weights
 
 
 def ours(args: argparse.Namespace) -> None:
     """The recipe's generator, one JSON line."""
     from minirlhf import TrainState, load_pretrained, load_tokenizer
     from minirlhf.models.compiling import compile_blocks
+    from minirlhf.models.lora import add_lora
     from minirlhf.models.transformer import CausalLM
     from minirlhf.run.machine import choose_dtype, make_deterministic
     from minirlhf.run.optim import make_optimizer
@@ -121,6 +124,8 @@ def ours(args: argparse.Namespace) -> None:
             frozen = load_pretrained(args.model, dtype).requires_grad_(False)
             train = partial(grpo, prompts=rows, reward=brevity, ref=frozen, tokenizer=tokenizer,
                             config=config)
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, 32.0)
     if args.compile:
         compile_blocks(model, *([frozen] if args.recipe in ("dpo", "grpo") else []))
     state = TrainState(model, make_optimizer(model, config.learning_rate))
@@ -135,7 +140,8 @@ def ours(args: argparse.Namespace) -> None:
         sampled = PROMPTS * SAMPLES * NEW_TOKENS
         prompts = [(n - sampled) // SAMPLES for n in tokens]
         tokens = [sampled] * len(tokens)
-    operations = [operations_of(args.recipe, lm.config, *of) for of in
+    adapts = bool(args.lora_rank)
+    operations = [operations_of(args.recipe, adapts, lm.config, *of) for of in
                   zip(tokens, prompts, strict=True)]
     print(json.dumps({
         "seconds": seconds[1:], "tokens": tokens[1:], "operations": operations[1:],
@@ -155,6 +161,7 @@ def main() -> None:
     flags.add_argument("--recipe", choices=RECIPES, required=True)
     flags.add_argument("--trl", metavar="PYTHON")
     flags.add_argument("--compile", action="store_true", help="also compiled")
+    flags.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank")
     flags.add_argument("--steps", type=several, default=6)
     flags.add_argument("--rows", help=argparse.SUPPRESS)
     args = read_flags(flags)
@@ -164,7 +171,7 @@ def main() -> None:
         rows = Path(folder) / "rows.jsonl"
         write_rows(args.recipe, args.data, rows)
         shared = ["--recipe", args.recipe, "--model", args.model, "--rows", str(rows),
-                  "--steps", str(args.steps)]
+                  "--steps", str(args.steps), "--lora-rank", str(args.lora_rank)]
         mine, peers = {}, {}
         for dtype in ("float32", "bfloat16") if args.bfloat16 else ("float32",):
             command = [sys.executable, __file__, "--child", *shared, "--dtype", dtype]
@@ -183,7 +190,8 @@ def main() -> None:
     table = compare(found, peers, machine)
     show(table, machine)
     rows = PROMPTS * SAMPLES if args.recipe == "grpo" else BATCH
-    settings = {"recipe": args.recipe, "rows": rows, "steps": args.steps, "rounds": args.rounds}
+    settings = {"recipe": args.recipe, "lora_rank": args.lora_rank, "rows": rows,
+                "steps": args.steps, "rounds": args.rounds}
     if args.out:
         write(args.out, machine, settings, table)
 

@@ -1,4 +1,5 @@
-"""Peer: TRL's SFT, reward, DPO or GRPO trainer, full fine-tuning without gradient checkpointing.
+"""Peer: TRL's SFT, reward, DPO or GRPO trainer, without gradient checkpointing; all weights are
+trained, or peft's adapters.
 
 Prints one JSON line: seconds and tokens of each step after the first.
 """
@@ -39,6 +40,7 @@ flags.add_argument("--batch-size", type=int, default=16)
 flags.add_argument("--samples", type=int, default=4, help="grpo: of a prompt")
 flags.add_argument("--new-tokens", type=int, default=64, help="grpo: of each sample")
 flags.add_argument("--dtype", default="float32")
+flags.add_argument("--lora-rank", type=int, default=0, help="adapters of peft on all linear layers")
 args = flags.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 tokenizer.pad_token = "<|endoftext|>"
@@ -86,8 +88,16 @@ shared = {
     "bf16": args.dtype == "bfloat16", "learning_rate": 1e-6, "logging_steps": 1000,
     "disable_tqdm": True, "gradient_checkpointing": False,
 }
+if args.lora_rank:
+    from peft import LoraConfig
+
+    heads = {"modules_to_save": ["score"]} if args.recipe == "reward" else {}
+    adapters = LoraConfig(
+        r=args.lora_rank, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear",
+        task_type="SEQ_CLS" if args.recipe == "reward" else "CAUSAL_LM", **heads,
+    )
 given = {"processing_class": tokenizer, "train_dataset": Dataset.from_list(rows),
-         "callbacks": [Clock()]}
+         "callbacks": [Clock()]} | ({"peft_config": adapters} if args.lora_rank else {})
 match args.recipe:
     case "sft":
         trainer = counting(SFTTrainer)(
