@@ -20,6 +20,9 @@ import torch
 
 from minirlhf.cli import VERBS, main
 from minirlhf.errors import BAD_INPUT, MACHINE, NON_FINITE, OK
+from minirlhf.models.lora import add_lora
+from minirlhf.models.peft_files import save_adapter
+from minirlhf.models.pretrained import load_pretrained
 from minirlhf.run import optim
 from minirlhf.setup import memory
 from tests.kill_harness import RECIPES, ROWS, SHAPE, make_world
@@ -44,8 +47,8 @@ BASE = {
         "micro_batch_size": 2, "max_new_tokens": 3,
     },
 }
-PLACES = {"model", "data", "eval_data", "ref", "critic", "tokenizer", "init_config", "reward",
-          "ptx_data", "teacher"}
+PLACES = {"model", "base", "data", "eval_data", "ref", "critic", "tokenizer", "init_config",
+          "reward", "ptx_data", "teacher"}
 
 
 class Change(NamedTuple):
@@ -117,6 +120,7 @@ POLICY = SAMPLED | {  # of recipes that learn from what a policy writes
 CHANGES = {
     "all": {
         "model": Change("other"),
+        "base": Change("model", {"model": "adapter"}, needed="its base gone: no such folder"),
         "data": Change("few.jsonl"),
         "steps": Change(1),
         "batch_size": Change(2, {"micro_batch_size": 1}),
@@ -274,6 +278,7 @@ def world(tmp_path_factory):
     for name in ("other", "rm"):
         shutil.copytree(folder / "model", folder / name)
     save_lm(folder / "other", SHAPE, 1, vocab_size=258)
+    save_adapter(add_lora(load_pretrained(folder / "model"), 2, 4.0), folder / "adapter", "gone")
     save_scorer(folder / "rm", SHAPE, 1, 2, vocab_size=258)
     shutil.copytree(folder / "model", folder / "ending")  # half of the tokens end a response
     vocabulary = json.loads((folder / "model" / "tokenizer.json").read_text())["model"]["vocab"]

@@ -1,6 +1,7 @@
 """The tokenizer of a Hugging Face folder: its vocabulary and its chat template, in and out."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from minirlhf.data.merges import has_merges, tokenizer_json
 from minirlhf.data.rendering import ADDITIONAL
 from minirlhf.data.vocabulary import EOS, NAMES, PAD
 from minirlhf.errors import UserError, printable
-from minirlhf.files.folders import CODE_KEYS, file_inside
+from minirlhf.files.folders import CODE_KEYS, file_inside, file_of, resolve, weights_of
 from minirlhf.files.foreign import no_model
 from minirlhf.files.reading import read_json, read_text
 
@@ -21,8 +22,9 @@ FAST = "PreTrainedTokenizerFast"
 OBJECT_CAP = 4 << 20  # bytes of the small files beside it
 OTHERS = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")  # files of it
 MADE = "AutoTokenizer.from_pretrained, then save_pretrained"
-READ = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json",
-        "generation_config.json", "chat_template.jinja", *MERGED)
+OF_MODEL = ("config.json", "generation_config.json")  # of an adapter its base has them, at least
+READ = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *OF_MODEL,
+        "chat_template.jinja", *MERGED)
 
 
 class Tokenizer(DialogueTokenizer):
@@ -77,13 +79,21 @@ def _name_for_version_4(config: dict) -> None:
 
 def tokenizer_files(folder: Path) -> list[str]:
     """The files that a folder's tokenizer is made of, its chat template and eos among them."""
-    named = (str(path.relative_to(folder)) for path in (folder / ADDITIONAL).glob("*.jinja"))
-    return [str(folder / name) for name in (*READ, *sorted(named)) if (folder / name).exists()]
+    place = _place(folder)
+    named = (str(path.relative_to(place)) for path in (place / ADDITIONAL).glob("*.jinja"))
+    own = [place / name for name in (*READ, *sorted(named)) if name not in OF_MODEL]
+    return [str(path) for path in (*own, *(file_of(folder, n) for n in OF_MODEL)) if path.exists()]
+
+
+def _place(folder: Path) -> Path:
+    """The folder itself, or an adapter's base where the adapter has no tokenizer."""
+    has = (folder / "tokenizer.json").exists() or has_merges(folder)
+    return folder if has else weights_of(folder)
 
 
 def _object(folder: Path, name: str) -> dict:
     """A JSON object from a file that may be absent."""
-    path = file_inside(folder, name)
+    path = file_of(folder, name)
     if not path.exists():
         return {}
     value = read_json(path, OBJECT_CAP)
@@ -114,7 +124,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         UserError: neither is there; a file of the folder is broken; more ids, added tokens
             included, than config.json gives the model embeddings.
     """
-    folder = Path(folder)
+    given = resolve(folder) if os.path.isdir(folder) else Path(folder)
+    folder = _place(given)
     path = file_inside(folder, "tokenizer.json")
     if not (path.exists() or has_merges(folder)):
         do = "give a folder with a tokenizer.json"
@@ -127,16 +138,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     # Where both name a token, transformers believes the newer of the two ways of writing them.
     more, newer = _object(folder, "special_tokens_map.json"), "added_tokens_decoder" in own
     config = own | {n: v for n, v in more.items() if not (newer and own.get(n)) and v is not None}
-    model = _object(folder, "config.json")
+    model = _object(weights_of(given), "config.json")
     if path.exists():
         source = read_text(path, FILE_CAP)
     else:
         source = tokenizer_json(folder, config, model)
-    tokenizer = Tokenizer(folder, source, config, _model_eos(folder), model)
+    tokenizer = Tokenizer(folder, source, config, _model_eos(given), model)
     rows = model.get("vocab_size")
     if type(rows) is int and rows < tokenizer.vocab_size:  # any other type is read_config's to tell
         legal = f"must be at least the tokenizer's {tokenizer.vocab_size}"
-        raise UserError(f"{folder / 'config.json'}: vocab_size", f"is {printable(rows)}", legal)
+        where = f"{weights_of(given) / 'config.json'}: vocab_size"
+        raise UserError(where, f"is {printable(rows)}", legal)
     return tokenizer
 
 

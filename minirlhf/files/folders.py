@@ -36,6 +36,12 @@ def weights_of(folder: Path) -> Path:
     return folder.base if isinstance(folder, AdapterFolder) else folder
 
 
+def file_of(folder: Path, name: str) -> Path:
+    """A file of a folder, or the one of an adapter's base where the adapter has none."""
+    path = file_inside(folder, name)
+    return path if path.exists() else file_inside(weights_of(folder), name)
+
+
 def resolve(
     name: str | os.PathLike, weights: bool = True, base: str | os.PathLike | None = None
 ) -> Path:

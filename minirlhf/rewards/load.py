@@ -15,7 +15,6 @@ from minirlhf import interrupt
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import UserError, printable
-from minirlhf.files.folders import resolve
 from minirlhf.files.reading import read_text
 from minirlhf.models.heads import RewardModel
 from minirlhf.rewards.containment import Container
@@ -38,16 +37,19 @@ from minirlhf.rewards.verifiers import (
 TOKEN_CAP = 1 << 16  # bytes of the file that holds one
 
 
-def facts(specs: Sequence[Spec], tokenizer: Tokenizer, prompts: Iterable) -> dict[str, str]:
+def facts(
+    specs: Sequence[Spec], tokenizer: Tokenizer, prompts: Iterable, base: str | None = None
+) -> dict[str, str]:
     """What a run prints about its rewards before it starts: name -> source.
 
     Args:
         prompts: str, or list of messages.
+        base: of those that are adapters, in place of what they name.
     """
     shown = {}
     for spec, name in zip(specs, part_names(specs), strict=True):
         weight = "" if spec.weight == 1 else f"{spec.weight:g} x "
-        differs = spec.kind == "model" and reencoded(resolve(spec.place), tokenizer)
+        differs = spec.kind == "model" and reencoded(locate(spec, base), tokenizer)
         own = " (its own tokenizer: texts are re-encoded)" if differs else ""
         key = "reward" if len(specs) == 1 else f"reward {name}"
         shown[key] = f"{weight}{printable(spec.place)}{own}"
@@ -164,7 +166,7 @@ def load_function(
 def load_reward(
     config: RewardSourceSettings, tokenizer: Tokenizer, load_model: Callable[[Path], RewardModel],
     micro_batch_tokens: int, columns: Mapping[str, set[str]] | None = None,
-    journal: Path | None = None, ran: dict[str, str] | None = None,
+    journal: Path | None = None, ran: dict[str, str] | None = None, base: str | None = None,
 ) -> RewardSource:
     """The weighted sum of all sources of `--reward`; prompts went through `check_answers`.
 
@@ -174,11 +176,12 @@ def load_reward(
         columns: as in `function_reward`.
         journal: file that keeps the replies of services, made with the first; None: in memory.
         ran: as in `load_function`.
+        base: of adapters, in place of what they name.
     """
     specs, replies = [parse_source(source) for source in config.reward], Journal(journal)
 
     def load(spec: Spec) -> RewardSource:
-        place = locate(spec)
+        place = locate(spec, base)
         if spec.kind == "function":
             return load_function(spec.place, columns, tokenizer, ran)
         if spec.kind == "rule":

@@ -155,8 +155,9 @@ def _check_url(url: str) -> None:
             raise UserError(f"--reward {printable(url)}", what, "http://host:port/path, or https")
 
 
-def locate(spec: Spec) -> Path | None:
-    """The folder (as `resolve` finds it) or file that must exist; None for a service or a rule.
+def locate(spec: Spec, base: str | None = None) -> Path | None:
+    """The folder (as `resolve` finds it, of an adapter with its base) or file that must exist; None
+    for a service or a rule.
 
     Raises:
         UserError: it does not exist, or the file names no function.
@@ -164,7 +165,7 @@ def locate(spec: Spec) -> Path | None:
     if spec.kind in ("service", "rule"):
         return None
     if spec.kind == "model":
-        return resolve(spec.place)
+        return resolve(spec.place, base=base)
     if spec.place.endswith(".py"):
         do = f"give {spec.place}:function"
         raise UserError("--reward", f"{spec.place} names no function", do)

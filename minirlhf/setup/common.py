@@ -8,6 +8,7 @@ from minirlhf.files import atomic, folders
 from minirlhf.files.reading import read_json
 from minirlhf.models import pretrained
 from minirlhf.models.transformer import CausalLM
+from minirlhf.setup.groups import ModelSettings
 
 
 def named_files(entries: tuple[str, ...], mark: str = "_") -> dict[str, str]:
@@ -25,13 +26,19 @@ def named_files(entries: tuple[str, ...], mark: str = "_") -> dict[str, str]:
     return out
 
 
+def check_base(config: ModelSettings, *models: Path) -> None:
+    """Refuses a --base where none of the models is an adapter."""
+    if config.base is not None and not any(isinstance(m, folders.AdapterFolder) for m in models):
+        raise UserError("--base", "is given, but no model here is an adapter", "leave it out")
+
+
 def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """A folder that transformers loads and samples from: weights, tokenizer, generation config."""
     pretrained.save_pretrained(lm, folder)
     tokenizer.save(folder)
     names = ("bos_token_id", "pad_token_id")
     ids = {n: lm.config.source[n] for n in names if lm.config.source.get(n) is not None}
-    before = folders.file_inside(tokenizer.folder, "generation_config.json")
+    before = folders.file_of(tokenizer.folder, "generation_config.json")
     others = read_json(before) if before.exists() else {}
     eos = {"eos_token_id": list(tokenizer.eos_ids)} if tokenizer.eos_ids else {}
     atomic.write_json(folder / "generation_config.json", ids | others | eos)

@@ -17,6 +17,7 @@ from minirlhf.models.transformer import CausalLM
 from minirlhf.run.dry_run import DryRun
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
+from minirlhf.setup.common import check_base
 from minirlhf.setup.distill_settings import DistillConfig
 from minirlhf.setup.policy import check_ends
 from minirlhf.setup.policy_data import prompt_room, read_prompts
@@ -45,7 +46,9 @@ def check_teacher(
 def load_run(config: DistillConfig) -> DistillRun:
     """Refuses all that can be refused, the cheapest first, then loads the models."""
     r, device, dtype = open_run(config, "distill")
-    folder, teacher_folder = resolve(config.model), resolve(config.teacher)
+    folder, teacher_folder = (
+        resolve(name, base=config.base) for name in (config.model, config.teacher))
+    check_base(config, folder, teacher_folder)
     pretrained.without_weights(folder)
     tokenizer = load_tokenizer(folder)
     check_teacher(config, folder, teacher_folder, tokenizer)

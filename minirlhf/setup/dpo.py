@@ -47,6 +47,7 @@ from minirlhf.models.config import ModelConfig
 from minirlhf.run.dry_run import DryRun
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
+from minirlhf.setup.common import check_base
 from minirlhf.setup.dpo_settings import NO_REFERENCE, OF_MEANS, DPOConfig, beta_of, sft_coef_of
 from minirlhf.setup.roles import load_reference, load_trained, shares_trunk, trunk_facts
 from minirlhf.setup.training import (
@@ -153,7 +154,7 @@ def check_reference(config: DPOConfig, model: ModelConfig, tokenizer: Tokenizer)
     what the policy does."""
     if config.ref is None:
         return model
-    folder = folders.resolve(config.ref)
+    folder = folders.resolve(config.ref, base=config.base)
     pretrained.without_weights(folder)
     check_tokenizer(f"--ref {config.ref}", folder, tokenizer)
     ref = pretrained.read_config(folder)
@@ -183,11 +184,14 @@ def told_balance(config: DPOConfig, rows: list[Unpaired]) -> str:
 def load_run(config: DPOConfig) -> DPORun:
     """Refuses all that can be refused, the cheapest first, then loads the models."""
     r, device, dtype = open_run(config, "dpo")
-    folder = folders.resolve(config.model)
+    folder = folders.resolve(config.model, base=config.base)
     pretrained.without_weights(folder)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
     ref_config = check_reference(config, model_config, tokenizer)
-    ref_folder = folder if config.ref is None else folders.resolve(config.ref)
+    ref_folder = folder
+    if config.ref is not None:
+        ref_folder = folders.resolve(config.ref, base=config.base)
+    check_base(config, folder, ref_folder)
     needs_ref = config.loss not in NO_REFERENCE
     r.inputs["model"] = tokenizer_files(folder)
     if needs_ref:

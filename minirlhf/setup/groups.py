@@ -21,7 +21,12 @@ class ModelSettings:
     """Model: where the weights come from."""
 
     model: str = setting(
-        "", "folder or hub name of the model", metavar="FOLDER", required=True, resume="fixed"
+        "", "folder or hub name of the model, or of an adapter (LoRA) as peft saves it",
+        metavar="FOLDER", required=True, resume="fixed",
+    )
+    base: str | None = setting(
+        None, "folder or hub name of what the adapters among the given models were trained on; "
+        "none: what their adapter_config.json names", metavar="FOLDER", resume="fixed",
     )
 
 

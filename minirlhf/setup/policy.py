@@ -30,7 +30,7 @@ from minirlhf.rewards.model import scores_read
 from minirlhf.rewards.parse import Spec
 from minirlhf.rewards.source import RewardSource
 from minirlhf.run.folder import Run
-from minirlhf.setup.common import write_model
+from minirlhf.setup.common import check_base, write_model
 from minirlhf.setup.groups import TrainingSettings
 from minirlhf.setup.policy_data import Data, prompt_room, read_prompts
 from minirlhf.setup.policy_settings import EndSettings, PolicyInputSettings, RolloutSettings
@@ -142,14 +142,16 @@ def look(config: PolicyInputSettings, critic: str | None = None, refers: bool = 
         critic: the reward model that a critic starts from.
         refers: whether the run has a reference.
     """
-    folder = resolve(config.model)
-    ref_folder = (resolve(config.ref) if config.ref else folder) if refers else None
+    base = config.base
+    folder = resolve(config.model, base=base)
+    ref_folder = (resolve(config.ref, base=base) if config.ref else folder) if refers else None
     tokenizer = load_tokenizer(folder)
-    critics = [] if critic is None else [resolve(critic)]
+    critics = [] if critic is None else [resolve(critic, base=base)]
     specs = [parse.parse_source(source) for source in config.reward]
-    places = [parse.locate(spec) for spec in specs]
+    places = [parse.locate(spec, base) for spec in specs]
     scorers = [place for place in places if place is not None and place.is_dir()]
     refs = [ref_folder] if refers else []
+    check_base(config, folder, *refs, *critics, *scorers)
     check_models(config, (folder, *refs), critics, scorers, tokenizer)
     same = [place for place in scorers if not load.reencoded(place, tokenizer)]
     room = prompt_room(config, (folder, *refs, *critics, *same))
@@ -218,10 +220,11 @@ def load_rewards(
 
     source = load.load_reward(
         config, tokenizer, load_model, config.micro_batch_tokens, data.columns,
-        r.folder / "rewards.jsonl", r.sums,
+        r.folder / "rewards.jsonl", r.sums, config.base,
     )
     r.inputs["reward"] += r.sums.keys() - set(map(str, r.inputs["reward"]))
-    facts = load.facts(start.specs, tokenizer, [prompt.text for prompt in data.every_prompt])
+    prompts = [prompt.text for prompt in data.every_prompt]
+    facts = load.facts(start.specs, tokenizer, prompts, config.base)
     for model, place in models:
         key = "scores read" if len(models) == 1 else f"scores read by {place.name}"
         facts[key] = scores_read(model, load_tokenizer(place))

@@ -27,6 +27,7 @@ from minirlhf.models.heads import RewardModel, initialize_score, reads_whole
 from minirlhf.rewards.model import scores_read
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
+from minirlhf.setup.common import check_base
 from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.setup.roles import load_trained, load_trained_scorer
 from minirlhf.setup.training import TrainingRun, open_run, read_rows, ready
@@ -49,12 +50,13 @@ def check_loss(config: RewardConfig, path: str, examples: list[Example]) -> None
         raise UserError("--label-smoothing", what, do)
 
 
-def load_start(config: RewardConfig, unread: int | None, dtype: torch.dtype) -> RewardModel:
+def load_start(
+    config: RewardConfig, folder: Path, unread: int | None, dtype: torch.dtype
+) -> RewardModel:
     """The reward model of --model, or its language model under new heads.
 
     Of one that normalises its scores the weights are kept, and the mean and deviation left out.
     """
-    folder = folders.resolve(config.model)
     if pretrained.stored_head(folder) is not None:
         model = load_trained_scorer(config, folder, dtype)
         if model.heads != config.heads:
@@ -104,7 +106,8 @@ def score_sets(
 def load_run(config: RewardConfig) -> TrainingRun[Example]:
     """Refuses all that can be refused, the cheapest first, then loads the model."""
     r, device, dtype = open_run(config, "reward")
-    folder = folders.resolve(config.model)
+    folder = folders.resolve(config.model, base=config.base)
+    check_base(config, folder)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
     r.inputs["model"] = tokenizer_files(folder)
     unread = unread_end(model_config, tokenizer)
@@ -121,6 +124,6 @@ def load_run(config: RewardConfig) -> TrainingRun[Example]:
     make_deterministic(device)
     estimate = memory.of_training("reward", config, model_config, rows.tokens, dtype, False)
     facts = memory.announce(estimate, [folder], dtype, device)
-    model = load_start(config, unread, dtype)
+    model = load_start(config, folder, unread, dtype)
     facts = {"scores read": scores_read(model, tokenizer)} | facts
     return ready(config, r, model, tokenizer, rows, kind_of(rows.train), facts, device)

@@ -23,6 +23,7 @@ from minirlhf.models.transformer import CausalLM, initialize
 from minirlhf.run.dry_run import DryRun
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
+from minirlhf.setup.common import check_base
 from minirlhf.setup.roles import load_trained
 from minirlhf.setup.sft_settings import SFTConfig
 from minirlhf.setup.training import TrainingRun, open_run, read_rows, ready
@@ -44,7 +45,7 @@ def raw_texts(path: str, policy: RowPolicy) -> Iterator[str]:
 def choose_tokenizer(config: SFTConfig) -> Tokenizer:
     """The model's own, or --tokenizer's, or that of the run that is resumed, or a new one."""
     if config.model is not None:
-        return load_tokenizer(folders.resolve(config.model, weights=False))
+        return load_tokenizer(folders.resolve(config.model, False, config.base))
     if config.tokenizer is not None:
         return load_tokenizer(folders.resolve(config.tokenizer, weights=False))
     kept = Path(config.out) / "tokenizer"
@@ -87,7 +88,8 @@ def new_config(path: str, vocab_size: int, **ids: int | None) -> ModelConfig:
 def choose_config(config: SFTConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The model's config, or the one of --init-config with what it may leave to the tokenizer."""
     if config.init_config is None:
-        where = folders.resolve(config.model, weights=False)
+        where = folders.resolve(config.model, False, config.base)
+        check_base(config, where)
         model_config = pretrained.read_config(where)
     else:
         where, pad = config.init_config, tokenizer.spare_pad_token()
@@ -106,7 +108,7 @@ def load_start(
 ) -> CausalLM:
     """The model of --model, or random weights; its config.json will name the eos of its texts."""
     if config.model is not None:
-        lm = load_trained(config, config.model, dtype)
+        lm = load_trained(config, folders.resolve(config.model, base=config.base), dtype)
     else:
         rng = streams.generator(config.seed, "initial weights")
         lm = initialize(CausalLM(model_config), rng).to(dtype)
@@ -121,7 +123,7 @@ def load_run(config: SFTConfig) -> TrainingRun[Text]:
     )
     tokenizer = choose_tokenizer(config)
     if source := config.model or config.tokenizer:
-        r.inputs["tokenizer"] = tokenizer_files(folders.resolve(source, weights=False))
+        r.inputs["tokenizer"] = tokenizer_files(folders.resolve(source, False, config.base))
     model_config = choose_config(config, tokenizer)
 
     def read(file: str) -> tuple[list[Text], Report]:
@@ -134,7 +136,7 @@ def load_run(config: SFTConfig) -> TrainingRun[Text]:
         r.evaluations *= 1 + 1 / longest.evaluations(r.steps, config.eval_every)
     make_deterministic(device)
     estimate = memory.of_training("sft", config, model_config, rows.tokens, dtype)
-    start = [folders.resolve(config.model)] if config.model else []
+    start = [folders.resolve(config.model, base=config.base)] if config.model else []
     facts = memory.announce(estimate, start, dtype, device)
     targets = int(count_tokens(rows.train)[1].sum())
     facts = {"tokens": sum(rows.tokens), "targets": targets} | facts

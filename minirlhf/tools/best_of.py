@@ -40,6 +40,7 @@ from minirlhf.rewards.parse import locate, parse_source
 from minirlhf.rewards.source import RewardSource, as_scores
 from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
+from minirlhf.setup.common import check_base
 from minirlhf.setup.policy import check_models, fits_scorers
 from minirlhf.setup.policy_data import Data, prompt_room
 from minirlhf.tools.settings import BestOfConfig
@@ -239,8 +240,9 @@ def look(config: BestOfConfig, folder: Path, dtype: torch.dtype, device: str) ->
     """Refuses what cannot work, the cheapest first, and loads what scores."""
     tokenizer = load_tokenizer(folder)
     specs = [parse_source(source) for source in config.reward]
-    places = [place for spec in specs if (place := locate(spec)) is not None]
+    places = [place for spec in specs if (place := locate(spec, config.base)) is not None]
     scorers = [place for place in places if place.is_dir()]
+    check_base(config, folder, *scorers)
     check_models(config, [folder], [], scorers, tokenizer)
     same = [place for place in scorers if not load.reencoded(place, tokenizer)]
     use = usable(tokenizer, load.check_answers(specs))
@@ -259,7 +261,7 @@ def look(config: BestOfConfig, folder: Path, dtype: torch.dtype, device: str) ->
         return pretrained.load_reward_model(place, dtype, device)
 
     reward = load.load_reward(config, tokenizer, load_model, config.micro_batch_tokens,
-                              data.columns, ran=ran)
+                              data.columns, ran=ran, base=config.base)
     facts = facts_of(config, [Path(config.data), folder, *places], ran)
     return Start(tokenizer, data.prompts, reward, facts)
 
@@ -267,7 +269,7 @@ def look(config: BestOfConfig, folder: Path, dtype: torch.dtype, device: str) ->
 def main(argv: list[str] | None = None) -> int:
     config = flags.parse(BestOfConfig, argv, "minirlhf best-of")
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
-    folder, out = folders.resolve(config.model), Path(config.out)
+    folder, out = folders.resolve(config.model, base=config.base), Path(config.out)
     start = look(config, folder, dtype, device)
     total, partial = len(start.prompts), out.with_name(f"{out.name}.partial")
     at = begin(partial, start.facts)

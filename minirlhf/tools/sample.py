@@ -30,6 +30,7 @@ from minirlhf.models.sampling import Sampling, before_stop
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
+from minirlhf.setup.common import check_base
 from minirlhf.tools.settings import SampleConfig
 
 
@@ -143,7 +144,8 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
 def main(argv: list[str] | None = None) -> int:
     config = flags.parse(SampleConfig, argv, "minirlhf sample")
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
-    folder = folders.resolve(config.model)
+    folder = folders.resolve(config.model, base=config.base)
+    check_base(config, folder)
     tokenizer, positions = load_tokenizer(folder), pretrained.read_config(folder).longest_row
     tokenizer.check_stops(config.stop)
     room = positions - config.max_new_tokens + 1  # the last token is sampled, not read

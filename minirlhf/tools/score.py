@@ -33,6 +33,7 @@ from minirlhf.recipes.reward import SHOWN
 from minirlhf.rewards.model import score_texts, scores_read
 from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
+from minirlhf.setup.common import check_base
 from minirlhf.tools.check.rows import recipe_of
 from minirlhf.tools.sample import json_lines
 from minirlhf.tools.settings import ScoreConfig
@@ -98,7 +99,8 @@ def check_finite(rows: list[dict]) -> None:
 def main(argv: list[str] | None = None) -> int:
     config = flags.parse(ScoreConfig, argv, "minirlhf score")
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
-    folder = folders.resolve(config.model)
+    folder = folders.resolve(config.model, base=config.base)
+    check_base(config, folder)
     tokenizer, model_config = load_tokenizer(folder), pretrained.read_config(folder)
     positions = model_config.longest_row
     most = positions if config.max_length is None else config.max_length

@@ -36,6 +36,7 @@ from minirlhf.rewards.model import scores_read
 from minirlhf.rewards.service import Received
 from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
+from minirlhf.setup.common import check_base
 from minirlhf.tools.answers import Answer, answer_with
 from minirlhf.tools.settings import ServeConfig
 
@@ -277,7 +278,8 @@ def main(argv: list[str] | None = None) -> int:
     # The same flag as `make_deterministic` sets, without the compiler that it imports.
     torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     token = None if config.token_file is None else read_token(config.token_file)
-    folder = folders.resolve(config.model)
+    folder = folders.resolve(config.model, base=config.base)
+    check_base(config, folder)
     tokenizer = load_tokenizer(folder)
     for line in pretrained.remarks([folder], dtype):
         print(f"warning: {line}", file=sys.stderr)

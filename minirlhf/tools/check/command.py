@@ -21,6 +21,7 @@ from minirlhf.models import pretrained
 from minirlhf.models.heads import reads_whole
 from minirlhf.models.stored_heads import VALUE_HEAD
 from minirlhf.run import flags
+from minirlhf.setup.common import check_base
 from minirlhf.setup.distill_settings import DistillConfig
 from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.grpo_settings import GRPOConfig
@@ -37,14 +38,15 @@ CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PP
            "grpo": GRPOConfig, "distill": DistillConfig}
 
 
-def check_model(name: str, recipes: Iterable[str]) -> Model:
+def check_model(config: CheckConfig, recipes: Iterable[str]) -> Model:
     """A folder's headers, shapes and tokenizer.
 
     Raises:
         UserError: why these recipes would refuse the folder.
     """
-    folder = folders.resolve(name)  # with the weights, whose headers are read
-    config = pretrained.read_config(folder)
+    folder = folders.resolve(config.model, base=config.base)  # with weights: headers are read
+    check_base(config, folder)
+    shape = pretrained.read_config(folder)
     is_reward = pretrained.stored_head(folder) not in (None, VALUE_HEAD)
     module = pretrained.without_weights(folder, is_reward)
     parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -52,9 +54,9 @@ def check_model(name: str, recipes: Iterable[str]) -> Model:
         what = f"is a reward model, but {min(others)} trains a language model"
         raise UserError(folder, what, "give the language model as --model")
     tokenizer = load_tokenizer(folder)
-    whole = reads_whole(config.source, folder / "config.json")
-    unread = unread_end(config, tokenizer)
-    return Model(config, tokenizer, is_reward, parameters, unread, whole)
+    whole = reads_whole(shape.source, folder / "config.json")
+    unread = unread_end(shape, tokenizer)
+    return Model(folder, shape, tokenizer, is_reward, parameters, unread, whole)
 
 
 def limits(config: CheckConfig, recipe: str, model: Model | None) -> tuple[int | None, str]:
@@ -68,7 +70,7 @@ def limits(config: CheckConfig, recipe: str, model: Model | None) -> tuple[int |
     if model is None:
         return config.max_length, overlong
     ppo = PPOConfig(max_new_tokens=config.max_new_tokens, max_prompt_length=config.max_length)
-    return prompt_room(ppo, [folders.resolve(config.model, weights=False)]), overlong
+    return prompt_room(ppo, [folders.resolve(config.model, False, config.base)]), overlong
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     auto = config.recipe == "auto"
     policy = RowPolicy.of(config)
     recipes = [recipe_of(path, policy) if auto else config.recipe for path in config.data]
-    model = None if config.model is None else check_model(config.model, recipes)
+    model = None if config.model is None else check_model(config, recipes)
     for recipe in recipes:
         limits(config, recipe, model)  # refuses before all rows are read
     if model is not None:

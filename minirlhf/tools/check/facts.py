@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import count, pairwise, zip_longest
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ UNLEARNED = ("<<<", ">>>")  # around what of a response is not learned
 class Model(NamedTuple):
     """What can be known of a folder without its weights."""
 
+    folder: Path
     config: ModelConfig
     tokenizer: Tokenizer
     is_reward: bool
@@ -87,7 +89,10 @@ def read_tokens(
         most: tokens of the longest row or, for ppo, prompt; None: no limit.
         overlong: what happens to longer ones.
     """
-    config, tokenizer, _, _, unread, whole = model or (None, None, False, 0, None, True)
+    if model is None:
+        config, tokenizer, unread, whole = None, None, None, True
+    else:
+        _, config, tokenizer, _, _, unread, whole = model
     finish, ended, as_read = None, True, {}
     if file.recipe == "sft":
         finish = with_target

@@ -3,6 +3,7 @@
 from itertools import zip_longest
 
 from minirlhf.errors import printable
+from minirlhf.files.folders import weights_of
 from minirlhf.files.sieve import Report
 from minirlhf.tools.check.facts import Model
 
@@ -109,11 +110,11 @@ def show(facts: dict, report: Report) -> str:
 def show_model(model: Model) -> str:
     """What a folder holds, in three lines."""
     tokenizer, config = model.tokenizer, model.config
-    kind = "reward model" if model.is_reward else "language model"
+    kind, base = "reward" if model.is_reward else "language", weights_of(model.folder)
     ends = [f"{tokenizer.decode([id], skip_special=False)}:{id}" for id in tokenizer.eos_ids]
     return _lines([
-        str(tokenizer.folder),
-        f"  {config.family} {kind}, {model.parameters:,} parameters, "
+        str(model.folder) + (f", an adapter of {base}" if base != model.folder else ""),
+        f"  {config.family} {kind} model, {model.parameters:,} parameters, "
         f"reads {config.longest_row:,} tokens",
         f"  {tokenizer.vocab_size:,} token ids of {config.vocab_size:,} embedding rows, "
         f"eos {' '.join(ends) or 'none'}, chat template: {tokenizer.template_origin}",
