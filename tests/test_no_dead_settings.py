@@ -236,6 +236,7 @@ CHANGES = {
         "advantage": Change("dr_grpo"),
         "policy_loss": Change("cispo"),
         "loss_mean": Change("sequence", {"model": "ending"}),  # of unequal lengths
+        "mask_truncated": Change(True, {"model": "ending"}),
         "kl_in": Change(
             "reward", {"kl_estimator": "k1"}, needed="kl_in loss with kl_estimator k1"
         ),

@@ -14,6 +14,7 @@ from torch import Tensor
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer, penalised_kl
 from minirlhf.equations.advantages import gae, token_rewards
 from minirlhf.equations.critic_free import (
+    batch_scaled_advantages,
     group_advantages,
     leave_one_out_advantages,
     rewards_to_go,
@@ -76,6 +77,7 @@ def assign_credit(buffer: RolloutBuffer, config: CreditSettings, kl_coef: float)
 OF_GROUPS = {  # (B,) scores and the size of a group -> (B,) advantages
     "grpo": group_advantages,
     "dr_grpo": partial(group_advantages, divide_by_std=False),
+    "lite_ppo": batch_scaled_advantages,
     "rloo": leave_one_out_advantages,
 }
 

@@ -54,6 +54,24 @@ def group_advantages(scores: Tensor, group_size: int, divide_by_std: bool = True
     return advantages.flatten()
 
 
+def batch_scaled_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """Each score against the mean of its prompt's, over the spread of all scores. Liu et al. 2025,
+    Lite PPO (arXiv:2508.08221), sec. 4.1: a group that nearly agrees has a tiny std, which blows up
+    differences that mean little; that of the batch does not.
+
+        A_i = (S_i - mean(group)) / (std(batch) + 1e-4),   std the sample's (Bessel's correction)
+
+    Arguments, errors and zeros as in `group_advantages`.
+
+    >>> from torch import tensor
+    >>> batch_scaled_advantages(tensor([1.0, 3.0, 7.0, 7.0]), group_size=2)  # ∓1 / 3, the std
+    tensor([-0.3333,  0.3333,  0.0000,  0.0000])
+    """
+    shifted = _grouped(scores, group_size)
+    advantages = shifted - shifted.mean(dim=1, keepdim=True)
+    return advantages.flatten() / (upcast(scores).detach().std() + _STD_EPS)
+
+
 def leave_one_out_advantages(scores: Tensor, group_size: int) -> Tensor:
     """Each score against the mean of the others of its prompt, a baseline that the response has no
     part in, so that the gradient is unbiased. Ahmadian et al. 2024, RLOO (arXiv:2402.14740).

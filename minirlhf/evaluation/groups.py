@@ -38,6 +38,10 @@ class GRPOStats(NamedTuple):
     epochs: int  # passes made; fewer than asked for where the KL ended them
 
 
+# Of a rollout that nothing could be learned from.
+NO_UPDATES = GRPOStats(**{**dict.fromkeys(GRPOStats._fields, 0.0), "ratio": 1.0, "epochs": 0})
+
+
 def summarise_group_updates(updates: list[MiniBatchStats], epochs: int) -> GRPOStats:
     """Token means over all updates."""
     total = sum(seen.tokens for seen in updates)

@@ -48,12 +48,17 @@ class TokenLosses(NamedTuple):
 
 
 class MiniBatchStats:
-    """Sums over the response tokens of one mini-batch, on its way to an optimizer step."""
+    """Sums over the response tokens of one mini-batch, on its way to an optimizer step.
 
-    def __init__(self, mini_batch: list[Rollout]):
+    Args:
+        masks: (b, R) bool of each micro-batch, the tokens that are learned from; None: all.
+    """
+
+    def __init__(self, mini_batch: list[Rollout], masks: list[Tensor] | None = None):
         self.mini_batch = mini_batch
-        self.rows = sum(len(micro.rows) for micro in mini_batch)
-        self.tokens = sum(int(micro.response_mask.sum()) for micro in mini_batch)
+        self.masks = [micro.response_mask for micro in mini_batch] if masks is None else masks
+        self.rows = sum(int(mask.any(1).sum()) for mask in self.masks)
+        self.tokens = sum(int(mask.sum()) for mask in self.masks)
         self.passed: list[Rollout] = []  # those that were added, with their old log-probs
         self.sums: dict[str, Tensor] = {}
         self.losses: list[Tensor] = []  # () of each micro-batch
@@ -62,8 +67,7 @@ class MiniBatchStats:
 
     def add(self, micro: Rollout, token: TokenLosses, loss: Tensor) -> None:
         """Adds a micro-batch; loss: (), its share of the loss of the step."""
-        self.passed.append(micro)
-        mask, gap = micro.response_mask, token.surrogate.ratio.detach() - 1
+        mask, gap = self.masks[len(self.passed)], token.surrogate.ratio.detach() - 1
         log_ratio = token.new.logprobs.detach() - micro.old_logprobs
         parts = {
             "policy_loss": token.surrogate.loss, "kl_loss": token.kl, "loss": token.total,
@@ -83,8 +87,9 @@ class MiniBatchStats:
             }
         for name, x in parts.items():
             self.sums[name] = self.sums.get(name, 0) + masked_sum(x.detach(), mask)
+        self.passed.append(micro)
         self.losses.append(loss.detach())
-        self.gaps.append(gap[mask].abs().max())
+        self.gaps.append(torch.where(mask, gap, 0).abs().max())
 
     def check_finite(self, where: str) -> None:
         """Raises NonFinite where a micro-batch's loss is not finite, naming its rows."""

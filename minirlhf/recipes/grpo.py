@@ -46,6 +46,7 @@ from minirlhf.errors import OK, STOPPED, NonFinite, run
 from minirlhf.evaluation import invariants
 from minirlhf.evaluation.alarms import check_alarms
 from minirlhf.evaluation.groups import (
+    NO_UPDATES,
     GRPOStats,
     reward_statistics,
     summarise_group_updates,
@@ -63,8 +64,8 @@ from minirlhf.setup.grpo import load_run
 from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.policy import PolicyRun, rule_for_truncated, sampling_of
 
-EVENTS = ("flat_groups", "resampled_prompts", "num_tokens", "skipped_updates", "skipped_ratio",
-          "early_stops")  # counted since the start
+EVENTS = ("flat_groups", "resampled_prompts", "masked_responses", "num_tokens", "skipped_updates",
+          "skipped_truncated", "skipped_ratio", "early_stops")  # counted since the start
 STEADY = ("learning_rate", "epoch", *EVENTS)  # logged, but not averaged
 CONSOLE = ("reward", "reward_std", "kl", "loss", "entropy", "clip_ratio/region_mean",
            "completions/mean_length")
@@ -114,7 +115,7 @@ def grpo(
         invariants.check_ratio(where, stats.first_ratio_gap)
         metrics = reward_statistics(drawn.given, drawn.all_scores, config.samples_per_prompt)
         metrics |= summarise_groups(stats, drawn.completions, drawn.scores, buffer, tokenizer)
-        advance(state, drawn, config)
+        advance(state, drawn, buffer, config)
         state.meters.update(metrics, config.rollout_rows)
         metrics |= {"learning_rate": rate, "epoch": state.samples / len(prompts)}
         metrics |= {event: state.counters.get(event, 0) for event in EVENTS}
@@ -178,19 +179,23 @@ def measure_rollout(
         raise ValueError(f"ref is None, kl_coef is {config.kl_coef}: give the reference, or 0")
     starts = iteration == 0 and ref is not None and config.ref is None
     rewarded = config.kl_coef > 0 and reward_kl(config) is not None
-    old = starts or rewarded or config.epochs * config.mini_batches > 1
+    single = config.epochs * config.mini_batches == 1 and anything_learned(buffer, config)
+    old = starts or rewarded or not single
     measure_lm(policy, ref, buffer, config.temperature, old)
     if starts:
         invariants.check_start(kl_k1(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs")))
 
 
-def advance(state: TrainState, drawn: Drawn, config: GRPOConfig) -> None:
+def advance(state: TrainState, drawn: Drawn, buffer: RolloutBuffer, config: GRPOConfig) -> None:
     """What an iteration leaves to those after it, beside the weights."""
     state.step += 1
     state.samples += drawn.prompts
     state.count("num_tokens", drawn.tokens)
     state.count("flat_groups", drawn.flat)
     state.count("resampled_prompts", drawn.prompts - config.batch_size)
+    if config.mask_truncated:
+        cut = sum(int(micro.truncated.sum()) for micro in buffer.micro_batches)
+        state.count("masked_responses", cut)
 
 
 # ------------------------------------------------------------------------ the update on one rollout
@@ -225,10 +230,13 @@ def grpo_step(
         NonFinite: more losses or gradients in a row are not finite than config.skip_nonfinite, or
             all of the rollout's; none of these was applied.
     """
+    counters = {} if counters is None else counters
+    if not anything_learned(rollout, config):
+        counters["skipped_truncated"] = counters.get("skipped_truncated", 0) + config.mini_batches
+        return NO_UPDATES
     measured = rollout.micro_batches[0].old_logprobs is not None
     if not measured and config.epochs * config.mini_batches > 1:
         raise ValueError("the rollout has no old_logprobs: measure it, or make one update of it")
-    counters = {} if counters is None else counters
     update = Update(policy, optimizer, config, with_mask(policy_loss or loss_of(config)), counters,
                     f"step {iteration + 1}")
     made: list[MiniBatchStats] = []
@@ -239,8 +247,12 @@ def grpo_step(
         ):
             # From the first update on, a signal waits until the iteration is finished.
             may_stop = epoch == i == 0
+            masks = [learned_tokens(micro, config) for micro in mini_batch]
+            if not any(mask.any() for mask in masks):
+                counters["skipped_truncated"] = counters.get("skipped_truncated", 0) + 1
+                continue
             with optim.skip_nonfinite(optimizer, counters, config.skip_nonfinite):
-                made.append(update_weights(update, mini_batch, may_stop))
+                made.append(update_weights(update, mini_batch, masks, may_stop))
         last = epoch + 1 == config.epochs  # none is left to end
         if not last and moved_too_far(made[before:], config.early_stop_kl):
             counters["early_stops"] = counters.get("early_stops", 0) + 1
@@ -253,17 +265,30 @@ def grpo_step(
     return summarise_group_updates(made, epoch + 1)
 
 
-def update_weights(update: Update, mini_batch: list[Rollout], may_stop: bool) -> MiniBatchStats:
+def anything_learned(rollout: RolloutBuffer, config: GRPOConfig) -> bool:
+    return any(bool(learned_tokens(micro, config).any()) for micro in rollout.micro_batches)
+
+
+def learned_tokens(micro: Rollout, config: GRPOConfig) -> Tensor:
+    """(b, R) bool: the response tokens that have a part in the loss."""
+    mask = micro.response_mask
+    return mask & ~micro.truncated[:, None] if config.mask_truncated else mask
+
+
+def update_weights(
+    update: Update, mini_batch: list[Rollout], masks: list[Tensor], may_stop: bool
+) -> MiniBatchStats:
     """One optimizer step: gradients of a mini-batch, added up over its micro-batches.
 
     Args:
+        masks: (b, R) bool of each micro-batch, the tokens that have a part in the loss.
         may_stop: whether a signal may still end it.
     """
     policy, config, where = update.policy, update.config, update.where
-    stats = MiniBatchStats(mini_batch)
+    stats = MiniBatchStats(mini_batch, masks)
     update.optimizer.zero_grad()
-    for micro in mini_batch:
-        new, mask = lm_pass(policy, micro, config.temperature), micro.response_mask
+    for micro, mask in zip(mini_batch, masks, strict=True):
+        new = lm_pass(policy, micro, config.temperature)
         if micro.old_logprobs is None:
             micro = micro._replace(old_logprobs=new.logprobs.detach())
         losses = token_losses(update, micro, new)

@@ -1,5 +1,6 @@
 """What a GRPO run looks at, refuses and tells before it costs anything, and the policy it loads."""
 
+from dataclasses import replace
 from functools import partial
 from math import ceil
 
@@ -49,7 +50,8 @@ def run_facts(config: GRPOConfig, prompts: int, policy: CausalLM) -> dict[str, o
         "learning rate": f"{config.learning_rate:g}, {config.schedule}, "
         f"{config.warmup_steps} warm-up steps",
         "advantage": config.advantage,
-        "loss": f"{config.policy_loss}, ratio {low:g} to {high:g}, mean by {config.loss_mean}",
+        "loss": f"{config.policy_loss}, ratio {low:g} to {high:g}, mean by {config.loss_mean}"
+        + (", of responses that were not cut" if config.mask_truncated else ""),
         "kl_coef": f"{config.kl_coef:g}, {config.kl_estimator} in the {config.kl_in}"
         if config.kl_coef else "0",
         "reference": reference if config.refers else "none: kl_coef is 0",
@@ -65,6 +67,7 @@ def load_run(config: GRPOConfig) -> PolicyRun:
     r = (DryRun if config.dry_run else Run)(config, "grpo", start.inputs)
     if config.dry_run:
         config, tokenizer, data = longest.of_prompts(r, config, tokenizer, data)
+        config = replace(config, mask_truncated=False)  # in a dry run the limit cuts all responses
     make_deterministic(device)
     of_machine = announce_memory(config, start, dtype, device)
     policy = load_trained(config, start.folder, dtype, device)

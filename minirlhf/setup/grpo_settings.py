@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from minirlhf.run.settings import override, setting
@@ -33,10 +34,10 @@ class GroupAdvantageSettings:
     """Advantages: from the scores of a group."""
 
     advantage: str = setting(
-        "grpo", "the score minus the group's mean, divided by the group's std (grpo) or not "
-        "(dr_grpo); minus the mean of the others (rloo); or, of each token, its reward and those "
-        "after it, standardized over the rollout (reinforce++)",
-        choices=("grpo", "dr_grpo", "rloo", "reinforce++"),
+        "grpo", "the score minus the group's mean, divided by the std of the group (grpo), of all "
+        "scores (lite_ppo) or by nothing (dr_grpo); minus the mean of the others (rloo); or, of "
+        "each token, its reward and those after it, standardized over the rollout (reinforce++)",
+        choices=("grpo", "dr_grpo", "lite_ppo", "rloo", "reinforce++"),
     )
 
 
@@ -54,6 +55,10 @@ class GroupLossSettings:
         "each response (sequence, as GRPO), or each token at 1 / max_new_tokens of a response, "
         "whatever its length (fixed, as Dr. GRPO)", choices=("token", "sequence", "fixed"),
     )
+    mask_truncated: bool = setting(
+        False, "responses that the length limit cut take no part in the loss, only in what their "
+        "group is compared with (overlong filtering, DAPO, arXiv:2503.14476, sec. 3.4)",
+    )
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class GRPOConfig(
 ):
     """Align a language model with GRPO or its relatives against a reward, without a critic."""
 
+    PRESETS: ClassVar = Path(__file__).parent / "presets/grpo"
     SHOWN_FIRST: ClassVar = (
         "model", "data", "reward", "eval_data", "eval_every", "steps", "batch_size",
         "samples_per_prompt", "max_new_tokens", "kl_coef", "learning_rate", "lora_rank", "seed",

@@ -8,6 +8,7 @@ import torch
 
 from minirlhf.equations.advantages import gae, token_rewards
 from minirlhf.equations.critic_free import (
+    batch_scaled_advantages,
     cispo_loss,
     group_advantages,
     leave_one_out_advantages,
@@ -85,11 +86,32 @@ def test_group_advantages_expectation_over_two_tokens():
     ],
 )
 @pytest.mark.parametrize(
-    "function", [group_advantages, leave_one_out_advantages, without_spread]
+    "function",
+    [group_advantages, batch_scaled_advantages, leave_one_out_advantages, without_spread],
 )
 def test_functions_of_groups_refuse(function, rows, group_size, message):
     with pytest.raises(ValueError, match=message):
         function(torch.zeros(rows), group_size)
+
+
+def test_batch_scaled_advantages_by_hand():
+    # deviations of groups -1, 0, 1 and -2, -2, 4; of all: mean 2, squares 1 + 0 + 1 + 4 + 4 + 16
+    std = (26 / 5) ** 0.5 + 1e-4
+    expected = f64([-1, 0, 1, -2, -2, 4]) / std
+    assert_close(batch_scaled_advantages(f64([1, 2, 3, 0, 0, 6]), 3), expected)
+
+
+def test_batch_scaled_advantages_of_one_group_are_those_of_the_group():
+    scores = f64([0.3, -1.2, 5.0, 0.7])
+    assert_close(batch_scaled_advantages(scores, 4), group_advantages(scores, 4))
+
+
+@pytest.mark.parametrize("value", [0.1, -3.3, 1e6])
+def test_batch_scaled_advantages_are_exact_zeros_where_scores_agree(value):
+    scores = torch.tensor([value] * 7 + [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+    out = batch_scaled_advantages(scores, 7)
+    assert out[:7].tolist() == [0] * 7 and out[7:].ne(0).all()
+    assert not batch_scaled_advantages(torch.tensor([value] * 7), 7).any()
 
 
 def test_leave_one_out_advantages_by_hand():

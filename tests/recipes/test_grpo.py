@@ -629,8 +629,9 @@ def test_token_rewards_are_refused_where_a_setting_would_pass_them_by():
 def test_the_page_names_settings_that_go_together():
     page = Path(recipe.__file__).with_name("README.md").read_text("utf-8")
     rows = re.findall(r"^\| \[.+?\]\(https://arxiv\S+\) \| `(.+?)`", page, re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 8
     needed = ["--model", "m", "--data", "d", "--reward", "math", "--out", "o"]
     found = [flags.parse(GRPOConfig, needed + row.split(), "minirlhf grpo") for row in rows]
-    assert {config.advantage for config in found} == {"grpo", "dr_grpo", "rloo", "reinforce++"}
+    advantages = {"grpo", "dr_grpo", "lite_ppo", "rloo", "reinforce++"}
+    assert {config.advantage for config in found} == advantages
     assert {config.policy_loss for config in found} == {"clip", "gspo", "cispo"}
