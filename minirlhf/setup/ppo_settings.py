@@ -105,7 +105,7 @@ class PPOConfig(
 ):
     """Align a language model with PPO against a reward."""
 
-    PRESETS: ClassVar = Path(__file__).parent / "presets"
+    PRESETS: ClassVar = Path(__file__).parent / "presets/ppo"
     SHOWN_FIRST: ClassVar = (
         "model", "data", "reward", "eval_data", "eval_every", "steps", "batch_size",
         "max_new_tokens", "kl_coef", "learning_rate", "lora_rank", "seed", "out", "resume",
