@@ -18,6 +18,7 @@ import json
 import math
 import sys
 from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -339,6 +340,117 @@ def direct_reference() -> dict:
     return out
 
 
+# ---- GRPO and RLOO ------------------------------------------------------------------------------
+
+# Two prompts, three responses to each, of unequal lengths; those that do not end with EOS were cut.
+ANSWERS = [[6, 1], [7, 7, 3, 9], [2], [4, 8, 1], [3], [10, 9]]
+ANSWER_SCORES = [1.5, -0.75, 0.25, 0.0, 2.0, 0.5]
+EOS, SAMPLES, LIMIT = 1, 3, 5  # SAMPLES of a prompt; LIMIT: tokens of a response
+KL_BETA, CLIPS, DELTA, CISPO_BOUND = 0.1, (0.02, 0.05), 1.1, 1.05
+
+GROUPS = {  # name -> what differs from TRL's settings below
+    "grpo": {"loss_type": "grpo"}, "bnpo": {"loss_type": "bnpo"}, "dapo": {},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "batch": {"scale_rewards": "batch"},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": CISPO_BOUND},
+    "delta": {"delta": DELTA}, "kl": {"beta": KL_BETA},
+    "truncated": {"mask_truncated_completions": True},
+    "truncated, grpo": {"mask_truncated_completions": True, "loss_type": "grpo"},
+}
+
+
+class Patched(nn.Module):
+    """A model as TRL patches it, that may be asked whether it is in training."""
+
+    is_gradient_checkpointing = False
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.call = fused(model)
+
+    def forward(self, **inputs: Tensor):
+        return self.call(**inputs)
+
+
+def group_trainer(kind: type, old: float, **changes: object):
+    """Of a rollout by the policy of phase `old`."""
+    alone, arguments = lambda x, **_: x, ("delta",)
+    settings = {
+        "beta": 0.0, "epsilon_low": CLIPS[0], "epsilon_high": CLIPS[1], "loss_type": "dapo",
+        "importance_sampling_level": "token", "scale_rewards": "group", "delta": None,
+        "mask_truncated_completions": False, "multi_objective_aggregation": "sum_then_normalize",
+        "normalize_advantages": False, "reward_clip_range": None, "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None, "use_vllm": False, "_entropy_bonus_enabled": False,
+        "vllm_importance_sampling_correction": False, "current_gradient_accumulation_steps": 1,
+        "max_completion_length": LIMIT, "environment_factories": None, "environments": None,
+        "tools": None, "_is_vlm": False, "_tokenizer": SimpleNamespace(pad_token_id=0),
+        "pad_to_multiple_of": None, "eos_token_ids": [EOS], "num_generations": SAMPLES,
+        "num_iterations": 2, "reward_func_names": ["r"], "reward_funcs": [None],
+        "reward_weights": torch.ones(1, dtype=torch.float64), "_pending_extra_logs": {},
+        "_pending_metrics": {}, "log_multimodal": False,
+    } | changes
+    trainer = direct_trainer(kind, **{n: v for n, v in settings.items() if n not in arguments})
+    trainer.model = Patched(language_model(old))
+    trainer.accelerator = SimpleNamespace(
+        device="cpu", gather=alone, reduce=alone, process_index=0, num_processes=1,
+        autocast=nullcontext, is_main_process=False,
+    )
+    trainer.args = SimpleNamespace(
+        delta=settings["delta"], use_bias_correction_kl=False, report_to=[],
+        steps_per_generation=1, gradient_accumulation_steps=1, per_device_train_batch_size=9,
+        gradient_checkpointing_kwargs=None,
+    )
+    trainer.state = SimpleNamespace(global_step=0)
+    trainer._logs = defaultdict(list) | {"rewards": defaultdict(list)}
+    prompts = [QUERIES[row // SAMPLES] for row in range(len(ANSWERS))]
+    drawn = prompts, ANSWERS, None, ANSWERS, None, {}, None, None
+    if kind.__name__ == "RLOOTrainer":
+        drawn = prompts, ANSWERS, ANSWERS
+    trainer._generate = lambda _: drawn
+    scores = torch.tensor(ANSWER_SCORES, dtype=torch.float64)[:, None]
+    trainer._calculate_rewards = lambda *_: scores
+    return trainer
+
+
+def group_results(trainer) -> dict:
+    inputs = [{"prompt": None}] * len(ANSWERS)
+    batch, model = trainer._generate_and_score_completions(inputs), language_model(NEW)
+    loss = trainer._compute_loss(fused(model), batch)
+    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()
+               if name in ("kl", "entropy", "reward", "reward_std", "frac_reward_zero_std",
+                           "cispo_clip_ratio") or name.startswith("clip_ratio")}
+    metrics = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+    return {"advantages": batch["advantages"], "loss": loss, "metrics": metrics,
+            "gradient": projected(model, loss)}
+
+
+def split_loss(trainer, rows: int) -> Tensor:
+    """The loss of an optimizer step, added up over micro-batches of so many rows."""
+    batch = trainer._generate_and_score_completions([{"prompt": None}] * len(ANSWERS))
+    trainer.current_gradient_accumulation_steps = len(ANSWERS) // rows
+    trainer.args.steps_per_generation = trainer.current_gradient_accumulation_steps
+    model, total = fused(language_model(NEW)), torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(ANSWERS), rows):
+        part = {name: x[start : start + rows] if x.dim() else x for name, x in batch.items()}
+        total = total + trainer._compute_loss(model, part)
+    return total
+
+
+def group_reference() -> dict:
+    from trl import GRPOTrainer, RLOOTrainer
+
+    out = {name: group_results(group_trainer(GRPOTrainer, OLD, **changes))
+           for name, changes in GROUPS.items()}
+    for name in ("grpo", "bnpo", "dapo"):
+        trainer = group_trainer(GRPOTrainer, OLD, **GROUPS[name])
+        out[name]["split"] = [split_loss(trainer, rows) for rows in (3, 2, 1)]
+    rloo = {"beta": 0.0}, {"beta": KL_BETA}, {"normalize_advantages": True}
+    for name, changes in zip(("rloo", "rloo, kl", "rloo, normalized"), rloo, strict=True):
+        out[name] = group_results(group_trainer(RLOOTrainer, NEW, **changes))  # at ratio 1
+    return out
+
+
 # ---- reward functions: what TRL gives them, and what it makes of what they return ----------------
 
 FUNCTION_BATCH = {  # B = 3; a prompt is a text or a conversation
@@ -412,6 +524,7 @@ REFERENCES = {
     "0.9.6": ppo_reference,
     "1.16.0": lambda: reward_reference() | {
         "functions": function_reference(), "direct": direct_reference(),
+        "groups": group_reference(),
     },
 }
 
