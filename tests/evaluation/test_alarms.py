@@ -147,6 +147,7 @@ C, R, M = "rewards/chosen", "rewards/rejected", "rewards/margins"
     [
         (5 * [-0.1], 5 * [-0.3], 5),
         ([0.0, 0.7, *5 * [-0.2]], [0.0, *6 * [-0.4]], 6),  # the mean is below 0 from step 6 on
+        (9 * [-0.009], 9 * [-0.3], None),  # by too little
         (9 * [0.1], 9 * [-0.3], None),  # chosen rises
         (9 * [-0.1], 9 * [0.1], None),  # the margin is below 0
         (4 * [-0.1], 4 * [-0.3], None),  # too few
