@@ -16,7 +16,6 @@ is not counted.
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -168,13 +167,6 @@ def main() -> None:
         mine, peers = commands(args, prompts, reward)
         found, machine = take_turns(mine, peers, args.rounds)
     table = compare(found, peers, machine)
-    for row in table:
-        if row["program"] in mine:
-            phases = [run["phases"] for run in found[row["program"]]]
-            row["phases"] = {
-                key.removeprefix("time/"): statistics.median([s for p in phases for s in p[key]])
-                for key in phases[0]
-            }
     show(table, machine)
     print(f"{time.perf_counter() - started:.0f} s in all")
     settings = {

@@ -70,7 +70,7 @@ def compare(found: dict[str, list[dict]], peers: dict, machine: dict) -> list[di
         found: of `take_turns`, lines of {"seconds": [...], "peak_bytes"}. Where the work of a step
             varies there are its "tokens" too, and programs are compared by tokens a second, else by
             their medians. Ours also have the floating-point "operations" of each step, whose rate
-            over the machine's peak is the roofline.
+            over the machine's peak is the roofline, and the seconds of its "phases".
     """
     rows = []
     for name, runs in found.items():
@@ -85,6 +85,12 @@ def compare(found: dict[str, list[dict]], peers: dict, machine: dict) -> list[di
             peak = machine["bfloat16_gflops" if "bfloat16" in name else "float32_gflops"]
             work = sum(sum(run["operations"]) for run in runs)
             row["roofline"] = work / 1e9 / peak / sum(seconds)
+        if "phases" in runs[0]:
+            row["phases"] = {
+                name.removeprefix("time/"): statistics.median(
+                    [s for run in runs for s in run["phases"][name]])
+                for name in runs[0]["phases"]
+            }
         rows.append(row)
     best = [row["rate"] for row in rows if row["program"] in peers]
     for row in rows:

@@ -119,7 +119,8 @@ def ours(args: argparse.Namespace) -> None:
 
             rows, _ = load_prompts(args.rows, tokenizer, LONGEST, "drop")
             values |= {"batch_size": PROMPTS, "samples_per_prompt": SAMPLES, "mini_batches": 1,
-                       "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+                       "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS,
+                       "micro_batch_size": PROMPTS * SAMPLES}  # all at once, as the peer
             config = GRPOConfig(**values, reward=("brevity",), kl_coef=0.04, kl_estimator="k3")
             frozen = load_pretrained(args.model, dtype).requires_grad_(False)
             train = partial(grpo, prompts=rows, reward=brevity, ref=frozen, tokenizer=tokenizer,
@@ -129,12 +130,12 @@ def ours(args: argparse.Namespace) -> None:
     if args.compile:
         compile_blocks(model, *([frozen] if args.recipe in ("dpo", "grpo") else []))
     state = TrainState(model, make_optimizer(model, config.learning_rate))
-    before, seconds, tokens, phases = 0, [], [], []
+    before, seconds, tokens, clocks = 0, [], [], []
     for step in train(state):
         seconds.append(step.clock["step_time"])
         tokens.append(step.metrics["num_tokens"] - before)
         before = step.metrics["num_tokens"]
-        phases.append({name: s for name, s in step.clock.items() if name.startswith("time/")})
+        clocks.append(step.clock)
     prompts = [len(rows[0].prompt_ids) if args.recipe == "dpo" else 0] * len(tokens)
     if args.recipe == "grpo":
         sampled = PROMPTS * SAMPLES * NEW_TOKENS
@@ -145,7 +146,9 @@ def ours(args: argparse.Namespace) -> None:
                   zip(tokens, prompts, strict=True)]
     print(json.dumps({
         "seconds": seconds[1:], "tokens": tokens[1:], "operations": operations[1:],
-        "peak_bytes": hardware.resident_peak(), "phases": phases[1:],
+        "peak_bytes": hardware.resident_peak(),
+        "phases": {name: [clock[name] for clock in clocks[1:]]
+                   for name in clocks[0] if name.startswith("time/")},
     }))
 
 

@@ -21,6 +21,7 @@ _PUBLIC = {
     "equations.advantages": ("token_rewards", "gae"),
     "equations.critic_free": (
         "group_advantages",
+        "batch_scaled_advantages",
         "leave_one_out_advantages",
         "rewards_to_go",
         "sequence_surrogate",

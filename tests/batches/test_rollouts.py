@@ -78,6 +78,17 @@ def test_add_again_adds_rows():
     assert [m.rows.tolist() for m in wide.micro_batches] == [[3, 0, 1], [2]]
 
 
+def test_rows_of_a_group_stay_neighbours_in_the_order_of_the_longest():
+    # lengths 3, 4, 5, 2 by themselves; groups of rows 0, 1 and 2, 3 are as long as 4 and 5
+    buffer = RolloutBuffer(3, 1000)
+    buffer.add(by_hand(), 2)
+    assert [m.rows.tolist() for m in buffer.micro_batches] == [[0, 1, 2], [3]]
+    tight = RolloutBuffer(2, 1000)
+    tight.add(by_hand(), 2)
+    assert [m.rows.tolist() for m in tight.micro_batches] == [[0, 1], [2, 3]]
+    assert tight.micro_batches[1].tokens.shape == (2, 5)  # as wide as its own rows need
+
+
 def test_add_refuses_a_row_without_response_or_prompt():
     empty = by_hand()._replace(response_mask=torch.zeros(4, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="no response token: eos counts as one"):
