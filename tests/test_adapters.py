@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minirlhf import cli
 from minirlhf.data.tokenizer import load_tokenizer, tokenizer_files
-from minirlhf.errors import OK
+from minirlhf.errors import BAD_INPUT, OK
 from minirlhf.files.folders import resolve
 from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.lora import add_lora
@@ -113,3 +114,96 @@ def test_the_tokenizer_is_the_adapters_own_or_its_bases(here):
 
 def test_dtype_of_a_merged_adapter(here):
     assert load_pretrained("a/policy", torch.bfloat16).unembedding.dtype == torch.bfloat16
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------
+
+ROW = torch.tensor([[5, 98, 0, 41, 7]])
+LORA = ("--lora-rank", "2", "--learning-rate", "0.1")
+
+
+@pytest.mark.parametrize("verb", ["sft", "dpo", "ppo", "grpo", "distill"])
+def test_a_run_leaves_its_adapter_and_what_it_merges_into(verb, here, capsys):
+    teacher = {"teacher": "policy"} if verb == "distill" else {}  # another one than the student
+    assert cli.main([*words(verb, **teacher), *LORA]) == OK
+    told = capsys.readouterr().out
+    assert "adapter in out/adapter" in told and "in out/model" in told
+    assert "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('lm'), 'out/ad" in told
+    left = {path.name for path in Path("out/adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
+            "tokenizer_config.json", "generation_config.json"} <= left
+    assert json.loads(Path("out/adapter/adapter_config.json").read_text())[
+        "base_model_name_or_path"] == "lm"
+    adapted, merged = load_pretrained("out/adapter"), load_pretrained("out/model")
+    assert torch.equal(adapted.logits(adapted(ROW)), merged.logits(merged(ROW)))
+    base = load_pretrained("lm")
+    assert not torch.allclose(base.logits(base(ROW)), merged.logits(merged(ROW)), atol=1e-4)
+    assert load_tokenizer("out/adapter").fingerprint == load_tokenizer("lm").fingerprint
+
+
+@pytest.mark.parametrize("kind", [[], ["--normalize", "train"], ["--heads", "2"]])
+def test_a_reward_run_leaves_its_adapter_and_what_it_merges_into(kind, here, capsys):
+    assert cli.main([*words("reward"), *LORA, *kind]) == OK
+    assert "adapter in out/adapter" in capsys.readouterr().out
+    adapted, merged = load_reward_model("out/adapter"), load_reward_model("out/model")
+    lengths = torch.tensor([5])
+    scores = adapted(ROW, lengths), merged(ROW, lengths)
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-6)
+    assert (adapted.unread, adapted.reward_mean) == (merged.unread, merged.reward_mean)
+    assert Path("out/adapter/README.md").exists() == Path("out/model/README.md").exists()
+
+
+@pytest.mark.parametrize("verb", ["sft", "reward", "ppo"])
+def test_no_merge_leaves_the_adapter_alone(verb, here):
+    assert cli.main([*words(verb), *LORA, "--no-merge"]) == OK
+    assert Path("out/adapter").is_dir() and not Path("out/model").exists()
+
+
+def test_an_adapter_that_is_trained_on_names_the_same_base(here):
+    assert cli.main([*words("sft", model="a/policy"), *LORA]) == OK
+    name = json.loads(Path("out/adapter/adapter_config.json").read_text())
+    assert name["base_model_name_or_path"] == "lm"
+    adapted, merged = load_pretrained("out/adapter"), load_pretrained("out/model")
+    assert torch.equal(adapted.logits(adapted(ROW)), merged.logits(merged(ROW)))
+
+
+def test_rslora_dora_and_targets_reach_the_adapter(here):
+    kinds = ["--lora-targets", "q_proj", "*.down_proj", "--rslora", "--dora"]
+    assert cli.main([*words("sft"), *LORA, *kinds]) == OK
+    said = json.loads(Path("out/adapter/adapter_config.json").read_text())
+    assert (said["use_rslora"], said["use_dora"]) == (True, True)
+    assert said["target_modules"] == ["down_proj", "q_proj"]
+
+
+def test_a_target_that_is_no_layer_is_refused(refused):  # noqa: F811
+    line = refused(words("sft", lora_rank=2, lora_targets="c_attn"))
+    assert line.startswith("--lora-targets: target 'c_attn' is no layer of this model: legal are")
+
+
+@pytest.mark.parametrize("flag", [["--no-merge"], ["--dora"], ["--rslora"],
+                                  ["--lora-targets", "mlp"]])
+def test_settings_of_adapters_go_with_a_rank(flag, refused):  # noqa: F811
+    assert refused([*words("sft"), *flag]).endswith(": goes with --lora-rank")
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_what_is_trained_alone(here):
+    assert cli.main([*words("ppo"), *LORA]) == OK
+    for step in (0, 1):
+        kept = load_file(f"out/checkpoints/step-{step:08d}/model.safetensors")
+        assert kept and all(".lora_" in n or n.startswith("v_head.") for n in kept)
+
+
+@pytest.mark.parametrize("bits", [(), ("--trunk-bits", "4")], ids=["plain", "packed"])
+def test_a_checkpoint_over_another_base_is_refused(bits, here, capsys):
+    argv = [*words("sft"), *LORA, *bits]
+    assert cli.main(argv) == OK
+    lm = load_pretrained("lm")
+    lm.model.layers[0].mlp.up_proj.weight.data += 0.5
+    save_pretrained(lm, "lm")
+    capsys.readouterr()
+    assert cli.main([*argv, "--resume"]) == BAD_INPUT
+    line = capsys.readouterr().err
+    assert "was saved over other frozen weights" in line and line.count("\n") == 1

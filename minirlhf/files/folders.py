@@ -26,9 +26,11 @@ NOT_DOWNLOADED = ["consolidated*", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
 
 
 class AdapterFolder(type(Path())):
-    """The folder of an adapter; `base` is the one of the model that it was trained on."""
+    """The folder of an adapter; `base` is the one of the model that it was trained on, and
+    `base_name` that folder or the hub's name of it."""
 
     base: Path | None = None
+    base_name: str = ""
 
 
 def weights_of(folder: Path) -> Path:
@@ -59,8 +61,11 @@ def resolve(
     folder = find(name, weights)
     if not (folder / ADAPTER).exists():
         return folder
-    adapter, _ = AdapterFolder(folder), read_adapter_config(folder)
-    adapter.base = _base(folder, weights) if base is None else find(base, weights)
+    adapter, values = AdapterFolder(folder), read_adapter_config(folder)
+    if base is None:
+        adapter.base, adapter.base_name = _base(folder, values, weights)
+    else:
+        adapter.base, adapter.base_name = find(base, weights), str(base)
     if (adapter.base / ADAPTER).exists():
         raise UserError(folder, f"its base {printable(adapter.base)} is an adapter itself",
                         "merge that into its own base first: minirlhf export --merge")
@@ -78,10 +83,10 @@ def read_adapter_config(folder: Path) -> dict:
     return values
 
 
-def _base(folder: Path, weights: bool) -> Path:
-    """What an adapter was trained on: the folder that its file names, seen from the adapter's own
-    folder, from the working directory or from a folder around the adapter's; or a hub name."""
-    values = read_adapter_config(folder)
+def _base(folder: Path, values: dict, weights: bool) -> tuple[Path, str]:
+    """(folder, name) of what an adapter was trained on: the folder that its file names, seen from
+    the adapter's own folder, from the working directory or from a folder around the adapter's; or a
+    hub name."""
     name, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not isinstance(name, str) or not 0 < len(name) < 1024 or not name.isprintable():
         what = f"is {printable(repr(name), 80)}"
@@ -89,12 +94,12 @@ def _base(folder: Path, weights: bool) -> Path:
         raise UserError(where, what, "name the base with --base")
     places = [folder / name, Path(name), *(place / name for place in folder.resolve().parents)]
     if found := [place for place in places if os.path.isdir(place)]:
-        return found[0]
+        return found[0], str(found[0])
     if revision not in (None, "main"):
         what = f"is of revision {printable(repr(revision), 80)} of {printable(name)}"
         raise UserError(folder, what, "download that, and give its folder with --base")
     try:
-        return find(name, weights)
+        return find(name, weights), name
     except UserError as error:
         raise UserError(folder, f"its base {printable(name)}: {error.what}",
                         "give the base's folder with --base") from error

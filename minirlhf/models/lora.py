@@ -22,7 +22,6 @@ reward model and critic can be four models over one set of weights (`share`, `ba
 
 import copy
 import math
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import torch
@@ -33,17 +32,17 @@ from minirlhf import streams
 from minirlhf.models.heads import RewardModel, ValueHeadModel
 from minirlhf.models.logprobs import widened
 from minirlhf.models.quantized import QuantizedLinear, quantized_layers
+from minirlhf.models.targets import target_layers
 from minirlhf.models.transformer import CausalLM, Decoder, Linear, linear
 
 Model = TypeVar("Model", CausalLM, ValueHeadModel, RewardModel, Decoder)
-GROUPS = {"all": "*", "attention": "*.self_attn.*", "mlp": "*.mlp.*"}  # names for several layers
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer, `base`, with an adapter: the equations above.
 
-    A is uniform in ±1/sqrt(in), as in the authors' code (the paper's text has a Gaussian), drawn in
-    float32 on the CPU: the same numbers for any dtype and device.
+    A is uniform in ±1/sqrt(in), as in the authors' code, drawn in float32 on the CPU: the same
+    numbers for any dtype and device.
 
     Args:
         base: its layer; it is frozen, and A, B and m get its dtype and device.
@@ -123,51 +122,24 @@ def trunk_of(model: CausalLM | ValueHeadModel | RewardModel | Decoder) -> Decode
     return model.lm.model if isinstance(model, ValueHeadModel) else model.model
 
 
-def target_layers(trunk: Decoder, targets: tuple[str, ...] = ("all",)) -> dict[str, nn.Module]:
-    """The linear layers that adapters go on, by name.
-
-    Args:
-        targets: "all", "attention", "mlp", or patterns with * and ?, which a layer's whole name
-            ("layers.0.self_attn.q_proj") or its last part matches.
-    Raises:
-        ValueError: one that no layer matches.
-    """
-    layers = {n: m for n, m in trunk.named_modules() if hasattr(m, "in_features")}
-    found = set()
-    for target in targets:
-        pattern = GROUPS.get(target, target)
-        here = {n for n in layers if any(fnmatchcase(x, pattern) for x in (n, n.split(".")[-1]))}
-        if not here:
-            legal = ", ".join(GROUPS) + " or names as " + ", ".join(
-                dict.fromkeys(name.split(".")[-1] for name in layers))
-            raise ValueError(f"target '{target}' is no layer of this model: legal are {legal}")
-        found |= here
-    return {name: layer for name, layer in layers.items() if name in found}
-
-
 def add_lora(
     model: Model, rank: int, alpha: float, seed: int = 0, targets: tuple[str, ...] = ("all",),
     rslora: bool = False, dora: bool = False,
 ) -> Model:
     """Puts an adapter on linear layers of the trunk, in place: they and a scalar head are trained,
-    nothing else.
-
-    Frozen are all weights of the language model, its embeddings and `lm_head` included. `score` and
-    `v_head` are trained in full: a head starts at 0 or at random, and frozen it would stay so. Make
-    the optimizer after this call.
+    nothing else. A head starts at 0 or at random, and frozen it would stay so. Make the optimizer
+    after this call.
 
     Args:
-        model: policy, policy with critic, reward model or decoder, in any dtype, on any device.
+        model: policy, policy with critic, reward model or decoder.
         rank: >= 1, rows of A and columns of B.
         alpha: > 0; see `LoRALinear` for it, for rslora and for dora.
         seed: of A; each layer draws from its own stream.
         targets: see `target_layers`. All is best (Schulman et al. 2025, "LoRA Without Regret").
     Returns:
-        The same model; its outputs are those before until the first update: exactly, with dora up
-        to rounding.
+        The same model, whose outputs are those before: exactly, with dora up to rounding.
     Raises:
-        ValueError: rank or alpha out of range, a target that is no layer, or the model has adapters
-            already.
+        ValueError: rank or alpha out of range, a target that is no layer, adapters already.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}: must be 1 or more")
@@ -190,13 +162,10 @@ def add_lora(
 def merge_lora(model: Model) -> Model:
     """Folds the adapters into weights, in place, and leaves the plain model.
 
-    Layers and parameter names are again those before `add_lora`, so `save_pretrained` works; all
-    parameters are trainable, as in a model that was just loaded. The base's own weights stay as
-    they are, for whoever shares them; quantised ones are unpacked, so that the model computes what
-    was trained. An optimizer made before still holds the adapters: make a new one.
-
-    Raises:
-        ValueError: the model has no adapters.
+    Layers and parameter names are again those before `add_lora`, and all is trainable. The base's
+    own weights stay as they are, for whoever shares them; quantised ones are unpacked, so that the
+    model computes what was trained. An optimizer made before still holds the adapters. Raises
+    ValueError for a model without adapters.
     """
     if not has_lora(model):
         raise ValueError("the model has no adapters: call add_lora first")
@@ -204,8 +173,7 @@ def merge_lora(model: Model) -> Model:
 
 
 def merged_copy(model: Model) -> Model:
-    """The model that `merge_lora` would leave, over the same frozen weights: the given one goes on
-    learning."""
+    """What `merge_lora` would leave, over the same frozen weights; the given model learns on."""
     return _merged(share(model))
 
 
@@ -223,10 +191,8 @@ def share(model: Model) -> Model:
 
 
 def base_of(model: Model) -> Model:
-    """The model that `add_lora` was given, over the same weights: the reference policy, exactly.
-
-    A scalar head is the one that is trained.
-    """
+    """The model that `add_lora` was given, over the same weights: the reference policy, exactly. A
+    scalar head is the one that is trained."""
     base = share(model)
     for name, layer in adapters(base).items():
         base.set_submodule(name, layer.base)

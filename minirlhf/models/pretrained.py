@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.files.atomic import check_finite
+from minirlhf.files.fingerprint import fingerprint_of
 from minirlhf.files.folders import AdapterFolder, file_inside, resolve, weights_of
 from minirlhf.files.foreign import no_model
 from minirlhf.files.reading import check_unchanged, read_json
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.families import config_from_hf, config_to_hf, from_gpt2, to_gpt2
-from minirlhf.models.fingerprint import fingerprint_of
 from minirlhf.models.heads import (
     REWARD_KEYS,
     RewardModel,

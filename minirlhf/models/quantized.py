@@ -160,6 +160,8 @@ class QuantizedLinear(nn.Module):
     Ŵ is the same float32 numbers whatever x is; the bias stays as it is in the given layer.
     """
 
+    frozen = True  # its buffers too: no checkpoint needs them
+
     def __init__(self, layer: nn.Linear, bits: int):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features

@@ -39,11 +39,12 @@ from minirlhf.evaluation.reward import (
     score_moments,
 )
 from minirlhf.files import atomic
-from minirlhf.models.heads import normalize_scores
-from minirlhf.models.lora import merge_lora
+from minirlhf.models.heads import RewardModel, normalize_scores
+from minirlhf.models.lora import merged_copy
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
+from minirlhf.setup.common import base_name, use_of_adapter
 from minirlhf.setup.reward import load_run, score_sets, write_reward_model
 from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.setup.training import STEADY, TrainingRun
@@ -163,16 +164,17 @@ def evaluate_all(
 def finish(
     start: TrainingRun[Example], results: dict[str, Evaluation] | None, pair_loss: PairLoss
 ) -> None:
-    """Normalises the trained model, writes its folder, and the card of what was held out.
+    """Normalises the trained model, writes its folder or folders, and the card of what was held
+    out.
 
     All of it is a function of the last checkpoint, so a run that is stopped here does it again.
 
     Args:
         results: of the last step, if this process made it.
     """
-    config, r, model, sets = start.config, start.run, start.state.model, start.sets
-    if config.lora_rank:
-        merge_lora(model)
+    config, r, sets = start.config, start.run, start.sets
+    adapted = start.state.model
+    model = merged_copy(adapted) if config.lora_rank and config.merge else adapted
     facts = {"heads": model.heads, "lcb_coef": model.lcb_coef}
     facts |= r.provenance()
     if config.normalize != "none":
@@ -186,15 +188,20 @@ def finish(
     by_name = {prefix.removesuffix("_"): result for prefix, result in results.items()}
     files = card_files(facts, by_name, start.tokenizer)
 
-    def write(target: Path) -> None:
-        write_reward_model(model, start.tokenizer, target)
+    def write(written: RewardModel, target: Path) -> None:
+        write_reward_model(written, start.tokenizer, target, base_name(config))
         for name, text in files.items():
             atomic.write_text(target / name, text)
 
-    folder = r.export(write)
+    if config.lora_rank:  # the head is one, what normalises its scores is not
+        adapted.reward_mean, adapted.reward_std = model.reward_mean, model.reward_std
+        r.done("adapter", r.export(partial(write, adapted), "adapter"))
+        for line in use_of_adapter(r.folder / "adapter", base_name(config), model.heads):
+            print(f"  {line}")
+    if config.merge:
+        r.done("reward model", r.export(partial(write, model)))
     for name, text in files.items():
         r.write_file(name, text)
-    r.done("reward model", folder)
 
 
 def main(argv: list[str] | None = None, pair_loss: PairLoss = bradley_terry_loss) -> int:

@@ -5,6 +5,9 @@
 The manifest is written last and holds size and sha256 of each file, and a seal, the sha256 of its
 own text; a commit counts only if all of it verifies. The newest commit is the highest step that
 does: there is no pointer that could point elsewhere.
+
+Weights are those that are trained, with adapters these and the heads alone; of what is frozen below
+them the header tells a fingerprint.
 """
 
 import hashlib
@@ -15,12 +18,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minirlhf.errors import UserError, printable
 from minirlhf.files import atomic
+from minirlhf.files.fingerprint import fingerprint_of
 from minirlhf.files.reading import read_json, read_text, strict_json
 from minirlhf.run.kinds import KINDS
 from minirlhf.run.machine import environment
@@ -98,6 +102,19 @@ def _moments(state: TrainState) -> dict[str, Tensor]:
     return out
 
 
+def _parts(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(what is saved of a model, what is told of the rest of it): frozen weights are not saved, but
+    read again from where they came. Those that are packed are buffers of a module that says so."""
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if getattr(module, "frozen", False):
+            frozen |= {f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False)}
+    every = model.state_dict()
+    rest = {name: tensor for name, tensor in every.items() if name in frozen}
+    kept = {name: tensor for name, tensor in every.items() if name not in frozen}
+    return kept, {"frozen": fingerprint_of(rest)} if rest else {}
+
+
 def _check_moments(state: TrainState, saved: dict[str, Tensor], where: Path) -> None:
     names = dict(state.model.named_parameters())
     trained = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
@@ -152,14 +169,14 @@ def save_checkpoint(state: TrainState, folder: str | Path, keep: int = 2) -> Pat
     if whole := [c for c in later if verify(c) is None]:
         raise UserError(whole[0], f"is later than step {state.step}, which is to be saved",
                         "save into another folder, or remove it")
-    weights, moments = state.model.state_dict(), _moments(state)
+    (weights, told), moments = _parts(state.model), _moments(state)
     atomic.check_space(folder, sum(t.nbytes for t in (*weights.values(), *moments.values())))
     final = folder / f"step-{state.step:08d}"
     temporary = folder / f"{atomic.TEMPORARY}{final.name}"
     try:
         atomic.make_folder(temporary)
         files = {
-            WEIGHTS: atomic.write_tensors(temporary / WEIGHTS, weights),
+            WEIGHTS: atomic.write_tensors(temporary / WEIGHTS, weights, told),
             MOMENTS: atomic.write_tensors(temporary / MOMENTS, moments),
             NUMBERS: atomic.write_json(temporary / NUMBERS, _numbers(state)),
         }
@@ -328,14 +345,19 @@ def load_checkpoint(state: TrainState, commit: str | Path) -> None:
         raise UserError(commit, problem, "use another checkpoint")
     try:
         weights, moments = load_file(commit / WEIGHTS), load_file(commit / MOMENTS)
+        with safe_open(commit / WEIGHTS, "pt") as file:
+            below = (file.metadata() or {}).get("frozen")
     except SafetensorError as error:
         raise UserError(commit, f"cannot be read ({error})", "use another checkpoint") from error
-    wanted = state.model.state_dict()
+    wanted, told = _parts(state.model)
     kinds = [{n: (t.shape, t.dtype) for n, t in of.items()} for of in (weights, wanted)]
     if kinds[0] != kinds[1]:
         raise UserError(
             commit, "holds the weights of another model", "resume with the same --model"
         )
+    if below != told.get("frozen"):
+        what = "was saved over other frozen weights: the base is another, or has changed"
+        raise UserError(commit, what, "resume with the same --model, as it was")
     _check_moments(state, moments, commit)
     numbers, known = read_json(commit / NUMBERS), _numbers(state).keys()
     found = numbers.keys() if isinstance(numbers, dict) else set()
@@ -345,7 +367,7 @@ def load_checkpoint(state: TrainState, commit: str | Path) -> None:
     if wrong := [name for name, value in numbers.items() if not KINDS[name](value)]:
         raise UserError(commit / NUMBERS, f"has a {wrong[0]} of another kind", "use another one")
     _restore_moments(state, moments)
-    state.model.load_state_dict(weights)
+    state.model.load_state_dict(weights, strict=False)
     state.meters.load(numbers.pop("meters"))
     for name, value in numbers.items():
         setattr(state, name, value)

@@ -7,6 +7,7 @@ from minirlhf.errors import UserError
 from minirlhf.files import atomic, folders
 from minirlhf.files.reading import read_json
 from minirlhf.models import pretrained
+from minirlhf.models.peft_files import save_adapter
 from minirlhf.models.transformer import CausalLM
 from minirlhf.setup.groups import ModelSettings
 
@@ -32,9 +33,40 @@ def check_base(config: ModelSettings, *models: Path) -> None:
         raise UserError("--base", "is given, but no model here is an adapter", "leave it out")
 
 
+def base_name(config: ModelSettings) -> str:
+    """What an adapter of a run says of its base: the name that --model gives, or the base of the
+    adapter that it gives. A path stands as it was given, and is found again from the same working
+    directory, or from wherever the adapter lies below it."""
+    folder = folders.resolve(config.model, False, config.base)
+    return folder.base_name if isinstance(folder, folders.AdapterFolder) else config.model
+
+
+def write_adapter(
+    lm: CausalLM, tokenizer: Tokenizer, config: ModelSettings, folder: Path
+) -> None:
+    """A folder that peft loads: adapters, tokenizer, generation config."""
+    save_adapter(lm, folder, base_name(config))
+    _write_text_files(lm, tokenizer, folder)
+
+
+def use_of_adapter(folder: Path, base: str, heads: int = 0) -> list[str]:
+    """Who else reads an adapter, and how; of a reward model with its number of heads."""
+    auto = "AutoModelForSequenceClassification" if heads else "AutoModelForCausalLM"
+    load = f"{auto}.from_pretrained('{base}'{f', num_labels={heads}' if heads else ''})"
+    lines = [f"peft: PeftModel.from_pretrained({load}, '{folder}')"]
+    return lines if heads else [
+        *lines, f"vllm serve {base} --enable-lora --lora-modules adapter={folder}",
+        f"llama.cpp: python convert_lora_to_gguf.py --base {base} {folder}",
+    ]
+
+
 def write_model(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """A folder that transformers loads and samples from: weights, tokenizer, generation config."""
     pretrained.save_pretrained(lm, folder)
+    _write_text_files(lm, tokenizer, folder)
+
+
+def _write_text_files(lm: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(folder)
     names = ("bos_token_id", "pad_token_id")
     ids = {n: lm.config.source[n] for n in names if lm.config.source.get(n) is not None}

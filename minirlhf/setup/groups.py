@@ -203,6 +203,22 @@ class AdapterSettings:
     lora_alpha: float = setting(
         32.0, "adapter outputs are multiplied by lora_alpha / lora_rank", above=0, resume="fixed"
     )
+    lora_targets: tuple[str, ...] = setting(
+        ("all",), "linear layers that have adapters: all, attention, mlp, or names and patterns, "
+        "as in q_proj or layers.1?.*", metavar="NAME", resume="fixed",
+    )
+    rslora: bool = setting(
+        False, "multiply adapter outputs by lora_alpha / sqrt(lora_rank) (rsLoRA, Kalajdzievski "
+        "2023, arXiv:2312.03732)", resume="fixed",
+    )
+    dora: bool = setting(
+        False, "train the length of each weight's rows too (DoRA, Liu et al. 2024, "
+        "arXiv:2402.09353)", resume="fixed",
+    )
+    merge: bool = setting(
+        True, "write the model with its adapters merged too, not the adapters alone",
+        resume="free",
+    )
     trunk_bits: int = setting(
         0, "bits of the frozen weights under the adapters: 8 (int8) or 4 (NF4, Dettmers et al. "
         "2023, arXiv:2305.14314); 0: as many as dtype has", choices=(0, 8, 4), resume="fixed",
@@ -212,7 +228,10 @@ class AdapterSettings:
         if self.trunk_bits and not self.lora_rank:
             return [f"trunk_bits: got {self.trunk_bits}, but packed weights cannot be trained: "
                     "give --lora-rank too, 16 for a start"]
-        return []
+        alone = {"lora_targets": self.lora_targets != ("all",), "rslora": self.rslora,
+                 "dora": self.dora, "merge": not self.merge}
+        return [] if self.lora_rank else [
+            f"{name}: goes with --lora-rank" for name, given in alone.items() if given]
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.models import pretrained
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.divergence import CHUNK
 from minirlhf.models.logprobs import TILE, widened
+from minirlhf.models.lora import target_layers
 from minirlhf.models.quantized import quantize_trunk
 from minirlhf.models.transformer import CausalLM, shapes_only
 from minirlhf.run.machine import Machine, free_memory, process_bytes
@@ -51,13 +51,19 @@ class Estimate(NamedTuple):
         return sum(part.bytes for part in self.peak)
 
 
-def parameters(config: ModelConfig, rank: int = 0) -> int:
+def parameters(
+    config: ModelConfig, rank: int = 0, targets: tuple[str, ...] = ("all",), dora: bool = False
+) -> int:
     """Of the language model, tied embeddings once; of its adapters alone where a rank is given."""
     with shapes_only():
         lm = CausalLM(config)
     if rank:
-        layers = [m for m in lm.model.modules() if isinstance(m, nn.Linear)]
-        return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+        try:
+            layers = target_layers(lm.model, targets).values()
+        except ValueError as error:
+            raise UserError("--lora-targets", str(error)) from None
+        return sum(rank * (layer.in_features + layer.out_features) + dora * layer.out_features
+                   for layer in layers)
     return sum(p.numel() for p in lm.parameters())
 
 
@@ -101,7 +107,10 @@ def learning(
     own, wide, rank = parameters(model), widened(dtype).itemsize, config.lora_rank
     bits = config.trunk_bits
     weights = stored(model, dtype, bits) + (unpacked(model) if bits else 0)
-    trained = parameters(model, rank) * (1 + shared_critic) if rank else own + critic
+    trained = own + critic
+    if rank:
+        adapters = parameters(model, rank, config.lora_targets, config.dora)
+        trained = adapters * (1 + shared_critic)
     # The gradient of tied embeddings is made as two matrices, of the first layer and of the last.
     twice = model.vocab_size * model.hidden_size * (unembeds and model.tied_embeddings and not rank)
     masters = trained * wide if dtype.itemsize < wide else 0

@@ -22,7 +22,6 @@ from minirlhf.evaluation.samples import sample_table
 from minirlhf.files.folders import resolve
 from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel, reads_whole
-from minirlhf.models.lora import merged_copy
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards import load, parse
@@ -30,7 +29,7 @@ from minirlhf.rewards.model import scores_read
 from minirlhf.rewards.parse import Spec
 from minirlhf.rewards.source import RewardSource
 from minirlhf.run.folder import Run
-from minirlhf.setup.common import check_base, write_model
+from minirlhf.setup.common import check_base
 from minirlhf.setup.groups import TrainingSettings
 from minirlhf.setup.policy_data import Data, prompt_room, read_prompts
 from minirlhf.setup.policy_settings import EndSettings, PolicyInputSettings, RolloutSettings
@@ -262,9 +261,8 @@ class PolicyRun(TrainingRun[Prompt]):
                             config.seed)
 
     def export_best(self) -> None:
-        """Writes the policy to best/, adapters merged."""
-        lm = merged_copy(self.lm) if self.config.lora_rank else self.lm
-        self.run.export(lambda target: write_model(lm, self.tokenizer, target), "best")
+        """Writes the policy to best/, its adapters to best-adapter/."""
+        self.export(self.lm, "best-adapter", "best")
 
 
 def sampling_of(config: RolloutSettings) -> Sampling:

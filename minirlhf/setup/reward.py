@@ -24,6 +24,8 @@ from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.models.families import name_eos
 from minirlhf.models.heads import RewardModel, initialize_score, reads_whole
+from minirlhf.models.lora import has_lora
+from minirlhf.models.peft_files import save_adapter
 from minirlhf.rewards.model import scores_read
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
@@ -50,13 +52,12 @@ def check_loss(config: RewardConfig, path: str, examples: list[Example]) -> None
         raise UserError("--label-smoothing", what, do)
 
 
-def load_start(
-    config: RewardConfig, folder: Path, unread: int | None, dtype: torch.dtype
-) -> RewardModel:
+def load_start(config: RewardConfig, unread: int | None, dtype: torch.dtype) -> RewardModel:
     """The reward model of --model, or its language model under new heads.
 
     Of one that normalises its scores the weights are kept, and the mean and deviation left out.
     """
+    folder = folders.resolve(config.model, base=config.base)
     if pretrained.stored_head(folder) is not None:
         model = load_trained_scorer(config, folder, dtype)
         if model.heads != config.heads:
@@ -80,15 +81,25 @@ def load_start(
     return model
 
 
-def write_reward_model(model: RewardModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """A folder that transformers loads to the same scores: all its files name one pad token."""
+def write_reward_model(
+    model: RewardModel, tokenizer: Tokenizer, folder: Path, base: str = ""
+) -> None:
+    """A folder that transformers, or of adapters peft, loads to the same scores: all its files name
+    one pad token.
+
+    Args:
+        base: name of the model that adapters go on.
+    """
     pad = None if model.unread is not None else tokenizer.spare_pad_token()
     if pad is None:
         pad = tokenizer.eos_token()
     token, pad_id = pad or (None, None)
     # The folder has no generation_config.json, where others of them may have stood.
     name_eos(model.config, tokenizer.eos_ids)
-    pretrained.save_pretrained(model, folder, pad_id)
+    if has_lora(model):
+        save_adapter(model, folder, base, pad_token_id=pad_id)
+    else:
+        pretrained.save_pretrained(model, folder, pad_id)
     tokenizer.save(folder, token)
 
 
@@ -124,6 +135,6 @@ def load_run(config: RewardConfig) -> TrainingRun[Example]:
     make_deterministic(device)
     estimate = memory.of_training("reward", config, model_config, rows.tokens, dtype, False)
     facts = memory.announce(estimate, [folder], dtype, device)
-    model = load_start(config, folder, unread, dtype)
+    model = load_start(config, unread, dtype)
     facts = {"scores read": scores_read(model, tokenizer)} | facts
     return ready(config, r, model, tokenizer, rows, kind_of(rows.train), facts, device)

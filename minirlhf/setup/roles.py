@@ -51,7 +51,8 @@ def trunk_facts(
 
 def with_adapters(config: TrainingSettings, model: Model) -> Model:
     """The model with new adapters, as --lora-* ask for."""
-    return add_lora(model, config.lora_rank, config.lora_alpha, config.seed)
+    return add_lora(model, config.lora_rank, config.lora_alpha, config.seed, config.lora_targets,
+                    config.rslora, config.dora)
 
 
 def goes_on(config: TrainingSettings, model: Model, folder: AdapterFolder) -> Model:

@@ -5,6 +5,7 @@ A recipe reads, loads and ends by these functions; its loop is its own, in its `
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -17,7 +18,7 @@ from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report
 from minirlhf.models.compiling import compile_blocks
-from minirlhf.models.lora import has_lora, merge_lora
+from minirlhf.models.lora import has_lora, merged_copy
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
@@ -26,7 +27,13 @@ from minirlhf.run.folder import Run
 from minirlhf.run.machine import choose_device, choose_dtype
 from minirlhf.run.meters import Step
 from minirlhf.setup import longest
-from minirlhf.setup.common import named_files, write_model
+from minirlhf.setup.common import (
+    base_name,
+    named_files,
+    use_of_adapter,
+    write_adapter,
+    write_model,
+)
 from minirlhf.setup.groups import TrainingSettings
 from minirlhf.setup.roles import with_adapters
 
@@ -59,11 +66,24 @@ class TrainingRun(Generic[T]):
         return step.number == self.steps or (every > 0 and step.number % every == 0)
 
     def finish(self, what: str, lm: CausalLM) -> None:
-        """Exports the language model that was trained, adapters merged into its weights."""
+        """Exports the language model that was trained: its adapters, and merged into its weights
+        unless that is not asked for."""
+        self.export(lm, "adapter", "model")
+        folder = self.run.folder
         if self.config.lora_rank:
-            merge_lora(self.state.model)
-        folder = self.run.export(lambda target: write_model(lm, self.tokenizer, target))
-        self.run.done(what, folder)
+            self.run.done("adapter", folder / "adapter")
+            for line in use_of_adapter(folder / "adapter", base_name(self.config)):
+                print(f"  {line}")
+        if self.config.merge:
+            self.run.done(what, folder / "model")
+
+    def export(self, lm: CausalLM, adapter: str, merged: str) -> None:
+        """Writes adapters and model into folders of these names; the model goes on learning."""
+        if self.config.lora_rank:
+            self.run.export(partial(write_adapter, lm, self.tokenizer, self.config), adapter)
+        if self.config.merge:
+            plain = merged_copy(lm) if self.config.lora_rank else lm
+            self.run.export(partial(write_model, plain, self.tokenizer), merged)
 
 
 def check_tokenizer(
