@@ -16,6 +16,7 @@ from minirlhf.models.heads import RewardModel, initialize_score
 from minirlhf.models.lora import add_lora
 from minirlhf.models.peft_files import save_adapter
 from minirlhf.models.pretrained import load_pretrained, load_reward_model, save_pretrained
+from minirlhf.run import flags
 from minirlhf.setup.common import write_model
 from minirlhf.streams import generator
 from tests.bad_inputs import make_world, refused, words, world  # noqa: F401
@@ -173,6 +174,15 @@ def test_rslora_dora_and_targets_reach_the_adapter(here):
     said = json.loads(Path("out/adapter/adapter_config.json").read_text())
     assert (said["use_rslora"], said["use_dora"]) == (True, True)
     assert said["target_modules"] == ["down_proj", "q_proj"]
+
+
+@pytest.mark.parametrize(("verb", "rate"), [("sft", 2e-4), ("ppo", 3e-5), ("dpo", 1e-5)])
+def test_the_rate_of_adapters_is_ten_times_the_default_unless_it_is_given(verb, rate):
+    config = cli.VERBS[verb].config()
+    assert flags.parse(config, words(verb, lora_rank=2)[1:], "x").learning_rate == rate
+    given = words(verb, lora_rank=2, learning_rate=3e-6)[1:]
+    assert flags.parse(config, given, "x").learning_rate == 3e-6
+    assert flags.parse(config, words(verb)[1:], "x").learning_rate == pytest.approx(rate / 10)
 
 
 def test_a_target_that_is_no_layer_is_refused(refused):  # noqa: F811

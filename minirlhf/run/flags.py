@@ -36,7 +36,8 @@ def parse(config_class: type[C], argv: list[str] | None, prog: str) -> C:
         config_class: its docstring's first line says in --help what the command does. Where it has
             SHOWN_FIRST, names of settings, --help shows these alone and --help-all the rest too.
             Where it has PRESETS, a folder, its files are what --preset can name. Words that come
-            before any flag are values of the setting that it names as FIRST_WORDS.
+            before any flag are values of the setting that it names as FIRST_WORDS. Its method
+            defaults_beside gives other defaults beside what was given.
     Raises:
         UserError: every unknown, repeated, missing, mistyped or illegal setting, in one line.
         SystemExit: 0 after --help or --explain-preset.
@@ -69,6 +70,8 @@ def parse(config_class: type[C], argv: list[str] | None, prog: str) -> C:
         elif name not in values and item.required:
             problems.append((item.flag, "required, but not given"))
     refuse(problems)
+    if (others := getattr(config_class, "defaults_beside", None)) is not None:
+        values = others(values) | values
     config = config_class(**values)
     validate(config)
     return config
