@@ -59,10 +59,20 @@ def goes_on(config: TrainingSettings, model: Model, folder: AdapterFolder) -> Mo
     """The base with the adapters of a folder, which are trained on.
 
     Raises:
-        UserError: they have another rank than --lora-rank.
+        UserError: they have another rank than --lora-rank, or are of another kind than a setting
+            asks for.
     """
     load_adapter(model, folder)
-    ranks = sorted({len(layer.lora_A) for layer in adapters(model).values()})
+    layers = list(adapters(model).values())
+    asked = {
+        "lora_targets": config.lora_targets != ("all",),
+        "rslora": config.rslora and not all(layer.rslora for layer in layers),
+        "dora": config.dora and not all(layer.magnitude is not None for layer in layers),
+    }
+    for name in (name for name, differs in asked.items() if differs):
+        what = f"goes with new adapters; those of {folder} are trained on as they are"
+        raise UserError(f"--{name.replace('_', '-')}", what, "leave it out")
+    ranks = sorted({len(layer.lora_A) for layer in layers})
     if ranks != [config.lora_rank]:
         has = ", ".join(map(str, ranks))
         do = f"give --lora-rank {has}" if len(ranks) == 1 else "merge it: minirlhf export --merge"

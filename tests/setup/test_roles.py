@@ -135,6 +135,16 @@ def test_adapters_of_another_rank_are_refused(adapted, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("flag", "words"), [
+    ("--lora-targets", ["mlp"]), ("--rslora", []), ("--dora", []),
+])
+def test_adapters_of_another_kind_are_refused(flag, words, adapted, tmp_path, capsys):
+    argv = command(adapted, tmp_path / "run", model=adapted / "sft", lora_rank=2)
+    assert main([*argv, flag, *words]) == BAD_INPUT
+    told = f"{flag}: goes with new adapters; those of {adapted / 'sft'} are trained on as they are"
+    assert told in capsys.readouterr().err
+
+
 def test_without_a_rank_an_adapter_is_merged_and_trained_in_full(adapted, tmp_path):
     argv = command(adapted, tmp_path / "run", model=adapted / "sft", log_every=1)
     assert main(argv) == OK
