@@ -50,6 +50,8 @@ VERBS = {
                   "answer requests for scores with a reward model, over HTTP"),
     "tasks": Verb("minirlhf.tools.tasks", "minirlhf.tools.settings:TasksConfig",
                   "write problems with exact answers, for rewards that can be verified"),
+    "export": Verb("minirlhf.tools.export", "minirlhf.tools.settings:ExportConfig",
+                   "write a checkpoint of a run as a model or an adapter"),
     "demo": Verb("minirlhf.tools.demo.command", "minirlhf.tools.settings:DemoConfig",
                  "train, align and measure a tiny model from nothing"),
 }

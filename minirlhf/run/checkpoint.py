@@ -371,3 +371,22 @@ def load_checkpoint(state: TrainState, commit: str | Path) -> None:
     state.meters.load(numbers.pop("meters"))
     for name, value in numbers.items():
         setattr(state, name, value)
+
+
+def load_weights(model: nn.Module, commit: Path, all_of_it: bool = True) -> None:
+    """Puts the weights of a whole commit into a model of the run's kind.
+
+    Args:
+        all_of_it: False where the run had more beside it, as a critic is.
+
+    Raises:
+        UserError: the commit lacks some of them, or was saved over other frozen weights.
+    """
+    weights, (wanted, told) = load_file(commit / WEIGHTS), _parts(model)
+    if any(n not in weights or weights[n].shape != t.shape for n, t in wanted.items()):
+        raise UserError(commit, "holds the weights of another model", "give the run's own --base")
+    with safe_open(commit / WEIGHTS, "pt") as file:
+        below = (file.metadata() or {}).get("frozen")
+    if all_of_it and below != told.get("frozen"):
+        raise UserError(commit, "was saved over other frozen weights", "give the run's own --base")
+    model.load_state_dict({name: weights[name] for name in wanted}, strict=False)

@@ -295,6 +295,28 @@ class ServeConfig(ModelSettings, MicroBatchSettings, DeviceSettings):
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint of a run as a folder that others read."""
+
+    FIRST_WORDS: ClassVar = "run"
+
+    run: str = setting("", "folder of the run", metavar="FOLDER", required=True)
+    merge: bool = setting(False, "write the model, adapters merged into its weights")
+    adapter: bool = setting(False, "write the adapters alone, as peft reads them")
+    step: int | None = setting(None, "of the checkpoint; none: the newest", at_least=0)
+    base: str | None = setting(
+        None, "folder of what the run's --model names or was trained on, where that has moved",
+        metavar="FOLDER",
+    )
+    out: str | None = setting(
+        None, "new folder; none: in the run's, named after the checkpoint", metavar="FOLDER"
+    )
+
+    def check(self) -> list[str]:
+        return [] if self.merge != self.adapter else ["give one of --merge and --adapter"]
+
+
+@dataclass(frozen=True)
 class DemoConfig(SeedSettings, OutSettings):
     """RLHF end to end in two minutes, offline."""
 

@@ -1,0 +1,97 @@
+"""A checkpoint of a run as a folder that others read: `minirlhf export RUN --merge` or `--adapter`.
+
+A run leaves its last model by itself; this is for one that has not ended, or an earlier step.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from minirlhf.batches.preferences import unread_end
+from minirlhf.data.tokenizer import load_tokenizer
+from minirlhf.errors import OK, UserError, run
+from minirlhf.files import folders
+from minirlhf.files.reading import read_json
+from minirlhf.models import pretrained
+from minirlhf.models.heads import RewardModel, ValueHeadModel
+from minirlhf.models.lora import has_lora, merge_lora
+from minirlhf.run import flags
+from minirlhf.run.checkpoint import load_weights, newest_commit
+from minirlhf.run.machine import choose_dtype
+from minirlhf.run.settings import settings_of
+from minirlhf.setup.common import base_name, use_of_adapter, write_adapter, write_model
+from minirlhf.setup.distill_settings import DistillConfig
+from minirlhf.setup.dpo_settings import DPOConfig
+from minirlhf.setup.grpo_settings import GRPOConfig
+from minirlhf.setup.ppo_settings import PPOConfig
+from minirlhf.setup.reward import load_start, write_reward_model
+from minirlhf.setup.reward_settings import RewardConfig
+from minirlhf.setup.roles import load_trained, with_adapters
+from minirlhf.setup.sft_settings import SFTConfig
+from minirlhf.tools.settings import ExportConfig
+
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig,
+           "grpo": GRPOConfig, "distill": DistillConfig}
+
+
+def settings_in(place: Path, base: str | None) -> tuple[str, object]:
+    """(recipe, config) of a run's last start; `base` in place of its own."""
+    path = place / "run.json"
+    if not path.is_file():
+        raise UserError(place, "holds no run.json", "give the folder of a run")
+    facts = read_json(path)
+    recipe, values = (facts.get(n) if isinstance(facts, dict) else None
+                      for n in ("recipe", "settings"))
+    if recipe not in tuple(CONFIGS) or not isinstance(values, dict):
+        raise UserError(path, "is not of a run", "give the folder of a run")
+    known = settings_of(CONFIGS[recipe])
+    given = {name: known[name].from_file(value) for name, value in values.items() if name in known}
+    config = CONFIGS[recipe](**given | ({} if base is None else {"base": base}))
+    if config.model is None:
+        raise UserError(path, "is of a model that began with random weights",
+                        "let the run end: its model is in the folder model")
+    return recipe, config
+
+
+def main(argv: list[str] | None = None) -> int:
+    asked = flags.parse(ExportConfig, argv, "minirlhf export")
+    place = Path(asked.run)
+    recipe, config = settings_in(place, asked.base)
+    if asked.adapter and not config.lora_rank:
+        raise UserError("--adapter", f"{place} trained all weights", "give --merge")
+    name = None if asked.step is None else f"step-{asked.step:08d}"
+    commit, _ = newest_commit(place / "checkpoints", name)
+    if commit is None:
+        raise UserError(place, "holds no checkpoint", "begin the run first")
+    kind = "adapter" if asked.adapter else "model"
+    out = Path(asked.out or place / f"{kind}-{commit.name}")
+    if out.exists():
+        raise UserError("--out", f"{out} exists", "give a new folder")
+    folder, dtype = folders.resolve(config.model, base=config.base), choose_dtype(config.dtype)
+    tokenizer = load_tokenizer(folder)
+    if recipe == "reward":
+        model = load_start(config, unread_end(pretrained.read_config(folder), tokenizer), dtype)
+        if config.lora_rank and not has_lora(model):
+            with_adapters(config, model)
+    else:
+        model = load_trained(config, folder, dtype)
+    whole, own_critic = model, recipe == "ppo" and config.critic is not None
+    if recipe == "ppo":
+        whole = ValueHeadModel(model)
+        whole.v_head.requires_grad_(not own_critic)
+    load_weights(whole, commit, all_of_it=not own_critic)
+    if config.lora_rank and asked.merge:
+        merge_lora(model)
+    if isinstance(model, RewardModel):
+        write = partial(write_reward_model, base=base_name(config))
+    else:
+        write = partial(write_adapter, config=config) if asked.adapter else write_model
+    write(model, tokenizer, folder=out)
+    print(f"{kind} of {commit.name} in {out}")
+    for line in use_of_adapter(out, base_name(config)) if asked.adapter else []:
+        print(f"  {line}")
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
