@@ -34,7 +34,7 @@ WORLDS = {  # settings of all runs; PPO's own
     "demo": ("--steps 32 --mini-batches 2 --epochs 2 --micro-batch-size 32 --max-new-tokens 48 "
              "--learning-rate 3e-4 --missing-eos-penalty 1 --eval-every 4",
              "--critic-learning-rate 9e-4"),
-    "real": ("--steps 12 --mini-batches 4 --epochs 1 --max-new-tokens 32 --learning-rate 6e-5 "
+    "real": ("--steps 16 --mini-batches 4 --epochs 1 --max-new-tokens 32 --learning-rate 6e-5 "
              "--schedule constant --warmup-steps 2 --missing-eos-penalty 1 --dtype bfloat16 "
              "--eval-every 4 --eval-prompts 64", "--adam-epsilon 1e-8"),
 }

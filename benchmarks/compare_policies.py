@@ -16,8 +16,6 @@ from functools import partial
 from itertools import combinations
 from statistics import stdev
 
-import torch
-
 from minirlhf import load_pretrained, load_reward_model, load_tokenizer
 from minirlhf.batches.rollouts import measure
 from minirlhf.data.examples import load_prompts
@@ -26,6 +24,7 @@ from minirlhf.evaluation.policy import PolicyEvaluation, evaluate_policy
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.sampling import Sampling
 from minirlhf.rewards.model import model_reward
+from minirlhf.run.machine import choose_dtype
 
 
 def named(words: list[str]) -> dict[str, str]:
@@ -56,20 +55,23 @@ def main() -> None:
     flags.add_argument("--limit", type=int, default=256, help="prompts, from the file's end")
     flags.add_argument("--max-new-tokens", type=int, default=24)
     flags.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the KL")
+    flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     flags.add_argument("--stop", nargs="*", default=[], help="strings that end an answer")
     flags.add_argument("--seed", type=int, default=1)
     args = flags.parse_args()
 
+    dtype = choose_dtype(args.dtype)
     tokenizer = load_tokenizer(args.start)
     prompts, report = load_prompts(args.prompts, tokenizer, None, "error")
     print(report)
     prompts = prompts[-args.limit :]
-    source = model_reward(load_reward_model(args.reward, torch.float32), tokenizer, 4096)
-    start = load_pretrained(args.start, torch.float32)
+    source = model_reward(load_reward_model(args.reward, dtype), tokenizer, 4096)
+    start = load_pretrained(args.start, dtype)
     sampling = Sampling(args.max_new_tokens, args.temperature, stop_strings=tuple(args.stop))
     found = {}
     for name, folder in {"start": args.start, **named(args.aligned)}.items():
-        lm = start if name == "start" else load_pretrained(folder, torch.float32)
+        lm = start if name == "start" else load_pretrained(folder, dtype)
+        print(f"{name}: {folder}", flush=True)
         found[name] = evaluate_policy(
             lm, prompts, source, partial(measure, ValueHeadModel(lm), start,
             temperature=args.temperature), tokenizer, sampling, args.seed, micro_batch_size=16,
@@ -92,7 +94,7 @@ def main() -> None:
          **{f"{n}_score": r.scores[i] for n, r in found.items()}}
         for i, p in enumerate(prompts)
     ]
-    names = ("limit", "max_new_tokens", "temperature", "stop", "seed")
+    names = ("limit", "max_new_tokens", "temperature", "stop", "seed", "dtype")
     settings = {name: getattr(args, name) for name in names}
     with open(args.out, "w", encoding="utf-8") as file:
         out = {"settings": settings, "results": results, "summary": summary, "samples": rows}
