@@ -74,13 +74,16 @@ def remarks(folders: Iterable[Path], dtype: torch.dtype) -> list[str]:
     what fine-tuning added to one is often less than half a step of bfloat16, and of what is left
     out."""
     name, told = str(dtype).removeprefix("torch."), []
-    for folder in dict.fromkeys(weights_of(resolve(folder)) for folder in folders):
+    for given in dict.fromkeys(map(resolve, folders)):
+        folder, adapter = weights_of(given), {}
         source, tensors = read_config(folder).source, read_tensors(tensor_files(folder))
+        if folder is not given:  # what it adds is lost as easily
+            adapter = read_tensors([given / TENSORS])
         if any(
             t.dtype in STORED and torch.finfo(t.dtype).eps < torch.finfo(dtype).eps
-            for t in tensors.values()
+            for t in (*tensors.values(), *adapter.values())
         ):
-            told.append(f"{folder}: weights are rounded to {name}, which can undo fine-tuning")
+            told.append(f"{given}: weights are rounded to {name}, which can undo fine-tuning")
         head = name_of_head(tensors, source, folder)
         if head == VALUE_HEAD:
             told.append(f"{folder}: a language model with a value head, from which a reward model "
@@ -218,7 +221,8 @@ def load_pretrained(
     Args:
         folder: config.json and model.safetensors, single or sharded with an index; or an adapter of
             PEFT, which is merged into its base (`folders.resolve` says where that is looked for).
-        dtype: of the parameters; None keeps the file's.
+        dtype: of the parameters; None keeps the file's, of an adapter its base's: in bfloat16 much
+            of what it adds is rounded away.
         device: None is the CPU.
         trunk_bits: 8 or 4 packs the trunk's linear layers, to be frozen under adapters, as in
             `quantized`; 0 does not.

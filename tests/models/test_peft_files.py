@@ -17,6 +17,7 @@ from minirlhf.models.pretrained import (
     load_pretrained,
     load_reward_model,
     read_config,
+    remarks,
     save_pretrained,
     stored_head,
     without_weights,
@@ -232,6 +233,17 @@ def test_a_merged_model_is_rounded_once(peer, tmp_path):
     wanted = merge_lora(lm).model.layers[0].mlp.up_proj.weight.bfloat16()
     got = load_pretrained(tmp_path, torch.bfloat16).model.layers[0].mlp.up_proj.weight
     assert torch.equal(got, wanted)
+
+
+def test_an_adapter_that_would_lose_digits_is_told_of(peer, tmp_path):
+    _, base = peer("llama")
+    save_pretrained(load_pretrained(base, torch.bfloat16), tmp_path / "base")
+    lm = shake(add_lora(load_pretrained(tmp_path / "base", torch.float32), 3, 8.0))
+    save_adapter(lm, tmp_path / "adapter", "../base")
+    assert remarks([tmp_path / "base"], torch.bfloat16) == []
+    assert remarks([tmp_path / "adapter"], torch.float32) == []
+    (line,) = remarks([tmp_path / "adapter"], torch.bfloat16)
+    assert line.startswith(f"{tmp_path / 'adapter'}: weights are rounded to bfloat16")
 
 
 def test_an_ensemble_that_is_normalised_comes_back(peer, tmp_path):
