@@ -83,6 +83,8 @@ SAMPLED = {  # of recipes that sample responses to prompts
     "sample_prompts": Change(1),
 }
 POLICY = SAMPLED | {  # of recipes that learn from what a policy writes
+    "rollout_bits": Change(8),
+    "rollout_weight_cap": Change(1.0, {"rollout_bits": 8}),
     "reward": Change("reward.py:short"),
     "chat": Change(True, {"reward": "reward.py:shown"}),  # which is given messages then
     "template_kwargs": Change(  # `letters` reads strings

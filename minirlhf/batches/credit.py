@@ -20,6 +20,7 @@ from minirlhf.equations.critic_free import (
     rewards_to_go,
 )
 from minirlhf.equations.masking import masked_rescale, masked_standardize, masked_sum
+from minirlhf.equations.policy import truncated_weights
 
 
 class CreditSettings(Protocol):
@@ -32,6 +33,8 @@ class CreditSettings(Protocol):
     whiten_rewards: bool
     whiten_advantages: bool
     bootstrap_truncated: bool
+    rollout_bits: int
+    rollout_weight_cap: float
 
 
 class KLInReward(Protocol):
@@ -47,7 +50,8 @@ def reward_kl(config: KLInReward) -> str | None:
 
 
 def assign_credit(buffer: RolloutBuffer, config: CreditSettings, kl_coef: float) -> None:
-    """Fills rewards (KL penalty and score), advantages and returns (GAE)."""
+    """Fills rewards (KL penalty and score), advantages and returns (GAE); and weights, which the
+    advantages are then multiplied by, where the policy that sampled is a rounded copy."""
     bootstraps = config.bootstrap_truncated
 
     def reward_tokens(micro: Rollout) -> Rollout:
@@ -70,6 +74,16 @@ def assign_credit(buffer: RolloutBuffer, config: CreditSettings, kl_coef: float)
     buffer.map(credit)
     if config.whiten_advantages:
         buffer.over_all("advantages", masked_standardize)
+    if config.rollout_bits:
+        buffer.map(partial(weigh, config.rollout_weight_cap))
+
+
+def weigh(cap: float, micro: Rollout) -> Rollout:
+    """Weighs the advantages of what another policy sampled: every policy loss is proportional to
+    them, so this is to weigh its loss."""
+    weights = truncated_weights(micro.old_logprobs, micro.sampled_logprobs, cap)
+    weights = torch.where(micro.response_mask, weights, 0)
+    return micro._replace(weights=weights, advantages=weights * micro.advantages)
 
 
 # ------------------------------------------------------------------------------- without a critic
@@ -88,17 +102,27 @@ class GroupCreditSettings(KLInReward, Protocol):
     advantage: str
     samples_per_prompt: int
     kl_coef: float
+    rollout_bits: int
+    rollout_weight_cap: float
 
 
 def assign_group_credit(
     buffer: RolloutBuffer, scores: Tensor, config: GroupCreditSettings
 ) -> None:
-    """Fills advantages, without a critic.
+    """Fills advantages, without a critic, and weights as `assign_credit`.
 
     Args:
         buffer: measured, its rows with their scores.
         scores: (B,) all reward of each response, in the order of the batch, groups adjacent.
     """
+    fill_group_advantages(buffer, scores, config)
+    if config.rollout_bits:
+        buffer.map(partial(weigh, config.rollout_weight_cap))
+
+
+def fill_group_advantages(
+    buffer: RolloutBuffer, scores: Tensor, config: GroupCreditSettings
+) -> None:
     estimator = reward_kl(config) if config.kl_coef else None
     if config.advantage == "reinforce++":
         def to_go(micro: Rollout) -> Rollout:

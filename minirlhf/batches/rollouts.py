@@ -42,6 +42,7 @@ class Rollout(NamedTuple):
     given_rewards: Tensor | None = None  # (B, R) float32, of single tokens, beside the score
     old_logprobs: Tensor | None = None  # (B, R) nats, by the pass that trains: the ratio uses these
     ref_logprobs: Tensor | None = None  # (B, R) nats, of the frozen reference
+    weights: Tensor | None = None  # (B, R) of the policy loss, where another policy sampled
     full_kl: Tensor | None = None  # (B, R) nats, KL(policy || ref) over the vocabulary
     ref_states: Tensor | None = None  # (B, R, D) of the reference, for a full KL as a loss
     old_values: Tensor | None = None  # (B, R)

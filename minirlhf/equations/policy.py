@@ -130,6 +130,35 @@ def clipped_value_loss(
     return ValueLoss(largest.square() / 2, clipped)
 
 
+def truncated_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
+    """Weight of each token's policy loss where another policy drew it than the one that learns.
+    Espeholt et al. 2018 (IMPALA, arXiv:1802.01561), sec. 4.1; for samplers of other rounding Yao et
+    al. 2025 ("Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
+
+        weight_t = min(pi_old(a_t) / pi_sampled(a_t), cap)
+
+    Without a cap its mean over what was sampled is exact: E_sampled[weight f] = E_old[f]. The cap
+    bounds the variance, and what is estimated then is sum_a min(pi_old(a), cap pi_sampled(a)) f(a).
+
+    Args:
+        old_logprobs: (B, R) nats, by the pass that trains.
+        sampled_logprobs: (B, R) nats, of the law that was drawn from.
+        cap: ratio units, >= 1.
+    Returns:
+        (B, R), without gradient.
+    Raises:
+        ValueError: shapes differ, or cap is below 1.
+
+    >>> from torch import log, tensor
+    >>> truncated_weights(log(tensor([[0.6, 0.9]])), log(tensor([[0.5, 0.1]])), cap=2.0)
+    tensor([[1.2000, 2.0000]])
+    """
+    check_same_shape(old_logprobs=old_logprobs, sampled_logprobs=sampled_logprobs)
+    if not cap >= 1:
+        raise ValueError(f"cap is {cap}: 1 or more is legal")
+    return (upcast(old_logprobs) - upcast(sampled_logprobs)).detach().exp().clamp(max=cap)
+
+
 def with_mask(policy_loss: PolicyLoss) -> Callable[[Tensor, Tensor, Tensor, Tensor], Surrogate]:
     """The loss as a function of (logprobs, old_logprobs, advantages, response_mask): a loss of
     single tokens needs no mask, one of whole responses names it as a parameter."""

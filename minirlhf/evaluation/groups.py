@@ -13,7 +13,7 @@ from minirlhf.batches.rollouts import RolloutBuffer
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.equations.critic_free import without_spread
 from minirlhf.equations.kl import kl_k1, kl_k3
-from minirlhf.evaluation.rollout import text_statistics
+from minirlhf.evaluation.rollout import text_statistics, weight_statistics
 from minirlhf.evaluation.updates import MiniBatchStats
 from minirlhf.rewards.source import Completions, Scores
 
@@ -116,7 +116,7 @@ def summarise_groups(
     unknown = sum(i >= tokenizer.vocab_size for ids in responses for i in ids)
     return {
         **length_statistics([len(ids) for ids in responses], reasons),
-        **kl_statistics(buffer),
+        **kl_statistics(buffer), **weight_statistics(buffer),
         "entropy": stats.entropy, "loss": stats.loss,
         "loss/policy_avg": stats.policy_loss, "loss/kl_avg": stats.kl_loss,
         "clip_ratio/region_mean": stats.clipfrac,

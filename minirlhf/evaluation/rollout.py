@@ -47,6 +47,20 @@ def rollout_statistics(buffer: RolloutBuffer) -> dict[str, float]:
     }
 
 
+def weight_statistics(buffer: RolloutBuffer) -> dict[str, float]:
+    """Of the weights of the policy loss; none where the policy itself sampled."""
+    if buffer.micro_batches[0].weights is None:
+        return {}
+    weights = buffer.flat("weights").double()
+    log_ratio = buffer.flat("old_logprobs").double() - buffer.flat("sampled_logprobs").double()
+    # The largest weight is the cap, if any is truncated; it was rounded to float32.
+    truncated = log_ratio.exp() > weights.max() * (1 + 1e-6)
+    return {
+        "sampling/importance_sampling_ratio/mean": float(weights.mean()),
+        "sampling/importance_sampling_ratio/truncated": float(truncated.double().mean()),
+    }
+
+
 def score_statistics(raw: Tensor, scores: Tensor) -> dict[str, float]:
     """The reward as its source gave it, (B,), and as PPO uses it, (B,)."""
     raw, scores = raw.double(), scores.double()
@@ -108,7 +122,7 @@ def summarise(
     responses, tokens = completions.response_ids, len(buffer.flat("rewards"))
     unknown = sum(i >= tokenizer.vocab_size for ids in responses for i in ids)
     return given.metrics() | {
-        **rollout_statistics(buffer),
+        **rollout_statistics(buffer), **weight_statistics(buffer),
         **score_statistics(given.sums, scores),
         **text_statistics(responses, completions.finish_reasons, scores),
         "objective/non_score_reward_per_token": stats.non_score_reward * len(buffer) / tokens,

@@ -62,7 +62,7 @@ from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
 from minirlhf.setup.grpo import load_run
 from minirlhf.setup.grpo_settings import GRPOConfig
-from minirlhf.setup.policy import PolicyRun, rule_for_truncated, sampling_of
+from minirlhf.setup.policy import PolicyRun, rule_for_truncated, sampler_of, sampling_of
 
 EVENTS = ("flat_groups", "resampled_prompts", "masked_responses", "num_tokens", "skipped_updates",
           "skipped_truncated", "skipped_ratio", "early_stops")  # counted since the start
@@ -147,8 +147,9 @@ def sample_groups(
     places = torch.arange(start * G, (start + count) * G)
     keys = streams.key(seed, "rollout", state.step, rows, places)
     batch = [prompts[i] for i in rows.tolist()]
-    return sample(state.model, batch, keys, sampling_of(config), tokenizer,
-                  config.rollout_batch_size, columns_of(prompts))
+    lm = sampler_of(state.model, config)
+    return sample(lm, batch, keys, sampling_of(config), tokenizer, config.rollout_batch_size,
+                  columns_of(prompts))
 
 
 def score_groups(
@@ -173,14 +174,14 @@ def measure_rollout(
     """Passes a rollout through the policy and, where there is one, its reference.
 
     A single update sees the policy as it was when it sampled: the log-probs of its own pass are the
-    old ones, so that one pass is spared unless the KL is needed before.
+    old ones, so that one pass is spared unless the KL or a token's weight is needed before.
     """
     if ref is None and config.kl_coef:
         raise ValueError(f"ref is None, kl_coef is {config.kl_coef}: give the reference, or 0")
     starts = iteration == 0 and ref is not None and config.ref is None
     rewarded = config.kl_coef > 0 and reward_kl(config) is not None
     single = config.epochs * config.mini_batches == 1 and anything_learned(buffer, config)
-    old = starts or rewarded or not single
+    old = starts or rewarded or config.rollout_bits > 0 or not single
     measure_lm(policy, ref, buffer, config.temperature, old)
     if starts:
         invariants.check_start(kl_k1(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs")))

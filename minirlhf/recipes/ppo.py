@@ -65,7 +65,7 @@ from minirlhf.rewards.source import Completions, RewardSource, Scores, as_scores
 from minirlhf.run import flags, optim, settings
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
-from minirlhf.setup.policy import rule_for_truncated, sampling_of
+from minirlhf.setup.policy import rule_for_truncated, sampler_of, sampling_of
 from minirlhf.setup.ppo import PPORun, load_run
 from minirlhf.setup.ppo_settings import PPOConfig
 
@@ -141,8 +141,9 @@ def sample_rollout(
     rows = next_rows(state.samples, B, len(prompts), seed)
     keys = streams.key(seed, "rollout", state.step, rows, torch.arange(B))
     batch = [prompts[i] for i in rows.tolist()]
-    return sample(state.model.lm, batch, keys, sampling_of(config), tokenizer,
-                  config.rollout_batch_size, columns_of(prompts))
+    lm = sampler_of(state.model.lm, config)
+    return sample(lm, batch, keys, sampling_of(config), tokenizer, config.rollout_batch_size,
+                  columns_of(prompts))
 
 
 def score_rollout(

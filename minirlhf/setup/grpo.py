@@ -20,6 +20,7 @@ from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.policy import (
     PolicyRun,
     Start,
+    check_sampler,
     load_rewards,
     look,
     offload_frozen,
@@ -61,6 +62,7 @@ def run_facts(config: GRPOConfig, prompts: int, policy: CausalLM) -> dict[str, o
 def load_run(config: GRPOConfig) -> PolicyRun:
     """Refuses all that can be refused, the cheapest first, then loads the models."""
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    check_sampler(config, device)
     start = look(config, refers=config.refers)
     tokenizer, data = start.tokenizer, start.data
     # Refused here, before anything is loaded; written to only once all is.

@@ -22,6 +22,7 @@ from minirlhf.evaluation.samples import sample_table
 from minirlhf.files.folders import resolve
 from minirlhf.models import pretrained
 from minirlhf.models.heads import RewardModel, reads_whole
+from minirlhf.models.int8 import Int8LM
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards import load, parse
@@ -32,7 +33,12 @@ from minirlhf.run.folder import Run
 from minirlhf.setup.common import check_base
 from minirlhf.setup.groups import TrainingSettings
 from minirlhf.setup.policy_data import Data, prompt_room, read_prompts
-from minirlhf.setup.policy_settings import EndSettings, PolicyInputSettings, RolloutSettings
+from minirlhf.setup.policy_settings import (
+    EndSettings,
+    PolicyInputSettings,
+    RolloutSettings,
+    SamplerSettings,
+)
 from minirlhf.setup.roles import load_scorer, share_weights, shares_trunk
 from minirlhf.setup.training import TrainingRun, check_tokenizer
 
@@ -271,6 +277,17 @@ def sampling_of(config: RolloutSettings) -> Sampling:
         config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.min_p,
         stop_strings=config.stop, min_new_tokens=config.min_new_tokens,
     )
+
+
+def sampler_of(lm: CausalLM, config: SamplerSettings) -> CausalLM:
+    """What responses are drawn from: the policy, or its copy in bytes."""
+    return Int8LM(lm) if config.rollout_bits else lm
+
+
+def check_sampler(config: SamplerSettings, device: str) -> None:
+    if config.rollout_bits and torch.device(device).type != "cpu":
+        what = f"is {config.rollout_bits}, and the device is {device}"
+        raise UserError("--rollout-bits", what, "int8 is for sampling on a CPU: leave it out")
 
 
 def rule_for_truncated(config: EndSettings) -> EndRule:

@@ -79,6 +79,19 @@ class RolloutSettings(SamplingSettings):
 
 
 @dataclass(frozen=True)
+class SamplerSettings(RolloutSettings):
+    """Sampling: by a rounded copy of the policy."""
+
+    rollout_bits: int = setting(
+        0, "8: sample from a copy of the policy in int8, on a CPU, and weigh the policy loss for "
+        "its rounding (Yao et al. 2025); 0: sample from the policy", choices=(0, 8),
+    )
+    rollout_weight_cap: float = setting(
+        2.0, "largest weight of a token's policy loss with rollout_bits", at_least=1
+    )
+
+
+@dataclass(frozen=True)
 class EndSettings:
     """Scores: the rule for truncated responses."""
 
@@ -194,7 +207,7 @@ class PromptInputSettings(InputSettings, PromptSettings, HeldOutSettings):
 
 @dataclass(frozen=True)
 class PolicyInputSettings(
-    PromptInputSettings, ReferenceSettings, RewardSourceSettings, BestSettings, RolloutSettings,
+    PromptInputSettings, ReferenceSettings, RewardSourceSettings, BestSettings, SamplerSettings,
     EndSettings,
 ):
     """What is read and sampled; PolicyTrainingSettings go with them."""

@@ -24,6 +24,7 @@ from minirlhf.setup import longest, memory
 from minirlhf.setup.policy import (
     PolicyRun,
     Start,
+    check_sampler,
     load_rewards,
     look,
     offload_frozen,
@@ -117,6 +118,7 @@ class PPORun(PolicyRun):
 def load_run(config: PPOConfig) -> PPORun:
     """Refuses all that can be refused, the cheapest first, then loads the models."""
     device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    check_sampler(config, device)
     start = look_for_ppo(config)
     tokenizer, data = start.tokenizer, start.data
     # Refused here, before anything is loaded; written to only once all is.

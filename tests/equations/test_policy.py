@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from minirlhf.equations.masking import masked_mean, masked_sum
-from minirlhf.equations.policy import clipped_surrogate, clipped_value_loss, with_mask
+from minirlhf.equations.policy import (
+    clipped_surrogate,
+    clipped_value_loss,
+    truncated_weights,
+    with_mask,
+)
 
 nan, inf = torch.nan, torch.inf
 f64 = partial(torch.tensor, dtype=torch.float64)
@@ -243,3 +248,53 @@ def test_a_loss_that_names_the_mask_is_given_it():
     assert all(x is y for x, y in zip(found, (new, old, credit, mask), strict=True))
     clipped = partial(clipped_surrogate, clip_low=0.2, clip_high=0.2)
     assert_close(with_mask(clipped)(new, old, credit, mask).loss, torch.full((2, 3), -1.2))
+
+
+# ---- what another policy sampled -----------------------------------------------------------------
+
+
+def test_truncated_weights_by_hand():
+    # 0.6 / 0.5, 0.9 / 0.1 = 9 cut to 2, 0.1 / 0.4
+    old, sampled = f64([[0.6, 0.9, 0.1]]).log(), f64([[0.5, 0.1, 0.4]]).log().requires_grad_()
+    weights = truncated_weights(old, sampled, 2.0)
+    assert_close(weights, f64([[1.2, 2.0, 0.25]]))
+    assert not weights.requires_grad
+    assert_close(truncated_weights(old, old, 1.0), f64([[1, 1, 1]]))
+
+
+def test_truncated_weights_estimate_what_the_policy_itself_would():
+    """Over a vocabulary of three tokens, exactly: the sampler draws, the weights correct."""
+    logits = f64([0.2, -0.4, 0.1]).requires_grad_()
+    old, sampled = logits.detach().softmax(0), f64([0.5, 0.1, 0.4])
+    credit = f64([1.0, -2.0, 3.0])
+    weights = truncated_weights(old.log()[None], sampled.log()[None], inf)[0]
+    # the mean of any number, and the gradient of the loss at ratio 1: that of -sum_a pi(a) A(a)
+    assert_close((sampled * weights * credit).sum(), (old * credit).sum())
+    new = logits.log_softmax(0)
+    out = clipped_surrogate(new[None], new.detach()[None], (weights * credit)[None], 0.2, 0.2)
+    (sampled * out.loss[0]).sum().backward()
+    found, logits.grad = logits.grad, None
+    (-(logits.softmax(0) * credit).sum()).backward()
+    assert_close(found, logits.grad)
+    # exp(0.2, -0.4, 0.1) = (1.221403, 0.670320, 1.105171), so pi = (0.407556, 0.223672, 0.368772).
+    # With a cap of 1.5 the second token, whose ratio is 2.24, counts with 1.5 · 0.1 = 0.15:
+    # 0.4075562 · 1 - 0.15 · 2 + 0.3687721 · 3 = 1.2138727
+    cut = truncated_weights(old.log()[None], sampled.log()[None], 1.5)[0]
+    assert_close((sampled * cut * credit).sum(), f64(1.2138727))
+
+
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_a_weighted_advantage_is_a_weighted_loss(dual_clip):
+    logprobs, old = f64([[-0.1, -2.0, -0.5, -0.3]]), f64([[-1.0, -1.0, -1.0, -2.0]])
+    credit, weights = f64([[1, -1, 2, -2]]), f64([[0.3, 1.7, 2.0, 0.9]])
+    plain = clipped_surrogate(logprobs, old, credit, 0.2, 0.2, dual_clip)
+    weighted = clipped_surrogate(logprobs, old, weights * credit, 0.2, 0.2, dual_clip)
+    assert_close(weighted.loss, weights * plain.loss)
+    assert torch.equal(weighted.clipped, plain.clipped)
+
+
+def test_truncated_weights_refuse_a_cap_below_one_and_other_shapes():
+    with pytest.raises(ValueError, match=r"cap is 0\.9: 1 or more is legal"):
+        truncated_weights(torch.zeros(1, 2), torch.zeros(1, 2), 0.9)
+    with pytest.raises(ValueError, match="sampled_logprobs"):
+        truncated_weights(torch.zeros(1, 2), torch.zeros(2), 2.0)

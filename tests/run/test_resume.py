@@ -275,11 +275,13 @@ def test_a_run_on_lists_killed_anywhere_leaves_the_same(server, world, folder):
         assert wrong_with(out_of(argv), expected) == []
 
 
-@pytest.mark.parametrize(("recipe", "bits"), [("ppo", 4), ("reward", 8)])
-def test_a_run_on_a_quantised_trunk_killed_anywhere_leaves_the_same(
-    recipe, bits, server, world, folder
+@pytest.mark.parametrize(("recipe", "changes"), [
+    ("ppo", {"trunk_bits": 4, "rollout_bits": 8}), ("reward", {"trunk_bits": 8}),
+])
+def test_a_run_in_few_bits_killed_anywhere_leaves_the_same(
+    recipe, changes, server, world, folder
 ):
-    changes = {"lora_rank": 2, "trunk_bits": bits}
+    changes = {"lora_rank": 2, **changes}
     argv = command(recipe, world, folder / f"{recipe}-bits", **changes)
     measured, expected = server.run(argv), remains(out_of(argv))
     assert measured.code == 0, log_of(argv).read_text("utf-8")
