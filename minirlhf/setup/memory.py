@@ -173,10 +173,11 @@ def of_policy(
     tokens = max(row, texts, min(most, config.micro_batch_size * row))
     sizes = [parameters(model) * dtype.itemsize for model in frozen]
     away = config.offload_frozen  # one of them is in memory at a time, and none in an update
-    copied = parameters(policy) if config.rollout_bits else 0
+    copied = Part("int8 copy of the policy", parameters(policy), "leave out --rollout-bits",
+                  "sampling")
     return Estimate(recipe, [
         *learning(policy, tokens, config, dtype, critic, shared_critic=shared_critic),
-        Part("int8 copy of the policy", copied, "leave out --rollout-bits", "sampling"),
+        *([copied] if config.rollout_bits else []),
         Part("frozen models", max(sizes, default=0) if away else sum(sizes),
              "give --offload-frozen", "measuring" if away else ""),
         of_sampling(config, policy, row, dtype),

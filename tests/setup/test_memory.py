@@ -176,6 +176,12 @@ def test_of_ppo_by_hand():
     assert "KV cache and logits of sampling" not in sizes(estimate.peak)
 
 
+def test_of_ppo_counts_the_copy_that_is_sampled_from():
+    config = replace(SETTINGS, batch_size=900, rollout_batch_size=800, rollout_bits=8)
+    estimate = memory.of_ppo(config, TINY, None, [], 2, 0, float32)
+    assert estimate.total == 688 + 1376 + 800 * 240 + 172
+
+
 def test_of_ppo_peaks_in_sampling_where_many_rows_stand_side_by_side():
     config = replace(SETTINGS, batch_size=900, rollout_batch_size=800)
     estimate = memory.of_ppo(config, TINY, None, [], 2, 0, float32)
