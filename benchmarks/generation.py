@@ -29,24 +29,28 @@ def ours(args: argparse.Namespace) -> None:
     import torch
 
     from minirlhf import Sampling, generate, load_pretrained
+    from minirlhf.models.int8 import Int8LM
     from minirlhf.run.machine import choose_dtype, make_deterministic
 
     make_deterministic("cpu")  # as the recipe does
     lm = load_pretrained(args.model, choose_dtype(args.dtype))
+    lm = Int8LM(lm) if args.int8 else lm
     ids = json.loads(Path(args.prompts).read_text(encoding="utf-8"))
     for rows in BATCH_SIZES:
-        seconds = []
+        seconds, cpu = [], []
         for _ in range(args.repeats + 1):
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             made = generate(lm, ids[:rows], Sampling(NEW), (), torch.arange(rows))
             seconds.append(time.perf_counter() - started)
+            cpu.append(time.process_time() - used)
         assert int(made.response_mask.sum()) == rows * NEW
-        print(json.dumps({"rows": rows, "seconds": seconds[1:]}), flush=True)
+        print(json.dumps({"rows": rows, "seconds": seconds[1:], "cpu": cpu[1:]}), flush=True)
 
 
 def main() -> None:
     flags = flags_of(__doc__)
     flags.add_argument("--transformers", metavar="PYTHON")
+    flags.add_argument("--int8", action="store_true", help="also from the copy of --rollout-bits 8")
     flags.add_argument("--repeats", type=several, default=3)
     flags.add_argument("--prompts", help=argparse.SUPPRESS)
     args = read_flags(flags)
@@ -65,6 +69,9 @@ def main() -> None:
             if args.transformers:
                 script = [args.transformers, str(HERE / "peers/hf_generate.py")]
                 peers[f"transformers, {dtype}"] = ([*script, *shared, "--dtype", dtype], None)
+        if args.int8:
+            command = [sys.executable, __file__, "--child", *shared, "--int8"]
+            mine["minirlhf, int8"] = (command, None)
         if not peers:
             print("transformers: left out, give --transformers PYTHON", file=sys.stderr)
         found, machine = take_turns(mine, peers, args.rounds)
@@ -73,7 +80,11 @@ def main() -> None:
         for name, lines in found.items():
             seconds = [s for line in lines if line["rows"] == rows for s in line["seconds"]]
             rate = rows * NEW / statistics.median(seconds)
-            table.append({"program": name, "rows": rows, "tokens_per_s": rate, **spread(seconds)})
+            row = {"program": name, "rows": rows, "tokens_per_s": rate, **spread(seconds)}
+            if name in mine:
+                cpu = [s for line in lines if line["rows"] == rows for s in line["cpu"]]
+                row["cpu"] = statistics.median(cpu)
+            table.append(row)
     print(hardware.show(machine))
     print(f"{'':<28}{'rows':>6}{'tokens/s':>10}{'median s':>10}{'lowest':>9}{'highest':>9}"
           f"{'ratio':>8}")

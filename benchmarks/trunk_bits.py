@@ -59,14 +59,16 @@ def ppo(args: argparse.Namespace, bits: int, folder: Path) -> dict:
 
 
 def distance(args: argparse.Namespace, bits: int) -> dict:
-    """What packing costs in nats a token, on 64 film sentences."""
+    """What packing costs in nats a token, on 64 film sentences; bits 0: of the copy in int8 that
+    `--rollout-bits 8` samples from."""
     import torch
 
     from minirlhf import load_pretrained, load_tokenizer
+    from minirlhf.models.int8 import Int8LM
     from minirlhf.models.quantized import quantized_layers
 
     full = load_pretrained(args.model, torch.float32)
-    packed = load_pretrained(args.model, torch.float32, trunk_bits=bits)
+    packed = load_pretrained(args.model, torch.float32, trunk_bits=bits) if bits else Int8LM(full)
     tokenizer, kl, losses = load_tokenizer(args.model), [], []
     with open(f"{args.data}/movie_sentences.jsonl", encoding="utf-8") as file, torch.no_grad():
         for line in islice(file, 64):
@@ -75,12 +77,14 @@ def distance(args: argparse.Namespace, bits: int) -> dict:
             kl.append((p.exp() * (p - q)).sum(-1))
             chosen = ids[0, 1:, None]
             losses.append(torch.cat((-p.gather(-1, chosen), -q.gather(-1, chosen)), 1))
+    before, after = torch.cat(losses).mean(0).tolist()
+    found = {"kl": torch.cat(kl).mean().item(), "loss_full": before, "loss": after}
+    if not bits:
+        return {f"int8_copy_{name}": value for name, value in found.items()}
     layers = quantized_layers(packed).values()
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     held = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
-    before, after = torch.cat(losses).mean(0).tolist()
-    return {"kl": torch.cat(kl).mean().item(), "loss_full": before, "loss": after,
-            "bytes_a_weight": held / weights}
+    return found | {"bytes_a_weight": held / weights}
 
 
 def main() -> None:
@@ -91,8 +95,8 @@ def main() -> None:
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         idle, _ = run(["-c", IDLE])
-        rows = [{"bits": bits or 32, **ppo(args, bits, Path(folder)),
-                 **(distance(args, bits) if bits else {})} for bits in (0, 8, 4)]
+        rows = [{"bits": bits or 32, **ppo(args, bits, Path(folder)), **distance(args, bits)}
+                for bits in (0, 8, 4)]
     for row in rows:
         row["peak_bytes"] -= idle
         print(json.dumps(row))
