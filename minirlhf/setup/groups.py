@@ -17,16 +17,22 @@ from minirlhf.run.settings import setting
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class BaseSettings:
+    """Model: what adapters go on."""
+
+    base: str | None = setting(
+        None, "folder or hub name of what the adapters among the given models were trained on; "
+        "none: what their adapter_config.json names", metavar="FOLDER", resume="fixed",
+    )
+
+
+@dataclass(frozen=True)
+class ModelSettings(BaseSettings):
     """Model: where the weights come from."""
 
     model: str = setting(
         "", "folder or hub name of the model, or of an adapter (LoRA) as peft saves it",
         metavar="FOLDER", required=True, resume="fixed",
-    )
-    base: str | None = setting(
-        None, "folder or hub name of what the adapters among the given models were trained on; "
-        "none: what their adapter_config.json names", metavar="FOLDER", resume="fixed",
     )
 
 
@@ -195,7 +201,17 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True)
-class AdapterSettings:
+class MergeSettings:
+    """Adapters: what becomes of them."""
+
+    merge: bool = setting(
+        True, "write the model with its adapters merged too, not the adapters alone",
+        resume="free",
+    )
+
+
+@dataclass(frozen=True)
+class AdapterSettings(MergeSettings):
     """Adapters: LoRA (Hu et al. 2021, arXiv:2106.09685)."""
 
     lora_rank: int = setting(
@@ -216,10 +232,6 @@ class AdapterSettings:
     dora: bool = setting(
         False, "train the length of each weight's rows too (DoRA, Liu et al. 2024, "
         "arXiv:2402.09353)", resume="fixed",
-    )
-    merge: bool = setting(
-        True, "write the model with its adapters merged too, not the adapters alone",
-        resume="free",
     )
     trunk_bits: int = setting(
         0, "bits of the frozen weights under the adapters: 8 (int8) or 4 (NF4, Dettmers et al. "

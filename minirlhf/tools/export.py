@@ -1,6 +1,7 @@
 """A checkpoint of a run as a folder that others read: `minirlhf export RUN --merge` or `--adapter`.
 
-A run leaves its last model by itself; this is for one that has not ended, or an earlier step.
+A run leaves its last model by itself; this is for one that has not ended, or an earlier step. In a
+run's place may stand an adapter, its own best-adapter or one of peft, to be merged into its base.
 """
 
 import sys
@@ -53,9 +54,32 @@ def settings_in(place: Path, base: str | None) -> tuple[str, object]:
     return recipe, config
 
 
+def merge_adapter(asked: ExportConfig, place: Path) -> None:
+    """Writes an adapter's folder as the model that it makes of its base."""
+    if not asked.merge or asked.step is not None:
+        raise UserError(place, "is an adapter", "give --merge alone")
+    folder, out = folders.resolve(place, base=asked.base), new_folder(asked, place / "merged")
+    tokenizer, dtype = load_tokenizer(folder), choose_dtype("auto")
+    if pretrained.stored_head(folder) is None:
+        write_model(pretrained.load_pretrained(folder, dtype), tokenizer, out)
+    else:
+        write_reward_model(pretrained.load_reward_model(folder, dtype), tokenizer, out)
+    print(f"model of {place} in {out}")
+
+
+def new_folder(asked: ExportConfig, otherwise: Path) -> Path:
+    out = Path(asked.out or otherwise)
+    if out.exists():
+        raise UserError("--out", f"{out} exists", "give a new folder")
+    return out
+
+
 def main(argv: list[str] | None = None) -> int:
     asked = flags.parse(ExportConfig, argv, "minirlhf export")
     place = Path(asked.run)
+    if (place / folders.ADAPTER).exists():
+        merge_adapter(asked, place)
+        return OK
     recipe, config = settings_in(place, asked.base)
     if asked.adapter and not config.lora_rank:
         raise UserError("--adapter", f"{place} trained all weights", "give --merge")
@@ -64,9 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     if commit is None:
         raise UserError(place, "holds no checkpoint", "begin the run first")
     kind = "adapter" if asked.adapter else "model"
-    out = Path(asked.out or place / f"{kind}-{commit.name}")
-    if out.exists():
-        raise UserError("--out", f"{out} exists", "give a new folder")
+    out = new_folder(asked, place / f"{kind}-{commit.name}")
     folder, dtype = folders.resolve(config.model, base=config.base), choose_dtype(config.dtype)
     tokenizer = load_tokenizer(folder)
     if recipe == "reward":

@@ -11,10 +11,12 @@ from minirlhf.run.resume import OutSettings
 from minirlhf.run.settings import override, setting
 from minirlhf.setup.groups import (
     COLDEST,
+    BaseSettings,
     BatchSettings,
     DataSettings,
     DeviceSettings,
     LengthSettings,
+    MergeSettings,
     MicroBatchSettings,
     ModelSettings,
     ResponseSettings,
@@ -295,21 +297,23 @@ class ServeConfig(ModelSettings, MicroBatchSettings, DeviceSettings):
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(BaseSettings, MergeSettings, OutSettings):
     """Write a checkpoint of a run as a folder that others read."""
 
     FIRST_WORDS: ClassVar = "run"
 
-    run: str = setting("", "folder of the run", metavar="FOLDER", required=True)
-    merge: bool = setting(False, "write the model, adapters merged into its weights")
+    run: str = setting(
+        "", "folder of the run, or of an adapter to merge", metavar="FOLDER", required=True
+    )
+    merge: bool = override(False, "write the model, adapters merged into its weights")
     adapter: bool = setting(False, "write the adapters alone, as peft reads them")
     step: int | None = setting(None, "of the checkpoint; none: the newest", at_least=0)
-    base: str | None = setting(
-        None, "folder of what the run's --model names or was trained on, where that has moved",
-        metavar="FOLDER",
+    base: str | None = override(
+        help="folder or hub name of what the adapters were trained on; none: what they name"
     )
-    out: str | None = setting(
-        None, "new folder; none: in the run's, named after the checkpoint", metavar="FOLDER"
+    out: str | None = override(
+        None, "new folder; none: in the run's, named after the checkpoint", metavar="FOLDER",
+        required=False,
     )
 
     def check(self) -> list[str]:

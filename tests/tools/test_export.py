@@ -53,6 +53,15 @@ def test_all_weights_are_exported_too(here):
     assert weights("out/model-step-00000001") == weights("out/model")
 
 
+@pytest.mark.parametrize("verb", ["sft", "reward"])
+def test_an_adapter_is_merged(verb, here):
+    assert cli.main([*words(verb), *LORA, "--no-merge"]) == OK
+    assert cli.main(["export", "out/adapter", "--merge"]) == OK
+    assert cli.main(["export", "out", "--merge"]) == OK
+    assert weights("out/adapter/merged") == weights("out/model-step-00000001")
+    assert cli.main(["export", "out/adapter", "--adapter"]) == BAD_INPUT
+
+
 @pytest.mark.parametrize(("argv", "told"), [
     (["out"], "give one of --merge and --adapter"),
     (["out", "--merge", "--adapter"], "give one of --merge and --adapter"),
