@@ -9,6 +9,7 @@
 Each run samples 64 responses a step. At times it answers the same held-out prompts with the same
 random keys; their mean score and KL go to OUT/demo.json. What is in --folder already is not run
 again. Every json in OUT is drawn into OUT/curves.svg: score against samples, score against KL.
+With `--adapters` PPO is compared with itself: all weights, LoRA, LoRA on a trunk of 4 bits.
 """
 
 import argparse
@@ -25,27 +26,32 @@ from matplotlib import pyplot
 
 SAMPLES = 64  # responses a step
 GROUP = "--batch-size 16 --samples-per-prompt 4"
+PPO = f"ppo --batch-size {SAMPLES} --value-clip none --kl-coef 0.3"
 ALGORITHMS = {  # how each has them by default or in the demo: the KL in the reward or the loss
-    "PPO": f"ppo --batch-size {SAMPLES} --value-clip none --kl-coef 0.3",
+    "PPO": PPO,
     "GRPO": f"grpo {GROUP} --kl-coef 0.2",
     "RLOO": f"grpo {GROUP} --advantage rloo --kl-in reward --kl-estimator k1 --kl-coef 0.3",
 }
-WORLDS = {  # settings of all runs; PPO's own
+ADAPTERS = {"PPO": PPO, "PPO, LoRA": f"{PPO} --lora-rank 16",
+            "PPO, LoRA on NF4": f"{PPO} --lora-rank 16 --trunk-bits 4"}
+TENFOLD = 10  # the learning rate of adapters (Schulman et al. 2025, "LoRA Without Regret")
+WORLDS = {  # settings of all runs, PPO's own, the learning rate of all weights
     "demo": ("--steps 32 --mini-batches 2 --epochs 2 --micro-batch-size 32 --max-new-tokens 48 "
-             "--learning-rate 3e-4 --missing-eos-penalty 1 --eval-every 4",
-             "--critic-learning-rate 9e-4"),
-    "real": ("--steps 16 --mini-batches 4 --epochs 1 --max-new-tokens 32 --learning-rate 6e-5 "
-             "--schedule constant --warmup-steps 2 --missing-eos-penalty 1 --dtype bfloat16 "
-             "--eval-every 4 --eval-prompts 64", "--adam-epsilon 1e-8"),
+             "--missing-eos-penalty 1 --eval-every 4", "--critic-learning-rate 9e-4", 3e-4),
+    "real": ("--steps 16 --mini-batches 4 --epochs 1 --max-new-tokens 32 --schedule constant "
+             "--warmup-steps 2 --missing-eos-penalty 1 --dtype bfloat16 --eval-every 4 "
+             "--eval-prompts 64", "--adam-epsilon 1e-8", 6e-5),
 }
 
 
 def run(args: argparse.Namespace, algorithm: str, seed: int) -> list[dict]:
     """The evaluations of a run: samples so far, mean score, its standard error, KL in nats."""
     folder = Path(args.folder) / f"{algorithm.lower()}-{seed}"
-    shared, ppo_only = WORLDS[args.world]
+    shared, ppo_only, rate = WORLDS[args.world]
     if not (folder / "model").exists():
-        words = f"{ALGORITHMS[algorithm]} {shared} {ppo_only if algorithm == 'PPO' else ''}".split()
+        command = (ALGORITHMS | ADAPTERS)[algorithm]
+        words = f"{command} {shared} {ppo_only if command.startswith(PPO) else ''}".split()
+        words += ["--learning-rate", f"{rate * (TENFOLD if 'LoRA' in algorithm else 1):g}"]
         for name in ("model", "reward", "data", "eval-data"):
             words += [f"--{name}", getattr(args, name.replace("-", "_"))]
         words += ["--out", str(folder), "--seed", str(seed), "--sample-every", "0"]
@@ -86,18 +92,20 @@ def main() -> None:
     flags.add_argument("world", choices=WORLDS)
     for name in ("model", "reward", "data", "eval-data", "folder", "out"):
         flags.add_argument(f"--{name}", required=True)
+    flags.add_argument("--adapters", action="store_true", help="PPO of all weights and of adapters")
     flags.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, ...")
     args = flags.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    found = {a: {seed: run(args, a, seed) for seed in range(args.seeds)} for a in ALGORITHMS}
+    found = {a: {seed: run(args, a, seed) for seed in range(args.seeds)}
+             for a in (ADAPTERS if args.adapters else ALGORITHMS)}
     text = json.dumps(found, indent=1)
     (out / f"{args.world}.json").write_text(text + "\n", encoding="utf-8")
     draw(out)
     for algorithm, seeds in found.items():
         ends = [points[-1] for points in seeds.values()]
         told = "  ".join(f"{end['score']:.2f} (KL {end['kl']:.2f})" for end in ends)
-        print(f"{algorithm:<6}{told}")
+        print(f"{algorithm:<18}{told}")
 
 
 if __name__ == "__main__":
