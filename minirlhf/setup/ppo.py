@@ -161,11 +161,12 @@ def announce_memory(
 
 
 def ppo_optimizer(policy: ValueHeadModel, config: PPOConfig) -> torch.optim.AdamW:
-    """AdamW, with the critic's own rate: a head that starts from zero learns ten times as fast."""
+    """AdamW, with the critic's own rate: a head that starts from zero learns ten times as fast as
+    the weights of the policy, which is the rate of adapters."""
     if config.critic_learning_rate is not None:
         scale = config.critic_learning_rate / config.learning_rate
     else:
-        scale = 1.0 if config.critic else 10.0
+        scale = 1.0 if config.critic or config.lora_rank else 10.0
     return optim.make_optimizer(
         policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon,
         critic=policy.value_parameters(), critic_lr_scale=scale,

@@ -75,7 +75,7 @@ class CriticSettings:
 
     critic_learning_rate: float | None = setting(
         None, "peak learning rate of the critic; none: learning_rate, and ten times it for a value "
-        "head, which starts from zero", above=0,
+        "head, which starts from zero, beside weights that are all trained", above=0,
     )
     critic_warmup_steps: int = setting(
         0, "first iterations in which the critic alone is trained", at_least=0
