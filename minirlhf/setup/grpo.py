@@ -1,7 +1,7 @@
 """What a GRPO run looks at, refuses and tells before it costs anything, and the policy it loads."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import ceil
 
 import torch
@@ -72,9 +72,10 @@ def load_run(config: GRPOConfig) -> PolicyRun:
         config = replace(config, mask_truncated=False)  # in a dry run the limit cuts all responses
     make_deterministic(device)
     of_machine = announce_memory(config, start, dtype, device)
-    policy = load_trained(config, start.folder, dtype, device)
+    loaded = cache(partial(load_trained, config, start.folder, dtype, device))
+    rewards = load_rewards(config, r, start, loaded, tokenizer, data, dtype, device)
+    policy = loaded()
     policy.model.checkpointing = config.gradient_checkpointing
-    rewards = load_rewards(config, r, start, policy, tokenizer, data, dtype, device)
     ref, frozen = None, rewards.models
     if config.refers:
         ref = load_reference(config, policy, start.folder, start.ref_folder, dtype, device)

@@ -207,19 +207,23 @@ class Rewards(NamedTuple):
 
 
 def load_rewards(
-    config: PolicyInputSettings, r: Run, start: Start, policy: CausalLM, tokenizer: Tokenizer,
-    data: Data, dtype: torch.dtype, device: str,
+    config: PolicyInputSettings, r: Run, start: Start, policy: Callable[[], CausalLM],
+    tokenizer: Tokenizer, data: Data, dtype: torch.dtype, device: str,
 ) -> Rewards:
     """All that --reward names; what its functions ran becomes an input of the run.
 
     Args:
         config: has PolicyTrainingSettings too.
+        policy: gives the policy. It is asked for where a reward model lies over its weights: what
+            can be refused of a function is refused before any weight is read.
         tokenizer, data: of a dry run its own.
     """
     models: list[tuple[RewardModel, Path]] = []
 
     def load_model(folder: Path) -> RewardModel:
-        model = load_scorer(config, policy, start.folder, folder, dtype, device)
+        shares = shares_trunk(config, start.folder, folder, reward=True)
+        of_policy = policy() if shares else None
+        model = load_scorer(config, of_policy, start.folder, folder, dtype, device)
         models.append((model, folder))
         return model
 

@@ -1,7 +1,7 @@
 """What a PPO run looks at, refuses and tells before it costs anything, and the policy it loads."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import ceil
 
 import torch
@@ -127,8 +127,10 @@ def load_run(config: PPOConfig) -> PPORun:
         config, tokenizer, data = longest.of_ppo(r, config, tokenizer, data)
     make_deterministic(device)
     of_machine = announce_memory(config, start, dtype, device)
-    policy = load_policy(config, start, dtype, device)
-    rewards = load_rewards(config, r, start, policy.lm, tokenizer, data, dtype, device)
+    loaded = cache(partial(load_policy, config, start, dtype, device))
+    rewards = load_rewards(
+        config, r, start, lambda: loaded().lm, tokenizer, data, dtype, device)
+    policy = loaded()
     ref = load_reference(config, policy.lm, start.folder, start.ref_folder, dtype, device)
     offload_frozen(config, policy, [*rewards.models, (ref, start.ref_folder)])
     if config.compile:

@@ -126,11 +126,11 @@ def load_reference(
 
 
 def load_scorer(
-    config: TrainingSettings, policy: CausalLM, start: Path, folder: Path, dtype: torch.dtype,
-    device: str, trainable: bool = False,
+    config: TrainingSettings, policy: CausalLM | None, start: Path, folder: Path,
+    dtype: torch.dtype, device: str, trainable: bool = False,
 ) -> RewardModel:
     """A reward model, or what a critic begins as; over the policy's weights where it can be.
-    Arguments as of `load_reference`."""
+    Arguments as of `load_reference`; policy: None where `shares_trunk` is not true."""
     if shares_trunk(config, start, folder, reward=True):
         return load_adapter(_with_heads(base_of(policy), folder), folder, trainable)
     model = pretrained.load_reward_model(folder, dtype, device)
