@@ -235,6 +235,7 @@ COMMANDS = {
     "sft": "sft --model lm --data rows.jsonl --eval-data rows.jsonl --out sft --steps 1",
     "sft, new": "sft --init-config shape.json --data rows.jsonl --out new --steps 1",
     "sft, adapters": "sft --model lm --data rows.jsonl --out lora --steps 1 --lora-rank 2",
+    "export": "export lora --merge --out merged",
     "reward": "reward --model lm --data rows.jsonl --eval-data rows.jsonl --out rm1 --steps 1",
     "ppo": "ppo --model lm --data rows.jsonl --reward rm --out ppo --steps 1 --batch-size 2 "
     "--micro-batch-size 2 --max-new-tokens 4 --sample-every 1",
@@ -292,7 +293,7 @@ def test_no_command_reaches_out(world, monkeypatch):
     assert own == {f"{event} '{world / 'reward.py'}'" for event in ("compile", "exec")}
     assert [f for f in found if f.name != "ppo, own reward"] == []
     for made in ("sft/model", "new/model", "lora/model", "rm1/model", "ppo/model", "own/model",
-                 "grpo/model", "dpo/model", "distill/model"):
+                 "grpo/model", "dpo/model", "distill/model", "merged"):
         assert (world / made / "model.safetensors").exists()
     assert (world / "sampled.jsonl").exists() and (world / "scored.jsonl").exists()
 

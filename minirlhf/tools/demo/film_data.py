@@ -22,7 +22,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:  # splitlines would also split at U+2028 in a text
+        return [json.loads(line) for line in lines]
 
 
 def text_of(row: dict) -> str:

@@ -50,7 +50,7 @@ def test_demo_runs_its_recipes_at_a_fiftieth_of_its_steps(algorithm, tmp_path, c
     assert picture == outcome.picture(algorithm, curves)
     assert picture.count("<polyline") == lines
     assert f"{algorithm.upper()} step" in picture
-    rows = (demo / "after.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (demo / "after.jsonl").read_text(encoding="utf-8").strip().split("\n")
     assert len(rows) == film_data.HELD_OUT
     assert set(json.loads(rows[0])) >= {"prompt", "response", "finish_reason"}
     assert f"minirlhf {algorithm} --help" in out
@@ -110,3 +110,10 @@ def test_demo_in_full_improves_the_gold_reward_and_stays_fluent(algorithm, tmp_p
     assert after[0] > before[0] + 0.5  # gold reward, in standard deviations of the world's reviews
     assert after[1] > before[1] - 4  # fluency, in percent
     assert after[2] > 0.9 * film_data.HELD_OUT  # different answers
+
+
+def test_rows_of_texts_with_other_line_ends_are_read_whole(tmp_path):
+    rows = [{"response": "a\u2028b\x85c"}, {"response": "d"}]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert film_data.read_rows(tmp_path / "rows.jsonl") == rows
