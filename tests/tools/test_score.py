@@ -41,10 +41,11 @@ def test_score_is_read_before_eos_where_the_model_was_trained_so(files, capsys):
 
 
 def test_score_does_not_depend_on_the_batch(files):
-    model, tokenizer = load_reward_model(files["RM"]), load_tokenizer(files["RM"])
+    model = load_reward_model(files["RM"], torch.float64)
+    tokenizer = load_tokenizer(files["RM"])
     rows = [tokenizer.encode(text) for text in TEXTS]
     whole = score_texts(model, rows)
-    torch.testing.assert_close(score_texts(model, rows, 1), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(score_texts(model, rows, 1), whole, rtol=0, atol=1e-6)
 
 
 def test_score_summary_is_mean_and_population_std(files, capsys, monkeypatch):
