@@ -16,6 +16,7 @@ from torch import nn
 from minirlhf.data.batching import total_steps
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import UserError
+from minirlhf.files import folders
 from minirlhf.files.sieve import Report
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.lora import has_lora, merged_copy
@@ -35,7 +36,7 @@ from minirlhf.setup.common import (
     write_model,
 )
 from minirlhf.setup.groups import TrainingSettings
-from minirlhf.setup.roles import with_adapters
+from minirlhf.setup.roles import trunk_facts, with_adapters
 
 T = TypeVar("T")
 STEADY = ("learning_rate", "epoch", "num_tokens", "skipped_updates")  # logged, but not averaged
@@ -174,12 +175,15 @@ def ready(
     )
     count = len(rows.train)
     steps = total_steps(count, config.batch_size, config.epochs, config.steps)
+    told = {}
+    if config.lora_rank:
+        told = trunk_facts(config, folders.resolve(config.model, False, config.base))
     facts = {
         "examples": count, "epochs": f"{steps / ceil(count / config.batch_size):.2f}",
         f"{kind} a step": config.batch_size, "steps": steps,
         "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         **({"learning rate": f"{config.learning_rate:g}"} if config.lora_rank else {}),
-        **facts, "seed": config.seed,
+        **told, **facts, "seed": config.seed,
     }
     state = TrainState(model, optimizer)
     return TrainingRun(

@@ -17,7 +17,7 @@ from minirlhf.recipes import ppo as recipe
 from minirlhf.setup import roles
 from minirlhf.setup.ppo import ppo_optimizer
 from tests import tiny_ppo
-from tests.tiny_folders import timeless
+from tests.tiny_folders import timeless, write_lines
 from tests.tiny_ppo import command
 
 world = tiny_ppo.world
@@ -134,6 +134,15 @@ def test_adapters_of_another_rank_are_refused(adapted, tmp_path, capsys):
     told = f"--lora-rank: is 4, the adapter {adapted / 'sft'} has 2: give --lora-rank 2"
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_sft_tells_that_the_adapters_of_a_folder_go_on(adapted, tmp_path, capsys):
+    write_lines(tmp_path / "texts.jsonl", [{"text": "The film is good."}])
+    argv = ["sft", "--model", str(adapted / "sft"), "--data", str(tmp_path / "texts.jsonl"),
+            "--out", str(tmp_path / "run"), "--steps", "1", "--lora-rank", "2"]
+    assert main(argv) == OK
+    told = f"those of {adapted / 'sft'} are trained on, with their own alpha and layers"
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("flag", "words"), [
