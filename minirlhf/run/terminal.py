@@ -1,0 +1,69 @@
+"""What a terminal can show: colours where it has them and nobody minds, and the width of texts."""
+
+import os
+import shutil
+import sys
+import unicodedata
+from typing import TextIO
+
+RESET = "\x1b[0m"
+
+
+def has_color(stream: TextIO | None = None) -> bool:
+    """Whether a stream (stdout) shows colours: a terminal, unless NO_COLOR (https://no-color.org)
+    or TERM=dumb says no."""
+    stream = sys.stdout if stream is None else stream
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return not plain and stream.isatty()
+
+
+def columns(stream: TextIO | None = None) -> int | None:
+    """Columns of the terminal that a stream (stdout) is; None where it is none: a file has room."""
+    stream = sys.stdout if stream is None else stream
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def heat(value: float) -> tuple[int, int, int]:
+    """Red, green, blue of a background: from blue (-1) over none (0, white) to red (1).
+
+    >>> heat(0.0), heat(1.0), heat(-1.0)
+    ((255, 255, 255), (239, 138, 98), (103, 169, 207))
+    """
+    share = min(abs(value), 1.0)
+    end = (239, 138, 98) if value > 0 else (103, 169, 207)  # ColorBrewer's RdBu, of 3 classes
+    return tuple(round(255 + share * (channel - 255)) for channel in end)
+
+
+def on_background(text: str, color: tuple[int, int, int]) -> str:
+    """The text in black on a 24-bit colour, as a terminal reads it."""
+    red, green, blue = color
+    return f"\x1b[30;48;2;{red};{green};{blue}m{text}{RESET}"
+
+
+def bold(text: str) -> str:
+    return f"\x1b[1m{text}{RESET}"
+
+
+def width(text: str) -> int:
+    """Columns that a text takes in a terminal: a Chinese character or an emoji takes two, an accent
+    on the letter before it none.
+
+    >>> width("ab"), width("奖励"), width("e\\u0301")
+    (2, 4, 1)
+    """
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    none = sum(bool(unicodedata.combining(c)) or c in "\u200d\ufe0e\ufe0f" for c in text)
+    return len(text) + wide - none
+
+
+def fit(text: str, room: int) -> str:
+    """The text in exactly so many columns: padded with spaces, or cut with "…".
+
+    >>> fit("奖励模型", 7), fit("ab", 4)
+    ('奖励模…', 'ab  ')
+    """
+    if width(text) > room:
+        while text and width(text) > room - 1:
+            text = text[:-1]
+        text += "…" if room else ""
+    return text + " " * (room - width(text))
