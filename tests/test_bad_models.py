@@ -299,9 +299,10 @@ KINDS = [  # what the folder holds, what is told of it
     (only(*TRAINER), "m: holds models, and is none itself: give m/checkpoint-1500, or another of "),
     (only("checkpoint-5/adapter_config.json"), "m: holds models, and is none itself: give m/check"),
     (only(SNAPSHOT, "refs/main"), "m: holds models, and is none itself: give m/snapshots/4d7a"),
-    (only("run.json", "best/config.json", "model/config.json"),
-     "m: holds models, and is none itself: give m/model, or another of its 2"),
-    (only("run.json", "checkpoints/step-00000002/model.safetensors"), "m: is a run that has not e"),
+    (only("run.json", "best/config.json", "second/config.json"),
+     "m: holds models, and is none itself: give m/best, or another of its 2"),
+    (only("run.json", "checkpoints/step-00000002/model.safetensors"), "m: is a run that has not e"
+     "nded: go on with --resume, or write the model of its checkpoint: minirlhf export m --merge"),
     (only("README.md", "training_args.bin"), "m/tokenizer.json: no such file: give a folder with"),
     (lambda m: [(m / "tokenizer.json").rename(m / "vocab.json"), (m / "merges.txt").touch(),
                 (m / "tokenizer_config.json").unlink()],

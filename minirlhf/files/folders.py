@@ -6,6 +6,8 @@ key of it that names code is acted on, and no link leads out of it.
 
 import os
 import re
+import sys
+from functools import cache
 from pathlib import Path
 
 from minirlhf.errors import UserError, printable
@@ -17,6 +19,7 @@ CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_impleme
              "_experts_implementation_internal")
 # Tensors that old checkpoints carry and no computation needs.
 HARMLESS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
+RUN = "run.json"  # of the folder that a run writes in
 ADAPTER, ADAPTER_CAP = "adapter_config.json", 1 << 20  # of PEFT; bytes
 MERGE = "merge it into its model first (peft's merge_and_unload), and give the result"
 WEIGHTS = "*.safetensors"
@@ -65,7 +68,8 @@ def resolve(
     if base is None:
         adapter.base, adapter.base_name = _base(folder, values, weights)
     else:
-        adapter.base, adapter.base_name = find(base, weights), str(base)
+        adapter.base = find(base, weights)
+        adapter.base_name = name_of(base, adapter.base)
     if (adapter.base / ADAPTER).exists():
         raise UserError(folder, f"its base {printable(adapter.base)} is an adapter itself",
                         "merge that into its own base first: minirlhf export --merge")
@@ -83,6 +87,11 @@ def read_adapter_config(folder: Path) -> dict:
     return values
 
 
+def name_of(given: str | os.PathLike, found: Path) -> str:
+    """What others call the folder that was found for a name: the name, but of a run its model."""
+    return str(found) if found.parent == Path(given) else str(given)
+
+
 def _base(folder: Path, values: dict, weights: bool) -> tuple[Path, str]:
     """(folder, name) of what an adapter was trained on: the folder that its file names, seen from
     the adapter's own folder, from the working directory or from a folder around the adapter's; or a
@@ -93,7 +102,7 @@ def _base(folder: Path, values: dict, weights: bool) -> tuple[Path, str]:
         where = f"{folder / ADAPTER}: base_model_name_or_path"
         raise UserError(where, what, "name the base with --base")
     places = [folder / name, Path(name), *(place / name for place in folder.resolve().parents)]
-    if found := [place for place in places if os.path.isdir(place)]:
+    if found := [model_of_run(place) for place in places if os.path.isdir(place)]:
         return found[0], str(found[0])
     if revision not in (None, "main"):
         what = f"is of revision {printable(repr(revision), 80)} of {printable(name)}"
@@ -109,7 +118,7 @@ def find(name: str | os.PathLike, weights: bool = True) -> Path:
     """As `resolve`, without looking for a base."""
     folder = Path(name)
     if os.path.isdir(folder):  # pathlib fails at a name that is too long
-        return folder
+        return model_of_run(folder)
     if os.path.exists(folder):
         raise UserError(name, "is a file", "give the folder that holds config.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
@@ -128,6 +137,22 @@ def find(name: str | os.PathLike, weights: bool = True) -> Path:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"neither a local folder nor to be had from the hub ({reason})"
         raise UserError(name, what, "check the path, or the name and the network") from error
+
+
+def model_of_run(folder: Path) -> Path:
+    """Of a run's folder what it made: its model/, or its adapter/ where that is all; any other
+    folder itself, and that of a run that has made neither."""
+    if (folder / RUN).is_file() and not (folder / "config.json").exists():
+        for made in (folder / "model", folder / "adapter"):
+            if made.is_dir():
+                _tell_of_run(made)
+                return made
+    return folder
+
+
+@cache
+def _tell_of_run(made: Path) -> None:
+    print(f"note: {printable(made.parent)} is a run: {made.name}/ of it is read", file=sys.stderr)
 
 
 def file_inside(folder: Path, name: str) -> Path:

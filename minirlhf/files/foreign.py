@@ -52,8 +52,8 @@ def no_model(folder: Path, lack: UserError) -> UserError:
         more = f", or another of its {len(inner)}" if len(inner) > 1 else ""
         return UserError(folder, "holds models, and is none itself", given + more)
     if "run.json" in names:
-        return UserError(folder, "is a run that has not ended",
-                         "go on with --resume; at its end stands the model, in the folder model")
+        return UserError(folder, "is a run that has not ended", "go on with --resume, or write the "
+                         f"model of its checkpoint: minirlhf export {printable(folder)} --merge")
     return lack
 
 

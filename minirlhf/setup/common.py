@@ -38,7 +38,9 @@ def base_name(config: ModelSettings) -> str:
     adapter that it gives. A path stands as it was given, and is found again from the same working
     directory, or from wherever the adapter lies below it."""
     folder = folders.resolve(config.model, False, config.base)
-    return folder.base_name if isinstance(folder, folders.AdapterFolder) else config.model
+    if isinstance(folder, folders.AdapterFolder):
+        return folder.base_name
+    return folders.name_of(config.model, folder)
 
 
 def write_adapter(
