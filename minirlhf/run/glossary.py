@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from minirlhf.run.language import tell
+
 
 class Metric(NamedTuple):
     """One number of metrics.jsonl. A word in capitals in the name stands for any word."""
@@ -47,6 +49,19 @@ def definition(recipe: str, name: str) -> Metric | None:
         return exact[name]
     matching = [m for m in METRICS[recipe] if _pattern(m.name).fullmatch(name)]
     return max(matching, key=lambda m: len(m.name), default=None)
+
+
+def translated(metric: Metric, language: str) -> Metric:
+    """The same definition in another language; its name stays.
+
+    >>> translated(METRICS["ppo"][0], "zh").unit
+    '步'
+    """
+    told = {
+        name: tell(text, language) for name in ("unit", "over", "reduction", "meaning", "when")
+        if (text := getattr(metric, name))
+    }
+    return metric._replace(**told)
 
 
 def _pattern(name: str) -> re.Pattern[str]:

@@ -5,21 +5,28 @@ import sys
 
 from minirlhf.errors import OK, run
 from minirlhf.run import flags
-from minirlhf.run.glossary import METRICS, Metric
+from minirlhf.run.glossary import METRICS, Metric, translated
+from minirlhf.run.language import tell
+from minirlhf.run.terminal import width
 from minirlhf.tools.settings import MetricsConfig
 
+HEAD = ("metric", "unit", "over", "reduction", "meaning")
+NOTE = "A line over several steps holds their mean; counts and lr are the last step's."
 
-def table(metrics: tuple[Metric, ...]) -> str:
+
+def table(metrics: tuple[Metric, ...], language: str = "en") -> str:
     """One line a metric, in columns."""
-    rows = [("metric", "unit", "over", "reduction", "meaning")]
-    for m in metrics:
-        where = " (under clock)" if m.clock else ""
-        when = f" (only with: {m.when})" if m.when else ""
+    rows = [tuple(tell(word, language) for word in HEAD)]
+    for m in (translated(metric, language) for metric in metrics):
+        where = tell(" (under clock)", language) if m.clock else ""
+        when = tell(" (only with: {when})", language, when=m.when) if m.when else ""
         rows.append((m.name, m.unit, m.over, m.reduction, f"{m.meaning}{where}{when}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
     widths[-1] = 0  # nothing stands behind the meaning
     lines = (zip(row, widths, strict=True) for row in rows)
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in line) for line in lines)
+    return "\n".join(
+        "  ".join(cell + " " * (room - width(cell)) for cell, room in line) for line in lines
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,10 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     metrics = METRICS[config.recipe]
     if config.json:
         for metric in metrics:
-            print(json.dumps(metric._asdict(), ensure_ascii=False))
+            shown = translated(metric, config.lang)._asdict()
+            print(json.dumps(shown, ensure_ascii=False))
     else:
-        print(table(metrics))
-        print("\nA line over several steps holds their mean; counts and lr are the last step's.")
+        print(table(metrics, config.lang))
+        print("\n" + tell(NOTE, config.lang))
     return OK
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from minirlhf.errors import printable
 from minirlhf.rewards.parse import RewardSourceSettings
 from minirlhf.run.glossary import METRICS
+from minirlhf.run.language import LANGUAGES
 from minirlhf.run.resume import OutSettings
 from minirlhf.run.settings import override, setting
 from minirlhf.setup.groups import (
@@ -50,6 +51,13 @@ class RecipeSettings:
     """Recipe: which one is asked about."""
 
     recipe: str = setting("ppo", "recipe that is asked about", choices=tuple(METRICS))
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """Output: its language."""
+
+    lang: str = setting("en", "language of what is told: English or Chinese", choices=LANGUAGES)
 
 
 @dataclass(frozen=True)
@@ -345,7 +353,7 @@ class DemoConfig(SeedSettings, OutSettings):
 
 
 @dataclass(frozen=True)
-class MetricsConfig(RecipeSettings, JsonSettings):
+class MetricsConfig(RecipeSettings, LanguageSettings, JsonSettings):
     """Print what each number in metrics.jsonl means."""
 
     recipe: str = override(help="recipe whose metrics.jsonl is explained")

@@ -1,6 +1,7 @@
 """Every number in the log has a definition, and every definition a number."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ import pytest
 
 from minirlhf import cli
 from minirlhf.errors import BAD_INPUT, OK
-from minirlhf.run.glossary import METRICS, definition
+from minirlhf.run.glossary import METRICS, definition, translated
+from minirlhf.run.language import LANGUAGES
+from minirlhf.run.terminal import width
 from tests.kill_harness import RECIPES, command, make_world
 
 # What PPO of TRL 1.x logs.
@@ -134,6 +137,27 @@ def test_table_has_a_line_a_metric_in_columns(recipe, capsys):
             assert row[place[word] :].startswith(text), (row, word)
         assert ("under clock" in row) is m.clock
         assert m.when is None or f"only with: {m.when}" in row
+
+
+def test_table_is_told_in_chinese_in_columns_too(capsys):
+    assert cli.main(["metrics", "--recipe", "ppo", "--lang", "zh"]) == OK
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["指标", "单位", "对象", "归约", "含义"]
+    of_kl = next(line for line in lines if line.startswith("objective/kl "))
+    for word, text in (("单位", "奈特/回复"), ("对象", "回复")):  # by columns of a terminal
+        assert width(of_kl[: of_kl.index(text)]) == width(lines[0][: lines[0].index(word)])
+
+
+@pytest.mark.parametrize("language", [name for name in LANGUAGES if name != "en"])
+@pytest.mark.parametrize("recipe", METRICS)
+def test_each_definition_is_translated_whole(recipe, language):
+    for metric in METRICS[recipe]:
+        told = translated(metric, language)
+        assert all(text.strip() for text in told[:5]) and told.name == metric.name
+        # settings and numbers that it names stand in both
+        names = re.findall(r"[a-z]+_[a-z_]+|-?-?[a-z]+-[a-z]+|[a-z]+/[a-z_]+", metric.meaning)
+        english = {"log-prob", "log-probs", "log-ratio", "next-token", "warm-up", "language-model"}
+        assert all(name in told.meaning for name in names if name not in english), told
 
 
 def test_json_is_one_object_a_metric(capsys):
