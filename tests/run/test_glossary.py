@@ -144,8 +144,8 @@ def test_table_is_told_in_chinese_in_columns_too(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["指标", "单位", "对象", "归约", "含义"]
     of_kl = next(line for line in lines if line.startswith("objective/kl "))
-    for word, text in (("单位", "奈特/回复"), ("对象", "回复")):  # by columns of a terminal
-        assert width(of_kl[: of_kl.index(text)]) == width(lines[0][: lines[0].index(word)])
+    for word, text in (("单位", " 奈特/回复"), ("对象", " 回复")):  # by columns of a terminal
+        assert width(of_kl[: of_kl.index(text) + 1]) == width(lines[0][: lines[0].index(word)])
 
 
 @pytest.mark.parametrize("language", [name for name in LANGUAGES if name != "en"])
@@ -156,7 +156,8 @@ def test_each_definition_is_translated_whole(recipe, language):
         assert all(text.strip() for text in told[:5]) and told.name == metric.name
         # settings and numbers that it names stand in both
         names = re.findall(r"[a-z]+_[a-z_]+|-?-?[a-z]+-[a-z]+|[a-z]+/[a-z_]+", metric.meaning)
-        english = {"log-prob", "log-probs", "log-ratio", "next-token", "warm-up", "language-model"}
+        english = {"log-prob", "log-probs", "log-ratio", "next-token", "warm-up", "language-model",
+                   "held-out"}
         assert all(name in told.meaning for name in names if name not in english), told
 
 
