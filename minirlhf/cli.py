@@ -86,6 +86,7 @@ def _dispatch(argv: list[str]) -> int:
             flags.parse(verb.config(), words, f"minirlhf {name}")
         return importlib.import_module(verb.module).main(words)
     else:
-        advice = nearest(name, (*VERBS, "--help", "--version"))
-        raise UserError(f"minirlhf {name}", "no such verb", f"{advice}; verbs: {', '.join(VERBS)}")
+        advice = nearest(name, (*VERBS, "--help", "--version"), "")
+        do = f"{advice}; verbs: {', '.join(VERBS)}".removeprefix("; ")
+        raise UserError(f"minirlhf {name}", "no such verb", do)
     return OK

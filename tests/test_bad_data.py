@@ -66,6 +66,8 @@ def test_a_broken_line_is_refused_by_its_number(line, told, refused):
 
 # ---- a row that is of another kind than the first ------------------------------------------------
 
+SHORTER = "--overlong drop leaves such rows out"
+FILL = "remove the row or fill it in, or --allow-empty-prompt"
 ROWS = [  # verb, first row, second row, what is told of the second
     ("sft", TEXT, {}, "text is missing: needs a string; keys present: none; detected: texts"),
     ("sft", TEXT, {"Text": "b"}, "text is missing: needs a string; keys present: Text;"),
@@ -80,7 +82,7 @@ ROWS = [  # verb, first row, second row, what is told of the second
     ("new", TEXT, {"text": 1}, "text is a number: needs a string"),
     ("sft", COMPLETION, {"prompt": "a"}, "completion is missing: needs a string"),
     ("sft", COMPLETION, {"prompt": "a", "completion": ""}, "completion is empty: remove the row"),
-    ("sft", COMPLETION, {"prompt": "", "completion": "b"}, "prompt is empty: remove the row"),
+    ("sft", COMPLETION, {"prompt": "", "completion": "b"}, f"prompt is empty: {FILL}; det"),
     ("sft", COMPLETION, {"prompt": "a", "completion": 3}, "completion is a number: needs a str"),
     ("sft", DIALOGUE, {"messages": "a"}, "messages is a string: needs a list of messages"),
     ("sft", DIALOGUE, {"messages": []}, "messages is empty: remove the row or fill it in"),
@@ -161,9 +163,11 @@ ROWS = [  # verb, first row, second row, what is told of the second
     ("ppo", {"prompt": [USER]}, PROMPT, "prompt is a string: needs a list of messages"),
     ("ppo", {"prompt": [USER]}, {"prompt": [{"role": "user"}]}, "prompt[0]: content is missing"),
     ("ppo", {"prompt_ids": [1]}, {"prompt_ids": [300]}, "token id 300: the tokenizer has the ids"),
-    ("ppo", PROMPT, {"prompt": "a" * 45}, "45 tokens, max_length is 44: shorten the row, or"),
-    ("sample", PROMPT, {"prompt": "a" * 46}, "46 tokens, max_length is 45: shorten the row, or"),
-    ("score", TEXT, {"text": "a" * 48}, "49 tokens, max_length is 48: shorten the row, or"),
+    ("ppo", PROMPT, {"prompt": "a" * 45},
+     f"45 tokens, max_length is 44: {SHORTER}; or lower --max-new-"),
+    ("sample", PROMPT, {"prompt": "a" * 46},
+     f"46 tokens, max_length is 45: {SHORTER}; or lower --max-new-"),
+    ("score", TEXT, {"text": "a" * 48}, f"49 tokens, max_length is 48: {SHORTER}"),
     ("score", PAIR, PROMPT, "chosen is missing: needs a string; keys present: prompt"),
     ("score", COMPLETION, PROMPT, "completion is missing: needs a string"),
 ]

@@ -53,7 +53,7 @@ FLAGS = [  # added to a right `minirlhf sft`, what is told
     ("--columns question", "columns: got 'question', must be NAME=COLUMN, as in prompt=question"),
     ("--columns prompt=", "columns: got 'prompt=', must be NAME=COLUMN, as in prompt=question"),
     ("--columns promt=question", "columns: no 'promt' is read: the nearest is prompt"),
-    ("--columns question=prompt", "columns: no 'question' is read: the nearest is "),
+    ("--columns question=prompt", "columns: no 'question' is read: our name comes first: "),
     ("--columns text=a text=b", "columns: two for text: a and b"),
     ("--columns prompt=a completion=a", "columns: 'a' is given for two names"),
     ("--columns text=a=b", "texts.jsonl:1: no column 'a=b' to take as text: keys present: text"),
@@ -244,7 +244,7 @@ JSON = [  # content of a file, what is told behind its name
     ('{"a": ' * 2000, ":1: nested deeper than 64 levels"),
     ("<html>", ":1: not valid JSON at column 1: it looks like a web page"),
     ('{"stepz": 1}', ": stepz: unknown setting: the nearest is steps; --data: required"),
-    ('{"recipe": "sft", "settings": {"steps": 1}}', ": recipe: unknown setting: the nearest is "),
+    ('{"recipe": "sft", "settings": {"steps": 1}}', ": recipe: unknown setting: the settings "),
     (json.dumps(RIGHT | {"epochs": None}), ": epochs: got none, must be a finite number > 0"),
     (json.dumps(RIGHT | {"learning_rate": 10**400}), ": learning_rate: got 10000"),
     (json.dumps(RIGHT | {"data": 3}), ": data: got 3, must be text"),
@@ -535,7 +535,7 @@ def test_held_out_prompts_need_the_reward_s_columns_before_any_weight(refused, n
         # "The film" has 8 tokens, and 4 are sampled
         ("other", 12,
          "held.jsonl:2: 9 tokens as --reward narrow reads them, 4 new: it reads 12: "
-         "lower max_prompt_length or max_new_tokens"),
+         "lower --max-new-tokens, or leave such prompts out by --overlong drop"),
         ("rm", 6, "prompts.jsonl:1: 8 tokens"),
     ],
     ids=["re-encodes", "same tokenizer"],

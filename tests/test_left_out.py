@@ -20,6 +20,7 @@ world, refused = bad_inputs.world, bad_inputs.refused
 RECIPES = {"sft": TEXT, "new": TEXT, "reward": PAIR, "dpo": PAIR, "ppo": PROMPT, "grpo": PROMPT,
            "distill": PROMPT}
 SKIP = {"bad_rows": "skip"}
+WAY_OUT = "--bad-rows skip leaves such rows out"
 
 
 @pytest.fixture
@@ -149,7 +150,8 @@ def test_a_pair_of_nothing_but_eos_is_a_malformed_row(run, monkeypatch):
     rows = [{"chosen_ids": [1, 0], "rejected_ids": [2]}, {"chosen_ids": [0], "rejected_ids": [3]}]
     argv = words("reward", model="early", data=write("d.jsonl", json_lines(*rows)))
     code, _, err = run(argv)
-    assert (code, err) == (2, "error: d.jsonl:2: a text of nothing but eos: remove the row\n")
+    told = f"error: d.jsonl:2: a text of nothing but eos: remove the row; {WAY_OUT}\n"
+    assert (code, err) == (2, told)
     assert run([*argv, "--bad-rows", "skip"])[0] == 0
     assert [row["where"] for row in listed("out/rejected.jsonl")] == ["d.jsonl:2"]
 
@@ -161,7 +163,8 @@ def test_fix_text_lets_a_run_begin(verb, run):
     half = json.dumps(good | {column: good[column] + "@"}).replace("@", "\\ud83d")
     argv = words(verb, data=write("d.jsonl", json_lines(good) + half + "\n"))
     code, _, err = run(argv)
-    assert (code, err) == (2, "error: d.jsonl:2: half of a surrogate pair (\\ud83d) in a string\n")
+    what = "half of a surrogate pair (\\ud83d) in a string"
+    assert (code, err) == (2, f"error: d.jsonl:2: {what}: --fix-text mends it; {WAY_OUT}\n")
     code, out, _ = run([*argv, "--fix-text"])
     assert code == 0 and "note:     1 halves of surrogate pairs became U+FFFD" in out
 

@@ -23,6 +23,7 @@ SOURCE_CAP = 1 << 16  # characters of a template; those in use have some 20,000 
 SECONDS, LONGEST = 2.0, 30.0  # of work, and in all, for one rendering; most take a millisecond
 MEMORY = 1 << 30  # bytes of the process
 REPLY_CAP = 1 << 24  # bytes
+MEND = "mend the template, or give rows that it takes"
 
 
 class TemplateOverrun(UserError):
@@ -139,11 +140,11 @@ class ChatTemplate:
         (problem, names), *replies = replies or [(None, [])]
         self.reads = frozenset(names)
         if problem is not None:
-            raise UserError(self.where, f"not a chat template: {printable(problem)}")
+            raise UserError(self.where, f"not a chat template: {printable(problem)}", MEND)
         found: list[str | UserError] = []
         for text, fault, dated in replies:
             failed = f"chat template failed: {printable(fault)}"
-            found.append(UserError(self.where, failed) if text is None else text)
+            found.append(UserError(self.where, failed, MEND) if text is None else text)
             if dated and at is None:
                 _tell_of_today()
         if ended:

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from minirlhf.data.arguments import NONE
+from minirlhf.data.chat_template import MEND
 from minirlhf.data.control import begun, marked, place_of, unused_character
 from minirlhf.data.parts import Messages
 from minirlhf.data.rendering import Chat, RenderingTokenizer
@@ -146,7 +147,8 @@ class DialogueTokenizer(RenderingTokenizer):
         head, *texts = rendered
         if mark:
             if not all(mark in text for text in texts):
-                raise UserError(self.folder, "the chat template leaves the end of an answer out")
+                what = "the chat template leaves the end of an answer out"
+                raise UserError(self.folder, what, MEND)
             texts = [text.rpartition(mark)[0] for text in texts]
         return [head, *texts]
 

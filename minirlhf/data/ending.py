@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from minirlhf.data.arguments import NONE
+from minirlhf.data.chat_template import MEND
 from minirlhf.data.control import unused_character
 from minirlhf.data.parts import Messages
 from minirlhf.data.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ def ending(
         dialogue = [*prompt, {"role": "assistant", "content": mark}]
     _, found, end = tokenizer.render_chat(dialogue, False, arguments).rpartition(mark)
     if not found:
-        raise UserError(tokenizer.folder, "the chat template leaves the answer out")
+        raise UserError(tokenizer.folder, "the chat template leaves the answer out", MEND)
     return end
 
 

@@ -181,12 +181,13 @@ def _equal_sides(row: Row, responses: list[list[int]]) -> str | None:
 def load_prompts(
     path: str | Path, tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     policy: RowPolicy = STRICT, finish: Callable[[Prompt], Prompt] | None = None,
-    others: str = PASSED,
+    others: str = PASSED, longer: str = "",
 ) -> tuple[list[Prompt], Report]:
     """Prompts of a file, arguments as in `load_pairs`; `overlong` cannot be "truncate_response".
 
     Args:
         others: what becomes of the columns beside the prompt, in words.
+        longer: what else than --overlong helps where a prompt is too long, likewise.
     """
     if overlong == "truncate_response":
         legal = "drop, truncate_prompt_left or error: prompts have no response"
@@ -201,7 +202,7 @@ def load_prompts(
             text = tokenizer.decode(e.prompt_ids, skip_special=not policy.rendered)
         return Prompt(e.prompt_ids, text, e.row.where, e.columns)
 
-    return load_examples(split, make, finish, tokenizer, max_length, overlong)
+    return load_examples(split, make, finish, tokenizer, max_length, overlong, longer=longer)
 
 
 def encoded_text(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -244,7 +245,7 @@ def load_examples(
     split: Split, make: Callable[[Encoded], T], finish: Callable[[T], T] | None,
     tokenizer: Tokenizer | None, max_length: int | None, overlong: str,
     drop: Callable[[Row, list[list[int]]], str | None] | None = None, whole: bool = False,
-    each_turn: bool = False,
+    each_turn: bool = False, longer: str = "",
 ) -> tuple[list[T], Report]:
     """Examples of a file's rows; what is not said here as in `load_pairs`.
 
@@ -252,6 +253,7 @@ def load_examples(
         make: a row and its ids -> the example.
         drop: row, ids of its responses as they would be trained -> why it is dropped, or None.
         each_turn: as in `encode`.
+        longer: what else helps where a row is too long, in words.
     """
     if overlong not in OVERLONG:
         raise UserError("overlong", f"is {overlong!r}", f"legal: {', '.join(OVERLONG)}")
@@ -274,7 +276,7 @@ def load_examples(
         if truncated := max_length is not None and length > max_length:
             if overlong == "error":
                 what = f"{length} tokens, max_length is {max_length}"
-                raise UserError(row.where, what, "shorten the row, or choose another overlong")
+                raise UserError(row.where, what, f"--overlong drop leaves such rows out{longer}")
             prompt_ids, responses, why = fit(prompt_ids, responses, max_length, overlong, lead)
         if why is None and drop is not None:
             why = drop(row, responses)

@@ -27,6 +27,7 @@ from minirlhf.data.turns import learned_parts, whole_dialogue
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import json_kind
 from minirlhf.files.rows import Row
+from minirlhf.files.sieve import OfEveryRow
 
 ANSWER = "\n\nAssistant:"  # how Anthropic's HH transcripts (arXiv:2204.05862) begin an answer
 LOSS_MASKS = ("labels", "completion_mask", "assistant_masks")  # of tokenised texts elsewhere
@@ -96,7 +97,7 @@ def unknown_columns(row: Row, legal: str) -> UserError:
     do = f"legal: {legal}; other names: --columns prompt=question"
     if any(has_list(row, name) for name in row.columns):
         do += "; no table has lists: write the file as JSON lines"
-    return UserError(row.where, f"columns of no known format: {keys}", do)
+    return OfEveryRow(row.where, f"columns of no known format: {keys}", do)
 
 
 # ------------------------------------------------------------------------------------------- pairs
@@ -217,7 +218,7 @@ def pair_format(row: Row, empty_prompt: bool = False) -> Format:
         told = f", with {', '.join(labels)}" if labels else ""
         do = "make rows of one prompt with chosen and rejected, or with responses and scores"
         do += "; dpo --loss kto learns from a label" if {*labels} & {*LIKED} else ""
-        raise UserError(row.where, f"one answer a row{told}, where two are compared", do)
+        raise OfEveryRow(row.where, f"one answer a row{told}, where two are compared", do)
     legal = "chosen and rejected with or without prompt, as strings or messages, or ids in "
     ids = " | ".join(f"{pair[1]}, {pair[3]}" for pair in ID_PAIRS)
     raise unknown_columns(row, f"{legal}{ids} | prompt with responses, best first")

@@ -49,7 +49,9 @@ def tokenizer_json(folder: Path, config: dict, model: dict) -> str:
         except UserError:
             raise
         except Exception as error:  # a merge of what is no token
-            raise UserError(folder / "merges.txt", f"does not fit: {printable(error)}") from None
+            what = f"does not fit vocab.json: {printable(error)}"
+            do = "take both from one tokenizer"
+            raise UserError(folder / "merges.txt", what, do) from None
     made.decoder = decoders.ByteLevel()
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     if kind == "Qwen2Tokenizer":

@@ -19,6 +19,7 @@ Parts = tuple[Part | None, ...]  # (prompt or None, response, ...)
 SPOKEN = re.compile(r"\n\n(Human|Assistant):")  # before each turn of an HH transcript
 TRAIN_ON = ("all", "last", "completion")  # turns of messages that are learned, as turns.py says
 REMOVE = "remove the row or fill it in"
+ASKED = ("prompt", "query")  # what may be empty where that is allowed
 SPEAKERS = {  # `from` in ShareGPT and its kin -> role
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "system": "system", "function_call": "assistant", "observation": "tool", "tool": "tool",
@@ -55,8 +56,13 @@ def string_part(row: Row, key: str, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
         raise wrong_column(row, key, "needs a string")
     if not (value.strip() or may_be_empty):
-        raise UserError(row.where, f"{key} is empty", REMOVE)
+        raise UserError(row.where, f"{key} is empty", _fill(key))
     return value
+
+
+def _fill(key: str) -> str:
+    """What to do where a column is empty."""
+    return f"{REMOVE}, or --allow-empty-prompt" if key in ASKED else REMOVE
 
 
 def messages_part(row: Row, key: str, may_be_empty: bool = False) -> Messages:
@@ -76,7 +82,7 @@ def messages_part(row: Row, key: str, may_be_empty: bool = False) -> Messages:
             what, do = error.args
             raise UserError(row.where, f"{key}[{number}]{what}", do) from None
     if not (turns[-1]["content"].strip() or turns[-1].get("tool_calls") or may_be_empty):
-        raise UserError(row.where, f"{key}: the last message is empty", REMOVE)
+        raise UserError(row.where, f"{key}: the last message is empty", _fill(key))
     return turns
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minirlhf.data.arguments import NONE
-from minirlhf.data.chat_template import ChatTemplate, plain_template
+from minirlhf.data.chat_template import MEND, ChatTemplate, plain_template
 from minirlhf.data.control import learned_control, marked, unused_character
 from minirlhf.data.parts import Messages
 from minirlhf.data.vocabulary import Vocabulary
@@ -168,7 +168,7 @@ class RenderingTokenizer(Vocabulary):
         text, found, _ = text.rpartition(mark)
         if not found or not text.endswith(content.strip()):
             what = "the chat template changes the assistant turn that is to be continued"
-            return UserError(self.folder, what)
+            return UserError(self.folder, what, MEND)
         return text
 
     def fallback(self) -> str:

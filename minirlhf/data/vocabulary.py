@@ -93,7 +93,8 @@ class Vocabulary:
                 raise  # a signal, for one
             path = self.folder / "tokenizer.json"
             raise UserError(
-                path, f"refused by the tokenizers library: {printable(error)}"
+                path, f"refused by the tokenizers library: {printable(error)}",
+                "pip install --upgrade tokenizers, or download the file again",
             ) from None
 
     def _class_names(self, model: dict) -> dict[str, str]:
@@ -124,7 +125,8 @@ class Vocabulary:
         self.bos_id: int | None = None if bos is None else self._backend.token_to_id(bos)
         named = [] if eos is None else [self._backend.token_to_id(eos)]
         if named == [None]:
-            raise UserError(where, f"eos_token {printable(eos)!r} is not in tokenizer.json")
+            what = f"eos_token {printable(eos)!r} is not in tokenizer.json"
+            raise UserError(where, what, "name a token that is")
         for id in eos_ids:
             if not 0 <= id < self.vocab_size:
                 legal = f"tokenizer.json has the ids 0 to {self.vocab_size - 1}"
@@ -175,7 +177,7 @@ class Vocabulary:
         self._begins_anew = all(ids[1:] == alone for ids in named)
         if nameless := [id for id in self._prefix if self._backend.id_to_token(id) is None]:
             what = f"puts the id {nameless[0]} before a text, which is no token's"
-            raise UserError(self.folder / "tokenizer.json", what)
+            raise UserError(self.folder / "tokenizer.json", what, "mend its post_processor")
 
     def _add_control(self, named: dict[int, str]) -> None:
         """Makes control tokens of these ids; None where a token has no name."""

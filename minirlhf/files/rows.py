@@ -23,7 +23,7 @@ from minirlhf.files.reading import (
     strict_json,
     utf8_text,
 )
-from minirlhf.files.sieve import RAW_CAP, Sieve, column_names
+from minirlhf.files.sieve import RAW_CAP, OfEveryRow, Sieve, column_names
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # each also with .gz behind
 # Beginnings of lines that a text would not have, unlike "<"
@@ -170,7 +170,7 @@ def _renamed(row: Row, names: dict[str, str]) -> Row:
         if column not in row.columns:
             keys = ", ".join(printable(key, 40) for key in row.columns) or "none"
             what = f"no column {printable(column, 40)!r} to take as {name}"
-            raise UserError(row.where, what, f"keys present: {keys}")
+            raise OfEveryRow(row.where, what, f"keys present: {keys}")
     values = {key: v for key, v in row.columns.items() if key not in names.values()}
     values |= {name: row.columns[column] for name, column in names.items()}
     return replace(row, columns=values)

@@ -49,9 +49,11 @@ def column_problems(words: Iterable[str]) -> list[str]:
             got = printable(repr(word), 80)
             found.append(f"columns: got {got}, must be NAME=COLUMN, as in prompt=question")
         elif name not in COLUMNS:
-            nearest = get_close_matches(name[:80], COLUMNS, n=1, cutoff=0)[0]
-            swapped = "; our name comes first" if column in COLUMNS else ""
-            found.append(f"columns: no {shown!r} is read: the nearest is {nearest}{swapped}")
+            near = get_close_matches(name[:80], COLUMNS, n=1)
+            do = f"the nearest is {near[0]}" if near else f"legal: {', '.join(COLUMNS)}"
+            if column in COLUMNS:
+                do = f"our name comes first: {column}={shown}"
+            found.append(f"columns: no {shown!r} is read: {do}")
         elif name in columns:
             two = printable(f"{columns[name]} and {column}", 80)
             found.append(f"columns: two for {shown}: {two}")
@@ -114,6 +116,10 @@ class RowPolicy:
 STRICT = RowPolicy()
 
 
+class OfEveryRow(UserError):
+    """A fault that the rows behind have too, so that leaving this one out does not help."""
+
+
 class LeftOut(NamedTuple):
     """A row that is not trained on; `raw` is empty where the row itself is as it should be."""
 
@@ -137,10 +143,15 @@ class Sieve:
             fault: its `where` is the row's file:line.
             raw: the row's text, of which RAW_CAP characters suffice.
         Raises:
-            UserError: the fault itself, where bad rows are errors.
+            UserError: the fault, where bad rows are errors, and how to leave such rows out.
         """
         if self.policy.bad_rows == "error":
-            raise fault
+            if isinstance(fault, OfEveryRow):
+                raise fault
+            mend = "--fix-text mends it" if fault.what.startswith("half of a surrogate") else ""
+            skip = "--bad-rows skip leaves such rows out"
+            do = "; ".join(filter(None, (fault.do, mend, skip)))
+            raise UserError(fault.where, fault.what, do, fault.code)
         reason = ": ".join(part for part in (fault.what, fault.do) if part)
         self.rejected.append(LeftOut(fault.where, printable(reason, 300), printable(raw, RAW_CAP)))
 

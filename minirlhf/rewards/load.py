@@ -78,8 +78,8 @@ def check_answers(specs: Sequence[Spec]) -> Callable[[Prompt], Prompt] | None:
             try:
                 REFERENCES[rule](prompt.columns["answer"])
             except ValueError as error:
-                do = "mend or remove the row, or leave such rows out by --bad-rows skip"
-                raise UserError(prompt.where, f"--reward {rule}: {error}", do) from None
+                what = f"--reward {rule}: {error}"
+                raise UserError(prompt.where, what, "mend or remove the row") from None
         return prompt
 
     return check if rules else None

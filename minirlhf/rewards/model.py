@@ -132,7 +132,8 @@ def model_reward(
             if not 0 < size <= model.config.longest_row:
                 what = f"text {i} has {size} tokens{again}"
                 legal = f"the reward model reads 1 to {model.config.longest_row}"
-                raise UserError(name, what, f"{legal}: change max_prompt_length or max_new_tokens")
+                do = "lower --max-prompt-length or --max-new-tokens"
+                raise UserError(name, what, f"{legal}: {do}")
         return score_texts(model, ids, micro_batch_tokens)
 
     return score

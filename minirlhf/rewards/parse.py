@@ -127,7 +127,8 @@ def _check_rule(place: str) -> None:
         try:
             re.compile(argument)
         except (re.error, RecursionError, OverflowError) as error:
-            raise UserError(f"--reward {printable(place)}", f"no regex: {error}") from None
+            do = "write it as Python's re does, in quotes for the shell"
+            raise UserError(f"--reward {printable(place)}", f"no regex: {error}", do) from None
     wrong = RULES[name] and not argument
     if wrong or (name == "length" and not re.fullmatch("0*[1-9][0-9]{0,8}", argument)):
         what = f"{printable(argument)!r} is no length" if argument else "says too little"
@@ -140,7 +141,8 @@ def _check_url(url: str) -> None:
         port = parts.port
         (parts.hostname or "").encode("idna")
     except ValueError as error:
-        raise UserError(f"--reward {printable(url)}", f"no URL: {error}") from None
+        do = "http://host:port/path, or https"
+        raise UserError(f"--reward {printable(url)}", f"no URL: {error}", do) from None
     wrong = {
         f"{printable(parts.scheme, 20)}:// is no scheme of a service":
             parts.scheme not in ("http", "https"),

@@ -17,6 +17,7 @@ from minirlhf.run.settings import NO_SECTIONS, Problem, Setting, nearest, shown
 
 _CAP, _LINE_CAP = 1 << 16, 1 << 12  # bytes, and characters of a line, which tomllib takes long for
 _LINE = re.compile(r"^(\w+) = .*?  # (.+)$", re.MULTILINE)  # of a preset: (setting, source)
+NOT_ONE = "the settings are the flags that --help tells of"
 DIFFERS = "Not as there, on purpose:"
 
 
@@ -38,7 +39,7 @@ def read_settings(
         if name not in settings and isinstance(given, dict):
             problems.append((place, NO_SECTIONS))
         elif name not in settings:
-            problems.append((place, f"unknown setting: {nearest(name, settings)}"))
+            problems.append((place, f"unknown setting: {nearest(name, settings, NOT_ONE)}"))
         elif name in values:
             problems.append((place, "given twice"))
         else:
@@ -59,7 +60,8 @@ def _load(path: str | Path) -> dict[str, Any]:
         return table
     for number, line in enumerate(text.splitlines(), start=1):
         if len(line) > _LINE_CAP:
-            raise UserError(f"{path}:{number}", f"a line of more than {_LINE_CAP:,} characters")
+            what = f"a line of more than {_LINE_CAP:,} characters"
+            raise UserError(f"{path}:{number}", what, "write it as JSON, or on several lines")
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # not TOML, a huge integer, nested too deeply
@@ -74,10 +76,9 @@ def presets_of(config_class: type) -> dict[str, Path]:
 
 def find_preset(presets: Mapping[str, Path], name: str, flag: str) -> Path:
     if name not in presets:
-        known = ", ".join(presets)
-        raise UserError(
-            flag, f"no preset {shown(name)}", f"{nearest(name, presets)}; presets: {known}"
-        )
+        known = f"presets: {', '.join(presets)}"
+        do = f"{nearest(name, presets, '')}; {known}".removeprefix("; ")
+        raise UserError(flag, f"no preset {shown(name)}", do)
     return presets[name]
 
 

@@ -92,7 +92,7 @@ def _read_flags(
             name = name.replace("_", "-")
             action = flags.get(name)
             if action is None:
-                problems.append((name, f"unknown flag: {nearest(name, flags)}"))
+                problems.append((name, f"unknown flag: {nearest(name, flags, _every(flags))}"))
             elif action.dest in seen and action.nargs != "+":
                 problems.append((name, "given twice"))
             elif equals and action.nargs == 0:
@@ -116,9 +116,15 @@ def _read_flags(
     return vars(given)
 
 
+def _every(flags: Iterable[str]) -> str:
+    """Where all flags stand."""
+    return f"{'--help-all' if '--help-all' in flags else '--help'} lists them"
+
+
 def _stray(word: str, flags: Iterable[str]) -> str:
     """What is wrong with a word that belongs to no flag: often it began with another dash."""
-    advice = f": {nearest(word, flags)}" if word[:1] in ("-", "–", "—", "−") else ""
+    dash = word[:1] in ("-", "–", "—", "−")
+    advice = f": {nearest(word, flags, _every(flags))}" if dash else ""
     return f"unexpected argument {shown(word)}{advice}"
 
 

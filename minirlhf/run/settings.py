@@ -18,6 +18,7 @@ line makes of a config class is in flags.py.
 import dataclasses
 import difflib
 import inspect
+import itertools
 import operator
 import re
 import sys
@@ -302,13 +303,21 @@ def resume_rules(config: object) -> dict[str, str]:
     }
 
 
-def nearest(word: str, names: Iterable[str]) -> str:
-    """Advice for a word that is none of the names; "lr" is as near to learning_rate as can be."""
-    names = list(names)
-    short = re.sub(r"\W", "", word).lower()
-    initials = (n for n in names if short == "".join(part[:1] for part in re.findall(r"[a-z]+", n)))
-    close = difflib.get_close_matches(word[:80].lower(), names, n=1, cutoff=0)  # names are lower
-    return f"the nearest is {next(initials, None) or close[0]}"
+def nearest(word: str, names: Iterable[str], otherwise: str) -> str:
+    """Advice for a word that is none of the names, where one of them is near: it has these
+    initials (lr of learning_rate), begins so or has such a part, or shares most letters.
+
+    Args:
+        otherwise: the advice where none is.
+    """
+    bare = {re.sub(r"\W+", "_", name.strip("-")): name for name in names}  # names are lower
+    given = re.sub(r"\W+", "_", word[:80].lower()).strip("_")
+    initials = (n for n in bare if given == "".join(part[:1] for part in n.split("_")))
+    begun = (n for n in bare if len(given) > 2 and n.startswith(given))
+    close = iter(difflib.get_close_matches(given, bare, n=1))  # at least 0.6 of their letters
+    parts = (n for n in bare if len(given) > 1 and given in n.split("_"))
+    found = next(itertools.chain(initials, begun, close, parts), None)
+    return f"the nearest is {bare[found]}" if found else otherwise
 
 
 def shown(value: object) -> str:

@@ -114,7 +114,8 @@ def fits_scorers(
                 raise Useless(f"--reward {folder} has no room for it and its response")
             what = f"{length} tokens as --reward {folder} reads them, {new} new"
             what += f" and {behind} behind these" if behind else ""
-            do = f"it reads {most}: lower max_prompt_length or max_new_tokens"
+            do = f"it reads {most}: lower --max-new-tokens, or leave such prompts out by "
+            do += "--overlong drop or a lower --max-prompt-length"
             raise UserError(prompt.where, what, do)
         return prompt
 

@@ -10,7 +10,7 @@ from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.models import pretrained
 from minirlhf.setup.common import named_files
-from minirlhf.setup.policy_settings import PromptInputSettings
+from minirlhf.setup.policy_settings import PromptInputSettings, PromptSettings
 
 
 class Data(NamedTuple):
@@ -61,6 +61,12 @@ def prompt_room(config: PromptInputSettings, folders: Sequence[Path]) -> int:
     return min(config.max_prompt_length or room, room)
 
 
+def longer_prompts(config: PromptSettings, room: int) -> str:
+    """What lets prompts be longer than this room, in words."""
+    own = config.max_prompt_length == room
+    return f"; or {'raise --max-prompt-length' if own else 'lower --max-new-tokens'}"
+
+
 def read_prompts(
     config: PromptInputSettings, tokenizer: Tokenizer, room: int,
     finish: Callable[[Prompt], Prompt] | None = None, others: str = PASSED,
@@ -77,7 +83,8 @@ def read_prompts(
     sets, reports = {}, []
     for prefix, file in files.items():
         rows, report = load_prompts(
-            file, tokenizer, room, config.overlong, policy, finish, others
+            file, tokenizer, room, config.overlong, policy, finish, others,
+            longer_prompts(config, room),
         )
         print(report)
         sets[prefix] = held_out(rows, config.eval_prompts, file) if prefix else rows

@@ -42,7 +42,7 @@ from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
 from minirlhf.setup.common import check_base
 from minirlhf.setup.policy import check_models, fits_scorers
-from minirlhf.setup.policy_data import Data, prompt_room
+from minirlhf.setup.policy_data import Data, longer_prompts, prompt_room
 from minirlhf.tools.settings import BestOfConfig
 from minirlhf.tools.unfinished import begin, facts_of, outcomes
 
@@ -247,9 +247,10 @@ def look(config: BestOfConfig, folder: Path, dtype: torch.dtype, device: str) ->
     same = [place for place in scorers if not load.reencoded(place, tokenizer)]
     use = usable(tokenizer, load.check_answers(specs))
     fits = fits_scorers(config, scorers, tokenizer)
+    room = prompt_room(config, [folder, *same])
     prompts, report = load_prompts(
-        config.data, tokenizer, prompt_room(config, [folder, *same]), config.overlong,
-        RowPolicy.of(config), lambda prompt: fits(use(prompt)),
+        config.data, tokenizer, room, config.overlong, RowPolicy.of(config),
+        lambda prompt: fits(use(prompt)), longer=longer_prompts(config, room),
     )
     print(report)
     data = Data(prompts[: config.limit], {}, [], {}, [])

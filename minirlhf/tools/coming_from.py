@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     if tool not in TOOLS:
         is_flag = tool.startswith("-")
         what, names = ("unknown flag", ["--help"]) if is_flag else ("no such tool", TOOLS)
-        raise UserError(tool, what, f"{nearest(tool, names)}; tools: {', '.join(TOOLS)}")
+        do = f"{nearest(tool, names, '')}; tools: {', '.join(TOOLS)}".removeprefix("; ")
+        raise UserError(tool, what, do)
     if len(words) > 1:
         raise UserError(words[1], "unexpected argument", "give a tool alone")
     print("\n\n".join(table(section) for section in sections() if tool in section.tools))

@@ -117,7 +117,8 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
         most = room if config.max_length is None else config.max_length
         policy = RowPolicy.of(config)
         prompts, report = load_prompts(
-            config.data, tokenizer, most, config.overlong, policy=policy, others=NOT_READ
+            config.data, tokenizer, most, config.overlong, policy=policy, others=NOT_READ,
+            longer="; or lower --max-new-tokens" if most == room else "; or raise --max-length",
         )
         print(report, file=sys.stderr)
         return prompts[: config.limit]

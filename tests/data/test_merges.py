@@ -70,7 +70,7 @@ def test_an_older_folder_is_read_as_transformers_reads_it(older, kind, newer, tm
 def test_an_older_folder_that_does_not_fit_is_refused(older):
     for name, content, told in (
         ("merges.txt", "#version: 0.2\nt h\nthe\n", r"merges\.txt:3: is 'the': needs two tokens"),
-        ("merges.txt", "zz yy\n", r"merges\.txt: does not fit: .*zz"),
+        ("merges.txt", "zz yy\n", r"merges\.txt: does not fit vocab.json: .*zz"),
         ("vocab.json", "[]", r"vocab\.json: is no vocabulary"),
         ("vocab.json", '{"a": -1}', r"vocab\.json: is no vocabulary"),
     ):

@@ -53,7 +53,7 @@ def test_every_name_that_may_be_given_is_read():
 
 def test_a_word_the_wrong_way_round_is_told():
     (told,) = column_problems(["question=prompt"])
-    assert told.endswith("; our name comes first")
+    assert told.endswith(": our name comes first: prompt=question")
 
 
 def test_two_columns_may_change_places(write, tokenizer):

@@ -11,7 +11,7 @@ from minirlhf.data.formats import text_format
 from minirlhf.data.tokenizer import load_tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.rows import read_rows
-from minirlhf.files.sieve import LeftOut, RowPolicy, Sieve
+from minirlhf.files.sieve import LeftOut, OfEveryRow, RowPolicy, Sieve
 from minirlhf.setup.ppo_settings import PPOConfig
 from tests.data.conftest import EOS
 
@@ -46,11 +46,21 @@ def test_policy_of_a_config_is_of_its_settings():
     assert RowPolicy.of(PPOConfig(chat=True)).chat
 
 
-def test_reject_raises_the_fault_itself_where_bad_rows_are_errors():
-    fault = UserError("a.jsonl:3", "is bad", "mend it")
-    with pytest.raises(UserError, match=r"^a\.jsonl:3: is bad: mend it$") as caught:
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (UserError("a.jsonl:3", "is bad", "mend it"),
+         "a.jsonl:3: is bad: mend it; --bad-rows skip leaves such rows out"),
+        (UserError("a.jsonl:3", "is bad"),
+         "a.jsonl:3: is bad: --bad-rows skip leaves such rows out"),
+        (OfEveryRow("a.jsonl:1", "columns of no kind", "mend it"),
+         "a.jsonl:1: columns of no kind: mend it"),  # no row would be left
+    ],
+)
+def test_reject_raises_the_fault_and_the_way_out_where_bad_rows_are_errors(fault, told):
+    with pytest.raises(UserError) as caught:
         Sieve().reject(fault, "{")
-    assert caught.value is fault
+    assert str(caught.value) == told
 
 
 def test_reject_keeps_where_why_and_the_text_escaped_and_capped():

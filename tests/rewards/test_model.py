@@ -301,7 +301,7 @@ def test_fits_scorers_wants_room_for_all_that_is_read(
     assert check(64 - size) is check(64 - size, "drop") is prompt  # of 64 positions
     told = f"p:2: {len(ids)} tokens as --reward .*scorer reads them, {65 - size} new{shown}: it"
     for overlong in ("error", "truncate_prompt_left"):
-        with pytest.raises(UserError, match=f"^{told} reads 64: lower max_prompt_length"):
+        with pytest.raises(UserError, match=f"^{told} reads 64: lower --max-new-tokens, or"):
             check(65 - size, overlong)
     with pytest.raises(Useless, match=r"--reward .*scorer has no room for it and its response"):
         check(65 - size, "drop")

@@ -10,6 +10,8 @@ from minirlhf.setup.ppo_settings import PPOConfig
 
 BATCH = Completions(["p", "q"], [[1], [1]], ["ab", "c"], [[2, 3], [4]], ["eos", "eos"], {})
 
+AS_RE = "write it as Python's re does, in quotes for the shell"
+
 
 @pytest.mark.parametrize(
     ("source", "spec"),
@@ -49,8 +51,8 @@ def test_parse_source_leaves_the_name_of_a_folder_that_is_there(tmp_path, monkey
         ("format", "says too little: give format:REGEX"),
         ("format:", "says too little: give format:REGEX"),
         ("2*length", "says too little: give length:N"),
-        ("format:(a", "no regex: missing ), unterminated subpattern at position 0"),
-        ("format:a{9999999999}", "no regex: the repetition number is too large"),
+        ("format:(a", f"no regex: missing ), unterminated subpattern at position 0: {AS_RE}"),
+        ("format:a{9999999999}", f"no regex: the repetition number is too large: {AS_RE}"),
         ("length:0", "'0' is no length: give length:N"),
         ("length:4.5", "'4.5' is no length: give length:N"),
         ("length:-4", "'-4' is no length: give length:N"),

@@ -336,15 +336,46 @@ def test_setting_is_keyword_only_so_required_ones_may_stand_anywhere():
         Late(1, "m")
 
 
-def test_nearest_always_has_an_answer():
-    assert nearest("stpes", ["model", "steps"]) == "the nearest is steps"
-    assert nearest("qqq", ["model"]) == "the nearest is model"
+VERBS = ["sft", "ppo", "check", "sample", "score", "export", "best-of"]
+
+
+@pytest.mark.parametrize(
+    ("word", "names", "right"),
+    [
+        ("stpes", ["model", "steps"], "steps"),
+        ("--modle", ["--help", "--model"], "--model"),
+        ("SFT", VERBS, "sft"),
+        ("pop", VERBS, "ppo"),
+        ("exprot", VERBS, "export"),
+        ("bestof", VERBS, "best-of"),
+        ("--temp", ["--steps", "--temperature"], "--temperature"),  # begins so
+        ("rate", ["steps", "learning_rate"], "learning_rate"),  # a part of it
+    ],
+)
+def test_nearest_names_what_is_near(word, names, right):
+    assert nearest(word, names, "none") == f"the nearest is {right}"
+
+
+@pytest.mark.parametrize(
+    ("word", "names"),
+    [
+        ("qqq", ["model"]),
+        ("chat", VERBS),  # c and h of check: 2 * 2 of 4 + 5 letters are 0.44
+        ("train", VERBS),
+        ("generate", VERBS),
+        ("eval", VERBS),
+        ("--trl", ["--help"]),  # dashes are no letters
+        ("---", ["--help"]),
+        ("a", ["model", "a_b"]),
+    ],
+)
+def test_nearest_names_nothing_that_is_far(word, names):
+    assert nearest(word, names, "see --help") == "see --help"
 
 
 @pytest.mark.parametrize(
     ("word", "right"), [("lr", "learning_rate"), ("--bs", "batch_size"), ("LR", "learning_rate")]
 )
 def test_nearest_knows_initials(word, right):
-    assert nearest(word, ["steps", "learning_rate", "batch_size", "lora_rank"]) == (
-        f"the nearest is {right}"
-    )
+    names = ["steps", "learning_rate", "batch_size", "lora_rank"]
+    assert nearest(word, names, "none") == f"the nearest is {right}"

@@ -193,7 +193,7 @@ def test_coming_from_prints_every_row(tool, capsys):
     ("words", "message"),
     [
         (["lamafactory"], "lamafactory: no such tool: the nearest is llama-factory; tools: trl"),
-        (["--trl"], "--trl: unknown flag: the nearest is --help; tools: trl, llama-factory"),
+        (["--trl"], "--trl: unknown flag: tools: trl, llama-factory"),
         (["trl", "ppo"], "ppo: unexpected argument: give a tool alone"),
     ],
 )
