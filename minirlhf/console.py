@@ -10,9 +10,11 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import TextIO, TypeVar
+
+T = TypeVar("T")
 
 STDOUT = "stdout"  # the file of its errors
 
@@ -74,6 +76,7 @@ class Stream:
 
 class _State:
     stdout: Stream | None = None  # while a command speaks
+    bars = True  # unless the command is to be quiet
     is_run = False  # which keeps its results in files: nothing but words are on stdout
 
 
@@ -132,3 +135,25 @@ def check() -> None:
 def why_unread() -> str:
     """Of a run that is `unread`."""
     return f"{STDOUT}: {_State.stdout.lost.strerror}"
+
+
+def show_bars(shown: bool) -> None:
+    """Whether `progress` may show itself."""
+    _State.bars = shown
+
+
+def has_bars() -> bool:
+    """Whether somebody looks at a bar."""
+    return _State.bars and sys.stderr.isatty()
+
+
+def progress(
+    items: Iterable[T], what: str, total: int | None = None, unit: str = "it"
+) -> Iterator[T]:
+    """The items, with a bar on stderr that has their rate and the time left.
+
+    It comes where they take more than two seconds and somebody looks: stderr is a terminal.
+    """
+    from tqdm import tqdm  # not before --help
+
+    yield from tqdm(items, what, total, leave=False, delay=2, unit=unit, disable=not has_bars())

@@ -17,7 +17,7 @@ from minirlhf import console
 from minirlhf.cli import main
 from minirlhf.errors import BAD_INPUT, MACHINE, OK, STOPPED, UserError, run
 from minirlhf.files import atomic
-from minirlhf.run.folder import Run
+from minirlhf.run.display import Display
 from minirlhf.tools.sample import json_lines
 from tests.kill_harness import RECIPES, command, make_world
 
@@ -259,16 +259,16 @@ def test_a_run_at_a_terminal_that_goes_saves_its_last_whole_step(recipe, world, 
     monkeypatch.setattr(sys, "stdout", open(terminal, "w"))
     monkeypatch.setattr(sys, "stderr", open(os.dup(terminal), "w"))
     assert sys.stderr.isatty()
-    real = Run.say
+    real = Display.step
 
-    def say(self: Run, text: str) -> None:
+    def step(self: Display, *told: object) -> None:
         nonlocal master
-        if text.startswith("step ") and master is not None:
+        if master is not None:
             os.close(master)
             master = None
-        real(self, text)
+        real(self, *told)
 
-    monkeypatch.setattr(Run, "say", say)
+    monkeypatch.setattr(Display, "step", step)
     code = main(command(recipe, world, cut))
     for stream in (sys.stdout, sys.stderr):
         close(stream)

@@ -255,7 +255,8 @@ CHANGES = {
     },
 }
 # see the last test
-OTHERWISE = {"out", "resume", "resume_from", "allow_data_change", "allow_setting_change"}
+OTHERWISE = {"out", "resume", "resume_from", "allow_data_change", "allow_setting_change",
+             "verbose", "quiet", "json"}
 CASES = [
     (recipe, name, ({**CHANGES["all"], **CHANGES[recipe]})[name])
     for recipe in CONFIGS
@@ -390,9 +391,9 @@ def test_a_setting_does_something_or_is_refused(
         return
     announce, estimates = memory.announce, []
 
-    def keep(estimate, *others):
+    def keep(config, estimate, *others):
         estimates.append(estimate)
-        return announce(estimate, *others)
+        return announce(config, estimate, *others)
 
     monkeypatch.setattr(memory, "announce", keep)
     found, clip = [], optim.clip_gradients

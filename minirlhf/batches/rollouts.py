@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import interrupt, streams
+from minirlhf.console import progress
 from minirlhf.data.batching import cut_by_tokens
 from minirlhf.equations.kl import ESTIMATORS
 from minirlhf.models.alignment import check_known, response_states, response_tokens
@@ -116,7 +117,8 @@ class RolloutBuffer:
 
     def map(self, function: Callable[[Rollout], Rollout]) -> None:
         """Replaces each micro-batch by the function's result, as to fill its fields."""
-        self.micro_batches = [function(micro) for micro in self.micro_batches]
+        parts = progress(self.micro_batches, "measure", unit=" micro-batches")
+        self.micro_batches = [function(micro) for micro in parts]
 
     def renew(self, old: Sequence[Rollout], new: Sequence[Rollout]) -> None:
         """Puts each of `new` in the place of the micro-batch of `old` that it was made of."""

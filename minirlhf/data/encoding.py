@@ -4,7 +4,6 @@ An answer ends with eos, unless it is truncated: then its text does not end ther
 model an answer in messages ends where the rendered text does, as in other tools.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from minirlhf import console
 from minirlhf.data.arguments import ARGUMENTS, given_arguments, template_arguments
 from minirlhf.data.chat_template import TemplateOverrun
 from minirlhf.data.control import strings_of
@@ -102,7 +102,7 @@ def encode(
 def _bar(path: str | Path, rows: int) -> tqdm:
     """Shown where someone looks on, once it has taken a while."""
     return tqdm(desc=f"tokenise {printable(Path(path).name, 40)}", total=rows, unit=" rows",
-                delay=DELAY, leave=False, disable=not sys.stderr.isatty())
+                delay=DELAY, leave=False, disable=not console.has_bars())
 
 
 def _each_string(

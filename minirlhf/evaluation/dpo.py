@@ -20,6 +20,7 @@ from minirlhf.batches.responses import (
     mismatched_ratios,
     response_stats,
 )
+from minirlhf.console import progress
 from minirlhf.data.examples import Pair
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.data.unpaired import Unpaired
@@ -100,7 +101,8 @@ def evaluate_direct(
         longest = int(row_lengths(examples).max())
         ratios = mismatched_ratios(lm, examples, ref, longest, micro_batch_tokens)
         objective = objective._replace(kl=ratios)
-    for rows, batch in batches_of(examples, micro_batch_tokens):
+    batches = batches_of(examples, micro_batch_tokens)
+    for rows, batch in progress(batches, "evaluate", unit=" micro-batches"):
         interrupt.check()
         policy = response_stats(lm, batch.texts)
         losses, told = batch.losses(policy, None if ref is None else ref(batch.texts), objective)

@@ -158,9 +158,7 @@ def evaluate_sets(
         result = evaluate(prompts=prompts, baseline=state.baselines.get(prefix))
         scores[prefix] = result.scores
         metrics |= {prefix + name: value for name, value in result.metrics.items()}
-        shown = (f"{n.rpartition('/')[2]} {result.metrics[n]:.4g}" for n in CONSOLE
-                 if n in result.metrics)
-        r.say(f"  {prefix.rstrip('/')}: {len(prompts):,} prompts  " + "  ".join(shown))
+        r.display.evaluation(prefix, f"{len(prompts):,} prompts", result.metrics, CONSOLE)
     if state.step == 0:
         state.baselines = scores
     return metrics

@@ -20,6 +20,7 @@ from minirlhf.batches.preferences import (
     ordered,
     texts_of,
 )
+from minirlhf.console import progress
 from minirlhf.data.examples import Pair
 from minirlhf.data.rankings import Ranking
 from minirlhf.data.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from minirlhf.equations.preference import preference_accuracy
 from minirlhf.errors import UserError, printable
 from minirlhf.models.heads import RewardModel
 from minirlhf.run import optim
+from minirlhf.run.terminal import differing
 
 
 class Evaluation(NamedTuple):
@@ -58,7 +60,8 @@ def evaluate_preferences(
     device = model.score.weight.device
     scores: list[Tensor] = [torch.empty(0)] * len(examples)
     losses = torch.zeros(len(examples))
-    for part in micro_batches(examples, micro_batch_tokens):
+    parts = list(micro_batches(examples, micro_batch_tokens))
+    for part in progress(parts, "evaluate", unit=" micro-batches"):
         interrupt.check()
         batch = collate([examples[i] for i in part.tolist()])
         found = model(batch.tokens.to(device), batch.lengths.to(device)).float().cpu()  # (M,)
@@ -232,14 +235,16 @@ def pair_row(result: Evaluation, i: int, tokenizer: Tokenizer | None) -> dict:
 
 
 def pair_table(rows: list[dict]) -> str:
-    """`pair_rows` for a console: the responses only, since both have the same prompt."""
+    """`pair_rows` for a console: the responses only, since both have the same prompt, from the word
+    in which they differ."""
     lines = [f"  {'chosen':<36}  {'rejected':<36}  {'scores':>15}  margin  P(chosen)  tokens"]
     for row in rows:
-        chosen, rejected = (printable(row[side], 36) for side in ("chosen", "rejected"))
+        sides = [printable(row[side], 2000) for side in ("chosen", "rejected")]
+        chosen, rejected = differing(sides, 36)
         scores = f"{row['chosen_score']:>7.3f} {row['rejected_score']:>7.3f}"
         sizes = f"{row['chosen_tokens']}/{row['rejected_tokens']}"
         lines.append(
-            f"  {chosen:<36}  {rejected:<36}  {scores}  {row['margin']:>6.3g}  "
+            f"  {chosen}  {rejected}  {scores}  {row['margin']:>6.3g}  "
             f"{row['probability']:>9.3f}  {sizes}"
         )
     return "\n".join(lines)

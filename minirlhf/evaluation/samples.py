@@ -12,6 +12,7 @@ from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import RewardSource, as_scores
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.folder import Run
+from minirlhf.run.terminal import columns, fit
 
 
 def sample_table(
@@ -37,9 +38,11 @@ def sample_table(
 
 def show_samples(r: Run, state: TrainState, rows: list[dict], number: str = "score") -> None:
     """The table on the console, each response behind its number, and in samples.jsonl."""
-    r.say(f"  samples at step {state.step}")
+    lines, room = [f"  samples at step {state.step}"], columns()
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         shown = f"{printable(prompt, 60)} | {printable(row['response'], 160)}"
-        r.say(f"  {row[number]:>8.3f}  {shown}")
+        line = f"  {row[number]:>8.3f}  {shown}"
+        lines.append(fit(line, room).rstrip() if room else line)
+    r.display.samples(state.step, lines, rows)
     r.write_samples(state, rows)

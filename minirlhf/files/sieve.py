@@ -235,8 +235,9 @@ class Report:
         return "; ".join(map(": ".join, self.left_out()))
 
     def __str__(self) -> str:
-        lines = [f"detected: {self.detected} · {self.rows:,} rows · kept {self.kept:,}"]
-        lines += [f"{kind + ':':<9} {count}" for kind, count in self.left_out()]
+        kept = f" · kept {self.kept:,}" if self.kept != self.rows else ""
+        lines = [f"{kind + ':':<9} {count}" for kind, count in self.left_out()]
         lines += [f"truncated: {self.truncated:,} to max_length"] if self.truncated else []
         lines += [n if n.startswith("warning: ") else f"note:     {n}" for n in self.notes]
-        return "\n".join([printable(self.path), *(f"  {printable(line, 400)}" for line in lines)])
+        first = f"{printable(self.path)}: detected {self.detected} · {self.rows:,} rows{kept}"
+        return "\n".join([first, *(f"  {printable(line, 400)}" for line in lines)])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import interrupt
+from minirlhf.console import progress
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.models.alignment import pad_right
 from minirlhf.models.cache import KVCache
@@ -210,7 +211,8 @@ def generate(
     tokens[:, :width] = pad_right(prompts).to(device)
     reasons = ["length"] * B
     supports: list[tuple[Tensor, Support]] = []  # (rows, of their tokens), a step each
-    for t, step in enumerate(decode_steps(lm, prompts, sampling, eos_ids, keys, decode)):
+    steps = decode_steps(lm, prompts, sampling, eos_ids, keys, decode)
+    for t, step in enumerate(progress(steps, "sample", most, " tokens a row")):
         R, rows = t + 1, step.rows.to(device)
         mask[rows, t] = True
         logprobs[rows, t] = step.logprobs.to(device)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minirlhf.console import progress
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.files.atomic import check_finite
 from minirlhf.files.fingerprint import fingerprint_of
@@ -135,7 +136,7 @@ def _fill(
     # product depends on alignment, so the same weights from another file would round otherwise.
     rows = torch.contiguous_format
     as_asked = {}
-    for name, stored in tensors.items():
+    for name, stored in progress(tensors.items(), "load", unit=" tensors"):
         tensor = stored.to(dtype, copy=True, memory_format=rows)
         if name not in packed:
             as_asked[name] = tensor

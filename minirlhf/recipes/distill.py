@@ -28,7 +28,7 @@ from minirlhf.batches.rollouts import Rollout, RolloutBuffer
 from minirlhf.data.batching import next_rows, total_steps
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
-from minirlhf.errors import OK, STOPPED, run
+from minirlhf.errors import OK, run
 from minirlhf.evaluation.distill import evaluate_student, student_table
 from minirlhf.evaluation.groups import length_statistics
 from minirlhf.evaluation.samples import show_samples
@@ -148,12 +148,11 @@ def evaluate_sets(start: DistillRun) -> dict[str, float]:
         )
         metrics |= {prefix + name: value for name, value in found.items()}
         kls[prefix] = [found["kl"], found["forward_kl"]]
-        before = state.baselines.get(prefix, kls[prefix])
-        told = f"  {prefix.rstrip('/')}: {len(prompts):,} prompts"
-        names = "KL(student || teacher)", "KL(teacher || student)"
-        for name, now, then in zip(names, kls[prefix], before, strict=True):
-            told += f"  {name} {now:.4f}" + (f", at the start {then:.4f}" if state.step else "")
-        r.say(f"{told}  nats a token")
+        then = {}  # state.baselines is of the student at step 0
+        if state.step:
+            then = dict(zip(("KL then", "forward KL then"), state.baselines[prefix], strict=True))
+        told = "kl", "forward_kl", *then
+        r.display.evaluation(prefix, f"{len(prompts):,} prompts", found | then, told)
     if state.step == 0:
         state.baselines = kls
     return metrics
@@ -186,8 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             if start.is_due(step, config.save_every):
                 r.save(state)
         if r.stopped:
-            r.save(state)
-            return STOPPED
+            return r.stop(state)
         start.finish("student", state.model)
     return OK
 

@@ -33,7 +33,7 @@ from minirlhf.batches.responses import (
     response_stats,
 )
 from minirlhf.data.batching import total_steps, training_batches
-from minirlhf.errors import OK, STOPPED, run
+from minirlhf.errors import OK, run
 from minirlhf.evaluation import invariants
 from minirlhf.evaluation.alarms import DPO_RULES, check_alarms
 from minirlhf.evaluation.dpo import direct_metrics, direct_rows, direct_table, evaluate_direct
@@ -145,12 +145,11 @@ def evaluate_all(start: DPORun) -> dict[str, float]:
                                  config.micro_batch_tokens)
         rows = direct_rows(result, start.tokenizer, config.show_samples)
         if rows:
-            r.say(direct_table(rows))
+            r.display.samples(state.step, [direct_table(rows)], rows)
             r.write_samples(state, [{"step": state.step, "set": prefix} | row for row in rows])
         metrics |= {prefix + name: value for name, value in result.metrics.items()}
-        told = [name for name in CONSOLE if name in result.metrics]
-        shown = "  ".join(f"{n.rpartition('/')[2]} {result.metrics[n]:.4f}" for n in told)
-        r.say(f"  {prefix.removesuffix('_')}: {len(examples):,} {kind_of(examples)}  {shown}")
+        held_out = f"{len(examples):,} {kind_of(examples)}"
+        r.display.evaluation(prefix, held_out, result.metrics, CONSOLE)
     return metrics
 
 
@@ -168,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
                         state.health, step.number, step.metrics, DPO_RULES
                     )
                     for note in notes:
-                        r.say(str(note))
+                        r.display.note(str(note))
                 extra = {name: step.metrics[name] for name in STEADY}
                 extra |= evaluate_all(start) if evaluating else {}
                 if evaluating or start.is_due(step, config.log_every):
@@ -176,8 +175,7 @@ def main(argv: list[str] | None = None) -> int:
             if start.is_due(step, config.save_every):
                 r.save(state)
         if r.stopped:
-            r.save(state)
-            return STOPPED
+            return r.stop(state)
         start.finish("policy", state.model)
     return OK
 

@@ -34,6 +34,7 @@ from minirlhf.batches.rollouts import (
     lm_pass,
     measure_lm,
 )
+from minirlhf.console import progress
 from minirlhf.data.batching import next_rows
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ from minirlhf.equations.kl import kl_k1
 from minirlhf.equations.masking import masked_mean, masked_sum
 from minirlhf.equations.policy import PolicyLoss, Surrogate, clipped_surrogate, with_mask
 from minirlhf.equations.scores import EndRule
-from minirlhf.errors import OK, STOPPED, NonFinite, run
+from minirlhf.errors import OK, NonFinite, run
 from minirlhf.evaluation import invariants
 from minirlhf.evaluation.alarms import check_alarms
 from minirlhf.evaluation.groups import (
@@ -243,9 +244,8 @@ def grpo_step(
     made: list[MiniBatchStats] = []
     for epoch in range(config.epochs):
         before = len(made)
-        for i, mini_batch in enumerate(
-            rollout.minibatches(config.mini_batches, config.seed, iteration, epoch)
-        ):
+        parts = rollout.minibatches(config.mini_batches, config.seed, iteration, epoch)
+        for i, mini_batch in enumerate(progress(parts, "update", unit=" mini-batches")):
             # From the first update on, a signal waits until the iteration is finished.
             may_stop = epoch == i == 0
             masks = [learned_tokens(micro, config) for micro in mini_batch]
@@ -364,8 +364,7 @@ def main(argv: list[str] | None = None, policy_loss: PolicyLoss | None = None) -
             if start.is_due(step, config.save_every):
                 r.save(state)
         if r.stopped:
-            r.save(state)
-            return STOPPED
+            return r.stop(state)
         start.finish("aligned model", state.model)
     return OK
 
@@ -375,7 +374,7 @@ def report_step(start: PolicyRun, step: Step) -> None:
     config, r, state = start.config, start.run, start.state
     alarms, state.health = check_alarms(state.health, step.number, step.metrics)
     for alarm in alarms:
-        r.say(str(alarm))
+        r.display.note(str(alarm))
     r.write_samples(state, step.samples)
     evaluating = start.sets and start.is_due(step, config.eval_every)
     found = evaluate_sets(r, state, start.sets, start.evaluate) if evaluating else {}

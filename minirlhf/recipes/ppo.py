@@ -33,6 +33,7 @@ from minirlhf.batches.rollouts import (
     measure,
     policy_pass,
 )
+from minirlhf.console import progress
 from minirlhf.data.batching import next_rows
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ from minirlhf.equations.policy import (
     with_mask,
 )
 from minirlhf.equations.scores import EndRule, RunningMoments, scale_scores
-from minirlhf.errors import OK, STOPPED, NonFinite, run
+from minirlhf.errors import OK, NonFinite, run
 from minirlhf.evaluation import invariants
 from minirlhf.evaluation.alarms import check_alarms
 from minirlhf.evaluation.policy import evaluate_sets, keep_best
@@ -256,7 +257,7 @@ def ppo_step(
         for epoch in range(config.epochs):
             before = len(made)
             parts = rollout.minibatches(config.mini_batches, config.seed, iteration, epoch)
-            for i, mini_batch in enumerate(parts):
+            for i, mini_batch in enumerate(progress(parts, "update", unit=" mini-batches")):
                 number = (iteration * config.epochs + epoch) * config.mini_batches + i
                 # From the first update on, a signal waits until the iteration is finished.
                 may_stop = epoch == i == 0
@@ -365,8 +366,7 @@ def main(argv: list[str] | None = None, policy_loss: PolicyLoss | None = None) -
             if start.is_due(step, config.save_every):
                 r.save(state)
         if r.stopped:
-            r.save(state)
-            return STOPPED
+            return r.stop(state)
         start.finish("aligned model", state.model.lm)
     return OK
 
@@ -376,7 +376,7 @@ def report_step(start: PPORun, step: Step) -> None:
     config, r, state = start.config, start.run, start.state
     alarms, state.health = check_alarms(state.health, step.number, step.metrics)
     for alarm in alarms:
-        r.say(str(alarm))
+        r.display.note(str(alarm))
     r.write_samples(state, step.samples)
     evaluating = start.sets and start.is_due(step, config.eval_every)
     found = evaluate_sets(r, state, start.sets, start.evaluate) if evaluating else {}

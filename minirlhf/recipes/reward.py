@@ -29,7 +29,7 @@ from minirlhf.batches import preferences
 from minirlhf.batches.preferences import Batch, Example, PairLoss, bootstrap_weights
 from minirlhf.data.batching import total_steps, training_batches
 from minirlhf.equations.preference import bradley_terry_loss
-from minirlhf.errors import OK, STOPPED, run
+from minirlhf.errors import OK, run
 from minirlhf.evaluation.card import card_files
 from minirlhf.evaluation.reward import (
     Evaluation,
@@ -152,12 +152,10 @@ def evaluate_all(
         held_out = start.sets[prefix]
         rows = pair_rows(result, start.tokenizer, config.show_samples)
         if rows:
-            r.say(pair_table(rows))
+            r.display.samples(state.step, [pair_table(rows)], rows)
             r.write_samples(state, [{"step": state.step, "set": prefix} | row for row in rows])
-        shown = [n for n in SHOWN if n in result.metrics]
-        numbers = "  ".join(f"{name} {result.metrics[name]:.4f}" for name in shown)
         kind = preferences.kind_of(held_out)
-        r.say(f"  {prefix.removesuffix('_')}: {len(held_out):,} {kind}  {numbers}")
+        r.display.evaluation(prefix, f"{len(held_out):,} {kind}", result.metrics, SHOWN)
     return results
 
 
@@ -182,7 +180,7 @@ def finish(
         mean, std = score_moments(model, over, config.micro_batch_tokens, "--normalize")
         normalize_scores(model, mean, std)
         facts["normalized"] = {"over": config.normalize, "mean": mean, "std": std}
-        print(f"scores of {config.normalize} had mean {mean:.4f} and std {std:.4f}: normalised")
+        r.say(f"scores of {config.normalize} had mean {mean:.4f} and std {std:.4f}: normalised")
     if results is None or config.lora_rank or config.normalize != "none":  # not this model's
         results = score_sets(model, sets, config, pair_loss)
     by_name = {prefix.removesuffix("_"): result for prefix, result in results.items()}
@@ -197,7 +195,7 @@ def finish(
         adapted.reward_mean, adapted.reward_std = model.reward_mean, model.reward_std
         r.done("adapter", r.export(partial(write, adapted), "adapter"))
         for line in use_of_adapter(r.folder / "adapter", base_name(config), model.heads):
-            print(f"  {line}")
+            r.say(f"  {line}")
     if config.merge:
         r.done("reward model", r.export(partial(write, model)))
     for name, text in files.items():
@@ -223,8 +221,7 @@ def main(argv: list[str] | None = None, pair_loss: PairLoss = bradley_terry_loss
             if start.is_due(step, config.save_every):
                 r.save(state)
         if r.stopped:
-            r.save(state)
-            return STOPPED
+            return r.stop(state)
         finish(start, results, pair_loss)
     return OK
 

@@ -23,9 +23,10 @@ import torch
 
 from minirlhf import interrupt
 from minirlhf.batches.demonstrations import collate_texts, count_tokens, target_stats
+from minirlhf.console import progress
 from minirlhf.data.batching import cut_by_tokens, total_steps, training_batches
 from minirlhf.data.examples import Text
-from minirlhf.errors import OK, STOPPED, run
+from minirlhf.errors import OK, run
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
@@ -109,7 +110,8 @@ def evaluate(lm: CausalLM, texts: list[Text], micro_batch_tokens: int = 4096) ->
     mean_token_accuracy."""
     lengths, counts = count_tokens(texts)
     sums = torch.zeros(3, dtype=torch.float64)
-    for part in cut_by_tokens(lengths, len(texts), micro_batch_tokens):
+    parts = list(cut_by_tokens(lengths, len(texts), micro_batch_tokens))
+    for part in progress(parts, "evaluate", unit=" micro-batches"):
         interrupt.check()
         stats = target_stats(lm, collate_texts([texts[i] for i in part.tolist()]))
         sums += torch.stack((-stats.logprobs.sum(), stats.entropy.sum(), stats.greedy.sum())).cpu()
@@ -124,8 +126,7 @@ def evaluate_all(start: TrainingRun[Text]) -> dict[str, float]:
     for prefix, texts in start.sets.items():
         values = evaluate(start.state.model, texts, start.config.micro_batch_tokens)
         metrics |= {prefix + name: value for name, value in values.items()}
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        start.run.say(f"  {prefix.rstrip('_')}: {len(texts):,} texts  {shown}")
+        start.run.display.evaluation(prefix, f"{len(texts):,} texts", values, values)
     return metrics
 
 
@@ -149,8 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             if start.is_due(step, config.save_every):
                 r.save(state)
         if r.stopped:
-            r.save(state)
-            return STOPPED
+            return r.stop(state)
         start.finish("language model", state.model)
     return OK
 

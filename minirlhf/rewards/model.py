@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import interrupt
+from minirlhf.console import progress
 from minirlhf.data.arguments import NONE
 from minirlhf.data.batching import cut_by_tokens
 from minirlhf.data.encoding import read_part
@@ -32,7 +33,8 @@ def score_texts(
     lengths, scores = torch.tensor([len(row) for row in rows]), torch.zeros(len(rows))
     with in_memory(model):
         device = model.score.weight.device
-        for part in cut_by_tokens(lengths, len(rows), micro_batch_tokens):
+        parts = list(cut_by_tokens(lengths, len(rows), micro_batch_tokens))
+        for part in progress(parts, "score", unit=" micro-batches"):
             interrupt.check()
             tokens = pad_right([rows[i] for i in part.tolist()])
             check_known(tokens, model.config.vocab_size, "the reward model")

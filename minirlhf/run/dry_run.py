@@ -106,7 +106,7 @@ class DryRun(Run):
         a_step = self._step_seconds[-1]
         whole = self.once_seconds + self.work * a_step + self.evaluations * self._report_seconds
         self.say(f"dry run: {len(self._step_seconds)} of {self.steps:,} steps, on the longest rows")
-        self.facts({
+        self.display.table({
             "peak memory": f"{peak_bytes(self.device) / 1e9:.2f} GB",
             "seconds a step": f"{a_step:.1f}",
             "the whole run": f"about {duration(whole)}, saves not counted",

@@ -8,8 +8,6 @@ It is not a trainer: recipes own their loops and call it at their safe points.
 import json
 import math
 import platform
-import shlex
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,12 +20,13 @@ from tqdm import tqdm
 
 import minirlhf
 from minirlhf import console, interrupt
-from minirlhf.errors import NON_FINITE, REWARD_SERVICE, Stopped, UserError, printable
+from minirlhf.errors import NON_FINITE, REWARD_SERVICE, STOPPED, Stopped, UserError, printable
 from minirlhf.files import atomic
 from minirlhf.files.reading import check_unchanged, forget_read, read_json
 from minirlhf.files.sieve import Report
 from minirlhf.run import checkpoint
 from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.display import Display, this_command
 from minirlhf.run.kinds import LOGS
 from minirlhf.run.lock import check_held, take_lock
 from minirlhf.run.machine import environment, peak_bytes
@@ -71,7 +70,7 @@ class Run:
         self.changed: dict[str, str] = {}  # setting -> how it differs from the last start's
         self.record: Record | None = None  # of this start, once it is entered
         self.state: TrainState | None = None  # once restored
-        self.started = time.perf_counter()
+        self.started, self.display = time.perf_counter(), Display(config, recipe)
         self.check_folder()
 
     @property
@@ -147,7 +146,7 @@ class Run:
             "settings": self.record.settings,
             "inputs": self.record.inputs,
             "named_by": self.record.named_by,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": this_command(),
             "versions": {
                 "minirlhf": minirlhf.__version__,
                 "torch": torch.__version__,
@@ -198,7 +197,7 @@ class Run:
         self.state, kept = state, self.folder / "checkpoints"
         newest, passed_over = checkpoint.newest_commit(kept, self.config.resume_from)
         for reason in passed_over:
-            self.say(f"passed over {reason}")
+            self.display.note(f"passed over {reason}")
         if newest is None:
             self._begin(state)
             return
@@ -208,17 +207,17 @@ class Run:
         self._write_facts()
         if self.config.resume_from is not None:
             for commit in checkpoint.remove_later(newest):
-                self.say(f"removed {commit.name}, which is later")
+                self.display.note(f"removed {commit.name}, which is later")
         for name, length in state.log_bytes.items():
             atomic.truncate(self.folder / name, length)
         self.say(f"resumed from {newest.name}")
         for text in self.changed.values():
-            self.say(f"changed: {text}")
+            self.display.note(f"changed: {text}")
         then = read_json(newest / "manifest.json")["environment"]
         for name, now in environment(state.model).items():
             if then.get(name) != now:
                 was = then.get(name, "not recorded")
-                self.say(f"not bit for bit from here on: {name} was {was}, is {now}")
+                self.display.note(f"not bit for bit from here on: {name} was {was}, is {now}")
 
     def _begin(self, state: TrainState) -> None:
         """Empties the logs and commits step 0."""
@@ -255,16 +254,8 @@ class Run:
                 self.write_file(name, text)
 
     def say(self, text: str) -> None:
-        """Prints above the progress bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-    def facts(self, facts: dict[str, object]) -> None:
-        """Prints what is about to happen, one aligned line each."""
-        width = max(map(len, facts))
-        for name, value in facts.items():
-            shown = f"{value:,}" if isinstance(value, int) else value
-            self.say(f"  {name:<{width}}  {shown}")
+        """Tells what is as it should be; see `display.Display`."""
+        self.display.say(text)
 
     def bar(self, steps: Iterable[Step], state: TrainState, total: int) -> Iterator[Step]:
         """The steps with a progress bar; ends early when a signal asked for it.
@@ -272,10 +263,11 @@ class Run:
         A step that is trained but not reported, because a signal cut its report short, comes first.
         """
         if state.step >= total and state.unreported is None:
-            print("no steps left to do")
+            self.say("no steps left to do")
         upcoming = iter(steps)
         with tqdm(
-            total=total, initial=state.step, desc=self.recipe, disable=not sys.stderr.isatty()
+            total=total, initial=state.step, desc=self.recipe, unit="step",
+            disable=not console.has_bars(),
         ) as bar:
             if state.unreported is not None:
                 yield Step(**state.unreported)
@@ -328,9 +320,7 @@ class Run:
         peak = peak_bytes(str(next(state.model.parameters()).device)) / 1e9
         clock = {"elapsed": time.perf_counter() - self.started, "peak_memory": peak} | clock
         self._append(state, "metrics.jsonl", [metrics | {"clock": clock}])
-        shown = [f"{n.rpartition('/')[2]} {metrics[n]:<9.4g}" for n in columns if n in metrics]
-        if shown:  # not where an evaluation has told its own
-            self.say(f"step {state.step:>5}  " + "  ".join(shown).rstrip())
+        self.display.step(state.step, metrics, columns)
 
     def write_samples(self, state: TrainState, rows: list[dict]) -> None:
         """Adds rows to samples.jsonl."""
@@ -370,7 +360,13 @@ class Run:
 
     def done(self, what: str, folder: Path) -> None:
         """Tells what the run has made, and where it is."""
-        print(f"{what} in {folder}")
+        self.display.done(what, folder)
+
+    def stop(self, state: TrainState) -> int:
+        """Saves what a signal has stopped, tells the command that goes on; the exit code."""
+        self.save(state)
+        self.display.stopped(state.step)
+        return STOPPED
 
 
 def _of_service(error: BaseException | None) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import read_json
+from minirlhf.run.display import ConsoleSettings, Display
 from minirlhf.run.settings import as_dict, resume_rules, setting, settings_of
 
 CHANGES = ("data_changes", "setting_changes")
@@ -30,7 +31,7 @@ class OutSettings:
 
 
 @dataclass(frozen=True)
-class RunSettings(OutSettings):
+class RunSettings(OutSettings, ConsoleSettings):
     """Run: its logs and checkpoints, and how it goes on."""
 
     log_every: int = setting(
@@ -162,7 +163,7 @@ def changed_inputs(before: Record, now: Record, config: RunSettings) -> list[dic
             what = "has changed since the run began"
             raise UserError(file, what, f"give another --out{do}")
         sums = f"sha256 was {str(was)[:12]}, is {str(now_is)[:12]}"
-        print(f"changed: {printable(file)}: {sums}")
+        Display(config).note(f"changed: {printable(file)}: {sums}")
         changes.append({"file": file, "was": was, "is": now_is})
     return changes
 

@@ -4,6 +4,8 @@ import os
 import shutil
 import sys
 import unicodedata
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import TextIO
 
 RESET = "\x1b[0m"
@@ -44,6 +46,10 @@ def bold(text: str) -> str:
     return f"\x1b[1m{text}{RESET}"
 
 
+def yellow(text: str) -> str:
+    return f"\x1b[33m{text}{RESET}"
+
+
 def width(text: str) -> int:
     """Columns that a text takes in a terminal: a Chinese character or an emoji takes two, an accent
     on the letter before it none.
@@ -67,3 +73,20 @@ def fit(text: str, room: int) -> str:
             text = text[:-1]
         text += "…" if room else ""
     return text + " " * (room - width(text))
+
+
+def differing(texts: Sequence[str], room: int) -> list[str]:
+    """Texts in `room` columns each, from the word in which they first differ: what they all begin
+    with is left out as "…".
+
+    >>> differing(["It is a good film.", "It is a bad film."], 12)
+    ['… good film.', '… bad film. ']
+    """
+    start = 0
+    if max(map(width, texts)) > room:
+        alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+        end = len(list(alike))
+        start = texts[0].rfind(" ", 0, end) + 1
+        if width(texts[0][start:end]) > room // 2:  # a word without end, or a script without blanks
+            start = end
+    return [fit(f"… {text[start:]}" if start else text, room) for text in texts]

@@ -64,7 +64,8 @@ def load_run(config: DistillConfig) -> DistillRun:
     make_deterministic(device)
     shapes = pretrained.read_config(folder), pretrained.read_config(teacher_folder)
     estimate = memory.of_distill(config, *shapes, data.longest_prompt, dtype)
-    facts = run_facts(config) | memory.announce(estimate, (folder, teacher_folder), dtype, device)
+    folders = folder, teacher_folder
+    facts = run_facts(config) | memory.announce(config, estimate, folders, dtype, device)
     student = load_trained(config, folder, dtype)
     rows = Rows(data.prompts, data.sets, data.reports, [])
     run = ready(config, r, student, tokenizer, rows, "prompts", facts, device)

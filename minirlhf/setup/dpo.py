@@ -1,6 +1,5 @@
 """What a run of DPO or its family reads, refuses and loads: preferences, policy and reference."""
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minirlhf import console
 from minirlhf.batches.kept import KeptReference
 from minirlhf.batches.preferences import kind_of, micro_batches, row_lengths
 from minirlhf.batches.responses import (
@@ -117,7 +117,7 @@ class DPORun(TrainingRun[Example]):
         counts = [len(micro_batches(group, config.micro_batch_tokens)) for group in groups]
         batches = (batch.texts for group in groups
                    for _, batch in batches_of(group, config.micro_batch_tokens))
-        with tqdm(total=sum(counts), desc="reference", disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=sum(counts), desc="reference", disable=not console.has_bars()) as bar:
             for texts in kept.missing(batches):
                 if loaded is None:
                     r.say(f"reference: {sum(counts):,} micro-batches are passed before step "
@@ -214,7 +214,7 @@ def load_run(config: DPOConfig) -> DPORun:
     own = not needs_ref or shares_trunk(config, folder, ref_folder)
     estimate = memory.of_dpo(config, model_config, None if own else ref_config, rows.tokens, dtype)
     facts = trunk_facts(config, folder, ref_folder if needs_ref else None)
-    facts |= memory.announce(estimate, (folder, ref_folder), dtype, device)
+    facts |= memory.announce(config, estimate, (folder, ref_folder), dtype, device)
     facts = {"loss": f"{config.loss}, beta {beta_of(config):g}",
              "reference": (config.ref or "the policy at step 0") if needs_ref else "none"} | facts
     if config.loss == "kto":

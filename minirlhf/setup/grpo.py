@@ -102,4 +102,4 @@ def announce_memory(
     policy = pretrained.read_config(start.folder)
     estimate = memory.of_policy("grpo", config, policy, frozen, start.data.longest_prompt, dtype)
     shared = trunk_facts(config, start.folder, start.ref_folder, start.scorers)
-    return shared | memory.announce(estimate, (*start.lms, *start.scorers), dtype, device)
+    return shared | memory.announce(config, estimate, (*start.lms, *start.scorers), dtype, device)

@@ -18,6 +18,7 @@ from minirlhf.models.logprobs import TILE, widened
 from minirlhf.models.lora import target_layers
 from minirlhf.models.quantized import quantize_trunk
 from minirlhf.models.transformer import CausalLM, shapes_only
+from minirlhf.run.display import ConsoleSettings, Display
 from minirlhf.run.machine import Machine, free_memory, process_bytes
 from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.groups import TrainingSettings
@@ -225,12 +226,13 @@ def of_sampling(
 
 
 def announce(
-    estimate: Estimate, folders: Iterable[Path], dtype: torch.dtype, device: str
+    config: ConsoleSettings, estimate: Estimate, folders: Iterable[Path], dtype: torch.dtype,
+    device: str,
 ) -> dict[str, str]:
     """What a run tells of its machine; warns of what `remarks` tells, and of a tight one.
     Raises UserError (exit code 4) where not even three quarters of the estimate are free."""
     for line in [*pretrained.remarks(folders, dtype), *check_fits(estimate, free_memory(device))]:
-        print(f"warning: {line}")
+        Display(config).note(f"warning: {line}")
     held = (process_bytes(device) + estimate.total) / 1e9
     return {"memory": f"about {held:.1f} GB; --dry-run measures it", "device": device,
             "dtype": str(dtype).removeprefix("torch.")}

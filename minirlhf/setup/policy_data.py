@@ -9,6 +9,7 @@ from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import Report, RowPolicy
 from minirlhf.models import pretrained
+from minirlhf.run.display import Display
 from minirlhf.setup.common import named_files
 from minirlhf.setup.policy_settings import PromptInputSettings, PromptSettings
 
@@ -86,7 +87,7 @@ def read_prompts(
             file, tokenizer, room, config.overlong, policy, finish, others,
             longer_prompts(config, room),
         )
-        print(report)
+        Display(config).report(report)
         sets[prefix] = held_out(rows, config.eval_prompts, file) if prefix else rows
         reports.append(report)
     held_out_files = [file for prefix, file in files.items() if prefix]

@@ -17,6 +17,7 @@ from minirlhf.models.heads import ValueHeadModel, critic_from_reward_model
 from minirlhf.models.lora import has_lora
 from minirlhf.run import optim
 from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.display import Display
 from minirlhf.run.dry_run import DryRun
 from minirlhf.run.folder import Run
 from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
@@ -49,7 +50,7 @@ def look_for_ppo(config: PPOConfig) -> Start:
         config.ptx_data, start.tokenizer, pretrained.read_config(start.folder).longest_row,
         config.overlong, policy=RowPolicy.of(config), finish=with_target,
     )
-    print(report)
+    Display(config).report(report)
     start.inputs["ptx_data"].append(config.ptx_data)
     reports = [*start.data.reports, report]
     return start._replace(data=start.data._replace(texts=texts, reports=reports))
@@ -159,7 +160,7 @@ def announce_memory(
     )
     folders = start.folder, start.ref_folder, *start.critic, *start.scorers
     shared = trunk_facts(config, start.folder, start.ref_folder, start.scorers, start.critic)
-    return shared | memory.announce(estimate, folders, dtype, device)
+    return shared | memory.announce(config, estimate, folders, dtype, device)
 
 
 def ppo_optimizer(policy: ValueHeadModel, config: PPOConfig) -> torch.optim.AdamW:

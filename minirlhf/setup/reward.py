@@ -27,6 +27,7 @@ from minirlhf.models.heads import RewardModel, initialize_score, reads_whole
 from minirlhf.models.lora import has_lora
 from minirlhf.models.peft_files import save_adapter
 from minirlhf.rewards.model import scores_read
+from minirlhf.run.display import Display
 from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.common import check_base
@@ -68,8 +69,9 @@ def load_start(config: RewardConfig, unread: int | None, dtype: torch.dtype) -> 
             raise UserError("--lcb-coef", what, f"give --lcb-coef {model.lcb_coef}")
         mean, std = model.reward_mean, model.reward_std
         if (mean, std) != (0.0, 1.0):
-            print(f"{config.model} normalises its scores by a mean of {mean:.4f} and a deviation "
-                  f"of {std:.4f}: both are left out")
+            Display(config).note(
+                f"{config.model} normalises its scores by a mean of {mean:.4f} and a deviation of "
+                f"{std:.4f}: both are left out")
         model.lcb_coef, model.reward_mean, model.reward_std = config.lcb_coef, 0.0, 1.0
     else:
         lm = load_trained(config, folder, dtype)
@@ -134,7 +136,7 @@ def load_run(config: RewardConfig) -> TrainingRun[Example]:
     config, rows = read_rows(r, config, read, longest.of_preferences, model_config.longest_row)
     make_deterministic(device)
     estimate = memory.of_training("reward", config, model_config, rows.tokens, dtype, False)
-    facts = memory.announce(estimate, [folder], dtype, device)
+    facts = memory.announce(config, estimate, [folder], dtype, device)
     model = load_start(config, unread, dtype)
     facts = {"scores read": scores_read(model, tokenizer)} | facts
     return ready(config, r, model, tokenizer, rows, kind_of(rows.train), facts, device)

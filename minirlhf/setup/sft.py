@@ -137,7 +137,7 @@ def load_run(config: SFTConfig) -> TrainingRun[Text]:
     make_deterministic(device)
     estimate = memory.of_training("sft", config, model_config, rows.tokens, dtype)
     start = [folders.resolve(config.model, base=config.base)] if config.model else []
-    facts = memory.announce(estimate, start, dtype, device)
+    facts = memory.announce(config, estimate, start, dtype, device)
     targets = int(count_tokens(rows.train)[1].sum())
     facts = {"tokens": sum(rows.tokens), "targets": targets} | facts
     lm = load_start(config, model_config, tokenizer, dtype)

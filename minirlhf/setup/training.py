@@ -58,7 +58,7 @@ class TrainingRun(Generic[T]):
 
     def begin(self) -> None:
         """Tells what is about to happen, and goes on from the newest checkpoint."""
-        self.run.facts(self.facts)
+        self.run.display.facts(self.facts)
         self.run.restore(self.state)
         self.run.list_left_out(self.reports)
 
@@ -74,7 +74,7 @@ class TrainingRun(Generic[T]):
         if self.config.lora_rank:
             self.run.done("adapter", folder / "adapter")
             for line in use_of_adapter(folder / "adapter", base_name(self.config)):
-                print(f"  {line}")
+                self.run.say(f"  {line}")
         if self.config.merge:
             self.run.done(what, folder / "model")
 
@@ -146,7 +146,7 @@ def read_rows(
         if tokens > most:
             what = f"a row of {tokens} tokens, the model reads {most}"
             raise UserError(file, what, f"give --max-length {most}")
-        print(report)
+        r.display.report(report)
         reports.append(report)
     rows = sets.pop("")
     if isinstance(r, DryRun):

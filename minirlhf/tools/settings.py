@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from minirlhf.errors import printable
 from minirlhf.rewards.parse import RewardSourceSettings
+from minirlhf.run.display import JsonSettings
 from minirlhf.run.glossary import METRICS
 from minirlhf.run.language import LANGUAGES
 from minirlhf.run.resume import OutSettings
@@ -61,13 +62,6 @@ class LanguageSettings:
 
 
 @dataclass(frozen=True)
-class JsonSettings:
-    """Output: as JSON."""
-
-    json: str | None = setting(None, "new file for the same facts as JSON", metavar="FILE")
-
-
-@dataclass(frozen=True)
 class LinesSettings(OutSettings):
     """Output: JSON lines."""
 
@@ -91,6 +85,7 @@ class CheckConfig(
     model: str | None = override(
         None, "model or reward model; none: only what needs no tokenizer", required=False
     )
+    json: str | None = override(None, "new file for the same facts as JSON", metavar="FILE")
     data: tuple[str, ...] = override(
         (), "files to look at, the later ones also for what they share with the first; the files "
         "may come first, without this flag"

@@ -571,7 +571,7 @@ def test_report_prints_one_block():
     report = Report("a.jsonl", "texts (text)", 20_000, 19_990, {"longer than max_length": 10}, 3)
     report.notes += ["margin missing in 2 rows: they count as 0", "warning: system not read"]
     assert str(report).splitlines() == [
-        "a.jsonl", "  detected: texts (text) · 20,000 rows · kept 19,990",
+        "a.jsonl: detected texts (text) · 20,000 rows · kept 19,990",
         "  dropped:  10 (longer than max_length)", "  truncated: 3 to max_length",
         "  note:     margin missing in 2 rows: they count as 0", "  warning: system not read",
     ]

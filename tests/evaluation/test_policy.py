@@ -275,7 +275,7 @@ def test_main_names_its_sets_and_takes_so_many_prompts_of_each(held, whole, tmp_
     argv[at + 1 : at + 2] = [f"a={held / 'short.jsonl'}", f"b={held / 'long.jsonl'}"]
     assert main(argv) == OK
     printed = capsys.readouterr().out
-    assert "  eval/a: 2 prompts  scores" in printed and "  eval/b: 2 prompts  scores" in printed
+    assert "  eval/a, 2 prompts: reward " in printed and "  eval/b, 2 prompts: reward " in printed
     start = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
     # both files begin with the same two prompts, and their keys are those of their places
     for name in ("objective/scores", "objective/kl", "distinct_1"):

@@ -230,11 +230,10 @@ def test_main_tells_the_kl_before_and_after(world, tmp_path, capsys):
     assert "loss" not in first and first["eval/kl"] == first["eval/again/kl"]
     assert last["eval/kl"] < first["eval/kl"]
     assert (
-        f"  eval: 3 prompts  KL(student || teacher) {last['eval/kl']:.4f}, at the start "
-        f"{first['eval/kl']:.4f}  KL(teacher || student) {last['eval/forward_kl']:.4f}, at the "
-        f"start {first['eval/forward_kl']:.4f}  nats a token"
+        f"  eval, 3 prompts: KL {last['eval/kl']:.4g}, forward KL {last['eval/forward_kl']:.4g}, "
+        f"KL then {first['eval/kl']:.4g}, forward KL then {first['eval/forward_kl']:.4g}\n"
     ) in told
-    assert "  generalised JSD, beta 0.5, the mean over response tokens\n" in told
+    assert "  loss: generalised JSD, beta 0.5, the mean over response tokens\n" in told
     rows = read_lines(out / "samples.jsonl")
     assert [(row["step"], row["prompt"]) for row in rows[:3]] == [
         (0, "It was"), (0, "It was!"), (2, "It was")

@@ -43,7 +43,7 @@ def whole(world, tmp_path_factory):
 
 def test_main_prints_what_is_about_to_happen(world, tmp_path, capsys):
     flags = {"steps": 1, "resample": 2, "advantage": "rloo", "loss_mean": "fixed"}
-    assert main(command(world, tmp_path / "run", **flags)) == OK
+    assert main(command(world, tmp_path / "run", "--verbose", **flags)) == OK
     printed = capsys.readouterr().out
     # embedded and unembedded, 2 layers, a norm
     count = 2 * 258 * 32 + 2 * (4 * 32**2 + 3 * 32 * 48 + 64) + 32
@@ -99,9 +99,9 @@ def test_main_resumes_after_a_signal_to_the_same_bytes(whole, world, tmp_path, m
 
 def test_main_evaluates_without_a_reference(world, tmp_path, capsys):
     flags = {"kl_coef": 0, "eval_data": world / "prompts.jsonl", "eval_every": 2}
-    assert main(command(world, tmp_path / "run", **flags)) == OK
+    assert main(command(world, tmp_path / "run", "--verbose", **flags)) == OK
     printed = capsys.readouterr().out
-    assert "reference                  none: kl_coef is 0" in printed and "kl " not in printed
+    assert "reference                  none: kl_coef is 0" in printed and "KL" not in printed
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 3, 4]
     assert "eval/win_rate" in lines[3] and "eval/objective/kl" not in lines[3]

@@ -178,7 +178,7 @@ def world(tmp_path_factory):
 def test_kept_log_probs_are_those_that_are_computed_each_time(changes, world, tmp_path, capsys):
     left = []
     for name, kept in (("kept", True), ("each", False)):
-        settings = {**KTO, "steps": 4, "log_every": 1, "eval_every": 2, **changes}
+        settings = {**KTO, "steps": 4, "log_every": 1, "eval_every": 2, "verbose": True, **changes}
         argv = command("dpo", world, tmp_path / name, cache_ref=kept, **settings)
         assert main(argv) == OK
         left.append(remains(tmp_path / name))

@@ -48,7 +48,7 @@ def whole(world, tmp_path_factory):
     """(folder, what was printed) of a run that nothing interrupted."""
     out, printed = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
     with redirect_stdout(printed):
-        assert main(command(world, out, "--save-rollouts")) == OK
+        assert main(command(world, out, "--save-rollouts", "--verbose")) == OK
     return out, printed.getvalue()
 
 
@@ -70,7 +70,7 @@ def test_main_prints_what_is_about_to_happen(whole):
     )
     for name, value in facts:
         assert f"\n  {name:<25}  {value}" in printed
-    assert "5 rows · kept 5" in printed
+    assert ": detected prompts (prompt) · 5 rows\n" in printed
     assert f"aligned model in {out / 'model'}" in printed
 
 
@@ -183,7 +183,7 @@ def test_main_starts_the_critic_from_the_value_head_beside_a_policy(world, tmp_p
     before = load_file(folder / "model.safetensors")
     save_file(before | head, folder / "model.safetensors")
     out = tmp_path / "run"
-    assert main(command(world, out, model=folder, steps=1, save_every=1)) == OK
+    assert main(command(world, out, "--verbose", model=folder, steps=1, save_every=1)) == OK
     start = load_file(out / "checkpoints/step-00000000/model.safetensors")
     assert torch.equal(start["v_head.weight"], head["v_head.summary.weight"])
     assert torch.equal(start["v_head.bias"], head["v_head.summary.bias"])
@@ -200,7 +200,8 @@ def test_main_learns_from_a_weighted_sum_and_logs_each_part(world, tmp_path, cap
         "def dense(completion_ids):\n    return [[0.5] * len(ids) for ids in completion_ids]\n"
         "def some(completions):\n    return [None] * len(completions)\n"
     )
-    argv = command(world, tmp_path / "run", "--save-rollouts", steps=1, sample_every=0, log_every=1)
+    argv = command(world, tmp_path / "run", "--save-rollouts", "--verbose", steps=1,
+                   sample_every=0, log_every=1)
     at = argv.index("--reward")
     names = [f"2*{code}:length", f"{code}:dense", f"{code}:some", f"0.1*{world}/reward"]
     argv[at + 1 : at + 2] = names
@@ -365,7 +366,7 @@ def test_main_gives_the_critic_a_learning_rate_of_its_own(world, tmp_path):
 
 
 def test_main_measures_the_kl_to_a_reference_that_is_named(world, tmp_path, capsys):
-    named = command(world, tmp_path / "named", steps=1, ref=world / "other")
+    named = command(world, tmp_path / "named", "--verbose", steps=1, ref=world / "other")
     assert main(named) == OK
     assert read_lines(tmp_path / "named" / "metrics.jsonl")[0]["objective/kl"] != 0
     assert f"reference                  {world / 'other'}" in capsys.readouterr().out

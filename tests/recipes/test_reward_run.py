@@ -370,10 +370,10 @@ def test_a_run_on_ranked_lists_is_evaluated_on_lists_and_on_pairs(base, tmp_path
     rows = [{"prompt": "the film was", "responses": [f" {w}." for w in WORDS[i:]], "best": 0}
             for i in range(4)]
     lists, out = write_lines(tmp_path / "lists.jsonl", rows), tmp_path / "run"
-    words = (*EVALUATED, "--data", lists, "--eval-data", f"lists={lists}", base[2])
+    words = (*EVALUATED, "--verbose", "--data", lists, "--eval-data", f"lists={lists}", base[2])
     assert run_reward(base, out, *words) == 0
     told = capsys.readouterr().out
-    assert "lists a step" in told and "eval_lists: 4 lists  accuracy" in told
+    assert "lists a step" in told and "eval_lists, 4 lists: accuracy" in told
     last = read_lines(out / "metrics.jsonl")[-1]
     assert {"top1", "eval_lists_top1", "eval_accuracy"} <= last.keys() and "eval_top1" not in last
     words = (*STEPS, "--data", lists, "--label-smoothing", 0.1)

@@ -66,7 +66,7 @@ def test_a_run_is_scored_by_a_service_and_logs_its_part(world, tmp_path, capsys)
     with stub(Request.good) as server:
         argv = scored_by(world, tmp_path / "run", server.url, "--reward-batch-size", "3")
         assert cli.main(argv) == 0
-    assert f"  {server.url}\n" in capsys.readouterr().out
+    assert f"  reward: {server.url}\n" in capsys.readouterr().out
     assert b'"rewards/127.0.0.1/mean": ' in remains(tmp_path / "run")["metrics.jsonl"]
     sizes = [len(request.body["items"]) for request in server.requests]
     assert max(sizes) == 3

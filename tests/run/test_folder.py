@@ -381,7 +381,8 @@ def test_log_line_is_strict_json_with_the_clock_apart(tmp_path, capsys):
     assert clock.pop("elapsed") >= 0 and clock.pop("peak_memory") > 0
     assert clock == {"rate": 1.5}
     assert state.meters.flush() == {}
-    assert capsys.readouterr().out == "step     3  loss 1.5        b 0.1        epoch 0.5\n"
+    assert capsys.readouterr().out == (
+        "  step       loss          b      epoch\n     3        1.5        0.1        0.5\n")
 
 
 def test_log_without_columns_says_nothing(tmp_path, capsys):

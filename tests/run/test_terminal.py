@@ -65,3 +65,17 @@ def test_translations_keep_the_places_of_values():
         places = [sorted(text.split("{")[1:]) for text in (sentence, told)]
         names = [[part.split("}")[0] for part in parts] for parts in places]
         assert sorted(names[0]) == sorted(names[1]), sentence
+
+
+@pytest.mark.parametrize(("texts", "shown"), [
+    (["a fine film", "a poor film"], ["a fine film ", "a poor film "]),  # both fit into 12
+    (["It was a fine film.", "It was a film."], ["… fine film.", "… film.     "]),
+    (["It was a fine film", "It was"], ["… was a fin…", "… was       "]),  # one begins the other
+    (["Unlike from here on", "Other words at once"], ["Unlike from…", "Other words…"]),
+    (["一部很好看的电影呀", "一部很糟的电影"], ["一部很好看… ", "一部很糟的… "]),
+    (["今天晚上的电影很好看", "今天晚上的电影不好看"],
+     ["… 很好看    ", "… 不好看    "]),  # no blank to begin at
+])
+def test_texts_are_shown_from_the_word_in_which_they_differ(texts, shown):
+    assert terminal.differing(texts, 12) == shown
+    assert [terminal.width(text) for text in shown] == [12, 12] or "…" in shown[0]

@@ -10,6 +10,7 @@ from torch import bfloat16, float32
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.transformer import CausalLM, initialize
+from minirlhf.run.display import ConsoleSettings
 from minirlhf.run.machine import Machine
 from minirlhf.setup import memory
 from minirlhf.setup.dpo_settings import DPOConfig
@@ -265,9 +266,9 @@ def test_announce_warns_and_tells_what_the_process_will_hold(monkeypatch, capsys
     monkeypatch.setattr(memory, "process_bytes", lambda device: 300_000_000)
     if not free:
         with pytest.raises(UserError, match=r"0\.0 GB are free \(cpu\)"):
-            memory.announce(ESTIMATE, [Path("a")], bfloat16, "cpu")
+            memory.announce(ConsoleSettings(), ESTIMATE, [Path("a")], bfloat16, "cpu")
         return
-    told = memory.announce(ESTIMATE, [Path("a")], bfloat16, "cpu")
+    told = memory.announce(ConsoleSettings(), ESTIMATE, [Path("a")], bfloat16, "cpu")
     memory_told = "about 8.3 GB; --dry-run measures it"
     assert told == {"memory": memory_told, "device": "cpu", "dtype": "bfloat16"}
     lines = capsys.readouterr().out.splitlines()

@@ -33,7 +33,7 @@ def test_check_shows_rows_with_boundary_and_last_tokens(write, lm, look):
 def test_check_shows_facts_of_pairs(write, look):
     _, out, _ = look(write(PAIRS))
     lines = out.splitlines()
-    assert lines[0] == "rows.jsonl"
+    assert lines[0].startswith("rows.jsonl: detected preference pairs (")
     assert "  dropped:  1 (chosen equals rejected)" in lines
     assert "  prompts:  3 different ones" in lines
     assert ("  the longer answer wins 75.0% of 4 pairs (equally long: 0 more); "
