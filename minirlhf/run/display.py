@@ -87,6 +87,7 @@ class Display:
 
     def __init__(self, settings: ConsoleSettings, recipe: str = ""):
         self.settings, self.recipe, self.rows = settings, recipe, 0
+        self.told: set[str] = set()
         console.show_bars(not (settings.quiet or settings.json))
 
     def _event(self, event: str, **values: object) -> None:
@@ -111,8 +112,12 @@ class Display:
             self._write(text)
 
     def report(self, report: Report) -> None:
-        """What a data file holds, and what of it is left out."""
+        """What a data file holds, and what of it is left out; what was said of one before it is
+        not said again."""
         for at, line in enumerate(str(report).splitlines()):
+            if line in self.told:
+                continue
+            self.told.add(line)
             if line.lstrip().startswith("warning:") or (at and not self.settings.quiet):
                 self.note(line)
             else:

@@ -81,13 +81,13 @@ def read_prompts(
     """
     policy = RowPolicy.of(config)
     files = {"": config.data, **named_files(config.eval_data, "/")}
-    sets, reports = {}, []
+    sets, reports, display = {}, [], Display(config)
     for prefix, file in files.items():
         rows, report = load_prompts(
             file, tokenizer, room, config.overlong, policy, finish, others,
             longer_prompts(config, room),
         )
-        Display(config).report(report)
+        display.report(report)
         sets[prefix] = held_out(rows, config.eval_prompts, file) if prefix else rows
         reports.append(report)
     held_out_files = [file for prefix, file in files.items() if prefix]

@@ -285,6 +285,14 @@ def test_main_names_its_sets_and_takes_so_many_prompts_of_each(held, whole, tmp_
     assert baselines["eval/b/"] == state_at(whole, 4)["baselines"]["eval/"][:2]
 
 
+def test_at_most_twelve_lines_come_before_the_first_step(held, tmp_path, capsys):
+    argv = evaluating(held, tmp_path / "run", steps=1, sample_every=1, sample_prompts=4)
+    assert main(argv) == OK
+    lines = capsys.readouterr().out.splitlines()
+    # a win rate is that over the start's answers: the evaluation that comes before is of no step
+    assert next(i for i, line in enumerate(lines) if "win rate" in line) <= 12, lines
+
+
 def test_main_keeps_the_best_of_a_run_with_adapters(held, tmp_path):
     out = tmp_path / "run"
     assert main(evaluating(held, out, "--keep-best", lora_rank=2)) == OK
