@@ -104,10 +104,8 @@ class Text:
 
 
 def is_bare(prompt: Part | None, tokenizer: Tokenizer) -> bool:
-    """Whether a prompt is a text that goes as it stands to a model with a chat template, other than
-    the plain one that stands in an export of a model without."""
-    has_template = tokenizer.chat_template not in (None, tokenizer.fallback())
-    return has_template and isinstance(prompt, str)
+    """Whether a prompt is a text that goes as it stands to a model with a chat template."""
+    return isinstance(prompt, str) and tokenizer.has_template
 
 
 class Encoded(NamedTuple):

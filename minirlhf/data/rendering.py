@@ -171,6 +171,12 @@ class RenderingTokenizer(Vocabulary):
             return UserError(self.folder, what, MEND)
         return text
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the folder has a chat template for plain turns, other than the plain one that
+        stands in an export of a model without."""
+        return self.chat_template not in (None, self.fallback())
+
     def fallback(self) -> str:
         """The plain template, which an export of a model without one has."""
         bos = "".join(self._backend.id_to_token(id) for id in self._prefix)

@@ -47,7 +47,25 @@ class ReferenceSettings:
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class TemplateSettings:
+    """Data: what is said to the chat template."""
+
+    chat: bool = setting(
+        False, "make turns of texts, the user's of a prompt and the assistant's of an answer, for "
+        "the model's chat template to write", resume="start",
+    )
+    template_kwargs: tuple[str, ...] = setting(
+        (), "what all rows of messages tell the chat template, as in enable_thinking=false; VALUE "
+        "is JSON, else a string; a row's column chat_template_kwargs wins",
+        metavar="NAME=VALUE", resume="start",
+    )
+
+    def check(self) -> list[str]:
+        return argument_problems(self.template_kwargs)
+
+
+@dataclass(frozen=True)
+class DataSettings(TemplateSettings):
     """Data: what is read, and what happens to rows that cannot be used as they are."""
 
     data: str = setting(
@@ -62,10 +80,6 @@ class DataSettings:
         (), "read the file's COLUMN as the column NAME, as in prompt=question",
         metavar="NAME=COLUMN", resume="start",
     )
-    chat: bool = setting(
-        False, "make turns of texts, the user's of a prompt and the assistant's of an answer, for "
-        "the model's chat template to write", resume="start",
-    )
     bad_rows: str = setting(
         "error", "what happens to malformed rows: error refuses the file, skip leaves them out and "
         "lists them in rejected.jsonl", choices=("error", "skip"), resume="start",
@@ -76,11 +90,6 @@ class DataSettings:
     )
     allow_empty_prompt: bool = setting(
         False, "accept rows whose prompt is empty", resume="start"
-    )
-    template_kwargs: tuple[str, ...] = setting(
-        (), "what all rows of messages tell the chat template, as in enable_thinking=false; VALUE "
-        "is JSON, else a string; a row's column chat_template_kwargs wins",
-        metavar="NAME=VALUE", resume="start",
     )
     max_drop: float = setting(
         1.0, "refuse a file of which more than this share of rows is left out; 1: no limit",
@@ -97,10 +106,7 @@ class DataSettings:
     )
 
     def check(self) -> list[str]:
-        return [
-            *column_problems(self.columns), *argument_problems(self.template_kwargs),
-            *name_problems(self.rendered, self.spelled),
-        ]
+        return [*column_problems(self.columns), *name_problems(self.rendered, self.spelled)]
 
 
 @dataclass(frozen=True)

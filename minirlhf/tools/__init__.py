@@ -5,5 +5,5 @@ responses as data; unfinished.py lets it go on), tasks.py (problems with exact a
 reward model as a service; answers.py has its replies), metrics.py (what the log's numbers mean),
 coming_from.py (other tools' parameters), export.py (a checkpoint as a model), demo/ (all of RLHF in
 two minutes) and curve.py (its picture). Each can be read alone; settings.py has the settings of
-all. May import everything but the command line.
+all, sampling_settings.py of those that answer prompts. May import everything but the command line.
 """

@@ -43,7 +43,7 @@ from minirlhf.run.machine import choose_device, choose_dtype
 from minirlhf.setup.common import check_base
 from minirlhf.setup.policy import check_models, fits_scorers
 from minirlhf.setup.policy_data import Data, longer_prompts, prompt_room
-from minirlhf.tools.settings import BestOfConfig
+from minirlhf.tools.sampling_settings import BestOfConfig
 from minirlhf.tools.unfinished import begin, facts_of, outcomes
 
 SAME = "whose responses all score the same"

@@ -7,7 +7,7 @@ number of its row and the seed, not on the rows that share its batch.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from tqdm import tqdm
 from minirlhf import console, streams
 from minirlhf.data.arguments import ARGUMENTS, given_arguments
 from minirlhf.data.encoding import encode
-from minirlhf.data.examples import BARE, Prompt, encoded_text, is_bare, load_prompts
+from minirlhf.data.examples import Prompt, encoded_text, load_prompts
 from minirlhf.data.split import NOT_READ
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
-from minirlhf.errors import OK, STOPPED, UserError, run
+from minirlhf.errors import OK, STOPPED, UserError, printable, run
 from minirlhf.files import atomic, folders
+from minirlhf.files.reading import read_json
 from minirlhf.files.rows import Row
 from minirlhf.files.sieve import RowPolicy, Sieve
 from minirlhf.models import pretrained
@@ -31,7 +32,8 @@ from minirlhf.models.transformer import CausalLM
 from minirlhf.run import flags
 from minirlhf.run.machine import choose_device, choose_dtype
 from minirlhf.setup.common import check_base
-from minirlhf.tools.settings import SampleConfig
+from minirlhf.setup.groups import COLDEST
+from minirlhf.tools.sampling_settings import OwnSamplingSettings, SampleConfig
 
 
 def sample(
@@ -122,24 +124,93 @@ def read_prompts(config: SampleConfig, tokenizer: Tokenizer, room: int) -> list[
         )
         print(report, file=sys.stderr)
         return prompts[: config.limit]
-    if not (config.chat or config.rendered) and is_bare(config.prompt, tokenizer):
-        print(BARE, file=sys.stderr)
+    is_turn, _ = as_turn(config, tokenizer)
     turn = {"role": "user", "content": config.prompt}
     columns = {}
     if config.template_kwargs:
-        if not config.chat:
-            raise UserError("--template-kwargs", "no chat template renders --prompt", "give --chat")
+        if not is_turn:
+            do = "leave --raw out" if config.raw else "give --chat"
+            raise UserError("--template-kwargs", "no chat template renders --prompt", do)
         columns["chat_template_kwargs"] = given_arguments(config.template_kwargs)
-    prompt = Prompt([], [turn] if config.chat else config.prompt, "--prompt", columns)
+    prompt = Prompt([], [turn] if is_turn else config.prompt, "--prompt", columns)
     row = Row("--prompt", {"prompt": prompt.text, **columns}), (prompt.text,)
     ids = tokenizer.encode("")
-    if config.prompt:
+    if config.prompt or is_turn:
         found = encode("--prompt", [row], tokenizer, Sieve(RowPolicy.of(config)))
         ((ids,),) = found.ids
         print("".join(f"note: {note}\n" for note in found.notes), end="", file=sys.stderr)
     if not 1 <= len(ids) <= room:
         raise UserError("--prompt", f"has {len(ids)} tokens", f"must have 1 to {room}")
     return [replace(prompt, ids=ids)]
+
+
+def as_turn(config: SampleConfig, tokenizer: Tokenizer) -> tuple[bool, str]:
+    """(whether --prompt is the user's turn in a chat, that and why in words)."""
+    if config.raw or config.rendered:
+        why = "--raw" if config.raw else "--rendered"
+        return False, f"as it stands ({why})"
+    if tokenizer.has_template:
+        return True, "the user's turn, by the model's chat template (--raw: as it stands)"
+    if config.chat:
+        return True, "the user's turn, by a plain template: the model has none"
+    return False, "as it stands: the model has no chat template"
+
+
+# ------------------------------------------------------------------------------------- how to draw
+
+CHAT_TEMPERATURE = 0.7  # where a chat model's folder names none
+GENERATION = "generation_config.json"
+LEGAL = {  # what such a file may say: type, range, in words
+    "temperature": (float, lambda x: x == 0 or COLDEST <= x <= 1e6, f"0, or from {COLDEST:g} on"),
+    "top_k": (int, lambda x: x >= 0, "a whole number from 0 on"),
+    "top_p": (float, lambda x: 0 < x <= 1, "above 0, at most 1"),
+}
+
+
+def sampling_of(config: OwnSamplingSettings, folder: Path, chat: bool) -> tuple[Sampling, str]:
+    """(how responses are drawn, that and where it is from in words).
+
+    Args:
+        folder: of the model; in a chat its generation_config.json is asked for what is not set.
+    Raises:
+        UserError: what the file says is illegal.
+    """
+    values, told = {"temperature": CHAT_TEMPERATURE if chat else 1.0, "top_k": 0, "top_p": 1.0}, []
+    unset = [name for name in values if getattr(config, name) is None]
+    own = _generation_config(folder, unset) if chat else {}
+    for name, default in values.items():
+        value, source = getattr(config, name), ""
+        if value is None:
+            value, source = own.get(name), f" ({GENERATION})"
+        if value is None:
+            value, source = default, " (the default of chats)" if chat else " (the model itself)"
+        if name == "temperature" or value != default:
+            told.append(f"{name} {value:g}{source}")
+        values[name] = value
+    for name in ("min_p", "repetition_penalty"):
+        value = values[name] = getattr(config, name)
+        told += [f"{name} {value:g}"] * (value != type(config).__dataclass_fields__[name].default)
+    sampling = Sampling(config.max_new_tokens, stop_strings=config.stop, **values)
+    return sampling, ", ".join(told)
+
+
+def _generation_config(folder: Path, names: Sequence[str]) -> dict[str, float]:
+    """What a folder's file says of these; it may be absent, and so may each of them."""
+    path = folders.file_of(folder, GENERATION)
+    values = read_json(path) if path.exists() else {}  # an object: its tokenizer was read with it
+    found = {}
+    for name in names:
+        kind, fits, legal = LEGAL[name]
+        if (value := values.get(name)) is None:
+            continue
+        if type(value) not in (int, kind) or not fits(value):
+            got, flag = f"is {printable(repr(value), 80)}", f"--{name.replace('_', '-')}"
+            raise UserError(f"{path}: {name}", got, f"{legal}: mend it, or give {flag}")
+        found[name] = value
+    return found
+
+
+# ------------------------------------------------------------------------------------- the command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,13 +225,14 @@ def main(argv: list[str] | None = None) -> int:
         legal = f"the model has {positions} positions"
         raise UserError("--max-new-tokens", f"is {config.max_new_tokens}", legal)
     prompts = read_prompts(config, tokenizer, room)
-    sampling = Sampling(
-        config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.min_p,
-        config.repetition_penalty, config.stop,
-    )
+    is_chat = any(not isinstance(prompt.text, str) for prompt in prompts)
+    sampling, told = sampling_of(config, folder, is_chat)
     for line in pretrained.remarks([folder], dtype):
         print(f"warning: {line}", file=sys.stderr)
     lm = pretrained.load_pretrained(folder, dtype, device)
+    if config.prompt is not None:
+        print(f"prompt: {as_turn(config, tokenizer)[1]}", file=sys.stderr)
+    print(f"sampling: {told}", file=sys.stderr)
     rows = sample(
         lm, tokenizer, prompts, sampling, config.seed, config.batch_size, config.samples
     )

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from minirlhf.errors import printable
-from minirlhf.rewards.parse import RewardSourceSettings
 from minirlhf.run.display import JsonSettings
 from minirlhf.run.glossary import METRICS
 from minirlhf.run.language import LANGUAGES
@@ -14,7 +13,6 @@ from minirlhf.run.settings import override, setting
 from minirlhf.setup.groups import (
     COLDEST,
     BaseSettings,
-    BatchSettings,
     DataSettings,
     DeviceSettings,
     LengthSettings,
@@ -22,11 +20,9 @@ from minirlhf.setup.groups import (
     MicroBatchSettings,
     ModelSettings,
     ResponseSettings,
-    SamplingSettings,
     SeedSettings,
     TurnSettings,
 )
-from minirlhf.setup.policy_settings import PromptSettings
 
 
 def check_new(out: str | None, flag: str = "--out") -> list[str]:
@@ -38,9 +34,9 @@ def check_new(out: str | None, flag: str = "--out") -> list[str]:
     return []
 
 
-def temperature_problems(temperature: float, samples: int) -> list[str]:
+def temperature_problems(temperature: float | None, samples: int = 1) -> list[str]:
     """What is wrong with a temperature that may be 0, for so many responses to a prompt."""
-    if 0 < temperature < COLDEST:
+    if temperature and temperature < COLDEST:
         return [f"--temperature {temperature:g}: 0, or at least {COLDEST:g}"]
     if samples > 1 and temperature == 0:
         return [f"--samples {samples} with temperature 0: they would all be one"]
@@ -106,112 +102,6 @@ class CheckConfig(
     def check(self) -> list[str]:
         problems = [] if self.data else ["--data: give at least one file"]
         return problems + check_new(self.json, "--json")
-
-
-@dataclass(frozen=True)
-class AnswerSettings:
-    """Sampling: of how many prompts, and how often of each."""
-
-    limit: int | None = setting(
-        None, "answer the first prompts of the file only, so many; none: all", at_least=1
-    )
-    samples: int = setting(1, "responses to each prompt, one after another", at_least=1)
-
-
-@dataclass(frozen=True)
-class SampleConfig(
-    ModelSettings, DataSettings, LengthSettings, SamplingSettings, AnswerSettings, BatchSettings,
-    DeviceSettings, SeedSettings, LinesSettings,
-):
-    """Write continuations of prompts, as JSON lines."""
-
-    SHOWN_FIRST: ClassVar = (
-        "model", "data", "prompt", "limit", "samples", "max_new_tokens", "temperature", "top_k",
-        "top_p", "stop", "batch_size", "seed", "out",
-    )
-
-    model: str = override(help="language model: a folder or a hub name")
-    data: str | None = override(
-        None, "prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz; or Parquet", required=False
-    )
-    prompt: str | None = setting(None, "one prompt, instead of --data", verbatim=True)
-    bad_rows: str = override(
-        help="what happens to malformed rows: error refuses the file, skip leaves them out and "
-        "tells how many"
-    )
-    max_length: int | None = override(
-        None, "most tokens in a prompt; none: what the context leaves beside the response",
-        at_least=1,
-    )
-    overlong: str = override(
-        "error", "what happens to longer prompts",
-        choices=("drop", "truncate_prompt_left", "error"),
-    )
-    temperature: float = override(
-        help="logits are divided by it before the softmax; 0: always the most probable token",
-        at_least=0,
-    )
-    repetition_penalty: float = setting(
-        1.0, "logits of tokens that are already there are reduced by this factor; 1: off", above=0
-    )
-    stop: tuple[str, ...] = override(
-        help="strings that end a response, which is truncated before them"
-    )
-    batch_size: int = override(help="continuations sampled in parallel")
-
-    def check(self) -> list[str]:
-        problems = []
-        if (self.data is None) == (self.prompt is None):
-            problems.append("give exactly one of --data and --prompt")
-        return problems + temperature_problems(self.temperature, self.samples)
-
-
-@dataclass(frozen=True)
-class BestOfConfig(
-    ModelSettings, DataSettings, PromptSettings, RewardSourceSettings, SamplingSettings,
-    AnswerSettings, BatchSettings, MicroBatchSettings, DeviceSettings, SeedSettings, OutSettings,
-):
-    """Write the best of several responses to each prompt, for SFT, or the best and the worst."""
-
-    SHOWN_FIRST: ClassVar = (
-        "model", "data", "reward", "samples", "pairs", "threshold", "best", "limit",
-        "max_new_tokens", "temperature", "stop", "batch_size", "seed", "out",
-    )
-
-    model: str = override(help="language model: a folder or a hub name")
-    data: str = override(help="prompts: JSON lines, JSON, CSV, TSV or .txt, also .gz; or Parquet")
-    samples: int = override(8)
-    pairs: bool = setting(False, "write the best response as chosen, the worst as rejected")
-    threshold: float | None = setting(
-        None, "write only responses of at least this score; of pairs, the rejected one is below it"
-    )
-    best: int = setting(
-        1, "most responses to one prompt that are written, the best first; needs --threshold",
-        at_least=1,
-    )
-    bad_rows: str = override(
-        help="what happens to malformed rows: error refuses the file, skip leaves them out and "
-        "tells how many"
-    )
-    overlong: str = override(
-        "error", "what happens to longer prompts", choices=("drop", "error"),
-    )
-    temperature: float = override(
-        help="logits are divided by it before the softmax; 0: always the most probable token",
-        at_least=0,
-    )
-    batch_size: int = override(help="responses sampled in parallel")
-    out: str = override("", "new file for the JSON lines", metavar="FILE")
-
-    def check(self) -> list[str]:
-        problems = check_new(self.out) + temperature_problems(self.temperature, self.samples)
-        if self.samples == 1 and (self.pairs or self.threshold is None):
-            problems.append("samples 1: nothing to compare; give --threshold, and no --pairs")
-        if self.best > 1 and self.threshold is None:
-            problems.append("best: goes with --threshold")
-        if self.best > 1 and self.pairs:
-            problems.append("best: a prompt gives one pair")
-        return problems
 
 
 TASKS = {  # kind of problems -> its tasks, which take turns

@@ -19,6 +19,10 @@ TEXTS = ["a good film", "bad", "we left before it was over", "it was good"]
 LISTS = [{"prompt": "it was ", "responses": ["bad", "good", "over"], "ranks": [3, 1, 2]},
          {"prompt": "so ", "responses": ["bad", "good"], "ranks": [1, 1]},
          {"prompt": "a film ", "responses": ["that", "we left", "so"], "ranks": [1, 2, 2]}]
+TURNS = (  # a chat template
+    "{% for m in messages %}{{ m.role }}> {{ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant> {% endif %}"
+)
 KINDS = {
     "sample": {"prompt": "a film"},
     "score": {"text": "a film"},
@@ -51,9 +55,13 @@ def files(tmp_path_factory):
              {"prompt": "a film ", "chosen": "that we saw", "rejected": "we left"},
              {"prompt": "a film ", "chosen": "same", "rejected": "same"},
              {"prompt": "so ", "chosen": "bad", "rejected": "over and over"}]
+    tokenizer.save(made / "talker")
+    save_lm(made / "talker", TINY, vocab_size=tokenizer.vocab_size)
+    change_json(made / "talker" / "tokenizer_config.json", chat_template=TURNS)
     chat = [{"prompt": [{"role": "user", "content": "a film"}]}]
     return {
         "LM": str(made / "lm"),
+        "TALKER": str(made / "talker"),  # the same weights, with a chat template
         "RM": save_reward_model(made / "rm", tokenizer),
         "BEFORE": save_reward_model(
             made / "before", tokenizer, read_before_eos=True, pad_token_id=0

@@ -12,7 +12,7 @@ from minirlhf.models.pretrained import load_pretrained
 from minirlhf.setup.reward import write_reward_model
 from minirlhf.streams import generator
 from minirlhf.tools.best_of import Response, best, pair, ranked
-from minirlhf.tools.settings import BestOfConfig
+from minirlhf.tools.sampling_settings import BestOfConfig
 from tests import pages
 from tests.tiny_folders import read_lines
 from tests.tools.conftest import PROMPTS, lines_of, write_lines

@@ -176,3 +176,86 @@ def test_sample_takes_empty_prompts_where_something_stands_before_them(files, ca
     command = command_of("sample", {"LM": str(tmp_path / "bos")}, path)
     (row,) = lines_of(capsys, *command, "--allow-empty-prompt")
     assert row["prompt"] == "" and row["tokens"] >= 1
+
+
+# ---- chat models ---------------------------------------------------------------------------------
+
+
+def said(capsys, *words) -> tuple[dict, str]:
+    """(the row, what is told beside it) of a `sample` with one prompt."""
+    assert main(["sample", "--max-new-tokens", "4", *map(str, words)]) == 0
+    shown = capsys.readouterr()
+    return json.loads(shown.out), shown.err
+
+
+def test_a_prompt_is_the_users_turn_where_the_model_has_a_chat_template(files, capsys, tmp_path):
+    talker, turn = ["--model", files["TALKER"]], [{"role": "user", "content": "so"}]
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": turn})
+    row, told = said(capsys, *talker, "--prompt", "so")
+    assert row == said(capsys, *talker, "--data", path)[0] and row["prompt"] == turn
+    assert "prompt: the user's turn, by the model's chat template (--raw: as it stands)\n" in told
+    assert "sampling: temperature 0.7 (the default of chats)\n" in told
+    raw, told = said(capsys, *talker, "--prompt", "so", "--raw")
+    lm, of_lm = said(capsys, "--model", files["LM"], "--prompt", "so")
+    assert raw == lm and raw["prompt"] == "so"  # the same weights
+    assert told == "prompt: as it stands (--raw)\nsampling: temperature 1 (the model itself)\n"
+    assert of_lm.startswith("prompt: as it stands: the model has no chat template\nsampling: temp")
+    _, told = said(capsys, "--model", files["LM"], "--prompt", "so", "--chat")
+    assert told.startswith("prompt: the user's turn, by a plain template: the model has none\n")
+
+
+def test_strings_in_a_file_stay_strings_and_are_warned_of(files, capsys, tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": "so"}, {"prompt": "so"})
+    words = ["--model", files["TALKER"], "--data", path, "--limit", 1]
+    row, told = said(capsys, *words)
+    assert row["prompt"] == "so" and "sampling: temperature 1 (the model itself)" in told
+    warning = "warning: texts, read without the model's chat template: --chat makes turns of them"
+    assert told.count(warning) == 1
+    row, told = said(capsys, *words, "--chat")
+    assert row["prompt"][0]["role"] == "user" and "warning" not in told
+    assert main(["sample", *map(str, words), "--raw"]) == 2
+    assert "raw: is for --prompt; strings in a file" in capsys.readouterr().err
+
+
+OWN = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "do_sample": True}
+
+
+@pytest.mark.parametrize(("words", "drawn", "told"), [
+    ([], (0.6, 20, 0.9), "temperature 0.6 (generation_config.json), top_k 20 (generation_config"
+     ".json), top_p 0.9 (generation_config.json)"),
+    (["--temperature", 0, "--top-k", 5], (0, 5, 0.9),
+     "temperature 0, top_k 5, top_p 0.9 (generation_config.json)"),
+    (["--top-k", 0, "--top-p", 1, "--min-p", 0.1, "--repetition-penalty", 2], (0.6, 0, 1.0),
+     "temperature 0.6 (generation_config.json), min_p 0.1, repetition_penalty 2"),
+    (["--raw"], (1.0, 0, 1.0), "temperature 1 (the model itself)"),
+])
+def test_a_chat_is_drawn_as_its_folder_says_where_nothing_else_is_said(
+    words, drawn, told, files, capsys, tmp_path, monkeypatch
+):
+    from minirlhf.tools import sample as module
+
+    seen, generate = [], module.generate
+    monkeypatch.setattr(module, "generate", lambda *a: seen.append(a[2]) or generate(*a))
+    folder = shutil.copytree(files["TALKER"], tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps(OWN))
+    _, shown = said(capsys, "--model", folder, "--prompt", "so", *words)
+    assert f"sampling: {told}\n" in shown
+    assert [(s.temperature, s.top_k, s.top_p) for s in seen] == [drawn]
+
+
+@pytest.mark.parametrize(("name", "value", "legal"), [
+    ("temperature", "hot", "0, or from 0.0001 on: mend it, or give --temperature"),
+    ("temperature", 1e-9, "0, or from 0.0001 on"), ("temperature", 1e9, "0, or from"),
+    ("top_k", 2.5, "a whole number from 0 on: mend it, or give --top-k"), ("top_k", -1, "a whole"),
+    ("top_p", 0, "above 0, at most 1: mend it, or give --top-p"), ("top_p", True, "above 0"),
+])
+def test_what_a_folder_says_of_sampling_must_be_legal(name, value, legal, files, capsys, tmp_path):
+    folder = shutil.copytree(files["TALKER"], tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps({name: value}))
+    words = ["sample", "--model", str(folder), "--prompt", "so", "--max-new-tokens", "2"]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {folder}/generation_config.json: {name}: is ") and legal in told
+    assert main([*words, f"--{name.replace('_', '-')}", "1"]) == 0  # the file is not asked then
+    (folder / "generation_config.json").write_text(json.dumps({name: None}))
+    assert main(words) == 0

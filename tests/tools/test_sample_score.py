@@ -65,8 +65,8 @@ def test_what_sample_wrote_is_scored_with_what_its_template_was_told(files, caps
     said = ["sample", "--model", folders["LM"], "--prompt", "so", "--max-new-tokens", "4"]
     (spoken,) = lines_of(capsys, *said, "--chat", "--template-kwargs", "mood=bad", "tool=f")
     assert spoken["chat_template_kwargs"] == {"mood": "bad", "tool": "f"}
-    assert main([*map(str, said), "--template-kwargs", "mood=bad"]) == 2
-    assert "no chat template renders --prompt: give --chat" in capsys.readouterr().err
+    assert main([*map(str, said), "--template-kwargs", "mood=bad", "--raw"]) == 2
+    assert "no chat template renders --prompt: leave --raw out" in capsys.readouterr().err
     told["chat_template_kwargs"] = {"mood": "bad", "more": [1]}
     assert {name: row[name] for name in told} == told and "input_ids" not in row
     path = write_lines(tmp_path / "s.jsonl", row)
