@@ -165,6 +165,7 @@ CHANGES = {
         ),
     },
     "sft": {
+        "lora_dropout": Change(0.5, {"lora_rank": 2}),
         "epochs": Change(2.0, {"steps": None}),
         "init_config": Change(
             "tiny.json", {"model": None}, needed="give exactly one of --model and --init-config"
@@ -178,6 +179,7 @@ CHANGES = {
         "overlong": Change("truncate_response", {"max_length": 12}, first="drop"),
     },
     "reward": {
+        "lora_dropout": Change(0.5, {"lora_rank": 2}),
         "model": Change("other"),
         "epochs": Change(2.0, {"steps": None}),
         "eval_data": Change("few.jsonl"),
@@ -194,6 +196,7 @@ CHANGES = {
         "overlong": Change("truncate_response", {"max_length": 13}, first="drop"),
     },
     "dpo": {
+        "lora_dropout": Change(0.5, {"lora_rank": 2}),
         "ref": Change("other"),
         "cache_ref": Change(False),
         "epochs": Change(2.0, {"steps": None}),

@@ -61,7 +61,7 @@ def weights(model) -> dict[str, bytes]:
 def scored_by_last_token(model: RewardModel) -> RewardModel:
     """A stand-in whose score is the id of a row's last token, so that scores can be read off."""
 
-    def last_ids(tokens, lengths):
+    def last_ids(tokens, lengths, dropout=None):
         ids = tokens.gather(1, lengths[:, None] - 1)[:, 0]
         return ids[:, None] + 0 * model.score.weight.sum()  # with a gradient, of 0
 

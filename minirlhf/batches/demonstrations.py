@@ -12,6 +12,7 @@ from minirlhf.data.batching import cut_by_tokens, next_rows
 from minirlhf.data.examples import Text
 from minirlhf.errors import UserError
 from minirlhf.models.alignment import pad_right, response_states
+from minirlhf.models.dropout import Dropout
 from minirlhf.models.logprobs import TokenStats, token_logprobs
 from minirlhf.models.transformer import CausalLM
 
@@ -61,10 +62,12 @@ def count_tokens(texts: list[Text]) -> tuple[Tensor, Tensor]:
     return lengths, torch.tensor(list(map(count_targets, texts)))
 
 
-def target_stats(lm: CausalLM, batch: TextBatch) -> TokenStats:
+def target_stats(
+    lm: CausalLM, batch: TextBatch, dropout: Dropout | None = None
+) -> TokenStats:
     """Log-probs and entropies of the targets of all rows, (n,) each; no logits of other tokens."""
     tokens, starts, targets, mask, lengths = (x.to(lm.unembedding.device) for x in batch)
-    hidden = lm(tokens, lengths=lengths)
+    hidden = lm(tokens, lengths=lengths, dropout=dropout)
     states = response_states(hidden, starts, targets.shape[1])  # (B, R, D)
     return token_logprobs(lm, states[mask], targets[mask])
 

@@ -76,6 +76,16 @@ def micro_batches(examples: list[E], max_tokens: int) -> list[Tensor]:
     return cut_by_tokens(row_lengths(examples), len(examples), max_tokens, counts)
 
 
+def text_numbers(examples: list[E], rows: list[int]) -> Tensor:
+    """(M,) int64: which of the texts of all examples the rows of some examples' batch are."""
+    counts = count_texts(examples)
+    last = counts.cumsum(0)
+    each = [torch.arange(last[i] - counts[i], last[i]) for i in rows]
+    if isinstance(examples[0], Pair):  # all chosen texts lie before the rejected ones
+        return torch.stack(each, 1).flatten()
+    return torch.cat(each)
+
+
 def unread_end(model: ModelConfig, tokenizer: Tokenizer) -> int | None:
     """The id that a reward model trained here does not read at the end of a text, or None: without
     a token to spare other tools pad with eos, and read the score before it."""

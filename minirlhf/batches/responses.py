@@ -30,6 +30,7 @@ from minirlhf.data.rankings import Ranking
 from minirlhf.data.unpaired import Unpaired
 from minirlhf.equations.dpo import DPOLoss, kto_loss
 from minirlhf.errors import UserError
+from minirlhf.models.dropout import Dropout
 from minirlhf.models.transformer import CausalLM
 
 Example = Pair | Ranking | Unpaired
@@ -60,10 +61,10 @@ def texts_of(example: Example) -> list[Text]:
     return [Text(prompt + ids, len(prompt), where, {}) for ids in example.responses]
 
 
-def response_stats(lm: CausalLM, texts: TextBatch) -> Responses:
+def response_stats(lm: CausalLM, texts: TextBatch, dropout: Dropout | None = None) -> Responses:
     """Log-probs of M responses; no logits of other tokens are made."""
     mask = texts.target_mask.to(lm.unembedding.device)  # (M, R)
-    stats = target_stats(lm, texts)
+    stats = target_stats(lm, texts, dropout)
     entropy = unpack(stats.entropy.detach(), mask).sum(1)
     return Responses(unpack(stats.logprobs, mask).sum(1), mask.sum(1), entropy)
 

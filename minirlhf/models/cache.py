@@ -70,15 +70,16 @@ class Packing:
     Args:
         tokens: (B, T) ids.
         lengths: (B,) tokens of each row.
+        shared: whether a row takes what it has in common with the row above from there.
     """
 
-    def __init__(self, tokens: Tensor, lengths: Tensor):
+    def __init__(self, tokens: Tensor, lengths: Tensor, shared: bool = True):
         self.shape = tokens.shape
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         self.real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (B, T)
         equal = (tokens[1:] == tokens[:-1]) & self.real[1:] & self.real[:-1]
         known = torch.zeros_like(self.real)  # of the row above
-        known[1:] = equal.cumprod(1).bool()
+        known[1:] = equal.cumprod(1).bool() & shared
         computed = self.real & ~known
         self.cells = computed.flatten().nonzero()[:, 0]  # (n,) of B * T
         # Where a cell's state is computed: itself, or the last row above that does not know it.
@@ -95,13 +96,13 @@ class Packing:
         return x.index_select(0, self.places).unflatten(0, self.shape)
 
 
-def pack_rows(tokens: Tensor, lengths: Tensor) -> Packing | None:
+def pack_rows(tokens: Tensor, lengths: Tensor, shared: bool = True) -> Packing | None:
     """The packing of rows (B, T) of these lengths (B,); None where all cells are computed.
 
     Raises:
         ValueError: a row is longer than T.
     """
-    packing = Packing(tokens, lengths)
+    packing = Packing(tokens, lengths, shared)
     if (longest := int(lengths.max())) > tokens.shape[1]:
         raise ValueError(f"a row's length is {longest}, tokens has {tokens.shape[1]} columns")
     return None if len(packing.cells) == tokens.numel() else packing

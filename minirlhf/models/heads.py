@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minirlhf.errors import UserError, printable
 from minirlhf.models.alignment import response_states
+from minirlhf.models.dropout import Dropout
 from minirlhf.models.families import LARGEST
 from minirlhf.models.logprobs import widened
 from minirlhf.models.stored_heads import Head
@@ -99,19 +100,22 @@ class RewardModel(nn.Module):
         self.model = lm.model
         self.score = nn.Linear(lm.config.hidden_size, heads, bias=False).to(lm.unembedding)
 
-    def head_scores(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def head_scores(
+        self, tokens: Tensor, lengths: Tensor, dropout: Dropout | None = None
+    ) -> Tensor:
         """What each head says of each row's last token, (B, heads), not normalised.
 
         Args:
             tokens: (B, T) left-aligned.
             lengths: (B,) in 1..T.
+            dropout: of adapters, in training.
         """
         if lengths.shape != tokens.shape[:1]:
             raise ValueError(
                 f"lengths is {tuple(lengths.shape)}, tokens is {tuple(tokens.shape)}: "
                 "give one length a row"
             )
-        hidden = self.model(tokens, lengths=lengths)
+        hidden = self.model(tokens, lengths=lengths, dropout=dropout)
         last = response_states(hidden, lengths, 1)[:, 0]  # (B, D): index length - 1
         wide = widened(hidden.dtype)
         return F.linear(last.to(wide), self.score.weight.to(wide))

@@ -16,8 +16,8 @@ learned apart, as they are when W itself is trained:
 
     h = m ⊙ (W x + s B A x) / |W + s B A| + b      m (out,), at first the lengths of W's rows
 
-Each model is a tree of modules of its own, and trees may share what is frozen: policy, reference,
-reward model and critic can be four models over one set of weights (`share`, `base_of`).
+Models are trees of modules, and trees may share what is frozen: policy, reference, reward model and
+critic can be four models over one set of weights (`share`, `base_of`).
 """
 
 import copy
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirlhf import streams
+from minirlhf.models.dropout import Dropout
 from minirlhf.models.heads import RewardModel, ValueHeadModel
 from minirlhf.models.logprobs import widened
 from minirlhf.models.quantized import QuantizedLinear, quantized_layers
@@ -46,7 +47,7 @@ class LoRALinear(nn.Module):
 
     Args:
         base: its layer; it is frozen, and A, B and m get its dtype and device.
-        rng: a CPU generator.
+        rng: a CPU generator, of which no other layer draws.
         rslora: divide alpha by sqrt(rank), not by rank.
         dora: learn magnitudes too.
     """
@@ -63,13 +64,15 @@ class LoRALinear(nn.Module):
         like = {"dtype": of.dtype, "device": of.device}
         down = torch.empty(rank, base.in_features, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=rng)
+        self.key = torch.randint(2**62, (), generator=rng, device="cpu")  # of its dropout
         self.lora_A = nn.Parameter(down.to(**like))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
         self.magnitude = nn.Parameter(self.row_lengths()) if dora else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in) -> (…, out)."""
-        change = linear(self.scaling * F.linear(x, self.lora_A), self.lora_B)
+    def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """(…, in) -> (…, out); dropout is of the adapter's x alone."""
+        seen = x if dropout is None else dropout(x, self.key)
+        change = linear(self.scaling * F.linear(seen, self.lora_A), self.lora_B)
         if self.magnitude is None:
             return self.base(x) + change
         # Sec. 4.3: the lengths are read as constants, which the gradient does not pass.
@@ -160,12 +163,10 @@ def add_lora(
 
 
 def merge_lora(model: Model) -> Model:
-    """Folds the adapters into weights, in place, and leaves the plain model.
-
-    Layers and parameter names are again those before `add_lora`, and all is trainable. The base's
-    own weights stay as they are, for whoever shares them; quantised ones are unpacked, so that the
-    model computes what was trained. An optimizer made before still holds the adapters. Raises
-    ValueError for a model without adapters.
+    """Folds the adapters into weights, in place, and leaves the plain model, all of it trainable,
+    with the names before `add_lora`. The base's own weights stay as they are, for whoever shares
+    them; quantised ones are unpacked, so that the model computes what was trained. An optimizer
+    made before still holds the adapters. Raises ValueError for a model without adapters.
     """
     if not has_lora(model):
         raise ValueError("the model has no adapters: call add_lora first")

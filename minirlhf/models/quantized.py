@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minirlhf.models.dropout import Dropout
 from minirlhf.models.fingerprint import fingerprint
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.transformer import Linear, linear
@@ -186,7 +187,7 @@ class QuantizedLinear(nn.Module):
         """Ŵ in the dtype of the given layer."""
         return self.dequantized().to(self.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
         if not torch.is_grad_enabled():
             return linear(x, self.dequantized().to(x.dtype), self.bias)
         out = _Product.apply(x, self)

@@ -2,7 +2,7 @@
 
 Parameters carry Hugging Face's names, so a Llama-like checkpoint loads without renaming. Rows are
 left-aligned (padding on the right only): under causal attention no real token ever sees a pad, so
-there is no padding mask, no position offset and no pad id here. Dropout does not exist.
+there is no padding mask, no position offset and no pad id here. Only adapters have dropout.
 
 Shapes: B rows, T tokens, D hidden size, H query heads, K key-value heads, E head dim, V vocabulary.
 """
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minirlhf.models.cache import KVCache, Packing, pack_rows
 from minirlhf.models.config import ModelConfig
+from minirlhf.models.dropout import Dropout
 from minirlhf.models.rotary import RotaryTable, rotate
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -50,9 +51,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by way of `linear`."""
+    """`nn.Linear` by way of `linear`. Only adapters have dropout (`lora.LoRALinear`)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
@@ -92,9 +93,9 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None,
-        packing: Packing | None,
+        packing: Packing | None, dropout: Dropout | None = None,
     ) -> Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (layer(x, dropout) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if packing is not None:
             q, k, v = packing.unpack(q), packing.unpack(k), packing.unpack(v)
         B, T, _ = q.shape
@@ -116,7 +117,7 @@ class Attention(nn.Module):
                 k, v = (kv.repeat_interleave(H // K, dim=1) for kv in (k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out = out.transpose(1, 2).reshape(B, T, H * E)
-        return self.o_proj(out if packing is None else packing.pack(out))
+        return self.o_proj(out if packing is None else packing.pack(out), dropout)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """One new token a row, (B, H, 1, E), against the row's own past."""
@@ -142,10 +143,11 @@ class MLP(nn.Module):
         self.up_proj = Linear(D, I, bias=config.mlp_bias)
         self.down_proj = Linear(I, D, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
+        up = self.up_proj(x, dropout)
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(self.activation(up), dropout)
+        return self.down_proj(self.activation(self.gate_proj(x, dropout)) * up, dropout)
 
 
 class Block(nn.Module):
@@ -160,17 +162,18 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None,
-        packing: Packing | None,
+        packing: Packing | None, dropout: Dropout | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, packing)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, packing, dropout)
+        return x + self.mlp(self.post_attention_layernorm(x), dropout)
 
 
 class Decoder(nn.Module):
     """Token ids (B, T) -> hidden states (B, T, D), after the final norm.
 
     `lengths` (B,) tells where rows end: then their padding is not computed, and its states are 0;
-    nor are tokens that a row has in common with the one above it, from its start on.
+    nor are tokens that a row has in common with the one above it, from its start on. With a
+    `dropout` each row has masks of its own, and computes all its tokens.
     With `checkpointing` a block's activations are not kept but computed again in the backward pass
     (Chen et al. 2016, arXiv:1604.06174): a forward pass more, for one block's memory.
     """
@@ -187,9 +190,10 @@ class Decoder(nn.Module):
         self.checkpointing = False
 
     def forward(
-        self, tokens: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None
+        self, tokens: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
-        self._check(tokens, cache, lengths)
+        self._check(tokens, cache, lengths, dropout)
         T = tokens.shape[1]
         decoding = cache is not None and T == 1
         longest = cache.longest + 1 if decoding else T
@@ -199,7 +203,11 @@ class Decoder(nn.Module):
             cache.key_mask = torch.arange(longest, device=tokens.device) <= where
         else:
             where = torch.arange(T, device=tokens.device)
-        packing = None if lengths is None else pack_rows(tokens, lengths)
+        packing = None if lengths is None else pack_rows(tokens, lengths, shared=dropout is None)
+        if dropout is not None:
+            dropout = dropout.of_tokens(tokens)
+            if packing is not None:
+                dropout = dropout._replace(keys=packing.pack(dropout.keys))
         if packing is not None:
             tokens, where = packing.pack(tokens), packing.pack(where.expand_as(tokens))
         x = self.embed_tokens(tokens)  # (B, T, D), or (n, D) where it is packed
@@ -211,22 +219,30 @@ class Decoder(nn.Module):
             rope = (cos[where][:, None], sin[where][:, None]) if decoding else (cos[:T], sin[:T])
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, cache, packing, use_reentrant=False,
+                x = checkpoint(block, x, rope, cache, packing, dropout, use_reentrant=False,
                                preserve_rng_state=False)
             elif cache is None:
-                x = block(x, rope, None, packing)
+                x = block(x, rope, None, packing, dropout)
             else:  # past what `compiling.compile_blocks` made of it: a cache changes in place
                 x = block.forward(x, rope, cache, packing)
         x = self.norm(x)
         return x if packing is None else packing.unpack(x).where(packing.real[..., None], 0)
 
-    def _check(self, tokens: Tensor, cache: KVCache | None, lengths: Tensor | None) -> None:
+    def _check(
+        self, tokens: Tensor, cache: KVCache | None, lengths: Tensor | None,
+        dropout: Dropout | None,
+    ) -> None:
         if tokens.dim() != 2:
             raise ValueError(f"tokens is {tuple(tokens.shape)}: give (B, T), rows left-aligned")
         if lengths is not None and (lengths.shape != tokens.shape[:1] or cache is not None):
             raise ValueError(
                 f"lengths is {tuple(lengths.shape)}, tokens is {tuple(tokens.shape)}: give one "
                 "length a row, and none beside a cache, which knows its own"
+            )
+        if dropout is not None and (dropout.keys.shape != tokens.shape[:1] or cache is not None):
+            raise ValueError(
+                f"dropout.keys is {tuple(dropout.keys.shape)}, tokens is {tuple(tokens.shape)}: "
+                "give one key a row, and none in decoding"
             )
         if cache is not None and tokens.shape[1] > 1 and cache.longest > 0:
             raise ValueError("a prompt goes into an empty cache; after it, one token at a time")
@@ -268,9 +284,10 @@ class CausalLM(nn.Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def forward(
-        self, tokens: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None
+        self, tokens: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
-        return self.model(tokens, cache, lengths)
+        return self.model(tokens, cache, lengths, dropout)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.unembedding)

@@ -21,7 +21,7 @@ if not __package__ and Path(__file__).parts[-3] == "minirlhf":  # run by its pat
     sys.path[0] = str(Path(__file__).parents[2])
 
 from minirlhf import interrupt
-from minirlhf.batches.preferences import count_tokens, kind_of, row_lengths
+from minirlhf.batches.preferences import count_tokens, kind_of, row_lengths, text_numbers
 from minirlhf.batches.responses import (
     Example,
     KTOObjective,
@@ -37,6 +37,7 @@ from minirlhf.errors import OK, run
 from minirlhf.evaluation import invariants
 from minirlhf.evaluation.alarms import DPO_RULES, check_alarms
 from minirlhf.evaluation.dpo import direct_metrics, direct_rows, direct_table, evaluate_direct
+from minirlhf.models.dropout import dropout_of
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
@@ -112,13 +113,15 @@ def update_weights(
     state.optimizer.zero_grad()
     for rows, batch in batches_of(examples, config.micro_batch_tokens):
         ref_logprobs = None if ref is None else ref(batch.texts)  # (M,)
-        policy = response_stats(lm, batch.texts)
+        numbers = text_numbers(examples, rows)
+        dropout = dropout_of(config.lora_dropout, config.seed, state.step, numbers)
+        policy = response_stats(lm, batch.texts, dropout)
         losses, told = batch.losses(policy, ref_logprobs, objective)
         loss = losses.sum() / len(examples)
         value = float(loss.detach())
         here = ", ".join(examples[i].where for i in rows[:8])
         optim.check_finite(f"{where} ({here})", {"loss": value})
-        if state.step == 0 and ref is not None and config.ref is None:
+        if state.step == 0 and ref is not None and config.ref is None and dropout is None:
             gap = (policy.logprobs.detach() - ref_logprobs) / policy.tokens
             invariants.check_start(gap, "rewards/margins")
         loss.backward()

@@ -39,6 +39,7 @@ from minirlhf.evaluation.reward import (
     score_moments,
 )
 from minirlhf.files import atomic
+from minirlhf.models.dropout import dropout_of
 from minirlhf.models.heads import RewardModel, normalize_scores
 from minirlhf.models.lora import merged_copy
 from minirlhf.run import flags, optim
@@ -117,7 +118,10 @@ def update_weights(
     for part in preferences.micro_batches(examples, config.micro_batch_tokens):
         here = [examples[i] for i in part.tolist()]
         batch = collate(here)
-        each = model.head_scores(batch.tokens.to(device), batch.lengths.to(device))  # (M, H)
+        rows = preferences.text_numbers(examples, part.tolist())
+        dropout = dropout_of(config.lora_dropout, config.seed, state.step, rows)
+        tokens, lengths = batch.tokens.to(device), batch.lengths.to(device)
+        each = model.head_scores(tokens, lengths, dropout)  # (M, H)
         losses = [
             batch.loss(head, config.label_smoothing, config.center_rewards_coefficient)
             for head in each.unbind(1)
@@ -187,7 +191,7 @@ def finish(
     files = card_files(facts, by_name, start.tokenizer)
 
     def write(written: RewardModel, target: Path) -> None:
-        write_reward_model(written, start.tokenizer, target, base_name(config))
+        write_reward_model(written, start.tokenizer, target, base_name(config), config.lora_dropout)
         for name, text in files.items():
             atomic.write_text(target / name, text)
 

@@ -27,6 +27,7 @@ from minirlhf.console import progress
 from minirlhf.data.batching import cut_by_tokens, total_steps, training_batches
 from minirlhf.data.examples import Text
 from minirlhf.errors import OK, run
+from minirlhf.models.dropout import dropout_of
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
@@ -86,7 +87,8 @@ def update_weights(state: TrainState, batch: list[Text], config: SFTConfig) -> d
     state.optimizer.zero_grad()
     for part in cut_by_tokens(lengths, len(batch), config.micro_batch_tokens):
         here = [batch[i] for i in part.tolist()]
-        stats = target_stats(lm, collate_texts(here))
+        dropout = dropout_of(config.lora_dropout, config.seed, state.step, part)
+        stats = target_stats(lm, collate_texts(here), dropout)
         loss = -stats.logprobs.sum() / count
         value = float(loss.detach())
         optim.check_finite(f"{where} ({', '.join(t.where for t in here[:8])})", {"loss": value})

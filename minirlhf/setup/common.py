@@ -9,6 +9,7 @@ from minirlhf.files.reading import read_json
 from minirlhf.models import pretrained
 from minirlhf.models.peft_files import save_adapter
 from minirlhf.models.transformer import CausalLM
+from minirlhf.setup.adapter_settings import dropout_in
 from minirlhf.setup.groups import ModelSettings
 
 
@@ -47,7 +48,7 @@ def write_adapter(
     lm: CausalLM, tokenizer: Tokenizer, config: ModelSettings, folder: Path
 ) -> None:
     """A folder that peft loads: adapters, tokenizer, generation config."""
-    save_adapter(lm, folder, base_name(config))
+    save_adapter(lm, folder, base_name(config), dropout_in(config))
     _write_text_files(lm, tokenizer, folder)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from minirlhf.run.settings import override, setting
+from minirlhf.setup.adapter_settings import DropoutSettings
 from minirlhf.setup.groups import (
     InputSettings,
     LabelSettings,
@@ -79,7 +80,7 @@ class KeptReferenceSettings(ReferenceSettings):
 @dataclass(frozen=True)
 class DPOConfig(
     InputSettings, KeptReferenceSettings, LengthSettings, DirectSettings, PairTableSettings,
-    TrainingSettings,
+    DropoutSettings, TrainingSettings,
 ):
     """Align a policy with preferences directly: DPO and its family."""
 

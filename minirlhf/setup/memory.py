@@ -20,6 +20,7 @@ from minirlhf.models.quantized import quantize_trunk
 from minirlhf.models.transformer import CausalLM, shapes_only
 from minirlhf.run.display import ConsoleSettings, Display
 from minirlhf.run.machine import Machine, free_memory, process_bytes
+from minirlhf.setup.adapter_settings import dropout_in
 from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.groups import TrainingSettings
 from minirlhf.setup.policy_settings import PolicyInputSettings, PromptInputSettings
@@ -98,6 +99,12 @@ def kept_per_token(config: ModelConfig, dtype: torch.dtype, checkpointing: bool 
     return block + layers * D * item if checkpointing else layers * block
 
 
+def kept_by_dropout(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes a token that dropout keeps of a block: what each adapter reads, and its mask."""
+    read = config.hidden_size * (5 if config.gated_mlp else 4) + config.intermediate_size
+    return (read + config.num_heads * config.head_dim) * (dtype.itemsize + 1)
+
+
 def learning(
     model: ModelConfig, tokens: int, config: TrainingSettings, dtype: torch.dtype, critic: int = 0,
     unembeds: bool = True, shared_critic: bool = False,
@@ -118,6 +125,9 @@ def learning(
     tile = 3 * min(tokens, TILE.tokens) * min(model.vocab_size, TILE.words) * wide * unembeds
     trunks = 2 if shared_critic or (critic and not rank) else 1
     kept = trunks * tokens * kept_per_token(model, dtype, config.gradient_checkpointing)
+    if dropout_in(config):
+        blocks = 1 if config.gradient_checkpointing else model.num_layers
+        kept += tokens * blocks * kept_by_dropout(model, dtype)
     fewer = "lower --lora-rank" if rank else "give --lora-rank 16"
     return [
         Part("weights", weights + critic * dtype.itemsize,

@@ -84,13 +84,14 @@ def load_start(config: RewardConfig, unread: int | None, dtype: torch.dtype) -> 
 
 
 def write_reward_model(
-    model: RewardModel, tokenizer: Tokenizer, folder: Path, base: str = ""
+    model: RewardModel, tokenizer: Tokenizer, folder: Path, base: str = "", dropout: float = 0.0
 ) -> None:
     """A folder that transformers, or of adapters peft, loads to the same scores: all its files name
     one pad token.
 
     Args:
         base: name of the model that adapters go on.
+        dropout: that they were trained with.
     """
     pad = None if model.unread is not None else tokenizer.spare_pad_token()
     if pad is None:
@@ -99,7 +100,7 @@ def write_reward_model(
     # The folder has no generation_config.json, where others of them may have stood.
     name_eos(model.config, tokenizer.eos_ids)
     if has_lora(model):
-        save_adapter(model, folder, base, pad_token_id=pad_id)
+        save_adapter(model, folder, base, dropout, pad_id)
     else:
         pretrained.save_pretrained(model, folder, pad_id)
     tokenizer.save(folder, token)

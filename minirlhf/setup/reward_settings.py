@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from minirlhf.run.settings import override, setting
+from minirlhf.setup.adapter_settings import DropoutSettings
 from minirlhf.setup.groups import (
     InputSettings,
     LabelSettings,
@@ -43,7 +44,8 @@ class PreferenceSettings(LabelSettings):
 
 @dataclass(frozen=True)
 class RewardConfig(
-    InputSettings, LengthSettings, PreferenceSettings, PairTableSettings, TrainingSettings
+    InputSettings, LengthSettings, PreferenceSettings, PairTableSettings, DropoutSettings,
+    TrainingSettings,
 ):
     """Train a reward model on pairs or ranked lists."""
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from minirlhf.run.settings import override, setting
+from minirlhf.setup.adapter_settings import DropoutSettings
 from minirlhf.setup.groups import InputSettings, LengthSettings, TrainingSettings, TurnSettings
 
 
@@ -26,7 +27,10 @@ class NewModelSettings:
 
 
 @dataclass(frozen=True)
-class SFTConfig(InputSettings, NewModelSettings, TurnSettings, LengthSettings, TrainingSettings):
+class SFTConfig(
+    InputSettings, NewModelSettings, TurnSettings, LengthSettings, DropoutSettings,
+    TrainingSettings,
+):
     """Fine-tune a language model on demonstrations."""
 
     SHOWN_FIRST: ClassVar = (

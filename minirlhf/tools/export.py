@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
     if config.lora_rank and asked.merge:
         merge_lora(model)
     if isinstance(model, RewardModel):
-        write = partial(write_reward_model, base=base_name(config))
+        write = partial(
+            write_reward_model, base=base_name(config), dropout=config.lora_dropout
+        )
     else:
         write = partial(write_adapter, config=config) if asked.adapter else write_model
     write(model, tokenizer, folder=out)

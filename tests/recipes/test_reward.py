@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows():
 
 def test_scores_that_overflow_stop_the_run_though_the_loss_is_finite():
     model = tiny_model()
-    model.head_scores = lambda tokens, lengths: torch.full(
+    model.head_scores = lambda tokens, lengths, dropout: torch.full(
         (len(lengths), 1), math.inf, dtype=torch.float64
     ).where(torch.arange(len(lengths))[:, None] < len(lengths) // 2, model.score.weight.sum())
     with pytest.raises(UserError, match=r"^step 1: margin: is inf"):
