@@ -19,6 +19,7 @@ from minirlhf.models.pretrained import load_pretrained, load_reward_model, save_
 from minirlhf.run import flags
 from minirlhf.setup.common import write_model
 from minirlhf.streams import generator
+from minirlhf.tools import serve
 from tests.bad_inputs import make_world, refused, words, world  # noqa: F401
 from tests.models.test_peft_files import shake
 from tests.tiny_folders import timeless
@@ -68,6 +69,22 @@ def test_a_command_does_the_same_with_an_adapter_as_with_what_it_merges_into(arg
         left.append(timeless(out) if out.is_dir() else out.read_text())
         out.rename(f"was-{kind.strip('/')}")
     assert left[0] == left[1]
+
+
+def test_serve_answers_with_an_adapter_as_with_what_it_merges_into(here, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def told(_, answer, token):
+        raise Asked(answer({"messages": ["so it was", "good"]}, lambda: None))
+
+    monkeypatch.setattr(serve, "Server", told)
+    replies = []
+    for model in ("reward", "a/reward"):
+        with pytest.raises(Asked) as asked:
+            serve.main(["--model", model, "--port", "0"])
+        replies.append(asked.value.args[0])
+    assert replies[0] == replies[1] and len(set(replies[0]["scores"])) == 2
 
 
 def test_check_tells_of_an_adapter_as_of_a_model(here, capsys):

@@ -21,6 +21,8 @@ from torch import nn
 
 from minirlhf import errors
 from minirlhf.files import atomic
+from minirlhf.models.lora import add_lora
+from minirlhf.models.peft_files import save_adapter
 from minirlhf.run.checkpoint import TrainState, load_checkpoint, newest_commit, save_checkpoint
 from minirlhf.run.folder import Run
 from minirlhf.run.optim import make_optimizer
@@ -37,6 +39,8 @@ from tests.crash_model import (
     write_tree,
 )
 from tests.run.test_checkpoint import contents
+from tests.tiny_folders import random_lm
+from tests.tiny_reward import TINY
 
 DISKS_WANTED = 2000  # different ones after a power loss, over all scenes
 
@@ -138,6 +142,30 @@ def export_again(root: Path) -> Scene:
     return Scene(act, read, [old, new], act)
 
 
+def export_an_adapter_again(root: Path) -> Scene:
+    """adapter/ over that of an earlier step: config, tensors, tokenizer."""
+    trees = []
+    for up in (1.0, 2.0):
+        lm = add_lora(random_lm(TINY, vocab_size=5), 1, 1.0, targets=("q_proj",))
+        lm.model.layers[0].self_attn.q_proj.lora_B.data.fill_(up)
+
+        def act(lm=lm):
+            atomic.sweep(root)
+            write = functools.partial(save_adapter, lm, base_name="base")
+            atomic.write_folder(lambda folder: write(folder=folder), root / "adapter")
+
+        act()
+        trees.append(read_tree(root / "adapter"))
+
+    def read(where: Path):
+        atomic.sweep(where)
+        return read_tree(where / "adapter")
+
+    put_back(root, ())
+    write_tree(root / "adapter", trees[0])
+    return Scene(act, read, trees, act)
+
+
 def replace_a_file(root: Path) -> Scene:
     (root / "run.json").write_bytes(b'"old"\n')
 
@@ -218,7 +246,9 @@ def kill_at(moment: int, torn: bool, act: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("make", SCENES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [*SCENES, export_an_adapter_again], ids=lambda make: make.__name__
+)
 def test_a_kill_at_any_operation_leaves_the_old_or_the_new(make, root):
     scene = make(root)
     before = read_tree(root)

@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from math import isfinite
@@ -267,6 +267,18 @@ def commit_folder(temporary: Path, final: Path) -> None:
     fsync(final.parent)
     if os.path.lexists(aside):
         remove_folder(aside)
+
+
+def write_folder(write: Callable[[Path], object], final: Path) -> None:
+    """Lets `write` fill a new folder that then takes its name, as `commit_folder` says."""
+    temporary = final.with_name(TEMPORARY + final.name)
+    if os.path.lexists(temporary):  # of a process that died
+        _remove(temporary)
+    make_folder(temporary)
+    write(temporary)
+    for path in temporary.iterdir():
+        fsync(path)
+    commit_folder(temporary, final)
 
 
 def _aside(final: Path) -> Path:

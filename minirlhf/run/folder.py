@@ -349,14 +349,9 @@ class Run:
     def export(self, write: Callable[[Path], None], name: str = "model") -> Path:
         """Lets `write` fill a new folder that then takes its name; returns it."""
         check_held(self._lock, self.folder)
-        temporary, final = self.folder / f"{atomic.TEMPORARY}{name}", self.folder / name
         atomic.sweep(self.folder)
-        atomic.make_folder(temporary)
-        write(temporary)
-        for path in temporary.iterdir():
-            atomic.fsync(path)
-        atomic.commit_folder(temporary, final)
-        return final
+        atomic.write_folder(write, self.folder / name)
+        return self.folder / name
 
     def done(self, what: str, folder: Path) -> None:
         """Tells what the run has made, and where it is."""

@@ -7,6 +7,7 @@ import pytest
 from minirlhf import cli
 from minirlhf.errors import BAD_INPUT, OK
 from minirlhf.models.pretrained import load_pretrained, save_pretrained
+from minirlhf.recipes import ppo
 from tests.bad_inputs import make_world, words
 
 LORA = ("--lora-rank", "2", "--learning-rate", "0.1", "--save-every", "1")
@@ -62,7 +63,26 @@ def test_an_adapter_is_merged(verb, here):
     assert cli.main(["export", "out/adapter", "--adapter"]) == BAD_INPUT
 
 
+KEPT = ("--keep-best", "--eval-data", "prompts.jsonl", "--eval-every", "1",
+        "--save-every", "1", "--learning-rate", "0.1")
+
+
+@pytest.mark.parametrize("kind", [LORA[:2], (*LORA[:2], "--trunk-bits", "4")], ids=["lora", "nf4"])
+def test_the_best_policy_of_a_run_is_exported(kind, here, capsys, monkeypatch):
+    monkeypatch.setattr(ppo, "keep_best", lambda _, state, __, write: state.step == 1 and write())
+    assert cli.main([*words("ppo", steps=2), *kind, *KEPT]) == OK
+    assert weights("out/best") != weights("out/model")  # which is of step 2
+    for made, kept in (("adapter", "best-adapter"), ("model", "best")):
+        flag = "--merge" if made == "model" else "--adapter"
+        assert cli.main(["export", "out", "--best", flag]) == OK
+        assert f"{made} of the best policy in out/{made}-best" in capsys.readouterr().out
+        assert weights(f"out/{made}-best") == weights(f"out/{kept}")
+        assert not list(Path("out").glob(".*tmp*"))
+
+
 @pytest.mark.parametrize(("argv", "told"), [
+    (["out", "--merge", "--best"], "out: has no best: --keep-best of ppo and grpo keeps one; of a"),
+    (["out", "--merge", "--best", "--step", "1"], "give one of --best and --step"),
     (["out"], "give one of --merge and --adapter"),
     (["out", "--merge", "--adapter"], "give one of --merge and --adapter"),
     (["lm", "--merge"], "lm: holds no run.json: give the folder of a run"),
