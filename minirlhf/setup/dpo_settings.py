@@ -80,7 +80,7 @@ class KeptReferenceSettings(ReferenceSettings):
 @dataclass(frozen=True)
 class DPOConfig(
     InputSettings, KeptReferenceSettings, LengthSettings, DirectSettings, PairTableSettings,
-    DropoutSettings, TrainingSettings,
+    TrainingSettings, DropoutSettings,
 ):
     """Align a policy with preferences directly: DPO and its family."""
 

@@ -44,8 +44,8 @@ class PreferenceSettings(LabelSettings):
 
 @dataclass(frozen=True)
 class RewardConfig(
-    InputSettings, LengthSettings, PreferenceSettings, PairTableSettings, DropoutSettings,
-    TrainingSettings,
+    InputSettings, LengthSettings, PreferenceSettings, PairTableSettings, TrainingSettings,
+    DropoutSettings,
 ):
     """Train a reward model on pairs or ranked lists."""
 

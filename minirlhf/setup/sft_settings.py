@@ -28,8 +28,8 @@ class NewModelSettings:
 
 @dataclass(frozen=True)
 class SFTConfig(
-    InputSettings, NewModelSettings, TurnSettings, LengthSettings, DropoutSettings,
-    TrainingSettings,
+    InputSettings, NewModelSettings, TurnSettings, LengthSettings, TrainingSettings,
+    DropoutSettings,
 ):
     """Fine-tune a language model on demonstrations."""
 

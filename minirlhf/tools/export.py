@@ -1,8 +1,8 @@
 """A checkpoint of a run as a folder that others read: `minirlhf export RUN --merge` or `--adapter`.
 
 A run leaves its last model by itself; this is for one that has not ended, an earlier step, or with
-`--best` the policy that --keep-best kept. In a run's place may stand an adapter, of peft for one,
-to be merged into its base. What is written is there whole, under its name, or not at all.
+`--best-policy` the policy that --keep-best kept. In a run's place may stand an adapter, of peft for
+one, to be merged into its base. What is written is there whole, under its name, or not at all.
 """
 
 import sys
@@ -60,7 +60,7 @@ def settings_in(place: Path, base: str | None) -> tuple[str, object]:
 
 def merge_adapter(asked: ExportConfig, place: Path) -> None:
     """Writes an adapter's folder as the model that it makes of its base."""
-    if not asked.merge or asked.best or asked.step is not None:
+    if not asked.merge or asked.best_policy or asked.step is not None:
         raise UserError(place, "is an adapter", "give --merge alone")
     folder, out = folders.resolve(place, base=asked.base), new_folder(asked, place / "merged")
     tokenizer, dtype = load_tokenizer(folder), choose_dtype("auto")
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     if (place / folders.ADAPTER).exists():
         merge_adapter(asked, place)
         return OK
-    if asked.best:
+    if asked.best_policy:
         export_best(asked, place)
         return OK
     recipe, config = settings_in(place, asked.base)

@@ -201,7 +201,9 @@ class ExportConfig(BaseSettings, MergeSettings, OutSettings):
     merge: bool = override(False, "write the model, adapters merged into its weights")
     adapter: bool = setting(False, "write the adapters alone, as peft reads them")
     step: int | None = setting(None, "of the checkpoint; none: the newest", at_least=0)
-    best: bool = setting(False, "write the policy of the best evaluation, which --keep-best kept")
+    best_policy: bool = setting(
+        False, "write the policy of the best evaluation, which --keep-best kept"
+    )
     base: str | None = override(
         help="folder or hub name of what the adapters were trained on; none: what they name"
     )
@@ -211,9 +213,9 @@ class ExportConfig(BaseSettings, MergeSettings, OutSettings):
     )
 
     def check(self) -> list[str]:
-        both = self.best and self.step is not None
+        both = self.best_policy and self.step is not None
         return [*([] if self.merge != self.adapter else ["give one of --merge and --adapter"]),
-                *(["give one of --best and --step"] if both else [])]
+                *(["give one of --best-policy and --step"] if both else [])]
 
 
 @dataclass(frozen=True)

@@ -74,15 +74,16 @@ def test_the_best_policy_of_a_run_is_exported(kind, here, capsys, monkeypatch):
     assert weights("out/best") != weights("out/model")  # which is of step 2
     for made, kept in (("adapter", "best-adapter"), ("model", "best")):
         flag = "--merge" if made == "model" else "--adapter"
-        assert cli.main(["export", "out", "--best", flag]) == OK
+        assert cli.main(["export", "out", "--best-policy", flag]) == OK
         assert f"{made} of the best policy in out/{made}-best" in capsys.readouterr().out
         assert weights(f"out/{made}-best") == weights(f"out/{kept}")
         assert not list(Path("out").glob(".*tmp*"))
 
 
 @pytest.mark.parametrize(("argv", "told"), [
-    (["out", "--merge", "--best"], "out: has no best: --keep-best of ppo and grpo keeps one; of a"),
-    (["out", "--merge", "--best", "--step", "1"], "give one of --best and --step"),
+    (["out", "--merge", "--best-policy"],
+     "out: has no best: --keep-best of ppo and grpo keeps one; of a checkpoint"),
+    (["out", "--merge", "--best-policy", "--step", "1"], "give one of --best-policy and --step"),
     (["out"], "give one of --merge and --adapter"),
     (["out", "--merge", "--adapter"], "give one of --merge and --adapter"),
     (["lm", "--merge"], "lm: holds no run.json: give the folder of a run"),
