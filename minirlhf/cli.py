@@ -36,6 +36,8 @@ VERBS = {
                     "train a student by a teacher, on the student's own responses"),
     "check": Verb("minirlhf.tools.check.command", "minirlhf.tools.settings:CheckConfig",
                   "look at data as a recipe reads it, before training"),
+    "report": Verb("minirlhf.tools.report.command", "minirlhf.tools.report.settings:ReportConfig",
+                   "show runs on one page: curves, texts, tokens, alarms"),
     "metrics": Verb("minirlhf.tools.metrics", "minirlhf.tools.settings:MetricsConfig",
                     "tell what each number in the log means"),
     "coming-from": Verb("minirlhf.tools.coming_from", "",

@@ -251,6 +251,7 @@ COMMANDS = {
     "best-of": "best-of --model lm --data rows.jsonl --reward length:2 --samples 16 --threshold 0 "
     "--max-new-tokens 32 --stop a e i o --out best.jsonl",
     "check": "check --model lm --data rows.jsonl --recipe reward",
+    "report": "report ppo sft rm1 --out report.html",
     "dry run": "reward --model lm --data rows.jsonl --out dry/run --dry-run",
     "sample": "sample --model lm --data rows.jsonl --max-new-tokens 4 --out sampled.jsonl",
     "score": "score --model rm --data rows.jsonl --out scored.jsonl",

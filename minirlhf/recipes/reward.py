@@ -31,6 +31,7 @@ from minirlhf.data.batching import total_steps, training_batches
 from minirlhf.equations.preference import bradley_terry_loss
 from minirlhf.errors import OK, run
 from minirlhf.evaluation.card import card_files
+from minirlhf.evaluation.report.page import write_report
 from minirlhf.evaluation.reward import (
     Evaluation,
     pair_rows,
@@ -204,6 +205,7 @@ def finish(
         r.done("reward model", r.export(partial(write, model)))
     for name, text in files.items():
         r.write_file(name, text)
+    write_report(r)
 
 
 def main(argv: list[str] | None = None, pair_loss: PairLoss = bradley_terry_loss) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 from minirlhf.data.batching import total_steps
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import UserError
+from minirlhf.evaluation.report.page import write_report
 from minirlhf.files import folders
 from minirlhf.files.sieve import Report
 from minirlhf.models.compiling import compile_blocks
@@ -77,6 +78,7 @@ class TrainingRun(Generic[T]):
                 self.run.say(f"  {line}")
         if self.config.merge:
             self.run.done(what, folder / "model")
+        write_report(self.run)
 
     def export(self, lm: CausalLM, adapter: str, merged: str) -> None:
         """Writes adapters and model into folders of these names; the model goes on learning."""

@@ -5,10 +5,11 @@
 1
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
-from math import ceil, floor, log10
 from typing import NamedTuple
+
+from minirlhf.evaluation.report.curves import axis
 
 WIDTH, HEIGHT = 640, 190  # of a panel, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 24  # around a panel's frame
@@ -19,20 +20,6 @@ INK, GRID = "#333333", "#d9dde3"
 class Panel(NamedTuple):
     title: str  # what it shows, with the unit
     curves: dict[str, Sequence[float]]  # name -> y at each x; at most three
-
-
-def axis(values: Iterable[float], most: int = 6) -> list[float]:
-    """Equally spaced round numbers, about `most`, that span the values; two or more.
-
-    >>> axis([-0.33, 0.61])
-    [-0.4, -0.2, 0.0, 0.2, 0.4, 0.6, 0.8]
-    """
-    values = list(values)
-    low, span = min(values), max(values) - min(values) or 1.0
-    power = 10.0 ** floor(log10(span / most))
-    step = next(digit * power for digit in (1, 2, 5, 10) if span <= most * digit * power)
-    last = max(ceil(max(values) / step), floor(low / step) + 1)
-    return [round(tick * step, 12) for tick in range(floor(low / step), last + 1)]
 
 
 def draw(x_title: str, xs: Sequence[float], panels: Sequence[Panel]) -> str:

@@ -74,8 +74,8 @@ def whole(base, tmp_path_factory):
 def test_main_writes_what_it_says(base, whole):
     names = sorted(p.name for p in whole.iterdir() if p.name != ".lock")
     assert names == [
-        "card.json", "card.md", "checkpoints", "metrics.jsonl", "model", "run.json",
-        "samples.jsonl",
+        "card.json", "card.md", "checkpoints", "metrics.jsonl", "model", "report.html",
+        "run.json", "samples.jsonl",
     ]
     assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == [
         "step-00000004", "step-00000006",

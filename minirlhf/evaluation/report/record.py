@@ -1,0 +1,170 @@
+"""What the folder of a run holds, read whatever state it is in: running, killed, without a step.
+
+A report is made of what there is. Lines that cannot be read are counted, never an error: the last
+one of a run that was killed may be half. Both logs are read in one pass that keeps little: of
+metrics.jsonl the numbers, of samples.jsonl its first and its last part.
+"""
+
+import json
+import math
+from array import array
+from collections.abc import Iterator, MutableSequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minirlhf.errors import UserError
+from minirlhf.evaluation.alarms import DPO_RULES, RULES, Alarm, alarms_told
+from minirlhf.run.glossary import METRICS
+from minirlhf.run.kinds import KINDS
+
+PART = 4 << 20  # bytes of samples.jsonl that are read at its start, and at its end
+LONGEST = 1 << 20  # bytes of a line of metrics.jsonl; run.json and card.json may have 16 times that
+
+
+@dataclass
+class Series:
+    """One metric over the steps: finite values, and nan where the log has none that is finite."""
+
+    steps: MutableSequence[float] = field(default_factory=lambda: array("d"))  # 8 bytes each
+    values: MutableSequence[float] = field(default_factory=lambda: array("d"))
+
+    @property
+    def gaps(self) -> int:
+        """How many values are not finite."""
+        return sum(map(math.isnan, self.values))
+
+    @property
+    def last(self) -> float | None:
+        """The last finite value."""
+        return next((v for v in reversed(self.values) if not math.isnan(v)), None)
+
+
+@dataclass
+class RunRecord:
+    """A run as its folder tells it."""
+
+    folder: Path
+    name: str  # on the page; several runs have several
+    recipe: str
+    settings: dict
+    facts: dict  # run.json
+    series: dict[str, Series] = field(default_factory=dict)  # of metrics.jsonl, and of its clock
+    lines: int = 0  # of metrics.jsonl that were read
+    broken: int = 0  # of both logs that could not be
+    step: int = 0  # the last one that is logged
+    samples: list[dict] = field(default_factory=list)
+    unread: int = 0  # bytes in the middle of samples.jsonl
+    card: dict | None = None
+    alarms: list[Alarm] | None = None  # None: no checkpoint tells
+    saved: int = 0  # step of that checkpoint
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has written the model that it was for."""
+        return any((self.folder / name).is_dir() for name in ("model", "adapter"))
+
+
+def read_run(folder: str | Path, name: str = "") -> RunRecord:
+    """The record of a run's folder.
+
+    Raises:
+        UserError: it is none: there is no run.json of a recipe.
+    """
+    folder = Path(folder)
+    where = folder / "run.json"
+    if not where.is_file():
+        what = "is not the folder of a run: no run.json" if folder.exists() else "no such folder"
+        raise UserError(folder, what, "give what --out named")
+    facts = _read_object(where)
+    recipe = facts.get("recipe") if facts else None
+    if recipe not in METRICS or not isinstance(facts.get("settings"), dict):
+        raise UserError(where, "is not what a run has written", "give what --out named")
+    record = RunRecord(folder, name or folder.resolve().name, recipe, facts["settings"], facts)
+    read_metrics(record, folder / "metrics.jsonl")
+    read_samples(record, folder / "samples.jsonl")
+    record.card = _read_object(folder / "card.json")
+    read_alarms(record)
+    return record
+
+
+def read_metrics(record: RunRecord, path: Path) -> None:
+    """Every number of the log, by its name; those of its clock too."""
+    for line in _lines(path):
+        row = _parsed(line)
+        step = number(row.get("step")) if row else None
+        if step is None or math.isnan(step):
+            record.broken += 1
+            continue
+        record.lines, record.step = record.lines + 1, int(step)
+        clock = row.pop("clock", None)
+        for name, value in (row | (clock if isinstance(clock, dict) else {})).items():
+            if name != "step" and (value := number(value)) is not None:
+                series = record.series.setdefault(name, Series())
+                series.steps.append(step)
+                series.values.append(value)
+
+
+def number(value: object) -> float | None:
+    """A JSON value as a float, nan where it is not finite (or so large that no axis has room for
+    it); None where it is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        value = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
+    return value if abs(value) < 1e300 else math.nan
+
+
+def read_samples(record: RunRecord, path: Path) -> None:
+    """The rows in the first and in the last part of the log: what came before, and after."""
+    if not path.is_file():
+        return
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(PART)
+        record.unread = max(0, size - 2 * PART)
+        file.seek(max(len(first), size - PART))
+        last = file.read(PART)
+    lines = (first + last).split(b"\n") if not record.unread else [
+        *first.split(b"\n")[:-1], *last.split(b"\n")[1:]  # without the halves at the cut
+    ]
+    for line in filter(None, lines):
+        if (row := _parsed(line)) is None:
+            record.broken += 1
+        else:
+            record.samples.append(row)
+
+
+def read_alarms(record: RunRecord) -> None:
+    """What the run has warned of, up to its newest checkpoint."""
+    commits = sorted((record.folder / "checkpoints").glob("step-*/state.json"), reverse=True)
+    rules = {"ppo": RULES, "grpo": RULES, "dpo": DPO_RULES}.get(record.recipe, ())
+    for path in commits[:1]:
+        state = _read_object(path) or {}
+        health = state.get("health")
+        if KINDS["health"](health) and KINDS["step"](state.get("step")):
+            record.alarms = alarms_told(health, rules)
+            record.saved = state["step"]
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a log; of one that is longer than LONGEST, pieces, none of which is JSON."""
+    if path.is_file():
+        with path.open("rb") as file:
+            while line := file.readline(LONGEST):
+                yield line
+
+
+def _parsed(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # ValueError: also bytes that are no UTF-8
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _read_object(path: Path) -> dict | None:
+    if not path.is_file() or path.stat().st_size > 16 * LONGEST:
+        return None
+    return _parsed(path.read_bytes())
