@@ -6,11 +6,17 @@ symbol from the first call on, no two sizes are one symbol because they were equ
 is tuned by timing it.
 
 A compiler loads what it compiled before. torch keeps that under a name in /tmp that anyone may take
-first, and some of it is pickled. Here it lies where only the user can write.
+first, and some of it is pickled. Here it lies where only the user can write. A linker writes a
+kernel under its final name: one that is killed leaves half of it, which no run could load. So such
+a cache is put aside, and made anew.
 """
 
+import fcntl
 import os
+import shutil
 import stat
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -45,6 +51,71 @@ def cache_folder() -> Path:
     return folder
 
 
+def half_written(library: Path) -> bool:
+    """Whether a shared library of Linux (ELF, 64 bits) is not whole: the table of its sections, of
+    which the header tells place and size, is the last thing in it, and the header may be too."""
+    with library.open("rb") as file:
+        head = file.read(64)
+    place, (size, count) = head[40:48], (head[58:60], head[60:62])
+    place, size, count = (int.from_bytes(number, "little") for number in (place, size, count))
+    whole = len(head) == 64 and head.startswith(b"\x7fELF")
+    return not whole or library.stat().st_size < place + size * count
+
+
+def is_being_written(folder: Path) -> bool:
+    """Whether another process holds one of the compiler's locks."""
+    for path in (folder / "locks").glob("*.lock"):
+        with path.open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+            except OSError:
+                return True
+    return False
+
+
+def put_aside(folder: Path, why: str) -> None:
+    """Gives a cache another name, and tells why; the one that has that name goes."""
+    aside = folder.with_name(f"{folder.name}-broken")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    print(f"note: {why}: what was compiled is in {aside} now, and is made anew")
+    cache_folder()
+
+
+def mend_cache(folder: Path) -> None:
+    """Puts a cache aside that holds half a kernel, unless one is being written just now."""
+    if not sys.platform.startswith("linux"):
+        return
+    broken = next(filter(half_written, folder.rglob("*.so")), None)
+    if broken is not None and not is_being_written(folder):
+        put_aside(folder, f"a compile was killed while it wrote {broken.name}")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def try_compiler(folder: Path, device: torch.device) -> None:
+    """Compiles a function and runs it; once more without its cache, if that could not be loaded.
+
+    Raises:
+        UserError: it fails.
+    """
+    for again in (False, True):
+        try:
+            torch.compile(torch.exp, dynamic=True)(torch.zeros(3, device=device))
+            return
+        except Exception as error:  # whatever the compiler's own tools raise
+            why = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+            if not again and any(isinstance(cause, ImportError) for cause in causes(error)):
+                put_aside(folder, why)
+                continue
+            do = "install a C++ compiler (a GPU needs Triton too), or do not compile"
+            raise UserError("torch.compile", f"fails here: {why}", do, MACHINE) from error
+
+
 def compile_blocks(*models: nn.Module) -> None:
     """Compiles the blocks of these models, in place; names and numbers of weights stay.
 
@@ -62,18 +133,13 @@ def compile_blocks(*models: nn.Module) -> None:
     graphs.recompile_limit, sizes.use_duck_shape = GRAPHS, False
     graphs.automatic_dynamic_local_pgo = False  # which would depend on runs before
     folder = cache_folder()
+    mend_cache(folder)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     # Headers that are compiled once take most of a kernel's time, and their place is a constant.
     kernels.cpp_cache_precompile_headers = hasattr(codecache, "_HEADER_DIR")
     codecache._HEADER_DIR = str(folder / "precompiled_headers")
     codecache._HEADER_LOCK_DIR = str(folder / "precompiled_headers" / "locks")
-    device = next(models[0].parameters()).device
-    try:
-        torch.compile(torch.exp, dynamic=True)(torch.zeros(3, device=device))
-    except Exception as error:  # whatever the compiler's own tools raise
-        why = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
-        do = "install a C++ compiler (a GPU needs Triton too), or do not compile"
-        raise UserError("torch.compile", f"fails here: {why}", do, MACHINE) from error
+    try_compiler(folder, next(models[0].parameters()).device)
     for model in models:
         for module in model.modules():
             if isinstance(module, Block):

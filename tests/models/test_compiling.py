@@ -3,6 +3,8 @@
 A first graph takes a minute to make, so all but the refusal is behind the marker `slow`.
 """
 
+import fcntl
+import os
 import shutil
 import stat
 import subprocess
@@ -15,7 +17,12 @@ import torch
 
 from minirlhf.errors import MACHINE, OK, UserError
 from minirlhf.models.cache import KVCache
-from minirlhf.models.compiling import cache_folder, compile_blocks
+from minirlhf.models.compiling import (
+    cache_folder,
+    compile_blocks,
+    mend_cache,
+    try_compiler,
+)
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.transformer import CausalLM, initialize
 from tests.kill_harness import (
@@ -81,6 +88,75 @@ def test_a_place_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"torch\.compile: .*cache") as error:
         cache_folder()
     assert error.value.code == MACHINE
+
+
+# The header of an ELF file, 64 bytes: its table of 2 sections of 64 bytes begins at byte 164.
+HEADER = b"\x7fELF\x02\x01\x01".ljust(40, b"\0") + (164).to_bytes(8, "little")
+HEADER = HEADER.ljust(58, b"\0") + bytes([64, 0, 2, 0, 1, 0])
+KERNEL = HEADER + b"x" * 100 + b"s" * 128
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache with one kernel."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = cache_folder()
+    (folder / "ab").mkdir()
+    (folder / "ab" / "kernel.main.so").write_bytes(KERNEL)
+    return folder
+
+
+@pytest.mark.parametrize("cut", [
+    lambda whole: b"", lambda whole: whole[:30], lambda whole: whole[:100],
+    lambda whole: whole[:-1], lambda whole: bytes(64) + whole[64:],
+], ids=["nothing", "half a header", "a header", "all but a byte", "the header last"])
+def test_a_cache_with_half_a_kernel_is_put_aside(cut, cache, capsys):
+    kernel = cache / "ab" / "kernel.main.so"
+    mend_cache(cache)
+    assert kernel.exists() and capsys.readouterr().out == ""
+    for _ in range(2):  # the second takes the place of the first
+        kernel.parent.mkdir(exist_ok=True)
+        kernel.write_bytes(cut(KERNEL))
+        mend_cache(cache)
+        aside = cache.with_name("compiled-broken")
+        told = "note: a compile was killed while it wrote kernel.main.so: what was compiled is in "
+        assert capsys.readouterr().out == f"{told}{aside} now, and is made anew\n"
+        assert list(cache.iterdir()) == [] and (aside / "ab" / "kernel.main.so").exists()
+        assert cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_kernel_that_another_process_writes_is_left_alone(cache, capsys):
+    kernel, lock = cache / "ab" / "kernel.main.so", cache / "locks" / "kernel.lock"
+    os.truncate(kernel, 100)
+    lock.parent.mkdir()
+    with lock.open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        mend_cache(cache)
+        assert kernel.exists()
+    mend_cache(cache)
+    assert not kernel.exists()
+
+
+def test_a_kernel_that_cannot_be_loaded_is_compiled_again_once(cache, monkeypatch, capsys):
+    failures = []
+
+    def compiled(function, **settings):
+        def run(x):
+            if failures.pop():
+                try:
+                    raise ImportError("x.so: file too short")
+                except ImportError as error:
+                    raise RuntimeError(f"InductorError: {error}") from error
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    failures[:] = [False, True]
+    try_compiler(cache, torch.device("cpu"))
+    assert "note: InductorError: x.so: file too short: what was com" in capsys.readouterr().out
+    assert list(cache.iterdir()) == [] and failures == []
+    failures[:] = [False, True, True]
+    with pytest.raises(UserError, match=r"fails here: InductorError: x\.so: file too short: ins"):
+        try_compiler(cache, torch.device("cpu"))
 
 
 def make_lm(config: ModelConfig) -> CausalLM:
