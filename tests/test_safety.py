@@ -238,9 +238,11 @@ COMMANDS = {
     "export": "export lora --merge --out merged",
     "reward": "reward --model lm --data rows.jsonl --eval-data rows.jsonl --out rm1 --steps 1",
     "ppo": "ppo --model lm --data rows.jsonl --reward rm --out ppo --steps 1 --batch-size 2 "
-    "--micro-batch-size 2 --max-new-tokens 4 --sample-every 1",
+    "--micro-batch-size 2 --max-new-tokens 4 --sample-every 1 --save-rollouts",
     "ppo, resumed": "ppo --model lm --data rows.jsonl --reward rm --out ppo --steps 1 "
-    "--batch-size 2 --micro-batch-size 2 --max-new-tokens 4 --sample-every 1 --resume",
+    "--batch-size 2 --micro-batch-size 2 --max-new-tokens 4 --sample-every 1 --save-rollouts "
+    "--resume",
+    "explain": "explain ppo ppo",
     "ppo, own reward": "ppo --model lm --data rows.jsonl --reward reward.py:length --out own "
     "--steps 1 --batch-size 2 --micro-batch-size 2 --max-new-tokens 4",
     "grpo": "grpo --model lm --data rows.jsonl --reward rm --out grpo --steps 1 --batch-size 1 "

@@ -190,7 +190,14 @@ class ServeConfig(ModelSettings, MicroBatchSettings, DeviceSettings):
 
 
 @dataclass(frozen=True)
-class ExportConfig(BaseSettings, MergeSettings, OutSettings):
+class StepSettings:
+    """Step: which one of a run."""
+
+    step: int | None = setting(None, "of the checkpoint; none: the newest", at_least=0)
+
+
+@dataclass(frozen=True)
+class ExportConfig(StepSettings, BaseSettings, MergeSettings, OutSettings):
     """Write a checkpoint of a run as a folder that others read."""
 
     FIRST_WORDS: ClassVar = "run"
@@ -200,7 +207,6 @@ class ExportConfig(BaseSettings, MergeSettings, OutSettings):
     )
     merge: bool = override(False, "write the model, adapters merged into its weights")
     adapter: bool = setting(False, "write the adapters alone, as peft reads them")
-    step: int | None = setting(None, "of the checkpoint; none: the newest", at_least=0)
     best_policy: bool = setting(
         False, "write the policy of the best evaluation, which --keep-best kept"
     )
