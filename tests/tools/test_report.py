@@ -149,6 +149,13 @@ def test_command_refuses(words, error, tmp_path, monkeypatch, capsys):
     assert Path("notes.md").read_text("utf-8") == "mine"
 
 
+@pytest.mark.parametrize("facts", ["[]", '{"recipe": {}}', '{"recipe": "ppo"}', "half {", '"ppo"'])
+def test_what_no_run_has_written_is_refused(facts, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(facts, encoding="utf-8")
+    assert cli.main(["report", str(tmp_path)]) == BAD_INPUT
+    assert "is not what a run has written" in capsys.readouterr().err
+
+
 def test_nine_runs_are_too_many_colours(tmp_path, capsys):
     folders = [str(write_run(tmp_path / str(k))) for k in range(9)]
     assert cli.main(["report", *folders, "--out", str(tmp_path / "x.html")]) == BAD_INPUT
@@ -209,14 +216,14 @@ def test_a_long_log_stays_small_and_keeps_its_spike(tmp_path):
     run = write_run(tmp_path / "r")
     names = [f"objective/{letter}{k}" for letter in "abc" for k in range(4)]
     with (run / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        for step in range(1, 20001):
+        for step in range(1, 6001):
             row = {name: step * 0.123456789 % 7 for name in names} | {"objective/kl": step % 7}
             file.write(json.dumps({"step": step} | row) + "\n")
-        file.write(json.dumps({"step": 20001, "objective/kl": 100.0}) + "\n")
+        file.write(json.dumps({"step": 6001, "objective/kl": 100.0}) + "\n")
     html = page([read_run(run)])
     assert len(html) < 400_000
     assert f",{TOP}.0" in html  # the spike is at the top of its axis
-    assert "Of 20,001 values, the lowest and the highest of each of 300 stretches are" in html
+    assert "Of 6,001 values, the lowest and the highest of each of 300 stretches are" in html
 
 
 # ---- runs in any state ---------------------------------------------------------------------------
@@ -236,6 +243,11 @@ def test_runs_in_any_state_have_a_page(tmp_path):
         (killed / name).unlink()
     (killed / "model").mkdir()
     assert "finished, and no step is logged" in read(killed).text
+    longer = write_run(tmp_path / "longer", lines=kl_lines(1.0, 2.0), steps=3)  # than before
+    (longer / "model").mkdir()
+    assert "not finished: step 2 is" in read(longer).text
+    copied = write_run(tmp_path / "copied", lines=kl_lines(1.0, 2.0), steps=2)
+    assert "step 2 is logged, its last one, and no model is there" in read(copied).text
 
 
 def test_alarms_are_told_with_their_numbers_from_the_newest_checkpoint(tmp_path):
@@ -386,8 +398,7 @@ def test_a_report_that_fails_is_a_warning_and_the_run_is_whole(monkeypatch):
     class Done:
         folder, config = Path("nowhere"), type("Config", (), {"dry_run": False})
 
-        def say(self, text):
-            said.append(text)
+        display = type("Display", (), {"note": said.append})
 
         def write_file(self, name, text):
             raise AssertionError("there is nothing to write")
@@ -452,7 +463,12 @@ def test_every_sentence_that_the_page_tells_is_translated():
                 told |= {n.value for n in ast.walk(node.args[0])
                          if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     assert len(told) > 20 and told <= set(known)
-    assert set(texts.MEANINGS.values()) | set(page_module.WORTH) <= set(known)
+    assert set(texts.MEANINGS) | set(texts.MEANINGS.values()) | set(page_module.WORTH) <= set(known)
+    states = ["finished, and no step is logged", "no step is logged yet",
+              "finished at step {step:,}",
+              "step {step:,} is logged, its last one, and no model is there",
+              "not finished: step {step:,} is the last one that is logged"]
+    assert set(states) <= set(known)
 
 
 def test_help_of_report_does_not_wait_for_torch():

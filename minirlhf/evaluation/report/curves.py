@@ -38,11 +38,13 @@ def axis(values: Iterable[float], most: int = 6, least: float = 0.0) -> list[flo
 
 
 def labels(ticks: Sequence[float]) -> list[str]:
-    """The ticks in as few digits as tell them apart.
+    """The ticks in as few digits as tell them apart, whole ones whole.
 
-    >>> labels([1e6, 1000000.5])
-    ['1000000', '1000000.5']
+    >>> labels([1e6, 1000000.5]), labels([0.0, 20000.0])
+    (['1000000', '1000000.5'], ['0', '20000'])
     """
+    if all(tick == int(tick) and abs(tick) < 1e7 for tick in ticks):
+        return [f"{tick:.0f}" for tick in ticks]
     for digits in range(4, 18):
         told = [f"{tick:.{digits}g}" for tick in ticks]
         if len(set(told)) == len(ticks):
@@ -109,12 +111,12 @@ def picture(runs: Sequence[Series | None], label: str = "", buckets: int = BUCKE
 
 
 def told(value: float | None) -> str:
-    """A number for people: four digits, whole numbers whole.
+    """A number for people: four digits, whole and large ones whole.
 
-    >>> told(0.123456), told(20480.0), told(None)
-    ('0.1235', '20,480', '–')
+    >>> told(0.123456), told(20480.0), told(12345.6), told(None)
+    ('0.1235', '20,480', '12,346', '–')
     """
     if value is None:
         return "–"
-    whole = abs(value) < 1e15 and value == int(value)
+    whole = 1e4 <= abs(value) < 1e7 or (abs(value) < 1e15 and value == int(value))
     return f"{value:,.0f}" if whole else f"{value:.4g}"

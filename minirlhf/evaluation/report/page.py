@@ -1,5 +1,6 @@
 """The page: report.html, one file without scripts that asks for nothing else."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from math import isnan
@@ -45,10 +46,10 @@ def write_report(r: Run) -> None:
         return
     try:
         r.write_file(FILE, page([read_run(r.folder)]))
-        r.say(f"report in {r.folder / FILE}")
+        r.done("report", r.folder / FILE)
     except FAULTS as error:
         what = f"{type(error).__name__}: {printable(error)}"
-        r.say(f"warning: {FILE} could not be written: {what}; the run itself is whole")
+        r.display.note(f"warning: {FILE} could not be written: {what}; the run itself is whole")
 
 
 def page(runs: Sequence[RunRecord], language: str = "en") -> str:
@@ -64,7 +65,7 @@ def page(runs: Sequence[RunRecord], language: str = "en") -> str:
         ("What differs", differences(runs, language)),
         ("Warnings", warnings(runs, language)),
         ("What the model is worth", each(runs, worth, language)),
-        ("Curves", curves(runs, language)),
+        ("Curves over the steps", curves(runs, language)),
         ("Responses", each(runs, responses, language)),
         ("Tokens", each(runs, texts.heat_maps, language)),
         ("Pairs", each(runs, texts.of_pairs, language)),
@@ -89,19 +90,10 @@ def page(runs: Sequence[RunRecord], language: str = "en") -> str:
 # ---- facts ---------------------------------------------------------------------------------------
 
 
-def state_of(run: RunRecord, language: str) -> str:
-    """Whether the run has finished, and how far it came."""
-    sentence = "finished at step {step:,}"
-    if not run.lines:
-        sentence = "finished, and no step is logged" if run.finished else "no step is logged yet"
-    elif not run.finished:
-        sentence = "not finished: step {step:,} is the last one that is logged"
-    return tell(sentence, language, step=run.step)
-
-
 def fact_rows(run: RunRecord, language: str) -> dict[str, str]:
     """What a run is, as HTML by its name."""
-    rows = {tell("recipe", language): run.recipe, tell("state", language): state_of(run, language)}
+    rows = {tell("recipe", language): run.recipe,
+            tell("state", language): tell(run.state, language, step=run.step)}
     for name in FACTS:
         if (value := run.settings.get(name)) not in (None, [], ""):
             rows[name.replace("_", " ")] = setting(value, 200)
@@ -304,6 +296,7 @@ def repeat(run: RunRecord, language: str) -> str:
     given = run.facts.get("command")
     parts = []
     if isinstance(given, str):
+        given = re.sub("^__main__.py ", "python -m minirlhf ", given)
         parts += [f"<p>{tell('It was started by', language)}</p>",
                   f"<pre><code>{shown(given, 4000, language)}</code></pre>"]
     rows = [[shown(name, 60), setting(value)] for name, value in run.settings.items()]

@@ -18,6 +18,7 @@ from minirlhf.run.glossary import METRICS
 from minirlhf.run.kinds import KINDS
 
 PART = 4 << 20  # bytes of samples.jsonl that are read at its start, and at its end
+ROOM = 1e300  # what is further from 0 has no room on an axis: ends of it would be infinite
 LONGEST = 1 << 20  # bytes of a line of metrics.jsonl; run.json and card.json may have 16 times that
 
 
@@ -59,8 +60,21 @@ class RunRecord:
     saved: int = 0  # step of that checkpoint
 
     @property
-    def finished(self) -> bool:
-        """Whether it has written the model that it was for."""
+    def state(self) -> str:
+        """How far the run has come, as a sentence with a `{step}`."""
+        steps = self.settings.get("steps")
+        behind = type(steps) is int and self.step < steps  # also where it was told to go on
+        if not self.lines:
+            return "finished, and no step is logged" if self.has_model else "no step is logged yet"
+        if self.has_model and not behind:
+            return "finished at step {step:,}"
+        if steps == self.step:
+            return "step {step:,} is logged, its last one, and no model is there"
+        return "not finished: step {step:,} is the last one that is logged"
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the folder holds the model that the run was for."""
         return any((self.folder / name).is_dir() for name in ("model", "adapter"))
 
 
@@ -77,7 +91,7 @@ def read_run(folder: str | Path, name: str = "") -> RunRecord:
         raise UserError(folder, what, "give what --out named")
     facts = _read_object(where)
     recipe = facts.get("recipe") if facts else None
-    if recipe not in METRICS or not isinstance(facts.get("settings"), dict):
+    if recipe not in tuple(METRICS) or not isinstance(facts.get("settings"), dict):
         raise UserError(where, "is not what a run has written", "give what --out named")
     record = RunRecord(folder, name or folder.resolve().name, recipe, facts["settings"], facts)
     read_metrics(record, folder / "metrics.jsonl")
@@ -97,23 +111,26 @@ def read_metrics(record: RunRecord, path: Path) -> None:
             continue
         record.lines, record.step = record.lines + 1, int(step)
         clock = row.pop("clock", None)
-        for name, value in (row | (clock if isinstance(clock, dict) else {})).items():
-            if name != "step" and (value := number(value)) is not None:
-                series = record.series.setdefault(name, Series())
-                series.steps.append(step)
-                series.values.append(value)
+        for part in (row, clock if isinstance(clock, dict) else {}):
+            for name, value in part.items():
+                if not (type(value) is float and -ROOM < value < ROOM):  # the usual one costs least
+                    value = number(value)
+                if value is not None and name != "step":
+                    series = record.series.get(name) or record.series.setdefault(name, Series())
+                    series.steps.append(step)
+                    series.values.append(value)
 
 
 def number(value: object) -> float | None:
-    """A JSON value as a float, nan where it is not finite (or so large that no axis has room for
-    it); None where it is no number."""
+    """A JSON value as a float, nan where it is not finite or has no room on an axis; None where it
+    is no number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         value = float(value)
     except OverflowError:  # an integer of hundreds of digits
         return math.nan
-    return value if abs(value) < 1e300 else math.nan
+    return value if abs(value) < ROOM else math.nan
 
 
 def read_samples(record: RunRecord, path: Path) -> None:

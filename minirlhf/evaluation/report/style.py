@@ -76,7 +76,7 @@ footer{margin-top:40px;padding-bottom:30px;font-size:.84rem}
 h1{font-size:1.35rem}body{font-size:15px}
 .facts{grid-template-columns:1fr 1fr}}
 @media print{body{background:none;font-size:11px}.text,.heat{max-height:none}
-details:not([open])>:not(summary){display:block}figure,.card{border:1px solid var(--line)}}
+details::details-content{content-visibility:visible}figure,.card{border:1px solid var(--line)}}
 """
 
 

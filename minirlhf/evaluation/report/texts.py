@@ -42,10 +42,11 @@ def response(row: dict, head: str, language: str) -> str:
     """A response behind its step and score."""
     name, value = number_of(row)
     mark = f' <span class="score">{name} {told(value)}</span>' if name else ""
-    text = "" if row.get("response") is None else row["response"]
+    text = shown("" if row.get("response") is None else row["response"], TEXT, language)
+    text = text or f'<span class="faint">{tell("(empty)", language)}</span>'
     end = f" · {shown(row['finish_reason'], 20)}" if row.get("finish_reason") else ""
     return (f'<div><div class="faint">{head}{mark}{end}</div><div class="text" tabindex="0" '
-            f'dir="auto">{shown(text, TEXT, language)}</div></div>')
+            f'dir="auto">{text}</div></div>')
 
 
 def prompt_of(row: dict, language: str) -> str:
