@@ -47,6 +47,8 @@ VERBS = {
                         "tell where another tool's parameters went"),
     "sample": Verb("minirlhf.tools.sample", "minirlhf.tools.sampling_settings:SampleConfig",
                    "write continuations of prompts, as JSON lines"),
+    "chat": Verb("minirlhf.tools.chat.command", "minirlhf.tools.sampling_settings:ChatConfig",
+                 "talk with a model in the terminal, or with two side by side"),
     "best-of": Verb("minirlhf.tools.best_of", "minirlhf.tools.sampling_settings:BestOfConfig",
                     "write the best of several responses, for sft, or pairs, for dpo"),
     "score": Verb("minirlhf.tools.score", "minirlhf.tools.settings:ScoreConfig",

@@ -6,6 +6,7 @@ half watches every command at work.
 
 import ast
 import importlib
+import io
 import tempfile
 from pathlib import Path
 
@@ -256,6 +257,7 @@ COMMANDS = {
     "report": "report ppo sft rm1 --out report.html",
     "dry run": "reward --model lm --data rows.jsonl --out dry/run --dry-run",
     "sample": "sample --model lm --data rows.jsonl --max-new-tokens 4 --out sampled.jsonl",
+    "chat": "chat ppo --max-new-tokens 4 --heat advantage --reward rm",
     "score": "score --model rm --data rows.jsonl --out scored.jsonl",
 }
 
@@ -286,6 +288,7 @@ def test_no_command_reaches_out(world, monkeypatch):
     monkeypatch.setattr("tests.watched.SECONDS", 60)  # it is not their speed that is looked at
     monkeypatch.setattr("tests.watched.MEMORY", 1 << 40)
     commands = list(COMMANDS.items())
+    monkeypatch.setattr("sys.stdin", io.StringIO("The film\n/save said.jsonl\n"))  # of chat
     found = run_cases(
         range(len(commands)),
         lambda i: (commands[i][0], lambda: run(commands[i][1])),
@@ -298,6 +301,7 @@ def test_no_command_reaches_out(world, monkeypatch):
     for made in ("sft/model", "new/model", "lora/model", "rm1/model", "ppo/model", "own/model",
                  "grpo/model", "dpo/model", "distill/model", "merged"):
         assert (world / made / "model.safetensors").exists()
+    assert (world / "said.jsonl").exists()
     assert (world / "sampled.jsonl").exists() and (world / "scored.jsonl").exists()
 
 

@@ -1,6 +1,6 @@
 """A text token by token, for people: characters that several tokens share are shown once whole."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from minirlhf.data.tokenizer import Tokenizer
@@ -17,18 +17,32 @@ class Piece(NamedTuple):
     text: str
 
 
+def each_piece(
+    tokenizer: Tokenizer, before: Sequence[int], ids: Iterable[int]
+) -> Iterator[Piece]:
+    """As `pieces`, each as soon as its tokens are there: for a text that is still being sampled."""
+    row, group = list(before), []
+    for id in ids:
+        group.append(id)
+        text = tokenizer.decode_after(row, group)
+        if text.endswith(BROKEN) and len(group) < LONGEST:
+            continue
+        yield _piece(tokenizer, len(row) - len(before), group, text)
+        row, group = row + group, []
+    if group:
+        text = tokenizer.decode_after(row, group)
+        yield _piece(tokenizer, len(row) - len(before), group, text)
+
+
+def _piece(tokenizer: Tokenizer, start: int, group: list[int], text: str) -> Piece:
+    shown = text or tokenizer.decode(group, skip_special=False)
+    return Piece(start, start + len(group), shown)
+
+
 def pieces(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> list[Piece]:
     """The tokens `ids` after those `before` them, in the smallest groups that decode to whole text.
 
     Control tokens are shown by their names. The texts, joined, are what the response shows; bytes
     that never become a character are shown as U+FFFD, a piece of at most LONGEST tokens.
     """
-    found, start, row = [], 0, [*before, *ids]
-    for end in range(1, len(ids) + 1):
-        group = list(ids[start:end])
-        text = tokenizer.decode_after(row[: len(before) + start], group)
-        if text.endswith(BROKEN) and len(group) < LONGEST and end < len(ids):
-            continue
-        found.append(Piece(start, end, text or tokenizer.decode(group, skip_special=False)))
-        start = end
-    return found
+    return list(each_piece(tokenizer, before, ids))

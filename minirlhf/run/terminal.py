@@ -90,3 +90,43 @@ def differing(texts: Sequence[str], room: int) -> list[str]:
         if width(texts[0][start:end]) > room // 2:  # a word without end, or a script without blanks
             start = end
     return [fit(f"… {text[start:]}" if start else text, room) for text in texts]
+
+
+def harmless(text: str) -> str:
+    """A text that came from a model or a file, with all that would act on a terminal written out;
+    line ends, blanks of all kinds and the joiners of emoji stay, a tab becomes four blanks.
+
+    >>> harmless("a\\tb\\n\\x1b[2J"), harmless("奖\\u3000励")
+    ('a    b\\n\\\\x1b[2J', '奖\\u3000励')
+    """
+    def shown(c: str) -> str:
+        if c.isprintable() or c in "\n\u200c\u200d" or unicodedata.category(c) == "Zs":
+            return c
+        return c.encode("unicode_escape").decode()
+
+    return "".join(map(shown, text.replace("\t", "    ")))
+
+
+def wrap(text: str, room: int) -> list[tuple[int, int]]:
+    """Where each line of a text begins and ends (not included), in so many columns: cut at line
+    ends, at blanks, and within a word that is longer. A line that another follows is final: what
+    is added to the text does not change it.
+
+    >>> wrap("so it was", 5), wrap("奖励模型", 5), wrap("a\\n", 5)
+    ([(0, 5), (6, 9)], [(0, 2), (2, 4)], [(0, 1), (2, 2)])
+    """
+    lines, start, used, blank = [], 0, 0, None  # blank: the last one of the line
+    for at, c in enumerate(text):
+        used += width(c)
+        if c != "\n" and used <= room:
+            blank = at if c == " " else blank
+            continue
+        if c in "\n ":
+            end, then = at, at + 1
+        elif blank is None or width(c) == 2:  # before a Chinese character any line may end
+            end, then = at, at
+        else:
+            end, then = blank, blank + 1
+        lines.append((start, end))
+        start, used, blank = then, width(text[then : at + 1]), None
+    return [*lines, (start, len(text))]

@@ -1,4 +1,4 @@
-"""The settings of the tools that answer prompts: sample, best-of."""
+"""The settings of the tools that answer prompts: sample, best-of, chat."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +13,7 @@ from minirlhf.setup.groups import (
     LengthSettings,
     MicroBatchSettings,
     ModelSettings,
+    ReferenceSettings,
     SamplingSettings,
     SeedSettings,
     TemplateSettings,
@@ -162,4 +163,48 @@ class BestOfConfig(
             problems.append("best: goes with --threshold")
         if self.best > 1 and self.pairs:
             problems.append("best: a prompt gives one pair")
+        return problems
+
+
+HEATS = ("reward", "value", "kl", "advantage", "logprob")
+
+
+@dataclass(frozen=True)
+class ChatConfig(
+    ModelSettings, ReferenceSettings, RewardSourceSettings, RawSettings, OwnSamplingSettings,
+    MicroBatchSettings, DeviceSettings, SeedSettings,
+):
+    """Talk with a model in the terminal, or with two side by side."""
+
+    FIRST_WORDS: ClassVar = "model"
+    SHOWN_FIRST: ClassVar = (
+        "model", "reward", "heat", "ref", "system", "raw", "max_new_tokens", "temperature",
+        "top_k", "top_p", "stop", "seed",
+    )
+
+    model: tuple[str, ...] = override(
+        (), "one or two: a folder, a hub name or the folder of a run; they may come first, without "
+        "this flag", required=True,
+    )
+    ref: str | None = override(
+        help="reference of --heat kl and advantage; none: that of the run, or its start model"
+    )
+    reward: tuple[str, ...] = override(
+        help="scores each answer: reward-model folder, file.py:function, http://host:port/path or "
+        "a rule; none: no score, and for --heat the reward models of the run", required=False,
+    )
+    raw: bool = override(help="complete what is typed as it stands, whatever the chat template")
+    max_new_tokens: int = override(256, "most tokens in an answer")
+    heat: str | None = setting(
+        None, "colour each token by its reward (the score of the text up to it, minus that up to "
+        "the one before), value (of the critic, before the token), kl (log pi - log pi_ref), "
+        "advantage (GAE of this answer, not whitened) or logprob; without colours the numbers are "
+        "listed", choices=HEATS,
+    )
+    system: str | None = setting(None, "what the model is told before all turns", metavar="TEXT")
+
+    def check(self) -> list[str]:
+        problems = [] if len(self.model) in (1, 2) else ["model: give one or two"]
+        if self.template_kwargs and self.raw:
+            problems.append("template_kwargs and raw: no template is asked; give one of them")
         return problems
