@@ -10,8 +10,17 @@ import pytest
 
 from minirlhf import cli
 from minirlhf.errors import OK
-from minirlhf.evaluation.alarms import DPO_RULES, FIRST, LAST, RULES, Alarm, check_alarms
+from minirlhf.evaluation.alarms import (
+    DPO_RULES,
+    FIRST,
+    LAST,
+    RULES,
+    Alarm,
+    alarms_told,
+    check_alarms,
+)
 from minirlhf.run.glossary import definition
+from minirlhf.run.language import LANGUAGES
 from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.ppo_settings import PPOConfig
@@ -112,6 +121,27 @@ def test_alarm_is_told_from_its_threshold_on_and_once(name, well, ill, step):
 
 def test_every_alarm_is_tried():
     assert {name for name, *_ in CASES} == {rule.name for rule in RULES}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(("name", "series"), [(name, ill) for name, _, ill, _ in CASES])
+def test_a_saved_state_tells_its_alarms_again(name, series, language):
+    history, alarms = {}, []  # of these metrics alone: PPO and GRPO log others of one name
+    for number, values in enumerate(zip(*series.values(), strict=True), 1):
+        new, history = check_alarms(history, number, dict(zip(series, values, strict=True)))
+        alarms += new
+    again = alarms_told(json.loads(json.dumps(history)))
+    assert sorted(map(str, again)) == sorted(map(str, alarms))
+    assert [alarm.step for alarm in again] == sorted(alarm.step for alarm in alarms)
+    (alarm,) = (alarm for alarm in again if alarm.name == name)
+    told = alarm.told(language)
+    assert all(metric in told for metric in alarm.rule.metrics[:1] if "{m}" in alarm.rule.seen)
+    assert "{" not in told
+
+
+def test_alarms_of_older_states_are_told_without_their_numbers():
+    (alarm,) = alarms_told({CLIP: [0.4], "told clipped_policy": [5]})
+    assert alarm.step == 5 and alarm.text == alarm.rule.advice
 
 
 def test_all_is_quiet_where_all_is_well():
