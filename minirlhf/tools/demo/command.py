@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     if (out / "reward").exists():
         print(f"  minirlhf score --model {out}/reward/model --data {out}/after.jsonl")
     print(f"  less {out}/{algorithm}/samples.jsonl {out}/{algorithm}/metrics.jsonl")
+    print(f"  {out}/{algorithm}/report.html, in a browser: the run on one page, token by token")
     shown = "rewards and accuracy" if algorithm == "dpo" else "rewards and KL"
     print(f"  {out}/curve.svg, in a browser: {shown} over the steps")
     print(f"  minirlhf {algorithm} --help")
