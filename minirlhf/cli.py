@@ -1,7 +1,9 @@
 """`minirlhf VERB …`: one table of verbs; a verb's module is imported once its flags are right."""
 
 import importlib
+import shutil
 import sys
+import textwrap
 from typing import NamedTuple
 
 from minirlhf import __version__
@@ -11,14 +13,20 @@ from minirlhf.run.settings import nearest
 
 
 class Verb(NamedTuple):
-    module: str  # has a main(argv) -> exit code
+    module: str  # has a main(argv) -> exit code; where it runs verbs, main(argv, VERBS)
     settings: str  # module:class of its config; "" where main reads its words itself
     what: str  # it does
+    runs_verbs: bool = False  # or tells of them
 
     def config(self) -> type:
         """The class of its settings."""
         module, _, name = self.settings.partition(":")
         return getattr(importlib.import_module(module), name)
+
+    def run(self, words: list[str]) -> int:
+        """Does it; returns the exit code."""
+        main = importlib.import_module(self.module).main
+        return main(words, VERBS) if self.runs_verbs else main(words)
 
 
 VERBS = {
@@ -29,7 +37,7 @@ VERBS = {
     "ppo": Verb("minirlhf.recipes.ppo", "minirlhf.setup.ppo_settings:PPOConfig",
                 "align a policy with a reward by PPO"),
     "grpo": Verb("minirlhf.recipes.grpo", "minirlhf.setup.grpo_settings:GRPOConfig",
-                 "align a policy by comparing responses to a prompt, without a critic"),
+                 "align a policy by comparing responses, without a critic"),
     "dpo": Verb("minirlhf.recipes.dpo", "minirlhf.setup.dpo_settings:DPOConfig",
                 "align a policy with preferences directly: DPO and its family"),
     "distill": Verb("minirlhf.recipes.distill", "minirlhf.setup.distill_settings:DistillConfig",
@@ -56,24 +64,39 @@ VERBS = {
     "serve": Verb("minirlhf.tools.serve", "minirlhf.tools.settings:ServeConfig",
                   "answer requests for scores with a reward model, over HTTP"),
     "tasks": Verb("minirlhf.tools.tasks", "minirlhf.tools.settings:TasksConfig",
-                  "write problems with exact answers, for rewards that can be verified"),
+                  "write problems with exact answers, for rewards by rule"),
     "export": Verb("minirlhf.tools.export", "minirlhf.tools.settings:ExportConfig",
                    "write a checkpoint of a run as a model or an adapter"),
+    "rerun": Verb("minirlhf.tools.rerun", "minirlhf.tools.settings:RerunConfig",
+                  "repeat a run, or vary it, in a new folder", True),
+    "completion": Verb("minirlhf.tools.completion", "minirlhf.tools.settings:CompletionConfig",
+                       "print what lets bash, zsh or fish complete its words", True),
     "demo": Verb("minirlhf.tools.demo.command", "minirlhf.tools.settings:DemoConfig",
                  "train, align and measure a tiny model from nothing"),
 }
 
-USAGE = "\n".join(
-    [
-        "usage: minirlhf VERB [settings]",
-        "",
-        "RLHF of language models from scratch in pure PyTorch.",
-        "",
-        *(f"  {name:<13}{verb.what}" for name, verb in VERBS.items()),
-        "",
-        "minirlhf VERB --help lists the settings of a verb; minirlhf --version tells the version.",
-    ]
-)
+GROUPS = {  # heading -> verbs under it
+    "train": ("sft", "reward", "ppo", "grpo", "dpo", "distill", "rerun"),
+    "look": ("check", "metrics", "report", "explain", "score"),
+    "use": ("sample", "chat", "best-of", "serve", "export", "tasks"),
+    "learn": ("demo", "learn", "coming-from", "completion"),
+}
+
+
+def usage() -> str:
+    """The verbs under their headings, in as many columns as the terminal has, at most 80."""
+    room = min(shutil.get_terminal_size().columns, 80)
+    grouped = {name for names in GROUPS.values() for name in names}
+    groups = GROUPS | {"more": tuple(name for name in VERBS if name not in grouped)}
+    lines = ["usage: minirlhf VERB [settings]", "",
+             "RLHF of language models from scratch in pure PyTorch."]
+    for heading, names in groups.items():
+        there = [f"  {name:<12} {VERBS[name].what}" for name in names if name in VERBS]
+        lines += ["", f"{heading}:", *there] if there else []
+    lines += ["", "minirlhf VERB --help lists the settings of a verb.",
+              "minirlhf --version tells the version."]
+    return "\n".join(textwrap.fill(line, room, subsequent_indent=" " * 15 * line.startswith(" "))
+                     for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,14 +107,14 @@ def main(argv: list[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     name, *words = argv or ["--help"]
     if name in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
     elif name == "--version":
         print(f"minirlhf {__version__}")
     elif name in VERBS:
         verb = VERBS[name]
         if verb.settings:  # --help and bad flags need not wait until torch is imported
-            flags.parse(verb.config(), words, f"minirlhf {name}")
-        return importlib.import_module(verb.module).main(words)
+            flags.parse(verb.config(), words, f"minirlhf {name}", tell=lambda line: None)
+        return verb.run(words)
     else:
         advice = nearest(name, (*VERBS, "--help", "--version"), "")
         do = f"{advice}; verbs: {', '.join(VERBS)}".removeprefix("; ")

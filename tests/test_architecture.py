@@ -24,7 +24,7 @@ FILES = sorted((ROOT / "minirlhf").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text("utf-8"), str(path)) for path in FILES}
 
 DEPENDENCIES = {"torch", "tokenizers", "safetensors", "numpy", "tqdm"}
-LAZY_DEPENDENCIES = {"jinja2", "huggingface_hub", "matplotlib", "pyarrow"}  # inside functions only
+LAZY_DEPENDENCIES = {"jinja2", "huggingface_hub", "matplotlib", "pyarrow", "yaml"}  # in functions
 
 # From the ground up: a wing imports from itself and from wings on lower floors. Wings on one floor
 # do not know each other, and only `minirlhf` itself may name what lies above it (lazily).

@@ -76,7 +76,7 @@ FLAGS = [  # added to a right `minirlhf sft`, what is told
     ("--tokenizer lm", "--tokenizer goes with --init-config: a --model has its own"),
     ("--config", "--config: expected one value"),
     ("--config nowhere.toml", "nowhere.toml: no such file"),
-    ("--config texts.jsonl", "texts.jsonl: --config reads .toml and .json files only"),
+    ("--config texts.jsonl", "texts.jsonl: --config reads .toml, .json, .yaml, .yml files only"),
 ]
 PPO_FLAGS = [  # added to a right `minirlhf ppo`, what is told
     ("--kl-in loss", "kl_in loss with kl_estimator k1: the gradient of that estimate"),
@@ -244,7 +244,7 @@ JSON = [  # content of a file, what is told behind its name
     ('{"a": ' * 2000, ":1: nested deeper than 64 levels"),
     ("<html>", ":1: not valid JSON at column 1: it looks like a web page"),
     ('{"stepz": 1}', ": stepz: unknown setting: the nearest is steps; --data: required"),
-    ('{"recipe": "sft", "settings": {"steps": 1}}', ": recipe: unknown setting: the settings "),
+    ('{"recipe": "sft"}', ": recipe: unknown setting: the settings are the flags th"),
     (json.dumps(RIGHT | {"epochs": None}), ": epochs: got none, must be a finite number > 0"),
     (json.dumps(RIGHT | {"learning_rate": 10**400}), ": learning_rate: got 10000"),
     (json.dumps(RIGHT | {"data": 3}), ": data: got 3, must be text"),

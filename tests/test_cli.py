@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,28 @@ def test_every_verb_has_help(verb, capsys):
         cli.main([verb, "--help"])
     assert left.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: minirlhf {verb} ")
+
+
+@pytest.mark.parametrize("columns", [80, 50])
+@pytest.mark.parametrize("verb", [*cli.VERBS, ""])
+def test_help_fits_the_terminal(verb, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for flag in ("--help", "--help-all"):
+        if flag == "--help" or verb in ("sft", "ppo", "sample"):
+            with suppress(SystemExit):
+                cli.main([verb, flag] if verb else [flag])
+    told = capsys.readouterr().out.splitlines()
+    room = 80 if verb == "coming-from" else columns  # a text that is read as it is
+    assert [line for line in told if len(line) > room] == [] and len(told) > 3
+
+
+def test_the_verbs_stand_under_their_headings():
+    told = cli.usage()
+    for heading, names in cli.GROUPS.items():
+        part = told.partition(f"\n{heading}:\n")[2].partition("\n\n")[0]
+        assert [line.split()[0] for line in part.splitlines()] == [
+            name for name in names if name in cli.VERBS]
+    assert "\nmore:" not in told  # each verb has its place in cli.GROUPS
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

@@ -163,10 +163,31 @@ def load_function(
     return score
 
 
+def trial(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> Completions:
+    """Two made-up completions of the first prompt: the beginning of its own tokens and their end.
+    They are two and differ, since a function may compare those of a batch."""
+    first, names = prompts[0], sorted({name for prompt in prompts for name in prompt.columns})
+    ids = [first.ids[:8], first.ids[-4:]]
+    return Completions(
+        [first.text] * 2, [first.ids] * 2, [tokenizer.decode(some) for some in ids], ids,
+        ["length"] * 2, {name: [first.columns.get(name)] * 2 for name in names},
+    )
+
+
+def _try(source: RewardSource, tried: Completions) -> None:
+    """Lets a function say now what it would say after the first rollout."""
+    try:
+        source(tried)
+    except UserError as error:
+        what = f"{error.what} (tried on two made-up completions of the first prompt)"
+        raise UserError(error.where, what, error.do, error.code) from error
+
+
 def load_reward(
     config: RewardSourceSettings, tokenizer: Tokenizer, load_model: Callable[[Path], RewardModel],
     micro_batch_tokens: int, columns: Mapping[str, set[str]] | None = None,
     journal: Path | None = None, ran: dict[str, str] | None = None, base: str | None = None,
+    tried: Completions | None = None,
 ) -> RewardSource:
     """The weighted sum of all sources of `--reward`; prompts went through `check_answers`.
 
@@ -177,13 +198,14 @@ def load_reward(
         journal: file that keeps the replies of services, made with the first; None: in memory.
         ran: as in `load_function`.
         base: of adapters, in place of what they name.
+        tried: what each function is tried on before any model is loaded, as `trial` makes it.
     """
     specs, replies = [parse_source(source) for source in config.reward], Journal(journal)
 
     def load(spec: Spec) -> RewardSource:
         place = locate(spec, base)
         if spec.kind == "function":
-            return load_function(spec.place, columns, tokenizer, ran)
+            return functions[spec]
         if spec.kind == "rule":
             return rule_reward(spec.place)
         if spec.kind == "service":
@@ -198,5 +220,9 @@ def load_reward(
         again = reencoded(place, tokenizer)
         return model_reward(model, own, micro_batch_tokens, again, f"--reward {spec.place}")
 
-    names = part_names(specs)
+    names, functions = part_names(specs), {}
+    for spec in (spec for spec in specs if spec.kind == "function"):
+        functions[spec] = source = load_function(spec.place, columns, tokenizer, ran)
+        if tried is not None:
+            _try(source, tried)
     return combine([(n, s.weight, load(s)) for n, s in zip(names, specs, strict=True)])

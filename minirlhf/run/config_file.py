@@ -7,34 +7,46 @@ what is not as there, on purpose.
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import read_text, strict_json
+from minirlhf.run.repeat import is_record, settings_kept
 from minirlhf.run.settings import NO_SECTIONS, Problem, Setting, nearest, shown
+from minirlhf.run.yaml_file import read_yaml
 
 _CAP, _LINE_CAP = 1 << 16, 1 << 12  # bytes, and characters of a line, which tomllib takes long for
 _LINE = re.compile(r"^(\w+) = .*?  # (.+)$", re.MULTILINE)  # of a preset: (setting, source)
+KINDS = (".toml", ".json", ".yaml", ".yml")
 NOT_ONE = "the settings are the flags that --help tells of"
 DIFFERS = "Not as there, on purpose:"
 
 
 def read_settings(
-    settings: Mapping[str, Setting], path: str | Path, called: str | None = None
+    settings: Mapping[str, Setting], path: str | Path, called: str | None = None,
+    beside: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> tuple[dict[str, object], dict[str, str], list[Problem]]:
     """(values, where each stands, problems) of a config file.
 
     Args:
         called: the file's name in messages, where that is not its path.
+        beside: values that are given -> other defaults beside them. With it, settings of a run
+            that are as the command has them by itself count as not given.
+        tell: takes a line about settings of a run that are none here.
     Raises:
-        UserError: the file cannot be read, or is neither TOML nor JSON.
+        UserError: the file cannot be read, or is none of TOML, JSON and YAML.
     """
     values: dict[str, object] = {}
     where: dict[str, str] = {}
     problems: list[Problem] = []
-    for key, given in _load(path).items():
+    table = _load(path)
+    if is_record(table):
+        values = settings_kept(Path(path), table, settings, beside, tell)
+        return values, {name: f"{path}: {name}" for name in values}, problems
+    for key, given in table.items():
         name, place = key.replace("-", "_"), f"{called or path}: {printable(key, 80)}"
         if name not in settings and isinstance(given, dict):
             problems.append((place, NO_SECTIONS))
@@ -48,11 +60,13 @@ def read_settings(
 
 
 def _load(path: str | Path) -> dict[str, Any]:
-    """The top table of a TOML or JSON file."""
+    """The top table of a TOML, JSON or YAML file."""
     kind = Path(path).suffix
-    if kind not in (".toml", ".json"):
-        raise UserError(path, "--config reads .toml and .json files only")
+    if kind not in KINDS:
+        raise UserError(path, f"--config reads {', '.join(KINDS)} files only")
     text = read_text(path, _CAP)
+    if kind in (".yaml", ".yml"):
+        return read_yaml(text, path)
     if kind == ".json":
         table = strict_json(text, path)
         if not isinstance(table, dict):

@@ -6,9 +6,11 @@ every name. Whatever is wrong is told in one line, all of it at once.
 
 import argparse
 import re
+import shutil
 import sys
+import textwrap
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,7 +31,10 @@ C = TypeVar("C")
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
-def parse(config_class: type[C], argv: list[str] | None, prog: str) -> C:
+def parse(
+    config_class: type[C], argv: list[str] | None, prog: str,
+    tell: Callable[[str], object] | None = None,
+) -> C:
     """The config that a command line asks for; argv None stands for the process's own.
 
     Args:
@@ -38,10 +43,12 @@ def parse(config_class: type[C], argv: list[str] | None, prog: str) -> C:
             Where it has PRESETS, a folder, its files are what --preset can name. Words that come
             before any flag are values of the setting that it names as FIRST_WORDS. Its method
             defaults_beside gives other defaults beside what was given.
+        tell: takes lines about what was left out, or fitted to what is given; None: stderr.
     Raises:
         UserError: every unknown, repeated, missing, mistyped or illegal setting, in one line.
         SystemExit: 0 after --help or --explain-preset.
     """
+    tell = tell or (lambda line: print(line, file=sys.stderr))
     settings, words = settings_of(config_class), sys.argv[1:] if argv is None else argv
     if (name := getattr(config_class, "FIRST_WORDS", None)) and words[:1] and words[0][:1] != "-":
         words = [settings[name].flag, *words]
@@ -57,8 +64,10 @@ def parse(config_class: type[C], argv: list[str] | None, prog: str) -> C:
     if (path := given.pop("config", None)) is not None:
         files[path] = path
     values, where, problems = {}, {}, []
+    others = getattr(config_class, "defaults_beside", lambda given: {})
     for name, path in files.items():
-        from_file, places, wrong = read_settings(settings, path, name)
+        own = others if len(files) == 1 else None  # beside a preset its defaults are given, too
+        from_file, places, wrong = read_settings(settings, path, name, own, tell)
         values, where, problems = values | from_file, where | places, problems + wrong
     for name, text in given.items():
         values[name], where[name] = settings[name].from_flag(text), settings[name].flag
@@ -70,10 +79,11 @@ def parse(config_class: type[C], argv: list[str] | None, prog: str) -> C:
         elif name not in values and item.required:
             problems.append((item.flag, "required, but not given"))
     refuse(problems)
-    if (others := getattr(config_class, "defaults_beside", None)) is not None:
-        values = others(values) | values
-    config = config_class(**values)
+    fitting = {name: value for name, value in others(values).items() if name not in values}
+    config = config_class(**fitting | values)
     validate(config)
+    if counts := [f"{n} {v}" for n, v in fitting.items() if settings[n].type is int]:
+        tell(f"note: {' and '.join(counts)}, to fit what is given")
     return config
 
 
@@ -133,6 +143,21 @@ class _Parser(argparse.ArgumentParser):
         flag, _, what = message.removeprefix("argument ").partition(": ")
         raise UserError(flag, what.replace("argument", "value"))
 
+    def format_help(self) -> str:
+        """In as many columns as the terminal has: argparse breaks neither a usage line that it did
+        not write nor a flag with its choices."""
+        room = max(shutil.get_terminal_size().columns - 2, 20)
+        lines = []
+        for line in super().format_help().splitlines():
+            if len(line) > room:
+                indent = " " * (len(line) - len(line.lstrip()) + 4)
+                parts = re.sub(r",(?=\w)", ", ", line)
+                lines += textwrap.wrap(parts, room, subsequent_indent=indent,
+                                       break_on_hyphens=False) or [""]
+            else:
+                lines.append(line)
+        return "\n".join(lines) + "\n"
+
 
 def _parser(
     config_class: type, settings: dict[str, Setting], words: list[str], prog: str,
@@ -153,7 +178,7 @@ def _parser(
         allow_abbrev=False,
         add_help=False,
     )
-    file_help = "settings from a .toml or .json file; flags beat it"
+    file_help = "settings from a .toml, .json or .yaml file, or a run's run.json; flags beat it"
     actions = [parser.add_argument("-h", "--help", action="help", help="show this and leave")]
     if len(first) < len(settings):
         every = "show every setting and leave"

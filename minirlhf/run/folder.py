@@ -7,6 +7,7 @@ It is not a trainer: recipes own their loops and call it at their safe points.
 
 import json
 import math
+import os
 import platform
 import time
 import traceback
@@ -42,6 +43,7 @@ from minirlhf.run.resume import (
     read_record,
 )
 from minirlhf.run.settings import as_dict, settings_of
+from minirlhf.run.started import forget_start, made_no_step
 
 
 class Run:
@@ -97,11 +99,9 @@ class Run:
         if self.config.resume and facts.exists():
             self.before = read_record(facts, self.recipe)
             self.changed = changed_settings(self.before, self.config, facts)
-        elif self.folder.exists():
-            unfinished = {".lock", f"{atomic.TEMPORARY}run.json"}  # of a start that was cut short
-            if any(p.name not in unfinished for p in self.folder.iterdir()):
-                hint = "give another --out" + ("" if self.config.resume else ", or --resume")
-                raise UserError(self.folder, "is not empty", hint)
+        elif self.folder.exists() and not made_no_step(self.folder):
+            hint = "give another --out" + ("" if self.config.resume else ", or --resume")
+            raise UserError(self.folder, "is not empty", hint)
 
     def _model_folders(self) -> Iterator[tuple[str, str | Path]]:
         """What the run may read models from, with the flags that name it."""
@@ -120,6 +120,8 @@ class Run:
             atomic.sweep(self.folder / "checkpoints")  # a finished run sweeps none by saving
             self._record_inputs()
             if self.before is None:
+                if forget_start(self.folder):
+                    self.say("no step was made here before: begins anew")
                 self._write_facts()
         except BaseException:
             self._lock.close()
@@ -147,6 +149,7 @@ class Run:
             "inputs": self.record.inputs,
             "named_by": self.record.named_by,
             "command": this_command(),
+            "started_in": os.getcwd(),  # which relative paths are of
             "versions": {
                 "minirlhf": minirlhf.__version__,
                 "torch": torch.__version__,
@@ -221,19 +224,22 @@ class Run:
 
     def _begin(self, state: TrainState) -> None:
         """Empties the logs and commits step 0."""
-        if self.config.resume:
+        unsaved = self.config.save_every is None
+        if self.config.resume and not unsaved:
             for path in (self.folder / name for name in LOGS):
                 if path.exists() and path.stat().st_size:  # of steps that were saved somewhere
                     what = f"holds no checkpoint, and {path.name} is not empty"
                     do = "put the checkpoints back, or give another --out"
                     raise UserError(self.folder / "checkpoints", what, do)
+        if self.config.resume:
             self.say("no checkpoint yet: starting at step 0")
         for name in LOGS:
             atomic.write_text(self.folder / name, "")
         atomic.fsync(self.folder)
         self._write_facts()
         state.log_bytes = dict.fromkeys(LOGS, 0)
-        self.save(state)
+        if not unsaved:
+            self.save(state)
 
     def list_left_out(self, reports: Iterable[Report]) -> None:
         """rejected.jsonl and dropped.jsonl: rows of the data that this run does not see, and why.

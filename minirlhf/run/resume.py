@@ -37,8 +37,9 @@ class RunSettings(OutSettings, ConsoleSettings):
     log_every: int = setting(
         10, "steps from one line of metrics.jsonl to the next", at_least=1, resume="free"
     )
-    save_every: int = setting(
-        100, "steps from one checkpoint to the next", at_least=1, resume="free"
+    save_every: int | None = setting(
+        100, "steps from one checkpoint to the next; none: none, not even of the start: a run that "
+        "is killed begins again", at_least=1, resume="free",
     )
     keep: int = setting(2, "how many of the newest checkpoints are kept", at_least=2, resume="free")
     resume: bool = setting(False, "go on from the newest checkpoint in --out", resume="free")

@@ -56,7 +56,7 @@ class DistillConfig(
         help="logits are divided by it before the softmax, in sampling and in the divergence"
     )
     log_every: int = override(1)
-    save_every: int = override(20)
+    save_every: int | None = override(20)
 
     def remembers(self, name: str) -> bool:
         """Whether a run's state holds what came of a setting at the start: the KL that evaluations

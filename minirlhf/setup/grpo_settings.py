@@ -11,6 +11,7 @@ from minirlhf.setup.policy_settings import (
     PolicyInputSettings,
     PolicyTrainingSettings,
     UpdateSettings,
+    fitting_batches,
     update_problems,
 )
 
@@ -93,6 +94,11 @@ class GRPOConfig(
     @property
     def rollout_rows(self) -> int:
         return self.batch_size * self.samples_per_prompt
+
+    @classmethod
+    def defaults_beside(cls, given: dict) -> dict:
+        """The rate of adapters, and batches that fit a small rollout."""
+        return super().defaults_beside(given) | fitting_batches(cls, given)
 
     def remembers(self, name: str) -> bool:
         """Whether a run's state holds what came of a setting at the start: scores that evaluations

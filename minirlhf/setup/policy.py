@@ -230,7 +230,7 @@ def load_rewards(
 
     source = load.load_reward(
         config, tokenizer, load_model, config.micro_batch_tokens, data.columns,
-        r.folder / "rewards.jsonl", r.sums, config.base,
+        r.folder / "rewards.jsonl", r.sums, config.base, load.trial(data.prompts, tokenizer),
     )
     r.inputs["reward"] += r.sums.keys() - set(map(str, r.inputs["reward"]))
     prompts = [prompt.text for prompt in data.every_prompt]

@@ -238,13 +238,30 @@ class PolicyTrainingSettings(PolicyMemorySettings, PolicyRunSettings, TrainingSe
     learning_rate: float = override(3e-6)
     warmup_steps: int = override(help="iterations over which the learning rate rises to its peak")
     log_every: int = override(1)
-    save_every: int = override(20)
+    save_every: int | None = override(20)
 
     def check(self) -> list[str]:
         if self.compile and self.dtype == "bfloat16":
             return ["compile with bfloat16: graphs with and without a gradient round apart, and "
                     "the first ratio is then not 1; leave out one of them"]
         return []
+
+
+def fitting_batches(config_class: type, given: dict) -> dict[str, int]:
+    """micro_batch_size and mini_batches as they fit a rollout that is smaller than their defaults,
+    as far as they are not given; {} where all fits."""
+    names = "batch_size", "samples_per_prompt", "micro_batch_size", "mini_batches"
+    fields = config_class.__dataclass_fields__
+    values = [given.get(name, fields[name].default if name in fields else 1) for name in names]
+    if not all(type(value) is int and value > 0 for value in values):
+        return {}  # refused elsewhere
+    prompts, samples, micro, minis = values
+    rows, found = prompts * samples, {}
+    if micro * minis > rows and "micro_batch_size" not in given:
+        found["micro_batch_size"] = micro = max(rows // minis, 1)
+    if micro * minis > rows and "mini_batches" not in given and micro <= rows:
+        found["mini_batches"] = rows // micro
+    return found
 
 
 def update_problems(config: UpdateSettings) -> Iterator[str]:

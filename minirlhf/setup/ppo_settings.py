@@ -13,6 +13,7 @@ from minirlhf.setup.policy_settings import (
     PolicyInputSettings,
     PolicyTrainingSettings,
     UpdateSettings,
+    fitting_batches,
     update_problems,
 )
 
@@ -112,6 +113,11 @@ class PPOConfig(
     )
 
     adam_epsilon: float = override(1e-5)
+
+    @classmethod
+    def defaults_beside(cls, given: dict) -> dict:
+        """The rate of adapters, and batches that fit a small rollout."""
+        return super().defaults_beside(given) | fitting_batches(cls, given)
 
     def remembers(self, name: str) -> bool:
         """Whether a run's state holds what came of a setting at the start: scores that evaluations

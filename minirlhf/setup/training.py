@@ -63,8 +63,11 @@ class TrainingRun(Generic[T]):
         self.run.restore(self.state)
         self.run.list_left_out(self.reports)
 
-    def is_due(self, step: Step, every: int) -> bool:
-        """Whether it is time for what happens every so many steps (0: never) and at the end."""
+    def is_due(self, step: Step, every: int | None) -> bool:
+        """Whether it is time for what happens every so many steps (0: never) and at the end; of
+        None it is never."""
+        if every is None:
+            return False
         return step.number == self.steps or (every > 0 and step.number % every == 0)
 
     def finish(self, what: str, lm: CausalLM) -> None:

@@ -262,7 +262,8 @@ def look(config: BestOfConfig, folder: Path, dtype: torch.dtype, device: str) ->
         return pretrained.load_reward_model(place, dtype, device)
 
     reward = load.load_reward(config, tokenizer, load_model, config.micro_batch_tokens,
-                              data.columns, ran=ran, base=config.base)
+                              data.columns, ran=ran, base=config.base,
+                              tried=load.trial(data.prompts, tokenizer))
     facts = facts_of(config, [Path(config.data), folder, *places], ran)
     return Start(tokenizer, data.prompts, reward, facts)
 

@@ -18,8 +18,9 @@ TOOLS = ("trl", "llama-factory")
 WIDTH = 36  # characters of a column of names; longer ones are wrapped
 USAGE = f"""usage: minirlhf coming-from TOOL
 
-Prints what another tool's parameters are called here, and what behaves differently.
-TOOL is {" or ".join(TOOLS)}. minirlhf ppo --preset sets PPO's numbers to those of a tool."""
+Prints what another tool's parameters are called here, and what behaves
+differently. TOOL is {" or ".join(TOOLS)}.
+minirlhf ppo --preset sets PPO's numbers to those of a tool."""
 
 
 class Section(NamedTuple):

@@ -197,14 +197,22 @@ class StepSettings:
 
 
 @dataclass(frozen=True)
-class ExportConfig(StepSettings, BaseSettings, MergeSettings, OutSettings):
+class GivenRunSettings:
+    """Run: the one that is asked for."""
+
+    run: str = setting(
+        "", "folder of the run; it may come first, without this flag", metavar="FOLDER",
+        required=True,
+    )
+
+
+@dataclass(frozen=True)
+class ExportConfig(GivenRunSettings, StepSettings, BaseSettings, MergeSettings, OutSettings):
     """Write a checkpoint of a run as a folder that others read."""
 
     FIRST_WORDS: ClassVar = "run"
 
-    run: str = setting(
-        "", "folder of the run, or of an adapter to merge", metavar="FOLDER", required=True
-    )
+    run: str = override(help="folder of the run, or of an adapter to merge")
     merge: bool = override(False, "write the model, adapters merged into its weights")
     adapter: bool = setting(False, "write the adapters alone, as peft reads them")
     best_policy: bool = setting(
@@ -222,6 +230,42 @@ class ExportConfig(StepSettings, BaseSettings, MergeSettings, OutSettings):
         both = self.best_policy and self.step is not None
         return [*([] if self.merge != self.adapter else ["give one of --merge and --adapter"]),
                 *(["give one of --best-policy and --step"] if both else [])]
+
+
+@dataclass(frozen=True)
+class RerunConfig(GivenRunSettings, OutSettings):
+    """Repeat a run with its own settings, or some of them changed, in a new folder."""
+
+    FIRST_WORDS: ClassVar = "run"
+
+    set: tuple[str, ...] = setting(
+        (), "settings that are changed, as in learning_rate=1e-5 steps=20", metavar="KEY=VALUE"
+    )
+    out: str | None = override(
+        None, "new folder; none: beside the run, RUN-2, RUN-3, …", metavar="DIR", required=False
+    )
+
+    def check(self) -> list[str]:
+        there = self.out is not None and Path(self.out).exists()
+        return [f"--out: {self.out} is there already: give another"] * there + [
+            f"set: got {printable(word, 40)!r}, must be KEY=VALUE" for word in self.set
+            if not word.partition("=")[0].strip("-") or "=" not in word
+        ]
+
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+@dataclass(frozen=True)
+class CompletionConfig:
+    """Print a script that lets a shell complete verbs, flags, choices and files."""
+
+    FIRST_WORDS: ClassVar = "shell"
+
+    shell: str = setting(
+        "", "shell that it is for; it may come first, without this flag", choices=SHELLS,
+        required=True,
+    )
 
 
 @dataclass(frozen=True)

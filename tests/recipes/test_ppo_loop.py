@@ -15,10 +15,14 @@ from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.lora import add_lora, base_of
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import initialize
+from minirlhf.run.flags import parse
 from minirlhf.run.folder import Run
 from minirlhf.run.optim import make_optimizer
 from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import validate
+from minirlhf.setup.grpo_settings import GRPOConfig
+from minirlhf.setup.policy_settings import fitting_batches
+from minirlhf.setup.ppo_settings import PPOConfig
 from tests.tiny_folders import rebuilt_at_each_step
 from tests.tiny_ppo import (
     PROMPTS,
@@ -270,6 +274,37 @@ REFUSED = [
     (split(2, 3, 1), "use batch_size 3 or mini_batches 2$"),
     (split(2, 1, 3), "use batch_size 3 or micro_batch_size 2$"),
 ]
+
+
+FITTING = [  # given, what becomes of micro_batch_size 8 and mini_batches (PPO 1, GRPO 4, of 8 each)
+    (PPOConfig, {"batch_size": 8}, {}),
+    (PPOConfig, {"batch_size": 3}, {"micro_batch_size": 3}),
+    (PPOConfig, {"batch_size": 10, "mini_batches": 3}, {"micro_batch_size": 3}),
+    (PPOConfig, {"batch_size": 3, "micro_batch_size": 8}, {}),  # both given: an error, as before
+    (PPOConfig, {"batch_size": 2, "mini_batches": 3}, {"micro_batch_size": 1}),  # still one
+    (PPOConfig, {"batch_size": "3"}, {}),
+    (GRPOConfig, {"batch_size": 8}, {}),
+    (GRPOConfig, {"batch_size": 2}, {"micro_batch_size": 4}),  # 16 rows in 4 mini-batches
+    (GRPOConfig, {"batch_size": 1, "samples_per_prompt": 2},
+     {"micro_batch_size": 1, "mini_batches": 2}),
+    (GRPOConfig, {"batch_size": 2, "micro_batch_size": 6}, {"mini_batches": 2}),
+    (GRPOConfig, {"batch_size": 2, "micro_batch_size": 6, "mini_batches": 4}, {}),
+]
+
+
+@pytest.mark.parametrize(("config_class", "given", "fitting"), FITTING)
+def test_batches_that_are_not_given_fit_a_small_rollout(config_class, given, fitting):
+    assert fitting_batches(config_class, given) == fitting
+
+
+def test_fitted_batches_are_told_once(capsys):
+    words = "--model m --data d --reward length:4 --out o --batch-size 3".split()
+    assert parse(PPOConfig, words, "minirlhf ppo").micro_batch_size == 3
+    assert capsys.readouterr().err == "note: micro_batch_size 3, to fit what is given\n"
+    with pytest.raises(UserError, match="batch_size 3 is less than 1 mini_batches of micro_batch"):
+        parse(PPOConfig, [*words, "--micro-batch-size", "8"], "minirlhf ppo")
+    with pytest.raises(UserError, match=r"use batch_size 4 or mini_batches 3$"):
+        parse(PPOConfig, [*words, "--mini-batches", "4"], "minirlhf ppo")
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED)

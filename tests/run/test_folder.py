@@ -96,6 +96,7 @@ def test_run_json_says_what_it_takes_to_do_the_run_again(tmp_path, monkeypatch):
         "inputs": {str(data): sha256},
         "named_by": {"data": [str(data)]},
         "command": "minirlhf toy --data 'my file'",
+        "started_in": os.getcwd(),
     }
 
 
@@ -133,7 +134,9 @@ def test_a_link_in_a_circle_is_no_folder(tmp_path):
 def test_a_folder_that_was_filled_since_is_refused_on_entering(tmp_path):
     late = start(tmp_path / "run")
     with start(tmp_path / "run") as run:
-        run.restore(make_state())
+        run.restore(state := make_state())
+        state.step = 1
+        run.save(state)
     with pytest.raises(UserError, match="is not empty"), late:
         pass
     with start(tmp_path / "run", resume=True):  # the refusal gave the lock back

@@ -29,6 +29,8 @@ def same(completions):
 def stops(completions):
     import os, signal
     from pathlib import Path
+    if len(completions) == 2:  # on which it is tried
+        return letters(completions)
     calls = Path("calls")
     calls.write_text(calls.read_text() + "." if calls.exists() else ".")
     if len(calls.read_text()) == 2:
@@ -286,7 +288,8 @@ def test_what_cannot_be_written_again_is_refused(files, capsys, home):
 
 def test_a_file_that_came_meanwhile_is_not_replaced(files, capsys, home):
     source = REWARD + "\ndef writes(completions):\n    from pathlib import Path\n"
-    source += "    Path('b.jsonl').write_text('mine')\n    return letters(completions)\n"
+    source += "    if len(completions) > 2:  # on two it is tried\n"
+    source += "        Path('b.jsonl').write_text('mine')\n    return letters(completions)\n"
     (home / "reward.py").write_text(source)
     words = words_of(files, "b.jsonl", reward="reward.py:writes")
     assert main(words) == 2
