@@ -176,6 +176,8 @@ def finish(member: Member, answer: Answer) -> tuple[list[str], Told | None]:
         if error.code not in (BAD_INPUT, REWARD_SERVICE):
             raise
         notes.append(f"error: {printable(error, 500)}")
+    except KeyboardInterrupt:
+        notes.append("(stopped: no numbers)")
     return notes, told
 
 

@@ -108,7 +108,8 @@ class Loader:
             do = "give the folder of a PPO run, whose checkpoints hold it; or --heat reward or kl"
             raise UserError(f"--heat {config.heat}", f"{place} has no value head", do)
         if "ref" in needs and not self.reference(run, folder):
-            raise UserError(f"--heat {config.heat}", f"no run made {place}", "give --ref FOLDER")
+            what = f"{place} names no model that it is compared with"
+            raise UserError(f"--heat {config.heat}", what, "give --ref FOLDER")
         if "reward" in needs and not (config.reward or run.rewards()):
             raise UserError(f"--heat {config.heat}", "needs a reward", "give --reward SOURCE")
         for source in config.reward:

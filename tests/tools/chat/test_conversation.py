@@ -174,6 +174,13 @@ def test_ctrl_c_stops_an_answer(after, lines, says, talk, monkeypatch, tmp_path)
     assert [turn["content"] for turn in kept] == ([] if after == 0 else ["a", "so"])
 
 
+def test_ctrl_c_while_an_answer_is_scored_keeps_it(says, talk, tmp_path):
+    file = tmp_path / "slow.py"
+    file.write_text("def score(completions):\n    raise KeyboardInterrupt\n")
+    said = talk("a\nb\n", says("so"), *GREEDY, "--reward", f"{file}:score")
+    assert said == 2 * "so\n(stopped: no numbers)\n"
+
+
 def test_ctrl_c_twice_at_an_empty_line_leaves(monkeypatch, capsys):
     keys = iter(["C", "line", "C", "Ca", "C", "C", "never"])
 
@@ -198,7 +205,7 @@ REFUSED = [
     ([], "--model: required"),
     (["RM"], "is a reward model, not a language model"),
     (["LM", "--heat", "value"], "has no value head: give the folder of a PPO run"),
-    (["LM", "--heat", "kl"], "no run made "),
+    (["LM", "--heat", "kl"], "lm names no model that it is compared with: give --ref FOLDER"),
     (["LM", "--heat", "reward"], "--heat reward: needs a reward: give --reward SOURCE"),
     (["LM", "--heat", "warm"], "must be one of reward, value, kl, advantage, logprob or none"),
     (["LM", "--reward", "math"], "--reward math: compares with an answer, and a chat has none"),
