@@ -224,8 +224,12 @@ class Run:
 
     def _begin(self, state: TrainState) -> None:
         """Empties the logs and commits step 0."""
-        unsaved = self.config.save_every is None
-        if self.config.resume and not unsaved:
+        kept_none = self.before is not None and self.before.settings.get("save_every", 1) is None
+        ended = [name for name in ("model", "adapter") if (self.folder / name).exists()]
+        if kept_none and ended:
+            what = "has ended, and kept no checkpoint to go on from (--save-every none)"
+            raise UserError(self.folder, what, "give another --out")
+        if self.config.resume and not kept_none:
             for path in (self.folder / name for name in LOGS):
                 if path.exists() and path.stat().st_size:  # of steps that were saved somewhere
                     what = f"holds no checkpoint, and {path.name} is not empty"
@@ -238,7 +242,7 @@ class Run:
         atomic.fsync(self.folder)
         self._write_facts()
         state.log_bytes = dict.fromkeys(LOGS, 0)
-        if not unsaved:
+        if self.config.save_every is not None:
             self.save(state)
 
     def list_left_out(self, reports: Iterable[Report]) -> None:

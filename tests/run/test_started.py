@@ -86,12 +86,39 @@ def test_without_checkpoints_a_killed_run_begins_again(tmp_path, capsys):
     with pytest.raises(UserError, match="is not empty"):
         start(out, save_every=None)
     capsys.readouterr()
-    with start(out, save_every=None, resume=True) as run:
+    with start(out, resume=True) as run:  # whatever this start is to keep
         run.restore(state := make_state())
         assert "no checkpoint yet: starting at step 0" in capsys.readouterr().out
         assert state.step == 0 and metrics(out) == []
         next(iter(toy(state, 1)))
+        log(run, state)
         run.save(state)  # as at a signal
     with start(out, save_every=None, resume=True) as run:
         run.restore(state := make_state())
-    assert state.step == 1
+    assert state.step == 1 and len(metrics(out)) == 1
+
+
+def test_a_run_that_kept_no_checkpoint_and_ended_is_not_begun_again(tmp_path):
+    out = tmp_path / "run"
+    with start(out, save_every=None) as run:
+        run.restore(state := make_state())
+        next(iter(toy(state, 1)))
+        log(run, state)
+        run.export(lambda folder: (folder / "a").write_text("model"))
+    told = "run: has ended, and kept no checkpoint to go on from .*: give another --out"
+    with pytest.raises(UserError, match=told), start(out, save_every=None, resume=True) as run:
+        run.restore(make_state())
+    assert len(metrics(out)) == 1
+
+
+def test_lost_checkpoints_are_missed_whatever_this_start_keeps(tmp_path):
+    out = tmp_path / "run"
+    with start(out) as run:
+        run.restore(state := make_state())
+        next(iter(toy(state, 1)))
+        log(run, state)
+        run.save(state)
+    (out / "checkpoints").rename(tmp_path / "lost")
+    told = "holds no checkpoint, and metrics.jsonl is not empty"
+    with pytest.raises(UserError, match=told), start(out, save_every=None, resume=True) as run:
+        run.restore(make_state())
