@@ -162,6 +162,13 @@ def test_nine_runs_are_too_many_colours(tmp_path, capsys):
     assert capsys.readouterr().err == "error: report: 9 runs: give at most 8: one colour each\n"
 
 
+def test_the_page_says_how_to_repeat_a_run(tmp_path):
+    run = write_run(tmp_path / "my run")
+    text = read(run).text
+    assert f"To repeat it with the same settingsminirlhf rerun '{run}'" in text
+    assert "It was started byminirlhf ppo --out x" in text
+
+
 # ---- curves --------------------------------------------------------------------------------------
 
 

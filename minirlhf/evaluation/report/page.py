@@ -1,6 +1,7 @@
 """The page: report.html, one file without scripts that asks for nothing else."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from math import isnan
@@ -293,9 +294,10 @@ def cell(value: object) -> str:
 
 def repeat(run: RunRecord, language: str) -> str:
     """The command that repeats the run, the one that started it, and all settings."""
-    given = run.facts.get("command")
-    parts = []
-    if isinstance(given, str):
+    again = shlex.join(["minirlhf", "rerun", printable(run.folder, 4000)])
+    parts = [f"<p>{tell('To repeat it with the same settings', language)}</p>",
+             f"<pre><code>{shown(again, 4000, language)}</code></pre>"]
+    if isinstance(given := run.facts.get("command"), str):
         given = re.sub("^__main__.py ", "python -m minirlhf ", given)
         parts += [f"<p>{tell('It was started by', language)}</p>",
                   f"<pre><code>{shown(given, 4000, language)}</code></pre>"]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from minirlhf.console import progress
 from minirlhf.errors import UserError
 from minirlhf.evaluation.report.record import RunRecord
 from minirlhf.run.glossary import definition
@@ -24,7 +25,8 @@ def write(runs: Sequence[RunRecord], folder: Path) -> int:
 
     folder.mkdir(parents=True)
     taken: set[str] = set()
-    for name in sorted({name for run in runs for name in run.series}):
+    names = sorted({name for run in runs for name in run.series})
+    for name in progress(names, "draw", unit=" curves"):
         figure = Figure(figsize=(5, 3), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
