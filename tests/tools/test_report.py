@@ -362,11 +362,25 @@ def test_only_the_ends_of_huge_samples_are_read(tmp_path, monkeypatch):
 def real(tmp_path_factory):
     """A tiny run of PPO with its rollouts."""
     world, out = make_world(tmp_path_factory.mktemp("world")), tmp_path_factory.mktemp("o") / "run"
-    assert cli.main(command("ppo", world, out, sample_every=1, save_rollouts=True)) == OK
+    words = command("ppo", world, out, sample_every=1, save_rollouts=True)
+    assert cli.main(words) == OK
+    (out / "words.json").write_text(json.dumps(words), encoding="utf-8")
     return out
 
 
-def test_a_run_ends_with_its_report_and_a_resumed_one_too(real, tmp_path, capsys):
+def test_a_resumed_run_makes_its_report_again(real, tmp_path, capsys):
+    copy = shutil.copytree(real, tmp_path / "run")
+    shutil.rmtree(copy / "model")
+    shutil.rmtree(copy / "checkpoints" / "step-00000003")
+    (copy / FILE).write_text("old", encoding="utf-8")
+    words = [str(copy) if word == str(real) else word
+             for word in json.loads((real / "words.json").read_text("utf-8"))]
+    assert cli.main([*words, "--resume"]) == OK
+    assert f"report in {copy / FILE}" in capsys.readouterr().out
+    assert "finished at step 3" in Page((copy / FILE).read_text("utf-8")).text
+
+
+def test_a_run_ends_with_its_report(real):
     seen = Page((real / FILE).read_text("utf-8"))
     assert "finished at step 3" in seen.text and seen.tags.count("polyline") > 50
     assert seen.text.count("score") >= 8
