@@ -24,7 +24,9 @@ FILES = sorted((ROOT / "minirlhf").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text("utf-8"), str(path)) for path in FILES}
 
 DEPENDENCIES = {"torch", "tokenizers", "safetensors", "numpy", "tqdm"}
-LAZY_DEPENDENCIES = {"jinja2", "huggingface_hub", "matplotlib", "pyarrow", "yaml"}  # in functions
+LAZY_DEPENDENCIES = {  # inside functions only
+    "jinja2", "huggingface_hub", "matplotlib", "pyarrow", "yaml", "wandb", "trackio",
+}
 
 # From the ground up: a wing imports from itself and from wings on lower floors. Wings on one floor
 # do not know each other, and only `minirlhf` itself may name what lies above it (lazily).

@@ -149,6 +149,7 @@ CHANGES = {
         "dry_run": Change(True),
         "log_every": Change(2),
         "save_every": Change(2),
+        "track": Change(["nobody"], refused="must be of tensorboard, wandb, trackio"),
         "keep": Change(3, {"steps": 3}),
         "columns": Change(
             ["prompt=question"], {"data": "renamed.jsonl"}, needed="columns of no known format"

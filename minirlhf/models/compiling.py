@@ -78,7 +78,8 @@ def put_aside(folder: Path, why: str) -> None:
     aside = folder.with_name(f"{folder.name}-broken")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
-    print(f"note: {why}: what was compiled is in {aside} now, and is made anew")
+    told = f"note: {why}: what was compiled is in {aside} now, and is made anew"
+    print(told, file=sys.stderr)
     cache_folder()
 
 

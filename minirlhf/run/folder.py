@@ -44,6 +44,7 @@ from minirlhf.run.resume import (
 )
 from minirlhf.run.settings import as_dict, settings_of
 from minirlhf.run.started import forget_start, made_no_step
+from minirlhf.run.trackers import Trackers, next_step
 
 
 class Run:
@@ -73,6 +74,7 @@ class Run:
         self.record: Record | None = None  # of this start, once it is entered
         self.state: TrainState | None = None  # once restored
         self.started, self.display = time.perf_counter(), Display(config, recipe)
+        self.trackers = Trackers(() if config.dry_run else config.track, self.display.note)
         self.check_folder()
 
     @property
@@ -150,11 +152,8 @@ class Run:
             "named_by": self.record.named_by,
             "command": this_command(),
             "started_in": os.getcwd(),  # which relative paths are of
-            "versions": {
-                "minirlhf": minirlhf.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": {"minirlhf": minirlhf.__version__, "torch": torch.__version__,
+                         "python": platform.python_version()},
         }
         facts |= {name: made for name in CHANGES if (made := getattr(self.record, name))}
         self.write_file("run.json", atomic.json_text(facts))
@@ -175,6 +174,7 @@ class Run:
                 do = f"{error.do}; step {step} is saved, --resume goes on at step {step + 1}"
                 raise UserError(error.where, error.what, do, error.code) from error
         finally:
+            self.trackers.close()
             self._listening.close()
             self._lock.close()
             forget_read()
@@ -203,16 +203,19 @@ class Run:
             self.display.note(f"passed over {reason}")
         if newest is None:
             self._begin(state)
+            self.trackers.open(self.folder, self.config, 0)
             return
         checkpoint.load_checkpoint(state, newest)
         for name, length in state.log_bytes.items():
             atomic.check_length(self.folder / name, length)
+        sent = next_step(self.folder / "metrics.jsonl")
         self._write_facts()
         if self.config.resume_from is not None:
             for commit in checkpoint.remove_later(newest):
                 self.display.note(f"removed {commit.name}, which is later")
         for name, length in state.log_bytes.items():
             atomic.truncate(self.folder / name, length)
+        self.trackers.open(self.folder, self.config, sent)
         self.say(f"resumed from {newest.name}")
         for text in self.changed.values():
             self.display.note(f"changed: {text}")
@@ -299,9 +302,11 @@ class Run:
         try:
             yield
             state.unreported = None
+            self.trackers.send()
         except (Stopped, UserError) as error:
             if isinstance(error, UserError) and not _of_service(error):
                 raise
+            self.trackers.drop()
             state.take_back(before, step)
             for name, length in state.log_bytes.items():
                 atomic.truncate(self.folder / name, length)
@@ -313,8 +318,7 @@ class Run:
 
         Args:
             extra: metrics that are not averaged over the window.
-            clock: what depends on the machine; kept under one key, so that the rest of the file
-                is the same in every run of the same settings.
+            clock: what depends on the machine; under one key, since all else is reproduced.
             columns: metrics shown on the console.
         Raises:
             UserError: a metric is not finite (exit code 3); no line is written.
@@ -330,6 +334,7 @@ class Run:
         peak = peak_bytes(str(next(state.model.parameters()).device)) / 1e9
         clock = {"elapsed": time.perf_counter() - self.started, "peak_memory": peak} | clock
         self._append(state, "metrics.jsonl", [metrics | {"clock": clock}])
+        self.trackers.hold(metrics, clock)
         self.display.step(state.step, metrics, columns)
 
     def write_samples(self, state: TrainState, rows: list[dict]) -> None:

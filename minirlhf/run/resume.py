@@ -16,6 +16,7 @@ from minirlhf.errors import UserError, printable
 from minirlhf.files.reading import read_json
 from minirlhf.run.display import ConsoleSettings, Display
 from minirlhf.run.settings import as_dict, resume_rules, setting, settings_of
+from minirlhf.run.trackers import TrackSettings
 
 CHANGES = ("data_changes", "setting_changes")
 
@@ -31,7 +32,7 @@ class OutSettings:
 
 
 @dataclass(frozen=True)
-class RunSettings(OutSettings, ConsoleSettings):
+class RunSettings(OutSettings, ConsoleSettings, TrackSettings):
     """Run: its logs and checkpoints, and how it goes on."""
 
     log_every: int = setting(

@@ -113,14 +113,14 @@ def cache(tmp_path, monkeypatch):
 def test_a_cache_with_half_a_kernel_is_put_aside(cut, cache, capsys):
     kernel = cache / "ab" / "kernel.main.so"
     mend_cache(cache)
-    assert kernel.exists() and capsys.readouterr().out == ""
+    assert kernel.exists() and capsys.readouterr().err == ""
     for _ in range(2):  # the second takes the place of the first
         kernel.parent.mkdir(exist_ok=True)
         kernel.write_bytes(cut(KERNEL))
         mend_cache(cache)
         aside = cache.with_name("compiled-broken")
         told = "note: a compile was killed while it wrote kernel.main.so: what was compiled is in "
-        assert capsys.readouterr().out == f"{told}{aside} now, and is made anew\n"
+        assert capsys.readouterr().err == f"{told}{aside} now, and is made anew\n"
         assert list(cache.iterdir()) == [] and (aside / "ab" / "kernel.main.so").exists()
         assert cache.stat().st_mode & 0o777 == 0o700
 
@@ -152,7 +152,7 @@ def test_a_kernel_that_cannot_be_loaded_is_compiled_again_once(cache, monkeypatc
     monkeypatch.setattr(torch, "compile", compiled)
     failures[:] = [False, True]
     try_compiler(cache, torch.device("cpu"))
-    assert "note: InductorError: x.so: file too short: what was com" in capsys.readouterr().out
+    assert "note: InductorError: x.so: file too short: what was com" in capsys.readouterr().err
     assert list(cache.iterdir()) == [] and failures == []
     failures[:] = [False, True, True]
     with pytest.raises(UserError, match=r"fails here: InductorError: x\.so: file too short: ins"):
