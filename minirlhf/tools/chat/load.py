@@ -19,7 +19,7 @@ from minirlhf.models.stored_heads import VALUE_HEAD
 from minirlhf.rewards.load import REFERENCES, load_reward
 from minirlhf.rewards.parse import locate, parse_source
 from minirlhf.rewards.source import RewardSource
-from minirlhf.run.checkpoint import load_weights, newest_commit
+from minirlhf.run.checkpoint import NUMBERS, load_weights, newest_commit
 from minirlhf.run.machine import choose_dtype
 from minirlhf.run.settings import validate
 from minirlhf.setup.policy import Start
@@ -154,9 +154,17 @@ class Loader:
                               reward), reward
 
     def settings(self, run: Run) -> PPOConfig:
-        """Of the run; of any other model the defaults of PPO."""
+        """Of the run, with the KL coefficient that it had adapted; of any other model the defaults
+        of PPO."""
         if run.recipe == "ppo":
-            return run.ppo(self.config.base)
+            config = run.ppo(self.config.base)
+            if config.kl_target is None or self.config.heat != "advantage":
+                return config
+            state = read_json(self.commit(run) / NUMBERS)
+            coef = state.get("kl_coef") if isinstance(state, dict) else None
+            config = replace(config, kl_coef=coef)
+            validate(config)
+            return config
         temperature = run.values.get("temperature", 1.0) if run.recipe == "grpo" else 1.0
         config = PPOConfig(model="-", data="-", out="-", reward=("-",), temperature=temperature)
         validate(config)
@@ -169,17 +177,21 @@ class Loader:
             policy = ValueHeadModel(pretrained.load_pretrained(folder, self.dtype, self.device))
             pretrained.load_value_head(policy, folder)
             return policy
-        config = run.ppo(self.config.base)
-        commit, _ = newest_commit(run.folder / "checkpoints")
-        if commit is None:
-            raise UserError(run.folder, "holds no checkpoint, and its critic is nowhere else",
-                            "give --heat reward, kl or logprob")
+        config, commit = run.ppo(self.config.base), self.commit(run)
         critic = [] if config.critic is None else [folders.resolve(config.critic, base=config.base)]
         start = Start(folders.resolve(config.model, base=config.base), None, critic, [], [],
                       tokenizer, None, {})
         policy = load_policy(config, start, choose_dtype(config.dtype), self.device)
         load_weights(policy, commit)
         return policy.to(self.dtype)
+
+    def commit(self, run: Run) -> Path:
+        """The run's newest checkpoint."""
+        commit, _ = newest_commit(run.folder / "checkpoints")
+        if commit is None:
+            raise UserError(run.folder, "holds no checkpoint, and its critic is nowhere else",
+                            "give --heat reward, kl or logprob")
+        return commit
 
     def reward(self, sources: tuple[str, ...], tokenizer: Tokenizer) -> RewardSource | None:
         if not sources:

@@ -1,6 +1,7 @@
 """What each token is worth, against the same numbers by plain torch and by hand."""
 
 import re
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -170,6 +171,18 @@ def test_a_run_brings_its_critic_its_reference_and_its_reward(run, talk):
     assert "advantage (GAE, gamma 1, lambda 0.95, kl_coef 0.3; not whitened)" in said["advantage"]
     assert "logprob (log pi, nats, at temperature 0.9 as in the run)" in said["logprob"]
     assert "\nscore " in said["reward"] and "\nscore " not in said["kl"]
+
+
+def test_advantages_have_the_coefficient_that_a_run_had_adapted(run, talk, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    names = {name: str(run.parent / name) for name in ("start", "scorer")}
+    changes = {"model": names["start"], "reward": [names["scorer"]], "kl_coef": 0.7}
+    words = [other, "--heat", "advantage", "--max-new-tokens", 2]
+    for target, coef in ((None, 0.7), (0.1, 0.3)):  # 0.3 is in the checkpoint
+        change_json(other / "run.json",
+                    settings=Run(str(run)).values | changes | {"kl_target": target})
+        assert f"kl_coef {coef}; not whitened" in talk("so\n", *words)
 
 
 def test_the_model_of_a_run_is_as_good_as_its_folder(run, talk):
