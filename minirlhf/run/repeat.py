@@ -4,6 +4,7 @@ What a run was given in its place, such as its folder or --resume, is no part of
 are of the folder in which the run was started, wherever that lies now.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,11 +50,15 @@ def started_in(run: Path, facts: Mapping[str, Any]) -> Path | None:
 def seen_from(folder: Path, place: str) -> str:
     """A place as NAME=FILE or 0.5*file.py:function whose path is of this folder, by a whole path;
     as it is where nothing is there: hub names, rules, addresses."""
-    if not Path(place).is_absolute() and place and (folder / place).exists():
+    if place and _is_there(folder, place):
         return str(folder / place)
     before, path, behind = (part or "" for part in _PARTS.fullmatch(place).groups())
-    there = path and not Path(path).is_absolute() and (folder / path).exists()
-    return f"{before}{folder / path}{behind}" if there else place
+    return f"{before}{folder / path}{behind}" if path and _is_there(folder, path) else place
+
+
+def _is_there(folder: Path, path: str) -> bool:
+    """Whether a relative path names something; a pattern may be longer than a path can be."""
+    return not Path(path).is_absolute() and os.path.exists(folder / path)
 
 
 def settings_kept(

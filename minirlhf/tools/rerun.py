@@ -53,13 +53,13 @@ def flags_of(given: tuple[str, ...], settings: Mapping[str, Setting], here: Path
 def changed_inputs(folder: Path, facts: Mapping[str, Any], replaced: set[str]) -> list[str]:
     """What of the files that a run read is not as it was; those that only the settings `replaced`
     name are of no matter."""
-    named = facts.get("named_by")
-    still = {file for name, files in (named if isinstance(named, dict) else {}).items()
-             if name not in replaced for file in files}
-    inputs = facts.get("inputs")
-    was = {file: sum for file, sum in (inputs if isinstance(inputs, dict) else {}).items()
-           if file in still}
-    there = [file for file in was if (folder / file).is_file()]
+    named, inputs = (facts.get(name) for name in ("named_by", "inputs"))
+    if not (isinstance(named, dict) and isinstance(inputs, dict)):
+        return []
+    still = [files for name, files in named.items()
+             if name not in replaced and isinstance(files, list)]
+    was = {file: sha256 for file, sha256 in inputs.items() if any(file in files for files in still)}
+    there = [file for file in was if os.path.isfile(folder / file)]
     now = dict(zip(there, atomic.sha256_each([folder / file for file in there]), strict=True))
     return [file for file in was if now.get(file) != was[file]]
 

@@ -105,6 +105,9 @@ def test_started_in_follows_a_run_that_was_moved_with_its_files(tmp_path):
         ("owner/name", "owner/name"),
         ("http://h:1/p", "http://h:1/p"),
         ("format:^a*b=c$", "format:^a*b=c$"),
+        ("format:" + "a" * 5000, "format:" + "a" * 5000),  # longer than a path can be
+        ("0.5*" + "a" * 300, "0.5*" + "a" * 300),
+        ("a\0b", "a\0b"),
         ("", ""),
         ("/r.py:f", "/r.py:f"),
     ],

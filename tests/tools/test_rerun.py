@@ -65,6 +65,22 @@ def test_set_changes_settings_and_its_paths_are_of_here(runs, tmp_path, monkeypa
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("odd", [
+    {"named_by": 3}, {"inputs": []}, {"named_by": {"data": 3, "model": [[1], None]}},
+    {"inputs": {"a\0b": 1}, "named_by": {"data": ["a\0b"]}}, {"versions": 3}, {"started_in": 5},
+    {"versions": {"torch": "\x1b[31m"}},
+])
+def test_an_odd_run_json_is_no_fault_of_ours(runs, tmp_path, odd, monkeypatch, capsys):
+    facts = json.loads((runs / "a/run.json").read_text("utf-8")) | odd
+    (tmp_path / "odd").mkdir()
+    facts["settings"] |= {"out": "odd", "steps": 0, "lr": [1]}
+    (tmp_path / "odd/run.json").write_text(json.dumps(facts))
+    monkeypatch.chdir(tmp_path)
+    assert main(["rerun", "odd"]) == 2
+    told = capsys.readouterr()
+    assert "steps: got 0, must be a whole number >= 1" in told.err and "\x1b" not in told.out
+
+
 def test_what_has_changed_is_one_line(runs, monkeypatch, capsys):
     facts = json.loads((runs / "a/run.json").read_text("utf-8"))
     facts["inputs"]["texts.jsonl"] = "0" * 64
