@@ -311,7 +311,7 @@ def test_no_command_reaches_out(world, monkeypatch):
     assert (world / "sampled.jsonl").exists() and (world / "scored.jsonl").exists()
 
 
-NO_FILES = {"demo", "metrics", "coming-from", "tasks", "completion"}
+NO_FILES = {"demo", "metrics", "coming-from", "tasks", "completion", "learn"}
 TO_BE_REACHED = {"serve"}  # tests/test_serve.py says by whom
 
 

@@ -190,6 +190,7 @@ def write_credit(page: Page, record: Record, rows: Rows, credit: Credit, t: int)
 
 def write_reward(page: Page, record: Record, credit: Credit, place: int) -> None:
     config, at, last = record.config, record.at, place == len(record.row["response_ids"]) - 1
+    stood_in = config.bootstrap_truncated and record.row.get("finish_reason") == "length"
     if config.whiten_rewards:
         page.say("  reward: scaled to a spread of 1 over all tokens of the step (whiten_rewards)")
         return
@@ -200,7 +201,7 @@ def write_reward(page: Page, record: Record, credit: Credit, place: int) -> None
     if credit.given is not None:
         names.append("given")
         numbers.append(page.term(float(credit.given[at, place])))
-    if last:
+    if last and not stood_in:  # else V' pays in place of the score
         names.append("score")
         numbers.append(page.term(float(credit.scores[at])))
     page.equation(f"reward[{place}]", " + ".join(names or ["0"]), " + ".join(numbers),
