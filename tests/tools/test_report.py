@@ -259,7 +259,6 @@ def test_runs_in_any_state_have_a_page(tmp_path):
 
 def test_alarms_are_told_with_their_numbers_from_the_newest_checkpoint(tmp_path):
     run = write_run(tmp_path / "r", lines=kl_lines(1.0))
-    assert "Unknown: no checkpoint is left" in read(run).text
     for step, health in ((3, {}), (20, {
         "policy/clipfrac_avg": [0.4], "told clipped_policy": [7, 0.4, 5],
         "health/eos_rate": [0.1], "told endless_responses": [2],  # of an older version
@@ -273,9 +272,22 @@ def test_alarms_are_told_with_their_numbers_from_the_newest_checkpoint(tmp_path)
     assert first < second
     assert "policy/clipfrac_avg is 0.40 on average over 5 steps: updates run into the clip" in text
     (commit / "state.json").write_text('{"step": 20, "health": {"told x": "y"}}', encoding="utf-8")
-    assert "Unknown: no checkpoint is left" in read(run).text
+    assert "Unknown: there is no checkpoint" in read(run).text
     (commit / "state.json").write_text('{"step": 20, "health": {}}', encoding="utf-8")
-    assert "None up to the checkpoint of step 20." in read(run).text
+    assert "None up to step 20." in read(run).text
+
+
+def test_a_run_without_checkpoints_tells_the_alarms_of_its_log(tmp_path):
+    clip = [{"step": k, "policy/clipfrac_avg": 0.4} for k in range(1, 7)]
+    evaluation = {"step": 0, "eval/eos_rate": 1.0}  # before any training
+    text = read(write_run(tmp_path / "each", lines=[evaluation, *clip])).text
+    assert "clipped_policy, step 5" in text and "0.40 on average over 5 steps" in text
+    few = write_run(tmp_path / "few", lines=clip[1::2])  # each line the mean of two steps
+    assert "Unknown: there is no checkpoint" in read(few).text
+    far = write_run(tmp_path / "far", lines=[*clip, {"step": 10**18, "policy/clipfrac_avg": 0.4}])
+    assert "Unknown: there is no checkpoint" in read(far).text
+    well = write_run(tmp_path / "well", lines=clip[:4])
+    assert "None up to step 4." in read(well).text
 
 
 def test_several_runs_share_their_axes_and_tell_what_differs(tmp_path):

@@ -166,11 +166,11 @@ def warnings(runs: Sequence[RunRecord], language: str) -> str:
             found.append(f'<div class="card alarm"><h3>{whose}{escape(alarm.name)}, {at}</h3>'
                          f"<p>{escape(alarm.told(language))}</p></div>")
         if run.alarms is None and run.recipe in ("ppo", "grpo", "dpo"):
-            what = "Unknown: no checkpoint is left that would tell of them."
+            what = "Unknown: there is no checkpoint that tells of them, and no line for each step."
             found.append(f"<p>{whose}{tell(what, language)}</p>")
         elif run.alarms == [] and run.recipe in ("ppo", "grpo", "dpo"):
-            what = "None up to the checkpoint of step {step:,}."
-            found.append(f"<p>{whose}{tell(what, language, step=run.saved)}</p>")
+            what = "None up to step {step:,}."
+            found.append(f"<p>{whose}{tell(what, language, step=run.told)}</p>")
     return "".join(found)
 
 

@@ -8,12 +8,12 @@ metrics.jsonl the numbers, of samples.jsonl its first and its last part.
 import json
 import math
 from array import array
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from minirlhf.errors import UserError
-from minirlhf.evaluation.alarms import DPO_RULES, RULES, Alarm, alarms_told
+from minirlhf.evaluation.alarms import DPO_RULES, RULES, Alarm, Rule, alarms_told, check_alarms
 from minirlhf.run.glossary import METRICS
 from minirlhf.run.kinds import KINDS
 
@@ -56,8 +56,8 @@ class RunRecord:
     samples: list[dict] = field(default_factory=list)
     unread: int = 0  # bytes in the middle of samples.jsonl
     card: dict | None = None
-    alarms: list[Alarm] | None = None  # None: no checkpoint tells
-    saved: int = 0  # step of that checkpoint
+    alarms: list[Alarm] | None = None  # None: neither a checkpoint nor the log tells
+    told: int = 0  # the step up to which they are
 
     @property
     def state(self) -> str:
@@ -154,15 +154,35 @@ def read_samples(record: RunRecord, path: Path) -> None:
 
 
 def read_alarms(record: RunRecord) -> None:
-    """What the run has warned of, up to its newest checkpoint."""
+    """What the run has warned of, up to its newest checkpoint; of one that keeps none, what its log
+    says."""
     commits = sorted((record.folder / "checkpoints").glob("step-*/state.json"), reverse=True)
     rules = {"ppo": RULES, "grpo": RULES, "dpo": DPO_RULES}.get(record.recipe, ())
-    for path in commits[:1]:
-        state = _read_object(path) or {}
-        health = state.get("health")
-        if KINDS["health"](health) and KINDS["step"](state.get("step")):
-            record.alarms = alarms_told(health, rules)
-            record.saved = state["step"]
+    if not commits:
+        record.alarms, record.told = alarms_of_log(record, rules), record.step
+        return
+    state = _read_object(commits[0]) or {}
+    health = state.get("health")
+    if KINDS["health"](health) and KINDS["step"](state.get("step")):
+        record.alarms, record.told = alarms_told(health, rules), state["step"]
+
+
+def alarms_of_log(record: RunRecord, rules: Sequence[Rule]) -> list[Alarm] | None:
+    """The alarms that the numbers of a log raise; None where it has not each step in a line of its
+    own, since a rule looks at steps and not at means of several."""
+    steps: dict[float, dict[str, float]] = {}
+    for name in {name for rule in rules for name in rule.metrics} & record.series.keys():
+        series = record.series[name]
+        for step, value in zip(series.steps, series.values, strict=True):
+            if not math.isnan(value):
+                steps.setdefault(step, {})[name] = value
+    if not steps or sorted(steps) != list(range(1, len(steps) + 1)) or record.step != len(steps):
+        return None
+    history, alarms = {}, []
+    for step in range(1, record.step + 1):
+        found, history = check_alarms(history, step, steps[step], rules)
+        alarms += found
+    return alarms
 
 
 def _lines(path: Path) -> Iterator[bytes]:
