@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol
 
 from minirlhf.errors import UserError, printable
-from minirlhf.files import atomic
 from minirlhf.files.reading import read_json
 from minirlhf.run.settings import as_dict, setting
 
@@ -64,6 +63,8 @@ class Place:
         """Of the run, the same after a resume."""
         path = self.folder / ID_FILE
         if not path.exists():
+            from minirlhf.files import atomic  # it needs torch, for which --help does not wait
+
             atomic.write_json(path, {"id": secrets.token_hex(4)})
         return str(read_json(path)["id"])
 
