@@ -53,6 +53,8 @@ _PUBLIC = {
     "models.sampling": ("Sampling",),
     "models.generation": ("Generation", "generate", "decode_steps"),
     "data.tokenizer": ("load_tokenizer", "Tokenizer"),
+    "data.examples": ("load_prompts", "load_pairs", "load_texts"),
+    "rewards.function": ("function_reward",),
     "batches.rollouts": ("Rollout", "RolloutBuffer"),
     "evaluation.updates": ("PPOStats",),
     "run.meters": ("Meters", "AverageMeter"),

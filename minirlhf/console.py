@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import TextIO, TypeVar
 
 T = TypeVar("T")
@@ -144,7 +145,22 @@ def show_bars(shown: bool) -> None:
 
 def has_bars() -> bool:
     """Whether somebody looks at a bar."""
-    return _State.bars and sys.stderr.isatty()
+    return _State.bars and (sys.stderr.isatty() or in_notebook())
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this: its stderr is no terminal, and is looked at."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
+def bar_kind() -> type:
+    """tqdm's bar; in a notebook that has ipywidgets its widget."""
+    if in_notebook() and find_spec("ipywidgets"):
+        from tqdm.auto import tqdm
+    else:
+        from tqdm import tqdm  # not before --help
+    return tqdm
 
 
 def progress(
@@ -154,6 +170,6 @@ def progress(
 
     It comes where they take more than two seconds and somebody looks: stderr is a terminal.
     """
-    from tqdm import tqdm  # not before --help
-
-    yield from tqdm(items, what, total, leave=False, delay=2, unit=unit, disable=not has_bars())
+    yield from bar_kind()(
+        items, what, total, leave=False, delay=2, unit=unit, disable=not has_bars()
+    )

@@ -101,7 +101,8 @@ def encode(
 
 def _bar(path: str | Path, rows: int) -> tqdm:
     """Shown where someone looks on, once it has taken a while."""
-    return tqdm(desc=f"tokenise {printable(Path(path).name, 40)}", total=rows, unit=" rows",
+    bars = console.bar_kind()
+    return bars(desc=f"tokenise {printable(Path(path).name, 40)}", total=rows, unit=" rows",
                 delay=DELAY, leave=False, disable=not console.has_bars())
 
 

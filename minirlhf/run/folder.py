@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from tqdm import tqdm
 
 import minirlhf
 from minirlhf import console, interrupt
@@ -278,7 +277,7 @@ class Run:
         if state.step >= total and state.unreported is None:
             self.say("no steps left to do")
         upcoming = iter(steps)
-        with tqdm(
+        with console.bar_kind()(
             total=total, initial=state.step, desc=self.recipe, unit="step",
             disable=not console.has_bars(),
         ) as bar:

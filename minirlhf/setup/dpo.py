@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minirlhf import console
 from minirlhf.batches.kept import KeptReference
@@ -117,7 +116,8 @@ class DPORun(TrainingRun[Example]):
         counts = [len(micro_batches(group, config.micro_batch_tokens)) for group in groups]
         batches = (batch.texts for group in groups
                    for _, batch in batches_of(group, config.micro_batch_tokens))
-        with tqdm(total=sum(counts), desc="reference", disable=not console.has_bars()) as bar:
+        bars, hidden = console.bar_kind(), not console.has_bars()
+        with bars(total=sum(counts), desc="reference", disable=hidden) as bar:
             for texts in kept.missing(batches):
                 if loaded is None:
                     r.say(f"reference: {sum(counts):,} micro-batches are passed before step "
