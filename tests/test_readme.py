@@ -147,6 +147,19 @@ def test_equations_name_public_functions_and_their_tests():
             assert function in source, f"{test} does not test {function}"
 
 
+def test_the_chinese_page_says_what_the_front_page_says():
+    """The same headings, code, links, names and numbers, in the same order."""
+    def facts(page):
+        text = pages.read(page)
+        rows = [re.findall(r"`[^`]+`|[\d.,]*\d%?", row) for row in re.findall(r"^\| .*", text, re.M)]
+        shape = re.findall("^#+ ", text, re.MULTILINE)
+        return re.findall(r"```.*?```", text, re.DOTALL), shape, [sorted(row) for row in rows]
+
+    assert facts("README.zh.md") == facts(FRONT)
+    links = [set(re.findall(r"\]\(([^)]+)\)", pages.read(p))) for p in ("README.zh.md", FRONT)]
+    assert links[0] - {"README.md"} == links[1] - {"README.zh.md"}
+
+
 # ------------------------------------------------------------------------------- Python, as it is
 
 
