@@ -49,6 +49,11 @@ IMPORTLIB = {  # why it may import by name
     "minirlhf/__init__.py": "public names are imported when they are asked for",
     "minirlhf/cli.py": "a verb's module, by the table of verbs",
     "minirlhf/rewards/user_code.py": "the user's own file of --reward file.py:f, which is trusted",
+    "minirlhf/console.py": "asks whether ipywidgets is installed",
+    "minirlhf/run/trackers.py": "asks whether a tracker's package is installed",
+}
+SWALLOWED = {  # why every exception may end there
+    "minirlhf/run/trackers.py": "whatever a tracker raises ends the tracker, not the run",
 }
 
 
@@ -199,7 +204,8 @@ def breaches(rule) -> list[str]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_no_file(rule):
-    assert not breaches(rule)
+    may = SWALLOWED if rule is swallows else ()
+    assert not [place for place in breaches(rule) if place.rpartition(":")[0] not in may]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -39,6 +39,7 @@ OUTSIDE = "|".join(
         r"\b(argv|resume)\b",  # whether the run was told to resume
         r"^main: start\.facts\['memory'\]",  # of the process and the machine, measured
         r"^begin: self\b",  # what main holds as `start`, where the run is restored
+        r"^main: r\.display\b",  # what was told, and how long ago the heading of its table was
         r"^main: r\.before\b",  # settings of the last start, to tell what has changed
         r"^main: (results|found)\b",  # of the last evaluation, which a resumed run makes anew
         r"^minirlhf\.run\.checkpoint\['_known_whole'\]",  # what was verified

@@ -17,6 +17,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -98,23 +99,34 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+@contextmanager
+def failures_told() -> Iterator[None]:
+    """Around what is compiled: whatever the compiler's own tools raise is one line."""
+    try:
+        yield
+    except Exception as error:
+        why = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+        do = "install a C++ compiler (a GPU needs Triton too), or do not compile"
+        raise UserError("torch.compile", f"fails here: {why}", do, MACHINE) from error
+
+
 def try_compiler(folder: Path, device: torch.device) -> None:
     """Compiles a function and runs it; once more without its cache, if that could not be loaded.
 
     Raises:
         UserError: it fails.
     """
-    for again in (False, True):
-        try:
+    def attempt() -> None:
+        with failures_told():
             torch.compile(torch.exp, dynamic=True)(torch.zeros(3, device=device))
-            return
-        except Exception as error:  # whatever the compiler's own tools raise
-            why = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
-            if not again and any(isinstance(cause, ImportError) for cause in causes(error)):
-                put_aside(folder, why)
-                continue
-            do = "install a C++ compiler (a GPU needs Triton too), or do not compile"
-            raise UserError("torch.compile", f"fails here: {why}", do, MACHINE) from error
+
+    try:
+        attempt()
+    except UserError as error:
+        if not any(isinstance(cause, ImportError) for cause in causes(error)):
+            raise
+        put_aside(folder, error.what.removeprefix("fails here: "))
+        attempt()
 
 
 def compile_blocks(*models: nn.Module) -> None:
