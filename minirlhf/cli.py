@@ -50,7 +50,7 @@ VERBS = {
                     "minirlhf.tools.explain.settings:ExplainConfig",
                     "show one sample of one step with all its numbers and equations"),
     "learn": Verb("minirlhf.tools.learn.command", "minirlhf.tools.learn.settings:LearnConfig",
-                  "show exercises: lines to break, settings to turn, and what then happens"),
+                  "show twelve exercises, and what each teaches"),
     "metrics": Verb("minirlhf.tools.metrics", "minirlhf.tools.settings:MetricsConfig",
                     "tell what each number in the log means"),
     "coming-from": Verb("minirlhf.tools.coming_from", "",

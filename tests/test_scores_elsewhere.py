@@ -191,7 +191,7 @@ def test_a_run_evaluates_what_others_read(folders, tmp_path, capsys):
         rows = [{"prompt": p, "chosen": GOOD, "rejected": BAD} for p in PROMPTS]
         data = write_lines(tmp_path / "pairs.jsonl", rows)
         words = ["--steps", "2", "--learning-rate", "1e-2", "--eval-data", data, "--out", str(out)]
-        assert main(["reward", "--model", str(base), "--data", data, *words]) == 0
+        assert main(["reward", "--model", str(base), "--data", data, *words, "--verbose"]) == 0
         shown = capsys.readouterr().out
         tail = ', tail "\\n" included' if "tail behind" in kind else ""
         assert f"messages at the end of the rendered text{tail}; strings" in shown

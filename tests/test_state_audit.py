@@ -375,17 +375,18 @@ def toy(hide: Callable, iterates: bool = False, counts: bool = False) -> Callabl
 @pytest.mark.parametrize(
     ("arguments", "path"),
     [
-        ((hide_in_attribute,), "keeper.calls"),
-        ((hide_in_dict,), "keeper.cache['sizes'][0]"),
-        ((hide_in_generator_object,), "keeper.rng"),
-        ((hide_in_class,), "Keeper.total|__class__.total"),
-        ((hide_in_buffer,), "_buffers['average']"),
-        ((hide_what_the_next_step_replaces,), "keeper.previous"),
-        ((hide_nothing, True), "loop 0.position"),
-        ((hide_nothing, False, True), "recipe hidden"),
-        ((None,), "calls"),
+        pytest.param((hide_in_attribute,), "keeper.calls", id="attribute"),
+        pytest.param((hide_in_generator_object,), "keeper.rng", id="rng"),
+        *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in {
+            "dict": ((hide_in_dict,), "keeper.cache['sizes'][0]"),
+            "class": ((hide_in_class,), "Keeper.total|__class__.total"),
+            "buffer": ((hide_in_buffer,), "_buffers['average']"),
+            "replaced": ((hide_what_the_next_step_replaces,), "keeper.previous"),
+            "loop": ((hide_nothing, True), "loop 0.position"),
+            "local": ((hide_nothing, False, True), "recipe hidden"),
+            "closure": ((None,), "calls"),
+        }.items()),
     ],
-    ids=["attribute", "dict", "rng", "class", "buffer", "replaced", "loop", "local", "closure"],
 )
 def test_audit_names_what_a_recipe_hides(arguments, path, tmp_path, monkeypatch):
     monkeypatch.setattr(Keeper, "total", 0)

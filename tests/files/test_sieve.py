@@ -157,10 +157,10 @@ def test_skip_leaves_out_what_is_malformed_and_the_counts_add_up(tmp_path, token
     assert told[9].reason == "margin is 'x': needs a finite number, or no margin"
     assert told[11].raw == '{"chosen": "c", "rejected": "r"}'
     shown = str(report).splitlines()
-    assert shown[1].endswith("· 11 rows · kept 2")
-    assert shown[2:4] == ["  dropped:  1 (chosen equals rejected)",
+    assert shown[0].endswith("· 11 rows · kept 2")
+    assert shown[1:3] == ["  dropped:  1 (chosen equals rejected)",
                           "  dropped:  1 (longer than max_length)"]
-    assert shown[4].startswith(f"  rejected: 7 (first: {path}:2: not valid JSON at column 2")
+    assert shown[3].startswith(f"  rejected: 7 (first: {path}:2: not valid JSON at column 2")
 
 
 def test_skip_reads_the_other_rows_as_if_they_stood_alone(tmp_path, tokenizer):

@@ -133,7 +133,10 @@ def clone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("file", [f"{w}/{r}.py" for w in ("lessons", "recipes") for r in RECIPES])
+@pytest.mark.parametrize("file", [
+    pytest.param(f"{wing}/{recipe}.py", marks=[] if recipe == "ppo" else pytest.mark.slow)
+    for wing in ("lessons", "recipes") for recipe in RECIPES
+])
 def test_a_file_runs_by_its_path_from_a_bare_clone(file, clone, tmp_path):
     """Python puts the folder of the script first on the path, which does not hold the package."""
     path = clone / "minirlhf" / file

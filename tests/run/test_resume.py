@@ -166,7 +166,9 @@ def differences_after_kills(
     return found
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [
+    10, pytest.param(25, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.long),
+])
 @pytest.mark.parametrize("save_every", [1, 2])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_killed_at_any_instant_goes_on_to_the_same_bytes(

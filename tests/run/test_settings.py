@@ -123,7 +123,7 @@ def test_help_shows_settings_in_order_with_range_and_default(capsys, monkeypatch
     shown = " ".join(capsys.readouterr().out.split())
     facts = [
         "usage: minirlhf try --model FOLDER [settings] Tries settings.",
-        "--config FILE settings from a .toml or .json file; flags beat it",
+        "--config FILE settings from a .toml, .json or .yaml file, or a run's run.json; flags beat",
         "--model FOLDER folder of the policy [required]",
         "--steps INT optimizer steps, 100% of them [>= 1; default: 10]",
         "--learning-rate FLOAT step size [> 0 and <= 1; default: 0.001]",
