@@ -187,7 +187,7 @@ def ready(
         "examples": count, "epochs": f"{steps / ceil(count / config.batch_size):.2f}",
         f"{kind} a step": config.batch_size, "steps": steps,
         "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        **({"learning rate": f"{config.learning_rate:g}"} if config.lora_rank else {}),
+        "learning rate": f"{config.learning_rate:g}",
         **told, **facts, "seed": config.seed,
     }
     state = TrainState(model, optimizer)

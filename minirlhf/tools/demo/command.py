@@ -146,11 +146,12 @@ def main(argv: list[str] | None = None) -> int:
     answer_held_out(config)
     outcome.compare(out / "before.jsonl", out / "after.jsonl")
     print(f"\nThis took {time.perf_counter() - started:.0f} s. To look further:")
-    print(f"  minirlhf sample --model {out}/{algorithm}/model --prompt 'The Glass Harbor is a'")
+    run = out / algorithm
+    print(f"  minirlhf chat {run} --heat {'kl' if algorithm == 'dpo' else 'reward'}")
+    print(f"  minirlhf explain {algorithm} {run}")
     if (out / "reward").exists():
         print(f"  minirlhf score --model {out}/reward/model --data {out}/after.jsonl")
-    print(f"  less {out}/{algorithm}/samples.jsonl {out}/{algorithm}/metrics.jsonl")
-    print(f"  {out}/{algorithm}/report.html, in a browser: the run on one page, token by token")
+    print(f"  {run}/report.html, in a browser: the run on one page, token by token")
     shown = "rewards and accuracy" if algorithm == "dpo" else "rewards and KL"
     print(f"  {out}/curve.svg, in a browser: {shown} over the steps")
     print(f"  minirlhf {algorithm} --help")
