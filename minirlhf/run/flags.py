@@ -50,7 +50,8 @@ def parse(
     """
     tell = tell or (lambda line: print(line, file=sys.stderr))
     settings, words = settings_of(config_class), sys.argv[1:] if argv is None else argv
-    if (name := getattr(config_class, "FIRST_WORDS", None)) and words[:1] and words[0][:1] != "-":
+    first_words = getattr(config_class, "FIRST_WORDS", None)
+    if (name := first_words) and words[:1] and words[0][:1] != "-":
         words = [settings[name].flag, *words]
     presets = presets_of(config_class)
     parser, flags = _parser(config_class, settings, words, prog, presets)
@@ -77,7 +78,9 @@ def parse(
         elif name in values and item.is_place and values[name] in ("", ("",)):
             problems.append((where[name], f"got '', must be the name of a {item.metavar.lower()}"))
         elif name not in values and item.required:
-            problems.append((item.flag, "required, but not given"))
+            first = "|".join(item.choices or [item.metavar or name.upper()])
+            how = f": {prog} {first}" if name == first_words else ""
+            problems.append((item.flag, f"required, but not given{how}"))
     refuse(problems)
     fitting = {name: value for name, value in others(values).items() if name not in values}
     config = config_class(**fitting | values)

@@ -123,7 +123,7 @@ def test_a_word_is_completed_at_once(asked):
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [([], "--shell: required, but not given"),
+    [([], "--shell: required, but not given: minirlhf completion bash|zsh|fish"),
      (["tcsh"], "--shell: got 'tcsh', must be one of bash, zsh, fish")],
 )
 def test_completion_refuses_another_shell(words, told, capsys):

@@ -18,7 +18,8 @@ class ExplainConfig(StepSettings, LanguageSettings):
 
     what: tuple[str, ...] = setting(
         (), "ppo, grpo, reward or dpo, then the folder of a run; without one the demo's model "
-        "takes a few steps in memory; they may come first, without this flag", required=True,
+        "takes a few steps in memory; they may come first, without this flag",
+        metavar="RECIPE", required=True,
     )
     step: int | None = override(help="step of the run; none: the last one recorded")
     sample: int = setting(0, "sample of the step, counted from 0", at_least=0)

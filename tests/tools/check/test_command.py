@@ -162,7 +162,7 @@ def test_check_refuses(write, look, rows, words, error):
 
 def test_check_refuses_to_run_without_data(look):
     code, _, err = look("--model", "folder")
-    assert (code, err) == (2, "error: --data: required, but not given\n")
+    assert (code, err) == (2, "error: --data: required, but not given: minirlhf check FILE\n")
 
 
 def test_check_shows_the_facts_before_it_refuses_a_long_row(tmp_path, write, lm, look):
