@@ -150,7 +150,8 @@ def evaluate_sets(start: DistillRun) -> dict[str, float]:
         kls[prefix] = [found["kl"], found["forward_kl"]]
         then = {}  # state.baselines is of the student at step 0
         if state.step:
-            then = dict(zip(("KL then", "forward KL then"), state.baselines[prefix], strict=True))
+            names = "KL at step 0", "forward KL at step 0"
+            then = dict(zip(names, state.baselines[prefix], strict=True))
         told = "kl", "forward_kl", *then
         r.display.evaluation(prefix, f"{len(prompts):,} prompts", found | then, told)
     if state.step == 0:

@@ -137,9 +137,9 @@ class Display:
             )
             for line in (f"{self.recipe}: {first}", machine):
                 self.say(f"  {line}")
-            for name in TOLD:
-                if name in facts:
-                    self.say(f"  {name}: {facts[name]}")
+            for name, value in facts.items():
+                if name in TOLD or name.startswith("reward "):  # one of several
+                    self.say(f"  {name}: {value}")
 
     def table(self, facts: Mapping[str, object]) -> None:
         """All facts, one aligned line each."""

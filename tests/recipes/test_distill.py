@@ -231,7 +231,8 @@ def test_main_tells_the_kl_before_and_after(world, tmp_path, capsys):
     assert last["eval/kl"] < first["eval/kl"]
     assert (
         f"  eval, 3 prompts: KL {last['eval/kl']:.4g}, forward KL {last['eval/forward_kl']:.4g}, "
-        f"KL then {first['eval/kl']:.4g}, forward KL then {first['eval/forward_kl']:.4g}\n"
+        f"KL at step 0 {first['eval/kl']:.4g}, "
+        f"forward KL at step 0 {first['eval/forward_kl']:.4g}\n"
     ) in told
     assert "  loss: generalised JSD, beta 0.5, the mean over response tokens\n" in told
     rows = read_lines(out / "samples.jsonl")

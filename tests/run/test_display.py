@@ -32,6 +32,12 @@ def test_two_lines_of_facts_and_what_is_scored(capsys):
     ]
 
 
+def test_each_of_several_rewards_is_told(capsys):
+    parts = {"reward length": "2 x r.py:length", "reward judge": "r/model", "rows": 4}
+    assert told(capsys, lambda d: d.facts(parts))[2:] == [
+        "  reward length: 2 x r.py:length", "  reward judge: r/model"]
+
+
 def test_verbose_tells_each_fact_in_a_line(capsys):
     lines = told(capsys, lambda d: d.facts(FACTS), verbose=True)
     assert len(lines) == len(FACTS)
