@@ -18,6 +18,7 @@ from minirlhf.batches.preferences import (
     count_tokens,
     micro_batches,
     row_lengths,
+    text_numbers,
     texts_of,
     without_unread,
 )
@@ -177,6 +178,16 @@ def test_counts_of_examples_by_hand():
     assert row_lengths(PAIRS).tolist() == [5, 3, 8, 4, 3]
     assert count_texts(LISTS).tolist() == [4, 3, 2] and count_texts(PAIRS).tolist() == [2] * 5
     assert [count_tokens(e) for e in (*LISTS, PAIRS[0])] == [10, 7, 6, 8]
+
+
+def test_text_numbers_say_which_text_each_row_of_a_batch_is():
+    """Texts are counted through all examples; a batch of pairs has its chosen texts first."""
+    assert text_numbers(PAIRS, [2, 0]).tolist() == [4, 0, 5, 1]
+    batch, texts = collate_pairs([PAIRS[2], PAIRS[0]]), [t for e in PAIRS for t in texts_of(e)]
+    for row, length, number in zip(batch.tokens, batch.lengths, [4, 0, 5, 1], strict=True):
+        assert row[:length].tolist() == texts[number]
+    # lists of 4, 3 and 2 texts: the last begins at 7
+    assert text_numbers(LISTS, [2, 0]).tolist() == [7, 8, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
