@@ -40,10 +40,13 @@ def key(seed: int, stream: str, *indices: int | Tensor) -> Tensor:
     return out
 
 
-def uniform(keys: Tensor, t: int | Tensor) -> Tensor:
-    """One number in [0, 1) for each key at position t: float64, a multiple of 2^-53."""
-    bits = mix(keys ^ mix(torch.as_tensor(t, dtype=torch.int64, device=keys.device)))
-    return _shift_right(bits, 11).double() * 2.0**-53
+def uniform(keys: Tensor, t: int | Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """One number in [0, 1) for each key at position t: a multiple of 2^-53.
+
+    In float32, which some devices have no wider one than, the nearest to it: it may be 1.
+    """
+    t = t if isinstance(t, Tensor) else torch.full((), t, device=keys.device)
+    return _shift_right(mix(keys ^ mix(t)), 11).to(dtype) * 2.0**-53
 
 
 def permutation(seed: int, stream: str, epoch: int, n: int) -> Tensor:

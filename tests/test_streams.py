@@ -79,6 +79,12 @@ def test_uniform_stays_below_one(monkeypatch):
         assert streams.uniform(torch.tensor([0]), 0).tolist() == [expected]
 
 
+def test_uniform_in_float32_is_the_nearest_to_that_in_float64():
+    keys = streams.key(0, "test", torch.arange(10_000))
+    exact, made = streams.uniform(keys, 3), streams.uniform(keys, 3, torch.float32)
+    assert made.dtype == torch.float32 and torch.equal(made, exact.float())
+
+
 @pytest.mark.parametrize("across", ["keys", "positions"])
 def test_uniform_is_uniform(across):
     n, at = 100_000, torch.arange(100_000)

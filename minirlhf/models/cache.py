@@ -29,11 +29,13 @@ class KVCache:
     def hold(self, lengths: Tensor) -> None:
         """Sets how many tokens each row has, (B,) int64."""
         self.lengths, self.rows = lengths, torch.arange(len(lengths), device=lengths.device)
-        self.longest = int(lengths.max())  # once, since reading a number off a GPU waits for it
+        # Known here too, since reading a number off a GPU waits for it
+        self.held, self.longest = lengths.tolist(), int(lengths.max())
 
     def grow(self) -> None:
         """Each row has one token more."""
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
+        self.held = [length + 1 for length in self.held]
 
     def repeat(self, rows: Tensor) -> None:
         """Puts a copy of row rows[i] in the place of row i, (A,) int64: samples of one prompt."""
@@ -42,20 +44,24 @@ class KVCache:
                 cells[layer] = cell[rows]
         self.hold(self.lengths[rows])
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops all rows but these, (A,) int64 ascending.
+    def keep(self, rows: list[int]) -> Tensor:
+        """Drops all rows but these A, ascending; returns them as (A,) int64 beside the cells.
 
         Rows end one by one, and a new cache for each of them would cost several decoding steps. So
         the rows behind the first gap move within the cells that are there. No memory is freed.
         """
         A, filled = len(rows), self.longest
-        in_place = rows == self.rows[:A]
-        stay = int(in_place.int().cumprod(0).sum())  # rows before the first gap
+        moved = (place for place, row in enumerate(rows) if row != place)
+        stay = next(moved, A)  # rows before the first gap
+        kept = torch.tensor(rows, device=self.lengths.device)
         for cells in (self.keys, self.values):
             for layer, cell in enumerate(cells):
-                cell[stay:A, :, :filled] = cell[rows[stay:], :, :filled]
+                cell[stay:A, :, :filled] = cell[kept[stay:], :, :filled]
                 cells[layer] = cell[:A]
-        self.hold(self.lengths[rows])
+        self.lengths, self.rows = self.lengths[kept], self.rows[:A]
+        self.held = [self.held[row] for row in rows]
+        self.longest = max(self.held)
+        return kept
 
 
 class Packing:

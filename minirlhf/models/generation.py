@@ -72,7 +72,8 @@ def decode_steps(
     """
     _check(lm, prompts, sampling, keys, decode)
     device = lm.unembedding.device
-    rows, keys = torch.arange(len(prompts), device=device), keys.to(device)
+    numbers = list(range(len(prompts)))  # of the active rows, here and on the device
+    rows, keys = torch.tensor(numbers, device=device), keys.to(device)
     hidden, cache = _read_prompts(lm, prompts, sampling.max_new_tokens)
     seen = _tokens_seen(lm, prompts) if sampling.repetition_penalty != 1.0 else None
     eos = torch.tensor(sorted(set(eos_ids)), dtype=torch.int64, device=device)
@@ -82,24 +83,27 @@ def decode_steps(
         logits = lm.logits(hidden[:, None])[:, 0]  # (A, V)
         banned = eos if t < sampling.min_new_tokens else None
         distribution = sampling_distribution(logits, sampling, seen, banned)
+        drawn = draw(distribution, keys, torch.full((len(rows),), t, device=device))  # (A,)
         # A greedy one is finite whatever the logits are; another may overflow where they do not.
-        if not torch.isfinite(logits.amax(-1) + distribution.amax(-1)).all():
+        finite = torch.isfinite(logits.amax(-1) + distribution.amax(-1))
+        # All that is decided here of a step, at once: reading it makes a GPU's host wait.
+        read = torch.stack((drawn, torch.isin(drawn, eos).long(), finite.long())).tolist()
+        if not all(read[2]):
             do = "the weights have diverged: lower the learning rate"
             what = "the model's logits are not finite"
             raise UserError(f"sampled token {t + 1}", what, do, NON_FINITE)
-        drawn = draw(distribution, keys, torch.tensor(t, device=device).expand(len(rows)))  # (A,)
         logprobs = distribution.gather(-1, drawn[:, None])[:, 0]
-        reasons = ends.reasons(rows, drawn, torch.isin(drawn, eos), t + 1)
+        reasons = ends.reasons(numbers, *read[:2], t + 1)
         yield DecodeStep(rows, drawn, logprobs, reasons, support_of(distribution, sampling, banned))
-        active = torch.tensor([i for i, r in enumerate(reasons) if r is None], device=device)
-        if len(active) == 0:
+        kept = [i for i, reason in enumerate(reasons) if reason is None]
+        if not kept:
             return
-        if len(active) < len(rows):
+        if len(kept) < len(numbers):
+            numbers, active = [numbers[i] for i in kept], cache.keep(kept)
             rows, keys, drawn = rows[active], keys[active], drawn[active]
-            cache.keep(active)
             seen = None if seen is None else seen[active]
         if seen is not None:
-            seen[torch.arange(len(rows), device=device), drawn] = True
+            seen.scatter_(1, drawn[:, None], True)
         hidden = lm(drawn[:, None], cache)[:, 0]
         cache.grow()
 
@@ -152,10 +156,10 @@ def _read_prompts(
 def _tokens_seen(lm: CausalLM, prompts: Sequence[Sequence[int]]) -> Tensor:
     """(B, V) bool: the tokens of each prompt."""
     shape, device = (len(prompts), lm.config.vocab_size), lm.unembedding.device
-    seen = torch.zeros(shape, dtype=torch.bool, device=device)
+    seen = torch.zeros(shape, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         seen[row, list(prompt)] = True
-    return seen
+    return seen.to(device)
 
 
 class _Ends:
@@ -165,15 +169,16 @@ class _Ends:
         self.sampling, self.decode, self.prompts = sampling, decode, prompts
         self.responses: list[list[int]] = [[] for _ in prompts]
 
-    def reasons(self, rows: Tensor, drawn: Tensor, is_eos: Tensor, length: int) -> list[str | None]:
-        """eos | stop | length, or None, for each of the rows; all arguments (A,).
+    def reasons(
+        self, rows: list[int], drawn: list[int], is_eos: list[int], length: int
+    ) -> list[str | None]:
+        """eos | stop | length, or None, for each of the A rows.
 
         Args:
             length: tokens of each response, these included.
         """
         found: list[str | None] = []
-        each = torch.stack((rows, drawn, is_eos.long())).tolist()  # one wait for a GPU
-        for row, token, ended in zip(*each, strict=True):
+        for row, token, ended in zip(rows, drawn, is_eos, strict=True):
             reason = "eos" if ended else None
             if reason is None and self.sampling.stop_strings:
                 self.responses[row].append(token)
@@ -203,39 +208,43 @@ def generate(
     """
     _check(lm, prompts, sampling, keys, decode)  # before tokens of such a size are made
     B, most, width = len(prompts), sampling.max_new_tokens, max(map(len, prompts))
-    device, R = keys.device, 0
+    device = lm.unembedding.device
     prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
-    mask = torch.zeros(B, most, dtype=torch.bool, device=device)
     logprobs = torch.zeros(B, most, dtype=widened(lm.unembedding.dtype), device=device)
     tokens = torch.zeros(B, width + most, dtype=torch.int64, device=device)
     tokens[:, :width] = pad_right(prompts).to(device)
-    reasons = ["length"] * B
-    supports: list[tuple[Tensor, Support]] = []  # (rows, of their tokens), a step each
+    reasons, lengths, active = ["length"] * B, [0] * B, list(range(B))
+    supports: list[tuple[list[int], Support]] = []  # (rows, of their tokens), a step each
     steps = decode_steps(lm, prompts, sampling, eos_ids, keys, decode)
     for t, step in enumerate(progress(steps, "sample", most, " tokens a row")):
-        R, rows = t + 1, step.rows.to(device)
-        mask[rows, t] = True
-        logprobs[rows, t] = step.logprobs.to(device)
-        tokens[rows, prompt_lengths[rows] + t] = step.tokens.to(device)
-        for row, reason in zip(rows.tolist(), step.finish_reasons, strict=True):
-            reasons[row] = reason or reasons[row]
+        logprobs[step.rows, t] = step.logprobs
+        tokens[step.rows, prompt_lengths[step.rows] + t] = step.tokens
         if step.support is not None:
-            supports.append((rows, step.support))
-    mask, logprobs = mask[:, :R].contiguous(), logprobs[:, :R].contiguous()
-    longest = int((prompt_lengths + mask.sum(1)).max())
-    tokens, support = tokens[:, :longest].contiguous(), _collect_support(supports, mask)
-    return Generation(tokens, prompt_lengths, mask, logprobs, reasons, support)
+            supports.append((active, step.support))
+        for row, reason in zip(active, step.finish_reasons, strict=True):
+            reasons[row], lengths[row] = reason or reasons[row], t + 1
+        ends = zip(active, step.finish_reasons, strict=True)
+        active = [row for row, reason in ends if reason is None]
+    R, longest = max(lengths), max(len(p) + n for p, n in zip(prompts, lengths, strict=True))
+    mask = torch.arange(R) < torch.tensor(lengths)[:, None]  # (B, R)
+    cells = tokens[:, :longest], prompt_lengths, mask, logprobs[:, :R]
+    moved = (x.to(keys.device).contiguous() for x in cells)
+    return Generation(*moved, reasons, _collect_support(supports, mask.to(keys.device)))
 
 
-def _collect_support(supports: list[tuple[Tensor, Support]], mask: Tensor) -> RowSupport | None:
-    """The supports of all steps, row by row; None where every token could be drawn."""
+def _collect_support(
+    supports: list[tuple[list[int], Support]], mask: Tensor
+) -> RowSupport | None:
+    """The supports of all steps, row by row, beside the mask (B, R); None where every token could
+    be drawn."""
     if not supports:
         return None
     ids: list[list[Tensor]] = [[] for _ in mask]
     counts = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
     for t, (rows, support) in enumerate(supports):
-        counts[rows, t] = support.counts.to(mask.device)
-        parts = support.ids.split(support.counts.tolist())
-        for row, part in zip(rows.tolist(), parts, strict=True):
+        here = support.counts.to(mask.device)
+        counts[torch.tensor(rows, device=mask.device), t] = here
+        parts = support.ids.to(mask.device).split(here.tolist())
+        for row, part in zip(rows, parts, strict=True):
             ids[row].append(part)
     return RowSupport([torch.cat(row) for row in ids], counts, supports[0][1].banned)

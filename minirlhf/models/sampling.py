@@ -134,7 +134,7 @@ def draw(distribution: Tensor, keys: Tensor, t: Tensor) -> Tensor:
     """
     cumulative = distribution.exp().cumsum(-1)
     total = cumulative[:, -1:].contiguous()  # rounding may leave it off 1: it scales the uniform
-    u = streams.uniform(keys, t)[:, None].to(cumulative) * total
+    u = streams.uniform(keys, t, cumulative.dtype)[:, None] * total
     drawn = torch.searchsorted(cumulative, u, right=True)  # right: u = 0 skips massless tokens
     last = torch.searchsorted(cumulative, total)  # first to reach the total: it has mass
     return torch.minimum(drawn, last)[:, 0]

@@ -434,7 +434,7 @@ def test_no_eos_is_drawn_before_the_minimum_length():
     ],
 )
 def test_draw_by_hand(masses, u, token, monkeypatch):
-    monkeypatch.setattr(streams, "uniform", lambda keys, t: torch.tensor([u], dtype=f64))
+    monkeypatch.setattr(streams, "uniform", lambda keys, t, dtype: torch.tensor([u], dtype=dtype))
     for dtype in (torch.float32, f64):
         distribution = torch.tensor([masses], dtype=dtype).log()
         if dtype == f64 or u != 1 - 2**-53:

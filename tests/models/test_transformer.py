@@ -193,14 +193,14 @@ def test_cache_keeps_the_rows_asked_for_and_copies_none_that_may_stay(rows):
         cell[:, :, :6] = torch.arange(24.0).view(4, 1, 6, 1) + 100 * number
     cache.hold(torch.tensor([4, 5, 6, 3]))
     before, homes = [cell.clone() for cell in cells], [cell.data_ptr() for cell in cells]
-    cache.keep(torch.tensor(rows))
+    cache.keep(rows)
     assert cache.lengths.tolist() == [[4, 5, 6, 3][row] for row in rows]
     assert cache.longest == max([4, 5, 6, 3][row] for row in rows)
     after = cache.keys + cache.values
     for old, new in zip(before, after, strict=True):
         assert torch.equal(new, old[rows])  # (rows, heads, columns, …), the empty ones still zeros
     assert [cell.data_ptr() for cell in after] == homes
-    cache.keep(torch.tensor([len(rows) - 1]))  # once more, of what is left
+    cache.keep([len(rows) - 1])  # once more, of what is left
     length = int(cache.lengths)
     assert torch.equal(cache.keys[1][:, :, :length], before[1][rows[-1:], :, :length])
 
