@@ -51,6 +51,9 @@ VERBS = {
                     "show one sample of one step with all its numbers and equations"),
     "learn": Verb("minirlhf.tools.learn.command", "minirlhf.tools.learn.settings:LearnConfig",
                   "show twelve exercises, and what each teaches"),
+    "selftest": Verb("minirlhf.tools.selftest.command",
+                     "minirlhf.tools.selftest.settings:SelftestConfig",
+                     "tell whether this device computes as a CPU does"),
     "metrics": Verb("minirlhf.tools.metrics", "minirlhf.tools.settings:MetricsConfig",
                     "tell what each number in the log means"),
     "coming-from": Verb("minirlhf.tools.coming_from", "",
@@ -79,7 +82,7 @@ VERBS = {
 
 GROUPS = {  # heading -> verbs under it
     "train": ("sft", "reward", "ppo", "grpo", "dpo", "distill", "rerun"),
-    "look": ("check", "metrics", "report", "explain", "score"),
+    "look": ("check", "metrics", "report", "explain", "score", "selftest"),
     "use": ("sample", "chat", "best-of", "serve", "export", "tasks"),
     "learn": ("demo", "learn", "coming-from", "completion"),
 }

@@ -164,7 +164,7 @@ def test_files_that_the_code_reads_are_declared():
     declared = pyproject["tool"]["setuptools"]["package-data"]
     there: dict[str, list[str]] = {}
     for path in sorted((ROOT / "minirlhf").rglob("*")):
-        if path.suffix in (".toml", ".tsv"):
+        if path.suffix in (".json", ".toml", ".tsv"):
             there.setdefault(".".join(path.parent.relative_to(ROOT).parts), []).append(path.name)
     assert {package: sorted(names) for package, names in declared.items()} == there
 

@@ -271,6 +271,7 @@ COMMANDS = {
     "sample": "sample --model lm --data rows.jsonl --max-new-tokens 4 --out sampled.jsonl",
     "chat": "chat ppo --max-new-tokens 4 --heat advantage --reward rm",
     "score": "score --model rm --data rows.jsonl --out scored.jsonl",
+    "selftest": "selftest --device cpu",
 }
 
 
