@@ -62,7 +62,7 @@ def compare(
         states, rows = both_states(student, teacher, micro), micro.rows.cpu()
         for sums, beta in ((reverse, 1.0), (forward, 0.0)):
             apart = divergence_of(student, teacher, states, beta, sampling.temperature)  # (N,)
-            sums[rows] = unpack(apart.double(), micro.response_mask).sum(1).cpu()
+            sums[rows] = unpack(apart.cpu().double(), micro.response_mask.cpu()).sum(1)
     return Compared(completions, reverse, forward, rollout.response_mask.sum(1).cpu())
 
 

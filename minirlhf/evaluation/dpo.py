@@ -67,11 +67,11 @@ def direct_metrics(
         "logps/chosen": told.chosen_logprobs, "logps/rejected": told.rejected_logprobs,
         "nll_loss": told.nll if objective.sft_coef else told.nll[:0],
     }
-    over = {name: x.double() for name, x in over.items() if len(x)}
+    over = {name: x.cpu().double() for name, x in over.items() if len(x)}
     values = {name: float(x.mean()) for name, x in over.items()}
     counts = {name: len(x) for name, x in over.items()}
     tokens = int(told.tokens.sum())
-    values["entropy"], counts["entropy"] = float(told.entropy.double().sum()) / tokens, tokens
+    values["entropy"], counts["entropy"] = float(told.entropy.cpu().double().sum()) / tokens, tokens
     if {"rewards/chosen", "rewards/rejected"} <= values.keys():
         values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
         counts["rewards/margins"] = len(told.tokens) if single else len(told.chosen_rewards)
@@ -106,7 +106,7 @@ def evaluate_direct(
         interrupt.check()
         policy = response_stats(lm, batch.texts)
         losses, told = batch.losses(policy, None if ref is None else ref(batch.texts), objective)
-        total += float(losses.double().sum()) / len(examples)
+        total += float(losses.cpu().double().sum()) / len(examples)
         outcomes.append(told)
         order += rows
         sizes = zip(*batch.sizes(), strict=True)

@@ -13,7 +13,7 @@ from minirlhf.batches.rollouts import RolloutBuffer
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.equations.critic_free import without_spread
 from minirlhf.equations.kl import kl_k1, kl_k3
-from minirlhf.evaluation.rollout import text_statistics, weight_statistics
+from minirlhf.evaluation.rollout import text_statistics, weight_statistics, wide
 from minirlhf.evaluation.updates import MiniBatchStats
 from minirlhf.rewards.source import Completions, Scores
 
@@ -94,7 +94,7 @@ def kl_statistics(buffer: RolloutBuffer) -> dict[str, float]:
     """Of the policy that sampled to its reference; none where it has none."""
     if buffer.micro_batches[0].ref_logprobs is None:
         return {}
-    old, ref = buffer.flat("old_logprobs").double(), buffer.flat("ref_logprobs").double()
+    old, ref = wide(buffer.flat("old_logprobs")), wide(buffer.flat("ref_logprobs"))
     return {
         "kl": float(kl_k3(old, ref).mean()),
         "objective/kl": float(kl_k1(old, ref).sum()) / len(buffer),
@@ -111,7 +111,7 @@ def summarise_groups(
         scores: (B,) as in `reward_statistics`.
     """
     responses, reasons = completions.response_ids, completions.finish_reasons
-    sampled, old = buffer.flat("sampled_logprobs").double(), buffer.flat("old_logprobs").double()
+    sampled, old = wide(buffer.flat("sampled_logprobs")), wide(buffer.flat("old_logprobs"))
     texts = text_statistics(responses, reasons, scores)
     unknown = sum(i >= tokenizer.vocab_size for ids in responses for i in ids)
     return {

@@ -78,7 +78,7 @@ def evaluate_policy(
         measure(buffer)
         if buffer.micro_batches[0].ref_logprobs is not None:
             k1 = kl_k1(buffer.flat("old_logprobs"), buffer.flat("ref_logprobs"))
-            log_ratios.append(float(k1.double().sum()))
+            log_ratios.append(float(k1.cpu().double().sum()))
     kl = sum(log_ratios) if log_ratios else None
     check_finite("evaluation", {"objective/kl": kl or 0.0})
     metrics = answer_metrics(parts, scores, kl, baseline)

@@ -17,6 +17,11 @@ from minirlhf.evaluation.updates import PPOStats
 from minirlhf.rewards.source import Completions, Scores
 
 
+def wide(x: Tensor) -> Tensor:
+    """What statistics are made of: float64, on the CPU, since Apple GPUs have none."""
+    return x.cpu().double()
+
+
 def rollout_statistics(buffer: RolloutBuffer) -> dict[str, float]:
     """KL, log-probs, values, returns and lengths of B rows with N response tokens.
 
@@ -24,12 +29,13 @@ def rollout_statistics(buffer: RolloutBuffer) -> dict[str, float]:
         buffer: sampled and measured, with its returns.
     """
     rows = len(buffer)
-    old, ref = buffer.flat("old_logprobs").double(), buffer.flat("ref_logprobs").double()
-    sampled = buffer.flat("sampled_logprobs").double()
-    values, returns = buffer.flat("old_values").double(), buffer.flat("returns").double()
-    row_kl = buffer.row_sums("old_logprobs").double() - buffer.row_sums("ref_logprobs").double()
-    prompts = torch.cat([micro.prompt_lengths for micro in buffer.micro_batches]).double()
-    responses = torch.cat([micro.response_mask.sum(1) for micro in buffer.micro_batches]).double()
+    old, ref, sampled, values, returns = (
+        wide(buffer.flat(name))
+        for name in ("old_logprobs", "ref_logprobs", "sampled_logprobs", "old_values", "returns")
+    )
+    row_kl = wide(buffer.row_sums("old_logprobs")) - wide(buffer.row_sums("ref_logprobs"))
+    prompts = wide(torch.cat([micro.prompt_lengths for micro in buffer.micro_batches]))
+    responses = wide(torch.cat([micro.response_mask.sum(1) for micro in buffer.micro_batches]))
     return {
         **quantiles("objective/kl", row_kl),
         "objective/kl_k3": float(kl_k3(old, ref).sum()) / rows,
@@ -51,8 +57,8 @@ def weight_statistics(buffer: RolloutBuffer) -> dict[str, float]:
     """Of the weights of the policy loss; none where the policy itself sampled."""
     if buffer.micro_batches[0].weights is None:
         return {}
-    weights = buffer.flat("weights").double()
-    log_ratio = buffer.flat("old_logprobs").double() - buffer.flat("sampled_logprobs").double()
+    weights = wide(buffer.flat("weights"))
+    log_ratio = wide(buffer.flat("old_logprobs")) - wide(buffer.flat("sampled_logprobs"))
     # The largest weight is the cap, if any is truncated; it was rounded to float32.
     truncated = log_ratio.exp() > weights.max() * (1 + 1e-6)
     return {
@@ -63,7 +69,7 @@ def weight_statistics(buffer: RolloutBuffer) -> dict[str, float]:
 
 def score_statistics(raw: Tensor, scores: Tensor) -> dict[str, float]:
     """The reward as its source gave it, (B,), and as PPO uses it, (B,)."""
-    raw, scores = raw.double(), scores.double()
+    raw, scores = wide(raw), wide(scores)
     return {
         "reward": float(raw.mean()), "reward_std": float(raw.std(correction=0)),
         "objective/scores": float(scores.mean()),
@@ -96,7 +102,7 @@ def text_statistics(
 
 def quantiles(stem: str, values: Tensor) -> dict[str, float]:
     """stem_p05, stem_p50 and stem_p95 of (B,) values, interpolated between neighbours."""
-    shares = torch.tensor((0.05, 0.5, 0.95), dtype=values.dtype, device=values.device)
+    shares = torch.tensor((0.05, 0.5, 0.95), dtype=values.dtype)
     found = torch.quantile(values, shares).tolist()
     return {f"{stem}_p{name}": value for name, value in zip(("05", "50", "95"), found, strict=True)}
 

@@ -30,7 +30,8 @@ class KVCache:
         """Sets how many tokens each row has, (B,) int64."""
         self.lengths, self.rows = lengths, torch.arange(len(lengths), device=lengths.device)
         # Known here too, since reading a number off a GPU waits for it
-        self.held, self.longest = lengths.tolist(), int(lengths.max())
+        self.held = lengths.tolist()
+        self.longest = max(self.held)
 
     def grow(self) -> None:
         """Each row has one token more."""

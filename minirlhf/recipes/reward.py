@@ -135,7 +135,7 @@ def update_weights(
         interrupt.check()
         total += value
         seen += here
-        scores += batch.split(model.combine(each.detach()))
+        scores += batch.split(model.combine(each.detach()).cpu())
     metrics = {"loss": total} | preference_metrics(seen, scores)
     optim.check_finite(where, metrics)
     grad_norm = optim.clip_gradients(model, config.max_grad_norm, where)
