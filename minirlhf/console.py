@@ -76,6 +76,7 @@ class Stream:
 
 
 class _State:
+    muted = False  # in a process whose words another one says
     stdout: Stream | None = None  # while a command speaks
     bars = True  # unless the command is to be quiet
     is_run = False  # which keeps its results in files: nothing but words are on stdout
@@ -108,6 +109,18 @@ def _fill() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+
+
+def mute() -> None:
+    """Says nothing from here on: another process of the same run says it."""
+    _State.muted = True
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Stream):
+            stream.inner = Nowhere()
+
+
+def muted() -> bool:
+    return _State.muted
 
 
 def only_words() -> None:
@@ -145,7 +158,7 @@ def show_bars(shown: bool) -> None:
 
 def has_bars() -> bool:
     """Whether somebody looks at a bar."""
-    return _State.bars and (sys.stderr.isatty() or in_notebook())
+    return _State.bars and not _State.muted and (sys.stderr.isatty() or in_notebook())
 
 
 def in_notebook() -> bool:

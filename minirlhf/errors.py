@@ -10,7 +10,7 @@ from collections.abc import Callable
 from minirlhf import console
 
 OK, BUG, BAD_INPUT, NON_FINITE, MACHINE = 0, 1, 2, 3, 4
-REWARD_SERVICE, STOPPED = 5, 75
+REWARD_SERVICE, DISTRIBUTED, STOPPED = 5, 6, 75
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
@@ -36,6 +36,21 @@ class NonFinite(UserError):
         super().__init__(where, what, do, NON_FINITE)
 
 
+class _State:
+    told = ""  # the error that ended this process
+    explain: Callable[[BaseException], UserError | None] = staticmethod(lambda error: None)
+
+
+def told() -> str:
+    """The error that ended the command; empty where none did."""
+    return _State.told
+
+
+def explained_by(explain: Callable[[BaseException], UserError | None]) -> None:
+    """Lets a function say what a user can mend of errors that torch has no class for."""
+    _State.explain = staticmethod(explain)
+
+
 class Stopped(BaseException):
     """A signal asked to stop. Like KeyboardInterrupt, no `except Exception` swallows it."""
 
@@ -59,6 +74,9 @@ def run(program: Callable[[], int | None]) -> int:
             _tell("interrupted")
             return INTERRUPTED
         except (MemoryError, RuntimeError, ImportError) as error:
+            if (known := _State.explain(error)) is not None:
+                _tell(known)
+                return known.code
             if (what := _of_machine(error)) is None:
                 raise
             _tell(what)
@@ -91,6 +109,7 @@ def _finished(program: Callable[[], int | None]) -> int:
 
 
 def _tell(error: object) -> None:
+    _State.told = printable(error, 2000)
     print(f"error: {printable(error, 2000)}", file=sys.stderr)
 
 

@@ -22,6 +22,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 @dataclass
 class _Flag:
     requested: bool = False  # a signal came
+    together: bool = False  # with other processes, which must leave at the same place
+    agreed: bool = False  # all of them know
     outside: bool = False  # running code that cannot look at the flag
     before: dict[int, Any] = field(default_factory=dict)  # handlers of before the first `listening`
 
@@ -29,9 +31,25 @@ class _Flag:
 _flag = _Flag()
 
 
-def requested() -> bool:
-    """Whether a signal has asked the run to stop, or nobody reads it any more."""
+def asked() -> bool:
+    """Whether a signal has asked this process to stop, or nobody reads it any more."""
     return _flag.requested or console.unread()
+
+
+def agrees(together: bool) -> None:
+    """Whether this process stops only where all processes of the run know that one was asked to:
+    they are in the midst of the same work, and none may leave the others waiting."""
+    _flag.together = together
+
+
+def agree() -> None:
+    """Says that all processes of the run know it, each at this place."""
+    _flag.agreed = True
+
+
+def requested() -> bool:
+    """Whether the run is to stop."""
+    return _flag.agreed or (not _flag.together and asked())
 
 
 def check() -> None:
@@ -55,7 +73,7 @@ def listening() -> Iterator[None]:
 
     A SIGHUP that is ignored stays so: that is how nohup starts a command.
     """
-    _flag.requested = False
+    _flag.requested = _flag.agreed = False
     console.only_words()
     taken = [n for n in SIGNALS if (n, signal.getsignal(n)) != (signal.SIGHUP, signal.SIG_IGN)]
     before = {number: signal.signal(number, _take) for number in taken}
@@ -70,7 +88,7 @@ def listening() -> Iterator[None]:
 def _give_back(handlers: dict[int, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    _flag.requested = False
+    _flag.requested = _flag.agreed = False
 
 
 # A child is no run: a signal ends it.
@@ -116,6 +134,7 @@ def _take(number: int, _frame: object) -> None:
     _flag.requested = True
     # not print: the signal may have come in the middle of one
     with suppress(OSError):  # whoever read it may be gone
-        os.write(2, b"\nstopping at the last whole step; once more to leave at once\n")
+        if not console.muted():
+            os.write(2, b"\nstopping at the last whole step; once more to leave at once\n")
     if _flag.outside:
         raise Stopped
