@@ -1,19 +1,23 @@
 """Sampling a rollout: responses as text for reward sources, as tensors for learning."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from minirlhf.batches.rollouts import Rollout, RolloutBuffer, unpack
+from minirlhf import ranks
+from minirlhf.batches.rollouts import Rollout, RolloutBuffer
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
-from minirlhf.models.alignment import pad_right
+from minirlhf.models.alignment import pad_right, unpack
 from minirlhf.models.generation import generate
 from minirlhf.models.sampling import Sampling, before_stop
-from minirlhf.models.support import stack_supports
+from minirlhf.models.support import RowSupport
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import Completions, Scores
+
+FINISH_REASONS = ("eos", "stop", "length")
 
 
 def columns_of(prompts: Sequence[Prompt]) -> list[str]:
@@ -33,15 +37,14 @@ def sample(
         columns: that reward sources see, None in a row that lacks one: of all prompts, so that what
             is said of a row does not depend on its batch. None: those of these prompts.
     """
-    responses, reasons, logprobs, supports = [], [], [], []
-    for start in range(0, len(prompts), rows_at_once):
-        part = slice(start, start + rows_at_once)
-        ids = [p.ids for p in prompts[part]]
-        made = generate(lm, ids, sampling, tokenizer.eos_ids, keys[part], tokenizer.decode_after)
-        responses += made.responses()
-        reasons += made.finish_reason
-        logprobs.append(made.logprobs[made.response_mask])
-        supports.append(made.support)
+    mine = ranks.share(len(prompts))
+    parts = ranks.gather_tensors(
+        partial(_draw, lm, prompts[mine], keys[mine], sampling, tokenizer, rows_at_once)
+    )
+    drawn = {name: torch.cat([part[name] for part in parts if part]) for name in parts[0]}
+    sizes = drawn["lengths"]
+    responses = [ids.tolist() for ids in drawn["tokens"].split(sizes.tolist())]
+    reasons = [FINISH_REASONS[i] for i in drawn["reasons"].tolist()]
     names = columns_of(prompts) if columns is None else columns
     completions = Completions(
         prompts=[p.text for p in prompts],
@@ -58,7 +61,6 @@ def sample(
         finish_reasons=reasons,
         columns={name: [p.columns.get(name) for p in prompts] for name in names},
     )
-    sizes = torch.tensor([len(ids) for ids in responses])
     mask = torch.arange(int(sizes.max())) < sizes[:, None]  # (B, R)
     rollout = Rollout(
         rows=torch.arange(len(prompts)),
@@ -67,11 +69,46 @@ def sample(
         response_mask=mask,
         scores=torch.zeros(len(prompts)),
         truncated=torch.tensor([reason == "length" for reason in reasons]),
-        support=None if supports[0] is None else stack_supports(supports),
-        sampled_logprobs=unpack(torch.cat(logprobs), mask),
+        support=_support_of(drawn, mask),
+        sampled_logprobs=unpack(drawn["logprobs"], mask),
     )
     device = lm.unembedding.device
     return completions, Rollout(*(None if x is None else x.to(device) for x in rollout))
+
+
+def _draw(
+    lm: CausalLM, prompts: list[Prompt], keys: Tensor, sampling: Sampling, tokenizer: Tokenizer,
+    rows_at_once: int,
+) -> dict[str, Tensor]:
+    """The responses of some rows, one after another: tokens (n,), logprobs (n,), and of each row
+    its length and reason (b,); with a support its ids (M,) and their counts at each token (n,)."""
+    drawn: dict[str, list[Tensor]] = {}
+    for start in range(0, len(prompts), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        ids = [p.ids for p in prompts[part]]
+        made = generate(lm, ids, sampling, tokenizer.eos_ids, keys[part], tokenizer.decode_after)
+        mask = made.response_mask
+        found = {
+            "tokens": torch.tensor([i for row in made.responses() for i in row]),
+            "logprobs": made.logprobs[mask], "lengths": mask.sum(1),
+            "reasons": torch.tensor([FINISH_REASONS.index(why) for why in made.finish_reason]),
+        }
+        if made.support is not None:
+            found |= {"support": torch.cat(list(made.support.rows)),
+                      "counts": made.support.counts[mask],
+                      "banned": torch.tensor([made.support.banned])}
+        for name, x in found.items():
+            drawn.setdefault(name, []).append(x)
+    return {name: torch.cat(parts) for name, parts in drawn.items()}
+
+
+def _support_of(drawn: dict[str, Tensor], mask: Tensor) -> RowSupport | None:
+    """The supports of all rows, if not every token could be drawn; mask: (B, R)."""
+    if "support" not in drawn:
+        return None
+    counts = unpack(drawn["counts"], mask)
+    rows = drawn["support"].split(counts.sum(1).tolist())
+    return RowSupport(rows, counts, bool(drawn["banned"][0]))
 
 
 def with_scores(rollout: Rollout, scores: Scores) -> Rollout:

@@ -11,9 +11,10 @@ from torch import Tensor
 from minirlhf.data.batching import cut_by_tokens, next_rows
 from minirlhf.data.examples import Text
 from minirlhf.errors import UserError
-from minirlhf.models.alignment import pad_right, response_states
+from minirlhf.models.alignment import pad_right, response_states, unpack
 from minirlhf.models.dropout import Dropout
 from minirlhf.models.logprobs import TokenStats, token_logprobs
+from minirlhf.models.parallel import accumulated, over_ranks
 from minirlhf.models.transformer import CausalLM
 
 
@@ -66,10 +67,17 @@ def target_stats(
     lm: CausalLM, batch: TextBatch, dropout: Dropout | None = None
 ) -> TokenStats:
     """Log-probs and entropies of the targets of all rows, (n,) each; no logits of other tokens."""
-    tokens, starts, targets, mask, lengths = (x.to(lm.unembedding.device) for x in batch)
+    batch = TextBatch(*(x.to(lm.unembedding.device) for x in batch))
+    return TokenStats(*(x[batch.target_mask] for x in text_pass(lm, batch, dropout)))
+
+
+@over_ranks
+def text_pass(lm: CausalLM, batch: TextBatch, dropout: Dropout | None) -> TokenStats:
+    """One forward pass: log-probs and entropies of the targets, (B, R) each, 0 elsewhere."""
+    tokens, starts, targets, mask, lengths = batch
     hidden = lm(tokens, lengths=lengths, dropout=dropout)
     states = response_states(hidden, starts, targets.shape[1])  # (B, R, D)
-    return token_logprobs(lm, states[mask], targets[mask])
+    return TokenStats(*(unpack(x, mask) for x in token_logprobs(lm, states[mask], targets[mask])))
 
 
 class TextMix(NamedTuple):
@@ -93,7 +101,8 @@ class TextMix(NamedTuple):
         batch = [self.texts[i] for i in rows.tolist()]
         lengths, counts = count_tokens(batch)
         summed = 0.0
-        for part in cut_by_tokens(lengths, len(batch), self.micro_batch_tokens):
+        parts = cut_by_tokens(lengths, len(batch), self.micro_batch_tokens)
+        for part in accumulated(lm, parts):
             stats = target_stats(lm, collate_texts([batch[i] for i in part.tolist()]))
             loss = -stats.logprobs.sum() / int(counts.sum())
             (self.coef * loss).backward()

@@ -24,12 +24,12 @@ from torch import Tensor
 from minirlhf import interrupt
 from minirlhf.batches.demonstrations import TextBatch, collate_texts, first_target, target_stats
 from minirlhf.batches.preferences import micro_batches, ordered
-from minirlhf.batches.rollouts import unpack
 from minirlhf.data.examples import Pair, Text
 from minirlhf.data.rankings import Ranking
 from minirlhf.data.unpaired import Unpaired
 from minirlhf.equations.dpo import DPOLoss, kto_loss
 from minirlhf.errors import UserError
+from minirlhf.models.alignment import unpack
 from minirlhf.models.dropout import Dropout
 from minirlhf.models.transformer import CausalLM
 

@@ -15,10 +15,11 @@ from minirlhf import interrupt, streams
 from minirlhf.console import progress
 from minirlhf.data.batching import cut_by_tokens
 from minirlhf.equations.kl import ESTIMATORS
-from minirlhf.models.alignment import check_known, response_states, response_tokens
+from minirlhf.models.alignment import check_known, response_states, response_tokens, unpack
 from minirlhf.models.divergence import token_kl
 from minirlhf.models.heads import ValueHeadModel
 from minirlhf.models.logprobs import token_logprobs
+from minirlhf.models.parallel import over_ranks
 from minirlhf.models.pretrained import in_memory
 from minirlhf.models.support import RowSupport
 from minirlhf.models.transformer import CausalLM
@@ -170,13 +171,6 @@ class RolloutBuffer:
         return parts
 
 
-def unpack(values: Tensor, mask: Tensor) -> Tensor:
-    """(N, …) values of the True cells, row by row -> (B, R, …) with 0 elsewhere."""
-    cells = mask.view(*mask.shape, *[1] * (values.dim() - 1))
-    shape = mask.shape + values.shape[1:]
-    return values.new_zeros(shape).masked_scatter(cells.expand(shape), values)
-
-
 # ---------------------------------------------------------------------------------- forward passes
 
 
@@ -188,13 +182,22 @@ class TokenPass(NamedTuple):
     entropy: Tensor  # (b, R) nats, likewise
     values: Tensor | None = None  # (b, R); None where the critic is not read
     last_values: Tensor | None = None  # (b,) of the state after the last token
-    states: Tensor | None = None  # (N, D) before the response tokens, row by row
+    full_kl: Tensor | None = None  # (b, R) nats, KL(policy || ref), where it was asked for
+    states: Tensor | None = None  # (b, R, D) before the response tokens, where they are kept
 
 
-def policy_pass(policy: ValueHeadModel, micro: Rollout, temperature: float) -> TokenPass:
-    """One forward pass of policy and critic."""
+@over_ranks
+def policy_pass(
+    policy: ValueHeadModel, micro: Rollout, temperature: float, ref: CausalLM | None = None
+) -> TokenPass:
+    """One forward pass of policy and critic.
+
+    Args:
+        ref: fill full_kl, the KL over the whole vocabulary; from its unembedding and
+            micro.ref_states.
+    """
     hidden, values = policy(micro.tokens, micro.lengths)
-    response = response_pass(policy.lm, hidden, micro, temperature)
+    response = response_pass(policy.lm, hidden, micro, temperature, ref)
     at_tokens = response_states(values, micro.prompt_lengths, micro.response_mask.shape[1])
     last = response_states(values, micro.lengths, 1)[:, 0]
     return response._replace(values=at_tokens, last_values=last)
@@ -206,47 +209,54 @@ def lm_states(lm: CausalLM, micro: Rollout) -> Tensor:
     return response_states(hidden, micro.prompt_lengths, mask.shape[1])[mask]
 
 
-def lm_pass(lm: CausalLM, micro: Rollout, temperature: float) -> TokenPass:
+@over_ranks
+def lm_pass(
+    lm: CausalLM, micro: Rollout, temperature: float, keep_states: bool = False
+) -> TokenPass:
     """One forward pass of a language model: of a policy without critic, or of the reference."""
-    return response_pass(lm, lm(micro.tokens, lengths=micro.lengths), micro, temperature)
+    hidden = lm(micro.tokens, lengths=micro.lengths)
+    passed = response_pass(lm, hidden, micro, temperature)
+    if not keep_states:
+        return passed
+    states = response_states(hidden, micro.prompt_lengths, micro.response_mask.shape[1])
+    return passed._replace(states=states.where(micro.response_mask[..., None], 0))
 
 
-def ref_pass(ref: CausalLM, micro: Rollout, temperature: float) -> TokenPass:
+def ref_pass(
+    ref: CausalLM, micro: Rollout, temperature: float, keep_states: bool = False
+) -> TokenPass:
     """One forward pass of the reference."""
     check_known(micro.tokens, ref.config.vocab_size, "the reference")
-    return lm_pass(ref, micro, temperature)
+    return lm_pass(ref, micro, temperature, *([keep_states] if keep_states else []))
 
 
-def response_pass(lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float) -> TokenPass:
+def response_pass(
+    lm: CausalLM, hidden: Tensor, micro: Rollout, temperature: float, ref: CausalLM | None = None
+) -> TokenPass:
     """Log-probs and entropies of the response tokens, from the hidden states; logits are computed
-    for these tokens only, over the support that was sampled from."""
+    for these tokens only, over the support that was sampled from. With `ref` the full KL too."""
     mask = micro.response_mask
     states = response_states(hidden, micro.prompt_lengths, mask.shape[1])[mask]  # (N, D)
     targets = response_tokens(micro.tokens, micro.prompt_lengths, mask.shape[1])[mask]  # (N,)
     support = None if micro.support is None else micro.support.flat(mask)
     stats = token_logprobs(lm, states, targets, temperature, support=support)
     logprobs, entropy = unpack(stats.logprobs, mask), unpack(stats.entropy, mask)
-    return TokenPass(logprobs, entropy, states=states)
+    if ref is None:
+        return TokenPass(logprobs, entropy)
+    kl = token_kl(lm, states, ref, micro.ref_states[mask], temperature, support=support)
+    return TokenPass(logprobs, entropy, full_kl=unpack(kl, mask))
 
 
-def kl_to_ref(
-    estimator: str, policy: CausalLM, now: TokenPass, ref: CausalLM | None, micro: Rollout,
-    temperature: float,
-) -> Tensor:
+def kl_to_ref(estimator: str, now: TokenPass, micro: Rollout) -> Tensor:
     """(b, R) nats a token, of the policy to the reference; 0 outside the mask.
 
     Args:
-        estimator: one of KL_ESTIMATORS; "full" needs micro.ref_states and ref's unembedding.
-        ref: read where the KL is full.
+        estimator: one of KL_ESTIMATORS; "full" is that of the pass.
     """
-    mask = micro.response_mask
-    if estimator != "full":
-        return torch.where(mask, ESTIMATORS[estimator](now.logprobs, micro.ref_logprobs), 0)
-    support = None if micro.support is None else micro.support.flat(mask)
-    kl = token_kl(
-        policy, now.states, ref, micro.ref_states[mask], temperature, support=support
-    )
-    return unpack(kl, mask)
+    if estimator == "full":
+        return now.full_kl
+    kl = ESTIMATORS[estimator](now.logprobs, micro.ref_logprobs)
+    return torch.where(micro.response_mask, kl, 0)
 
 
 @torch.no_grad()
@@ -269,17 +279,13 @@ def measure(
         interrupt.check()
         if policy.critic is not None:
             check_known(micro.tokens, policy.critic.config.vocab_size, "the critic")
-        old = policy_pass(policy, micro, temperature)
-        of_ref = ref_pass(ref, micro, temperature)
+        of_ref = ref_pass(ref, micro, temperature, full_kl or keep_ref_states)
+        micro = micro._replace(ref_logprobs=of_ref.logprobs, ref_states=of_ref.states)
+        old = policy_pass(policy, micro, temperature, *([ref] if full_kl else []))
         micro = micro._replace(
             old_logprobs=old.logprobs, old_values=old.values, last_values=old.last_values,
-            ref_logprobs=of_ref.logprobs,
+            full_kl=old.full_kl,
         )
-        if full_kl or keep_ref_states:
-            micro = micro._replace(ref_states=unpack(of_ref.states, micro.response_mask))
-        if full_kl:
-            kl = kl_to_ref("full", policy.lm, old, ref, micro, temperature)
-            micro = micro._replace(full_kl=kl)
         return micro if keep_ref_states else micro._replace(ref_states=None)
 
     with in_memory(ref):

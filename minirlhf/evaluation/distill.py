@@ -13,8 +13,8 @@ from torch import Tensor
 
 from minirlhf import interrupt, streams
 from minirlhf.batches.collect import sample
-from minirlhf.batches.distillation import both_states, divergence_of
-from minirlhf.batches.rollouts import RolloutBuffer, unpack
+from minirlhf.batches.distillation import divergence_pass
+from minirlhf.batches.rollouts import RolloutBuffer
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.evaluation.policy import distinct
@@ -56,14 +56,12 @@ def compare(
     )
     buffer = RolloutBuffer(sizes.micro_batch_size, sizes.micro_batch_tokens)
     buffer.add(rollout)
-    reverse, forward = torch.zeros(2, len(prompts), dtype=torch.float64)
+    both = torch.zeros(2, len(prompts), dtype=torch.float64)  # reverse, forward
     for micro in buffer.micro_batches:
         interrupt.check()
-        states, rows = both_states(student, teacher, micro), micro.rows.cpu()
-        for sums, beta in ((reverse, 1.0), (forward, 0.0)):
-            apart = divergence_of(student, teacher, states, beta, sampling.temperature)  # (N,)
-            sums[rows] = unpack(apart.cpu().double(), micro.response_mask.cpu()).sum(1)
-    return Compared(completions, reverse, forward, rollout.response_mask.sum(1).cpu())
+        cells = divergence_pass(student, teacher, micro, sampling.temperature, 1.0, 0.0)
+        both[:, micro.rows.cpu()] = cells.cpu().double().sum(1).T
+    return Compared(completions, *both, rollout.response_mask.sum(1).cpu())
 
 
 def evaluate_student(

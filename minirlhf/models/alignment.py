@@ -63,6 +63,13 @@ def _window(x: Tensor, start: Tensor, width: int) -> Tensor:
     return x.gather(1, index.view(index.shape + (1,) * (x.dim() - 2)).expand(shape))
 
 
+def unpack(values: Tensor, mask: Tensor) -> Tensor:
+    """(N, …) values of the True cells, row by row -> (B, R, …) with 0 elsewhere."""
+    cells = mask.view(*mask.shape, *[1] * (values.dim() - 1))
+    shape = mask.shape + values.shape[1:]
+    return values.new_zeros(shape).masked_scatter(cells.expand(shape), values)
+
+
 def check_known(tokens: Tensor, words: int, who: str) -> None:
     """Refuses sampled ids that another model has no embedding for.
 

@@ -15,6 +15,7 @@ from minirlhf.models.alignment import response_states
 from minirlhf.models.dropout import Dropout
 from minirlhf.models.families import LARGEST
 from minirlhf.models.logprobs import widened
+from minirlhf.models.parallel import over_ranks
 from minirlhf.models.stored_heads import Head
 from minirlhf.models.transformer import CausalLM, Decoder
 
@@ -100,6 +101,7 @@ class RewardModel(nn.Module):
         self.model = lm.model
         self.score = nn.Linear(lm.config.hidden_size, heads, bias=False).to(lm.unembedding)
 
+    @over_ranks
     def head_scores(
         self, tokens: Tensor, lengths: Tensor, dropout: Dropout | None = None
     ) -> Tensor:

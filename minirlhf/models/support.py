@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -59,11 +58,3 @@ class RowSupport(NamedTuple):
     def to(self, device: str | torch.device) -> "RowSupport":
         rows = [row.to(device) for row in self.rows]
         return RowSupport(rows, self.counts.to(device), self.banned)
-
-
-def stack_supports(parts: Sequence[RowSupport]) -> RowSupport:
-    """The rows of several batches, whose widths may differ, under each other."""
-    width = max(part.counts.shape[1] for part in parts)
-    counts = [F.pad(part.counts, (0, width - part.counts.shape[1])) for part in parts]
-    rows = [row for part in parts for row in part.rows]
-    return RowSupport(rows, torch.cat(counts), parts[0].banned)

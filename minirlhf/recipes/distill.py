@@ -9,7 +9,7 @@ the forward one or a mix. No gradient passes through sampling. Agarwal et al. 20
 
 Run it as `minirlhf distill` or `python minirlhf/recipes/distill.py`, or loop over `distill(...)`.
 Left out: responses of the teacher or of the data (`minirlhf sft` learns from these), a reward
-beside the teacher, several processes.
+beside the teacher.
 """
 
 import sys
@@ -23,7 +23,7 @@ import torch
 
 from minirlhf import interrupt, streams
 from minirlhf.batches.collect import sample
-from minirlhf.batches.distillation import both_states, divergence_of
+from minirlhf.batches.distillation import divergence_pass
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer
 from minirlhf.data.batching import next_rows, total_steps
 from minirlhf.data.examples import Prompt
@@ -32,6 +32,7 @@ from minirlhf.errors import OK, run
 from minirlhf.evaluation.distill import evaluate_student, student_table
 from minirlhf.evaluation.groups import length_statistics
 from minirlhf.evaluation.samples import show_samples
+from minirlhf.models.parallel import accumulated
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import Completions
 from minirlhf.run import flags, optim, settings
@@ -108,9 +109,9 @@ def update_weights(
     buffer.add(rollout)
     tokens = int(rollout.response_mask.sum())
     state.optimizer.zero_grad()
-    for micro in buffer.micro_batches:
-        states = both_states(student, teacher, micro)
-        apart = divergence_of(student, teacher, states, config.gkd_beta, config.temperature)  # (N,)
+    for micro in accumulated(student, buffer.micro_batches):
+        cells = divergence_pass(student, teacher, micro, config.temperature, config.gkd_beta)
+        apart = cells[..., 0][micro.response_mask]  # (N,)
         # Every token of the optimizer step weighs the same, however the step is split.
         loss = apart.sum() / tokens
         value = float(loss.detach())

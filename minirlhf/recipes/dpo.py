@@ -38,6 +38,7 @@ from minirlhf.evaluation import invariants
 from minirlhf.evaluation.alarms import DPO_RULES, check_alarms
 from minirlhf.evaluation.dpo import direct_metrics, direct_rows, direct_table, evaluate_direct
 from minirlhf.models.dropout import dropout_of
+from minirlhf.models.parallel import accumulated
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
@@ -111,7 +112,7 @@ def update_weights(
     lm, where = state.model, f"step {state.step + 1}"
     total, outcomes = 0.0, list[Outcome]()
     state.optimizer.zero_grad()
-    for rows, batch in batches_of(examples, config.micro_batch_tokens):
+    for rows, batch in accumulated(lm, batches_of(examples, config.micro_batch_tokens)):
         ref_logprobs = None if ref is None else ref(batch.texts)  # (M,)
         numbers = text_numbers(examples, rows)
         dropout = dropout_of(config.lora_dropout, config.seed, state.step, numbers)

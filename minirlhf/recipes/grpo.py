@@ -6,8 +6,7 @@ reference is a part of it. By settings Dr. GRPO, RLOO, REINFORCE++, GSPO, CISPO 
 `equations/critic_free.py` names the papers. `grpo` is the loop, `grpo_step` the update on one
 rollout, `update_weights` one optimizer step; `lessons/grpo.py` is the same on a page.
 
-Run it as `minirlhf grpo` or `python minirlhf/recipes/grpo.py`, or loop over `grpo(...)`. Left out:
-several processes.
+Run it as `minirlhf grpo` or `python minirlhf/recipes/grpo.py`, or loop over `grpo(...)`.
 """
 
 import sys
@@ -56,6 +55,7 @@ from minirlhf.evaluation.groups import (
 from minirlhf.evaluation.policy import evaluate_sets, keep_best
 from minirlhf.evaluation.samples import show_samples
 from minirlhf.evaluation.updates import MiniBatchStats, TokenLosses, moved_too_far
+from minirlhf.models.parallel import accumulated
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import Completions, RewardSource, Scores, as_scores
 from minirlhf.run import flags, optim, settings
@@ -288,7 +288,7 @@ def update_weights(
     policy, config, where = update.policy, update.config, update.where
     stats = MiniBatchStats(mini_batch, masks)
     update.optimizer.zero_grad()
-    for micro, mask in zip(mini_batch, masks, strict=True):
+    for micro, mask in accumulated(policy, zip(mini_batch, masks, strict=True)):
         new = lm_pass(policy, micro, config.temperature)
         if micro.old_logprobs is None:
             micro = micro._replace(old_logprobs=new.logprobs.detach())
@@ -316,14 +316,13 @@ def update_weights(
 
 def token_losses(update: Update, micro: Rollout, new: TokenPass) -> TokenLosses:
     """The loss of each response token, unreduced: (b, R); new: of the pass that is trained."""
-    config, lm = update.config, update.policy
+    config = update.config
     surrogate = update.policy_loss(new.logprobs, micro.old_logprobs, micro.advantages,
                                    micro.response_mask)
     invariants.check_policy_loss(surrogate, new.logprobs)
     kl_loss = torch.zeros_like(micro.old_logprobs)  # where the KL is in the reward, or nowhere
     if config.kl_in == "loss" and config.kl_coef:
-        kl = kl_to_ref(config.kl_estimator, lm, new, None, micro, config.temperature)
-        kl_loss = config.kl_coef * kl
+        kl_loss = config.kl_coef * kl_to_ref(config.kl_estimator, new, micro)
     total = surrogate.loss + kl_loss
     if config.entropy_coef:  # its gradient costs as much as that of the log-probs
         total = total - config.entropy_coef * new.entropy

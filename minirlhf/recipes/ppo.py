@@ -6,7 +6,7 @@ clipped objective of Schulman et al. 2017 (arXiv:1707.06347). `ppo` is the loop,
 update on one rollout, `update_weights` one optimizer step; `lessons/ppo.py` is the same on a page.
 
 Run it as `minirlhf ppo` or `python minirlhf/recipes/ppo.py`, or loop over `ppo(...)`. Left out:
-several processes, and models that share layers with their reference.
+models that share layers with their reference.
 """
 
 import sys
@@ -61,6 +61,7 @@ from minirlhf.evaluation.updates import (
     summarise_updates,
 )
 from minirlhf.models.heads import ValueHeadModel
+from minirlhf.models.parallel import accumulated
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import Completions, RewardSource, Scores, as_scores
 from minirlhf.run import flags, optim, settings
@@ -294,7 +295,7 @@ def update_weights(
     policy, config, where = update.policy, update.config, update.where
     stats = MiniBatchStats(mini_batch)
     update.optimizer.zero_grad()
-    for micro in mini_batch:
+    for micro in accumulated(policy, mini_batch):
         losses = token_losses(update, micro)
         # Every token of the optimizer step weighs the same, however the step is split.
         loss = masked_sum(losses.total, micro.response_mask) / stats.tokens
@@ -319,16 +320,15 @@ def update_weights(
 def token_losses(update: Update, micro: Rollout) -> TokenLosses:
     """The loss of each response token, unreduced: (b, R)."""
     config = update.config
-    new = policy_pass(update.policy, micro, config.temperature)
+    full = config.kl_in == "loss" and config.kl_estimator == "full"
+    new = policy_pass(update.policy, micro, config.temperature, *([update.ref] if full else []))
     surrogate = update.policy_loss(new.logprobs, micro.old_logprobs, micro.advantages,
                                    micro.response_mask)
     invariants.check_policy_loss(surrogate, new.logprobs)
     value = clipped_value_loss(new.values, micro.old_values, micro.returns, config.value_clip)
     kl_loss = torch.zeros_like(micro.old_logprobs)  # where the KL is in the reward
     if config.kl_in == "loss":
-        kl = kl_to_ref(config.kl_estimator, update.policy.lm, new, update.ref, micro,
-                       config.temperature)
-        kl_loss = update.kl_coef * kl
+        kl_loss = update.kl_coef * kl_to_ref(config.kl_estimator, new, micro)
     of_policy = surrogate.loss + kl_loss
     if config.entropy_coef:  # its gradient costs as much as that of the log-probs
         of_policy = of_policy - config.entropy_coef * new.entropy

@@ -43,6 +43,7 @@ from minirlhf.files import atomic
 from minirlhf.models.dropout import dropout_of
 from minirlhf.models.heads import RewardModel, normalize_scores
 from minirlhf.models.lora import merged_copy
+from minirlhf.models.parallel import accumulated
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
@@ -116,7 +117,8 @@ def update_weights(
     seen: list[Example] = []
     scores: list[Tensor] = []
     state.optimizer.zero_grad()
-    for part in preferences.micro_batches(examples, config.micro_batch_tokens):
+    parts = preferences.micro_batches(examples, config.micro_batch_tokens)
+    for part in accumulated(model, parts):
         here = [examples[i] for i in part.tolist()]
         batch = collate(here)
         rows = preferences.text_numbers(examples, part.tolist())

@@ -21,13 +21,14 @@ if not __package__ and Path(__file__).parts[-3] == "minirlhf":  # run by its pat
 
 import torch
 
-from minirlhf import interrupt
+from minirlhf import interrupt, ranks
 from minirlhf.batches.demonstrations import collate_texts, count_tokens, target_stats
 from minirlhf.console import progress
 from minirlhf.data.batching import cut_by_tokens, total_steps, training_batches
 from minirlhf.data.examples import Text
 from minirlhf.errors import OK, run
 from minirlhf.models.dropout import dropout_of
+from minirlhf.models.parallel import accumulated
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
@@ -85,7 +86,8 @@ def update_weights(state: TrainState, batch: list[Text], config: SFTConfig) -> d
     lengths, counts = count_tokens(batch)
     sums, count = dict.fromkeys(PER_TOKEN, 0.0), int(counts.sum())  # whatever the micro-batches
     state.optimizer.zero_grad()
-    for part in cut_by_tokens(lengths, len(batch), config.micro_batch_tokens):
+    parts = cut_by_tokens(lengths, len(batch), config.micro_batch_tokens)
+    for part in accumulated(lm, parts):
         here = [batch[i] for i in part.tolist()]
         dropout = dropout_of(config.lora_dropout, config.seed, state.step, part)
         stats = target_stats(lm, collate_texts(here), dropout)
@@ -137,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     config, r, state = start.config, start.run, start.state
     with r:
         if config.model is None and config.tokenizer is None:
-            keep_tokenizer(start.tokenizer, r.folder)
+            ranks.from_first(lambda: keep_tokenizer(start.tokenizer, r.folder))
         start.begin()
         # where a signal stopped the first step, the evaluation before it is there
         if start.sets and state.step == 0 and not state.log_bytes["metrics.jsonl"]:

@@ -10,8 +10,9 @@ from torch import nan
 from minirlhf import streams
 from minirlhf.batches.collect import columns_of, replay_rows, sample
 from minirlhf.batches.credit import assign_credit
-from minirlhf.batches.rollouts import Rollout, RolloutBuffer, measure, unpack
+from minirlhf.batches.rollouts import Rollout, RolloutBuffer, measure
 from minirlhf.data.examples import Prompt
+from minirlhf.models.alignment import unpack
 from minirlhf.models.sampling import Sampling
 from minirlhf.models.transformer import initialize
 from minirlhf.setup.ppo_settings import PPOConfig

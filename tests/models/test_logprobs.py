@@ -10,7 +10,7 @@ from minirlhf.models.logprobs import (
     token_logprobs,
     widened,
 )
-from minirlhf.models.support import RowSupport, stack_supports
+from minirlhf.models.support import RowSupport
 from tests.tiny_states import (
     EYE,
     LAWS,
@@ -243,11 +243,3 @@ def test_excluded_of_few_banned_ids_by_hand():
         assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
     rows, _ = banned.excluded(slice(1, 3), slice(0, 2))
     assert rows.tolist() == [0]
-
-
-def test_stack_supports_by_hand():
-    narrow = RowSupport([torch.tensor([1])], torch.tensor([[1]]))
-    wide = RowSupport([torch.tensor([2, 3]), torch.tensor([4])], torch.tensor([[1, 1], [1, 0]]))
-    both = stack_supports([narrow, wide])
-    assert [row.tolist() for row in both.rows] == [[1], [2, 3], [4]]
-    assert both.counts.tolist() == [[1, 0], [1, 1], [1, 0]]
