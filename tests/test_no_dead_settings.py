@@ -145,6 +145,7 @@ CHANGES = {
         "compile": Change(True, refused="torch.compile: fails here: no compiler"),
         "dtype": Change("bfloat16"),
         "device": Change("cuda", refused="--device: 'cuda' cannot be used"),
+        "parallel": Change("ddp", refused="--parallel: is ddp, and this is a single process"),
         "seed": Change(1),
         "dry_run": Change(True),
         "log_every": Change(2),
@@ -260,7 +261,7 @@ CHANGES = {
 }
 # see the last test
 OTHERWISE = {"out", "resume", "resume_from", "allow_data_change", "allow_setting_change",
-             "verbose", "quiet", "json"}
+             "verbose", "quiet", "json", "rank_timeout"}
 CASES = [
     (recipe, name, ({**CHANGES["all"], **CHANGES[recipe]})[name])
     for recipe in CONFIGS

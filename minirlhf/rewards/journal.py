@@ -11,6 +11,7 @@ there and one in the resumed run.
 import json
 from pathlib import Path
 
+from minirlhf import ranks
 from minirlhf.errors import UserError
 from minirlhf.files import atomic
 from minirlhf.files.reading import strict_json
@@ -36,12 +37,14 @@ class Journal:
             UserError: a line is damaged, other than a last one that a kill left unfinished.
         """
         if self._scores is None:
-            self._scores = {} if self.path is None else _read(self.path, self.what)
+            self._scores = ranks.from_first(
+                lambda: {} if self.path is None else _read(self.path, self.what)
+            )
         return self._scores
 
     def add(self, scores: dict[str, float]) -> None:
         known = self.scores
-        if self.path is not None and scores:
+        if self.path is not None and scores and ranks.is_first():
             new = not self.path.exists()
             lines = [json.dumps({"key": key, "score": score}) for key, score in scores.items()]
             atomic.append_line(self.path, "\n".join(lines))

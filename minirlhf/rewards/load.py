@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minirlhf import interrupt
+from minirlhf import interrupt, ranks
 from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer
 from minirlhf.errors import UserError, printable
@@ -23,6 +23,7 @@ from minirlhf.rewards.journal import Journal
 from minirlhf.rewards.model import model_reward
 from minirlhf.rewards.parse import RewardSourceSettings, Spec, locate, parse_source, part_names
 from minirlhf.rewards.service import Service, service_reward
+from minirlhf.rewards.shared import asked_once
 from minirlhf.rewards.source import Completions, RewardSource, Scores, combine
 from minirlhf.rewards.user_code import modules_of, open_folder, run_file
 from minirlhf.rewards.verifiers import (
@@ -207,7 +208,7 @@ def load_reward(
         if spec.kind == "function":
             return functions[spec]
         if spec.kind == "rule":
-            return rule_reward(spec.place)
+            return asked_once(rule_reward(spec.place))
         if spec.kind == "service":
             file = config.reward_token_file
             service = Service(
@@ -215,14 +216,19 @@ def load_reward(
                 config.reward_connect_timeout, config.reward_retries, config.reward_batch_size,
                 None if file is None else read_token(file),
             )
-            return service_reward(service, partial(tokenizer.decode, skip_special=False), replies)
+            decode = partial(tokenizer.decode, skip_special=False)
+            return asked_once(service_reward(service, decode, replies))
         model, own = load_model(place), load_tokenizer(place)
         again = reencoded(place, tokenizer)
         return model_reward(model, own, micro_batch_tokens, again, f"--reward {spec.place}")
 
     names, functions = part_names(specs), {}
     for spec in (spec for spec in specs if spec.kind == "function"):
-        functions[spec] = source = load_function(spec.place, columns, tokenizer, ran)
-        if tried is not None:
-            _try(source, tried)
+        def load_and_try(spec: Spec = spec) -> None:
+            functions[spec] = source = load_function(spec.place, columns, tokenizer, ran)
+            if tried is not None:
+                _try(source, tried)
+
+        ranks.from_first(load_and_try)
+        functions[spec] = asked_once(functions.get(spec))
     return combine([(n, s.weight, load(s)) for n, s in zip(names, specs, strict=True)])

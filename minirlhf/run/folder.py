@@ -2,7 +2,8 @@
 
     run.json  metrics.jsonl  samples.jsonl  checkpoints/step-…/  best/  model/
 
-It is not a trainer: recipes own their loops and call it at their safe points.
+It is not a trainer: recipes own their loops and call it at their safe points. Of several processes
+all call it, and rank 0 alone writes.
 """
 
 import json
@@ -19,8 +20,8 @@ from types import MappingProxyType
 import torch
 
 import minirlhf
-from minirlhf import console, interrupt
-from minirlhf.errors import NON_FINITE, REWARD_SERVICE, STOPPED, Stopped, UserError, printable
+from minirlhf import console, interrupt, ranks
+from minirlhf.errors import NON_FINITE, REWARD_SERVICE, STOPPED, Stopped, UserError
 from minirlhf.files import atomic
 from minirlhf.files.reading import check_unchanged, forget_read, read_json
 from minirlhf.files.sieve import Report
@@ -31,6 +32,7 @@ from minirlhf.run.kinds import LOGS
 from minirlhf.run.lock import check_held, take_lock
 from minirlhf.run.machine import environment, peak_bytes
 from minirlhf.run.meters import Step
+from minirlhf.run.place import check_place, place_of
 from minirlhf.run.resume import (
     CHANGES,
     Record,
@@ -41,7 +43,7 @@ from minirlhf.run.resume import (
     provenance,
     read_record,
 )
-from minirlhf.run.settings import as_dict, settings_of
+from minirlhf.run.settings import as_dict
 from minirlhf.run.started import forget_start, made_no_step
 from minirlhf.run.trackers import Trackers, next_step
 
@@ -65,7 +67,7 @@ class Run:
         self, config: RunSettings, recipe: str,
         inputs: Mapping[str, Iterable[str | Path]] = MappingProxyType({}),
     ):
-        self.folder, self.recipe, self.config = _place(config.out), recipe, config
+        self.folder, self.recipe, self.config = place_of(config.out), recipe, config
         self.inputs = {name: list(places) for name, places in inputs.items()}
         self.sums: dict[str, str] = {}  # of inputs that were hashed as they were read
         self.before: Record | None = None  # of the last start
@@ -73,8 +75,9 @@ class Run:
         self.record: Record | None = None  # of this start, once it is entered
         self.state: TrainState | None = None  # once restored
         self.started, self.display = time.perf_counter(), Display(config, recipe)
-        self.trackers = Trackers(() if config.dry_run else config.track, self.display.note)
-        self.check_folder()
+        tracked = config.track if ranks.is_first() and not config.dry_run else ()
+        self.trackers, self._lock = Trackers(tracked, self.display.note), None
+        ranks.from_first(self.check_folder)
 
     @property
     def stopped(self) -> bool:
@@ -83,15 +86,7 @@ class Run:
 
     def check_place(self) -> None:
         """Refuses a place where no folder can be made, or that a model is read from."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(self.folder, "is not a folder", "give another --out")
-        above = next(parent for parent in self.folder.absolute().parents if parent.exists())
-        if not above.is_dir():
-            raise UserError(self.folder, f"{above.name} is a file", "give another --out")
-        for flag, place in self._model_folders():  # what is read there would change
-            if inside(self.folder, Path(place)):
-                what = f"is {flag} {place} or lies in it"
-                raise UserError(self.folder, what, "give another --out")
+        check_place(self.folder, self.config, self.inputs)
 
     def check_folder(self) -> None:
         """Refuses a folder that is not this run's to write in."""
@@ -104,15 +99,15 @@ class Run:
             hint = "give another --out" + ("" if self.config.resume else ", or --resume")
             raise UserError(self.folder, "is not empty", hint)
 
-    def _model_folders(self) -> Iterator[tuple[str, str | Path]]:
-        """What the run may read models from, with the flags that name it."""
-        for name, item in settings_of(type(self.config)).items():
-            if item.metavar == "FOLDER" and (place := getattr(self.config, name)):
-                yield item.flag, place
-            elif item.metavar == "SOURCE":
-                yield from ((item.flag, place) for place in self.inputs.get(name, ()))
-
     def __enter__(self) -> "Run":
+        self.record = Record(**ranks.from_first(self._take_folder))
+        self._listening = ExitStack()
+        self._listening.enter_context(console.speaking())
+        self._listening.enter_context(interrupt.listening())
+        return self
+
+    def _take_folder(self) -> dict:
+        """Locks the folder, and writes what a start writes; the fields of its record."""
         atomic.make_folder(self.folder)
         self._lock = take_lock(self.folder)
         try:
@@ -127,10 +122,7 @@ class Run:
         except BaseException:
             self._lock.close()
             raise
-        self._listening = ExitStack()
-        self._listening.enter_context(console.speaking())
-        self._listening.enter_context(interrupt.listening())
-        return self
+        return vars(self.record)
 
     def _record_inputs(self) -> None:
         """The sums of what was read: a file that was written meanwhile is refused."""
@@ -163,7 +155,8 @@ class Run:
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         try:
-            if isinstance(error, Exception) and not isinstance(error, UserError | OSError):
+            bug = isinstance(error, Exception) and not isinstance(error, UserError | OSError)
+            if bug and ranks.is_first():
                 with suppress(OSError):  # the fault itself is the one to tell
                     self._write_crash(error)
             if _of_service(error) and self.state is not None:
@@ -175,7 +168,8 @@ class Run:
         finally:
             self.trackers.close()
             self._listening.close()
-            self._lock.close()
+            if self._lock is not None:
+                self._lock.close()
             forget_read()
 
     def _write_crash(self, error: Exception) -> None:
@@ -196,15 +190,27 @@ class Run:
         Raises:
             UserError: no checkpoint fits, or a log is shorter than the checkpoint knows.
         """
-        self.state, kept = state, self.folder / "checkpoints"
+        self.state, found = state, ranks.from_first(self._newest)
+        if found is None:
+            ranks.from_first(self._begin)
+            state.log_bytes = dict.fromkeys(LOGS, 0)
+            if self.config.save_every is not None:
+                self.save(state)
+            return
+        newest = self.folder / "checkpoints" / found
+        checkpoint.load_checkpoint(state, newest)
+        ranks.from_first(lambda: self._go_on(state, newest))
+
+    def _newest(self) -> str | None:
+        """The name of the newest whole checkpoint."""
+        kept = self.folder / "checkpoints"
         newest, passed_over = checkpoint.newest_commit(kept, self.config.resume_from)
         for reason in passed_over:
             self.display.note(f"passed over {reason}")
-        if newest is None:
-            self._begin(state)
-            self.trackers.open(self.folder, self.config, 0)
-            return
-        checkpoint.load_checkpoint(state, newest)
+        return newest and newest.name
+
+    def _go_on(self, state: TrainState, newest: Path) -> None:
+        """Cuts the logs to what the checkpoint knows, and tells what has changed since."""
         for name, length in state.log_bytes.items():
             atomic.check_length(self.folder / name, length)
         sent = next_step(self.folder / "metrics.jsonl")
@@ -224,8 +230,8 @@ class Run:
                 was = then.get(name, "not recorded")
                 self.display.note(f"not bit for bit from here on: {name} was {was}, is {now}")
 
-    def _begin(self, state: TrainState) -> None:
-        """Empties the logs and commits step 0."""
+    def _begin(self) -> None:
+        """Empties the logs."""
         kept_none = self.before is not None and self.before.settings.get("save_every", 1) is None
         ended = [name for name in ("model", "adapter") if (self.folder / name).exists()]
         if kept_none and ended:
@@ -243,9 +249,7 @@ class Run:
             atomic.write_text(self.folder / name, "")
         atomic.fsync(self.folder)
         self._write_facts()
-        state.log_bytes = dict.fromkeys(LOGS, 0)
-        if self.config.save_every is not None:
-            self.save(state)
+        self.trackers.open(self.folder, self.config, 0)
 
     def list_left_out(self, reports: Iterable[Report]) -> None:
         """rejected.jsonl and dropped.jsonl: rows of the data that this run does not see, and why.
@@ -253,6 +257,8 @@ class Run:
         Each is written whole, by one rename, and only where that changes it: a function of the
         data and the settings, it is the same after every resume.
         """
+        if not ranks.is_first():
+            return
         reports = list(reports)
         rejected = [row._asdict() for report in reports for row in report.rejected_rows]
         dropped = [
@@ -284,9 +290,11 @@ class Run:
             if state.unreported is not None:
                 yield Step(**state.unreported)
             try:
+                ranks.at(f"step {state.step + 1}")
                 while not self.stopped and (step := next(upcoming, None)) is not None:
                     yield step
                     bar.update()
+                    ranks.at(f"step {state.step + 1}")
             except Stopped:
                 pass  # what had begun is dropped: the state is that of the last yield
 
@@ -307,7 +315,7 @@ class Run:
                 raise
             self.trackers.drop()
             state.take_back(before, step)
-            for name, length in state.log_bytes.items():
+            for name, length in state.log_bytes.items() if ranks.is_first() else ():
                 atomic.truncate(self.folder / name, length)
             if isinstance(error, UserError):
                 raise
@@ -341,6 +349,8 @@ class Run:
         self._append(state, "samples.jsonl", rows)
 
     def _append(self, state: TrainState, name: str, rows: list[dict]) -> None:
+        if not ranks.is_first():
+            return
         check_held(self._lock, self.folder)
         for row in rows:
             text = json.dumps(row, ensure_ascii=False, allow_nan=False)
@@ -348,6 +358,8 @@ class Run:
 
     def save(self, state: TrainState) -> None:
         """Commits a checkpoint; the logs are on disk before it says how long they are."""
+        if not ranks.is_first():
+            return
         check_held(self._lock, self.folder)
         for name in state.log_bytes:
             atomic.fsync(self.folder / name)
@@ -355,6 +367,8 @@ class Run:
 
     def write_file(self, name: str, text: str) -> None:
         """Puts a file into the folder of the run, or another text under its name, by one rename."""
+        if not ranks.is_first():
+            return
         check_held(self._lock, self.folder)
         temporary = self.folder / f"{atomic.TEMPORARY}{name}"
         atomic.write_text(temporary, text)
@@ -362,6 +376,8 @@ class Run:
 
     def export(self, write: Callable[[Path], None], name: str = "model") -> Path:
         """Lets `write` fill a new folder that then takes its name; returns it."""
+        if not ranks.is_first():
+            return self.folder / name
         check_held(self._lock, self.folder)
         atomic.sweep(self.folder)
         atomic.write_folder(write, self.folder / name)
@@ -380,18 +396,3 @@ class Run:
 
 def _of_service(error: BaseException | None) -> bool:
     return isinstance(error, UserError) and error.code == REWARD_SERVICE
-
-
-def _place(out: str) -> Path:
-    """The folder's path, without .. where that would name a folder that is not there."""
-    folder = Path(out)
-    try:
-        resolved = folder.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle; a name that is too long
-        raise UserError("--out", printable(error), "give another --out") from None
-    return resolved if ".." in folder.parts else folder
-
-
-def inside(folder: Path, other: Path) -> bool:
-    """Whether a folder is another one that exists, or lies below it."""
-    return other.is_dir() and folder.resolve().is_relative_to(other.resolve())

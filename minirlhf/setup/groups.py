@@ -14,6 +14,7 @@ from minirlhf.data.parts import TRAIN_ON
 from minirlhf.files.sieve import column_problems, name_problems
 from minirlhf.run.resume import RunSettings
 from minirlhf.run.settings import setting
+from minirlhf.setup.parallel_settings import ParallelSettings
 
 
 @dataclass(frozen=True)
@@ -384,7 +385,8 @@ class InputSettings(
 
 @dataclass(frozen=True)
 class TrainingSettings(
-    OptimizerSettings, AdapterSettings, MemorySettings, DeviceSettings, SeedSettings, RunSettings
+    OptimizerSettings, AdapterSettings, MemorySettings, DeviceSettings, ParallelSettings,
+    SeedSettings, RunSettings,
 ):
     """How every recipe trains and where it writes; InputSettings go with them."""
 

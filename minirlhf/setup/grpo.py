@@ -7,14 +7,14 @@ from math import ceil
 import torch
 
 from minirlhf.batches.rollouts import measure_lm
-from minirlhf.models import pretrained
+from minirlhf.models import parallel, pretrained
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.transformer import CausalLM
-from minirlhf.run import optim
+from minirlhf.run import distributed, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.dry_run import DryRun
 from minirlhf.run.folder import Run
-from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
+from minirlhf.run.machine import choose_dtype, make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.policy import (
@@ -61,7 +61,7 @@ def run_facts(config: GRPOConfig, prompts: int, policy: CausalLM) -> dict[str, o
 
 def load_run(config: GRPOConfig) -> PolicyRun:
     """Refuses all that can be refused, the cheapest first, then loads the models."""
-    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    device, dtype = distributed.start(config), choose_dtype(config.dtype)
     check_sampler(config, device)
     start = look(config, refers=config.refers)
     tokenizer, data = start.tokenizer, start.data
@@ -83,6 +83,7 @@ def load_run(config: GRPOConfig) -> PolicyRun:
     offload_frozen(config, policy, frozen)
     if config.compile:
         compile_blocks(policy, *(model for model, _ in frozen))
+    parallel.wrap(policy)
     optimizer = optim.make_optimizer(
         policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )

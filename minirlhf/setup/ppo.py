@@ -11,16 +11,16 @@ from minirlhf.batches.rollouts import measure
 from minirlhf.data.examples import load_texts
 from minirlhf.errors import UserError
 from minirlhf.files.sieve import RowPolicy
-from minirlhf.models import pretrained
+from minirlhf.models import parallel, pretrained
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.heads import ValueHeadModel, critic_from_reward_model
 from minirlhf.models.lora import has_lora
-from minirlhf.run import optim
+from minirlhf.run import distributed, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.display import Display
 from minirlhf.run.dry_run import DryRun
 from minirlhf.run.folder import Run
-from minirlhf.run.machine import choose_device, choose_dtype, make_deterministic
+from minirlhf.run.machine import choose_dtype, make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.policy import (
     PolicyRun,
@@ -118,7 +118,7 @@ class PPORun(PolicyRun):
 
 def load_run(config: PPOConfig) -> PPORun:
     """Refuses all that can be refused, the cheapest first, then loads the models."""
-    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    device, dtype = distributed.start(config), choose_dtype(config.dtype)
     check_sampler(config, device)
     start = look_for_ppo(config)
     tokenizer, data = start.tokenizer, start.data
@@ -136,6 +136,7 @@ def load_run(config: PPOConfig) -> PPORun:
     offload_frozen(config, policy, [*rewards.models, (ref, start.ref_folder)])
     if config.compile:
         compile_blocks(policy, ref, *(model for model, _ in rewards.models))
+    parallel.wrap(policy, in_parts=bool(data.texts) or config.critic_warmup_steps > 0)
     state = TrainState(policy, ppo_optimizer(policy, config), kl_coef=config.kl_coef)
     sizes = config.ptx_batch_size, config.micro_batch_tokens
     mix = TextMix(data.texts, config.ptx_coef, *sizes, config.seed) if data.texts else None

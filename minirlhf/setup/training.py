@@ -19,14 +19,15 @@ from minirlhf.errors import UserError
 from minirlhf.evaluation.report.page import write_report
 from minirlhf.files import folders
 from minirlhf.files.sieve import Report
+from minirlhf.models import parallel
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.lora import has_lora, merged_copy
 from minirlhf.models.transformer import CausalLM
-from minirlhf.run import optim
+from minirlhf.run import distributed, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.dry_run import DryRun
 from minirlhf.run.folder import Run
-from minirlhf.run.machine import choose_device, choose_dtype
+from minirlhf.run.machine import choose_dtype
 from minirlhf.run.meters import Step
 from minirlhf.setup import longest
 from minirlhf.setup.common import (
@@ -128,7 +129,7 @@ def open_run(
     Args:
         inputs: setting -> files that it names, beside those of data.
     """
-    device, dtype = choose_device(config.device), choose_dtype(config.dtype)
+    device, dtype = distributed.start(config), choose_dtype(config.dtype)
     files = {"data": [config.data], "eval_data": list(named_files(config.eval_data).values())}
     return (DryRun if config.dry_run else Run)(config, recipe, files | inputs), device, dtype
 
@@ -175,6 +176,7 @@ def ready(
     model.to(device)
     if config.compile:
         compile_blocks(model)
+    parallel.wrap(model)
     optimizer = optim.make_optimizer(
         model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )
