@@ -13,6 +13,7 @@ nothing of torch.distributed is loaded.
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ def count() -> int:
 def device() -> str:
     """Of this process."""
     return _group.device
+
+
+def neighbours() -> int:
+    """Processes of the run on this machine, this one among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _group.count > 1 else 1
 
 
 def alone() -> bool:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from minirlhf import ranks
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.models import pretrained
 from minirlhf.models.config import ModelConfig
@@ -241,10 +242,15 @@ def announce(
 ) -> dict[str, str]:
     """What a run tells of its machine; warns of what `remarks` tells, and of a tight one.
     Raises UserError (exit code 4) where not even three quarters of the estimate are free."""
-    for line in [*pretrained.remarks(folders, dtype), *check_fits(estimate, free_memory(device))]:
+    here = free_memory(device)
+    if device == "cpu":  # which the processes of one machine share
+        here = here._replace(free=here.free // ranks.neighbours())
+    for line in [*pretrained.remarks(folders, dtype), *check_fits(estimate, here)]:
         Display(config).note(f"warning: {line}")
     held = (process_bytes(device) + estimate.total) / 1e9
-    return {"memory": f"about {held:.1f} GB; --dry-run measures it", "device": device,
+    each = " a process" if ranks.count() > 1 else ""
+    return {"memory": f"about {held:.1f} GB{each}; --dry-run measures it",
+            "device": device + (f" x {ranks.count()} processes" if each else ""),
             "dtype": str(dtype).removeprefix("torch.")}
 
 
