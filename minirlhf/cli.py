@@ -1,12 +1,13 @@
 """`minirlhf VERB …`: one table of verbs; a verb's module is imported once its flags are right."""
 
 import importlib
+import os
 import shutil
 import sys
 import textwrap
 from typing import NamedTuple
 
-from minirlhf import __version__
+from minirlhf import __version__, console
 from minirlhf.errors import OK, UserError, run
 from minirlhf.run import flags
 from minirlhf.run.settings import nearest
@@ -80,8 +81,9 @@ VERBS = {
                  "train, align and measure a tiny model from nothing"),
 }
 
+OF_RANKS = ("sft", "reward", "ppo", "grpo", "dpo", "distill")  # torchrun may start several of each
 GROUPS = {  # heading -> verbs under it
-    "train": ("sft", "reward", "ppo", "grpo", "dpo", "distill", "rerun"),
+    "train": (*OF_RANKS, "rerun"),
     "look": ("check", "metrics", "report", "explain", "score", "selftest"),
     "use": ("sample", "chat", "best-of", "serve", "export", "tasks"),
     "learn": ("demo", "learn", "coming-from", "completion"),
@@ -104,6 +106,15 @@ def usage() -> str:
                      for line in lines)
 
 
+def _start_one_of_many(name: str, words: list[str]) -> None:
+    """Refuses a verb that is one process; of the others, rank 0 says what is wrong with words."""
+    if os.environ.get("RANK", "0") != "0" and "--verbose" not in words:
+        console.mute()
+    if name not in OF_RANKS:
+        what = f"starts several processes, and {name} is one"
+        raise UserError("torchrun", what, f"start it as minirlhf {name}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     return run(lambda: _dispatch(sys.argv[1:] if argv is None else argv))
@@ -117,6 +128,8 @@ def _dispatch(argv: list[str]) -> int:
         print(f"minirlhf {__version__}")
     elif name in VERBS:
         verb = VERBS[name]
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _start_one_of_many(name, words)
         if verb.settings:  # --help and bad flags need not wait until torch is imported
             flags.parse(verb.config(), words, f"minirlhf {name}", tell=lambda line: None)
         return verb.run(words)

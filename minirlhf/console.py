@@ -98,7 +98,7 @@ def speaking() -> Iterator[None]:
         for stream in streams:
             stream.flush()
         sys.stdout, sys.stderr = before
-        _State.stdout = None
+        _State.stdout, _State.muted = None, False
 
 
 def _fill() -> None:
@@ -112,7 +112,7 @@ def _fill() -> None:
 
 
 def mute() -> None:
-    """Says nothing from here on: another process of the same run says it."""
+    """Says nothing until the command ends: another process of the same run says it."""
     _State.muted = True
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Stream):

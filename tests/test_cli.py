@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import minirlhf
-from minirlhf import cli
+from minirlhf import cli, console
 from minirlhf.data.tokenizer import train_tokenizer
 from minirlhf.errors import BAD_INPUT, MACHINE, UserError
 from tests.bad_inputs import SHAPE
@@ -100,7 +100,7 @@ def test_main_does_not_import_torch_without_a_verb(argv):
 def test_neither_help_nor_a_bad_flag_waits_for_torch(verb, word):
     code = f"""
 import sys
-from minirlhf import cli
+from minirlhf import cli, console
 try:
     code = cli.main([{verb!r}, {word!r}])
 except SystemExit as left:
@@ -128,7 +128,7 @@ def test_what_trains_nothing_does_not_wait_for_the_compiler_that_torch_imports(t
         ]
         code = f"""
 import sys, torch
-from minirlhf import cli
+from minirlhf import cli, console
 codes = [cli.main(line.split()) for line in {lines!r}]
 print(codes, "torch._dynamo" in sys.modules, torch.get_deterministic_debug_mode(), file=sys.stderr)
 """
@@ -192,3 +192,24 @@ def test_a_recipe_run_by_its_path_is_its_verb(verb):
     by_path = python(f"minirlhf/recipes/{verb}.py", "--help")
     assert by_path.returncode == 0, by_path.stderr
     assert by_path.stdout.startswith(f"usage: minirlhf {verb} ")
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in cli.VERBS if name not in RECIPES])
+def test_torchrun_starts_recipes_only(name, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main([name]) == BAD_INPUT
+    wanted = f"torchrun: starts several processes, and {name} is one: start it as minirlhf {name}"
+    assert capsys.readouterr().err == f"error: {wanted}\n"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_alone_tells_what_is_wrong_with_the_words(name, rank, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    assert cli.main([name, "--modell", "x"]) == BAD_INPUT
+    assert ("--modell" in capsys.readouterr().err) == (rank == 0)
+    assert not console.muted()
