@@ -101,9 +101,12 @@ class _Names(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, of = kwargs or {}, self.of
-        if function in (torch.device, torch._C._nn._parse_to):
-            return function(*args, **kwargs)
         first = args[0] if args else None
+        if function is torch.device:
+            return function(*args, **kwargs)
+        if function is torch._C._nn._parse_to:  # of `Module.to`
+            device, *more = function(*args, **kwargs)
+            return of.place if isinstance(first, There) else device, *more
         if isinstance(first, There):
             if function is Tensor.tolist:
                 of.reads.append("tolist")
@@ -164,6 +167,9 @@ class Elsewhere(TorchDispatchMode):
             stays = named or (target.type == "meta" and not self.real_meta)
         if not there and not stays:
             return op(*args, **kwargs)
+        if any(x.is_meta for x in leaves) and not any(x.dim() for x in there):
+            # Shapes of a model without weights, and a scalar that torch made beside them
+            return op(*over(lambda x: getattr(x, "raw", x), args), **kwargs)
         self._check(op, name, args, kwargs, leaves)
         self._count(name, args, kwargs, stays)
 

@@ -123,7 +123,8 @@ def update_weights(
         here = ", ".join(examples[i].where for i in rows[:8])
         optim.check_finite(f"{where} ({here})", {"loss": value})
         if state.step == 0 and ref is not None and config.ref is None and dropout is None:
-            gap = (policy.logprobs.detach() - ref_logprobs) / policy.tokens
+            gap = policy.logprobs.detach() - ref_logprobs.to(policy.logprobs)
+            gap = gap / policy.tokens
             invariants.check_start(gap, "rewards/margins")
         loss.backward()
         interrupt.check()

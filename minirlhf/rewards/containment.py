@@ -70,16 +70,19 @@ KEPT = {  # what it is called -> how it is read and put back
 
 def _random_states() -> list[Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda]
+    apple = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, apple]
 
 
 def _put_random_states(states: list[Any]) -> None:
-    of_python, of_numpy, of_torch, of_cuda = states
+    of_python, of_numpy, of_torch, of_cuda, of_apple = states
     random.setstate(of_python)
     np.random.set_state(of_numpy)
     torch.set_rng_state(of_torch)
     if of_cuda is not None:
         torch.cuda.set_rng_state_all(of_cuda)
+    if of_apple is not None:
+        torch.mps.set_rng_state(of_apple)
 
 
 def _seed(stream: str) -> None:
@@ -89,6 +92,8 @@ def _seed(stream: str) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 class Container:

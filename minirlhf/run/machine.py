@@ -18,6 +18,7 @@ from minirlhf.errors import UserError, printable
 CHOOSES = re.compile(
     r"(MKL_(?!NUM_THREADS)|ONEDNN_|DNNL_|ATEN_CPU_CAPABILITY|OPENBLAS_CORETYPE|NVIDIA_TF32|CUBLAS_)"
 )
+DEVICES = "auto, cuda, cuda:N, mps (Apple GPUs) or cpu"
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -27,13 +28,16 @@ class Machine(NamedTuple):
 
 
 def choose_device(name: str) -> str:
-    """`auto` is the first GPU, or else the CPU."""
+    """`auto` is the first GPU of NVIDIA or AMD, or else Apple's, or else the CPU."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        what = f"{name!r} cannot be used (it is neither cpu nor cuda)"
-        raise UserError("--device", what, "use auto, cpu, cuda or cuda:N")
+        apple = "mps" if torch.backends.mps.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else apple
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        what = f"{name!r} cannot be used (it is neither cpu nor a GPU)"
+        raise UserError("--device", what, f"use {DEVICES}")
     try:
+        if name == "mps" and not torch.backends.mps.is_built():  # of which torch says a page
+            raise RuntimeError("this torch is built without Metal, which Apple GPUs need")
         torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = printable(str(error).splitlines()[0], 100)
@@ -48,7 +52,7 @@ def choose_dtype(name: str) -> torch.dtype:
 
 def make_deterministic(device: str) -> None:
     """Makes every run on a CPU give the same bits. On a GPU torch would refuse the cumsum of
-    sampling, and cuBLAS wants a workspace setting.
+    sampling, and cuBLAS wants a workspace setting; of Apple's it promises nothing.
 
     It imports 70 MB, which the optimizer would import anyway: called late, so that a refusal need
     not wait for it, and before `process_bytes`, so that the estimate counts it.
@@ -83,7 +87,9 @@ def environment(model: nn.Module) -> dict[str, object]:
 
 
 def process_bytes(device: str = "cpu", proc: Path = PROC) -> int:
-    """Resident bytes of this process; 0 for a GPU, whose free memory has it taken off already."""
+    """Resident bytes of this process; 0 for a GPU, whose free memory has them taken off already.
+
+    An Apple GPU shares the memory of the CPU, but has a limit of its own in it."""
     if device != "cpu":
         return 0
     status = proc / "self/status"
@@ -93,7 +99,12 @@ def process_bytes(device: str = "cpu", proc: Path = PROC) -> int:
 
 
 def peak_bytes(device: str = "cpu") -> int:
-    """Most memory held so far: resident by this process, or taken by torch on a GPU."""
+    """Most memory held so far: resident by this process, or taken by torch on a GPU.
+
+    Of an Apple GPU no such number is kept. What Metal holds for the process is near it, since torch
+    keeps what is freed for the next tensors."""
+    if torch.device(device).type == "mps":
+        return torch.mps.driver_allocated_memory()
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -145,8 +156,12 @@ def free_memory(device: str = "cpu", proc: Path = PROC, groups: Path = CGROUPS) 
     """What this process may still take, and which limit says so.
 
     Of a CPU: the least of what the system can give without swapping, what is left of the control
-    groups' limits, and what is left of the address space (`ulimit -v`).
+    groups' limits, and what is left of the address space (`ulimit -v`). Of an Apple GPU: what Metal
+    recommends to take at most, less what it holds for this process.
     """
+    if torch.device(device).type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return Machine(free, device)
     if device != "cpu":
         return Machine(torch.cuda.mem_get_info(device)[0], device)
     found = []

@@ -365,7 +365,7 @@ class DeviceSettings:
         choices=("auto", "float32", "bfloat16"), resume="fixed",
     )
     device: str = setting(
-        "auto", "cpu, cuda or cuda:N; auto: the first CUDA GPU, else the CPU", resume="free"
+        "auto", "cpu, cuda, cuda:N, mps; auto: CUDA, else Apple's GPU, else the CPU", resume="free"
     )
 
 

@@ -16,6 +16,7 @@ from minirlhf.run.machine import (
     peak_bytes,
     process_bytes,
 )
+from tests.elsewhere import Elsewhere
 
 MEMINFO = "MemTotal:       24682416 kB\nMemFree:  5 kB\nMemAvailable:   3000 kB\n"
 STATUS = "Name:\tpython\nVmPeak:\t  900 kB\nVmSize:\t     800 kB\nVmRSS:\t     700 kB\n"
@@ -38,17 +39,34 @@ def put(folder, **files):
         (folder / name.replace("__", ".")).write_text(f"{text}\n")
 
 
-def test_choose_device_auto_is_the_gpu_if_there_is_one(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device("auto") == "cuda"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == "cpu" == choose_device("cpu")
+@pytest.mark.parametrize("cuda, apple, expected", [
+    (True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu"),
+])
+def test_choose_device_auto_is_the_gpu_if_there_is_one(cuda, apple, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    assert choose_device("auto") == expected
+    assert choose_device("cpu") == "cpu"
 
 
-@pytest.mark.parametrize("name", ["tpu", "mps", "meta", "cuda:99"])
-def test_choose_device_refuses_what_cannot_compute(name):
-    with pytest.raises(UserError, match=f"--device: '{name}' cannot be used"):
+@pytest.mark.parametrize("name", ["tpu", "meta", "cpu:0", "mps:0", "cuda:", "cuda:-1", "CUDA", ""])
+def test_choose_device_refuses_what_is_none(name):
+    with pytest.raises(UserError, match=r"neither cpu nor a GPU.*cuda, cuda:N, mps .* or cpu"):
         choose_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "mps"])
+def test_choose_device_refuses_what_cannot_compute(name):
+    with pytest.raises(UserError, match=f"--device: '{name}' cannot be used .*: use cpu"):
+        choose_device(name)
+
+
+def test_choose_device_takes_an_apple_gpu_that_computes(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    with Elsewhere("mps"):
+        assert choose_device("mps") == "mps"
+    with pytest.raises(UserError, match="'mps' cannot be used"):  # and here again it does not
+        choose_device("mps")
 
 
 def test_choose_dtype():
@@ -56,7 +74,7 @@ def test_choose_dtype():
     assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("device, wanted", [("cpu", True), ("cuda", False)])
+@pytest.mark.parametrize("device, wanted", [("cpu", True), ("cuda", False), ("mps", False)])
 def test_make_deterministic_is_for_a_cpu(device, wanted, monkeypatch):
     before = torch.are_deterministic_algorithms_enabled()
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
@@ -71,7 +89,7 @@ def test_make_deterministic_is_for_a_cpu(device, wanted, monkeypatch):
 
 def test_process_bytes_is_the_resident_size(proc):
     assert process_bytes("cpu", proc) == 700 * 1024
-    assert process_bytes("cuda", proc) == 0
+    assert process_bytes("cuda", proc) == process_bytes("mps", proc) == 0
 
 
 def test_process_bytes_without_proc_is_the_largest_so_far(tmp_path):
@@ -108,6 +126,14 @@ def test_free_memory_is_the_least_of_the_limits(proc, tmp_path, monkeypatch):
 def test_free_memory_of_a_gpu_asks_the_driver(monkeypatch):
     monkeypatch.setattr(machine.torch.cuda, "mem_get_info", lambda device: (7, 9))
     assert free_memory("cuda:1") == Machine(7, "cuda:1")
+
+
+@pytest.mark.parametrize("device", ["mps", "mps:0"])
+def test_memory_of_an_apple_gpu_is_what_metal_says(device, monkeypatch):
+    monkeypatch.setattr(machine.torch.mps, "recommended_max_memory", lambda: 900)
+    monkeypatch.setattr(machine.torch.mps, "driver_allocated_memory", lambda: 250)
+    assert free_memory(device) == Machine(650, device)
+    assert peak_bytes(device) == 250
 
 
 def test_free_memory_refuses_a_meminfo_without_the_line(proc, tmp_path):
