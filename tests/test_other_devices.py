@@ -33,6 +33,9 @@ from minirlhf.setup.dpo_settings import DPOConfig
 from minirlhf.setup.grpo_settings import GRPOConfig
 from minirlhf.setup.reward_settings import RewardConfig
 from minirlhf.setup.sft_settings import SFTConfig
+from minirlhf.tools.selftest.checks import CHECKS
+from minirlhf.tools.selftest.compare import compare
+from minirlhf.tools.selftest.tiny import Place
 from tests import tiny_dpo, tiny_ppo, tiny_reward
 from tests.elsewhere import Elsewhere, There
 from tests.tiny_ppo import PROMPTS, Letters, letter_d, tiny_lm
@@ -223,3 +226,10 @@ def test_a_run_on_another_device_resumes_from_a_checkpoint(tmp_path):
         load_checkpoint(state, commit)
         assert all(isinstance(p, There) for p in state.model.parameters())
         assert next(steps_of(state)).metrics == pytest.approx(second, rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("check", [name for name in CHECKS if name != "three steps of PPO"])
+def test_selftest_agrees_on_another_device(check, tmp_path):
+    with Elsewhere("mps"):
+        found = compare(check, Place("mps", torch.float32, tmp_path))
+    assert found.agrees, found

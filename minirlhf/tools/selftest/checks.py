@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from minirlhf import streams
 from minirlhf.batches.demonstrations import collate_texts, count_tokens, target_stats
+from minirlhf.batches.preferences import collate_pairs
 from minirlhf.batches.rollouts import Rollout, RolloutBuffer, TokenPass, lm_pass, policy_pass
 from minirlhf.data.tokenizer import train_tokenizer
 from minirlhf.equations.critic_free import group_advantages
 from minirlhf.equations.masking import masked_standardize, masked_sum
-from minirlhf.lessons import dpo, grpo, ppo, reward, sft
+from minirlhf.lessons import dpo, grpo, ppo, sft
 from minirlhf.models.cache import KVCache
 from minirlhf.models.generation import generate
 from minirlhf.models.logprobs import token_logprobs
@@ -121,8 +122,9 @@ def sft_numbers(place: Place) -> Numbers:
 
 
 def reward_numbers(place: Place) -> Numbers:
-    model, pairs = tiny.reward_model(place), tiny.pairs()
-    return with_gradient(model, reward.summed_loss(model, pairs) / len(pairs))
+    model, batch = tiny.reward_model(place), collate_pairs(tiny.pairs())
+    scores = model(batch.tokens.to(place.device), batch.lengths.to(place.device))
+    return with_gradient(model, batch.loss(scores).mean())
 
 
 def dpo_numbers(place: Place) -> Numbers:

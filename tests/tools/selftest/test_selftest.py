@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minirlhf.batches import preferences
 from minirlhf.cli import main
 from minirlhf.models import cache
 from minirlhf.run.machine import make_deterministic
@@ -105,7 +106,10 @@ def swapped(function):
 
 
 WRONG = {  # what is changed -> (whose, name, into what), the checks that must see it
-    "Bradley-Terry, swapped": ((checks.reward, "bradley_terry_loss", swapped), "Bradley-Terry's"),
+    "Bradley-Terry, swapped": (
+        (preferences, "loss_of_pairs",
+         lambda function: lambda how, first, second, *rest: function(how, second, first, *rest)),
+        "Bradley-Terry's"),
     "DPO, swapped": ((checks.dpo, "dpo_loss", swapped), "DPO's"),
     "PPO's surrogate, its sign": ((checks.ppo, "clipped_surrogate", minus), "PPO's"),
     "PPO's value loss, its sign": ((checks.ppo, "clipped_value_loss", minus), "PPO's"),
