@@ -16,6 +16,8 @@ from tests import pages
 from tests.pages import MODEL, PAGES, ROOT, run_code
 
 FRONT, OWN = "README.md", "minirlhf/recipes/README.md"
+OF_TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint",
+               "--master-port", "--log-dir", "--tee", "--standalone"}
 every_page = pytest.mark.parametrize("page", PAGES, ids=str)
 
 
@@ -54,6 +56,8 @@ def test_shell_commands_exist_and_accept_their_settings(page, tmp_path, monkeypa
         Path("run.toml").write_text(block, encoding="utf-8")
     for words in pages.commands(page):
         program, *rest = words
+        if program == "torchrun":  # … -m minirlhf VERB …
+            program, *rest = rest[rest.index("-m") + 1 :]
         if program == "minirlhf":
             pages.parse(rest[0], rest[1:])
         elif program == "python" and rest[0].endswith(".py"):
@@ -66,7 +70,7 @@ def test_shell_commands_exist_and_accept_their_settings(page, tmp_path, monkeypa
 
 @every_page
 def test_flags_in_a_sentence_are_of_a_verb_or_a_script(page):
-    known = pages.all_flags()
+    known = pages.all_flags() | OF_TORCHRUN
     scripts = (ROOT / "benchmarks").glob("*.py")
     known |= set(re.findall(r"--[a-z0-9-]+", "".join(map(pages.read, scripts))))
     for code in pages.inline(page):
