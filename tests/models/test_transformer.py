@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minirlhf.models import transformer
 from minirlhf.models.alignment import pad_right
 from minirlhf.models.cache import KVCache
 from minirlhf.models.config import ModelConfig
@@ -12,9 +13,6 @@ from minirlhf.models.families import config_from_hf
 from minirlhf.models.pretrained import load_pretrained
 from minirlhf.models.rotary import RotaryTable, rotary_frequencies
 from minirlhf.models.transformer import (
-    BLOCKS,
-    MANY_COLUMNS,
-    MOST_COLUMNS,
     MOST_ROWS,
     CausalLM,
     Linear,
@@ -367,30 +365,39 @@ def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=f64)
 
 
-@pytest.mark.parametrize("tokens", [1, MOST_COLUMNS + 1, MANY_COLUMNS])
-def test_linear_by_hand(tokens):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, f64])
+@pytest.mark.parametrize("tokens", [1, 5, 24])
+def test_linear_by_hand(tokens, dtype):
     # Output j is row j of W times x, plus j: 1 · 10 + 0 · 1 + 0, 0 · 10 + 1 · 1 + 1, …
     rows = [[1, 0], [0, 1], [1, 1], [2, 0], [0, 2], [2, 2], [3, 0], [0, 3]]
-    weight, bias = torch.tensor(rows, dtype=f64), torch.arange(8, dtype=f64)
-    x = torch.tensor([10, 1], dtype=f64).expand(tokens, 1, 2)
+    weight, bias = torch.tensor(rows, dtype=dtype), torch.arange(8, dtype=dtype)
+    x = torch.tensor([10, 1], dtype=dtype).expand(tokens, 1, 2)
     with torch.no_grad():
         got = linear(x, weight, bias)
     assert got.tolist() == [[[10, 2, 13, 23, 6, 27, 36, 10]]] * tokens
 
 
-TOKENS = [0, 1, MOST_COLUMNS, MOST_COLUMNS + 1, MANY_COLUMNS - 1, MANY_COLUMNS, MOST_ROWS,
-          MOST_ROWS + 1]
-
-
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("out", [BLOCKS, 5 * BLOCKS, BLOCKS + 1, 3])
-def test_linear_is_the_plain_product_for_any_number_of_tokens(tokens, out):
-    x, weight, bias = numbers(tokens, 1, 6), numbers(out, 6), numbers(out)
+@pytest.mark.parametrize("tokens", [0, 1, 3, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("out", [3, 8, 40])
+@pytest.mark.parametrize("dtype, atol", [(f64, 1e-12), (torch.float32, 1e-6)])
+def test_linear_is_the_plain_product_for_any_number_of_tokens(tokens, out, dtype, atol):
+    x, weight, bias = (numbers(*s).to(dtype) / 4 for s in ((tokens, 1, 6), (out, 6), (out,)))
     with torch.no_grad():
-        assert_close(linear(x, weight), F.linear(x, weight), 1e-12)
-        assert_close(linear(x, weight, bias), F.linear(x, weight, bias), 1e-12)
-        strided = numbers(1, tokens, 6).transpose(0, 1)
-        assert_close(linear(strided, weight), F.linear(strided, weight), 1e-12)
+        assert_close(linear(x, weight), F.linear(x, weight), atol)
+        assert_close(linear(x, weight, bias), F.linear(x, weight, bias), atol)
+        strided = (numbers(1, tokens, 6).to(dtype) / 4).transpose(0, 1)
+        assert_close(linear(strided, weight), F.linear(strided, weight), atol)
+        assert_close(linear(x, weight.T.contiguous().T), F.linear(x, weight), atol)
+        rows = linear(x, weight)
+        assert rows.is_contiguous()  # else attention would take a slow road
+
+
+def test_linear_is_plain_without_onednn(monkeypatch):
+    x, weight = torch.ones(2, 1, 3), torch.ones(4, 3)
+    monkeypatch.setattr(transformer, "ONEDNN", set())
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    with torch.no_grad():
+        assert linear(x, weight).tolist() == [[[3.0] * 4]] * 2
 
 
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6), (5, 1, 6)])
