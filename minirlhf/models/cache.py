@@ -23,7 +23,8 @@ class KVCache:
         shape = (rows, config.num_kv_heads, capacity, config.head_dim)
         self.keys = [like.new_zeros(shape) for _ in range(config.num_layers)]
         self.values = [like.new_zeros(shape) for _ in range(config.num_layers)]
-        self.key_mask = torch.empty(0)  # (B, longest + 1) bool: cells a new token attends to
+        self.key_mask = like.new_empty(0)  # (B, longest + 1), added to scores: 0 or -inf
+        self.cells = torch.empty(0)  # (B * K,) of all B * K * capacity: where a new token goes
         self.hold(torch.zeros(rows, dtype=torch.int64, device=like.device))
 
     def hold(self, lengths: Tensor) -> None:
@@ -32,6 +33,15 @@ class KVCache:
         # Known here too, since reading a number off a GPU waits for it
         self.held = lengths.tolist()
         self.longest = max(self.held)
+
+    def attend(self) -> None:
+        """For a new token of each row, sets where it goes and the cells it attends to."""
+        B, K, capacity, _ = self.keys[0].shape
+        at = torch.arange(self.longest + 1, device=self.lengths.device)
+        beyond = at > self.lengths[:, None]
+        self.key_mask = torch.where(beyond, -torch.inf, self.key_mask.new_zeros(()))
+        heads = torch.arange(B * K, device=self.lengths.device).view(B, K)
+        self.cells = (heads * capacity + self.lengths[:, None]).flatten()
 
     def grow(self) -> None:
         """Each row has one token more."""

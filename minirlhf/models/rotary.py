@@ -45,7 +45,8 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 class RotaryTable:
-    """cos and sin of every position, (T, E) each: a function of the config, grown on demand."""
+    """cos and signed sin of every position, (T, E) each, for `rotate`: a function of the config,
+    grown on demand."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -56,13 +57,16 @@ class RotaryTable:
             rows = 1 << max(length - 1, 255).bit_length()
             freqs, factor = rotary_frequencies(self.config)
             angles = torch.outer(torch.arange(rows, dtype=torch.float64), freqs)
-            angles = torch.cat((angles, angles), dim=-1)  # (rows, E): halves, not interleaved
-            self.cos = (angles.cos() * factor).to(like)
-            self.sin = (angles.sin() * factor).to(like)
+            cos, sin = angles.cos() * factor, angles.sin() * factor
+            self.cos = torch.cat((cos, cos), dim=-1).to(like)  # halves, not interleaved
+            self.sin = torch.cat((-sin, sin), dim=-1).to(like)
         return self.cos, self.sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates channel i with channel i + E/2 by its position's angle; x (B, H, T, E)."""
+    """Rotates channel i with channel i + E/2 by its position's angle; x (B, H, T, E).
+
+        x_i cos - x_(i + E/2) sin,   x_(i + E/2) cos + x_i sin
+    """
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)

@@ -58,9 +58,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        # The weight comes last: as in transformers, what it multiplies is rounded to x's dtype.
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
 
 def make_norm(config: ModelConfig, size: int) -> nn.Module:
@@ -116,8 +115,8 @@ class Attention(nn.Module):
         """One new token a row, (B, H, 1, E), against the row's own past."""
         B, H, _, E = q.shape
         K, keys, values = k.shape[1], cache.keys[self.layer], cache.values[self.layer]
-        keys[cache.rows, :, cache.lengths] = k[:, :, 0]
-        values[cache.rows, :, cache.lengths] = v[:, :, 0]
+        keys.view(-1, E).index_copy_(0, cache.cells, k.reshape(-1, E))
+        values.view(-1, E).index_copy_(0, cache.cells, v.reshape(-1, E))
         S, mask = cache.key_mask.shape[1], cache.key_mask[:, None, None]
         # The H/K query heads of a group stand where query positions stand: no copy of the keys.
         grouped = q.view(B, K, H // K, E)
@@ -193,7 +192,7 @@ class Decoder(nn.Module):
         self.check_length(longest)
         if decoding:  # each row has a position of its own
             where = cache.lengths[:, None]
-            cache.key_mask = torch.arange(longest, device=tokens.device) <= where
+            cache.attend()
         else:
             where = torch.arange(T, device=tokens.device)
         packing = None if lengths is None else pack_rows(tokens, lengths, shared=dropout is None)

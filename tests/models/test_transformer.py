@@ -361,6 +361,15 @@ def test_shapes_only_gives_the_models_shapes_without_weights(changes):
 # ---- the linear layer ----------------------------------------------------------------------------
 
 
+def test_rms_norm_of_bfloat16_rounds_before_the_weight():
+    # The mean of squares of (3, -1, 1, 1) is 3, and 1 / sqrt(3) = 0.57735 has no bfloat16.
+    norm = RMSNorm(4, eps=0.0).bfloat16()
+    norm.weight.data = torch.tensor([1.1, 1.3, 0.7, 3.3]).bfloat16()
+    rounded = torch.tensor([3.0, -1.0, 1.0, 1.0]).div(3**0.5).bfloat16()
+    got = norm(torch.tensor([3.0, -1.0, 1.0, 1.0]).bfloat16())
+    assert torch.equal(got, norm.weight * rounded)
+
+
 def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=f64)
 
