@@ -3,7 +3,7 @@
 
     python benchmarks/scale.py --out benchmarks/results/scale.json
 
-Measured is an optimizer step of supervised fine-tuning of a random Llama of 26 million parameters
+Measured is an optimizer step of supervised fine-tuning of a random Llama of 22 million parameters
 in float32, one micro-batch, by 1, 2 and 4 processes of this machine: the bytes of weights,
 gradients and moments that each process holds, and the bytes that went through the loopback device,
 by process. The plan takes the same formulas to 7 and 70 billion parameters. P parameters, N ranks:
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
         return self.layers * block + (1 if self.tied else 2) * self.vocab * D
 
 
-SMALL = Shape("26 million", 6, 512, 1536, 128, 4096)
+SMALL = Shape("22 million", 6, 512, 1536, 128, 4096)
 QWEN7 = Shape("Qwen2.5-7B", 28, 3584, 18944, 512, 152064)
 LLAMA70 = Shape("Llama-3.1-70B", 80, 8192, 28672, 1024, 128256)
 
@@ -182,7 +182,8 @@ def main() -> None:
     for told in plans:
         print()
         for name, value in told.items():
-            print(f"{name:<42}{value:>14,.4g}" if isinstance(value, float) else f"{name:<42}{value}")
+            shown = f"{value:>14,.4g}" if isinstance(value, float) else f"{value:>14}"
+            print(f"{name:<42}{shown}")
     if args.out:
         Path(args.out).write_text(json.dumps({"measured": rows, "plans": plans}, indent=1))
 

@@ -224,7 +224,7 @@ class Run:
         self.say(f"resumed from {newest.name}")
         for text in self.changed.values():
             self.display.note(f"changed: {text}")
-        then = read_json(newest / "manifest.json")["environment"]
+        then = {"processes": 1} | read_json(newest / "manifest.json")["environment"]
         for name, now in environment(state.model).items():
             if then.get(name) != now:
                 was = then.get(name, "not recorded")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import minirlhf
+from minirlhf import ranks
 from minirlhf.errors import UserError, printable
 
 # Variables by which the libraries under torch are told which kernels to take, or how to round.
@@ -78,6 +79,7 @@ def environment(model: nn.Module) -> dict[str, object]:
         "minirlhf": minirlhf.__version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "processes": ranks.count(),  # that share a pass, each row read beside others
         "device": torch.cuda.get_device_name(weight.device) if on_gpu else weight.device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "processor": processor(),  # by which MKL and oneDNN choose their kernels

@@ -343,7 +343,7 @@ def test_manifest_says_what_the_last_bits_depend_on(tmp_path, monkeypatch):
     manifest = json.loads((folder / "step-00000000" / "manifest.json").read_text("utf-8"))
     expected = {
         "minirlhf": minirlhf.__version__, "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "device": "cpu",
+        "threads": torch.get_num_threads(), "processes": 1, "device": "cpu",
         "cpu": torch.backends.cpu.get_cpu_capability(), "dtype": "float32",
         "kernels": "ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=4", "processor": processor(),
     }
