@@ -84,15 +84,16 @@ def decode_steps(
         banned = eos if t < sampling.min_new_tokens else None
         distribution = sampling_distribution(logits, sampling, seen, banned)
         drawn = draw(distribution, keys, torch.full((len(rows),), t, device=device))  # (A,)
-        # A greedy one is finite whatever the logits are; another may overflow where they do not.
-        finite = torch.isfinite(logits.amax(-1) + distribution.amax(-1))
+        logprobs = distribution.gather(-1, drawn[:, None])[:, 0]
+        # A greedy one is finite whatever the logits are; another may overflow where they do not. A
+        # logit that is not finite makes all of its row's log-probs NaN, or is the largest.
+        finite = torch.isfinite(logits.gather(-1, drawn[:, None])[:, 0] + logprobs)
         # All that is decided here of a step, at once: reading it makes a GPU's host wait.
         read = torch.stack((drawn, torch.isin(drawn, eos).long(), finite.long())).tolist()
         if not all(read[2]):
             do = "the weights have diverged: lower the learning rate"
             what = "the model's logits are not finite"
             raise UserError(f"sampled token {t + 1}", what, do, NON_FINITE)
-        logprobs = distribution.gather(-1, drawn[:, None])[:, 0]
         reasons = ends.reasons(numbers, *read[:2], t + 1)
         yield DecodeStep(rows, drawn, logprobs, reasons, support_of(distribution, sampling, banned))
         kept = [i for i, reason in enumerate(reasons) if reason is None]

@@ -130,14 +130,14 @@ def draw(distribution: Tensor, keys: Tensor, t: Tensor) -> Tensor:
         keys: (A,) int64, one a row.
         t: (A,) int64, how many tokens the row has already drawn.
     Returns:
-        (A,) int64 ids, each with positive mass.
+        (A,) int64 ids, each with positive mass; of NaN any ids.
     """
-    cumulative = distribution.exp().cumsum(-1)
+    cumulative = distribution.exp().cumsum_(-1)
     total = cumulative[:, -1:].contiguous()  # rounding may leave it off 1: it scales the uniform
     u = streams.uniform(keys, t, cumulative.dtype)[:, None] * total
     drawn = torch.searchsorted(cumulative, u, right=True)  # right: u = 0 skips massless tokens
     last = torch.searchsorted(cumulative, total)  # first to reach the total: it has mass
-    return torch.minimum(drawn, last)[:, 0]
+    return torch.minimum(drawn, last)[:, 0].clamp(max=distribution.shape[-1] - 1)
 
 
 def before_stop(text: str, stop_strings: Sequence[str]) -> str:

@@ -556,6 +556,12 @@ def test_logits_that_are_not_finite_stop_the_run(sampling, bad):
     assert caught.value.code == NON_FINITE == 3
 
 
+def test_draw_of_nan_is_an_id():
+    # What is not finite is told behind the draw, which must not point beyond the vocabulary.
+    law = torch.full((2, 5), math.nan)
+    assert all(0 <= token < 5 for token in draw(law, keys(2), torch.tensor([0, 0])).tolist())
+
+
 def test_a_temperature_that_overflows_stops_the_run():
     with pytest.raises(UserError, match="not finite"):
         generate(counting_lm(), [[1]], Sampling(3, temperature=1e-40), [], keys(1))
