@@ -3,6 +3,8 @@
 Shapes: B rows, A rows that are kept, T tokens of the longest, n tokens of all rows together.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,10 @@ class KVCache:
         """Each row has one token more."""
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
         self.held = [length + 1 for length in self.held]
+
+    def read(self, lm: Callable[[Tensor, "KVCache"], Tensor], tokens: Tensor) -> Tensor:
+        """(A, D) hidden states of one more token a row, (A,) int64."""
+        return lm(tokens[:, None], self)[:, 0]
 
     def repeat(self, rows: Tensor) -> None:
         """Puts a copy of row rows[i] in the place of row i, (A,) int64: samples of one prompt."""

@@ -1,4 +1,5 @@
 """`torch.compile` for the blocks of a decoder: one graph serves all blocks, in every size.
+What decoding compiles is in `compiled_decoding.py`.
 
 A graph must not depend on what came before. A resumed run meets other sizes first than a run that
 was never stopped, and graphs for the sizes met so far would round otherwise. So every size is a
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from minirlhf.errors import MACHINE, UserError, printable
-from minirlhf.models.transformer import Block
+from minirlhf.models.transformer import Block, CausalLM
 
 GRAPHS = 64  # with fewer, whether a block is compiled would depend on what came before it
 
@@ -129,11 +130,8 @@ def try_compiler(folder: Path, device: torch.device) -> None:
         attempt()
 
 
-def compile_blocks(*models: nn.Module) -> None:
-    """Compiles the blocks of these models, in place; names and numbers of weights stay.
-
-    Passes over whole rows are compiled, when they are first made, with and without a gradient;
-    decoding is not.
+def ready_compiler(device: torch.device) -> None:
+    """Sets torch's compiler up as the top of this file says, and tries it.
 
     Raises:
         UserError: torch.compile does not work on this machine, or its cache is not safe.
@@ -152,7 +150,29 @@ def compile_blocks(*models: nn.Module) -> None:
     kernels.cpp_cache_precompile_headers = hasattr(codecache, "_HEADER_DIR")
     codecache._HEADER_DIR = str(folder / "precompiled_headers")
     codecache._HEADER_LOCK_DIR = str(folder / "precompiled_headers" / "locks")
-    try_compiler(folder, next(models[0].parameters()).device)
+    try_compiler(folder, device)
+
+
+def compile_decoding(*models: nn.Module) -> None:
+    """Has `decode_steps` compile its steps of every language model in these, when first made; see
+    `compiled_decoding`. Raises as `ready_compiler`."""
+    ready_compiler(next(models[0].parameters()).device)
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, CausalLM):
+                module.compiles_decoding = True
+
+
+def compile_blocks(*models: nn.Module) -> None:
+    """Compiles the blocks of these models, in place; names and numbers of weights stay.
+
+    Passes over whole rows are compiled, when they are first made, with and without a gradient; on
+    a CUDA GPU decoding is too. Raises as `ready_compiler`.
+    """
+    device = next(models[0].parameters()).device
+    ready_compiler(device)
+    if device.type == "cuda":
+        compile_decoding(*models)
     for model in models:
         for module in model.modules():
             if isinstance(module, Block):

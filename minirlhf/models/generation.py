@@ -16,6 +16,7 @@ from minirlhf.console import progress
 from minirlhf.errors import NON_FINITE, UserError
 from minirlhf.models.alignment import pad_right
 from minirlhf.models.cache import KVCache
+from minirlhf.models.compiled_decoding import StaticCache
 from minirlhf.models.logprobs import widened
 from minirlhf.models.sampling import Sampling, draw, sampling_distribution, support_of
 from minirlhf.models.support import RowSupport, Support
@@ -105,7 +106,7 @@ def decode_steps(
             seen = None if seen is None else seen[active]
         if seen is not None:
             seen.scatter_(1, drawn[:, None], True)
-        hidden = lm(drawn[:, None], cache)[:, 0]
+        hidden = cache.read(lm, drawn)
         cache.grow()
 
 
@@ -151,7 +152,7 @@ def _read_prompts(
     cache.hold(lengths)
     if len(distinct) < len(prompts):
         cache.repeat(source)
-    return hidden, cache
+    return hidden, StaticCache(cache, lm.config) if lm.compiles_decoding else cache
 
 
 def _tokens_seen(lm: CausalLM, prompts: Sequence[Sequence[int]]) -> Tensor:

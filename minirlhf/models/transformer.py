@@ -262,6 +262,8 @@ class CausalLM(nn.Module):
     log-prob a token (`logprobs.token_logprobs`).
     """
 
+    compiles_decoding = False  # see `compiled_decoding`
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

@@ -352,7 +352,7 @@ class MemorySettings(MicroBatchSettings):
         resume="free",
     )
     compile: bool = setting(
-        False, "compile the forward passes over whole rows with torch.compile; needs a C++ compiler"
+        False, "compile passes over whole rows, on a CUDA GPU decoding too; needs a C++ compiler"
     )
 
 
