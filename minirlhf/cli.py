@@ -128,7 +128,7 @@ def _dispatch(argv: list[str]) -> int:
         print(f"minirlhf {__version__}")
     elif name in VERBS:
         verb = VERBS[name]
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             _start_one_of_many(name, words)
         if verb.settings:  # --help and bad flags need not wait until torch is imported
             flags.parse(verb.config(), words, f"minirlhf {name}", tell=lambda line: None)

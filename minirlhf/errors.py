@@ -5,13 +5,16 @@ An error is one line: where (file:line or setting), what was found, what is lega
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from minirlhf import console
 
 OK, BUG, BAD_INPUT, NON_FINITE, MACHINE = 0, 1, 2, 3, 4
 REWARD_SERVICE, DISTRIBUTED, STOPPED = 5, 6, 75
 INTERRUPTED = 130  # as a shell reports Ctrl-C
+BEFORE_OTHERS = 3.0  # seconds
 
 
 class UserError(Exception):
@@ -38,7 +41,7 @@ class NonFinite(UserError):
 
 class _State:
     told = ""  # the error that ended this process
-    explain: Callable[[BaseException], UserError | None] = staticmethod(lambda error: None)
+    hear: Callable[[BaseException], None] | None = None
 
 
 def told() -> str:
@@ -46,9 +49,18 @@ def told() -> str:
     return _State.told
 
 
-def explained_by(explain: Callable[[BaseException], UserError | None]) -> None:
-    """Lets a function say what a user can mend of errors that torch has no class for."""
-    _State.explain = staticmethod(explain)
+def heard_by(hear: Callable[[BaseException], None]) -> None:
+    """Lets a function hear of each fault before anything is told of it: where it only follows from
+    that of another process, the function ends this one."""
+    _State.hear = staticmethod(hear)
+
+
+def hear(error: BaseException | None) -> bool:
+    """Whether an error is a fault of ours; tells the one who hears of those."""
+    is_fault = isinstance(error, Exception) and not isinstance(error, UserError | OSError)
+    if is_fault and _State.hear is not None:
+        _State.hear(error)
+    return is_fault
 
 
 class Stopped(BaseException):
@@ -62,31 +74,43 @@ def printable(text: object, limit: int = 200) -> str:
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
+def named(error: BaseException) -> str:
+    """An error with its class, in one line.
+
+    >>> named(ValueError("is empty"))
+    'ValueError: is empty'
+    """
+    return f"{type(error).__name__}: {printable(error)}"
+
+
+def of_user(error: BaseException) -> UserError | None:
+    """What a user can mend of any error; None where it is our fault."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError):
+        where = printable(error.filename or "the operating system")
+        return UserError(where, printable(error.strerror or error), "", MACHINE)
+    if isinstance(error, MemoryError | RuntimeError | ImportError):
+        return _of_machine(error)
+    return None
+
+
 def run(program: Callable[[], int | None]) -> int:
     """Runs a command; what a user can mend becomes one line on stderr and an exit code."""
     with console.speaking():
         try:
             return _finished(program)
-        except UserError as error:
-            _tell(error)
-            return error.code
         except KeyboardInterrupt:  # before a run listens to signals: nothing is written yet
             _tell("interrupted")
             return INTERRUPTED
-        except (MemoryError, RuntimeError, ImportError) as error:
-            if (known := _State.explain(error)) is not None:
-                _tell(known)
-                return known.code
-            if (what := _of_machine(error)) is None:
-                raise
-            _tell(what)
-            return MACHINE
-        except OSError as error:
+        except Exception as error:
+            hear(error)
             if isinstance(error, BrokenPipeError) and error.filename == console.STDOUT:
                 return OK  # its reader left, as `head` does
-            where = error.filename or "the operating system"
-            _tell(f"{printable(where)}: {printable(error.strerror or error)}")
-            return MACHINE
+            if (known := of_user(error)) is None:
+                raise
+            _tell(known)
+            return known.code
 
 
 def _finished(program: Callable[[], int | None]) -> int:
@@ -110,21 +134,27 @@ def _finished(program: Callable[[], int | None]) -> int:
 
 def _tell(error: object) -> None:
     _State.told = printable(error, 2000)
-    print(f"error: {printable(error, 2000)}", file=sys.stderr)
+    if console.muted() and _State.hear is None:  # nobody knows of this process yet
+        time.sleep(BEFORE_OTHERS)  # where others say the same, their launcher ends this one here
+        with suppress(OSError):
+            os.write(2, f"error: {_State.told}\n".encode())
+    print(f"error: {_State.told}", file=sys.stderr)
 
 
-def _of_machine(error: BaseException) -> str | None:
+def _of_machine(error: BaseException) -> UserError | None:
     """What the machine lacks where an error says that; torch and Python have no class for it."""
     text = printable(str(error).partition("\n")[0])
     if isinstance(error, ImportError):  # of a library that the loader of the system refuses
-        of_loader = "shared object" in text or text.startswith("dlopen(")
+        if "shared object" not in text and not text.startswith("dlopen("):
+            return None
         hint = "is there memory, and is it installed as a whole?"
-        return f"a library cannot be loaded: {text}: {hint}" if of_loader else None
+        return UserError("a library cannot be loaded", text, hint, MACHINE)
     if isinstance(error, RuntimeError) and text == "can't start new thread":
-        return "no thread can be started: raise the limit (ulimit -u, or pids.max of a container)"
+        hint = "raise the limit (ulimit -u, or pids.max of a container)"
+        return UserError("no thread can be started", "", hint, MACHINE)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
         "allocate memory" in text
     ):
         hint = "give smaller batches; training goes on with --resume --gradient-checkpointing"
-        return f"out of memory: {text or 'no memory is left'}: {hint}"
+        return UserError("out of memory", text or "no memory is left", hint, MACHINE)
     return None

@@ -22,8 +22,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 @dataclass
 class _Flag:
     requested: bool = False  # a signal came
-    together: bool = False  # with other processes, which must leave at the same place
-    agreed: bool = False  # all of them know
+    several: bool = False  # this is one of the processes of a run
+    together: bool = False  # and they must leave at the same place
+    agreed: bool = False  # all of them know that one was asked
     outside: bool = False  # running code that cannot look at the flag
     before: dict[int, Any] = field(default_factory=dict)  # handlers of before the first `listening`
 
@@ -39,11 +40,14 @@ def asked() -> bool:
 def agrees(together: bool) -> None:
     """Whether this process stops only where all processes of the run know that one was asked to:
     they are in the midst of the same work, and none may leave the others waiting."""
+    _flag.several |= together
     _flag.together = together
 
 
 def agree() -> None:
     """Says that all processes of the run know it, each at this place."""
+    if not _flag.agreed:
+        _tell()
     _flag.agreed = True
 
 
@@ -132,9 +136,14 @@ def _take(number: int, _frame: object) -> None:
     if _flag.requested:
         os._exit(128 + number)  # what is committed stands
     _flag.requested = True
+    if not _flag.several:  # or torchrun, which asks the others where one has died
+        _tell()
+    if _flag.outside:
+        raise Stopped
+
+
+def _tell() -> None:
     # not print: the signal may have come in the middle of one
     with suppress(OSError):  # whoever read it may be gone
         if not console.muted():
             os.write(2, b"\nstopping at the last whole step; once more to leave at once\n")
-    if _flag.outside:
-        raise Stopped

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from minirlhf import interrupt
+from minirlhf import errors, interrupt
 from minirlhf.errors import DISTRIBUTED, NonFinite, Stopped, UserError
 
 T = TypeVar("T")
@@ -145,7 +145,9 @@ def each(function: Callable[[], bytes], only_first: bool = False) -> list[bytes]
     Args:
         only_first: rank 0 alone makes something.
     Raises:
-        UserError, Stopped: what any of them raised, on all of them.
+        Stopped: one was asked to stop.
+        UserError: what one of them raised, on all of them; a fault of our own stays what it is
+            where it was raised, and is exit code 6 elsewhere.
     """
     if alone():
         return [function()]
@@ -156,9 +158,8 @@ def each(function: Callable[[], bytes], only_first: bool = False) -> list[bytes]
                 made = function()
     except Stopped:
         how = STOP
-    except UserError as error:
-        how, fault = BAD, error
-        made = json.dumps([error.where, error.what, error.do, error.code]).encode()
+    except Exception as error:
+        how, fault, made = BAD, error, json.dumps(_told(error)).encode()
     found = _all_bytes(how, made)
     for rank, (came_out, text) in enumerate(found):
         if came_out == BAD:
@@ -167,6 +168,14 @@ def each(function: Callable[[], bytes], only_first: bool = False) -> list[bytes]
         interrupt.agree()
         raise Stopped
     return [text for _, text in found]
+
+
+def _told(error: Exception) -> tuple[str, str, str, int]:
+    """The parts of the UserError that other ranks raise."""
+    known = errors.of_user(error)
+    if known is None:
+        known = lost(f"rank {_group.number}", f"failed during {place()}: {errors.named(error)}")
+    return known.where, known.what, known.do, known.code
 
 
 def _error_of(told: list) -> UserError:

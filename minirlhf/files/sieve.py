@@ -6,6 +6,7 @@ a quoted CSV field that does not end, a bad header, text that is not UTF-8 in ei
 behind it can be trusted, and the file is refused whatever the policy says.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -241,3 +242,15 @@ class Report:
         lines += [n if n.startswith("warning: ") else f"note:     {n}" for n in self.notes]
         first = f"{printable(self.path)}: detected {self.detected} · {self.rows:,} rows{kept}"
         return "\n".join([first, *(f"  {printable(line, 400)}" for line in lines)])
+
+
+def files_of_left_out(reports: list[Report]) -> dict[str, str]:
+    """The text of each file that lists rows of the data that a run does not see, and why."""
+    rejected = [row._asdict() for report in reports for row in report.rejected_rows]
+    dropped = [
+        {"where": row.where, "reason": row.reason}
+        for report in reports for row in report.dropped_rows
+    ]
+    listed = {"rejected.jsonl": rejected, "dropped.jsonl": dropped}
+    return {name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            for name, rows in listed.items()}

@@ -44,14 +44,17 @@ class Journal:
 
     def add(self, scores: dict[str, float]) -> None:
         known = self.scores
-        if self.path is not None and scores and ranks.is_first():
-            new = not self.path.exists()
-            lines = [json.dumps({"key": key, "score": score}) for key, score in scores.items()]
-            atomic.append_line(self.path, "\n".join(lines))
-            atomic.fsync(self.path)
-            if new:
-                atomic.fsync(self.path.parent)
+        if self.path is not None and scores:
+            ranks.from_first(lambda: self._write(scores))
         known.update(scores)
+
+    def _write(self, scores: dict[str, float]) -> None:
+        new = not self.path.exists()
+        lines = [json.dumps({"key": key, "score": score}) for key, score in scores.items()]
+        atomic.append_line(self.path, "\n".join(lines))
+        atomic.fsync(self.path)
+        if new:
+            atomic.fsync(self.path.parent)
 
 
 def _read(path: Path, what: str) -> dict[str, float]:

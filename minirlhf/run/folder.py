@@ -11,22 +11,23 @@ import math
 import os
 import platform
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 
 import minirlhf
-from minirlhf import console, interrupt, ranks
+from minirlhf import console, errors, interrupt, ranks
 from minirlhf.errors import NON_FINITE, REWARD_SERVICE, STOPPED, Stopped, UserError
 from minirlhf.files import atomic
 from minirlhf.files.reading import check_unchanged, forget_read, read_json
-from minirlhf.files.sieve import Report
+from minirlhf.files.sieve import Report, files_of_left_out
 from minirlhf.run import checkpoint
 from minirlhf.run.checkpoint import TrainState
+from minirlhf.run.crash import write_crash
 from minirlhf.run.display import Display, this_command
 from minirlhf.run.kinds import LOGS
 from minirlhf.run.lock import check_held, take_lock
@@ -43,9 +44,10 @@ from minirlhf.run.resume import (
     provenance,
     read_record,
 )
-from minirlhf.run.settings import as_dict
 from minirlhf.run.started import forget_start, made_no_step
 from minirlhf.run.trackers import Trackers, next_step
+
+T = TypeVar("T")
 
 
 class Run:
@@ -155,10 +157,9 @@ class Run:
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         try:
-            bug = isinstance(error, Exception) and not isinstance(error, UserError | OSError)
-            if bug and ranks.is_first():
+            if errors.hear(error) and ranks.is_first():
                 with suppress(OSError):  # the fault itself is the one to tell
-                    self._write_crash(error)
+                    write_crash(error, self.state, self.config)
             if _of_service(error) and self.state is not None:
                 # Scores are asked for where all that has begun can be dropped, as at a signal.
                 self.save(self.state)
@@ -171,16 +172,6 @@ class Run:
             if self._lock is not None:
                 self._lock.close()
             forget_read()
-
-    def _write_crash(self, error: Exception) -> None:
-        """crash.json: what a report of the fault would have to say."""
-        atomic.write_json(self.folder / "crash.json", {
-            "error": f"{type(error).__name__}: {error}",
-            "after_step": self.state.step if self.state else None,
-            "samples": self.state.samples if self.state else None,
-            "trace": traceback.format_exception(error),
-            "settings": as_dict(self.config),
-        })
 
     def restore(self, state: TrainState) -> None:
         """Puts the newest whole checkpoint into `state`, or commits it as step 0.
@@ -218,8 +209,7 @@ class Run:
         if self.config.resume_from is not None:
             for commit in checkpoint.remove_later(newest):
                 self.display.note(f"removed {commit.name}, which is later")
-        for name, length in state.log_bytes.items():
-            atomic.truncate(self.folder / name, length)
+        self._cut_logs(state)
         self.trackers.open(self.folder, self.config, sent)
         self.say(f"resumed from {newest.name}")
         for text in self.changed.values():
@@ -229,6 +219,10 @@ class Run:
             if then.get(name) != now:
                 was = then.get(name, "not recorded")
                 self.display.note(f"not bit for bit from here on: {name} was {was}, is {now}")
+
+    def _cut_logs(self, state: TrainState) -> None:
+        for name, length in state.log_bytes.items():
+            atomic.truncate(self.folder / name, length)
 
     def _begin(self) -> None:
         """Empties the logs."""
@@ -257,19 +251,15 @@ class Run:
         Each is written whole, by one rename, and only where that changes it: a function of the
         data and the settings, it is the same after every resume.
         """
-        if not ranks.is_first():
-            return
-        reports = list(reports)
-        rejected = [row._asdict() for report in reports for row in report.rejected_rows]
-        dropped = [
-            {"where": row.where, "reason": row.reason}
-            for report in reports for row in report.dropped_rows
-        ]
-        for name, rows in (("rejected.jsonl", rejected), ("dropped.jsonl", dropped)):
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            path = self.folder / name
-            if text.encode() != (path.read_bytes() if path.exists() else b""):
-                self.write_file(name, text)
+        texts = files_of_left_out(list(reports))
+
+        def write() -> None:
+            for name, text in texts.items():
+                path = self.folder / name
+                if text.encode() != (path.read_bytes() if path.exists() else b""):
+                    self.write_file(name, text)
+
+        self._write(write)
 
     def say(self, text: str) -> None:
         """Tells what is as it should be; see `display.Display`."""
@@ -315,8 +305,7 @@ class Run:
                 raise
             self.trackers.drop()
             state.take_back(before, step)
-            for name, length in state.log_bytes.items() if ranks.is_first() else ():
-                atomic.truncate(self.folder / name, length)
+            ranks.from_first(lambda: self._cut_logs(state))
             if isinstance(error, UserError):
                 raise
 
@@ -348,39 +337,49 @@ class Run:
         """Adds rows to samples.jsonl."""
         self._append(state, "samples.jsonl", rows)
 
+    def _write(self, write: Callable[[], T]) -> T:
+        """Lets rank 0 write, where the folder is still this run's; what it returns, for all."""
+        def checked() -> T:
+            check_held(self._lock, self.folder)
+            return write()
+
+        return ranks.from_first(checked)
+
     def _append(self, state: TrainState, name: str, rows: list[dict]) -> None:
-        if not ranks.is_first():
-            return
-        check_held(self._lock, self.folder)
-        for row in rows:
-            text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-            state.log_bytes[name] = atomic.append_line(self.folder / name, text)
+        texts = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
+        if texts:
+            path = self.folder / name
+            state.log_bytes[name] = self._write(
+                lambda: [atomic.append_line(path, text) for text in texts][-1]
+            )
 
     def save(self, state: TrainState) -> None:
         """Commits a checkpoint; the logs are on disk before it says how long they are."""
-        if not ranks.is_first():
-            return
-        check_held(self._lock, self.folder)
-        for name in state.log_bytes:
-            atomic.fsync(self.folder / name)
-        checkpoint.save_checkpoint(state, self.folder / "checkpoints", self.config.keep)
+        def commit() -> None:
+            for name in state.log_bytes:
+                atomic.fsync(self.folder / name)
+            checkpoint.save_checkpoint(state, self.folder / "checkpoints", self.config.keep)
+
+        self._write(commit)
 
     def write_file(self, name: str, text: str) -> None:
         """Puts a file into the folder of the run, or another text under its name, by one rename."""
-        if not ranks.is_first():
-            return
-        check_held(self._lock, self.folder)
         temporary = self.folder / f"{atomic.TEMPORARY}{name}"
-        atomic.write_text(temporary, text)
-        atomic.replace_file(temporary, self.folder / name)
+
+        def put() -> None:
+            atomic.write_text(temporary, text)
+            atomic.replace_file(temporary, self.folder / name)
+
+        self._write(put)
 
     def export(self, write: Callable[[Path], None], name: str = "model") -> Path:
         """Lets `write` fill a new folder that then takes its name; returns it."""
-        if not ranks.is_first():
-            return self.folder / name
-        check_held(self._lock, self.folder)
-        atomic.sweep(self.folder)
-        atomic.write_folder(write, self.folder / name)
+        def fill() -> None:
+            atomic.sweep(self.folder)
+            atomic.write_folder(write, self.folder / name)
+
+        ranks.at(f"the writing of {name}/")
+        self._write(fill)
         return self.folder / name
 
     def done(self, what: str, folder: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from math import isnan
 
-from minirlhf import __version__
+from minirlhf import __version__, ranks
 from minirlhf.errors import UserError, printable
 from minirlhf.evaluation.report import texts
 from minirlhf.evaluation.report.curves import BUCKETS, picture, told
@@ -46,7 +46,7 @@ def write_report(r: Run) -> None:
     if r.config.dry_run:
         return
     try:
-        r.write_file(FILE, page([read_run(r.folder)]))
+        ranks.from_first(lambda: r.write_file(FILE, page([read_run(r.folder)])))
         r.done("report", r.folder / FILE)
     except FAULTS as error:
         what = f"{type(error).__name__}: {printable(error)}"
