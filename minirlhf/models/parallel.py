@@ -46,8 +46,11 @@ class Replicated:
     def __init__(self, model: nn.Module, in_parts: bool):
         from torch.nn.parallel import DistributedDataParallel
 
+        passes = Passes(model)
+        if in_parts:  # and torch warns where a pass leaves nothing out: this is always left out
+            passes.unread = nn.Parameter(next(model.parameters()).new_zeros(()))
         self.passes = DistributedDataParallel(
-            Passes(model), forward_sync_buffers=False, find_unused_parameters=in_parts
+            passes, forward_sync_buffers=False, find_unused_parameters=in_parts
         )
 
     def __call__(self, function: Callable[..., T], *args: object, **kwargs: object) -> T:
