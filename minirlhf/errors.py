@@ -58,9 +58,9 @@ def heard_by(hear: Callable[[BaseException], None]) -> None:
 def hear(error: BaseException | None) -> bool:
     """Whether an error is a fault of ours; tells the one who hears of those."""
     is_fault = isinstance(error, Exception) and not isinstance(error, UserError | OSError)
-    if is_fault and _State.hear is not None:
+    if is_fault and of_user(error) is None and _State.hear is not None:
         _State.hear(error)
-    return is_fault
+    return is_fault  # or memory ran out
 
 
 class Stopped(BaseException):

@@ -35,7 +35,7 @@ class _Group:
     count: int = 1
     device: str = "cpu"  # of the tensors that are sent
     apart: bool = False  # inside a part of its own
-    where: str = "before step 1"  # for messages
+    where: str = "the start"  # for messages
 
 
 _group = _Group()

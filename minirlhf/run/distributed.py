@@ -8,8 +8,10 @@ looks after them.
 
 import atexit
 import os
+import threading
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -17,6 +19,8 @@ from minirlhf import console, errors, ranks
 from minirlhf.errors import DISTRIBUTED, UserError, printable
 from minirlhf.run.machine import choose_device
 from minirlhf.run.watch import Watch
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)  # of torch's collectives: a reward service may take its time
 COME = timedelta(seconds=30)  # the longest wait for a launcher that does not answer
@@ -98,7 +102,8 @@ def _join(number: int, count: int, device: str, timeout: float) -> None:
     limit, where = timedelta(seconds=timeout), "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
     store = None
     try:
-        store, number, count = next(rendezvous("env://", timeout=min(limit, COME)))
+        wait = min(limit, COME)
+        store, number, count = _within(wait, lambda: next(rendezvous("env://", timeout=wait)))
         store.set_timeout(limit)
         store.set(f"come/{number}", "")
         store.wait([f"come/{rank}" for rank in range(count)], limit)
@@ -114,6 +119,26 @@ def _join(number: int, count: int, device: str, timeout: float) -> None:
     atexit.register(watch.part)
 
 
+def _within(limit: timedelta, function: Callable[[], T]) -> T:
+    """What a function returns or raises, which may wait for ever: of whoever has taken a port,
+    torch awaits an answer without end."""
+    made = []
+
+    def call() -> None:
+        try:
+            made.append((function(), None))
+        except Exception as error:
+            made.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(limit.total_seconds() + 1.0)
+    result, error = made[0] if made else (None, RuntimeError("no answer in time"))
+    if error is not None:
+        raise error
+    return result
+
+
 def _not_found(
     where: str, store: "torch.distributed.Store | None", count: int, timeout: float,
     error: Exception,
@@ -126,4 +151,4 @@ def _not_found(
         what = f"rank {', '.join(map(str, late))} of {count} did not come within {timeout:g} s"
         return UserError(where, what, "look at its own words", DISTRIBUTED)
     what = f"the processes do not find each other ({printable(error, 160)})"
-    return UserError(where, what, "give torchrun another --master-port", DISTRIBUTED)
+    return UserError(where, what, "start all of them, on a free --master-port", DISTRIBUTED)

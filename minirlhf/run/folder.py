@@ -280,13 +280,15 @@ class Run:
             if state.unreported is not None:
                 yield Step(**state.unreported)
             try:
-                ranks.at(f"step {state.step + 1}")
-                while not self.stopped and (step := next(upcoming, None)) is not None:
+                while not self.stopped:
+                    ranks.at(f"step {state.step + 1}")
+                    if (step := next(upcoming, None)) is None:
+                        break
                     yield step
                     bar.update()
-                    ranks.at(f"step {state.step + 1}")
             except Stopped:
                 pass  # what had begun is dropped: the state is that of the last yield
+            ranks.at("the end")
 
     @contextmanager
     def report(self, state: TrainState, step: Step) -> Iterator[None]:
@@ -378,7 +380,6 @@ class Run:
             atomic.sweep(self.folder)
             atomic.write_folder(write, self.folder / name)
 
-        ranks.at(f"the writing of {name}/")
         self._write(fill)
         return self.folder / name
 

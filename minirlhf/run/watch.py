@@ -56,9 +56,12 @@ class Watch:
                     self.parted.set()
                 self.ends.wait(self.every) and time.sleep(0.02)
         except (RuntimeError, OSError):  # the store is gone, and with it who held it
-            if not self.ends.is_set():
+            if not self.word:
                 at = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
-                self.end(f"rank 0 or its launcher, at {at}, is gone during {ranks.place()}")
+                why = f"rank 0 or its launcher, at {at}, is gone during {ranks.place()}"
+                of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                heir = self.number == 1 and not of_launcher  # where rank 0 held the store itself
+                self.end(why, heir or os.environ.get("LOCAL_RANK", "0") == "0")
             self.parted.set()
 
     def look(self) -> None:
@@ -107,10 +110,12 @@ class Watch:
         silent = self.silent(MISSED * self.every)
         return [rank for rank in self.others if rank not in self.left and rank not in silent]
 
-    def end(self, why: str) -> None:
+    def end(self, why: str, says_it: bool | None = None) -> None:
         """Leaves at once: the main thread may wait in a collective for ever."""
         self.ending.acquire()  # and never given back
-        if min(self.staying(), default=self.number) >= self.number:  # the first that is left
+        if says_it is None:  # the first that is left does
+            says_it = min(self.staying(), default=self.number) >= self.number
+        if says_it:
             os.write(2, f"error: {ranks.lost(why, 'the run stops')}\n".encode())
         os._exit(DISTRIBUTED)
 

@@ -36,6 +36,7 @@ PHASES = {  # what every rank calls there
     "report": "minirlhf.run.folder:Run.log",
     "checkpoint": "minirlhf.run.folder:Run.save",
     "write": "minirlhf.files.atomic:write_tensors",
+    "fill": "minirlhf.files.atomic:write_folder",
     "export": "minirlhf.run.folder:Run.export",
 }
 LIMIT = 60.0  # seconds until what still lives has hung
