@@ -145,7 +145,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None, where: str) -> floa
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     value = float(norm)
     check_finite(where, {"grad_norm": value})
-    if max_norm is not None:
+    if max_norm is not None and value > max_norm:  # times 1 would be a pass over all of it
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return value
 

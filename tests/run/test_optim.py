@@ -193,7 +193,7 @@ def test_clip_gradients_by_hand():
     assert model.unused.grad is None
 
 
-@pytest.mark.parametrize("max_norm", [10.0, None])
+@pytest.mark.parametrize("max_norm", [10.0, 5.0, None])
 def test_clip_gradients_leaves_what_is_below_the_limit(max_norm):
     model = with_gradients([3.0, 4.0])
     assert clip_gradients(model, max_norm, "step 1") == 5.0
