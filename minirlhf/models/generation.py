@@ -18,7 +18,13 @@ from minirlhf.models.alignment import pad_right
 from minirlhf.models.cache import KVCache
 from minirlhf.models.compiled_decoding import StaticCache
 from minirlhf.models.logprobs import widened
-from minirlhf.models.sampling import Sampling, draw, sampling_distribution, support_of
+from minirlhf.models.sampling import (
+    Sampling,
+    draw,
+    left_of,
+    sampling_distribution,
+    support_of,
+)
 from minirlhf.models.support import RowSupport, Support
 from minirlhf.models.transformer import CausalLM
 
@@ -90,13 +96,15 @@ def decode_steps(
         # logit that is not finite makes all of its row's log-probs NaN, or is the largest.
         finite = torch.isfinite(logits.gather(-1, drawn[:, None])[:, 0] + logprobs)
         # All that is decided here of a step, at once: reading it makes a GPU's host wait.
-        read = torch.stack((drawn, torch.isin(drawn, eos).long(), finite.long())).tolist()
-        if not all(read[2]):
+        parts = drawn, torch.isin(drawn, eos), finite, left_of(distribution, sampling)
+        ids, is_eos, is_finite, left = torch.stack([x.long() for x in parts]).tolist()
+        if not all(is_finite):
             do = "the weights have diverged: lower the learning rate"
             what = "the model's logits are not finite"
             raise UserError(f"sampled token {t + 1}", what, do, NON_FINITE)
-        reasons = ends.reasons(numbers, *read[:2], t + 1)
-        yield DecodeStep(rows, drawn, logprobs, reasons, support_of(distribution, sampling, banned))
+        reasons = ends.reasons(numbers, ids, is_eos, t + 1)
+        support = support_of(distribution, sampling, banned, sum(left))
+        yield DecodeStep(rows, drawn, logprobs, reasons, support)
         kept = [i for i, reason in enumerate(reasons) if reason is None]
         if not kept:
             return

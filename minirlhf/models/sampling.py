@@ -103,13 +103,22 @@ def sampling_distribution(
     return logits.log_softmax(-1)
 
 
+def left_of(distribution: Tensor, sampling: Sampling) -> Tensor:
+    """(A,) how many tokens could be drawn from log-probs (A, V), where `support_of` asks for that
+    on another device than the CPU; elsewhere 0."""
+    if sampling.truncates and sampling.narrows and not distribution.is_cpu:
+        return (distribution > -torch.inf).sum(1)
+    return torch.zeros(len(distribution), dtype=torch.int64, device=distribution.device)
+
+
 def support_of(
-    distribution: Tensor, sampling: Sampling, banned: Tensor | None = None
+    distribution: Tensor, sampling: Sampling, banned: Tensor | None = None, left: int | None = None
 ) -> Support | None:
     """Which tokens could be drawn from log-probs (A, V); None: all of them, or greedily one.
 
     Args:
         banned: (M,) int64, the ids that all rows lack, ascending.
+        left: sum of `left_of`, if known: a GPU's host need not wait then to know a size.
     """
     if not sampling.narrows:
         return None
@@ -119,7 +128,10 @@ def support_of(
         counts = torch.full((rows,), len(ids), device=device)
         return Support(ids.int().repeat(rows), counts, banned=True)
     listed = distribution > -torch.inf
-    return Support(listed.nonzero()[:, 1].int(), listed.sum(1))
+    # On a CPU, where nothing waits, the second takes longer.
+    waits = left is None or distribution.is_cpu
+    cells = listed.nonzero() if waits else torch.nonzero_static(listed, size=left)
+    return Support(cells[:, 1].int(), listed.sum(1))
 
 
 def draw(distribution: Tensor, keys: Tensor, t: Tensor) -> Tensor:
