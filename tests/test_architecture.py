@@ -31,7 +31,7 @@ LAZY_DEPENDENCIES = {  # inside functions only
 # From the ground up: a wing imports from itself and from wings on lower floors. Wings on one floor
 # do not know each other, and only `minirlhf` itself may name what lies above it (lazily).
 FLOORS = (
-    "console errors interrupt ranks streams",
+    "console errors interrupt ranks shards streams",
     "equations files",
     "models data run",
     "rewards",
@@ -46,7 +46,7 @@ FLOORS = (
 FLOOR = {wing: level for level, wings in enumerate(FLOORS) for wing in wings.split()}
 TOGETHER = {  # the arrows on the ground floor
     ("errors", "console"), ("interrupt", "console"), ("interrupt", "errors"),
-    ("ranks", "interrupt"), ("ranks", "errors"),
+    ("ranks", "interrupt"), ("ranks", "errors"), ("shards", "ranks"),
 }
 
 
@@ -125,7 +125,7 @@ def test_no_private_name_crosses_a_module(module):
 def test_the_top_of_the_package_shows_the_wings():
     top = {path.stem for path in (ROOT / "minirlhf").glob("*.py")}
     assert top == {"__init__", "__main__", "cli", "console", "errors", "interrupt", "ranks",
-                   "streams"}
+                   "shards", "streams"}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -361,7 +361,7 @@ def another(field: dataclasses.Field, value: object) -> object:
 
 EVERYWHERE = {"out", "resume", "resume_from", "log_every", "save_every", "keep", "device", "merge",
               "allow_data_change", "allow_setting_change", "gradient_checkpointing", "dry_run",
-              "verbose", "quiet", "json", "track", "parallel", "rank_timeout"}
+              "verbose", "quiet", "json", "track", "parallel", "offload_params", "rank_timeout"}
 WEIGHTS = {"model", "base", "lora_rank", "lora_alpha", "lora_targets", "rslora", "dora",
            "trunk_bits", "dtype"}  # a checkpoint's are of them
 ROWS = {"seed", "overlong", "columns", "bad_rows", "fix_text", "allow_empty_prompt", "chat",

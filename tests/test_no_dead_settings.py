@@ -146,6 +146,7 @@ CHANGES = {
         "dtype": Change("bfloat16"),
         "device": Change("cuda", refused="--device: 'cuda' cannot be used"),
         "parallel": Change("ddp", refused="--parallel: is ddp, and this is a single process"),
+        "offload_params": Change(True, refused="offload_params: goes with --parallel fsdp"),
         "seed": Change(1),
         "dry_run": Change(True),
         "log_every": Change(2),

@@ -12,6 +12,7 @@ from minirlhf.data.examples import Prompt
 from minirlhf.data.tokenizer import Tokenizer
 from minirlhf.models.alignment import pad_right, unpack
 from minirlhf.models.generation import generate
+from minirlhf.models.parallel import whole
 from minirlhf.models.sampling import Sampling, before_stop
 from minirlhf.models.support import RowSupport
 from minirlhf.models.transformer import CausalLM
@@ -38,9 +39,10 @@ def sample(
             is said of a row does not depend on its batch. None: those of these prompts.
     """
     mine = ranks.share(len(prompts))
-    parts = ranks.gather_tensors(
-        partial(_draw, lm, prompts[mine], keys[mine], sampling, tokenizer, rows_at_once)
-    )
+    with whole(lm) as writer:
+        parts = ranks.gather_tensors(
+            partial(_draw, writer, prompts[mine], keys[mine], sampling, tokenizer, rows_at_once)
+        )
     drawn = {name: torch.cat([part[name] for part in parts if part]) for name in parts[0]}
     sizes = drawn["lengths"]
     responses = [ids.tolist() for ids in drawn["tokens"].split(sizes.tolist())]

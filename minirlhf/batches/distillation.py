@@ -9,7 +9,7 @@ from torch import Tensor
 from minirlhf.batches.rollouts import Rollout, lm_states
 from minirlhf.models.alignment import check_known, unpack
 from minirlhf.models.divergence import token_divergence
-from minirlhf.models.parallel import over_ranks
+from minirlhf.models.parallel import over_ranks, passed
 from minirlhf.models.transformer import CausalLM
 
 
@@ -31,7 +31,7 @@ def divergence_pass(
     """
     check_known(micro.tokens, teacher.config.vocab_size, "the teacher")
     with torch.no_grad():
-        theirs = lm_states(teacher, micro)  # (N, D')
+        theirs = passed(lm_states, teacher, micro)  # (N, D')
     ours = lm_states(student, micro)  # (N, D)
     each = [token_divergence(student, ours, teacher, theirs, beta, temperature)
             for beta in gkd_betas]

@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from minirlhf import shards
+
 SAMPLED = 4096  # numbers of each tensor
 
 
@@ -16,7 +18,7 @@ def fingerprint_of(tensors: dict[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        first = tensor.detach().flatten()[:SAMPLED].to("cpu", torch.bfloat16)
+        first = shards.whole(tensor.detach()).flatten()[:SAMPLED].to("cpu", torch.bfloat16)
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(first.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

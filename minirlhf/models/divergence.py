@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minirlhf import shards
 from minirlhf.models.logprobs import check_distribution, expectation, narrowed, slices, widened
 from minirlhf.models.support import Support
 from minirlhf.models.transformer import CausalLM
@@ -71,7 +72,8 @@ def token_divergence(
         raise ValueError(f"beta is {beta}: at least 0 and at most 1 is legal")
     check_distribution(temperature, support, hidden[..., 0].numel())
     states, ref_states = (x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden.detach()))
-    weight, ref_weight = _words_of_both(lm.unembedding, ref.unembedding.detach())
+    ref_weight = shards.whole(ref.unembedding.detach())
+    weight, ref_weight = _words_of_both(lm.unembedding, ref_weight)
     apart = _Divergence.apply(states, weight, ref_states, ref_weight, beta, temperature, chunk,
                               support)
     return apart.view(hidden.shape[:-1])

@@ -12,6 +12,7 @@ backward pass. `wrap` hands a model over to one of them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import ranks
+from minirlhf.models.sharded import Sharded
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Passes(nn.Module):
@@ -63,19 +66,57 @@ class Replicated:
         self.passes.require_backward_grad_sync = now
 
 
-_wrappers: WeakKeyDictionary[nn.Module, Replicated] = WeakKeyDictionary()
+_wrappers: WeakKeyDictionary[nn.Module, Replicated | Sharded] = WeakKeyDictionary()
 
 
-def wrap(model: nn.Module, in_parts: bool = False) -> None:
+def wrap(
+    model: nn.Module, kind: str | None = None, in_parts: bool = False, offload: bool = False
+) -> None:
     """Lets all ranks train a model together; with one process it changes nothing.
 
     Args:
+        kind: "ddp" or None: all hold all of it; "fsdp": each holds a part, as in `Sharded`.
         in_parts: as in `Replicated`.
+        offload: as in `Sharded`.
     """
-    if not ranks.alone():
+    if ranks.alone():
+        return
+    if kind == "fsdp":
+        wrapper = Sharded(model, Passes(model), offload)
+    else:
         wrapper = Replicated(model, in_parts)
-        for module in model.modules():
-            _wrappers[module] = wrapper
+    for module in model.modules():
+        _wrappers[module] = wrapper
+
+
+def wrap_frozen(model: nn.Module, kind: str | None, offload: bool = False) -> None:
+    """As `wrap`, of a model that is only read: there is nothing to do but to share it out."""
+    if kind == "fsdp":
+        wrap(model, kind, offload=offload)
+
+
+@contextmanager
+def whole(model: Model, on_first: bool = False) -> Iterator[Model]:
+    """The model with all its weights on every rank, for what is no pass over rows: sampling,
+    merging, writing. All ranks enter and leave it together.
+
+    Args:
+        on_first: as in `Sharded.whole`.
+    """
+    wrapper = _wrappers.get(model)
+    if not isinstance(wrapper, Sharded):
+        yield model
+        return
+    with wrapper.whole(on_first) as plain:
+        yield plain[model]
+
+
+def passed(function: Callable[..., T], model: nn.Module, *args: object) -> T:
+    """function(model, …), a pass within that of another model, over rows that are this rank's."""
+    wrapper = _wrappers.get(model)
+    if isinstance(wrapper, Sharded):
+        return wrapper(function, model, *args)
+    return function(model, *args)
 
 
 def accumulated(model: nn.Module, parts: Iterable[T]) -> Iterator[T]:

@@ -55,7 +55,7 @@ from minirlhf.evaluation.groups import (
 from minirlhf.evaluation.policy import evaluate_sets, keep_best
 from minirlhf.evaluation.samples import show_samples
 from minirlhf.evaluation.updates import MiniBatchStats, TokenLosses, moved_too_far
-from minirlhf.models.parallel import accumulated
+from minirlhf.models.parallel import accumulated, whole
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import Completions, RewardSource, Scores, as_scores
 from minirlhf.run import flags, optim, settings
@@ -148,9 +148,9 @@ def sample_groups(
     places = torch.arange(start * G, (start + count) * G)
     keys = streams.key(seed, "rollout", state.step, rows, places)
     batch = [prompts[i] for i in rows.tolist()]
-    lm = sampler_of(state.model, config)
-    return sample(lm, batch, keys, sampling_of(config), tokenizer, config.rollout_batch_size,
-                  columns_of(prompts))
+    with whole(state.model) as lm:
+        return sample(sampler_of(lm, config), batch, keys, sampling_of(config), tokenizer,
+                      config.rollout_batch_size, columns_of(prompts))
 
 
 def score_groups(

@@ -61,7 +61,7 @@ from minirlhf.evaluation.updates import (
     summarise_updates,
 )
 from minirlhf.models.heads import ValueHeadModel
-from minirlhf.models.parallel import accumulated
+from minirlhf.models.parallel import accumulated, whole
 from minirlhf.models.transformer import CausalLM
 from minirlhf.rewards.source import Completions, RewardSource, Scores, as_scores
 from minirlhf.run import flags, optim, settings
@@ -143,9 +143,9 @@ def sample_rollout(
     rows = next_rows(state.samples, B, len(prompts), seed)
     keys = streams.key(seed, "rollout", state.step, rows, torch.arange(B))
     batch = [prompts[i] for i in rows.tolist()]
-    lm = sampler_of(state.model.lm, config)
-    return sample(lm, batch, keys, sampling_of(config), tokenizer, config.rollout_batch_size,
-                  columns_of(prompts))
+    with whole(state.model.lm) as lm:
+        return sample(sampler_of(lm, config), batch, keys, sampling_of(config), tokenizer,
+                      config.rollout_batch_size, columns_of(prompts))
 
 
 def score_rollout(

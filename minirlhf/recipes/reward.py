@@ -43,7 +43,7 @@ from minirlhf.files import atomic
 from minirlhf.models.dropout import dropout_of
 from minirlhf.models.heads import RewardModel, normalize_scores
 from minirlhf.models.lora import merged_copy
-from minirlhf.models.parallel import accumulated
+from minirlhf.models.parallel import accumulated, whole
 from minirlhf.run import flags, optim
 from minirlhf.run.checkpoint import TrainState
 from minirlhf.run.meters import Step, Stopwatch
@@ -167,7 +167,8 @@ def evaluate_all(
 
 
 def finish(
-    start: TrainingRun[Example], results: dict[str, Evaluation] | None, pair_loss: PairLoss
+    start: TrainingRun[Example], adapted: RewardModel, results: dict[str, Evaluation] | None,
+    pair_loss: PairLoss,
 ) -> None:
     """Normalises the trained model, writes its folder or folders, and the card of what was held
     out.
@@ -175,10 +176,10 @@ def finish(
     All of it is a function of the last checkpoint, so a run that is stopped here does it again.
 
     Args:
+        adapted: the trained model, whole.
         results: of the last step, if this process made it.
     """
     config, r, sets = start.config, start.run, start.sets
-    adapted = start.state.model
     model = merged_copy(adapted) if config.lora_rank and config.merge else adapted
     facts = {"heads": model.heads, "lcb_coef": model.lcb_coef}
     facts |= r.provenance()
@@ -230,7 +231,8 @@ def main(argv: list[str] | None = None, pair_loss: PairLoss = bradley_terry_loss
                 r.save(state)
         if r.stopped:
             return r.stop(state)
-        finish(start, results, pair_loss)
+        with whole(state.model) as trained:
+            finish(start, trained, results, pair_loss)
     return OK
 
 

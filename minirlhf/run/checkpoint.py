@@ -24,12 +24,21 @@ from torch import Tensor, nn
 
 from minirlhf.errors import UserError, printable
 from minirlhf.files import atomic
-from minirlhf.files.fingerprint import fingerprint_of
 from minirlhf.files.reading import read_json, read_text, strict_json
 from minirlhf.run.kinds import KINDS
 from minirlhf.run.machine import environment
 from minirlhf.run.meters import Meters, Step
+from minirlhf.run.tensors import (
+    check_moments,
+    frozen_below,
+    kinds_of,
+    moments_of,
+    put_moments,
+    put_weights,
+    weights_of,
+)
 
+Tensors = tuple[tuple[dict[str, Tensor], dict[str, str]], dict[str, Tensor]]
 FORMAT = 2
 WEIGHTS, MOMENTS, NUMBERS = FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
@@ -92,59 +101,18 @@ def _numbers(state: TrainState) -> dict[str, object]:
     return {n: getattr(state, n) for n in names} | {"meters": state.meters.as_dict()}
 
 
-def _moments(state: TrainState) -> dict[str, Tensor]:
-    """Moments under their parameters' names: independent of the order of groups."""
-    names = {id(p): n for n, p in state.model.named_parameters()}
-    out = {}
-    for parameter, values in state.optimizer.state.items():
-        for key, value in values.items():
-            out[f"{names[id(parameter)]}.{key}"] = torch.as_tensor(value)
-    return out
-
-
-def _parts(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(what is saved of a model, what is told of the rest of it): frozen weights are not saved, but
-    read again from where they came. Those that are packed are buffers of a module that says so."""
-    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if getattr(module, "frozen", False):
-            frozen |= {f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False)}
-    every = model.state_dict()
-    rest = {name: tensor for name, tensor in every.items() if name in frozen}
-    kept = {name: tensor for name, tensor in every.items() if name not in frozen}
-    return kept, {"frozen": fingerprint_of(rest)} if rest else {}
-
-
-def _check_moments(state: TrainState, saved: dict[str, Tensor], where: Path) -> None:
-    names = dict(state.model.named_parameters())
-    trained = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
-    for name in (full.rpartition(".")[0] for full in saved):
-        if name not in names or id(names[name]) not in trained:
-            raise UserError(where, f"holds moments of '{name}', which is not trained here",
-                            "build model and optimizer as in the run that saved it")
-
-
-def _restore_moments(state: TrainState, saved: dict[str, Tensor]) -> None:
-    names = dict(state.model.named_parameters())
-    on_device = {
-        id(p): bool(group.get("fused") or group.get("capturable"))
-        for group in state.optimizer.param_groups
-        for p in group["params"]
-    }
-    state.optimizer.state.clear()
-    for full, value in saved.items():
-        name, _, key = full.rpartition(".")
-        parameter = names[name]
-        # torch keeps the step count on the CPU, except for its fused and capturable kernels
-        here = key != "step" or on_device[id(parameter)]
-        device = parameter.device if here else "cpu"
-        state.optimizer.state[parameter][key] = value.to(device, copy=True)
-
-
 # ------------------------------------------------------------------------------------------- save
 
 
-def save_checkpoint(state: TrainState, folder: str | Path, keep: int = 2) -> Path:
+def gather(state: TrainState) -> Tensors:
+    """What `save_checkpoint` writes of model and optimizer: of several processes all call this, and
+    rank 0 alone saves."""
+    return weights_of(state.model), moments_of(state.model, state.optimizer)
+
+
+def save_checkpoint(
+    state: TrainState, folder: str | Path, keep: int = 2, tensors: Tensors | None = None
+) -> Path:
     """Commits the state as folder/step-NNNNNNNN; returns the commit's folder.
 
     A commit of the same step, whole or not, is replaced and not reused: the state of a step may
@@ -154,6 +122,9 @@ def save_checkpoint(state: TrainState, folder: str | Path, keep: int = 2) -> Pat
     Then, of older commits, all that are before the newest `keep` whole ones are removed, the new
     one counted; and later ones, which are damaged: the run was resumed before them.
 
+    Args:
+        keep: how many commits stay, this one counted.
+        tensors: of `gather`; None: gathered here.
     Raises:
         UserError: whole commits of later steps are here, too little space, or a number is not
             finite; what was there before stays.
@@ -163,15 +134,15 @@ def save_checkpoint(state: TrainState, folder: str | Path, keep: int = 2) -> Pat
     if keep < 1:
         raise ValueError(f"keep is {keep}: at least the new commit must stay, 2 are safe")
     folder = Path(folder)
+    final = folder / f"step-{state.step:08d}"
+    (weights, told), moments = gather(state) if tensors is None else tensors
     atomic.make_folder(folder)
     atomic.sweep(folder)
     later = [c for c in commits(folder) if _step(c) > state.step]
     if whole := [c for c in later if verify(c) is None]:
         raise UserError(whole[0], f"is later than step {state.step}, which is to be saved",
                         "save into another folder, or remove it")
-    (weights, told), moments = _parts(state.model), _moments(state)
     atomic.check_space(folder, sum(t.nbytes for t in (*weights.values(), *moments.values())))
-    final = folder / f"step-{state.step:08d}"
     temporary = folder / f"{atomic.TEMPORARY}{final.name}"
     try:
         atomic.make_folder(temporary)
@@ -349,16 +320,14 @@ def load_checkpoint(state: TrainState, commit: str | Path) -> None:
             below = (file.metadata() or {}).get("frozen")
     except SafetensorError as error:
         raise UserError(commit, f"cannot be read ({error})", "use another checkpoint") from error
-    wanted, told = _parts(state.model)
-    kinds = [{n: (t.shape, t.dtype) for n, t in of.items()} for of in (weights, wanted)]
-    if kinds[0] != kinds[1]:
+    if {n: (t.shape, t.dtype) for n, t in weights.items()} != kinds_of(state.model):
         raise UserError(
             commit, "holds the weights of another model", "resume with the same --model"
         )
-    if below != told.get("frozen"):
+    if below != frozen_below(state.model):
         what = "was saved over other frozen weights: the base is another, or has changed"
         raise UserError(commit, what, "resume with the same --model, as it was")
-    _check_moments(state, moments, commit)
+    check_moments(state.model, state.optimizer, moments, commit)
     numbers, known = read_json(commit / NUMBERS), _numbers(state).keys()
     found = numbers.keys() if isinstance(numbers, dict) else set()
     if found != known:
@@ -366,8 +335,8 @@ def load_checkpoint(state: TrainState, commit: str | Path) -> None:
         raise UserError(commit / NUMBERS, f"was saved by another version ({other})", "use that one")
     if wrong := [name for name, value in numbers.items() if not KINDS[name](value)]:
         raise UserError(commit / NUMBERS, f"has a {wrong[0]} of another kind", "use another one")
-    _restore_moments(state, moments)
-    state.model.load_state_dict(weights, strict=False)
+    put_weights(state.model, weights)
+    put_moments(state.model, state.optimizer, moments)
     state.meters.load(numbers.pop("meters"))
     for name, value in numbers.items():
         setattr(state, name, value)
@@ -382,11 +351,11 @@ def load_weights(model: nn.Module, commit: Path, all_of_it: bool = True) -> None
     Raises:
         UserError: the commit lacks some of them, or was saved over other frozen weights.
     """
-    weights, (wanted, told) = load_file(commit / WEIGHTS), _parts(model)
-    if any(n not in weights or weights[n].shape != t.shape for n, t in wanted.items()):
+    weights, wanted = load_file(commit / WEIGHTS), kinds_of(model)
+    if any(n not in weights or weights[n].shape != shape for n, (shape, _) in wanted.items()):
         raise UserError(commit, "holds the weights of another model", "give the run's own --base")
     with safe_open(commit / WEIGHTS, "pt") as file:
         below = (file.metadata() or {}).get("frozen")
-    if all_of_it and below != told.get("frozen"):
+    if all_of_it and below != frozen_below(model):
         raise UserError(commit, "was saved over other frozen weights", "give the run's own --base")
-    model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
+    put_weights(model, {name: weights[name] for name in wanted})

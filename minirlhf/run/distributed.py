@@ -33,6 +33,7 @@ class StartSettings(Protocol):
     device: str
     dtype: str
     parallel: str | None
+    offload_params: bool
     rank_timeout: float
     verbose: bool
 
@@ -41,23 +42,27 @@ def start(config: StartSettings) -> str:
     """Joins the processes that torchrun started, if it did; returns the device of this one.
 
     Raises:
-        UserError: a device that is not there; --parallel without torchrun; processes that do not
-            find each other (exit code 6).
+        UserError: a device that is not there; --parallel without torchrun; what does not go with
+            several processes; processes that do not find each other (exit code 6).
     """
     if config.parallel and "RANK" not in os.environ:
         do = "start it by torchrun --nproc-per-node 2 -m minirlhf …"
         raise UserError("--parallel", f"is {config.parallel}, and this is a single process", do)
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        return choose_device(config.device)
-    if ranks.count() > 1:  # a second run of the same process
-        return ranks.device()
-    if config.dtype == "bfloat16":  # its gradients are added up in float32
-        do = "leave out --dtype bfloat16, or start one process"
+        device = choose_device(config.device)
+        _check_kind(config, device, 1)
+        return device
+    if config.dtype == "bfloat16" and config.parallel != "fsdp":  # gradients are of float32
+        do = "give --parallel fsdp, leave out --dtype bfloat16, or start one process"
         raise UserError("--dtype", "is bfloat16, and DistributedDataParallel would round sums", do)
+    if ranks.count() > 1:  # a second run of the same process
+        _check_kind(config, ranks.device(), ranks.count())
+        return ranks.device()
     number, count = _place()
     if number > 0 and not config.verbose:
         console.mute()
     device = _device_of(config.device)
+    _check_kind(config, device, count)
     _join(number, count, device, config.rank_timeout)
     ranks.join(number, count, device)
     return device
@@ -77,6 +82,12 @@ def _place() -> tuple[int, int]:
         what = f"is {port}" if port >= 2**16 else f"is {number}, and there are {count} processes"
         raise UserError("MASTER_PORT" if port >= 2**16 else "RANK", what, do)
     return number, count
+
+
+def _check_kind(config: StartSettings, device: str, count: int) -> None:
+    if config.offload_params and (count == 1 or torch.device(device).type == "cpu"):
+        what = "there is one process" if count == 1 else "the device is a CPU, where all is already"
+        raise UserError("--offload-params", what, "leave it out: fsdp on GPUs has use for it")
 
 
 def _device_of(name: str) -> str:
@@ -110,7 +121,7 @@ def _join(number: int, count: int, device: str, timeout: float) -> None:
         watch = Watch(dist.PrefixStore("watch", store.clone()), number, count, timeout)
         watch.start()
         dist.init_process_group(
-            "nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE,
+            "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE,
             store=dist.PrefixStore("minirlhf", store), rank=number, world_size=count,
         )
     except (RuntimeError, ValueError) as error:

@@ -357,10 +357,12 @@ class Run:
 
     def save(self, state: TrainState) -> None:
         """Commits a checkpoint; the logs are on disk before it says how long they are."""
+        tensors, keep = checkpoint.gather(state), self.config.keep
+
         def commit() -> None:
             for name in state.log_bytes:
                 atomic.fsync(self.folder / name)
-            checkpoint.save_checkpoint(state, self.folder / "checkpoints", self.config.keep)
+            checkpoint.save_checkpoint(state, self.folder / "checkpoints", keep, tensors)
 
         self._write(commit)
 

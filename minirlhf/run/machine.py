@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import minirlhf
-from minirlhf import ranks
+from minirlhf import ranks, shards
 from minirlhf.errors import UserError, printable
 
 # Variables by which the libraries under torch are told which kernels to take, or how to round.
@@ -84,7 +84,7 @@ def environment(model: nn.Module) -> dict[str, object]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "processor": processor(),  # by which MKL and oneDNN choose their kernels
         "kernels": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if CHOOSES.match(k)),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": str(shards.stored_dtype(weight)).removeprefix("torch."),
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from minirlhf import shards
 from minirlhf.errors import NON_FINITE, NonFinite, UserError
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -142,7 +143,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None, where: str) -> floa
         NonFinite: the norm is not finite; the parameters are untouched.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = shards.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
     value = float(norm)
     check_finite(where, {"grad_norm": value})
     if max_norm is not None and value > max_norm:  # times 1 would be a pass over all of it
@@ -173,7 +174,7 @@ def check_weights(optimizer: torch.optim.Optimizer, where: str) -> None:
     # of the time of a largest value, and is as finite.
     squares = [state["exp_avg_sq"] for state in optimizer.state.values()]
     for name, tensors in (("weights", weights), ("squared gradients", squares)):
-        total = float(sum(tensor.sum() for tensor in tensors))
+        total = float(shards.whole(sum(tensor.sum() for tensor in tensors)))
         if not math.isfinite(total):
             what = f"the sum of all {name} is {total} after the update"
             do = "the last checkpoint stands; lower learning_rate, or raise adam_epsilon"

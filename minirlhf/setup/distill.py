@@ -11,7 +11,7 @@ from minirlhf.data.split import NOT_READ
 from minirlhf.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from minirlhf.errors import UserError
 from minirlhf.files.folders import resolve
-from minirlhf.models import pretrained
+from minirlhf.models import parallel, pretrained
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.transformer import CausalLM
 from minirlhf.run.dry_run import DryRun
@@ -79,6 +79,7 @@ def load_teacher(
     teacher = pretrained.load_pretrained(folder, dtype, device).requires_grad_(False)
     if config.compile:
         compile_blocks(teacher)
+    parallel.wrap_frozen(teacher, config.parallel, config.offload_params)
     return teacher
 
 

@@ -40,7 +40,7 @@ from minirlhf.equations.dpo import (
 from minirlhf.errors import UserError
 from minirlhf.files import folders
 from minirlhf.files.sieve import Report, RowPolicy
-from minirlhf.models import pretrained
+from minirlhf.models import parallel, pretrained
 from minirlhf.models.compiling import compile_blocks
 from minirlhf.models.config import ModelConfig
 from minirlhf.run.dry_run import DryRun
@@ -48,7 +48,7 @@ from minirlhf.run.machine import make_deterministic
 from minirlhf.setup import longest, memory
 from minirlhf.setup.common import check_base
 from minirlhf.setup.dpo_settings import NO_REFERENCE, OF_MEANS, DPOConfig, beta_of, sft_coef_of
-from minirlhf.setup.roles import load_reference, load_trained, shares_trunk, trunk_facts
+from minirlhf.setup.roles import load_reference, load_trained, one_trunk, trunk_facts
 from minirlhf.setup.training import (
     TrainingRun,
     check_tokenizer,
@@ -211,7 +211,7 @@ def load_run(config: DPOConfig) -> DPORun:
     if not config.dry_run:
         check_batches(config, rows.train)
     make_deterministic(device)
-    own = not needs_ref or shares_trunk(config, folder, ref_folder)
+    own = not needs_ref or one_trunk(config, folder, ref_folder)
     estimate = memory.of_dpo(config, model_config, None if own else ref_config, rows.tokens, dtype)
     facts = trunk_facts(config, folder, ref_folder if needs_ref else None)
     facts |= memory.announce(config, estimate, (folder, ref_folder), dtype, device)
@@ -232,4 +232,5 @@ def reference_of(
     ref = load_reference(run.config, run.state.model, start, folder, dtype, device)
     if run.config.compile:
         compile_blocks(ref)
+    parallel.wrap_frozen(ref, run.config.parallel, run.config.offload_params)
     return partial(ref_logprobs, ref)

@@ -83,7 +83,9 @@ def load_run(config: GRPOConfig) -> PolicyRun:
     offload_frozen(config, policy, frozen)
     if config.compile:
         compile_blocks(policy, *(model for model, _ in frozen))
-    parallel.wrap(policy)
+    parallel.wrap(policy, config.parallel, offload=config.offload_params)
+    for model, _ in frozen:
+        parallel.wrap_frozen(model, config.parallel, config.offload_params)
     optimizer = optim.make_optimizer(
         policy, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )

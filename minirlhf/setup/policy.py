@@ -39,7 +39,7 @@ from minirlhf.setup.policy_settings import (
     RolloutSettings,
     SamplerSettings,
 )
-from minirlhf.setup.roles import load_scorer, share_weights, shares_trunk
+from minirlhf.setup.roles import load_scorer, one_trunk, share_weights, shares_trunk
 from minirlhf.setup.training import TrainingRun, check_tokenizer
 
 # ---------------------------------------------------------------------- looking, before any loading
@@ -174,13 +174,13 @@ def own_trunks(
 ) -> list[Path]:
     """Those of these reward models that do not lie over the policy's weights."""
     policy = start.folder
-    return [each for each in scorers if not shares_trunk(config, policy, each, reward=True)]
+    return [each for each in scorers if not one_trunk(config, policy, each, reward=True)]
 
 
 def own_frozen(config: TrainingSettings, start: Start) -> list[Path]:
     """The frozen models of a run that do not lie over the policy's weights."""
     ref, policy = start.ref_folder, start.folder
-    apart = ref is not None and not shares_trunk(config, policy, ref)
+    apart = ref is not None and not one_trunk(config, policy, ref)
     return [*own_trunks(config, start, start.scorers), *([ref] if apart else [])]
 
 

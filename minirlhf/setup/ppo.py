@@ -133,10 +133,14 @@ def load_run(config: PPOConfig) -> PPORun:
         config, r, start, lambda: loaded().lm, tokenizer, data, dtype, device)
     policy = loaded()
     ref = load_reference(config, policy.lm, start.folder, start.ref_folder, dtype, device)
-    offload_frozen(config, policy, [*rewards.models, (ref, start.ref_folder)])
+    frozen = [*rewards.models, (ref, start.ref_folder)]
+    offload_frozen(config, policy, frozen)
     if config.compile:
-        compile_blocks(policy, ref, *(model for model, _ in rewards.models))
-    parallel.wrap(policy, in_parts=bool(data.texts) or config.critic_warmup_steps > 0)
+        compile_blocks(policy, *(model for model, _ in frozen))
+    in_parts = bool(data.texts) or config.critic_warmup_steps > 0
+    parallel.wrap(policy, config.parallel, in_parts, config.offload_params)
+    for model, _ in frozen:
+        parallel.wrap_frozen(model, config.parallel, config.offload_params)
     state = TrainState(policy, ppo_optimizer(policy, config), kl_coef=config.kl_coef)
     sizes = config.ptx_batch_size, config.micro_batch_tokens
     mix = TextMix(data.texts, config.ptx_coef, *sizes, config.seed) if data.texts else None

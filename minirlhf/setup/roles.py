@@ -34,16 +34,23 @@ def shares_trunk(
     return bool(config.lora_rank) and one and (isinstance(folder, AdapterFolder) or not reward)
 
 
+def one_trunk(
+    config: TrainingSettings, policy: Path, folder: Path, reward: bool = False
+) -> bool:
+    """Whether such a model takes no memory beside the policy; fsdp shards each by itself."""
+    return config.parallel != "fsdp" and shares_trunk(config, policy, folder, reward)
+
+
 def trunk_facts(
     config: TrainingSettings, policy: Path, ref: Path | None = None, scorers: Sequence[Path] = (),
     critic: Sequence[Path] = (),
 ) -> dict[str, str]:
     """What is told of adapters that go on being trained, and of models that share weights."""
-    told, roles = {}, [("reference", ref is not None and shares_trunk(config, policy, ref))]
+    told, roles = {}, [("reference", ref is not None and one_trunk(config, policy, ref))]
     if config.lora_rank and isinstance(policy, AdapterFolder):
         told["adapters"] = f"those of {policy} are trained on, with their own alpha and layers"
     for name, folders in ("reward model", scorers), ("critic", critic):
-        roles += [(name, shares_trunk(config, policy, each, reward=True)) for each in folders]
+        roles += [(name, one_trunk(config, policy, each, reward=True)) for each in folders]
     if shared := dict.fromkeys(name for name, shares in roles if shares):
         told["one set of weights for"] = ", ".join(["policy", *shared])
     return told
@@ -121,7 +128,7 @@ def load_reference(
     """
     if not shares_trunk(config, start, folder):
         return pretrained.load_pretrained(folder, dtype, device).requires_grad_(False)
-    ref, adapted = base_of(policy), isinstance(folder, AdapterFolder)
+    ref, adapted = _base(config, policy, folder, dtype, device), isinstance(folder, AdapterFolder)
     return load_adapter(ref, folder, trainable=False) if adapted else ref
 
 
@@ -132,9 +139,21 @@ def load_scorer(
     """A reward model, or what a critic begins as; over the policy's weights where it can be.
     Arguments as of `load_reference`; policy: None where `shares_trunk` is not true."""
     if shares_trunk(config, start, folder, reward=True):
-        return load_adapter(_with_heads(base_of(policy), folder), folder, trainable)
+        base = _base(config, policy, folder, dtype, device)
+        return load_adapter(_with_heads(base, folder), folder, trainable)
     model = pretrained.load_reward_model(folder, dtype, device)
     return model.requires_grad_(trainable and not config.lora_rank)
+
+
+def _base(
+    config: TrainingSettings, policy: CausalLM, folder: Path, dtype: torch.dtype, device: str
+) -> CausalLM:
+    """The policy's base over the same weights; of its own with fsdp, which shards a tree of modules
+    by itself."""
+    if config.parallel == "fsdp":
+        lm = pretrained.load_pretrained(weights_of(folder), dtype, device)
+        return lm.requires_grad_(False)
+    return base_of(policy)
 
 
 def share_weights(model: nn.Module, other: nn.Module) -> bool:

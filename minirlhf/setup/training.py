@@ -86,11 +86,12 @@ class TrainingRun(Generic[T]):
 
     def export(self, lm: CausalLM, adapter: str, merged: str) -> None:
         """Writes adapters and model into folders of these names; the model goes on learning."""
-        if self.config.lora_rank:
-            self.run.export(partial(write_adapter, lm, self.tokenizer, self.config), adapter)
-        if self.config.merge:
-            plain = merged_copy(lm) if self.config.lora_rank else lm
-            self.run.export(partial(write_model, plain, self.tokenizer), merged)
+        with parallel.whole(lm, on_first=True) as lm:
+            if self.config.lora_rank:
+                self.run.export(partial(write_adapter, lm, self.tokenizer, self.config), adapter)
+            if self.config.merge:
+                plain = merged_copy(lm) if self.config.lora_rank else lm
+                self.run.export(partial(write_model, plain, self.tokenizer), merged)
 
 
 def check_tokenizer(
@@ -176,7 +177,7 @@ def ready(
     model.to(device)
     if config.compile:
         compile_blocks(model)
-    parallel.wrap(model)
+    parallel.wrap(model, config.parallel, offload=config.offload_params)
     optimizer = optim.make_optimizer(
         model, config.learning_rate, config.weight_decay, eps=config.adam_epsilon
     )

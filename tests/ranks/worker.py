@@ -14,12 +14,16 @@ from minirlhf.cli import main
 from minirlhf.setup import grpo, ppo, training
 
 
+def wide(name: str) -> torch.dtype:
+    return torch.bfloat16 if name == "bfloat16" else torch.float64
+
+
 def run(plan: str) -> None:
     with open(plan) as file:
         told = json.load(file)
     if told.get("float64"):
         for module in (grpo, ppo, training):
-            module.choose_dtype = lambda name: torch.float64
+            module.choose_dtype = wide
     torch.set_num_threads(1)
     codes = [main(argv) for argv in told["runs"]]
     with open(f"{plan}.{os.environ.get('RANK', '0')}", "w") as file:
