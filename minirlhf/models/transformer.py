@@ -25,7 +25,7 @@ from minirlhf.models.rotary import RotaryTable, rotate
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 MOST_ROWS = 128  # tokens; with more there is work enough for a plain product
-ONEDNN = {torch.float32, torch.bfloat16} if torch.backends.mkldnn.is_available() else set()
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,7 +38,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows must be computed alike whether they are measured or trained.
     """
     decoding = x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled()
-    if not decoding or not x.is_cpu or len(x) > MOST_ROWS or x.dtype not in ONEDNN:
+    fits = ONEDNN and x.is_cpu and x.dtype == torch.float32  # a bfloat16 product is oneDNN's anyway
+    if not decoding or not fits or len(x) > MOST_ROWS:
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():  # which knows it with constant weights only
         return F.linear(x, weight, bias)
