@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minirlhf import console
+from minirlhf import console, ranks
 from minirlhf.files.sieve import Report
 from minirlhf.run import terminal
 from minirlhf.run.settings import override, setting
@@ -202,6 +202,8 @@ class Display:
         """After a signal: what is saved, and the command that goes on."""
         command = this_command()
         command += "" if "--resume" in sys.argv else " --resume"
+        if ranks.count() > 1:
+            command = f"torchrun … {command.removeprefix('python ')}"
         if self.settings.json:
             self._event("stopped", step=step, command=command)
         else:

@@ -40,7 +40,8 @@ class Watch:
         self.left: dict[int, tuple[str, float]] = {}  # why, and since when
         self.word = ""  # why this one leaves, once it does
         self.suspects = False  # a collective has failed
-        self.ends, self.parted, self.ending = threading.Event(), threading.Event(), threading.Lock()
+        self.speaks, self.ends, self.parted = (threading.Event() for _ in range(3))
+        self.ending = threading.Lock()
 
     def start(self) -> None:
         for name in ("talk", "judge"):
@@ -54,7 +55,8 @@ class Watch:
                 self.look()
                 if self.ends.is_set() and not self.staying():
                     self.parted.set()
-                self.ends.wait(self.every) and time.sleep(0.02)
+                if self.speaks.wait(self.every):  # the others wait for its word
+                    time.sleep(0.05)
         except (RuntimeError, OSError):  # the store is gone, and with it who held it
             if not self.word:
                 at = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
@@ -129,6 +131,7 @@ class Watch:
             self.suspects = True
             time.sleep(GRACE + (MISSED + 1) * self.every)
         self.word = f"{ranks.place()}: {errors.named(error)}"
+        self.speaks.set()
         until = time.monotonic() + GRACE
         while self.number > 0 and time.monotonic() < until:
             time.sleep(self.every / 5)
@@ -140,6 +143,7 @@ class Watch:
         where one ends before, torchrun would end them in the midst of their last words."""
         why = errors.told() or str(getattr(sys, "last_value", ""))
         self.word = self.word or (f"{ranks.place()}: {why}" if why else DONE)
+        self.speaks.set()
         self.ends.set()
         self.parted.wait(self.timeout)
         for number in interrupt.SIGNALS:

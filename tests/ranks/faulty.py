@@ -39,6 +39,7 @@ PHASES = {  # what every rank calls there
     "fill": "minirlhf.files.atomic:write_folder",
     "export": "minirlhf.run.folder:Run.export",
 }
+ALL = -1  # ranks
 LIMIT = 60.0  # seconds until what still lives has hung
 
 
@@ -91,8 +92,8 @@ def be_rank(plan: dict, number: int, count: int, port: int) -> None:
     code = 1
     try:
         torch.set_num_threads(1)
-        watch.GRACE = 1.0
-        if plan.get("phase") and plan["rank"] == number:
+        watch.GRACE = 2.0
+        if plan.get("phase") and plan["rank"] in (number, ALL):
             break_at(plan["phase"], plan.get("call", 1), plan["how"])
         code = main(plan["argv"])
     except SystemExit as error:

@@ -17,6 +17,7 @@ import pytest
 
 from minirlhf.errors import BAD_INPUT, BUG, DISTRIBUTED, MACHINE, NON_FINITE, OK, STOPPED
 from minirlhf.errors import REWARD_SERVICE as SERVICE
+from tests.ranks.faulty import ALL
 from tests.ranks.test_same_numbers import ROOT, make_folder
 from tests.tiny_folders import leftovers, timeless
 
@@ -79,6 +80,7 @@ CASES = {
     "disk in checkpoint": Case("write", 0, 5, "disk", (MACHINE, MACHINE), FULL, 0),
     "disk in export": Case("fill", 0, 1, "disk", (MACHINE, MACHINE), FULL, 0),
     # --------------------------------------------------------------------------------------- alike
+    "fault of all": Case("update", ALL, 2, "fault", (BUG, BUG), "", 0),
     "service": Case(None, 0, 0, "", (SERVICE, SERVICE), SERVER, 0,
                     ("--reward", SERVER, "--reward-retries", "0")),
     "function": Case(None, 0, 0, "", (BAD_INPUT, BAD_INPUT), "raises.py:3", 0,
@@ -158,6 +160,8 @@ def test_the_others_end_and_a_resume_goes_on(name, runs):
     asked = [line for text in said for line in text.splitlines() if line.startswith("stopping")]
     if case.codes == (STOPPED, STOPPED):
         assert (len(asked), lines) == (1, []), said
+    elif case.rank == ALL:  # rank 0 shows where it was
+        assert [text.count(FAULT) for text in said] == [1, 0] and not lines, said
     else:
         assert not asked
         (line,) = lines
