@@ -17,7 +17,7 @@ from tests.pages import MODEL, PAGES, ROOT, run_code
 
 FRONT, OWN = "README.md", "minirlhf/recipes/README.md"
 OF_TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint",
-               "--master-port", "--log-dir", "--tee", "--standalone"}
+               "--master-port", "--log-dir", "--tee", "--standalone", "--local-addr"}
 every_page = pytest.mark.parametrize("page", PAGES, ids=str)
 
 

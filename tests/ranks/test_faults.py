@@ -58,6 +58,8 @@ CASES = {
     "killed in evaluation": Case("evaluation", 1, 2, "SIGKILL", (ENDED, KILLED), "step 2", 0),
     "killed in report": Case("report", 1, 2, "SIGKILL", (ENDED, KILLED), "step 1", 0),
     "killed in checkpoint": Case("checkpoint", 1, 3, "SIGKILL", (ENDED, KILLED), "step 2", 0),
+    "killed, of shared weights": Case("update", 1, 2, "SIGKILL", (ENDED, KILLED), "step 2", 0,
+                                      ("--parallel", "fsdp")),
     "killed in export": Case("export", 1, 1, "SIGKILL", (ENDED, KILLED), "the end", 0),
     "first killed in update": Case("update", 0, 2, "SIGKILL", (KILLED, ENDED), "", 1),
     "first killed in writing": Case("write", 0, 5, "SIGKILL", (KILLED, ENDED), "", 1),

@@ -10,8 +10,8 @@ import torch
 from minirlhf.errors import BAD_INPUT, DISTRIBUTED, UserError
 from minirlhf.run import distributed
 
-CONFIG = SimpleNamespace(device="cpu", dtype="float32", parallel=None, rank_timeout=1.0,
-                         verbose=True)
+CONFIG = SimpleNamespace(device="cpu", dtype="float32", parallel=None, offload_params=False,
+                         rank_timeout=1.0, verbose=True)
 
 
 @pytest.fixture
