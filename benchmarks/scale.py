@@ -6,12 +6,14 @@
 Measured is an optimizer step of supervised fine-tuning of a random Llama of 22 million parameters
 in float32, one micro-batch, by 1, 2 and 4 processes of this machine: the bytes of weights,
 gradients and moments that each process holds, and the bytes that went through the loopback device,
-by process. The plan takes the same formulas to 7 and 70 billion parameters. P parameters, N ranks:
+by process; the least of three steps, since others may use it. The plan takes the same formulas to 7
+and 70 billion parameters. P parameters, N ranks:
 
     held    ddp 16 P, fsdp 16 P / N: float32 weights, gradients and AdamW's two moments
     sent    ddp 8 P (N - 1) / N a step: the all-reduce of float32 gradients, by each rank
-            fsdp (w + w + 4) P (N - 1) / N a micro-batch: weights of w bytes are gathered in the
-            forward pass and in the backward pass, float32 gradients reduced
+            fsdp (w + w + g) P (N - 1) / N a micro-batch: weights of w bytes are gathered in the
+            forward pass and in the backward pass, float32 gradients are reduced and scattered,
+            g = 4; gloo makes an all-reduce of that, g = 8
 """
 
 import argparse
@@ -70,9 +72,9 @@ def held(shape: Shape, ranks: int, parallel: str) -> float:
     return 16 * shape.parameters / (ranks if parallel == "fsdp" else 1)
 
 
-def sent(shape: Shape, ranks: int, parallel: str, weight_bytes: int = 4) -> float:
+def sent(shape: Shape, ranks: int, parallel: str, weight_bytes: int, gradient_bytes: int) -> float:
     """Bytes that a rank sends in an optimizer step of one micro-batch."""
-    each = 8 if parallel == "ddp" else 2 * weight_bytes + 4
+    each = 8 if parallel == "ddp" else 2 * weight_bytes + gradient_bytes
     return each * shape.parameters * (ranks - 1) / ranks
 
 
@@ -86,7 +88,7 @@ def plan(shape: Shape, cluster: Cluster) -> dict:
     block = 2 * 2 * P / shape.layers + 4 * shape.vocab * D  # two gathered blocks, the embeddings
     trained, frozen = 2 * held(shape, N, "fsdp"), 2 * 2 * P / N
     # computing a token takes 8 P operations with activations recomputed; sending takes as long at
-    least = sent(shape, N, "fsdp", 2) / cluster.link / (8 * P / cluster.flops)  # tokens
+    least = sent(shape, N, "fsdp", 2, 4) / cluster.link / (8 * P / cluster.flops)  # tokens
     activations = 2 * shape.layers * D * least + 34 * D * least
     update = 2 * 8 * P * tokens / cluster.flops
     passes = 4 * 2 * P * tokens / cluster.flops
@@ -126,7 +128,7 @@ def child(parallel: str) -> None:
     lm = CausalLM(ModelConfig("llama", s.vocab, s.hidden, s.intermediate, s.layers, 8,
                               s.kv_width // 64, 64, 256, tied_embeddings=s.tied))
     initialize(lm, torch.Generator().manual_seed(0))
-    wrap(lm)
+    wrap(lm, config.parallel)
     state = TrainState(lm, optim.make_optimizer(lm, 1e-4))
     texts = [Text(list(range(i, i + 32)), 0, f"t:{i}", {}) for i in range(64)]
     before, moved, steps = 0, [], sft(state, texts, config)
@@ -146,7 +148,7 @@ def child(parallel: str) -> None:
     if ranks.is_first():  # gradients have the size of the weights; the recipe drops them
         print(json.dumps({"parameters": sum(p.numel() for p in lm.parameters()),
                           "held": 2 * weights + moments,
-                          "sent": sorted(moved[1:])[1] / ranks.count()}))
+                          "sent": min(moved[1:]) / ranks.count()}))
 
 
 def measure(parallel: str, count: int) -> dict:
@@ -173,7 +175,8 @@ def main() -> None:
     for parallel, count in (("ddp", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)):
         found = measure(parallel, count)
         P = found["parameters"]
-        told = held(SMALL, count, parallel) * P / SMALL.parameters, sent(SMALL, count, parallel)
+        told = held(SMALL, count, parallel) * P / SMALL.parameters, sent(
+            SMALL, count, parallel, 4, 8)
         rows.append({"ranks": count, "parallel": parallel, "held": told[0], "sent": told[1],
                      "measured held": found["held"], "measured sent": found["sent"]})
         print(f"{count:<6}{parallel if count > 1 else '':<6}{told[0] / 1e6:>9.1f}"
@@ -182,7 +185,7 @@ def main() -> None:
     for told in plans:
         print()
         for name, value in told.items():
-            shown = f"{value:>14,.4g}" if isinstance(value, float) else f"{value:>14}"
+            shown = f"{value:>14,.4g}" if isinstance(value, float) else f"{value!s:>14}"
             print(f"{name:<42}{shown}")
     if args.out:
         Path(args.out).write_text(json.dumps({"measured": rows, "plans": plans}, indent=1))
