@@ -18,7 +18,7 @@ import torch
 from minirlhf import console, errors, ranks
 from minirlhf.errors import DISTRIBUTED, UserError, printable
 from minirlhf.run.machine import choose_device
-from minirlhf.run.watch import Watch
+from minirlhf.run.watch import DONE, Watch
 
 T = TypeVar("T")
 
@@ -127,7 +127,13 @@ def _join(number: int, count: int, device: str, timeout: float) -> None:
     except (RuntimeError, ValueError) as error:
         raise _not_found(where, store, count, timeout, error) from None
     errors.heard_by(watch.hear)
-    atexit.register(watch.part)
+    atexit.register(_part, watch)
+
+
+def _part(watch: Watch) -> None:
+    watch.part()
+    if watch.word == DONE:  # else another one might be waited for
+        torch.distributed.destroy_process_group()
 
 
 def _within(limit: timedelta, function: Callable[[], T]) -> T:

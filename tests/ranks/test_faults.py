@@ -89,6 +89,7 @@ CASES = {
                      ("--reward", "raises.py:letters")),
     "loss": Case(None, 0, 0, "", (NON_FINITE, NON_FINITE), "step 2: grad_norm", 0,
                  ("--weight-decay", "1e38")),
+    "verbose": Case(None, 0, 0, "", (OK, OK), "", 0, ("--verbose",)),
     # ------------------------------------------------------------------------------------- signals
     "TERM in update": Case("update", 1, 2, "SIGTERM", (STOPPED, STOPPED), "", 0),
     "INT in sampling": Case("sampling", 1, 2, "SIGINT", (STOPPED, STOPPED), "", 0),
@@ -162,6 +163,9 @@ def test_the_others_end_and_a_resume_goes_on(name, runs):
     asked = [line for text in said for line in text.splitlines() if line.startswith("stopping")]
     if case.codes == (STOPPED, STOPPED):
         assert (len(asked), lines) == (1, []), said
+    elif case.codes == (OK, OK):
+        assert done["whole"][1]["said"] == "" and not lines
+        assert all("detected prompts" in text and "policy loss" in text for text in said)
     elif case.rank == ALL:  # rank 0 shows where it was
         assert [text.count(FAULT) for text in said] == [1, 0] and not lines, said
     else:
