@@ -17,7 +17,8 @@ from tests.pages import MODEL, PAGES, ROOT, run_code
 
 FRONT, OWN = "README.md", "minirlhf/recipes/README.md"
 OF_TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint",
-               "--master-port", "--log-dir", "--tee", "--standalone", "--local-addr"}
+               "--master-port", "--log-dir", "--tee", "--standalone", "--local-addr",
+               "--signals-to-handle"}
 every_page = pytest.mark.parametrize("page", PAGES, ids=str)
 
 

@@ -63,7 +63,8 @@ def disturbed(world: Path, out: Path, disturb) -> tuple[int, str, list[int]]:
     """Does something to (launcher, ranks) in the midst of a run; its code, its words, what lives of
     it when it has ended."""
     launched = subprocess.Popen(
-        [*COMMAND, "--standalone", "-m", "minirlhf", *command(world, out)], cwd=ROOT,
+        [*COMMAND, "--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "-m",
+         "minirlhf", *command(world, out)], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "SLOW": "0.5"},
     )
@@ -95,6 +96,7 @@ DISTURBANCES = {
                                "rank 0 or its launcher, at "),
     "a rank is asked to stop": (lambda _, ranks: os.kill(ranks[1], signal.SIGUSR1), None),
     "the launcher is asked to stop": (lambda torchrun, _: os.kill(torchrun, signal.SIGTERM), None),
+    "notice by Slurm": (lambda torchrun, _: os.kill(torchrun, signal.SIGUSR1), None),
     "Ctrl-C": (lambda torchrun, _: os.kill(torchrun, signal.SIGINT), None),
 }
 
