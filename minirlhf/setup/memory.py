@@ -19,7 +19,7 @@ from minirlhf.models.logprobs import TILE, widened
 from minirlhf.models.lora import target_layers
 from minirlhf.models.quantized import quantize_trunk
 from minirlhf.models.transformer import CausalLM, shapes_only
-from minirlhf.run.display import ConsoleSettings, Display
+from minirlhf.run.display import Display
 from minirlhf.run.machine import Machine, free_memory, process_bytes
 from minirlhf.setup.adapter_settings import dropout_in
 from minirlhf.setup.dpo_settings import DPOConfig
@@ -27,6 +27,8 @@ from minirlhf.setup.groups import TrainingSettings
 from minirlhf.setup.policy_settings import PolicyInputSettings, PromptInputSettings
 from minirlhf.setup.ppo_settings import PPOConfig
 
+MODELS = ("weights", "frozen models", "reference", "teacher")  # parts of an estimate
+SHARED = (*MODELS, "moments", "gradients")  # that fsdp shards
 SURE = 0.75  # share of an estimate that a run holds in any case
 
 
@@ -236,13 +238,30 @@ def of_sampling(
                 "lower --rollout-batch-size", "sampling")
 
 
+def shared_out(estimate: Estimate, parallel: str | None) -> Estimate:
+    """What one of several processes holds: with fsdp a share of every model, but whole ones while
+    they are loaded, and the whole of what it samples from."""
+    count = ranks.count()
+    if parallel != "fsdp" or count == 1:
+        return estimate
+    models = sum(p.bytes for p in estimate.parts if p.name in MODELS)
+    parts = [p._replace(bytes=p.bytes // count) if p.name in SHARED else p for p in estimate.parts]
+    parts.append(Part("models before they are shared out", models - models // count,
+                      "take a smaller model", "loading"))
+    if any(p.phase == "sampling" for p in parts):
+        weights = sum(p.bytes for p in estimate.parts if p.name == "weights")
+        parts.append(Part("weights that are sampled from", weights, "take a smaller model",
+                          "sampling"))
+    return estimate._replace(parts=parts)
+
+
 def announce(
-    config: ConsoleSettings, estimate: Estimate, folders: Iterable[Path], dtype: torch.dtype,
+    config: TrainingSettings, estimate: Estimate, folders: Iterable[Path], dtype: torch.dtype,
     device: str,
 ) -> dict[str, str]:
     """What a run tells of its machine; warns of what `remarks` tells, and of a tight one.
     Raises UserError (exit code 4) where not even three quarters of the estimate are free."""
-    here = free_memory(device)
+    estimate, here = shared_out(estimate, config.parallel), free_memory(device)
     if device == "cpu":  # which the processes of one machine share
         here = here._replace(free=here.free // ranks.neighbours())
     for line in [*pretrained.remarks(folders, dtype), *check_fits(estimate, here)]:

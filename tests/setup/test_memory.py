@@ -10,7 +10,6 @@ from torch import bfloat16, float32
 from minirlhf.errors import MACHINE, UserError
 from minirlhf.models.config import ModelConfig
 from minirlhf.models.transformer import CausalLM, initialize
-from minirlhf.run.display import ConsoleSettings
 from minirlhf.run.machine import Machine
 from minirlhf.setup import memory
 from minirlhf.setup.dpo_settings import DPOConfig
@@ -266,11 +265,26 @@ def test_announce_warns_and_tells_what_the_process_will_hold(monkeypatch, capsys
     monkeypatch.setattr(memory, "process_bytes", lambda device: 300_000_000)
     if not free:
         with pytest.raises(UserError, match=r"0\.0 GB are free \(cpu\)"):
-            memory.announce(ConsoleSettings(), ESTIMATE, [Path("a")], bfloat16, "cpu")
+            memory.announce(SFTConfig(), ESTIMATE, [Path("a")], bfloat16, "cpu")
         return
-    told = memory.announce(ConsoleSettings(), ESTIMATE, [Path("a")], bfloat16, "cpu")
+    told = memory.announce(SFTConfig(), ESTIMATE, [Path("a")], bfloat16, "cpu")
     memory_told = "about 8.3 GB; --dry-run measures it"
     assert told == {"memory": memory_told, "device": "cpu", "dtype": "bfloat16"}
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [f"warning: {line}" for line in rounded]
     assert [line[:21] for line in lines[2:]] == ["warning: memory: ppo "] * (free < 8_000_000_000)
+
+
+def test_shards_are_a_part_of_every_model(monkeypatch):
+    """Of 8 bytes of weights, 16 of moments, 4 of a reference and 3 of a cache, a rank of two holds
+    4 + 8 + 2; 6 more while models are whole, and 8 + 3 while it samples: 25 at most."""
+    estimate = Estimate("ppo", [
+        Part("weights", 8, ""), Part("moments", 16, ""), Part("reference", 4, ""),
+        Part("cache", 3, "", "sampling"),
+    ])
+    assert memory.shared_out(estimate, "fsdp") is estimate  # one process
+    monkeypatch.setattr(memory.ranks, "count", lambda: 2)
+    assert memory.shared_out(estimate, "ddp") is estimate
+    shared = memory.shared_out(estimate, "fsdp")
+    assert [part.bytes for part in shared.parts] == [4, 8, 2, 3, 6, 8]
+    assert shared.total == 4 + 8 + 2 + 3 + 8
