@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minirlhf import console, ranks
+from minirlhf import console
 from minirlhf.files.sieve import Report
 from minirlhf.run import terminal
 from minirlhf.run.settings import override, setting
@@ -200,6 +200,8 @@ class Display:
 
     def stopped(self, step: int) -> None:
         """After a signal: what is saved, and the command that goes on."""
+        from minirlhf import ranks  # with torch, for which --help need not wait
+
         command = this_command()
         command += "" if "--resume" in sys.argv else " --resume"
         if ranks.count() > 1:
