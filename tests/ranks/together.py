@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, tensor
 
-from minirlhf import interrupt, ranks
+from minirlhf import interrupt, ranks, shards
 from minirlhf.errors import BAD_INPUT, DISTRIBUTED, MACHINE, NonFinite, Stopped, UserError
 from minirlhf.models import parallel
 
@@ -209,6 +209,28 @@ def micro_batches_are_summed_once_and_the_reduced_sum_is_that_of_one_process():
     before, after = ([part["w"] for part in of] for of in seen)
     assert not torch.equal(*before)  # each has its own rows'
     assert torch.equal(*after) and close(gradients(model), gradients(plain))
+
+
+@together(2, 3)
+def a_model_that_is_shared_out_is_held_in_parts_and_gathered_whole():
+    """Each rank holds ceil(2 / N) of two numbers, or what is left, of weight and gradient."""
+    plain, model, x = Two(), Two(), rows_of(5)
+    loss_of(pass_of(plain, x)).backward()
+    parallel.wrap(model, "fsdp")
+    loss_of(parallel.over_ranks(pass_of)(model, x)).backward()
+    mine = max(0, min(-(-2 // ranks.count()), 2 - ranks.number() * -(-2 // ranks.count())))
+    for ours, part in zip(plain.parameters(), model.parameters(), strict=True):
+        assert len(part.to_local()) == len(part.grad.to_local()) == mine
+        assert close(shards.whole(part.grad).tolist(), ours.grad.tolist())
+    with parallel.whole(model) as gathered:
+        assert gathered is not model
+        for ours, there in zip(plain.parameters(), gathered.parameters(), strict=True):
+            assert torch.equal(there, ours)
+    with parallel.whole(model, on_first=True) as gathered:  # to be written
+        assert [p.is_meta for p in gathered.parameters()] == [not ranks.is_first()] * 2
+    for ours, part in zip(plain.parameters(), model.parameters(), strict=True):
+        assert len(part.to_local()) == mine
+        assert torch.equal(shards.part_of(ours.detach(), part).to_local(), part.to_local())
 
 
 @together(2)
