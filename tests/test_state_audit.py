@@ -44,6 +44,7 @@ OUTSIDE = "|".join(
         r"^main: (results|found)\b",  # of the last evaluation, which a resumed run makes anew
         r"^minirlhf\.run\.checkpoint\['_known_whole'\]",  # what was verified
         r"^minirlhf\.files\.reading\['_seen'\]",  # what files were, to tell of a later change
+        r"^minirlhf\.ranks\['_group'\]\.where",  # how far the run is, for messages
         r"\b_held\b",  # locks that a fork must not keep, by their places in memory
     )
 )
