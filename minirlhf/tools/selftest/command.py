@@ -28,7 +28,8 @@ HEAD = f"{'check':<{ROOM}}  numbers  difference  allowed  verdict"
 def facts(place: Place) -> dict[str, object]:
     """What a result depends on beside this code."""
     known = environment(language_model(place))
-    known |= {"python": platform.python_version(), "system": platform.platform()}
+    system = platform.system(), platform.release(), platform.machine()  # platform() starts uname
+    known |= {"python": platform.python_version(), "system": " ".join(system)}
     return {name: value for name, value in known.items() if value}
 
 
