@@ -18,7 +18,6 @@ from tests.ranks.test_faults import argv_of
 from tests.ranks.test_same_numbers import ROOT, make_folder, torchrun
 from tests.tiny_folders import leftovers, timeless
 
-pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 SLOW = """
 import os
@@ -101,6 +100,7 @@ DISTURBANCES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", DISTURBANCES)
 def test_a_run_is_disturbed_and_goes_on(name, world, whole, tmp_path):
     disturb, why = DISTURBANCES[name]
@@ -122,6 +122,7 @@ def test_a_run_is_disturbed_and_goes_on(name, world, whole, tmp_path):
     assert (out / model).read_bytes() == (whole / model).read_bytes()
 
 
+@pytest.mark.long
 def test_a_busy_port_of_the_launcher(world, tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -136,6 +137,7 @@ def test_a_busy_port_of_the_launcher(world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_wrong_word_is_told_once(world, tmp_path):
     made = subprocess.run(
         [*COMMAND, "--standalone", "-m", "minirlhf",
@@ -146,6 +148,7 @@ def test_a_wrong_word_is_told_once(world, tmp_path):
     assert len(errors) == 1 and "--stepz" in errors[0]
 
 
+@pytest.mark.slow
 def test_one_two_and_one_process_give_the_numbers_of_one(world, tmp_path, monkeypatch):
     """In float64; checkpoints hold full tensors, whoever made them."""
     for module in (worker.grpo, worker.ppo, worker.training):  # which a run changes

@@ -20,7 +20,7 @@ from minirlhf.errors import DISTRIBUTED, OK
 from tests.ranks.test_same_numbers import ROOT, make_folder
 from tests.tiny_folders import leftovers, timeless
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 REWARD = """
 import os
