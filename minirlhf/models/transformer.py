@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, D hidden size, H query heads, K key-value heads, E hea
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +26,21 @@ from minirlhf.models.rotary import RotaryTable, rotate
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 MOST_ROWS = 128  # tokens; with more there is work enough for a plain product
-ONEDNN = torch.backends.mkldnn.is_available()
+# MKL reads weights at full speed on the processors of its own maker.
+CPUS = Path("/proc/cpuinfo")
+ONEDNN = torch.backends.mkldnn.is_available() and not (
+    CPUS.exists() and "GenuineIntel" in CPUS.read_text(encoding="utf-8")
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, as `F.linear`; x (…, in), weight (out, in), bias (out,) -> (…, out).
 
     With so little to compute as in decoding, what counts is that all threads read the weights at
-    full speed. A plain product on a CPU is MKL's, which does so on some processors only. oneDNN's
-    does, from the same weights; but torch has no public name for it. It is asked for x (B, 1, in)
-    alone, one token a row, on a CPU and without a gradient: the two differ in rounding, and whole
-    rows must be computed alike whether they are measured or trained.
+    full speed. A plain product on a CPU is MKL's, which does so on Intel's alone. oneDNN's does on
+    others too, from the same weights; but torch has no public name for it. It is asked for
+    x (B, 1, in) alone, one token a row, on a CPU and without a gradient: the two differ in
+    rounding, and whole rows must be computed alike whether they are measured or trained.
     """
     decoding = x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled()
     fits = ONEDNN and x.is_cpu and x.dtype == torch.float32  # a bfloat16 product is oneDNN's anyway

@@ -374,9 +374,16 @@ def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=f64)
 
 
+@pytest.fixture(params=[True, False])
+def onednn(request, monkeypatch):
+    """Whether few tokens are multiplied by oneDNN, as on processors that are not Intel's."""
+    built_with_it = torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(transformer, "ONEDNN", request.param and built_with_it)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, f64])
 @pytest.mark.parametrize("tokens", [1, 5, 24])
-def test_linear_by_hand(tokens, dtype):
+def test_linear_by_hand(tokens, dtype, onednn):
     # Output j is row j of W times x, plus j: 1 · 10 + 0 · 1 + 0, 0 · 10 + 1 · 1 + 1, …
     rows = [[1, 0], [0, 1], [1, 1], [2, 0], [0, 2], [2, 2], [3, 0], [0, 3]]
     weight, bias = torch.tensor(rows, dtype=dtype), torch.arange(8, dtype=dtype)
@@ -389,7 +396,7 @@ def test_linear_by_hand(tokens, dtype):
 @pytest.mark.parametrize("tokens", [0, 1, 3, MOST_ROWS, MOST_ROWS + 1])
 @pytest.mark.parametrize("out", [3, 8, 40])
 @pytest.mark.parametrize("dtype, atol", [(f64, 1e-12), (torch.float32, 1e-6)])
-def test_linear_is_the_plain_product_for_any_number_of_tokens(tokens, out, dtype, atol):
+def test_linear_is_the_plain_product_for_any_number_of_tokens(tokens, out, dtype, atol, onednn):
     x, weight, bias = (numbers(*s).to(dtype) / 4 for s in ((tokens, 1, 6), (out, 6), (out,)))
     with torch.no_grad():
         assert_close(linear(x, weight), F.linear(x, weight), atol)
