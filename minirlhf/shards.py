@@ -21,6 +21,11 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if is_part(x) else x
 
 
+def here(x: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return x.to_local() if is_part(x) else x
+
+
 def for_file(x: Tensor) -> Tensor:
     """The whole tensor on the CPU of rank 0, which writes; no other rank keeps it."""
     if not is_part(x):

@@ -13,6 +13,7 @@ from minirlhf.run.optim import (
     learning_rate,
     make_optimizer,
     set_learning_rate,
+    total_norm,
 )
 
 # ---- learning rate -------------------------------------------------------------------------------
@@ -198,6 +199,15 @@ def test_clip_gradients_leaves_what_is_below_the_limit(max_norm):
     model = with_gradients([3.0, 4.0])
     assert clip_gradients(model, max_norm, "step 1") == 5.0
     assert model.p0.grad.tolist() == [3.0, 4.0]
+
+
+def test_total_norm_of_many_numbers_is_exact():
+    # 4 million times 0.1 in float32, c = 0.100000001490116, and 3: sqrt(4e6 c^2 + 9) = 200.0225
+    many = torch.full((4_000_000,), 0.1)
+    exact = math.sqrt(4e6 * 0.100000001490116**2 + 9)
+    got = float(total_norm([many.view(2000, 2000), torch.tensor([3.0])]))
+    assert got == pytest.approx(exact, rel=3e-5)  # summed at once it is off by more than 1e-3
+    assert float(total_norm([])) == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
