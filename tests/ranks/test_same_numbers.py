@@ -1,7 +1,7 @@
 """Two processes give the numbers of one: every recipe, on rows that two do not divide evenly.
 
 Losses, gradient norms, all other metrics and the final weights, in float64 up to 1e-12 and in
-float32 up to 1e-6 of each number. The runs of two processes are made by torchrun, all in one start.
+float32 up to 5e-6 of each number. The runs of two processes are made by torchrun, all in one start.
 """
 
 import json
@@ -55,7 +55,7 @@ RUNS = {  # 7 and 5 rows on 2 ranks; the last batch of an epoch is ragged
                 "--gkd-beta", "0.5", *SAMPLING],
 }
 NAMED = ("--data", "--eval-data", "--reward", "--teacher", "--ref", "--critic", "--ptx-data")
-DTYPES = {"float32": 1e-6, "float64": 1e-12}
+DTYPES = {"float32": 5e-6, "float64": 1e-12}
 BOTH = [pytest.param("float32", marks=pytest.mark.slow), "float64"]
 
 
