@@ -68,14 +68,16 @@ def main() -> None:
     flags.add_argument("--reward", required=True, help="a reward model's folder, for PPO")
     flags.add_argument("--steps", type=several, default=3)
     flags.add_argument("--ranks", type=several, default=2)
+    flags.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     args = read_flags(flags)
     machine, rows, chosen = hardware.describe(), [], programs(args.ranks)
-    for recipe in RECIPES:
+    for recipe in args.recipes:
         found: dict[str, list] = {name: [] for name in chosen}
         for number in range(args.rounds):
             for name in list(chosen) if number % 2 == 0 else reversed(chosen):
                 print(f"{recipe}, round {number + 1} of {args.rounds}: {name}", file=sys.stderr)
                 found[name] += measure(args, recipe, chosen[name])
+                print(found[name], file=sys.stderr)  # so that a later failure loses nothing
         rates = {n: sum(t for _, t in s) / sum(s for s, _ in s) for n, s in found.items()}
         first = next(iter(rates.values()))
         rows += [{"recipe": recipe, "program": name, "tokens_per_s": rate, "ratio": rate / first,
