@@ -15,7 +15,7 @@ from minirlhf.errors import UserError
 from minirlhf.run.flags import parse
 from minirlhf.setup.ppo_settings import PPOConfig
 from minirlhf.setup.sft_settings import SFTConfig
-from tests.ranks.test_same_numbers import DTYPES, RUNS, argv_of, rows
+from tests.ranks.test_same_numbers import DTYPES, RUNS, argv_of, check_alike, check_files, rows
 
 FEW = ("sft", "lora")  # the critic goes other ways, below
 FSDP = ("--parallel", "fsdp")
@@ -51,28 +51,6 @@ def made(runs, world, on_one):
     here = runs("float64")
     on_one(leg("critic", world, 4, here / "ways", *ON), half(world, 3, here / "two", *ON))
     return here
-
-
-def check_alike(one: Path, two: Path, most: float) -> None:
-    """Logs and weights of two runs."""
-    logs = [rows(out / "metrics.jsonl") for out in (one, two)]
-    assert len(logs[0]) == len(logs[1]) >= 2
-    for first, second in zip(*logs, strict=True):
-        assert first.keys() == second.keys()
-        for metric in first.keys() - {"clock"}:
-            assert second[metric] == pytest.approx(first[metric], rel=most, abs=most), metric
-    check_files(one / "model", two / "model", most)
-
-
-def check_files(one: Path, two: Path, most: float) -> None:
-    """Every tensor of two folders."""
-    files = {path.name for path in one.glob("*.safetensors")}
-    assert files == {path.name for path in two.glob("*.safetensors")} != set()
-    for name in files:
-        ours, theirs = load_file(one / name), load_file(two / name)
-        assert ours.keys() == theirs.keys()
-        for tensor, value in ours.items():
-            torch.testing.assert_close(theirs[tensor], value, rtol=most, atol=most)
 
 
 def last_commit(run: Path) -> Path:
